@@ -1,0 +1,35 @@
+"""crlseq: causal gene programs from Perturb-seq screens.
+
+>>> import crlseq
+>>> run = crlseq.fit("screen.h5ad", "RUN")  # doctest: +SKIP
+>>> run.programs, run.interventions, run.dag  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["CrlseqError", "Run", "__version__", "fit", "load", "simulate"]
+
+if TYPE_CHECKING:
+    from crlseq.data.simulate import simulate
+    from crlseq.errors import CrlseqError
+    from crlseq.fitting import fit
+    from crlseq.run import Run, load
+
+# Imported when first used: torch and scanpy take seconds, and `crlseq --help` needs neither.
+_HOME = {
+    "CrlseqError": "crlseq.errors",
+    "Run": "crlseq.run",
+    "fit": "crlseq.fitting",
+    "load": "crlseq.run",
+    "simulate": "crlseq.data.simulate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'crlseq' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

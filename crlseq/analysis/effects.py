@@ -1,0 +1,98 @@
+"""Does a perturbation do anything? Energy-distance permutation test against control, FDR over perturbations."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.spatial.distance import cdist
+
+from crlseq.data import splits
+from crlseq.data.dataset import PerturbSeqData
+
+MAX_CELLS = 500  # a side; more cells sharpen the test less than they cost
+N_PERMUTATIONS = 999
+
+
+def energy_test(
+    scores: np.ndarray, is_perturbed: np.ndarray, strata: np.ndarray, n_permutations: int, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Energy distance 2 E|x-y| - E|x-x'| - E|y-y'| and its permutation p-value (Székely and Rizzo 2013).
+
+    Parameters
+    ----------
+    scores
+        (n, q) cells of both sets.
+    is_perturbed
+        (n,) bool; both sets need two cells or more.
+    strata
+        (n,) labels are permuted within these (experimental batches).
+
+    Returns
+    -------
+    distance (U-statistic, can be negative) and p = (1 + #{permuted >= observed}) / (1 + n_permutations).
+    """
+    distances = cdist(scores, scores)
+    labels = np.empty((len(scores), n_permutations + 1))
+    labels[:, 0] = is_perturbed
+    for stratum in np.unique(strata):
+        rows = np.flatnonzero(strata == stratum)
+        columns = np.broadcast_to(is_perturbed[rows, None], (len(rows), n_permutations))
+        labels[rows, 1:] = rng.permuted(columns, axis=0)
+    n, m = int(is_perturbed.sum()), int((~is_perturbed).sum())
+    # With indicator z of the perturbed cells: sums within and between sets from D z alone.
+    row_sums = distances.sum(1)
+    within_perturbed = ((distances @ labels) * labels).sum(0)
+    touching = row_sums @ labels
+    between = touching - within_perturbed
+    within_control = row_sums.sum() - 2 * touching + within_perturbed
+    energy = 2 * between / (n * m) - within_perturbed / (n * (n - 1)) - within_control / (m * (m - 1))
+    at_least = int((energy[1:] >= energy[0] - 1e-12 * abs(energy[0])).sum())
+    return float(energy[0]), (1 + at_least) / (1 + n_permutations)
+
+
+def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
+    """Adjusted p-values (Benjamini and Hochberg 1995); NaN stays NaN and does not count."""
+    adjusted = np.full(len(p_values), np.nan)
+    there = np.flatnonzero(~np.isnan(p_values))
+    order = there[np.argsort(p_values[there], kind="stable")]
+    ratio = p_values[order] * len(order) / np.arange(1, len(order) + 1)
+    adjusted[order] = np.minimum.accumulate(ratio[::-1])[::-1].clip(max=1)
+    return adjusted
+
+
+def effect_tests(data: PerturbSeqData, scores: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Test of every single perturbation on training and validation cells.
+
+    Parameters
+    ----------
+    scores
+        (cells, q) principal component scores.
+
+    Returns
+    -------
+    ``energy``, ``p_value``, ``fdr`` and ``n_cells``, each (perturbations,). NaN where a perturbation occurs in
+    combinations alone.
+    """
+    cells = data.cells_by_condition(splits.TRAIN, splits.VALIDATION)
+    index = {parts[0]: c for c, parts in enumerate(data.conditions) if len(parts) == 1}
+    n = len(data.perturbation_names)
+    energy, p_value, n_cells = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64)
+    for k in range(n):
+        if k not in index:
+            continue
+        perturbed = cells[index[k]]
+        n_cells[k] = len(perturbed)
+        rng = np.random.default_rng([seed, 5, k])
+        perturbed = _at_most(perturbed, rng)
+        # Controls of batches that the perturbation never saw say nothing about it.
+        alike = cells[0][np.isin(data.batch[cells[0]], data.batch[perturbed])]
+        control = _at_most(alike if len(alike) >= 2 else cells[0], rng)
+        both = np.concatenate([perturbed, control])
+        if min(len(perturbed), len(control)) >= 2:
+            energy[k], p_value[k] = energy_test(
+                scores[both], np.arange(len(both)) < len(perturbed), data.batch[both], N_PERMUTATIONS, rng
+            )
+    return {"energy": energy, "p_value": p_value, "fdr": benjamini_hochberg(p_value), "n_cells": n_cells}
+
+
+def _at_most(cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.sort(rng.choice(cells, MAX_CELLS, replace=False)) if len(cells) > MAX_CELLS else cells

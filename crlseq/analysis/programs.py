@@ -1,0 +1,81 @@
+"""Gene programs: what one standard deviation of a latent does to every gene, directly and through the DAG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crlseq.data import splits
+from crlseq.data.dataset import PerturbSeqData
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+
+JACOBIAN_CELLS = 500
+ROWS = 4096  # cells encoded at once
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Latents in the units users see: unit variance over control cells, mostly positive loadings.
+
+    Attributes
+    ----------
+    loading
+        (p, G) mean Jacobian of the decoder over control cells times the latent's standard deviation.
+    total_effect
+        (p, G) the same for a shift of the latent that runs through the DAG to its descendants.
+    scale
+        (p,) signed: a raw latent is ``center + scale * latent``.
+    center
+        (p,) mean of the raw latent over control cells.
+    """
+
+    loading: np.ndarray
+    total_effect: np.ndarray
+    scale: np.ndarray
+    center: np.ndarray
+
+
+@torch.no_grad()
+def encode(model: DiscrepancyVAE, data: PerturbSeqData, index: np.ndarray | None = None) -> np.ndarray:
+    """(cells, p) float64 raw latents (posterior means), of all cells or those of `index`."""
+    index = np.arange(data.x.shape[0]) if index is None else index
+    weight = model.encoder.hidden.weight
+    parts = [
+        model.latents(torch.from_numpy(data.dense(index[i : i + ROWS])).to(weight.device, weight.dtype)).cpu().double()
+        for i in range(0, len(index), ROWS)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def find_programs(model: DiscrepancyVAE, data: PerturbSeqData) -> Programs:
+    """Loadings by the mean Jacobian over control cells, in forward mode: one pass a latent."""
+    controls = data.cells(0, splits.TRAIN, splits.VALIDATION)
+    raw = encode(model, data, controls)
+    # A latent that no control cell moves has no unit of its own: it keeps the raw one.
+    deviation = raw.std(0)
+    scale = np.where(deviation > 1e-12, deviation, 1.0)
+    weight = model.encoder.hidden.weight
+    some = controls[np.linspace(0, len(controls) - 1, min(JACOBIAN_CELLS, len(controls))).astype(int)]
+    u = torch.from_numpy(encode(model, data, some)).to(weight.device, weight.dtype)
+    z = model.scm.abduct(u).detach()
+    direct = _mean_jacobian(model.decoder, u)
+    total = _mean_jacobian(lambda noise: model.decoder(model.scm(noise)), z)
+    # Sign: the greater part of the squared loadings is positive.
+    sign = np.where((direct * np.abs(direct)).sum(1) < 0, -1.0, 1.0)
+    scale = scale * sign
+    return Programs(direct * scale[:, None], total * scale[:, None], scale, raw.mean(0))
+
+
+def _mean_jacobian(function: Callable[[Tensor], Tensor], points: Tensor) -> np.ndarray:
+    """Mean over rows of `points` (n, p) of d function / d point, (p, G)."""
+    rows = []
+    for k in range(points.shape[1]):
+        tangent = torch.zeros_like(points)
+        tangent[:, k] = 1
+        _, moved = torch.func.jvp(function, (points,), (tangent,))
+        rows.append(moved.detach().mean(0).cpu().double().numpy())
+    return np.stack(rows)

@@ -1,0 +1,185 @@
+"""Configuration: what a run was asked to do, with ranges, presets and TOML in and out.
+
+Three parts: ``DataConfig`` (how the file is read), ``ModelConfig`` (what is fitted) and
+``TrainingConfig`` (how). Defaults are the default preset; `PRESETS` lists what others change.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from crlseq.errors import InputError, UsageError
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """How cells, labels and genes are read from the file."""
+
+    perturbation_key: str | None = None  # None: detected
+    control_label: str | None = None  # None: detected
+    separator: str | None = None  # None: detected; "" for labels that are never combinations
+    batch_key: str | None = None
+    layer: str | None = None  # None: X
+    values: Literal["auto", "counts", "log", "continuous"] = "auto"
+    n_top_genes: int | Literal["all"] = 5000
+    genes: tuple[str, ...] | None = None  # these genes and no others
+    min_cells: int = Field(default=10, ge=2)  # per condition; fewer cells say nothing of a distribution
+    hold_out: tuple[str, ...] = ()  # conditions kept out of the fit
+    hold_out_cells: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of every condition kept for testing
+    validation_cells: float = Field(default=0.1, gt=0.0, lt=0.5)  # share of every condition for early stopping
+    combinations: bool = True  # False: fit on single perturbations alone, hold every combination out
+
+
+class ModelConfig(_Section):
+    """Networks, structural equations and losses (SCIENCE: Zhang et al. 2023, arXiv 2307.06250)."""
+
+    n_latents: int | None = Field(default=None, ge=1)  # None: see `resolve_n_latents`
+    n_hidden: int = Field(default=128, ge=1)
+    intervention: Literal["shift", "hard", "soft"] = "soft"
+    equations: Literal["linear", "nonlinear"] = "linear"
+    causal_layer: bool = True  # False: the paper's ablation with u = z + shifts
+    output_activation: Literal["identity", "leaky_relu"] = "identity"
+    noise: Literal["gaussian", "none"] = "gaussian"  # gaussian: per-gene noise, learned, and abducted with z
+    mmd_weight: float = Field(default=10.0, ge=0.0)  # 0: the ablation without MMD
+    mmd_estimator: Literal["unbiased", "biased"] = "unbiased"
+    mmd_bandwidth: float | Literal["median"] = "median"  # sigma; "median": median squared distance
+    mmd_kernels: int = Field(default=5, ge=1, le=20)
+    kl_weight: float = Field(default=1.0, ge=0.0)
+    graph_weight: float = Field(default=1e-3, ge=0.0)
+    max_temperature: float = Field(default=5.0, ge=1.0)
+
+
+class TrainingConfig(_Section):
+    """Optimisation and hardware."""
+
+    epochs: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=64, ge=2)  # perturbed cells of one perturbation in a step
+    perturbations_per_step: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    gradient_norm: float | None = Field(default=10.0, gt=0.0)  # None: no clipping
+    patience: int | None = Field(default=20, ge=1)  # epochs without a better validation loss; None: never stop
+    schedule: Literal["scaled", "published"] = "scaled"
+    dtype: Literal["float32", "float64"] = "float32"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    threads: int | None = Field(default=None, ge=1)
+    device: Device = "auto"
+
+
+class Config(_Section):
+    """Everything that decides a fit; written to ``run.json`` and read from ``--config``."""
+
+    preset: Literal["default", "paper"] = "default"
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+# The published model (SCIENCE section 2): its network, losses, schedules and optimiser.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    "paper": {
+        "data": {"combinations": False},
+        "model": {
+            "intervention": "shift",
+            "output_activation": "leaky_relu",
+            "noise": "none",
+            "mmd_estimator": "biased",
+            "mmd_bandwidth": 1000.0,
+            "mmd_kernels": 10,
+            "kl_weight": 2.0,
+        },
+        "training": {
+            "batch_size": 32,
+            "perturbations_per_step": 1,
+            "gradient_norm": None,
+            "patience": None,
+            "schedule": "published",
+            "dtype": "float64",
+        },
+    },
+}
+
+
+SECTIONS: dict[str, type[_Section]] = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
+
+
+def make_config(preset: str | None = None, file: Mapping[str, Any] | None = None, **options: Any) -> Config:
+    """Preset, then configuration file, then options; later ones win.
+
+    Parameters
+    ----------
+    preset
+        ``default`` or ``paper``; None takes the file's, or ``default``.
+    file
+        Contents of a TOML file: optional ``preset`` and tables ``data``, ``model``, ``training``.
+    options
+        Fields of any of the three parts by name; ``None`` means "not given".
+
+    Raises
+    ------
+    UsageError
+        For an unknown name or a value out of range.
+    """
+    file = dict(file or {})
+    preset = str(preset or file.pop("preset", "default"))
+    file.pop("preset", None)
+    if preset not in PRESETS:
+        raise UsageError(f"There is no preset {preset!r}.", f"Presets are {', '.join(PRESETS)}.")
+    given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for name, value in options.items():
+        owners = [section for section, model in SECTIONS.items() if name in model.model_fields]
+        if not owners:
+            raise UsageError(f"There is no option {name!r}.", "See `crlseq fit --help` for the options.")
+        if value is not None:
+            given[owners[0]][name] = value
+    merged: dict[str, Any] = {name: {} for name in SECTIONS}
+    for layer in (PRESETS[preset], file, given):
+        for section, values in layer.items():
+            if section not in SECTIONS or not isinstance(values, Mapping):
+                raise UsageError(f"{section!r} is not a table of options.", "Tables are [data], [model] and [training].")
+            merged[section].update(values)
+    try:
+        return Config.model_validate({"preset": preset, **merged})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
+        raise UsageError(f"Option {place} is not usable: {first['msg']}.", "See `crlseq fit --help` for the options.") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Contents of a configuration file.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read or is not TOML.
+    """
+    try:
+        with path.open("rb") as handle:
+            return tomllib.load(handle)
+    except OSError as error:
+        raise InputError(f"The configuration {path} cannot be read: {error.strerror}.", "Check the path.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"The configuration {path} is not TOML: {error}.", "See https://toml.io for the format.") from None
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that `read_toml` and `make_config` take back; unset options are left out."""
+    lines = [f"preset = {json.dumps(config.preset)}"]
+    for section in ("data", "model", "training"):
+        lines.append(f"\n[{section}]")
+        values = getattr(config, section).model_dump(mode="json", exclude_none=True)
+        # JSON strings, numbers, booleans and flat lists are TOML as well.
+        lines += [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    return "\n".join(lines) + "\n"

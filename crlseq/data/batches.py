@@ -1,0 +1,93 @@
+"""Batches of (control, perturbed) cells, several conditions each, as indices; rows are fetched apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class BatchIndex:
+    """Cells of one step: C conditions with up to B perturbed cells and as many control partners.
+
+    ``condition`` (C,), ``perturbed`` and ``control`` (C, B) cell indices, ``mask`` (C, B) False where a row
+    only fills up.
+    """
+
+    condition: np.ndarray
+    perturbed: np.ndarray
+    control: np.ndarray
+    mask: np.ndarray
+
+
+class ControlPartners:
+    """Draws control cells as partners of perturbed cells, from the perturbed cells' own batch.
+
+    Parameters
+    ----------
+    controls
+        Indices of the control cells to draw from.
+    batch
+        (cells,) experimental batch. A batch without controls draws from all of them.
+    """
+
+    def __init__(self, controls: np.ndarray, batch: np.ndarray) -> None:
+        self.batch = batch
+        self.pools = {int(b): controls[batch[controls] == b] for b in np.unique(batch[controls])}
+        self.everyone = controls
+
+    def draw(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One control a cell; no control twice among partners of one batch while the pool lasts."""
+        partners = np.empty(len(cells), dtype=np.int64)
+        of = self.batch[cells]
+        for b in np.unique(of):
+            pool = self.pools.get(int(b), self.everyone)
+            places = np.flatnonzero(of == b)
+            rounds = -(-len(places) // len(pool))
+            # A few of a large pool: sampling by rejection inside `choice` beats shuffling the pool.
+            drawn = [rng.choice(pool, min(len(pool), len(places) - i * len(pool)), replace=False) for i in range(rounds)]
+            partners[places] = np.concatenate(drawn)
+        return partners
+
+
+def epoch_batches(
+    cells_by_condition: Sequence[np.ndarray],
+    partners: ControlPartners,
+    batch_size: int,
+    conditions_per_step: int,
+    rng: np.random.Generator,
+) -> list[BatchIndex]:
+    """Every perturbed cell once, with a fresh control partner, in random order.
+
+    A condition's cells are shuffled and cut into even pieces of at most `batch_size`; a step takes
+    `conditions_per_step` pieces. Pieces of fewer than two cells are left out: no MMD without a pair.
+
+    Parameters
+    ----------
+    cells_by_condition
+        Cell indices of each condition; condition 0, the control, is passed over.
+    """
+    pieces: list[tuple[int, np.ndarray]] = []
+    for c, cells in enumerate(cells_by_condition):
+        if c == 0 or len(cells) < 2:
+            continue
+        shuffled = rng.permutation(cells)
+        pieces += [(c, piece) for piece in np.array_split(shuffled, -(-len(cells) // batch_size)) if len(piece) >= 2]
+    order = rng.permutation(len(pieces))
+    return [
+        _batch([pieces[i] for i in order[start : start + conditions_per_step]], partners, rng)
+        for start in range(0, len(order), conditions_per_step)
+    ]
+
+
+def _batch(pieces: list[tuple[int, np.ndarray]], partners: ControlPartners, rng: np.random.Generator) -> BatchIndex:
+    shape = (len(pieces), max(len(cells) for _, cells in pieces))
+    perturbed, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+    control = np.zeros(shape, dtype=np.int64)
+    for row, (_, cells) in enumerate(pieces):
+        perturbed[row, : len(cells)] = cells
+        control[row, : len(cells)] = partners.draw(cells, rng)
+        mask[row, : len(cells)] = True
+    return BatchIndex(np.array([c for c, _ in pieces]), perturbed, control, mask)

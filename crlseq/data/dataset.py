@@ -1,0 +1,208 @@
+"""PerturbSeqData: one observational set and one interventional set per condition, ready to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from crlseq.config import DataConfig
+from crlseq.data import splits
+from crlseq.data.matrix import Screen, open_screen, scan
+from crlseq.data.perturbations import Perturbations, read_perturbations
+from crlseq.data.preprocess import Preprocessing, kind_of_values, load, plan_preprocessing, refuse_silent_cells
+from crlseq.errors import InputError
+
+
+@dataclass(frozen=True)
+class PerturbSeqData:
+    """A screen in numbers. Row i of everything is cell i of the file; condition 0 is the control.
+
+    Attributes
+    ----------
+    x
+        (cells, genes) float32 normalised expression, CSR or dense.
+    condition
+        (cells,) int64 index into ``conditions``; -1 for cells that take no part.
+    conditions
+        For each condition the ascending indices of its single perturbations; () for the control.
+    condition_names, perturbation_names
+        Their labels. Perturbations are those of fitted conditions and no others.
+    batch, batch_names
+        (cells,) int64 experimental batch, and its labels; one batch without a batch key.
+    split
+        (cells,) int8 code of `splits.SPLITS`.
+    notes
+        Sentences about what was left out and why.
+    """
+
+    x: sp.csr_matrix | np.ndarray
+    condition: np.ndarray
+    conditions: tuple[tuple[int, ...], ...]
+    condition_names: tuple[str, ...]
+    perturbation_names: tuple[str, ...]
+    batch: np.ndarray
+    batch_names: tuple[str, ...]
+    split: np.ndarray
+    preprocessing: Preprocessing
+    labels: Perturbations
+    notes: tuple[str, ...]
+
+    @property
+    def n_genes(self) -> int:
+        return int(self.x.shape[1])
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        return self.preprocessing.genes
+
+    def cells(self, condition: int, *codes: int) -> np.ndarray:
+        """Ascending indices of a condition's cells in the given splits."""
+        return np.flatnonzero((self.condition == condition) & np.isin(self.split, codes))
+
+    def cells_by_condition(self, *codes: int) -> list[np.ndarray]:
+        """`cells` of every condition in one pass."""
+        chosen = np.flatnonzero(np.isin(self.split, codes) & (self.condition >= 0))
+        chosen = chosen[np.argsort(self.condition[chosen], kind="stable")]
+        return np.split(chosen, np.searchsorted(self.condition[chosen], np.arange(1, len(self.conditions))))
+
+    def dense(self, index: np.ndarray) -> np.ndarray:
+        """(len(index), genes) float32 rows."""
+        rows = self.x[index]
+        return np.asarray(rows.toarray() if sp.issparse(rows) else rows)
+
+    def perturbation_table(self) -> np.ndarray:
+        """(conditions, M) int64 perturbations of each condition, filled up with -1."""
+        table = np.full((len(self.conditions), max(1, *map(len, self.conditions))), -1, dtype=np.int64)
+        for row, parts in zip(table, self.conditions, strict=True):
+            row[: len(parts)] = parts
+        return table
+
+
+def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) -> PerturbSeqData:
+    """Read, check, normalise and split a screen.
+
+    Raises
+    ------
+    InputError
+        For anything in the file that cannot be used; the message says what, the hint what to do.
+    """
+    with open_screen(source, config.layer) as screen:
+        labels = read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator)
+        selection = _select_conditions(labels, config)
+        batch, batch_names = _batches(screen, config.batch_key, labels.condition >= 0)
+        split = splits.split_cells(
+            labels.condition, selection.fitted, selection.held_out,
+            config.validation_cells, config.hold_out_cells, np.random.default_rng([seed, 0]),
+        )  # fmt: skip
+        used = split != splits.UNUSED
+        scanned = scan(screen)
+        values = kind_of_values(scanned, screen.source, config.values)
+        if values[0] != "continuous":
+            refuse_silent_cells(screen, scanned, used)
+        # Genes are chosen on training cells alone, so that test cells have no say in the model.
+        trained = split == splits.TRAIN
+        record = plan_preprocessing(
+            screen, scanned, values, trained, config.n_top_genes, config.genes, config.layer, seed
+        )
+        x = load(screen, record)
+    notes = list(selection.notes)
+    if record.n_silent_genes:
+        notes.append(f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are left out.")
+    notes += _lonely_batches(batch, batch_names, labels.condition, split)
+    kept = np.flatnonzero(selection.fitted | selection.held_out)
+    parts = sorted({part for c in np.flatnonzero(selection.fitted) for part in labels.conditions[c]})
+    renumbered = {part: i for i, part in enumerate(parts)}
+    known = [c for c in kept if all(part in renumbered for part in labels.conditions[c])]
+    if len(known) < len(kept):
+        names = [labels.condition_names[c] for c in kept if c not in set(known)]
+        notes.append(f"Held out, but without a fitted part to predict from: {_few(names)}.")
+    position = np.full(len(labels.conditions) + 1, -1)  # the last entry serves condition -1
+    position[known] = np.arange(len(known))
+    condition = position[labels.condition]
+    return PerturbSeqData(
+        x=x,
+        condition=condition,
+        conditions=tuple(tuple(renumbered[part] for part in labels.conditions[c]) for c in known),
+        condition_names=tuple(labels.condition_names[c] for c in known),
+        perturbation_names=tuple(labels.names[part] for part in parts),
+        batch=batch,
+        batch_names=batch_names,
+        split=split,
+        preprocessing=record,
+        labels=labels,
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Selection:
+    fitted: np.ndarray
+    held_out: np.ndarray
+    notes: list[str]
+
+
+def _select_conditions(labels: Perturbations, config: DataConfig) -> _Selection:
+    counts = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
+    held_out = np.zeros(len(labels.conditions), dtype=bool)
+    lookup = {frozenset(labels.names[i] for i in parts): c for c, parts in enumerate(labels.conditions)}
+    by_name = {name: c for c, name in enumerate(labels.condition_names)}
+    for label in config.hold_out:
+        parts = label.split(labels.separator) if labels.separator else [label]
+        found = by_name.get(label, lookup.get(frozenset(parts)))
+        if found is None or found == 0:
+            raise InputError(
+                f"--hold-out {label!r} is not a perturbation in {labels.key!r}.",
+                f"Labels there are written like {labels.condition_names[-1]!r}.",
+            )
+        held_out[found] = True
+    order = np.array([len(parts) for parts in labels.conditions])
+    if not config.combinations:
+        held_out |= order > 1
+    notes = [f"{n} cells are labelled {label!r} and are left out." for label, n in sorted(labels.dropped.items())]
+    small = (counts < config.min_cells) & ~held_out
+    small[0] = False
+    if small.any():
+        names = [labels.condition_names[c] for c in np.flatnonzero(small)]
+        notes.append(f"{len(names)} perturbations have fewer than {config.min_cells} cells and are left out: {_few(names)}.")
+    fitted = ~held_out & ~small
+    if counts[0] < 2:
+        raise InputError(f"Only {counts[0]} cells are controls.", "At least two control cells are needed, and some hundred are better.")
+    if fitted[1:].sum() < 2:
+        raise InputError(
+            f"{fitted[1:].sum()} perturbations are left to fit; the largest has {counts[1:].max(initial=0)} cells.",
+            "At least two are needed; see --min-cells, --hold-out and --combinations.",
+        )
+    held_out &= counts > 0
+    return _Selection(fitted, held_out, notes)
+
+
+def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    if key is None:
+        return np.zeros(screen.n_cells, dtype=np.int64), ("all",)
+    if key not in screen.obs:
+        raise InputError(f"There is no column {key!r} for --batch-key.", f"Columns are: {', '.join(map(str, screen.obs.columns))}.")
+    column = screen.obs[key]
+    missing = int((column.isna().to_numpy() & labelled).sum())
+    if missing:
+        raise InputError(f"{missing} cells have no value in the batch column {key!r}.", "Fill them or remove the cells.")
+    codes, names = pd.factorize(column.astype(str), sort=True)
+    return codes.astype(np.int64), tuple(map(str, names))
+
+
+def _lonely_batches(batch: np.ndarray, names: tuple[str, ...], condition: np.ndarray, split: np.ndarray) -> list[str]:
+    controls = np.bincount(batch[(condition == 0) & (split == splits.TRAIN)], minlength=len(names))
+    perturbed = np.bincount(batch[(condition > 0) & (split == splits.TRAIN)], minlength=len(names))
+    lonely = [names[b] for b in np.flatnonzero((controls == 0) & (perturbed > 0))]
+    if not lonely:
+        return []
+    return [f"Batches without control cells take controls of every batch: {_few(lonely)}."]
+
+
+def _few(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

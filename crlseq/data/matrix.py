@@ -1,0 +1,240 @@
+"""Screens on disk or in memory, read in blocks of cells: bounded memory, one path for every format."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import zarr
+
+from crlseq.errors import CrlseqError, InputError
+
+BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Labels of cells and genes, and the expression matrix, which may still lie on disk.
+
+    ``matrix`` is anything with ``shape`` and row slicing: ndarray, scipy CSR, h5py or zarr array, or an
+    AnnData backed sparse data set.
+    """
+
+    obs: pd.DataFrame
+    genes: pd.Index
+    matrix: Any
+    layers: tuple[str, ...]
+    source: str
+
+    @property
+    def n_cells(self) -> int:
+        return int(self.matrix.shape[0])
+
+    @property
+    def n_genes(self) -> int:
+        return int(self.matrix.shape[1])
+
+    def blocks(self) -> Iterator[tuple[slice, sp.csr_matrix]]:
+        """Consecutive rows as canonical float64 CSR blocks, with the rows they hold."""
+        step = max(1, BLOCK_VALUES // max(self.n_genes, 1))
+        for start in range(0, self.n_cells, step):
+            rows = slice(start, min(start + step, self.n_cells))
+            yield rows, as_csr(self.matrix[rows])
+
+    def rows(self, index: np.ndarray) -> sp.csr_matrix:
+        """Cells by ascending index as float64 CSR, read as few contiguous runs."""
+        runs = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1)
+        return sp.vstack([as_csr(self.matrix[int(run[0]) : int(run[-1]) + 1]) for run in runs if len(run)], format="csr")
+
+
+def as_csr(block: Any) -> sp.csr_matrix:
+    """Any block of cells as canonical CSR in native float64; masked values become NaN."""
+    if isinstance(block, np.ma.MaskedArray):
+        block = block.astype(np.float64).filled(np.nan)
+    if sp.issparse(block):
+        csr = sp.csr_matrix(block, dtype=np.float64, copy=True)
+        csr.sum_duplicates()
+        csr.eliminate_zeros()
+        return csr
+    return sp.csr_matrix(np.asarray(block, dtype=np.float64))
+
+
+@contextmanager
+def readable(source: str, what: str) -> Iterator[None]:
+    """Turns whatever a reader throws at a damaged file into one `InputError`."""
+    try:
+        yield
+    except CrlseqError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:  # h5py, zarr and anndata raise almost every type for damaged files
+        detail = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(
+            f"{source}: {what} cannot be read ({detail}).",
+            "The file may be cut short or damaged; check that `anndata.read_h5ad` opens it.",
+        ) from error
+
+
+@contextmanager
+def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> Iterator[Screen]:
+    """Open an h5ad file, a zarr store or an AnnData in memory, without reading the matrix.
+
+    Parameters
+    ----------
+    source
+        Path of a ``.h5ad`` file or ``.zarr`` folder or zip, or an AnnData.
+    layer
+        Name of the layer to use; None for ``X``.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, not an AnnData file or damaged, the layer is not there, or names of cells or
+        genes are not unique.
+    """
+    if isinstance(source, ad.AnnData):
+        adata, name = source, "the AnnData"
+        matrix = adata.X if layer is None else _named_layer(dict(adata.layers), layer, name)
+        yield _checked(adata.obs, adata.var_names, _row_sliceable(matrix, name), tuple(adata.layers), name)
+        return
+    path = Path(source)
+    if not path.exists():
+        raise InputError(f"There is no file {path}.", "Check the path.")
+    with _open_store(path) as store:
+        name = str(path)
+        with readable(name, "the table of cells or genes"):
+            obs, var = ad.io.read_elem(store["obs"]), ad.io.read_elem(store["var"])
+        layers = tuple(sorted(store["layers"])) if "layers" in store else ()
+        if layer is None:
+            if "X" not in store:
+                raise InputError(f"{name} has no matrix X.", f"Name a layer with --layer; there are: {_listed(layers)}.")
+            element = store["X"]
+        else:
+            element = _named_layer({key: store["layers"][key] for key in layers}, layer, name)
+        with readable(name, "the matrix"):
+            matrix = _row_sliceable(element, name)
+        yield _checked(obs, var.index, matrix, layers, name)
+
+
+@contextmanager
+def _open_store(path: Path) -> Iterator[Any]:
+    hint = "crlseq reads .h5ad files and .zarr stores as anndata writes them."
+    if path.is_dir() or zipfile.is_zipfile(path):
+        with readable(str(path), "the zarr store"):
+            store = zarr.open_group(str(path), mode="r")
+        if "obs" not in store or "var" not in store:
+            raise InputError(f"{path} is not an AnnData zarr store: it has no obs and var.", hint)
+        yield store
+        return
+    try:
+        is_hdf5 = h5py.is_hdf5(path)
+        handle = h5py.File(path, "r") if is_hdf5 else None
+    except OSError as error:
+        raise InputError(f"{path} cannot be opened: {error}.", "The file may be cut short; copy or download it again.") from None
+    if handle is None:
+        raise InputError(f"{path} is not an h5ad file.", hint)
+    with handle:
+        if "obs" not in handle or "var" not in handle:
+            raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
+        yield handle
+
+
+def _row_sliceable(element: Any, source: str) -> Any:
+    if element is None:
+        raise InputError(f"{source} has no matrix X.", "Put the expression into X or name a layer with --layer.")
+    if isinstance(element, (h5py.Group, zarr.Group)):
+        dataset = ad.io.sparse_dataset(element)
+        # Rows of a CSC matrix cannot be sliced from disk at a bearable speed.
+        element = dataset if dataset.format == "csr" else dataset.to_memory()
+    elif not isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)) and not sp.issparse(element):
+        element = np.asarray(element)
+    if sp.issparse(element) and element.format != "csr":
+        element = element.tocsr()
+    if len(element.shape) != 2:
+        raise InputError(f"{source}: the matrix has {len(element.shape)} dimensions instead of 2.", "Expected cells x genes.")
+    return element
+
+
+def _named_layer(layers: dict[str, Any], layer: str, source: str) -> Any:
+    if layer not in layers:
+        raise InputError(f"{source} has no layer {layer!r}.", f"Layers there: {_listed(sorted(layers))}.")
+    return layers[layer]
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(str(name)) for name in names) or "none"
+
+
+def _checked(obs: Any, genes: Any, matrix: Any, layers: tuple[str, ...], source: str) -> Screen:
+    if not isinstance(obs, pd.DataFrame):
+        raise InputError(f"{source}: obs is not a table.", "Write the file again with a current anndata.")
+    genes = pd.Index(np.asarray(genes).astype(str))
+    if matrix.shape != (len(obs), len(genes)):
+        raise InputError(
+            f"{source}: the matrix is {matrix.shape[0]} x {matrix.shape[1]}, but there are {len(obs)} cells and {len(genes)} genes.",
+            "The file is inconsistent; write it again.",
+        )
+    if not len(obs) or not len(genes):
+        raise InputError(f"{source} is empty: {len(obs)} cells and {len(genes)} genes.", "Check how it was written.")
+    for index, kind, call in ((obs.index, "cell", "obs"), (genes, "gene", "var")):
+        if not index.is_unique:
+            first = str(index[index.duplicated()][0])
+            raise InputError(f"{source}: the {kind} name {first!r} occurs more than once.", f"Use `adata.{call}_names_make_unique()`.")
+    return Screen(obs, genes, matrix, layers, source)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over all values found. ``totals`` (cells,) sums; ``detected`` (genes,) cells with a non-zero value."""
+
+    totals: np.ndarray
+    detected: np.ndarray
+    n_nonzero: int
+    n_negative: int
+    n_fractional: int
+    minimum: float
+    maximum: float
+
+
+def scan(screen: Screen) -> Scan:
+    """One pass over the matrix in blocks.
+
+    Raises
+    ------
+    InputError
+        At the first NaN or infinite value, naming its cell and gene.
+    """
+    totals, detected = np.zeros(screen.n_cells), np.zeros(screen.n_genes, dtype=np.int64)
+    n_nonzero = n_negative = n_fractional = 0
+    minimum = maximum = 0.0
+    with readable(screen.source, "the matrix"):
+        for rows, block in screen.blocks():
+            values = block.data
+            finite = np.isfinite(values)
+            if not finite.all():
+                at = int(np.flatnonzero(~finite)[0])
+                cell = rows.start + int(np.searchsorted(block.indptr, at, side="right")) - 1
+                gene = screen.genes[block.indices[at]]
+                raise InputError(
+                    f"{screen.source}: the value of gene {gene!r} in cell {str(screen.obs.index[cell])!r} is {values[at]}.",
+                    "Remove or replace NaN and infinite values first.",
+                )
+            totals[rows] = np.asarray(block.sum(1)).ravel()
+            detected += np.bincount(block.indices, minlength=screen.n_genes)
+            n_nonzero += len(values)
+            n_negative += int((values < 0).sum())
+            n_fractional += int((values != np.rint(values)).sum())
+            if len(values):
+                # Zeros that are stored nowhere count as well.
+                minimum, maximum = min(minimum, float(values.min())), max(maximum, float(values.max()))
+    return Scan(totals, detected, n_nonzero, n_negative, n_fractional, minimum, maximum)

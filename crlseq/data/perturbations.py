@@ -1,0 +1,400 @@
+"""Label column -> control cells, targets and vocabulary: the styles in the wild, and which one a file uses.
+
+A *reading* is a column, its control label and the separator of its combinations. Detection considers columns with a
+known control label. Column names of the table `STYLES` beat any other; where readings of equal standing differ, it
+refuses. All work is done on distinct labels, so that millions of cells cost little.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from crlseq.errors import InputError
+
+Ints = NDArray[np.int64]
+
+# Compared case-insensitively. Guide-level controls ("NTg7", "non-targeting_0001") are left to the user: a guess at
+# a prefix would one day take a gene for a control. Wild type is a genotype, not a control guide.
+CONTROL_LABELS = frozenset(
+    {"control", "ctrl", "unperturbed", "nt", "ntc", "non-targeting", "nontargeting", "non_targeting"}
+    | {"neg_ctrl", "negative_control"}
+)
+# "none", "na" and "<na>" are missing values that were once written as text.
+NEVER_PERTURBATIONS = frozenset({"nan", "none", "na", "<na>", "unassigned", "negative", "multiple", "doublet"})
+
+MISSING = "missing"
+STRATEGY_KEY = "genetic_perturbation_strategy"
+STRATEGIES = frozenset({"control", "no perturbations"})
+# style, columns that it uses, control labels that it uses; in the order in which agreeing columns are preferred
+STYLES: tuple[tuple[str, tuple[str, ...], frozenset[str]], ...] = (
+    ("pertpy/scPerturb", ("perturbation",), frozenset({"control", "nt", "non-targeting"})),
+    ("CPA", ("guide_ids",), frozenset({""})),
+    ("GEARS", ("condition",), frozenset({"ctrl"})),
+    ("cell-eval", ("target_gene", "gene"), frozenset({"non-targeting"})),
+    ("CELLxGENE", ("genetic_perturbation_id",), STRATEGIES),
+)
+KNOWN_KEYS = tuple(key for _, keys, _ in STYLES for key in keys)
+SEPARATORS = (" || ", "+", ",", "_")
+# Names hold "," (chemicals) and "_" (guides, loci) as well; these two need evidence, except where a style says so.
+STRONG_SEPARATORS = frozenset({" || ", "+"})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to read the perturbations of a file.
+
+    Attributes
+    ----------
+    key, control_label
+        Column of ``obs``, and its label of control cells.
+    separator
+        What joins the parts of combinations; None if no label is split.
+    style
+        ``pertpy/scPerturb``, ``GEARS``, ``CPA``, ``cell-eval``, ``CELLxGENE`` or ``plain``.
+    n_perturbations, n_combinations, n_control
+        Single perturbations in the vocabulary, distinct combinations, control cells.
+    reason
+        Why it is proposed, as one sentence.
+    """
+
+    key: str
+    control_label: str
+    separator: str | None
+    style: str
+    n_perturbations: int
+    n_combinations: int
+    n_control: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbations:
+    """Which perturbations every cell carries.
+
+    Attributes
+    ----------
+    key, control_label, separator, style
+        As in `Candidate`.
+    reason
+        What was chosen and why, as one or two sentences.
+    names
+        Sorted vocabulary of single perturbations, those that are seen only in combinations included.
+    conditions
+        Ascending indices into ``names`` per condition: ``()``, the control, then singles, then combinations by
+        size; each in the order of names.
+    condition_names
+        ``control_label``, ``A``, ``A+B`` (with ``separator``).
+    condition
+        int64 (cells,): index into ``conditions``; -1 where the cell is dropped.
+    dropped
+        Label -> number of cells that are dropped, since it names no perturbation; ``missing`` where there is none.
+    """
+
+    key: str
+    control_label: str
+    separator: str | None
+    style: str
+    reason: str
+    names: tuple[str, ...]
+    conditions: tuple[tuple[int, ...], ...]
+    condition_names: tuple[str, ...]
+    condition: Ints
+    dropped: dict[str, int]
+
+    @property
+    def is_control(self) -> NDArray[np.bool_]:
+        """Control cells, bool (cells,)."""
+        return np.asarray(self.condition == 0)
+
+    @property
+    def n_cells(self) -> Ints:
+        """Cells per condition, int64 (conditions,)."""
+        return np.bincount(self.condition[self.condition >= 0], minlength=len(self.conditions))
+
+
+def candidates(obs: pd.DataFrame) -> list[Candidate]:
+    """Propose ways to read the perturbations of ``obs``, the best first; a column appears once per possible reading."""
+    found = []
+    for r in _readings(obs, _label_columns(obs), None, None):
+        if len(r.names) > 1:
+            counts = len(r.names), sum(len(condition) > 1 for condition in r.conditions), int(r.is_control.sum())
+            found.append(Candidate(r.key, r.control_label, r.separator, r.style, *counts, r.reason))
+    return found
+
+
+def read_perturbations(
+    obs: pd.DataFrame, key: str | None = None, control_label: str | None = None, separator: str | None = None
+) -> Perturbations:
+    """Read the perturbations of all cells; what is not given is detected.
+
+    Parameters
+    ----------
+    obs
+        Cell annotations, one row per cell.
+    key
+        Column of ``obs``.
+    control_label
+        Label of control cells, exactly as in the column.
+    separator
+        What joins the parts of combinations; ``""`` if labels are never combinations.
+
+    Raises
+    ------
+    InputError
+        If there is no such column or control label, nothing can be detected, two readings are possible, or there
+        are fewer than two perturbations besides the control.
+    """
+    if key is not None and key not in obs.columns:
+        raise InputError(f"The cells have no column '{key}'.", _column_hint(obs, key))
+    readings = _readings(obs, _label_columns(obs) if key is None else [key], control_label, separator)
+    usable = [reading for reading in readings if len(reading.names) > 1]
+    if not usable:
+        raise _nothing_found(obs, key, control_label, readings)
+    chosen = usable[0]
+    same_column = [reading for reading in usable if reading.key == chosen.key]
+    if len(same_column) > 1:
+        raise _ambiguous_column(same_column)
+    # A known name beats the others whatever they say; equals must agree.
+    rivals = [r for r in usable[1:] if (r.key in KNOWN_KEYS) == (chosen.key in KNOWN_KEYS)]
+    for rival in rivals:
+        if difference := _difference(chosen, rival):
+            raise InputError(
+                f"Columns '{chosen.key}' and '{rival.key}' both look like perturbation labels, but {difference}.",
+                f"Choose with {_options('--perturbation-key', [chosen.key, rival.key])}.",
+            )
+    given = {"--perturbation-key": key, "--control-label": control_label, "--separator": separator}
+    told = " and ".join(option for option, value in given.items() if value is not None)
+    same = " and ".join(f"'{rival.key}'" for rival in rivals)
+    notes = (f" The same groups of cells are in {same}." if same else "") + (f" As told by {told}." if told else "")
+    return replace(chosen, reason=chosen.reason + notes)
+
+
+def _readings(
+    obs: pd.DataFrame, keys: Sequence[str], control_label: str | None, separator: str | None
+) -> list[Perturbations]:
+    """Every reading of these columns that has control cells and respects what is given, the best column first."""
+    if separator is not None:
+        separator = next((known for known in SEPARATORS if known.strip() == separator.strip()), separator)
+    readings = []
+    for key in keys:
+        labels, codes = _labels(obs[key])
+        # CELLxGENE says in a second column which cells are controls; their own labels are guides
+        marked = key == "genetic_perturbation_id" and STRATEGY_KEY in obs
+        strategies, strategy_codes = _labels(obs[STRATEGY_KEY]) if marked else ([], codes)
+        if control_label is not None:
+            controls = sorted({control_label.strip()} & {*labels, *strategies})
+        else:
+            controls = [strategy for strategy in strategies if strategy.casefold() in STRATEGIES]
+            known = CONTROL_LABELS | ({""} if key == "guide_ids" else set())
+            controls = controls or [label for label in labels if label.casefold() in known]
+        for control in controls:
+            used, used_codes, guides = labels, codes, set[str]()
+            if control in strategies:
+                by_strategy = strategy_codes == strategies.index(control)
+                own = [labels[code] for code in np.unique(codes[by_strategy]) if code >= 0]
+                guides = {part.strip() for label in own for part in label.split("||") if not _is_never(part.strip())}
+                used, used_codes = [*labels, control], np.where(by_strategy, len(labels), codes)
+            rules = _Rules(key, control, frozenset(guides), frozenset(used))
+            options = rules.separators() if separator is None else [separator or None]
+            readings += [rules.read(used, used_codes, option) for option in options]
+    return sorted(readings, key=lambda r: KNOWN_KEYS.index(r.key) if r.key in KNOWN_KEYS else len(KNOWN_KEYS))
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """How labels of one column are read, given its control; ``guides`` are further names of control guides."""
+
+    key: str
+    control: str
+    guides: frozenset[str]
+    labels: frozenset[str]
+
+    def is_control(self, part: str) -> bool:
+        """Whether a part of a combination is a control: "A+ctrl" is "A", also where control cells are "control"."""
+        spare = part.casefold() in CONTROL_LABELS and part not in self.labels
+        return part == self.control or part in self.guides or spare
+
+    def split(self, label: str, separator: str | None) -> list[str]:
+        """Parts of a label without the controls; none for control cells."""
+        if label == self.control:
+            return []
+        if separator is None:
+            return [label]
+        mark = separator.strip() or separator
+        if mark in self.control:  # "A_neg_ctrl"
+            label = label.removeprefix(self.control + mark).removesuffix(mark + self.control)
+        parts = (part.strip() for part in label.split(mark))
+        return [part for part in parts if not self.is_control(part)]
+
+    def separators(self) -> list[str | None]:
+        """Every separator with which the labels can be read (None: no combinations); two or more are ambiguous."""
+        strong = STRONG_SEPARATORS | {{"CPA": ",", "CELLxGENE": " || "}.get(self.style)}
+        no_names = NEVER_PERTURBATIONS | CONTROL_LABELS | {""}
+        labels = [label for label in self.labels if label != self.control and label.casefold() not in no_names]
+        certain: list[str | None] = []
+        possible: list[str | None] = []
+        for separator in SEPARATORS:
+            joined = [self.split(label, separator) for label in labels if separator.strip() in label]
+            singles = {label for label in labels if separator.strip() not in label}
+            read = [all(parts) if separator in strong else singles.issuperset(parts) for parts in joined]
+            if any(read) or _recombine(joined):
+                (certain if all(read) or not any(read) else possible).append(separator)
+        return certain + possible + ([] if certain else [None])
+
+    @property
+    def style(self) -> str:
+        control = self.control.casefold()
+        return next((name for name, keys, controls in STYLES if self.key in keys and control in controls), "plain")
+
+    def read(self, labels: Sequence[str], codes: Ints, separator: str | None) -> Perturbations:
+        counts = np.bincount(codes + 1, minlength=len(labels) + 1)
+        parts_of: dict[int, list[str]] = {}
+        dropped = Counter({MISSING: int(counts[0])})
+        for code in np.flatnonzero(counts[1:]).tolist():
+            parts = self.split(labels[code], separator)
+            if any(_is_never(part) for part in parts):  # half a combination is not known either
+                dropped[labels[code] or MISSING] += int(counts[code + 1])
+            else:
+                parts_of[code] = parts
+        names = sorted({part for parts in parts_of.values() for part in parts})
+        position = {name: i for i, name in enumerate(names)}
+        members = {code: tuple(sorted({position[part] for part in parts})) for code, parts in parts_of.items()}
+        conditions = sorted({(), *members.values()}, key=lambda condition: (len(condition), condition))
+        number = {condition: i for i, condition in enumerate(conditions)}
+        condition_of = np.full(len(labels) + 1, -1, dtype=np.int64)  # the last is for code -1, missing
+        for code, condition in members.items():
+            condition_of[code] = number[condition]
+        if all(parts in ([], [labels[code]]) for code, parts in parts_of.items()):
+            separator = None
+        joined = [(separator or "").join(names[i] for i in condition) for condition in conditions[1:]]
+        style = "" if self.style == "plain" else f" (as in {self.style} files)"
+        mark = f"'{STRATEGY_KEY}' is '{self.control}' in" if self.guides else f"its label '{self.control}' marks"
+        split = "no label is a combination" if separator is None else f"labels are split at '{separator}'"
+        return Perturbations(
+            key=self.key,
+            control_label=self.control,
+            separator=separator,
+            style=self.style,
+            reason=f"Column '{self.key}'{style} holds the perturbations, {mark} control cells, and {split}.",
+            names=tuple(names),
+            conditions=tuple(conditions),
+            condition_names=(self.control, *joined),
+            condition=condition_of[codes],
+            dropped={label: dropped[label] for label in sorted(dropped) if dropped[label]},
+        )
+
+
+def _label_columns(obs: pd.DataFrame) -> list[str]:
+    """Columns that can hold labels: numbers never contain a control label."""
+    return [key for key in obs.columns if not pd.api.types.is_numeric_dtype(obs[key].dtype)]
+
+
+def _labels(column: pd.Series) -> tuple[list[str], Ints]:
+    """Sorted distinct labels that occur, as text, and the index of each cell's label; -1 where it is missing."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        codes = column.cat.codes.to_numpy()
+        values: list[Hashable] = list(column.cat.categories)
+    else:
+        codes, found = pd.factorize(column)
+        values = list(found)
+    texts = [_text(value) for value in values]
+    labels = sorted({texts[code] for code in np.unique(codes) if code >= 0})  # unused levels do not count
+    position = {label: i for i, label in enumerate(labels)}
+    code_of = np.array([position.get(text, -1) for text in texts] + [-1], dtype=np.int64)
+    return labels, code_of[codes]
+
+
+def _text(value: Hashable) -> str:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    if isinstance(value, float) and value.is_integer():  # integers with missing values among them are read as floats
+        value = int(value)
+    return str(value).strip()
+
+
+def _is_never(part: str) -> bool:
+    return part == "" or part.casefold() in NEVER_PERTURBATIONS
+
+
+def _recombine(joined: Sequence[Sequence[str]]) -> bool:
+    """Whether the parts of labels recombine as perturbations do, and not as in "STAT1_g1", "STAT1_g2", "IRF1_g1"."""
+    labels_with = Counter(part for parts in joined for part in set(parts))
+    first = {parts[0] for parts in joined if len(parts) > 1}
+    later = {part for parts in joined for part in parts[1:]}
+    words = all(n > 1 and any(c.isalpha() for c in part) for part, n in labels_with.items())
+    return words and not first.isdisjoint(later)
+
+
+def _difference(a: Perturbations, b: Perturbations) -> str:
+    """What two readings disagree on; empty if each condition of one has the cells of one condition of the other."""
+    if not np.array_equal(a.is_control, b.is_control):
+        return "they disagree on which cells are control"
+    base = len(b.conditions) + 1
+    in_a, in_b = np.divmod(np.unique((a.condition + 1) * base + b.condition + 1), base)
+    # -1 for dropped cells, so that these must be the same too
+    sizes_a, sizes_b = (np.array([-1, *map(len, reading.conditions)]) for reading in (a, b))
+    if len(np.unique(in_a)) < len(in_a) or len(np.unique(in_b)) < len(in_b):
+        return "they group the cells differently"
+    return "" if np.array_equal(sizes_a[in_a], sizes_b[in_b]) else "they disagree on which cells carry combinations"
+
+
+def _ambiguous_column(readings: Sequence[Perturbations]) -> InputError:
+    key = readings[0].key
+    controls = {r.control_label: int(r.is_control.sum()) for r in readings}
+    if len(controls) > 1:
+        listed = " and ".join(f"'{label}' ({n} cells)" for label, n in controls.items())
+        return InputError(
+            f"Column '{key}' has more than one control label: {listed}.",
+            f"Choose with {_options('--control-label', list(controls))}.",
+        )
+    ways = [f"combinations at '{r.separator}'" if r.separator else "single perturbations" for r in readings]
+    return InputError(
+        f"Labels of column '{key}' can be read as {' or as '.join(ways)}.",
+        f"Choose with {_options('--separator', [r.separator or '' for r in readings])}.",
+    )
+
+
+def _nothing_found(
+    obs: pd.DataFrame, key: str | None, control_label: str | None, readings: Sequence[Perturbations]
+) -> InputError:
+    if readings:
+        best = readings[0]
+        besides = f"only the perturbation '{best.names[0]}'" if best.names else "no perturbation"
+        return InputError(
+            f"Column '{best.key}' has {besides} besides the control '{best.control_label}', and two are needed.",
+            "Name a column with more perturbations with --perturbation-key.",
+        )
+    if key is None:
+        known = "a known control label" if control_label is None else f"the label '{control_label}'"
+        return InputError(f"No column has {known}.", _column_hint(obs, "perturbation"))
+    labels = _labels(obs[key])[0]
+    missing = "none of its labels is a known one" if control_label is None else f"none is labelled '{control_label}'"
+    return InputError(
+        f"Column '{key}' has no control cells: {missing}.",
+        f"Say which label is the control with --control-label; labels: {_some(labels, control_label or 'control')}.",
+    )
+
+
+def _column_hint(obs: pd.DataFrame, key: str) -> str:
+    columns = _some([str(column) for column in obs.columns], key)
+    return f"Name the column with --perturbation-key and its control with --control-label; columns: {columns}."
+
+
+def _some(values: Sequence[str], like: str) -> str:
+    """Up to eight values, those first that resemble ``like``."""
+    alike = [value for value in values if like.casefold() in value.casefold()]
+    first = list(dict.fromkeys([*difflib.get_close_matches(like, values[:20000]), *alike, *values]))[:8]
+    more = f" and {len(values) - 8} more" if len(values) > 8 else ""
+    return ", ".join(f"'{value}'" for value in first) + more if first else "none"
+
+
+def _options(option: str, values: Sequence[str]) -> str:
+    return " or ".join(f"{option} {shlex.quote(value)}" for value in values)

@@ -1,0 +1,192 @@
+"""Counts or log-normalised? Normalise, choose genes, and record what was done."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import anndata as ad
+import numpy as np
+import scipy.sparse as sp
+
+from crlseq.data.matrix import Scan, Screen, readable
+from crlseq.errors import InputError
+
+MAX_LOG = 30.0  # log1p of the largest count a screen could hold is 20 or so
+N_CELLS_FOR_GENES = 50_000  # highly variable genes are chosen on at most so many cells
+TRANSFORMED_SHARE = 0.05  # share of negative values among the non-zero ones above which they are meant
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What was done to the values: recorded in ``run.json``, enough to do it again to other cells.
+
+    ``values`` is ``counts``, ``log`` or ``continuous``; ``target_sum`` the total that counts were scaled to,
+    None for the others; ``genes`` the fitted genes in the file's order.
+    """
+
+    values: str
+    reason: str
+    layer: str | None
+    target_sum: float | None
+    genes: tuple[str, ...]
+    gene_choice: str
+    n_genes_in_file: int
+    n_silent_genes: int
+
+    def apply(self, counts: sp.csr_matrix) -> sp.csr_matrix:
+        """Normalised cells (n, all genes): log1p(count / total * target_sum) for counts, unchanged otherwise."""
+        if self.target_sum is None:
+            return counts
+        totals = np.asarray(counts.sum(1)).ravel()
+        normalised = sp.diags_array(self.target_sum / np.maximum(totals, 1e-300)).tocsr() @ counts
+        return sp.csr_matrix(normalised).log1p()
+
+
+def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str, str]:
+    """``counts``, ``log`` or ``continuous``, and the reason in words.
+
+    Counts are whole and not negative; log-normalised values are fractional, not negative and small;
+    continuous values (scaled data, residuals, simulations) are negative for a good part. A few negative
+    values are a mistake in the file.
+
+    Raises
+    ------
+    InputError
+        If the values are none of these, or contradict what was asked for.
+    """
+    hint = "Give raw UMI counts or log-normalised values (`sc.pp.normalize_total`, `sc.pp.log1p`), in X or with --layer."
+    if not scanned.n_nonzero:
+        raise InputError(f"{source}: all values are zero.", hint)
+    whole, share = scanned.n_fractional == 0, scanned.n_negative / scanned.n_nonzero
+    if scanned.n_negative:
+        meant = asked == "continuous" or (not whole and TRANSFORMED_SHARE <= share <= 1 - TRANSFORMED_SHARE)
+        if not meant or asked in ("counts", "log"):
+            raise InputError(
+                f"{source}: {scanned.n_negative} values are negative (the smallest is {scanned.minimum:g}).",
+                hint + " If they are meant, say --values continuous.",
+            )
+        return "continuous", f"{share:.0%} of the non-zero values are negative: used as they are"
+    if asked == "continuous":
+        return "continuous", "as asked: used as they are"
+    if asked == "counts" or (asked == "auto" and whole):
+        if not whole:
+            raise InputError(f"{source}: {scanned.n_fractional} values are not whole numbers, so these are no counts.", hint)
+        if asked == "auto":
+            _refuse_odd_integers(scanned, source, hint)
+        return "counts", f"all values are whole numbers, the largest {scanned.maximum:g}"
+    if scanned.maximum > MAX_LOG:
+        raise InputError(
+            f"{source}: values are fractional and reach {scanned.maximum:g}, so they are neither counts nor log-normalised.", hint
+        )
+    return "log", f"values are fractional and at most {scanned.maximum:.3g}"
+
+
+def _refuse_odd_integers(scanned: Scan, source: str, hint: str) -> None:
+    n_values = len(scanned.totals) * len(scanned.detected)
+    odd = None
+    if scanned.maximum <= 1:
+        odd = "all values are 0 or 1"
+    elif scanned.n_nonzero == n_values and len(scanned.totals) > 1 and np.ptp(scanned.totals) == 0:
+        odd = "all cells have the same total and no zero, as ranks have"
+    elif scanned.n_nonzero == n_values and scanned.maximum <= 20:
+        odd = f"the matrix is whole-numbered, has no zero and reaches only {scanned.maximum:g}, as rounded logarithms do"
+    if odd:
+        raise InputError(f"{source}: {odd}, which are neither counts nor log-normalised values.", hint + " --values overrules this.")
+
+
+def refuse_silent_cells(screen: Screen, scanned: Scan, used: np.ndarray) -> None:
+    """A used cell without any count cannot be normalised; usually an empty droplet or a damaged row."""
+    silent = np.flatnonzero((scanned.totals == 0) & used)
+    if len(silent):
+        raise InputError(
+            f"{screen.source}: {len(silent)} cells have no counts at all (the first is {str(screen.obs.index[silent[0]])!r}).",
+            "Remove them with `sc.pp.filter_cells(adata, min_counts=1)`.",
+        )
+
+
+def plan_preprocessing(
+    screen: Screen,
+    scanned: Scan,
+    values: tuple[str, str],
+    used: np.ndarray,
+    n_top_genes: int | str = 5000,
+    genes: tuple[str, ...] | None = None,
+    layer: str | None = None,
+    seed: int = 0,
+) -> Preprocessing:
+    """Decide target sum and genes; reads at most `N_CELLS_FOR_GENES` cells.
+
+    Parameters
+    ----------
+    used
+        (cells,) bool, the cells that take part in the fit.
+    n_top_genes
+        Number of highly variable genes (scanpy's "seurat" flavour on normalised cells), or ``all``.
+    genes
+        These genes instead.
+
+    Raises
+    ------
+    InputError
+        If a gene asked for is missing or has no count, or fewer than two genes are left.
+    """
+    kind, reason = values
+    target_sum = float(np.median(scanned.totals[used])) if kind == "counts" else None
+    silent = scanned.detected == 0
+    record = Preprocessing(kind, reason, layer, target_sum, (), "", screen.n_genes, int(silent.sum()))
+    expressed = np.flatnonzero(~silent)
+    if genes is not None:
+        chosen, choice = _asked_genes(screen, silent, genes), f"{len(genes)} genes as listed"
+    elif n_top_genes == "all" or len(expressed) <= int(n_top_genes):
+        chosen, choice = expressed, f"all {len(expressed)} genes with a value"
+    else:
+        chosen = expressed[_highly_variable(screen, record, used, expressed, int(n_top_genes), seed)]
+        choice = f"{len(chosen)} most variable of {len(expressed)} genes"
+    if len(chosen) < 2:
+        raise InputError(f"{screen.source}: only {len(chosen)} gene can be fitted.", "At least two genes with values are needed.")
+    fitted = tuple(screen.genes[chosen])
+    return Preprocessing(kind, reason, layer, target_sum, fitted, choice, screen.n_genes, int(silent.sum()))
+
+
+def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> np.ndarray:
+    position = screen.genes.get_indexer(list(genes))
+    missing = [gene for gene, at in zip(genes, position, strict=True) if at < 0]
+    if missing:
+        close = difflib.get_close_matches(missing[0], screen.genes, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Genes there are named like {screen.genes[0]!r}."
+        raise InputError(f"{screen.source}: {len(missing)} of the listed genes are not there, first {missing[0]!r}.", hint)
+    if silent[position].any():
+        first = screen.genes[position[silent[position]][0]]
+        raise InputError(f"{screen.source}: the listed gene {first!r} is zero in every cell.", "Take it off the list.")
+    return np.unique(position)
+
+
+def _highly_variable(
+    screen: Screen, record: Preprocessing, used: np.ndarray, columns: np.ndarray, n_top: int, seed: int
+) -> np.ndarray:
+    import scanpy as sc  # late: seconds to import
+
+    cells = np.flatnonzero(used)
+    if len(cells) > N_CELLS_FOR_GENES:
+        cells = np.sort(np.random.default_rng(seed).choice(cells, N_CELLS_FOR_GENES, replace=False))
+    with readable(screen.source, "the matrix"):
+        sample = ad.AnnData(record.apply(screen.rows(cells))[:, columns].astype(np.float32))
+    if record.values == "continuous":  # no mean-variance trend to take out
+        variance = np.asarray(sample.X.power(2).mean(0) - np.square(sample.X.mean(0))).ravel()
+        return np.sort(np.argsort(-variance, kind="stable")[:n_top])
+    sc.pp.highly_variable_genes(sample, n_top_genes=n_top, flavor="seurat")
+    return np.flatnonzero(sample.var["highly_variable"].to_numpy())
+
+
+def load(screen: Screen, record: Preprocessing) -> sp.csr_matrix | np.ndarray:
+    """Normalised float32 expression (cells, fitted genes) of the whole screen, read in blocks.
+
+    CSR when most values are zero, else a dense array.
+    """
+    columns = screen.genes.get_indexer(list(record.genes))
+    with readable(screen.source, "the matrix"):
+        parts = [record.apply(block)[:, columns].astype(np.float32) for _, block in screen.blocks()]
+    x = sp.csr_matrix(sp.vstack(parts, format="csr"))
+    x.sort_indices()
+    return x if x.nnz < 0.5 * x.shape[0] * x.shape[1] else x.toarray()

@@ -1,0 +1,52 @@
+"""Train, validation and held-out cells, drawn within every condition."""
+
+from __future__ import annotations
+
+import numpy as np
+
+SPLITS = ("unused", "train", "validation", "test")
+UNUSED, TRAIN, VALIDATION, TEST = range(4)
+
+MIN_TRAIN = 2  # an unbiased MMD needs two cells a side, so a split never leaves or takes fewer
+MIN_HELD_OUT = 2
+
+
+def split_cells(
+    condition: np.ndarray,
+    fitted: np.ndarray,
+    held_out: np.ndarray,
+    validation: float,
+    test: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """One code of `SPLITS` for every cell.
+
+    Parameters
+    ----------
+    condition
+        (cells,) condition of each cell; below 0: dropped.
+    fitted, held_out
+        (conditions,) bool. Cells of fitted conditions are divided; cells of held-out ones are all test cells;
+        of others, unused.
+    validation, test
+        Shares of a fitted condition's cells. A share that comes to fewer than two cells, or leaves fewer than
+        two to train on, is not taken.
+    rng
+        Draws the cells; conditions are visited in order, so one seed gives one split.
+    """
+    split = np.zeros(len(condition), dtype=np.int8)
+    order = np.argsort(condition, kind="stable")
+    bounds = np.searchsorted(condition[order], np.arange(len(fitted) + 1))
+    for c in range(len(fitted)):
+        cells = order[bounds[c] : bounds[c + 1]]
+        if held_out[c]:
+            split[cells] = TEST
+        elif fitted[c]:
+            split[cells] = TRAIN
+            shuffled, taken = rng.permutation(cells), 0
+            for share, code in ((test, TEST), (validation, VALIDATION)):
+                n = round(share * len(cells))
+                if n >= MIN_HELD_OUT and len(cells) - taken - n >= MIN_TRAIN:
+                    split[shuffled[taken : taken + n]] = code
+                    taken += n
+    return split

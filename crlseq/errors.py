@@ -1,0 +1,49 @@
+"""Errors that a user can act on: what is wrong, what to do, and the exit code."""
+
+from __future__ import annotations
+
+
+class CrlseqError(Exception):
+    """One sentence of what went wrong, and a hint of what to do about it.
+
+    Parameters
+    ----------
+    message
+        What is wrong, as one sentence.
+    hint
+        What the user can do, as one sentence; may be empty.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class UsageError(CrlseqError):
+    """The options contradict each other or are out of range."""
+
+    exit_code = 2
+
+
+class InputError(CrlseqError):
+    """The data, or the place to write to, cannot be used as they are."""
+
+    exit_code = 3
+
+
+class ConvergenceError(CrlseqError):
+    """The fit did not converge or failed its checks."""
+
+    exit_code = 4
+
+
+class Interrupted(CrlseqError):
+    """The user stopped the work; what is needed to resume is on disk."""
+
+    exit_code = 130

@@ -1,0 +1,224 @@
+"""A fit as tables, graph files and AnnData keys: the formats that pandas, Cytoscape and scanpy open."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    import anndata as ad
+
+DETECTABLE_FDR = 0.05
+LABEL_DRIVERS = 3
+
+
+def program_names(n: int) -> list[str]:
+    """P0, P1, ... in topological order."""
+    return [f"P{k}" for k in range(n)]
+
+
+def program_table(genes: tuple[str, ...], loading: np.ndarray, total_effect: np.ndarray) -> pd.DataFrame:
+    """``program, gene, loading, total_effect, rank``; loadings (p, G); rank 1 is the largest |loading|."""
+    order = np.argsort(-np.abs(loading), axis=1, kind="stable")
+    p, n = loading.shape
+    rows = np.repeat(np.arange(p), n)
+    columns = order.ravel()
+    return pd.DataFrame({
+        "program": np.repeat(program_names(p), n),
+        "gene": np.asarray(genes, dtype=object)[columns],
+        "loading": loading[rows, columns],
+        "total_effect": total_effect[rows, columns],
+        "rank": np.tile(np.arange(1, n + 1), p),
+    })  # fmt: skip
+
+
+def intervention_table(
+    perturbations: tuple[str, ...],
+    target: np.ndarray,
+    weight: np.ndarray,
+    shift: np.ndarray,
+    retention: np.ndarray,
+    noise_scale: np.ndarray,
+    tests: Mapping[str, np.ndarray],
+) -> pd.DataFrame:
+    """One row a single perturbation; all arguments (K,) but ``weight`` (K, p)."""
+    names = np.asarray(program_names(weight.shape[1]), dtype=object)
+    return pd.DataFrame({
+        "perturbation": np.asarray(perturbations, dtype=object),
+        "program": names[target],
+        "weight": weight[np.arange(len(target)), target],
+        "shift": shift,
+        "retention": retention,
+        "n_cells": tests["n_cells"],
+        "p_value": tests["p_value"],
+        "fdr": tests["fdr"],
+        "energy_distance": tests["energy"],
+        "noise_scale": noise_scale,
+    })  # fmt: skip
+
+
+def program_labels(interventions: pd.DataFrame, n_programs: int) -> list[str]:
+    """A readable name a program: its strongest perturbations with a detectable effect."""
+    labels = []
+    for name in program_names(n_programs):
+        drivers = interventions[(interventions["program"] == name) & (interventions["fdr"] <= DETECTABLE_FDR)]
+        order = drivers["shift"].abs().sort_values(ascending=False, kind="stable").index
+        strongest = [str(value) for value in drivers.loc[order, "perturbation"][:LABEL_DRIVERS]]
+        more = len(order) - len(strongest)
+        labels.append(", ".join(strongest) + (f" +{more}" if more else "") if strongest else "no driver")
+    return labels
+
+
+def edge_table(weights: np.ndarray, declared: np.ndarray, verdict: str) -> pd.DataFrame:
+    """``source, target, weight, support, identified``: the declared edges; weights and declared (p, p)."""
+    names = np.asarray(program_names(len(weights)), dtype=object)
+    source, target = np.nonzero(declared)
+    return pd.DataFrame({
+        "source": names[source],
+        "target": names[target],
+        "weight": weights[source, target],
+        "support": np.full(len(source), np.nan),
+        "identified": np.full(len(source), verdict, dtype=object),
+    })  # fmt: skip
+
+
+def dag_graph(programs: list[dict[str, Any]], edges: pd.DataFrame, identification: Mapping[str, str]) -> nx.DiGraph:
+    """Programs as nodes, declared edges with weight (and support where there is one), the verdict on the graph."""
+    graph: nx.DiGraph = nx.DiGraph(identified=identification["verdict"], reason=identification["reason"])
+    for program in programs:
+        graph.add_node(program["name"], label=program["label"], drivers=program["drivers"], genes=program["genes"])
+    for row in edges.itertuples(index=False):
+        attributes = {"weight": float(row.weight), "identified": str(row.identified)}
+        if not np.isnan(row.support):
+            attributes["support"] = float(row.support)
+        graph.add_edge(row.source, row.target, **attributes)
+    return graph
+
+
+def graphml(graph: nx.DiGraph) -> bytes:
+    """GraphML of a DAG; characters that XML cannot hold are replaced."""
+    clean: nx.DiGraph = nx.DiGraph(**{key: _xml_text(value) for key, value in graph.graph.items()})
+    for node, values in graph.nodes(data=True):
+        clean.add_node(node, **{key: _xml_text(value) for key, value in values.items()})
+    clean.add_edges_from(graph.edges(data=True))
+    buffer = io.BytesIO()
+    nx.write_graphml(clean, buffer)
+    return buffer.getvalue()
+
+
+def _xml_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return re.sub("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", value)
+
+
+def dag_json(graph: nx.DiGraph) -> str:
+    """The DAG in networkx's node-link form, with the verdict under ``graph``."""
+    return json.dumps(nx.node_link_data(graph, edges="edges"), indent=1, ensure_ascii=False)
+
+
+def anndata_keys(
+    info: Mapping[str, Any],
+    programs: pd.DataFrame,
+    interventions: pd.DataFrame,
+    edges_weights: np.ndarray,
+    var_names: pd.Index,
+    latents: np.ndarray,
+    split: np.ndarray,
+) -> dict[str, dict[str, Any]]:
+    """The keys that crlseq adds to an AnnData, by slot.
+
+    Parameters
+    ----------
+    edges_weights
+        (p, p) standardised adjacency, all of it.
+    latents
+        (cells, p) float32.
+    split
+        (cells,) names of splits.
+    """
+    names = [program["name"] for program in info["programs"]]
+    p = len(names)
+    wide = programs.pivot(index="gene", columns="program", values="loading")[names]
+    loadings = wide.reindex(var_names)
+    fitted = loadings.notna().all(axis=1).to_numpy()
+    order = np.argsort(-wide.to_numpy(), axis=0, kind="stable")
+    fields = {name: np.asarray(wide.index, dtype=str)[order[:, k]] for k, name in enumerate(names)}
+    scores = {name: wide.to_numpy()[order[:, k], k].astype(np.float32) for k, name in enumerate(names)}
+    return {
+        "obsm": {"X_crlseq": np.ascontiguousarray(latents, dtype=np.float32)},
+        "varm": {"crlseq_programs": np.ascontiguousarray(loadings.fillna(0.0).to_numpy(np.float32))},
+        "obs": {"crlseq_split": pd.Categorical(split, categories=["train", "validation", "test", "unused"])},
+        "var": {"crlseq_fitted": fitted},
+        "uns": {
+            "crlseq": {
+                "params": _flat(info["config"]),
+                "program_names": np.array(names, dtype=str),
+                "program_labels": np.array([program["label"] for program in info["programs"]], dtype=str),
+                "adjacency": edges_weights.reshape(p, p),
+                "interventions": interventions.set_index("perturbation"),
+                "identified": info["identification"]["verdict"],
+                "identified_reason": info["identification"]["reason"],
+                "names": _records(fields),
+                "scores": _records(scores),
+                "run_json": json.dumps(info, ensure_ascii=False),
+            }
+        },
+    }
+
+
+def _records(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.rec.fromarrays(list(columns.values()), names=list(columns))
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """One level of numbers, strings and bools, all that every anndata writes; the rest is in ``run_json``."""
+    flat: dict[str, Any] = {"preset": config["preset"]}
+    for section in ("data", "model", "training"):
+        flat |= {name: value for name, value in config[section].items() if isinstance(value, str | int | float | bool)}
+    return flat
+
+
+def set_keys(adata: ad.AnnData, keys: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put `anndata_keys` into an AnnData in memory."""
+    for slot, values in keys.items():
+        for name, value in values.items():
+            getattr(adata, slot)[name] = value
+
+
+def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[str, Mapping[str, Any]]) -> None:
+    """The input with crlseq's keys as an h5ad file.
+
+    An h5ad file is copied and the keys are added to the copy, so that the matrix is never read and nothing else
+    in it changes; other inputs are written by anndata.
+    """
+    import anndata as ad
+    import h5py
+
+    path.unlink(missing_ok=True)
+    with ad.settings.override(allow_write_nullable_strings=True):
+        if isinstance(source, ad.AnnData) or not h5py.is_hdf5(source):
+            adata = source.copy() if isinstance(source, ad.AnnData) else ad.read_zarr(source)
+            set_keys(adata, keys)
+            adata.write_h5ad(path, compression="gzip")
+            return
+        shutil.copyfile(source, path)
+        with h5py.File(path, "r+") as handle:
+            for slot, values in keys.items():
+                if slot in ("obs", "var"):
+                    table = ad.io.read_elem(handle[slot])
+                    ad.io.write_elem(handle, slot, table.assign(**values), dataset_kwargs={"compression": "gzip"})
+                    continue
+                if slot not in handle:
+                    ad.io.write_elem(handle, slot, {})
+                for name, value in values.items():
+                    ad.io.write_elem(handle[slot], name, value)

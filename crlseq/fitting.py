@@ -1,0 +1,356 @@
+"""From a file to a finished run folder: read, fit, analyse, write whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+
+from crlseq import __version__
+from crlseq.analysis.dag import Dag, find_dag
+from crlseq.analysis.effects import effect_tests
+from crlseq.analysis.interventions import find_interventions
+from crlseq.analysis.prediction import evaluate_held_out
+from crlseq.analysis.programs import find_programs
+from crlseq.config import Config, make_config, to_toml
+from crlseq.data import splits
+from crlseq.data.dataset import PerturbSeqData, read_data
+from crlseq.data.projection import effect_rank, principal_components
+from crlseq.errors import InputError, UsageError
+from crlseq.export import edge_table, intervention_table, program_labels, program_table
+from crlseq.report import write_report
+from crlseq.run import FORMAT, Run, load
+from crlseq.training.checkpoint import save_weights
+from crlseq.training.trainer import Fit, fit_model, resolve_device
+
+N_COMPONENTS = 50
+PACKAGES = ("torch", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a fit tells while it runs; by default it says nothing."""
+
+    stage: Callable[[str], None] = lambda text: None
+    note: Callable[[str], None] = lambda text: None
+    epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None
+
+
+def fit(
+    source: str | Path | ad.AnnData,
+    output: str | Path | None = None,
+    *,
+    preset: str | None = None,
+    config: Config | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Run:
+    """Fit a Discrepancy-VAE to a Perturb-seq screen.
+
+    Parameters
+    ----------
+    source
+        A ``.h5ad`` file, a zarr store, or an AnnData in memory.
+    output
+        Run folder to write; None keeps the run in memory.
+    preset
+        ``default`` or ``paper``.
+    config
+        A whole configuration, in place of `preset` and `options`.
+    resume
+        Go on with an unfinished fit of the same input and options.
+    force
+        Replace a run, finished or not, that lies at `output`.
+    options
+        Fields of `crlseq.config.DataConfig`, `ModelConfig` and `TrainingConfig` by name, such as
+        ``n_latents=8``, ``perturbation_key="condition"``, ``epochs=50``, ``seed=1``.
+
+    Returns
+    -------
+    The finished run.
+
+    Raises
+    ------
+    InputError
+        If the screen cannot be used or the output cannot be written.
+    UsageError
+        If options contradict each other or are out of range.
+    ConvergenceError
+        If the loss is not finite.
+    """
+    progress = progress or Progress()
+    if config is None:
+        config = make_config(preset, **options)
+    elif options or preset:
+        raise UsageError("A configuration and single options were both given.", "Give one of them.")
+    if resume and output is None:
+        raise UsageError("There is nothing to resume without an output.", "Give the folder of the unfinished run.")
+    resolve_device(config.training.device)  # fails before anything is read
+    if output is None:
+        return _fit(source, None, None, config, progress)
+    target = Path(output)
+    if resume and (target / "run.json").is_file():
+        progress.note(f"{target} is finished already.")
+        return load(target)
+    _refuse_output(target, resume, force)
+    return _fit(source, target, target.with_name(target.name + ".partial"), config, progress, resume)
+
+
+def _fit(
+    source: str | Path | ad.AnnData,
+    target: Path | None,
+    partial: Path | None,
+    config: Config,
+    progress: Progress,
+    resume: bool = False,
+) -> Run:
+    started = datetime.now(UTC)
+    training = config.training
+    if training.threads is not None:
+        torch.set_num_threads(training.threads)
+    progress.stage("reading the screen")
+    digest = _sha256(source)
+    data = read_data(source, config.data, training.seed)
+    for note in data.notes:
+        progress.note(note)
+    progress.stage("testing which perturbations have an effect")
+    scores = principal_components(data, N_COMPONENTS, training.seed)
+    n_latents, reason = _resolve_n_latents(config, data, scores)
+    progress.note(f"{n_latents} latents: {reason}.")
+    tests = effect_tests(data, scores, training.seed)
+
+    identity = hashlib.sha256(f"{__version__}\n{digest}\n{n_latents}\n{to_toml(config)}".encode()).hexdigest()
+    with _working_folder(partial, resume) as folder:
+        progress.stage("fitting")
+        fitted = fit_model(
+            data, config, n_latents, folder and folder / "resume.pt", identity,
+            lambda record: progress.epoch(record, training.epochs),
+        )  # fmt: skip
+        progress.stage("reading off programs, interventions and the DAG")
+        fitted.model.cpu()
+        run = _analyse(fitted, data, config, tests)
+        info = run.info | {
+            "command": shlex.join(["crlseq", *sys.argv[1:]]) if Path(sys.argv[0]).name.startswith(("crlseq", "scanpy-crlseq", "__main__")) else "crlseq.fit",
+            "input": {
+                "path": "in memory" if isinstance(source, ad.AnnData) else str(Path(source).resolve()),
+                "sha256": digest,
+                "n_cells": int(data.x.shape[0]),
+                "n_genes": data.preprocessing.n_genes_in_file,
+            },
+            "n_latents_reason": reason,
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round((datetime.now(UTC) - started).total_seconds(), 2),
+        }  # fmt: skip
+        cells = source.obs_names if isinstance(source, ad.AnnData) else None
+        run = Run(
+            info, run.programs, run.interventions, run.edges, run.history, run.evaluation,
+            weights=run.weights, splits=_split_names(data, cells, source),
+        )  # fmt: skip
+        if folder is None or target is None:
+            return run
+        progress.stage("writing")
+        run.write_tables(folder)
+        assert run.weights is not None
+        save_weights(folder / "model.safetensors", *run.weights)
+        run.write_h5ad(source, folder / "crlseq.h5ad")
+        write_report(run, folder / "report.html")
+    assert partial is not None
+    _move_into_place(partial, target)
+    return load(target)
+
+
+def _analyse(fitted: Fit, data: PerturbSeqData, config: Config, tests: dict[str, np.ndarray]) -> Run:
+    """Tables of a fit; ``info`` lacks what only the whole job knows (input, times, command)."""
+    programs = find_programs(fitted.model, data)
+    found = find_interventions(fitted.model, programs)
+    dag = find_dag(fitted.model, programs, config.model)
+    program_rows = program_table(data.genes, programs.loading, programs.total_effect)
+    intervention_rows = intervention_table(
+        data.perturbation_names, found.target, found.weight, found.shift, found.retention, found.noise_scale, tests
+    )
+    edges = edge_table(dag.weights, dag.declared, dag.identification.verdict)
+    evaluation = evaluate_held_out(fitted.model, data, config.training.seed)
+    info = {
+        "format": FORMAT,
+        "version": __version__,
+        "config": config.model_dump(mode="json"),
+        "seed": config.training.seed,
+        "device": str(resolve_device(config.training.device)),
+        "threads": torch.get_num_threads(),
+        "packages": _packages(),
+        "var_names_sha256": hashlib.sha256("\n".join(data.genes).encode()).hexdigest(),
+        "perturbation_key": data.labels.key,
+        "control_label": data.labels.control_label,
+        "label_reason": data.labels.reason,
+        "preprocessing": asdict(data.preprocessing),
+        "cells": {name: int((data.split == code).sum()) for code, name in enumerate(splits.SPLITS)},
+        "conditions": _condition_rows(data),
+        "notes": list(data.notes),
+        "n_latents": len(programs.scale),
+        "programs": _program_rows(program_rows, intervention_rows, programs.scale, programs.center),
+        "adjacency": dag.weights.tolist(),
+        "identification": asdict(dag.identification),
+        "training": {
+            "epochs_run": len(fitted.history),
+            "best_epoch": fitted.best_epoch,
+            "stopped_early": fitted.stopped_early,
+            "bandwidth": fitted.bandwidth,
+        },
+        "metrics": _metrics(evaluation, intervention_rows, dag),
+    }
+    history = pd.DataFrame(fitted.history).astype({"epoch": int})
+    weights = ({name: value.cpu() for name, value in fitted.model.state_dict().items()}, fitted.architecture)
+    return Run(info, program_rows, intervention_rows, edges, history, evaluation, weights=weights)
+
+
+def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:
+    rows = []
+    for c, (name, parts) in enumerate(zip(data.condition_names, data.conditions, strict=True)):
+        counts = np.bincount(data.split[data.condition == c], minlength=len(splits.SPLITS))
+        cells = {code_name: int(n) for code_name, n in zip(splits.SPLITS, counts, strict=True) if n}
+        rows.append({"name": name, "perturbations": [data.perturbation_names[k] for k in parts], "cells": cells})
+    return rows
+
+
+def _program_rows(
+    programs: pd.DataFrame, interventions: pd.DataFrame, scale: np.ndarray, center: np.ndarray, top: int = 10
+) -> list[dict[str, Any]]:
+    labels = program_labels(interventions, len(scale))
+    genes = programs[programs["rank"] <= top].groupby("program")["gene"].agg(", ".join)
+    rows = []
+    for k, label in enumerate(labels):
+        drivers = interventions.loc[interventions["program"] == f"P{k}", "perturbation"]
+        rows.append({
+            "name": f"P{k}", "label": label, "drivers": ", ".join(map(str, drivers)), "genes": genes[f"P{k}"],
+            "scale": float(scale[k]), "center": float(center[k]),
+        })  # fmt: skip
+    return rows
+
+
+def _metrics(evaluation: pd.DataFrame, interventions: pd.DataFrame, dag: Dag) -> dict[str, Any]:
+    metrics: dict[str, Any] = {
+        "n_detected": int((interventions["fdr"] <= 0.05).sum()),
+        "n_edges": int(dag.declared.sum()),
+    }
+    if len(evaluation):
+        metrics["evaluated_on"] = str(evaluation["split"].iloc[0])
+        for column in ("mmd2", "mmd2_no_change", "pearson_delta", "l2", "l2_no_change"):
+            mean = evaluation[column].mean()
+            metrics[column] = None if np.isnan(mean) else float(mean)
+    return metrics
+
+
+def _resolve_n_latents(config: Config, data: PerturbSeqData, scores: np.ndarray) -> tuple[int, str]:
+    n, k = config.model.n_latents, len(data.perturbation_names)
+    if n is not None:
+        if n > k:
+            raise InputError(
+                f"{n} latents were asked for, but only {k} perturbations are fitted.",
+                "Each latent needs a perturbation of its own: ask for fewer latents.",
+            )
+        return n, "as asked"
+    if config.preset == "paper":
+        return k, "one a perturbation, as published"
+    return effect_rank(scores, data), "the number of independent directions in which perturbations move the mean"
+
+
+def _split_names(data: PerturbSeqData, cells: pd.Index | None, source: Any) -> pd.Series:
+    if cells is None:
+        from crlseq.data.matrix import open_screen
+
+        with open_screen(source, data.preprocessing.layer) as screen:
+            cells = screen.obs.index
+    return pd.Series(np.array(splits.SPLITS)[data.split], index=cells.astype(str))
+
+
+def _sha256(source: str | Path | ad.AnnData) -> str:
+    """Digest of the input's bytes; of all files of a zarr store by path; empty for an AnnData in memory."""
+    if isinstance(source, ad.AnnData):
+        return ""
+    path = Path(source)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(str(file.relative_to(path)).encode())
+        try:
+            with file.open("rb") as handle:
+                while piece := handle.read(1 << 22):
+                    digest.update(piece)
+        except FileNotFoundError:
+            raise InputError(f"There is no file {path}.", "Check the path.") from None
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror}.", "Check its permissions.") from None
+    return digest.hexdigest()
+
+
+def _packages() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a vendored or renamed build: the fit does not depend on the number
+            found[name] = "unknown"
+    return found
+
+
+def _refuse_output(target: Path, resume: bool, force: bool) -> None:
+    partial = target.with_name(target.name + ".partial")
+    ancestor = next(folder for folder in target.absolute().parents if folder.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise InputError(f"{target} cannot be written: {ancestor} is no folder that may be written to.", "Choose another --output.")
+    if target.exists() and not force:
+        raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
+    if target.exists() and not (target / "run.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{target} exists and is not a run of crlseq; it is left alone.", "Choose another --output.")
+    if partial.exists() and not (resume or force):
+        raise InputError(f"There is an unfinished run in {partial}.", "Go on with --resume, or start over with --force.")
+
+
+@contextmanager
+def _working_folder(partial: Path | None, resume: bool) -> Iterator[Path | None]:
+    """The folder that becomes the run, locked against a second process."""
+    if partial is None:
+        yield None
+        return
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with (partial / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"Another crlseq is writing to {partial}.", "Wait for it, or choose another --output.") from None
+            if not resume:
+                for left in partial.iterdir():
+                    if left.name != "lock":
+                        left.unlink()
+            yield partial
+            (partial / "lock").unlink()
+    except OSError as error:
+        raise InputError(f"{partial} cannot be written: {error.strerror or error}.", "Check the disk and its permissions.") from error
+
+
+def _move_into_place(partial: Path, target: Path) -> None:
+    old = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,110 @@
+"""DiscrepancyVAE: networks + LatentSCM -> virtual interventional cells.
+
+Zhang, Greenewald, Squires, Srivastava, Shanmugam, Uhler, "Identifiability Guarantees for Causal
+Disentanglement from Soft Interventions", NeurIPS 2023, arXiv 2307.06250.
+
+A control cell x is encoded to its exogenous noise z (abduction), the structural equations are
+changed (action), and the latents decoded (prediction):
+
+    z ~ q(z | x),   u = SCM(z),   u_c = SCM_c(z),   reconstruction f(u),   virtual cell f(u_c) + e.
+
+The published model has e = 0. With ``noise="gaussian"`` the model of a cell is x = f(u) + noise with
+one variance a gene, and abduction takes that noise along as well: e = x - f(u). A virtual cell is then
+its control cell plus the decoded effect, and an intervention without effect changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from crlseq.model.networks import Decoder, Encoder, InterventionEncoder
+from crlseq.model.scm import LatentSCM
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What one forward pass gives for C conditions with B control cells each."""
+
+    virtual: Tensor  # (C, B, G) virtual interventional cells
+    reconstruction: Tensor  # (C, B, G) reconstructed control cells
+    mean: Tensor  # (C, B, p) posterior mean of z
+    variance: Tensor  # (C, B, p) posterior variance of z
+    latents: Tensor  # (C, B, p) latents of the virtual cells
+
+
+class DiscrepancyVAE(nn.Module):
+    """Discrepancy-based variational autoencoder.
+
+    Parameters
+    ----------
+    n_genes, n_latents, n_perturbations, n_hidden
+        Sizes G, p, K, H.
+    intervention, equations, causal
+        See `LatentSCM`.
+    output_activation
+        See `Decoder`.
+    noise
+        ``gaussian`` (a learned variance a gene, abducted) or ``none`` (published).
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_latents: int,
+        n_perturbations: int,
+        n_hidden: int = 128,
+        intervention: str = "soft",
+        equations: str = "linear",
+        causal: bool = True,
+        output_activation: str = "identity",
+        noise: str = "gaussian",
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(n_genes, n_hidden, n_latents)
+        self.intervention_encoder = InterventionEncoder(n_perturbations, n_hidden, n_latents)
+        self.scm = LatentSCM(n_latents, n_perturbations, intervention, equations, causal)
+        self.decoder = Decoder(n_latents, n_hidden, n_genes, output_activation)
+        self.log_noise = nn.Parameter(torch.zeros(n_genes)) if noise == "gaussian" else None  # log variance
+        # Sharpness of the target weights; the trainer raises it, and it belongs to the weights it was fitted with.
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(
+        self,
+        control: Tensor,
+        perturbations: Tensor,
+        eps: Tensor | None = None,
+    ) -> ModelOutput:
+        """Virtual interventional cells from control cells.
+
+        Parameters
+        ----------
+        control
+            (C, B, G) expression of the control cells that each condition starts from.
+        perturbations
+            (C, M) int64 single perturbations of each condition, filled up with -1.
+        eps
+            (C, B, p) standard normal draws; None takes the posterior mean.
+        """
+        mean, variance = self.encoder(control)
+        z = mean if eps is None else mean + variance.sqrt() * eps
+        weights = self.target_weights(perturbations)  # (C, M, p)
+        latents = self.scm(z, self.scm.mechanism(perturbations, weights))
+        reconstruction = self.decoder(self.scm(z))
+        virtual = self.decoder(latents)
+        if self.log_noise is not None:
+            virtual = virtual + (control - reconstruction)
+        return ModelOutput(virtual, reconstruction, mean, variance, latents)
+
+    def target_weights(self, perturbations: Tensor) -> Tensor:
+        """(...) int64 perturbations to (..., p) target weights at the model's temperature."""
+        weights: Tensor = self.intervention_encoder(perturbations, self.temperature)
+        return weights
+
+    def latents(self, x: Tensor) -> Tensor:
+        """(..., G) expression to the posterior mean of u, (..., p); for control and perturbed cells alike."""
+        latents: Tensor = self.scm(self.encoder(x)[0])
+        return latents

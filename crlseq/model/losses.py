@@ -1,0 +1,142 @@
+"""Losses: reconstruction, KL divergence, maximum mean discrepancy, graph sparsity -> named terms.
+
+    total = alpha MMD^2(virtual, perturbed) + reconstruction + beta KL + lambda |adjacency|_1
+
+Cells come as (C, B, .): C conditions of up to B cells; masks (C, B) say which rows are cells.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from crlseq.model.discrepancy_vae import DiscrepancyVAE, ModelOutput
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """(..., n, G) and (..., m, G) to (..., n, m) squared Euclidean distances by inner products.
+
+    |a|^2 + |b|^2 - 2 a b^T on rows centred at b's mean: the cancellation in float32 grows with the
+    rows' squared norm, and centring removes the part of it that all cells share.
+    """
+    center = b.mean(-2, keepdim=True)
+    a, b = a - center, b - center
+    inner = a @ b.transpose(-1, -2)
+    return ((a * a).sum(-1)[..., :, None] + (b * b).sum(-1)[..., None, :] - 2 * inner).clamp_min(0)
+
+
+def multi_kernel(distance: Tensor, bandwidth: float | Tensor, n_kernels: int) -> Tensor:
+    """sum_{i < n} exp(-d^2 / b_i), b_i = bandwidth * 2^(i - n // 2), of squared distances, elementwise.
+
+    Bandwidths double, so each kernel is the square of the next wider one: one exponential in all.
+    """
+    kernel = torch.exp(-distance / (bandwidth * 2.0 ** (n_kernels - 1 - n_kernels // 2)))
+    total = kernel
+    for _ in range(n_kernels - 1):
+        kernel = kernel * kernel
+        total = total + kernel
+    return total
+
+
+def median_bandwidth(cells: Tensor, mask: Tensor | None = None) -> float:
+    """Median squared distance between pairs of distinct cells (n, G): the median heuristic."""
+    distance = squared_distances(cells, cells)
+    rows, columns = torch.triu_indices(len(cells), len(cells), offset=1)
+    return max(float(distance[rows, columns].median()), 1e-12)
+
+
+def mmd_squared(
+    a: Tensor,
+    b: Tensor,
+    bandwidth: float | Tensor,
+    n_kernels: int,
+    unbiased: bool = True,
+    a_mask: Tensor | None = None,
+    b_mask: Tensor | None = None,
+) -> Tensor:
+    """Squared maximum mean discrepancy (Gretton et al. 2012, JMLR 13, eqs. 3 and 5).
+
+    Parameters
+    ----------
+    a, b
+        (..., n, G) and (..., m, G) cells.
+    bandwidth, n_kernels
+        See `multi_kernel`.
+    unbiased
+        True: U-statistic, which leaves the diagonals out and can be negative; False: V-statistic.
+    a_mask, b_mask
+        (..., n) and (..., m): 1 for cells, 0 for rows that only fill up. Unbiased needs two cells a side.
+
+    Returns
+    -------
+    (...) MMD^2 of each pair of sets.
+    """
+    within_a = _kernel_mean(a, a, bandwidth, n_kernels, a_mask, a_mask, without_diagonal=unbiased)
+    within_b = _kernel_mean(b, b, bandwidth, n_kernels, b_mask, b_mask, without_diagonal=unbiased)
+    between = _kernel_mean(a, b, bandwidth, n_kernels, a_mask, b_mask, without_diagonal=False)
+    return within_a + within_b - 2 * between
+
+
+def _kernel_mean(
+    a: Tensor,
+    b: Tensor,
+    bandwidth: float | Tensor,
+    n_kernels: int,
+    a_mask: Tensor | None,
+    b_mask: Tensor | None,
+    without_diagonal: bool,
+) -> Tensor:
+    kernel = multi_kernel(squared_distances(a, b), bandwidth, n_kernels)
+    a_mask = torch.ones_like(a[..., 0]) if a_mask is None else a_mask.to(a.dtype)
+    b_mask = torch.ones_like(b[..., 0]) if b_mask is None else b_mask.to(b.dtype)
+    weight = a_mask[..., :, None] * b_mask[..., None, :]
+    if without_diagonal:
+        weight = weight * (1 - torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device))
+    return (kernel * weight).sum((-1, -2)) / weight.sum((-1, -2))
+
+
+def kl_divergence(mean: Tensor, variance: Tensor) -> Tensor:
+    """KL(N(mean, variance) || N(0, 1)) summed over latents: (..., p) to (...)."""
+    return 0.5 * (mean**2 + variance - variance.log() - 1).sum(-1)
+
+
+def _mean_over_cells(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values.mean()
+    mask = mask.to(values.dtype)
+    return (values * mask).sum() / mask.sum()
+
+
+def loss_terms(
+    model: DiscrepancyVAE,
+    output: ModelOutput,
+    control: Tensor,
+    perturbed: Tensor,
+    bandwidth: float | Tensor,
+    n_kernels: int,
+    unbiased: bool,
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Unweighted terms ``mmd``, ``reconstruction``, ``kl`` and ``graph``, each a scalar.
+
+    Without a noise model the reconstruction is the mean squared error and the KL the sum over latents,
+    as published. With Gaussian noise the two are the negative log-likelihood and the KL of one cell,
+    both divided by the number of genes: the evidence lower bound on the scale of one gene.
+    """
+    squared = (output.reconstruction - control) ** 2
+    kl = _mean_over_cells(kl_divergence(output.mean, output.variance), mask)
+    if model.log_noise is None:
+        reconstruction = _mean_over_cells(squared.mean(-1), mask)
+    else:
+        nll = 0.5 * (squared * torch.exp(-model.log_noise) + model.log_noise + math.log(2 * math.pi))
+        reconstruction = _mean_over_cells(nll.mean(-1), mask)
+        kl = kl / control.shape[-1]
+    mmd = mmd_squared(output.virtual, perturbed, bandwidth, n_kernels, unbiased, mask, mask).mean()
+    return {"mmd": mmd, "reconstruction": reconstruction, "kl": kl, "graph": model.scm.adjacency.abs().sum()}
+
+
+def weighted_total(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """Sum of terms times weights; a term of weight 0 takes no part, so that its NaN cannot either."""
+    return torch.stack([weight * terms[name] for name, weight in weights.items() if weight != 0]).sum()

@@ -1,0 +1,65 @@
+"""Encoder, decoder and intervention encoder: one hidden layer each, leaky ReLU 0.2, as published."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crlseq.model.scm import NEGATIVE_SLOPE
+
+
+class Encoder(nn.Module):
+    """Expression to the posterior of the exogenous noise: q(z | x) = N(mean, diag(variance)).
+
+    h = LeakyReLU(x W1 + b1); mean = h Wm + bm; variance = softplus(h Wv + bv).
+    """
+
+    def __init__(self, n_genes: int, n_hidden: int, n_latents: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(n_genes, n_hidden)
+        self.mean = nn.Linear(n_hidden, n_latents)
+        self.variance = nn.Linear(n_hidden, n_latents)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., G) expression to mean and variance, (..., p) each."""
+        h = F.leaky_relu(self.hidden(x), NEGATIVE_SLOPE)
+        return self.mean(h), F.softplus(self.variance(h))
+
+
+class Decoder(nn.Module):
+    """Latents to mean expression: x = act(LeakyReLU(u W1 + b1) W2 + b2).
+
+    ``output_activation`` is ``identity`` or, as published, ``leaky_relu``.
+    """
+
+    def __init__(self, n_latents: int, n_hidden: int, n_genes: int, output_activation: str = "identity") -> None:
+        super().__init__()
+        self.hidden = nn.Linear(n_latents, n_hidden)
+        self.output = nn.Linear(n_hidden, n_genes)
+        self.output_activation = output_activation
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(..., p) latents to (..., G) mean expression."""
+        x: Tensor = self.output(F.leaky_relu(self.hidden(u), NEGATIVE_SLOPE))
+        return F.leaky_relu(x, NEGATIVE_SLOPE) if self.output_activation == "leaky_relu" else x
+
+
+class InterventionEncoder(nn.Module):
+    """Perturbation to target weights: t = softmax(temperature * (LeakyReLU(embedding + b1) W2 + b2)).
+
+    The published one-hot layer is the table ``embedding`` (K, n_hidden), so that ten thousand
+    perturbations cost a look-up and not a product.
+    """
+
+    def __init__(self, n_perturbations: int, n_hidden: int, n_latents: int) -> None:
+        super().__init__()
+        bound = n_perturbations**-0.5  # nn.Linear's own start for a one-hot input
+        self.embedding = nn.Parameter(torch.empty(n_perturbations, n_hidden).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n_hidden).uniform_(-bound, bound))
+        self.logits = nn.Linear(n_hidden, n_latents)
+
+    def forward(self, perturbations: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        """(...) int64 perturbations to (..., p) target weights. Indices below 0 give the first row; mask them."""
+        h = F.leaky_relu(self.embedding[perturbations.clamp_min(0)] + self.bias, NEGATIVE_SLOPE)
+        return torch.softmax(temperature * self.logits(h), dim=-1)

@@ -1,0 +1,162 @@
+"""LatentSCM: the causal graph over programs, interventions on it, and its structural equations.
+
+Row vectors throughout: a cell is a row, ``adjacency[j, k] != 0`` means j -> k. For control cells
+
+    u_k = sum_j adjacency[j, k] phi(u_j) + z_k,        z_k ~ N(0, 1) independent,
+
+and an intervention with target weights t (a point of the simplex over latents), shift a, log
+noise scale s and retention r in [0, 1] changes its target's equation alone:
+
+    u_k = (1 - t_k (1 - r)) sum_j adjacency[j, k] phi(u_j) + exp(t_k s) z_k + t_k a.
+
+r = 1, s = 0 is a shift; r = 0 a hard (perfect) intervention that cuts the target from its parents;
+between them it is soft. A combination multiplies retentions and adds shifts and log scales.
+With shifts alone and phi the identity this is the causal layer of Zhang et al. 2023 (arXiv 2307.06250).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NEGATIVE_SLOPE = 0.2  # phi of the nonlinear equations: a leaky ReLU, as everywhere in the published model
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What an intervention does to each latent's equation. All (..., n_latents); broadcast over cells.
+
+    ``keep`` multiplies the parents' contribution (1: untouched), ``log_scale`` is added to the log
+    standard deviation of the noise, ``shift`` is added to the latent.
+    """
+
+    keep: Tensor
+    log_scale: Tensor
+    shift: Tensor
+
+
+class LatentSCM(nn.Module):
+    """Structural causal model over `n_latents` programs with learned interventions.
+
+    Parameters
+    ----------
+    n_latents
+        Number of latents p.
+    n_perturbations
+        Number of single perturbations K.
+    intervention
+        ``shift``, ``hard`` or ``soft``: which parameters of an intervention are free.
+    equations
+        ``linear`` or ``nonlinear`` phi.
+    causal
+        False leaves the graph empty: u = exp(t s) z + t a, the ablation of the paper.
+
+    Attributes
+    ----------
+    graph : (p, p)
+        Free weights; only the strict upper triangle is used, so the latents' order is topological.
+    shift, log_scale, retention_logit : (K,)
+        One number a perturbation. The last two are used by the kinds of intervention that have them.
+    """
+
+    def __init__(
+        self,
+        n_latents: int,
+        n_perturbations: int,
+        intervention: str = "soft",
+        equations: str = "linear",
+        causal: bool = True,
+    ) -> None:
+        super().__init__()
+        self.intervention = intervention
+        self.equations = equations
+        self.graph = nn.Parameter(0.1 * torch.randn(n_latents, n_latents), requires_grad=causal)
+        if not causal:
+            nn.init.zeros_(self.graph)
+        self.shift = nn.Parameter(torch.ones(n_perturbations))
+        self.log_scale = nn.Parameter(torch.zeros(n_perturbations), requires_grad=intervention != "shift")
+        # sigmoid(2) = 0.88: soft interventions start near a shift and earn their cuts.
+        self.retention_logit = nn.Parameter(torch.full((n_perturbations,), 2.0), requires_grad=intervention == "soft")
+
+    @property
+    def adjacency(self) -> Tensor:
+        """(p, p) weights of j -> k, strictly upper triangular."""
+        return torch.triu(self.graph, diagonal=1)
+
+    def retention(self) -> Tensor:
+        """(K,) share of the parents' contribution that an intervened latent keeps."""
+        if self.intervention == "soft":
+            return torch.sigmoid(self.retention_logit)
+        return torch.full_like(self.shift, 1.0 if self.intervention == "shift" else 0.0)
+
+    def mechanism(self, perturbations: Tensor, target_weights: Tensor) -> Mechanism:
+        """Mechanisms of conditions, each a combination of single perturbations.
+
+        Parameters
+        ----------
+        perturbations
+            (C, M) int64 indices of single perturbations; -1 fills up conditions of fewer than M.
+        target_weights
+            (C, M, p) target weights of each, from the intervention encoder.
+
+        Returns
+        -------
+        Mechanism with fields (C, p).
+        """
+        there = (perturbations >= 0).to(target_weights.dtype)[..., None]  # (C, M, 1)
+        index = perturbations.clamp_min(0)
+        weight = target_weights * there  # (C, M, p)
+        keep = (1 - weight * (1 - self.retention()[index][..., None])).prod(1)
+        shift = (weight * self.shift[index][..., None]).sum(1)
+        if self.intervention == "shift":
+            return Mechanism(keep, torch.zeros_like(shift), shift)
+        # Bounded: an unbounded scale lets one outlying cell explode the variance of a whole condition.
+        log_scale = (weight * (3 * torch.tanh(self.log_scale / 3))[index][..., None]).sum(1)
+        return Mechanism(keep, log_scale, shift)
+
+    def forward(self, z: Tensor, mechanism: Mechanism | None = None) -> Tensor:
+        """Latents u from exogenous noise z.
+
+        Parameters
+        ----------
+        z
+            (..., B, p) noise.
+        mechanism
+            Fields (..., p), one mechanism for each batch of B cells; None for control cells.
+
+        Returns
+        -------
+        (..., B, p) latents u.
+        """
+        adjacency = self.adjacency
+        if mechanism is None:
+            source = z
+        else:
+            source = z * mechanism.log_scale.exp()[..., None, :] + mechanism.shift[..., None, :]
+            adjacency = adjacency * mechanism.keep[..., None, :]  # scales column k: what k receives
+        if self.equations == "linear":
+            # u (I - A) = source; A is strictly upper triangular, so the solve is exact and never singular.
+            system = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device) - adjacency
+            return torch.linalg.solve_triangular(system, source, upper=True, left=False, unitriangular=True)
+        latents: list[Tensor] = []
+        for k in range(z.shape[-1]):
+            u_k = source[..., k]
+            if k:
+                parents = F.leaky_relu(torch.stack(latents, -1), NEGATIVE_SLOPE)  # (..., B, k)
+                u_k = u_k + (parents @ adjacency[..., :k, k, None]).squeeze(-1)
+            latents.append(u_k)
+        return torch.stack(latents, -1)
+
+    def abduct(self, u: Tensor, mechanism: Mechanism | None = None) -> Tensor:
+        """Exogenous noise z that gives latents u: the inverse of `forward`. Shapes as there."""
+        adjacency = self.adjacency
+        if mechanism is not None:
+            adjacency = adjacency * mechanism.keep[..., None, :]
+        phi = u if self.equations == "linear" else F.leaky_relu(u, NEGATIVE_SLOPE)
+        z = u - phi @ adjacency
+        if mechanism is None:
+            return z
+        return (z - mechanism.shift[..., None, :]) * torch.exp(-mechanism.log_scale)[..., None, :]

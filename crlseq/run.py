@@ -1,0 +1,205 @@
+"""Run: a finished fit, read from and written to its folder; what Python users hold. Needs no torch to read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+
+from crlseq.errors import InputError
+from crlseq.export import (
+    anndata_keys,
+    dag_graph,
+    dag_json,
+    graphml,
+    set_keys,
+    write_annotated,
+)
+
+if TYPE_CHECKING:
+    import anndata as ad
+
+    from crlseq.model.discrepancy_vae import DiscrepancyVAE
+
+TABLES = ("programs", "interventions", "dag", "history", "evaluation")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fitted screen.
+
+    Attributes
+    ----------
+    info
+        Contents of ``run.json``.
+    programs
+        ``program, gene, loading, total_effect, rank``.
+    interventions
+        ``perturbation, program, weight, shift, retention, n_cells, p_value, fdr, ...``; one row a perturbation.
+    edges
+        ``source, target, weight, support, identified``: the declared edges.
+    history
+        Loss terms by epoch.
+    evaluation
+        Virtual against held-out cells by condition.
+    state
+        Weights and results as tensors by name (`model.safetensors`); read when first needed.
+    path
+        The folder, None for a run that was not written.
+    """
+
+    info: dict[str, Any]
+    programs: pd.DataFrame
+    interventions: pd.DataFrame
+    edges: pd.DataFrame
+    history: pd.DataFrame
+    evaluation: pd.DataFrame
+    path: Path | None = None
+    weights: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, repr=False)
+    splits: pd.Series | None = field(default=None, repr=False)
+
+    @cached_property
+    def dag(self) -> nx.DiGraph:
+        """The declared DAG; ``dag.graph["identified"]`` says whether the data determine it."""
+        return dag_graph(self.info["programs"], self.edges, self.info["identification"])
+
+    @property
+    def program_names(self) -> list[str]:
+        return [program["name"] for program in self.info["programs"]]
+
+    @cached_property
+    def model(self) -> DiscrepancyVAE:
+        """The fitted model, in evaluation mode on the CPU."""
+        from crlseq.model.discrepancy_vae import DiscrepancyVAE
+        from crlseq.training.checkpoint import load_weights
+
+        if self.weights is not None:
+            state, architecture = self.weights
+        else:
+            state, architecture = load_weights(self._folder() / "model.safetensors")
+        model = DiscrepancyVAE(**architecture).to(state["scm.graph"].dtype)
+        model.load_state_dict(state)
+        return model.eval()
+
+    @property
+    def adjacency(self) -> np.ndarray:
+        """(p, p) standardised weights of all edges, declared or not; row -> column."""
+        return np.asarray(self.info["adjacency"], dtype=float)
+
+    def latents(self, source: str | Path | ad.AnnData) -> np.ndarray:
+        """(cells, p) float32 latents, unit variance over the fitted control cells, of any cells with these genes.
+
+        Raises
+        ------
+        InputError
+            If a fitted gene is missing.
+        """
+        import torch
+
+        from crlseq.data.matrix import open_screen
+        from crlseq.data.preprocess import Preprocessing
+
+        record = Preprocessing(**{**self.info["preprocessing"], "genes": tuple(self.info["preprocessing"]["genes"])})
+        scale = np.array([program["scale"] for program in self.info["programs"]])
+        center = np.array([program["center"] for program in self.info["programs"]])
+        dtype = self.model.scm.graph.dtype
+        parts = []
+        with open_screen(source, record.layer) as screen, torch.no_grad():
+            columns = screen.genes.get_indexer(list(record.genes))
+            if (columns < 0).any():
+                missing = record.genes[int(np.flatnonzero(columns < 0)[0])]
+                raise InputError(
+                    f"{screen.source}: {(columns < 0).sum()} of the {len(columns)} fitted genes are missing, first {missing!r}.",
+                    "Give cells that were measured on the same genes.",
+                )
+            for _, block in screen.blocks():
+                x = torch.from_numpy(record.apply(block)[:, columns].astype(np.float32).toarray()).to(dtype)
+                parts.append(self.model.latents(x).double().numpy())
+        return ((np.concatenate(parts) - center) / scale).astype(np.float32)
+
+    def annotate(self, adata: ad.AnnData) -> ad.AnnData:
+        """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes."""
+        set_keys(adata, self._keys(adata, adata.obs_names, adata.var_names))
+        return adata
+
+    def write_h5ad(self, source: str | Path | ad.AnnData, path: Path) -> None:
+        """Write the annotated input; see `crlseq.export.write_annotated`."""
+        from crlseq.data.matrix import open_screen
+
+        with open_screen(source) as screen:
+            cells, genes = screen.obs.index, screen.genes
+        write_annotated(source, path, self._keys(source, cells, genes))
+
+    def _keys(self, source: str | Path | ad.AnnData, cells: pd.Index, genes: pd.Index) -> dict[str, dict[str, Any]]:
+        split = self._splits().reindex(cells.astype(str)).fillna("unused").to_numpy()
+        return anndata_keys(
+            self.info, self.programs, self.interventions, self.adjacency, genes, self.latents(source), split
+        )
+
+    def _splits(self) -> pd.Series:
+        if self.splits is not None:
+            return self.splits
+        import anndata as ad
+        import h5py
+
+        with h5py.File(self._folder() / "crlseq.h5ad", "r") as handle:
+            obs = ad.io.read_elem(handle["obs"])
+        return obs["crlseq_split"].astype(str)
+
+    def _folder(self) -> Path:
+        if self.path is None:
+            raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
+        return self.path
+
+    def write_tables(self, folder: Path) -> None:
+        """CSV tables, graph files and ``run.json``."""
+        for name, table in self.tables().items():
+            table.to_csv(folder / f"{name}.csv", index=False)
+        (folder / "dag.graphml").write_bytes(graphml(self.dag))
+        (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
+        (folder / "run.json").write_text(json.dumps(self.info, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The tables by the names of their files."""
+        return dict(zip(TABLES, (self.programs, self.interventions, self.edges, self.history, self.evaluation), strict=True))
+
+
+def load(path: str | Path) -> Run:
+    """Read a run folder.
+
+    Raises
+    ------
+    InputError
+        If it is not one, is unfinished, damaged, or written by a newer crlseq.
+    """
+    folder = Path(path)
+    if not (folder / "run.json").is_file():
+        unfinished = folder.with_name(folder.name + ".partial")
+        if unfinished.exists():
+            raise InputError(f"The fit {folder} is not finished.", "Finish it with `crlseq fit ... --resume`.")
+        raise InputError(f"{folder} is not a run folder: it has no run.json.", "Give the folder that `crlseq fit --output` wrote.")
+    try:
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if info["format"] > FORMAT:
+            raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
+        text = {column: str for column in ("program", "gene", "perturbation", "source", "target", "identified", "condition", "split")}
+        # A gene may be called NA: only empty fields are missing values, and only in columns of numbers.
+        tables = {
+            name: pd.read_csv(folder / f"{name}.csv", dtype=text, keep_default_na=False, na_values={c: [""] for c in NUMBERS})
+            for name in TABLES
+        }
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise InputError(f"The run folder {folder} is damaged: {error}.", "Fit again.") from error
+    return Run(
+        info, tables["programs"], tables["interventions"], tables["dag"], tables["history"], tables["evaluation"], folder
+    )
+
+
+NUMBERS = ("support", "p_value", "fdr", "energy_distance", "pearson_delta", "weight", "shift", "loading", "total_effect")

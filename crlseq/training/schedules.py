@@ -1,0 +1,68 @@
+"""Schedules: weights of the loss terms, temperature and learning rate by epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from crlseq.config import ModelConfig, TrainingConfig
+
+WARM_UP = 0.1  # share of the epochs over which terms come in ("scaled")
+SHARPEN = 0.5  # share of the epochs after which targets are as sharp as they get ("scaled")
+FINAL_RATE = 0.02  # learning rate at the last epoch, as a share of the first
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What one epoch minimises: sum of weight times term; and how."""
+
+    mmd: float
+    reconstruction: float
+    kl: float
+    graph: float
+    temperature: float
+    learning_rate: float
+
+    def of_terms(self) -> dict[str, float]:
+        """Weights by name of the loss term."""
+        return {"mmd": self.mmd, "reconstruction": self.reconstruction, "kl": self.kl, "graph": self.graph}
+
+
+def schedule(epoch: int, model: ModelConfig, training: TrainingConfig) -> Weights:
+    """Weights in `epoch` = 0, 1, ...
+
+    ``published``: MMD 0 for 5 epochs, then linear up to half time; KL 0 for 10 epochs, then linear to the
+    end; temperature 1 for 5 epochs, then linear to the end; constant learning rate (Zhang et al. 2023).
+
+    ``scaled``: MMD and KL grow linearly over the first tenth, the temperature over the first half; the
+    learning rate is constant for half of the time and then falls linearly, so that the second half refines
+    one settled objective whatever the number of epochs.
+    """
+    n = training.epochs
+    if training.schedule == "published":
+        mmd = _ramp(epoch, 5, n // 2 - 1)
+        kl, heat, rate = _ramp(epoch, 10, n - 1), _ramp(epoch, 5, n - 1), 1.0
+    else:
+        mmd = kl = _ramp(epoch + 1, 0, WARM_UP * n)
+        heat = _ramp(epoch, 0, SHARPEN * n)
+        rate = 1 - (1 - FINAL_RATE) * _ramp(epoch, SHARPEN * n, n)
+    return Weights(
+        mmd=model.mmd_weight * mmd,
+        reconstruction=1.0,
+        kl=model.kl_weight * kl,
+        graph=model.graph_weight,
+        temperature=1 + (model.max_temperature - 1) * heat,
+        learning_rate=training.learning_rate * rate,
+    )
+
+
+def settled(epoch: int, training: TrainingConfig) -> bool:
+    """Whether the objective no longer changes, so that validation losses of epochs compare."""
+    return training.schedule == "published" or epoch >= SHARPEN * training.epochs
+
+
+def _ramp(epoch: float, start: float, end: float) -> float:
+    if end <= start:
+        return float(epoch >= start)
+    return float(np.clip((epoch - start) / (end - start), 0, 1))

@@ -1,0 +1,269 @@
+"""Trainer: fits a DiscrepancyVAE to a screen, keeps the weights that validate best, can be resumed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crlseq.config import Config, ModelConfig
+from crlseq.data import splits
+from crlseq.data.batches import BatchIndex, ControlPartners, epoch_batches
+from crlseq.data.dataset import PerturbSeqData
+from crlseq.errors import ConvergenceError, InputError
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.losses import loss_terms, median_bandwidth, weighted_total
+from crlseq.training.checkpoint import load_checkpoint, save_checkpoint
+from crlseq.training.schedules import Weights, schedule, settled
+
+CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result
+BANDWIDTH_CELLS = 1000
+VALIDATION_BATCH = 256
+
+History = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted model: the kept weights, the losses of every epoch, and how it ended."""
+
+    model: DiscrepancyVAE
+    architecture: dict[str, Any]
+    history: History
+    best_epoch: int
+    bandwidth: float
+    stopped_early: bool
+
+
+def resolve_device(asked: str) -> torch.device:
+    """The device to compute on; ``auto`` is CUDA when there is one.
+
+    Raises
+    ------
+    InputError
+        If CUDA is asked for and absent.
+    """
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda was asked for, but torch finds no CUDA device.", "Use --device cpu or auto.")
+    return torch.device("cuda")
+
+
+def architecture_of(config: ModelConfig, n_genes: int, n_latents: int, n_perturbations: int) -> dict[str, Any]:
+    """Arguments of `DiscrepancyVAE` for a configuration."""
+    return {
+        "n_genes": n_genes,
+        "n_latents": n_latents,
+        "n_perturbations": n_perturbations,
+        "n_hidden": config.n_hidden,
+        "intervention": config.intervention,
+        "equations": config.equations,
+        "causal": config.causal_layer,
+        "output_activation": config.output_activation,
+        "noise": config.noise,
+    }
+
+
+class CellSource:
+    """Rows of the screen as tensors on the device; the whole screen lies there when it fits."""
+
+    def __init__(self, data: PerturbSeqData, device: torch.device, dtype: torch.dtype) -> None:
+        self.data, self.device, self.dtype = data, device, dtype
+        self.resident: Tensor | None = None
+        if device.type == "cuda":
+            size = data.x.shape[0] * data.n_genes * torch.finfo(dtype).bits // 8
+            if size < 0.5 * torch.cuda.mem_get_info(device)[0]:
+                self.resident = torch.from_numpy(data.dense(np.arange(data.x.shape[0]))).to(device, dtype)
+
+    def __call__(self, index: np.ndarray) -> Tensor:
+        """(...) cell indices to (..., G)."""
+        if self.resident is not None:
+            return self.resident[torch.from_numpy(index).to(self.device)]
+        rows = torch.from_numpy(self.data.dense(index.ravel())).to(self.device, self.dtype)
+        return rows.reshape(*index.shape, -1)
+
+
+def fit_model(
+    data: PerturbSeqData,
+    config: Config,
+    n_latents: int,
+    checkpoint: Path | None = None,
+    identity: str = "",
+    on_epoch: Callable[[dict[str, float]], None] = lambda record: None,
+) -> Fit:
+    """Minimise the weighted loss terms by Adam; early stopping and the kept weights go by validation.
+
+    Parameters
+    ----------
+    checkpoint
+        Where to write checkpoints, and to go on from if one is there; None for neither.
+    identity
+        What a checkpoint must have been written for (input and configuration).
+    on_epoch
+        Called with each epoch's record: ``epoch``, the terms, ``validation_*`` terms, ``temperature``.
+
+    Raises
+    ------
+    ConvergenceError
+        If a loss is not finite.
+    InputError
+        If the checkpoint is damaged or belongs to another fit.
+    """
+    training = config.training
+    device = resolve_device(training.device)
+    dtype = getattr(torch, training.dtype)
+    torch.manual_seed(training.seed)
+    architecture = architecture_of(config.model, data.n_genes, n_latents, len(data.perturbation_names))
+    # Built in float32 on the CPU whatever the device, so that one seed starts everywhere from one model.
+    model = DiscrepancyVAE(**architecture).to(device, dtype)
+    source = CellSource(data, device, dtype)
+    bandwidth = _bandwidth(config.model, data, training.seed)
+    _start_noise(model, data)
+    optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
+    table = torch.from_numpy(data.perturbation_table()).to(device)
+
+    train_cells = data.cells_by_condition(splits.TRAIN)
+    partners = ControlPartners(train_cells[0], data.batch)
+    validation = _validation_batches(data, training.seed)
+    history: History = []
+    first, best_epoch, best_loss = 0, -1, math.inf
+    best_state = copy.deepcopy(model.state_dict())
+    if checkpoint is not None and checkpoint.exists():
+        saved = load_checkpoint(checkpoint)
+        if saved.get("identity") != identity:
+            raise InputError(
+                "The unfinished run was started with another input or other options.",
+                "Repeat its options to resume it, or start over with --force.",
+            )
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history, first = saved["history"], saved["epoch"] + 1
+        best_epoch, best_loss, best_state = saved["best_epoch"], saved["best_loss"], saved["best_state"]
+        for record in history:
+            on_epoch(record)
+
+    written, stopped_early = time.monotonic(), False
+    for epoch in range(first, training.epochs):
+        weights = schedule(epoch, config.model, training)
+        model.temperature.fill_(weights.temperature)
+        for group in optimizer.param_groups:
+            group["lr"] = weights.learning_rate
+        # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
+        rng = np.random.default_rng([training.seed, 1, epoch])
+        generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+        batches = epoch_batches(train_cells, partners, training.batch_size, training.perturbations_per_step, rng)
+        sums: dict[str, float] = {}
+        for batch in batches:
+            terms = _terms(model, source, batch, table, bandwidth, config.model, generator)
+            total = weighted_total(terms, weights.of_terms())
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()  # type: ignore[no-untyped-call]
+            if training.gradient_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_norm)
+            optimizer.step()
+            for name, value in {**terms, "total": total}.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
+        record = {"epoch": float(epoch), **sums}
+        record |= _validate(model, source, validation, table, bandwidth, config.model, weights, training.seed)
+        record["temperature"] = weights.temperature
+        if not all(math.isfinite(value) for value in record.values()):
+            raise ConvergenceError(
+                f"The loss is not finite in epoch {epoch + 1}.", "Lower the learning rate, or look for extreme values in the file."
+            )
+        history.append(record)
+        on_epoch(record)
+        # Without validation cells the last weights are kept: a training loss may not choose.
+        judged = record.get("validation_total", -float(epoch))
+        if settled(epoch, training) and judged < best_loss:
+            best_epoch, best_loss, best_state = epoch, judged, copy.deepcopy(model.state_dict())
+        if training.patience is not None and best_epoch >= 0 and epoch - best_epoch >= training.patience:
+            stopped_early = True
+        if checkpoint is not None and (time.monotonic() - written > CHECKPOINT_SECONDS or epoch == first):
+            save_checkpoint(checkpoint, {
+                "identity": identity, "epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "history": history, "best_epoch": best_epoch, "best_loss": best_loss, "best_state": best_state,
+            })  # fmt: skip
+            written = time.monotonic()
+        if stopped_early:
+            break
+    if best_epoch < 0:
+        best_epoch, best_state = len(history) - 1, model.state_dict()
+    model.load_state_dict(best_state)
+    return Fit(model.eval(), architecture, history, best_epoch, bandwidth, stopped_early)
+
+
+def _terms(
+    model: DiscrepancyVAE,
+    source: CellSource,
+    batch: BatchIndex,
+    table: Tensor,
+    bandwidth: float,
+    config: ModelConfig,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    control, perturbed = source(batch.control), source(batch.perturbed)
+    mask = None if batch.mask.all() else torch.from_numpy(batch.mask).to(source.device)
+    n_latents = model.scm.graph.shape[0]
+    eps = torch.randn(*control.shape[:2], n_latents, generator=generator, dtype=source.dtype, device=source.device)
+    output = model(control, table[torch.from_numpy(batch.condition).to(source.device)], eps)
+    unbiased = config.mmd_estimator == "unbiased"
+    return loss_terms(model, output, control, perturbed, bandwidth, config.mmd_kernels, unbiased, mask)
+
+
+def _validation_batches(data: PerturbSeqData, seed: int) -> list[BatchIndex]:
+    """The same pairs of cells in every epoch; none if no condition has validation cells."""
+    cells = data.cells_by_condition(splits.VALIDATION)
+    controls = cells[0] if len(cells[0]) else data.cells(0, splits.TRAIN)
+    rng = np.random.default_rng([seed, 3])
+    return epoch_batches(cells, ControlPartners(controls, data.batch), VALIDATION_BATCH, 1, rng)
+
+
+@torch.no_grad()
+def _validate(
+    model: DiscrepancyVAE,
+    source: CellSource,
+    batches: list[BatchIndex],
+    table: Tensor,
+    bandwidth: float,
+    config: ModelConfig,
+    weights: Weights,
+    seed: int,
+) -> dict[str, float]:
+    """Mean terms over validation batches, weighted as at the end of training so that epochs compare."""
+    if not batches:
+        return {}
+    generator = torch.Generator(source.device).manual_seed(seed)
+    found = [_terms(model, source, batch, table, bandwidth, config, generator) for batch in batches]
+    record = {f"validation_{name}": float(torch.stack([terms[name] for terms in found]).mean()) for name in found[0]}
+    final = {"mmd": config.mmd_weight, "reconstruction": 1.0, "kl": config.kl_weight, "graph": config.graph_weight}
+    record["validation_total"] = sum(weight * record[f"validation_{name}"] for name, weight in final.items() if weight)
+    return record
+
+
+def _bandwidth(config: ModelConfig, data: PerturbSeqData, seed: int) -> float:
+    if config.mmd_bandwidth != "median":
+        return float(config.mmd_bandwidth)
+    cells = np.flatnonzero(data.split == splits.TRAIN)
+    rng = np.random.default_rng([seed, 4])
+    chosen = np.sort(rng.choice(cells, min(BANDWIDTH_CELLS, len(cells)), replace=False))
+    return median_bandwidth(torch.from_numpy(data.dense(chosen)).double())
+
+
+def _start_noise(model: DiscrepancyVAE, data: PerturbSeqData) -> None:
+    """Noise starts at the variance of each gene over control cells: what is left when latents explain nothing."""
+    if model.log_noise is not None:
+        cells = data.cells(0, splits.TRAIN)[:BANDWIDTH_CELLS]
+        variance = torch.from_numpy(data.dense(cells)).double().var(0, correction=0)
+        # A gene that is constant in control cells would have a noise of zero and a likelihood without bound.
+        floor = max(float(variance.mean()) * 1e-2, 1e-8)
+        with torch.no_grad():
+            model.log_noise.copy_(variance.clamp_min(floor).log())
