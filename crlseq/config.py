@@ -6,11 +6,12 @@ Three parts: ``DataConfig`` (how the file is read), ``ModelConfig`` (what is fit
 
 from __future__ import annotations
 
+import difflib
 import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -32,7 +33,7 @@ class DataConfig(_Section):
     batch_key: str | None = None
     layer: str | None = None  # None: X
     values: Literal["auto", "counts", "log", "continuous"] = "auto"
-    n_top_genes: int | Literal["all"] = 5000
+    n_top_genes: Annotated[int, Field(ge=2)] | Literal["all"] = 5000
     genes: tuple[str, ...] | None = None  # these genes and no others
     min_cells: int = Field(default=10, ge=2)  # per condition; fewer cells say nothing of a distribution
     hold_out: tuple[str, ...] = ()  # conditions kept out of the fit
@@ -53,7 +54,9 @@ class ModelConfig(_Section):
     noise: Literal["gaussian", "none"] = "gaussian"  # gaussian: per-gene noise, learned, and abducted with z
     mmd_weight: float = Field(default=10.0, ge=0.0)  # 0: the ablation without MMD
     mmd_estimator: Literal["unbiased", "biased"] = "unbiased"
-    mmd_bandwidth: float | Literal["median"] = "median"  # sigma; "median": median squared distance
+    mmd_bandwidth: Annotated[float, Field(gt=0.0)] | Literal["median"] = (
+        "median"  # sigma; "median": median squared distance
+    )
     mmd_kernels: int = Field(default=5, ge=1, le=20)
     kl_weight: float = Field(default=1.0, ge=0.0)
     graph_weight: float = Field(default=1e-3, ge=0.0)
@@ -63,12 +66,12 @@ class ModelConfig(_Section):
 class TrainingConfig(_Section):
     """Optimisation and hardware."""
 
-    epochs: int = Field(default=100, ge=1)
+    epochs: int | None = Field(default=None, ge=1)  # None: 100, or more on a small screen (`resolve_epochs`)
     batch_size: int = Field(default=64, ge=2)  # perturbed cells of one perturbation in a step
     perturbations_per_step: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0.0)
     gradient_norm: float | None = Field(default=10.0, gt=0.0)  # None: no clipping
-    patience: int | None = Field(default=20, ge=1)  # epochs without a better validation loss; None: never stop
+    patience: float | None = Field(default=0.2, gt=0.0)  # share of the epochs without a better validation loss
     schedule: Literal["scaled", "published"] = "scaled"
     dtype: Literal["float32", "float64"] = "float32"
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -100,6 +103,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "kl_weight": 2.0,
         },
         "training": {
+            "epochs": 100,
             "batch_size": 32,
             "perturbations_per_step": 1,
             "gradient_norm": None,
@@ -147,14 +151,30 @@ def make_config(preset: str | None = None, file: Mapping[str, Any] | None = None
     for layer in (PRESETS[preset], file, given):
         for section, values in layer.items():
             if section not in SECTIONS or not isinstance(values, Mapping):
-                raise UsageError(f"{section!r} is not a table of options.", "Tables are [data], [model] and [training].")
+                raise UsageError(
+                    f"{section!r} is not a table of options.", "Tables are [data], [model] and [training]."
+                )
             merged[section].update(values)
     try:
         return Config.model_validate({"preset": preset, **merged})
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
-        raise UsageError(f"Option {place} is not usable: {first['msg']}.", "See `crlseq fit --help` for the options.") from None
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> UsageError:
+    """The first thing that is wrong, named as the user wrote it."""
+    first = error.errors(include_url=False)[0]
+    section, name = map(str, first["loc"][:2])
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, SECTIONS[section].model_fields, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else "See `crlseq fit --help` for the options."
+        return UsageError(f"There is no option {name!r} in [{section}].", hint)
+    # A union such as "a number or 'all'" says once for each part what it should be.
+    same = [e["msg"] for e in error.errors(include_url=False) if e["loc"][:2] == first["loc"][:2]]
+    reason = " or ".join(dict.fromkeys(message.removeprefix("Input should be ") for message in same))
+    return UsageError(
+        f"Option {name} is {first['input']!r} instead of {reason}.", "See `crlseq fit --help` for the options."
+    )
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -171,7 +191,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"The configuration {path} cannot be read: {error.strerror}.", "Check the path.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"The configuration {path} is not TOML: {error}.", "See https://toml.io for the format.") from None
+        raise InputError(
+            f"The configuration {path} is not TOML: {error}.", "See https://toml.io for the format."
+        ) from None
 
 
 def to_toml(config: Config) -> str:

@@ -91,22 +91,22 @@ def edge_table(weights: np.ndarray, declared: np.ndarray, verdict: str) -> pd.Da
     })  # fmt: skip
 
 
-def dag_graph(programs: list[dict[str, Any]], edges: pd.DataFrame, identification: Mapping[str, str]) -> nx.DiGraph:
+def dag_graph(programs: list[dict[str, Any]], edges: pd.DataFrame, identification: Mapping[str, str]) -> nx.DiGraph[str]:
     """Programs as nodes, declared edges with weight (and support where there is one), the verdict on the graph."""
-    graph: nx.DiGraph = nx.DiGraph(identified=identification["verdict"], reason=identification["reason"])
+    graph: nx.DiGraph[str] = nx.DiGraph(identified=identification["verdict"], reason=identification["reason"])
     for program in programs:
         graph.add_node(program["name"], label=program["label"], drivers=program["drivers"], genes=program["genes"])
-    for row in edges.itertuples(index=False):
-        attributes = {"weight": float(row.weight), "identified": str(row.identified)}
-        if not np.isnan(row.support):
-            attributes["support"] = float(row.support)
-        graph.add_edge(row.source, row.target, **attributes)
+    for row in edges.to_dict("records"):
+        attributes = {"weight": float(row["weight"]), "identified": str(row["identified"])}
+        if not np.isnan(row["support"]):
+            attributes["support"] = float(row["support"])
+        graph.add_edge(row["source"], row["target"], **attributes)
     return graph
 
 
-def graphml(graph: nx.DiGraph) -> bytes:
+def graphml(graph: nx.DiGraph[str]) -> bytes:
     """GraphML of a DAG; characters that XML cannot hold are replaced."""
-    clean: nx.DiGraph = nx.DiGraph(**{key: _xml_text(value) for key, value in graph.graph.items()})
+    clean: nx.DiGraph[str] = nx.DiGraph(**{key: _xml_text(value) for key, value in graph.graph.items()})
     for node, values in graph.nodes(data=True):
         clean.add_node(node, **{key: _xml_text(value) for key, value in values.items()})
     clean.add_edges_from(graph.edges(data=True))
@@ -121,7 +121,7 @@ def _xml_text(value: Any) -> Any:
     return re.sub("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", value)
 
 
-def dag_json(graph: nx.DiGraph) -> str:
+def dag_json(graph: nx.DiGraph[str]) -> str:
     """The DAG in networkx's node-link form, with the verdict under ``graph``."""
     return json.dumps(nx.node_link_data(graph, edges="edges"), indent=1, ensure_ascii=False)
 
@@ -177,7 +177,9 @@ def anndata_keys(
 
 
 def _records(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    return np.rec.fromarrays(list(columns.values()), names=list(columns))
+    arrays: Any = list(columns.values())
+    records: np.ndarray = np.rec.fromarrays(arrays, names=",".join(columns))
+    return records
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,6 +197,10 @@ def set_keys(adata: ad.AnnData, keys: Mapping[str, Mapping[str, Any]]) -> None:
             getattr(adata, slot)[name] = value
 
 
+def _copy(adata: ad.AnnData) -> ad.AnnData:
+    return adata.to_memory() if adata.isbacked else adata.copy()
+
+
 def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[str, Mapping[str, Any]]) -> None:
     """The input with crlseq's keys as an h5ad file.
 
@@ -207,7 +213,7 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
     path.unlink(missing_ok=True)
     with ad.settings.override(allow_write_nullable_strings=True):
         if isinstance(source, ad.AnnData) or not h5py.is_hdf5(source):
-            adata = source.copy() if isinstance(source, ad.AnnData) else ad.read_zarr(source)
+            adata = _copy(source) if isinstance(source, ad.AnnData) else ad.read_zarr(source)
             set_keys(adata, keys)
             adata.write_h5ad(path, compression="gzip")
             return

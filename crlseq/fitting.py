@@ -35,11 +35,16 @@ from crlseq.data.projection import effect_rank, principal_components
 from crlseq.errors import InputError, UsageError
 from crlseq.export import edge_table, intervention_table, program_labels, program_table
 from crlseq.report import write_report
-from crlseq.run import FORMAT, Run, load
+from crlseq.run import FORMAT, TABLES, Run, load
 from crlseq.training.checkpoint import save_weights
 from crlseq.training.trainer import Fit, fit_model, resolve_device
 
 N_COMPONENTS = 50
+# What a folder with an unfinished run may hold; it is never emptied of anything else.
+RUN_FILES = frozenset(
+    {"lock", "resume.pt", "run.json", "model.safetensors", "crlseq.h5ad", "report.html", "dag.graphml", "dag.json"}
+    | {f"{name}.csv" for name in TABLES}
+)
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-learn")
 
 
@@ -106,12 +111,18 @@ def fit(
     resolve_device(config.training.device)  # fails before anything is read
     if output is None:
         return _fit(source, None, None, config, progress)
-    target = Path(output)
+    target = Path(output) if Path(output).name not in ("", "..") else Path(output).resolve()
     if resume and (target / "run.json").is_file():
+        run = load(target)
+        if run.info["config"] != config.model_dump(mode="json"):
+            raise InputError(
+                f"The run {target} is finished, but was fitted with other options.",
+                "Choose another --output, or replace it with --force and without --resume.",
+            )
         progress.note(f"{target} is finished already.")
-        return load(target)
+        return run
     _refuse_output(target, resume, force)
-    return _fit(source, target, target.with_name(target.name + ".partial"), config, progress, resume)
+    return _fit(source, target, _partial(target), config, progress, resume)
 
 
 def _fit(
@@ -127,8 +138,8 @@ def _fit(
     if training.threads is not None:
         torch.set_num_threads(training.threads)
     progress.stage("reading the screen")
-    digest = _sha256(source)
     data = read_data(source, config.data, training.seed)
+    digest = _sha256(source)
     for note in data.notes:
         progress.note(note)
     progress.stage("testing which perturbations have an effect")
@@ -141,9 +152,8 @@ def _fit(
     with _working_folder(partial, resume) as folder:
         progress.stage("fitting")
         fitted = fit_model(
-            data, config, n_latents, folder and folder / "resume.pt", identity,
-            lambda record: progress.epoch(record, training.epochs),
-        )  # fmt: skip
+            data, config, n_latents, folder and folder / "resume.pt", identity, progress.epoch
+        )
         progress.stage("reading off programs, interventions and the DAG")
         fitted.model.cpu()
         run = _analyse(fitted, data, config, tests)
@@ -312,17 +322,35 @@ def _packages() -> dict[str, str]:
     return found
 
 
+def _partial(target: Path) -> Path:
+    """Where an unfinished run lies."""
+    return target.with_name(target.name + ".partial")
+
+
 def _refuse_output(target: Path, resume: bool, force: bool) -> None:
-    partial = target.with_name(target.name + ".partial")
-    ancestor = next(folder for folder in target.absolute().parents if folder.exists())
+    if not target.name:
+        raise InputError(f"The output {target} is no place for a run.", "Choose another --output.")
+    partial = _partial(target)
+    try:
+        ancestor = next(folder for folder in target.absolute().parents if folder.exists())
+        exists, unfinished = os.path.lexists(target), partial.exists()
+        foreign = sorted(file.name for file in partial.iterdir() if not _is_ours(file)) if unfinished else []
+    except OSError as error:  # a name that is too long, a folder that may not be searched, a file called RUN.partial
+        raise InputError(f"{target} cannot be written: {error.strerror}.", "Choose another --output.") from None
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         raise InputError(f"{target} cannot be written: {ancestor} is no folder that may be written to.", "Choose another --output.")
-    if target.exists() and not force:
+    if exists and not force:
         raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
-    if target.exists() and not (target / "run.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
+    if exists and not (target / "run.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} exists and is not a run of crlseq; it is left alone.", "Choose another --output.")
-    if partial.exists() and not (resume or force):
+    if foreign:
+        raise InputError(f"{partial} holds {foreign[0]!r}, which is no part of a run; it is left alone.", "Choose another --output.")
+    if unfinished and not (resume or force):
         raise InputError(f"There is an unfinished run in {partial}.", "Go on with --resume, or start over with --force.")
+
+
+def _is_ours(file: Path) -> bool:
+    return file.name.removesuffix(".tmp") in RUN_FILES and not file.is_dir()
 
 
 @contextmanager
@@ -353,4 +381,6 @@ def _move_into_place(partial: Path, target: Path) -> None:
     if target.exists():
         os.replace(target, old)
     os.replace(partial, target)
+    if old.is_symlink():
+        old.unlink()
     shutil.rmtree(old, ignore_errors=True)

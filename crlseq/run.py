@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,22 @@ if TYPE_CHECKING:
 
     from crlseq.model.discrepancy_vae import DiscrepancyVAE
 
-TABLES = ("programs", "interventions", "dag", "history", "evaluation")
+# Tables and the columns that each has at least; more may follow in later versions.
+COLUMNS: dict[str, dict[str, type]] = {
+    "programs": {"program": str, "gene": str, "loading": float, "total_effect": float, "rank": int},
+    "interventions": {
+        "perturbation": str, "program": str, "weight": float, "shift": float, "retention": float,
+        "n_cells": int, "p_value": float, "fdr": float, "energy_distance": float, "noise_scale": float,
+    },
+    "dag": {"source": str, "target": str, "weight": float, "support": float, "identified": str},
+    "history": {"epoch": int, "total": float},
+    "evaluation": {
+        "condition": str, "split": str, "n_cells": int, "mmd2": float, "mmd2_no_change": float,
+        "pearson_delta": float, "l2": float, "l2_no_change": float,
+    },
+}  # fmt: skip
+TABLES = tuple(COLUMNS)
+INFO = {"config", "input", "cells", "conditions", "programs", "adjacency", "preprocessing", "identification", "metrics", "training"}
 FORMAT = 1
 
 
@@ -49,10 +65,12 @@ class Run:
         Loss terms by epoch.
     evaluation
         Virtual against held-out cells by condition.
-    state
-        Weights and results as tensors by name (`model.safetensors`); read when first needed.
     path
         The folder, None for a run that was not written.
+    weights
+        State and architecture of the model; None: read from the folder when first needed.
+    splits
+        Split of each cell by its name; None: likewise.
     """
 
     info: dict[str, Any]
@@ -66,12 +84,13 @@ class Run:
     splits: pd.Series | None = field(default=None, repr=False)
 
     @cached_property
-    def dag(self) -> nx.DiGraph:
+    def dag(self) -> nx.DiGraph[str]:
         """The declared DAG; ``dag.graph["identified"]`` says whether the data determine it."""
         return dag_graph(self.info["programs"], self.edges, self.info["identification"])
 
     @property
     def program_names(self) -> list[str]:
+        """P0, P1, ... in topological order."""
         return [program["name"] for program in self.info["programs"]]
 
     @cached_property
@@ -99,7 +118,7 @@ class Run:
         Raises
         ------
         InputError
-            If a fitted gene is missing.
+            If a fitted gene is missing, or values are not of the kind that was fitted.
         """
         import torch
 
@@ -112,7 +131,7 @@ class Run:
         dtype = self.model.scm.graph.dtype
         parts = []
         with open_screen(source, record.layer) as screen, torch.no_grad():
-            columns = screen.genes.get_indexer(list(record.genes))
+            columns = screen.genes.get_indexer(pd.Index(record.genes))
             if (columns < 0).any():
                 missing = record.genes[int(np.flatnonzero(columns < 0)[0])]
                 raise InputError(
@@ -120,9 +139,11 @@ class Run:
                     "Give cells that were measured on the same genes.",
                 )
             for _, block in screen.blocks():
+                record.check(block, screen.source)
                 x = torch.from_numpy(record.apply(block)[:, columns].astype(np.float32).toarray()).to(dtype)
                 parts.append(self.model.latents(x).double().numpy())
-        return ((np.concatenate(parts) - center) / scale).astype(np.float32)
+        latents: np.ndarray = (np.concatenate(parts) - center) / scale
+        return latents.astype(np.float32)
 
     def annotate(self, adata: ad.AnnData) -> ad.AnnData:
         """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes."""
@@ -133,7 +154,7 @@ class Run:
         """Write the annotated input; see `crlseq.export.write_annotated`."""
         from crlseq.data.matrix import open_screen
 
-        with open_screen(source) as screen:
+        with open_screen(source, self.info["preprocessing"]["layer"]) as screen:
             cells, genes = screen.obs.index, screen.genes
         write_annotated(source, path, self._keys(source, cells, genes))
 
@@ -149,9 +170,13 @@ class Run:
         import anndata as ad
         import h5py
 
-        with h5py.File(self._folder() / "crlseq.h5ad", "r") as handle:
-            obs = ad.io.read_elem(handle["obs"])
-        return obs["crlseq_split"].astype(str)
+        path = self._folder() / "crlseq.h5ad"
+        try:
+            with h5py.File(path, "r") as handle:
+                column: pd.Series = ad.io.read_elem(handle["obs"])["crlseq_split"]
+        except (OSError, KeyError) as error:
+            raise InputError(f"{path} cannot be read, so the split of cells is unknown.", "Restore it, or fit again.") from error
+        return column.astype(str)
 
     def _folder(self) -> Path:
         if self.path is None:
@@ -189,17 +214,21 @@ def load(path: str | Path) -> Run:
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if info["format"] > FORMAT:
             raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
-        text = {column: str for column in ("program", "gene", "perturbation", "source", "target", "identified", "condition", "split")}
-        # A gene may be called NA: only empty fields are missing values, and only in columns of numbers.
-        tables = {
-            name: pd.read_csv(folder / f"{name}.csv", dtype=text, keep_default_na=False, na_values={c: [""] for c in NUMBERS})
-            for name in TABLES
-        }
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise InputError(f"The run folder {folder} is damaged: {error}.", "Fit again.") from error
+        if missing := INFO - info.keys():
+            raise ValueError(f"run.json lacks {min(missing)!r}")
+        tables = {name: _read_table(folder / f"{name}.csv", columns) for name, columns in COLUMNS.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
     return Run(
         info, tables["programs"], tables["interventions"], tables["dag"], tables["history"], tables["evaluation"], folder
     )
 
 
-NUMBERS = ("support", "p_value", "fdr", "energy_distance", "pearson_delta", "weight", "shift", "loading", "total_effect")
+def _read_table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
+    # A gene may be called NA: only empty fields are missing values, and only in columns of numbers.
+    empty = {name: [""] for name, kind in columns.items() if kind is float}
+    table = pd.read_csv(path, dtype=columns, keep_default_na=False, na_values=empty, float_precision="round_trip")
+    if missing := [name for name in columns if name not in table]:
+        raise ValueError(f"{path.name} has no column {missing[0]!r}")
+    return table

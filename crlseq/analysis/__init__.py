@@ -1,0 +1,1 @@
+"""A fitted model in answers: programs, interventions, DAG, tests, metrics."""

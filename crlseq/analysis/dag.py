@@ -40,7 +40,9 @@ def find_dag(model: DiscrepancyVAE, programs: Programs, config: ModelConfig) -> 
 def identify(config: ModelConfig) -> Identification:
     """What theory and measurement say about the graph of a fit with this configuration."""
     if not config.causal_layer:
-        return Identification("not identified", "The model was fitted without structural equations, so it has no graph.")
+        return Identification(
+            "not identified", "The model was fitted without structural equations, so it has no graph."
+        )
     if config.equations == "linear" and config.intervention == "shift":
         return Identification(
             "not identified",

@@ -76,6 +76,6 @@ def _mean_jacobian(function: Callable[[Tensor], Tensor], points: Tensor) -> np.n
     for k in range(points.shape[1]):
         tangent = torch.zeros_like(points)
         tangent[:, k] = 1
-        _, moved = torch.func.jvp(function, (points,), (tangent,))
+        moved: Tensor = torch.func.jvp(function, (points,), (tangent,))[1]
         rows.append(moved.detach().mean(0).cpu().double().numpy())
     return np.stack(rows)

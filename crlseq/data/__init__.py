@@ -1,0 +1,1 @@
+"""AnnData in, tensors out: labels, values, splits and batches."""

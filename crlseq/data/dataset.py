@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ class PerturbSeqData:
     def dense(self, index: np.ndarray) -> np.ndarray:
         """(len(index), genes) float32 rows."""
         rows = self.x[index]
-        return np.asarray(rows.toarray() if sp.issparse(rows) else rows)
+        return np.asarray(rows) if isinstance(rows, np.ndarray) else rows.toarray()
 
     def perturbation_table(self) -> np.ndarray:
         """(conditions, M) int64 perturbations of each condition, filled up with -1."""
@@ -94,7 +95,7 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
     """
     with open_screen(source, config.layer) as screen:
         labels = read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator)
-        selection = _select_conditions(labels, config)
+        selection = select_conditions(labels, config)
         batch, batch_names = _batches(screen, config.batch_key, labels.condition >= 0)
         split = splits.split_cells(
             labels.condition, selection.fitted, selection.held_out,
@@ -141,20 +142,31 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
 
 
 @dataclass(frozen=True)
-class _Selection:
+class Selection:
+    """Which conditions are fitted and which held out, (conditions,) bool each, and why others are not."""
+
     fitted: np.ndarray
     held_out: np.ndarray
     notes: list[str]
 
 
-def _select_conditions(labels: Perturbations, config: DataConfig) -> _Selection:
+def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
+    """Conditions to fit and to hold out.
+
+    Raises
+    ------
+    InputError
+        If a condition to hold out is not there, or too few controls or perturbations are left.
+    """
     counts = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
     held_out = np.zeros(len(labels.conditions), dtype=bool)
     lookup = {frozenset(labels.names[i] for i in parts): c for c, parts in enumerate(labels.conditions)}
     by_name = {name: c for c, name in enumerate(labels.condition_names)}
     for label in config.hold_out:
-        parts = label.split(labels.separator) if labels.separator else [label]
-        found = by_name.get(label, lookup.get(frozenset(parts)))
+        parts = [part.strip() for part in (label.split(labels.separator.strip()) if labels.separator else [label])]
+        # "A+ctrl" is "A", as in the column.
+        targets = [part for part in parts if part in labels.names or part != labels.control_label]
+        found = by_name.get(label, lookup.get(frozenset(targets)))
         if found is None or found == 0:
             raise InputError(
                 f"--hold-out {label!r} is not a perturbation in {labels.key!r}.",
@@ -179,14 +191,17 @@ def _select_conditions(labels: Perturbations, config: DataConfig) -> _Selection:
             "At least two are needed; see --min-cells, --hold-out and --combinations.",
         )
     held_out &= counts > 0
-    return _Selection(fitted, held_out, notes)
+    return Selection(fitted, held_out, notes)
 
 
 def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     if key is None:
         return np.zeros(screen.n_cells, dtype=np.int64), ("all",)
     if key not in screen.obs:
-        raise InputError(f"There is no column {key!r} for --batch-key.", f"Columns are: {', '.join(map(str, screen.obs.columns))}.")
+        columns = [str(column) for column in screen.obs.columns]
+        first = difflib.get_close_matches(key, columns)
+        listed = _few([repr(column) for column in dict.fromkeys([*first, *columns])])
+        raise InputError(f"The cells have no column {key!r} for --batch-key.", f"Columns: {listed}.")
     column = screen.obs[key]
     missing = int((column.isna().to_numpy() & labelled).sum())
     if missing:

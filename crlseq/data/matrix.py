@@ -53,19 +53,20 @@ class Screen:
     def rows(self, index: np.ndarray) -> sp.csr_matrix:
         """Cells by ascending index as float64 CSR, read as few contiguous runs."""
         runs = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1)
-        return sp.vstack([as_csr(self.matrix[int(run[0]) : int(run[-1]) + 1]) for run in runs if len(run)], format="csr")
+        parts = [as_csr(self.matrix[int(run[0]) : int(run[-1]) + 1]) for run in runs if len(run)]
+        return sp.csr_matrix(sp.vstack(parts, format="csr"))
 
 
 def as_csr(block: Any) -> sp.csr_matrix:
     """Any block of cells as canonical CSR in native float64; masked values become NaN."""
     if isinstance(block, np.ma.MaskedArray):
-        block = block.astype(np.float64).filled(np.nan)
-    if sp.issparse(block):
-        csr = sp.csr_matrix(block, dtype=np.float64, copy=True)
-        csr.sum_duplicates()
-        csr.eliminate_zeros()
-        return csr
-    return sp.csr_matrix(np.asarray(block, dtype=np.float64))
+        block = np.ma.filled(block.astype(np.float64), np.nan)
+    if not sp.issparse(block):
+        block = np.asarray(block, dtype=np.float64)
+    csr: sp.csr_matrix = sp.csr_matrix(block, dtype=np.float64, copy=True)
+    csr.sum_duplicates()
+    csr.eliminate_zeros()
+    return csr
 
 
 @contextmanager
@@ -155,11 +156,13 @@ def _row_sliceable(element: Any, source: str) -> Any:
     if isinstance(element, (h5py.Group, zarr.Group)):
         dataset = ad.io.sparse_dataset(element)
         # Rows of a CSC matrix cannot be sliced from disk at a bearable speed.
-        element = dataset if dataset.format == "csr" else dataset.to_memory()
-    elif not isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)) and not sp.issparse(element):
+        element = dataset if dataset.format == "csr" else dataset.to_memory().tocsr()
+    # What remains is an AnnData's: in memory, or backed by a data set or a sparse data set.
+    elif hasattr(element, "format"):
+        if element.format != "csr":
+            element = (element.to_memory() if hasattr(element, "to_memory") else element).tocsr()
+    elif not isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)):
         element = np.asarray(element)
-    if sp.issparse(element) and element.format != "csr":
-        element = element.tocsr()
     if len(element.shape) != 2:
         raise InputError(f"{source}: the matrix has {len(element.shape)} dimensions instead of 2.", "Expected cells x genes.")
     return element

@@ -114,11 +114,6 @@ class Perturbations:
         """Control cells, bool (cells,)."""
         return np.asarray(self.condition == 0)
 
-    @property
-    def n_cells(self) -> Ints:
-        """Cells per condition, int64 (conditions,)."""
-        return np.bincount(self.condition[self.condition >= 0], minlength=len(self.conditions))
-
 
 def candidates(obs: pd.DataFrame) -> list[Candidate]:
     """Propose ways to read the perturbations of ``obs``, the best first; a column appears once per possible reading."""
@@ -224,9 +219,9 @@ class _Rules:
 
     def split(self, label: str, separator: str | None) -> list[str]:
         """Parts of a label without the controls; none for control cells."""
-        if label == self.control:
+        if label == self.control or label in self.guides:
             return []
-        if separator is None:
+        if separator is None or label.casefold() in CONTROL_LABELS:  # "non_targeting" beside another control
             return [label]
         mark = separator.strip() or separator
         if mark in self.control:  # "A_neg_ctrl"
@@ -343,7 +338,7 @@ def _difference(a: Perturbations, b: Perturbations) -> str:
     sizes_a, sizes_b = (np.array([-1, *map(len, reading.conditions)]) for reading in (a, b))
     if len(np.unique(in_a)) < len(in_a) or len(np.unique(in_b)) < len(in_b):
         return "they group the cells differently"
-    return "" if np.array_equal(sizes_a[in_a], sizes_b[in_b]) else "they disagree on which cells carry combinations"
+    return "" if np.array_equal(sizes_a[in_a], sizes_b[in_b]) else "they disagree on how many perturbations cells carry"
 
 
 def _ambiguous_column(readings: Sequence[Perturbations]) -> InputError:

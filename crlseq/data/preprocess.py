@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from crlseq.data.matrix import Scan, Screen, readable
@@ -33,6 +34,19 @@ class Preprocessing:
     gene_choice: str
     n_genes_in_file: int
     n_silent_genes: int
+
+    def check(self, block: sp.csr_matrix, source: str) -> None:
+        """Refuse cells that are plainly not of the fitted kind.
+
+        Raises
+        ------
+        InputError
+            If a value is NaN or infinite, or the fit was on counts and a value is no count.
+        """
+        if not np.isfinite(block.data).all():
+            raise InputError(f"{source} holds NaN or infinite values.", "Remove or replace them first.")
+        if self.values == "counts" and ((block.data < 0) | (block.data != np.rint(block.data))).any():
+            raise InputError(f"{source} holds values that are no counts, but the fit was on counts.", "Give raw counts in the same layer.")
 
     def apply(self, counts: sp.csr_matrix) -> sp.csr_matrix:
         """Normalised cells (n, all genes): log1p(count / total * target_sum) for counts, unchanged otherwise."""
@@ -150,7 +164,7 @@ def plan_preprocessing(
 
 
 def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> np.ndarray:
-    position = screen.genes.get_indexer(list(genes))
+    position = screen.genes.get_indexer(pd.Index(genes))
     missing = [gene for gene, at in zip(genes, position, strict=True) if at < 0]
     if missing:
         close = difflib.get_close_matches(missing[0], screen.genes, n=1)
@@ -184,7 +198,7 @@ def load(screen: Screen, record: Preprocessing) -> sp.csr_matrix | np.ndarray:
 
     CSR when most values are zero, else a dense array.
     """
-    columns = screen.genes.get_indexer(list(record.genes))
+    columns = screen.genes.get_indexer(pd.Index(record.genes))
     with readable(screen.source, "the matrix"):
         parts = [record.apply(block)[:, columns].astype(np.float32) for _, block in screen.blocks()]
     x = sp.csr_matrix(sp.vstack(parts, format="csr"))

@@ -1,0 +1,1 @@
+"""The model in torch alone: structural equations, networks, losses."""

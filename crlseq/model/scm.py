@@ -140,7 +140,8 @@ class LatentSCM(nn.Module):
         if self.equations == "linear":
             # u (I - A) = source; A is strictly upper triangular, so the solve is exact and never singular.
             system = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device) - adjacency
-            return torch.linalg.solve_triangular(system, source, upper=True, left=False, unitriangular=True)
+            u: Tensor = torch.linalg.solve_triangular(system, source, upper=True, left=False, unitriangular=True)
+            return u
         latents: list[Tensor] = []
         for k in range(z.shape[-1]):
             u_k = source[..., k]

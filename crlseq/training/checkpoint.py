@@ -45,7 +45,9 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             architecture = json.loads((handle.metadata() or {})["architecture"])
         return load_file(path), architecture
     except Exception as error:  # safetensors raises its own type, OSError or KeyError
-        raise InputError(f"The weights {path} cannot be read: {error}.", "Fit again, or restore the run folder.") from error
+        raise InputError(
+            f"The weights {path} cannot be read: {error}.", "Fit again, or restore the run folder."
+        ) from error
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from crlseq.config import ModelConfig, TrainingConfig
 
 WARM_UP = 0.1  # share of the epochs over which terms come in ("scaled")
-SHARPEN = 0.5  # share of the epochs after which targets are as sharp as they get ("scaled")
+SHARPEN = 0.2  # share of the epochs after which targets are as sharp as they get ("scaled")
+COOL = 0.5  # share of the epochs after which the learning rate falls ("scaled")
 FINAL_RATE = 0.02  # learning rate at the last epoch, as a share of the first
 
 
@@ -29,24 +30,24 @@ class Weights:
         return {"mmd": self.mmd, "reconstruction": self.reconstruction, "kl": self.kl, "graph": self.graph}
 
 
-def schedule(epoch: int, model: ModelConfig, training: TrainingConfig) -> Weights:
-    """Weights in `epoch` = 0, 1, ...
+def schedule(epoch: int, n_epochs: int, model: ModelConfig, training: TrainingConfig) -> Weights:
+    """Weights in `epoch` = 0, 1, ... of `n_epochs`.
 
     ``published``: MMD 0 for 5 epochs, then linear up to half time; KL 0 for 10 epochs, then linear to the
     end; temperature 1 for 5 epochs, then linear to the end; constant learning rate (Zhang et al. 2023).
 
-    ``scaled``: MMD and KL grow linearly over the first tenth, the temperature over the first half; the
-    learning rate is constant for half of the time and then falls linearly, so that the second half refines
-    one settled objective whatever the number of epochs.
+    ``scaled``: MMD and KL grow linearly over the first tenth, the temperature over the first fifth; the
+    learning rate is constant for half of the time and then falls linearly. From the first fifth on the
+    objective is settled, whatever the number of epochs, and validation losses of epochs compare.
     """
-    n = training.epochs
+    n = n_epochs
     if training.schedule == "published":
         mmd = _ramp(epoch, 5, n // 2 - 1)
         kl, heat, rate = _ramp(epoch, 10, n - 1), _ramp(epoch, 5, n - 1), 1.0
     else:
         mmd = kl = _ramp(epoch + 1, 0, WARM_UP * n)
         heat = _ramp(epoch, 0, SHARPEN * n)
-        rate = 1 - (1 - FINAL_RATE) * _ramp(epoch, SHARPEN * n, n)
+        rate = 1 - (1 - FINAL_RATE) * _ramp(epoch, COOL * n, n)
     return Weights(
         mmd=model.mmd_weight * mmd,
         reconstruction=1.0,
@@ -57,9 +58,9 @@ def schedule(epoch: int, model: ModelConfig, training: TrainingConfig) -> Weight
     )
 
 
-def settled(epoch: int, training: TrainingConfig) -> bool:
+def settled(epoch: int, n_epochs: int, training: TrainingConfig) -> bool:
     """Whether the objective no longer changes, so that validation losses of epochs compare."""
-    return training.schedule == "published" or epoch >= SHARPEN * training.epochs
+    return training.schedule == "published" or epoch >= SHARPEN * n_epochs
 
 
 def _ramp(epoch: float, start: float, end: float) -> float:

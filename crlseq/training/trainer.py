@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crlseq.config import Config, ModelConfig
+from crlseq.config import Config, ModelConfig, TrainingConfig
 from crlseq.data import splits
 from crlseq.data.batches import BatchIndex, ControlPartners, epoch_batches
 from crlseq.data.dataset import PerturbSeqData
@@ -27,6 +27,8 @@ from crlseq.training.schedules import Weights, schedule, settled
 CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result
 BANDWIDTH_CELLS = 1000
 VALIDATION_BATCH = 256
+
+MIN_EPOCHS, MIN_STEPS = 100, 2000  # a small screen makes few steps an epoch and needs as many as a large one
 
 History = list[dict[str, float]]
 
@@ -73,6 +75,15 @@ def architecture_of(config: ModelConfig, n_genes: int, n_latents: int, n_perturb
     }
 
 
+def resolve_epochs(training: TrainingConfig, cells_by_condition: list[np.ndarray]) -> int:
+    """The number of epochs asked for; by default 100, or as many as make 2,000 steps."""
+    if training.epochs is not None:
+        return training.epochs
+    pieces = sum(-(-len(cells) // training.batch_size) for cells in cells_by_condition[1:])
+    steps = -(-max(pieces, 1) // training.perturbations_per_step)
+    return max(MIN_EPOCHS, -(-MIN_STEPS // steps))
+
+
 class CellSource:
     """Rows of the screen as tensors on the device; the whole screen lies there when it fits."""
 
@@ -98,7 +109,7 @@ def fit_model(
     n_latents: int,
     checkpoint: Path | None = None,
     identity: str = "",
-    on_epoch: Callable[[dict[str, float]], None] = lambda record: None,
+    on_epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None,
 ) -> Fit:
     """Minimise the weighted loss terms by Adam; early stopping and the kept weights go by validation.
 
@@ -109,7 +120,8 @@ def fit_model(
     identity
         What a checkpoint must have been written for (input and configuration).
     on_epoch
-        Called with each epoch's record: ``epoch``, the terms, ``validation_*`` terms, ``temperature``.
+        Called with each epoch's record (``epoch``, the terms, ``validation_*`` terms, ``temperature``) and the
+        number of epochs.
 
     Raises
     ------
@@ -132,6 +144,7 @@ def fit_model(
     table = torch.from_numpy(data.perturbation_table()).to(device)
 
     train_cells = data.cells_by_condition(splits.TRAIN)
+    n_epochs = resolve_epochs(training, train_cells)
     partners = ControlPartners(train_cells[0], data.batch)
     validation = _validation_batches(data, training.seed)
     history: History = []
@@ -149,11 +162,11 @@ def fit_model(
         history, first = saved["history"], saved["epoch"] + 1
         best_epoch, best_loss, best_state = saved["best_epoch"], saved["best_loss"], saved["best_state"]
         for record in history:
-            on_epoch(record)
+            on_epoch(record, n_epochs)
 
     written, stopped_early = time.monotonic(), False
-    for epoch in range(first, training.epochs):
-        weights = schedule(epoch, config.model, training)
+    for epoch in range(first, n_epochs):
+        weights = schedule(epoch, n_epochs, config.model, training)
         model.temperature.fill_(weights.temperature)
         for group in optimizer.param_groups:
             group["lr"] = weights.learning_rate
@@ -177,15 +190,16 @@ def fit_model(
         record["temperature"] = weights.temperature
         if not all(math.isfinite(value) for value in record.values()):
             raise ConvergenceError(
-                f"The loss is not finite in epoch {epoch + 1}.", "Lower the learning rate, or look for extreme values in the file."
+                f"The loss is not finite in epoch {epoch + 1}.",
+                "Lower the learning rate, or look for extreme values in the file.",
             )
         history.append(record)
-        on_epoch(record)
+        on_epoch(record, n_epochs)
         # Without validation cells the last weights are kept: a training loss may not choose.
         judged = record.get("validation_total", -float(epoch))
-        if settled(epoch, training) and judged < best_loss:
+        if settled(epoch, n_epochs, training) and judged < best_loss:
             best_epoch, best_loss, best_state = epoch, judged, copy.deepcopy(model.state_dict())
-        if training.patience is not None and best_epoch >= 0 and epoch - best_epoch >= training.patience:
+        if training.patience is not None and 0 <= best_epoch <= epoch - training.patience * n_epochs:
             stopped_early = True
         if checkpoint is not None and (time.monotonic() - written > CHECKPOINT_SECONDS or epoch == first):
             save_checkpoint(checkpoint, {

@@ -1,0 +1,84 @@
+"""Wires the commands, and turns errors into one sentence, a hint and an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from crlseq import __version__
+from crlseq.cli import check, export, fit, inspect, report, simulate
+from crlseq.cli.output import say
+from crlseq.errors import CrlseqError
+
+app = typer.Typer(
+    name="crlseq",
+    help="Causal gene programs from Perturb-seq screens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"crlseq {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="CRLSEQ_DEBUG")] = False,
+) -> None:
+    """Causal gene programs from Perturb-seq screens."""
+    if debug:
+        os.environ["CRLSEQ_DEBUG"] = "1"
+
+
+app.command("check")(check.check)
+app.command("fit")(fit.fit)
+app.add_typer(inspect.app, name="inspect")
+app.command("export")(export.export)
+app.command("report")(report.report)
+app.command("simulate")(simulate.simulate)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of ``crlseq``, ``scanpy crlseq`` and ``python -m crlseq``."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        # Not standalone: click would turn an interrupt into exit code 1.
+        code = app(prog_name="crlseq", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except CrlseqError as error:
+        _fail(error.message, error.hint, error.exit_code, error)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        say("Interrupted. An unfinished fit goes on with the same command and --resume.")
+        sys.exit(130)
+    except BrokenPipeError:  # `crlseq inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors, which it formats itself
+            error.show()
+            sys.exit(int(error.exit_code))
+        _fail(f"A fault in crlseq: {type(error).__name__}: {error}", "Run again with `crlseq --debug ...` and report it.", 1, error)
+
+
+def _fail(message: str, hint: str, code: int, error: BaseException) -> None:
+    if os.environ.get("CRLSEQ_DEBUG"):
+        raise error
+    say(f"crlseq: {message}")
+    if hint:
+        say(f"  {hint}")
+    sys.exit(code)

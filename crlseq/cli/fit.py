@@ -1,0 +1,92 @@
+"""``crlseq fit``: a screen to a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from crlseq.cli.output import FitProgress, say
+
+DATA, MODEL, TRAINING = "Data", "Model", "Training"
+
+
+def _option(text: str, panel: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel)
+
+
+def fit(
+    file: Annotated[Path, typer.Argument(help="The screen: an .h5ad file or a zarr store.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to write.", show_default=False)],
+    preset: Annotated[str | None, typer.Option(help="default, or paper (the published model exactly).")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with tables data, model, training; flags win.")] = None,
+    perturbation_key: Annotated[str | None, _option("Column of obs with the perturbations. [detected]", DATA)] = None,
+    control_label: Annotated[str | None, _option("Label of control cells. [detected]", DATA)] = None,
+    separator: Annotated[str | None, _option("Between the parts of a combination; '' for none. [detected]", DATA)] = None,
+    batch_key: Annotated[str | None, _option("Column of experimental batches; controls come from the same batch.", DATA)] = None,
+    layer: Annotated[str | None, _option("Layer to use instead of X.", DATA)] = None,
+    values: Annotated[str | None, _option("auto, counts, log or continuous.", DATA)] = None,
+    n_top_genes: Annotated[str | None, _option("Number of most variable genes, or all. [5000]", DATA)] = None,
+    genes: Annotated[Path | None, _option("File with the genes to fit, one a line.", DATA)] = None,
+    min_cells: Annotated[int | None, _option("Leave out perturbations with fewer cells. [10]", DATA)] = None,
+    hold_out: Annotated[list[str] | None, _option("A condition to hold out; may be repeated.", DATA)] = None,
+    hold_out_cells: Annotated[float | None, _option("Share of every condition's cells to hold out. [0]", DATA)] = None,
+    combinations: Annotated[
+        bool | None, _option("Fit on combinations too, or hold them all out.", DATA, "--combinations/--no-combinations")
+    ] = None,
+    n_latents: Annotated[int | None, _option("Number of programs. [from the data]", MODEL)] = None,
+    intervention: Annotated[str | None, _option("shift, hard or soft.", MODEL)] = None,
+    equations: Annotated[str | None, _option("linear or nonlinear structural equations.", MODEL)] = None,
+    epochs: Annotated[int | None, _option("Passes over the cells, at most. [100]", TRAINING)] = None,
+    batch_size: Annotated[int | None, _option("Perturbed cells of one condition in a step.", TRAINING)] = None,
+    seed: Annotated[int | None, _option("Seed of everything random. [0]", TRAINING)] = None,
+    device: Annotated[str | None, _option("auto, cpu or cuda.", TRAINING)] = None,
+    threads: Annotated[int | None, _option("CPU threads. [all]", TRAINING)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished fit.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that lies at --output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors alone.")] = False,
+) -> None:
+    """Fit a screen: gene programs, the map from perturbations to programs, and the latent DAG."""
+    from crlseq.config import make_config, read_toml
+
+    settings = make_config(
+        preset,
+        read_toml(config) if config else None,
+        perturbation_key=perturbation_key, control_label=control_label, separator=separator, batch_key=batch_key,
+        layer=layer, values=values, n_top_genes=_number_or_all(n_top_genes), genes=_gene_list(genes), min_cells=min_cells,
+        hold_out=tuple(hold_out) if hold_out else None, hold_out_cells=hold_out_cells, combinations=combinations,
+        n_latents=n_latents, intervention=intervention, equations=equations,
+        epochs=epochs, batch_size=batch_size, seed=seed, device=device, threads=threads,
+    )  # fmt: skip
+    from crlseq.fitting import fit as fit_screen
+
+    progress = FitProgress(quiet)
+    try:
+        run = fit_screen(file, output, config=settings, resume=resume, force=force, progress=progress.callbacks())
+    finally:
+        progress.close()
+    if not quiet:
+        detected, total = run.info["metrics"]["n_detected"], len(run.interventions)
+        say(f"{run.info['n_latents']} programs; {detected} of {total} perturbations have a detectable effect.")
+        say(f"The graph is {run.info['identification']['verdict']}: {run.info['identification']['reason']}")
+        say(f"Written to {output} in {run.info['seconds']:.0f} s. Next: crlseq inspect {output}")
+
+
+def _number_or_all(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdigit() else text
+
+
+def _gene_list(path: Path | None) -> tuple[str, ...] | None:
+    from crlseq.errors import InputError
+
+    if path is None:
+        return None
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The gene list {path} cannot be read: {error}.", "Give a text file with one gene a line.") from None
+    found = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not found:
+        raise InputError(f"The gene list {path} is empty.", "Give a text file with one gene a line.")
+    return found

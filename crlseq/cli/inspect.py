@@ -1,0 +1,142 @@
+"""``crlseq inspect``: what a run found, as tables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from crlseq.cli.output import say, show_json, show_table
+
+if TYPE_CHECKING:
+    from crlseq.run import Run
+
+
+class _SummaryByDefault(TyperGroup):
+    """``crlseq inspect RUN`` is ``crlseq inspect summary RUN``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["summary", *args]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=_SummaryByDefault, no_args_is_help=True, help="What a run found: `inspect RUN` for a summary.")
+
+RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON to stdout.")]
+
+
+def _load(run: Path) -> Run:
+    from crlseq.run import load
+
+    return load(run)
+
+
+@app.command()
+def summary(run: RunFolder, json: AsJson = False) -> None:
+    """What was fitted, how well, and whether to believe the graph."""
+    import pandas as pd
+
+    found = _load(run)
+    info, metrics = found.info, found.info["metrics"]
+    rows = {
+        "input": info["input"]["path"],
+        "cells": ", ".join(f"{n} {name}" for name, n in info["cells"].items() if n),
+        "genes": info["preprocessing"]["gene_choice"],
+        "values": f"{info['preprocessing']['values']} ({info['preprocessing']['reason']})",
+        "labels": info["label_reason"],
+        "perturbations": f"{len(found.interventions)}, {metrics['n_detected']} with a detectable effect (FDR <= 0.05)",
+        "programs": f"{info['n_latents']} ({info['n_latents_reason']})",
+        "graph": f"{info['identification']['verdict']}: {info['identification']['reason']}",
+        "training": f"{info['training']['epochs_run']} epochs, weights of epoch {info['training']['best_epoch'] + 1} kept, {info['seconds']} s on {info['device']}",
+        "preset": f"{info['config']['preset']}, seed {info['seed']}, crlseq {info['version']}",
+    }
+    if "mmd2" in metrics:
+        delta = metrics["pearson_delta"]
+        rows["held out"] = (
+            f"on {metrics['evaluated_on']} cells: MMD2 {metrics['mmd2']:.4f} (no change: {metrics['mmd2_no_change']:.4f}), "
+            f"L2 {metrics['l2']:.3f} (no change: {metrics['l2_no_change']:.3f})"
+            + (f", Pearson delta {delta:.3f}" if delta is not None else "")
+        )
+    if json:
+        show_json({**rows, "notes": info["notes"], "metrics": metrics, "identification": info["identification"]})
+        return
+    show_table(pd.DataFrame({"": list(rows), "value": list(rows.values())}), str(run))
+    for note in info["notes"]:
+        say(f"note: {note}")
+
+
+@app.command()
+def programs(
+    run: RunFolder,
+    program: Annotated[str | None, typer.Option(help="One program, such as P3.")] = None,
+    top: Annotated[int, typer.Option(help="Genes a program.", min=1)] = 20,
+    json: AsJson = False,
+) -> None:
+    """Top genes of each program: loading directly, and through the DAG as well."""
+    from crlseq.errors import InputError
+
+    found = _load(run)
+    names = found.program_names
+    if program is not None and program not in names:
+        raise InputError(f"There is no program {program!r} in {run}.", f"Programs are {names[0]} to {names[-1]}.")
+    table = found.programs[found.programs["rank"] <= top]
+    if program is not None:
+        table = table[table["program"] == program]
+    if json or not sys.stdout.isatty():
+        show_table(table, "", json)
+        return
+    for row in found.info["programs"]:
+        if program in (None, row["name"]):
+            part = table[table["program"] == row["name"]].drop(columns="program")
+            show_table(part, f"{row['name']}  driven by {row['drivers'] or 'no perturbation'}")
+            print()
+
+
+@app.command()
+def interventions(run: RunFolder, json: AsJson = False) -> None:
+    """The program that each perturbation targets, and what it does there."""
+    found = _load(run).interventions
+    order = found["program"].str[1:].astype(int).sort_values(kind="stable").index
+    show_table(found.loc[order], "Interventions (shift in standard deviations of the program)", json)
+
+
+@app.command()
+def dag(run: RunFolder, json: AsJson = False) -> None:
+    """The latent DAG, drawn as text and as a table, and whether the data determine it."""
+    import json as json_module
+
+    from crlseq.export import dag_json
+
+    found = _load(run)
+    verdict = found.info["identification"]
+    if json:
+        show_json(json_module.loads(dag_json(found.dag)))
+        return
+    if sys.stdout.isatty():
+        print(draw_dag(found))
+    show_table(found.edges, "Declared edges (weight: standard deviations of the target by one of the source)")
+    say(f"The graph is {verdict['verdict']}: {verdict['reason']}")
+
+
+@app.command()
+def history(run: RunFolder, json: AsJson = False) -> None:
+    """Every loss term by epoch."""
+    show_table(_load(run).history, "Loss terms by epoch", json, decimals=4)
+
+
+def draw_dag(run: Run) -> str:
+    """The DAG as text: every program with the edges that leave it, in topological order."""
+    label = {program["name"]: program["label"] for program in run.info["programs"]}
+    lines = []
+    for name in run.program_names:
+        targets = sorted(run.dag.successors(name), key=lambda target: int(target[1:]))
+        lines.append(f"{name}  {label[name]}")
+        for i, target in enumerate(targets):
+            branch = "└" if i == len(targets) - 1 else "├"
+            lines.append(f"  {branch}─▶ {target}  {label[target]}  ({run.dag.edges[name, target]['weight']:+.2f})")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,112 @@
+"""What commands print: tables to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from crlseq.fitting import Progress
+
+messages = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One plain line to stderr; names in it are not markup."""
+    messages.print(text, markup=False)
+
+
+def show_table(table: pd.DataFrame, title: str, as_json: bool = False, decimals: int = 3) -> None:
+    """A table for people on a terminal, tab-separated text into a pipe, a list of records as JSON."""
+    if as_json:
+        show_json(json.loads(table.to_json(orient="records", double_precision=15)))
+        return
+    if not sys.stdout.isatty():
+        table.to_csv(sys.stdout, sep="\t", index=False)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=Text(title, style="bold"), title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    numeric = [kind.kind in "iuf" for kind in table.dtypes]
+    for name, number in zip(table.columns, numeric, strict=True):
+        shown.add_column(Text(str(name)), justify="right" if number else "left", overflow="fold")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(Text(_cell(value, decimals)) for value in row))
+    Console().print(shown)
+
+
+def show_json(value: Any) -> None:
+    """JSON to stdout and nothing else there; NaN becomes null."""
+    print(json.dumps(_without_nan(value), indent=1, ensure_ascii=False))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _cell(value: Any, decimals: int) -> str:
+    if isinstance(value, float):
+        if value != value:
+            return "–"
+        return f"{value:.{decimals}f}" if value == 0 or abs(value) >= 10.0**-decimals else f"{value:.1e}"
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        return str(value)
+    return ", ".join(map(str, value))
+
+
+class FitProgress:
+    """Shows a fit: bars with the loss terms on a terminal, plain lines elsewhere, nothing when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: Any = None
+        self.last_line = -1
+
+    def callbacks(self) -> Progress:
+        """The callbacks that `crlseq.fit` takes."""
+        from crlseq.fitting import Progress
+
+        return Progress() if self.quiet else Progress(self._stage, self._note, self._epoch)
+
+    def _stage(self, text: str) -> None:
+        self.close()
+        say(f"• {text}")
+
+    def _note(self, text: str) -> None:
+        say(f"  {text}")
+
+    def _epoch(self, record: dict[str, float], n_epochs: int) -> None:
+        epoch = int(record["epoch"]) + 1
+        terms = " ".join(f"{name} {record[name]:.4f}" for name in ("mmd", "reconstruction", "kl"))
+        if "validation_total" in record:
+            terms += f" | validation {record['validation_total']:.4f}"
+        if messages.is_terminal:
+            if self.bar is None:
+                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+                columns = (TextColumn("  epoch"), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn(), TextColumn("{task.description}"))
+                self.bar = Progress(*columns, console=messages)
+                self.bar.start()
+                self.bar.add_task("", total=n_epochs)
+            self.bar.update(self.bar.task_ids[0], completed=epoch, description=terms)
+        elif epoch * 10 // n_epochs > self.last_line or epoch == n_epochs:
+            # Ten lines a fit keep the log of a batch system readable.
+            self.last_line = epoch * 10 // n_epochs
+            say(f"  epoch {epoch}/{n_epochs} {terms}")
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,55 @@
+"""``crlseq simulate``: a screen with a known truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from crlseq.cli.output import say
+
+
+def simulate(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The h5ad file to write.", show_default=False)],
+    n_latents: Annotated[int, typer.Option(help="Latents.")] = 10,
+    perturbations_per_latent: Annotated[int, typer.Option(help="Single perturbations of each latent.")] = 4,
+    n_genes: Annotated[int, typer.Option(help="Genes.")] = 500,
+    cells_per_perturbation: Annotated[int, typer.Option(help="Cells of each perturbation.")] = 150,
+    n_control: Annotated[int, typer.Option(help="Control cells.")] = 2000,
+    expected_parents: Annotated[float, typer.Option(help="Mean number of parents of a latent.")] = 1.0,
+    equations: Annotated[str, typer.Option(help="linear or relu.")] = "linear",
+    intervention: Annotated[str, typer.Option(help="hard, soft or shift.")] = "hard",
+    mixing: Annotated[str, typer.Option(help="linear or network.")] = "linear",
+    noise: Annotated[str, typer.Option(help="counts or gaussian.")] = "counts",
+    depth: Annotated[float, typer.Option(help="Mean counts a cell.")] = 5000.0,
+    n_doubles: Annotated[int, typer.Option(help="Pairs of perturbations.")] = 0,
+    n_batches: Annotated[int, typer.Option(help="Experimental batches.")] = 1,
+    batch_scale: Annotated[float, typer.Option(help="Size of batch effects.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Simulate a Perturb-seq screen; the true graph and targets are in uns["truth"]."""
+    from crlseq.data.simulate import simulate as simulate_screen
+    from crlseq.errors import InputError, UsageError
+
+    if output.exists() and not force:
+        raise InputError(f"{output} exists.", "Choose another --output, or replace it with --force.")
+    options: dict[str, Any] = {  # words among them are checked by the simulator itself
+        "n_latents": n_latents, "perturbations_per_latent": perturbations_per_latent, "n_genes": n_genes,
+        "cells_per_perturbation": cells_per_perturbation, "n_control": n_control, "expected_parents": expected_parents,
+        "equations": equations, "intervention": intervention, "mixing": mixing, "noise": noise, "depth": depth,
+        "n_doubles": n_doubles, "n_batches": n_batches, "batch_scale": batch_scale, "seed": seed,
+    }  # fmt: skip
+    try:
+        adata = simulate_screen(**options)
+    except ValueError as error:
+        raise UsageError(str(error), "See `crlseq simulate --help`.") from None
+    beside = output.with_name(output.name + ".tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        adata.write_h5ad(beside, compression="gzip")
+        beside.replace(output)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error}.", "Check the path and its permissions.") from error
+    say(f"{adata.n_obs} cells x {adata.n_vars} genes: {output}")

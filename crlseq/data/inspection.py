@@ -1,0 +1,127 @@
+"""What is in a file: for ``crlseq check``, before anything is fitted."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from crlseq.config import DataConfig
+from crlseq.data.dataset import select_conditions
+from crlseq.data.matrix import Screen, open_screen, scan
+from crlseq.data.perturbations import Perturbations, candidates, read_perturbations
+from crlseq.data.preprocess import kind_of_values
+from crlseq.errors import InputError
+
+BATCH_WORDS = ("batch", "rep", "donor", "lane", "gem_group", "plate", "sample", "library", "channel")
+MAX_BATCHES = 100
+
+
+def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, Any]:
+    """Everything that ``crlseq check`` shows, as numbers, strings and lists; problems are listed, not raised.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be opened as a screen at all.
+    """
+    with open_screen(source, config.layer) as screen:
+        found: dict[str, Any] = {
+            "file": screen.source,
+            "n_cells": screen.n_cells,
+            "n_genes": screen.n_genes,
+            "layers": list(screen.layers),
+            "problems": [],
+        }
+        scanned = _attempt(found, lambda: scan(screen))
+        if scanned is not None:
+            found["density"] = scanned.n_nonzero / (screen.n_cells * screen.n_genes)
+            found["n_silent_cells"] = int((scanned.totals == 0).sum())
+            found["n_silent_genes"] = int((scanned.detected == 0).sum())
+            kind = _attempt(found, lambda: kind_of_values(scanned, screen.source, config.values))
+            if kind is not None:
+                found["values"], found["values_reason"] = kind
+                if found["n_silent_cells"] and kind[0] != "continuous":
+                    found["problems"].append(
+                        f"{found['n_silent_cells']} cells have no counts at all. Remove them with `sc.pp.filter_cells(adata, min_counts=1)`."
+                    )
+        found["columns"] = [
+            {
+                "column": c.key, "style": c.style, "control": c.control_label, "separator": c.separator,
+                "perturbations": c.n_perturbations, "combinations": c.n_combinations, "control_cells": c.n_control,
+                "why": c.reason,
+            }
+            for c in candidates(screen.obs)
+        ]  # fmt: skip
+        found["batches"] = _batch_columns(screen)
+        labels = _attempt(
+            found,
+            lambda: read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator),
+        )
+        if labels is not None:
+            found |= _describe_labels(labels, screen, config)
+            selection = _attempt(found, lambda: select_conditions(labels, config))
+            if selection is not None:
+                found["fitted_conditions"] = int(selection.fitted[1:].sum())
+                found["left_out"] = selection.notes
+        if not found["problems"]:
+            found["command"] = _command(screen, labels, config)
+        return found
+
+
+def _attempt(found: dict[str, Any], action: Any) -> Any:
+    try:
+        return action()
+    except InputError as error:
+        found["problems"].append(str(error))
+        return None
+
+
+def _describe_labels(labels: Perturbations, screen: Screen, config: DataConfig) -> dict[str, Any]:
+    counts = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
+    measured = set(map(str, screen.genes))
+    return {
+        "perturbation_key": labels.key,
+        "control_label": labels.control_label,
+        "separator": labels.separator,
+        "label_reason": labels.reason,
+        "control_cells": int(counts[0]),
+        "cells_per_condition": {name: int(n) for name, n in zip(labels.condition_names[1:], counts[1:], strict=True)},
+        "n_singles": sum(len(parts) == 1 for parts in labels.conditions),
+        "n_combinations": sum(len(parts) > 1 for parts in labels.conditions),
+        "dropped": dict(labels.dropped),
+        "targets_measured": [name for name in labels.names if name in measured],
+        "targets_not_measured": [name for name in labels.names if name not in measured],
+    }
+
+
+def _batch_columns(screen: Screen) -> list[dict[str, Any]]:
+    """Columns named like batches with a few levels."""
+    found = []
+    for key in screen.obs.columns:
+        if any(word in str(key).casefold().split("_") for word in BATCH_WORDS):
+            counts = pd.Series(np.asarray(screen.obs[key].astype(str))).value_counts()
+            if 2 <= len(counts) <= MAX_BATCHES:
+                found.append({"column": str(key), "levels": len(counts), "smallest": int(counts.min())})
+    return found
+
+
+def _command(screen: Screen, labels: Perturbations, config: DataConfig) -> str:
+    name = Path(screen.source).stem if Path(screen.source).suffix else "screen"
+    words = ["crlseq", "fit", screen.source, "--perturbation-key", labels.key, "--control-label", labels.control_label]
+    separator = labels.separator if labels.separator is not None else config.separator
+    if separator is not None:
+        words += ["--separator", separator]
+    for option in ("layer", "batch_key"):
+        value = getattr(config, option)
+        if value is not None:
+            words += [f"--{option.replace('_', '-')}", value]
+    if config.values != "auto":
+        words += ["--values", config.values]
+    if config.min_cells != DataConfig().min_cells:
+        words += ["--min-cells", str(config.min_cells)]
+    return shlex.join([*words, "--output", f"{name}-run"])

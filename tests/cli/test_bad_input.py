@@ -1,0 +1,420 @@
+"""Bad input through the real command line: one sentence, a hint, exit code 3 or 2, nothing written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from tests.support import Answer, dense, files_below, invoke, small_screen, spawn
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where inputs lie; the output would be beside it."""
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    return inputs
+
+
+@pytest.fixture
+def write(folder: Path) -> Callable[[ad.AnnData], Path]:
+    def writer(adata: ad.AnnData) -> Path:
+        adata.write_h5ad(folder / "screen.h5ad")
+        return folder / "screen.h5ad"
+
+    return writer
+
+
+def check_refusal(code: int, out: str, err: str, expected: int, *words: str) -> None:
+    """One sentence and one hint, a line each; nothing else."""
+    assert code == expected, err
+    assert out == ""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if not line.startswith("• ")]
+    assert len(lines) == 2, err
+    message, hint = lines
+    assert message.startswith("crlseq: ") and message.endswith("."), err
+    assert "fault in crlseq" not in message
+    assert hint.startswith("  ") and hint.endswith((".", "?")), err
+    # No second sentence: a full stop, a space and a capital.
+    assert not re.search(r"[a-z)]\. [A-Z]", message), err
+    for word in words:
+        assert word in err, err
+
+
+def refused(folder: Path, source: object, *options: object, code: int = 3, says: tuple[str, ...] = ()) -> Answer:
+    """``crlseq fit SOURCE`` is refused and leaves no file."""
+    parent = folder.parent
+    before = files_below(parent)
+    answer = invoke("fit", source, "--output", parent / "RUN", "--epochs", 1, *options)
+    check_refusal(answer.code, answer.out, answer.err, code, *says)
+    assert files_below(parent) == before
+    return answer
+
+
+# --- files
+
+
+def test_missing_file(folder: Path) -> None:
+    refused(folder, folder / "none.h5ad", says=("There is no file", "none.h5ad"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"a,b\n1,2\n", np.random.default_rng(0).bytes(3000), b"\x89HDF\r\n\x1a\n", b"\x89HDF\r\n\x1a\n" + bytes(500)]
+)
+def test_not_an_h5ad(folder: Path, content: bytes) -> None:
+    path = folder / "file.h5ad"
+    path.write_bytes(content)
+    refused(folder, path)
+
+
+def test_hdf5_without_obs(folder: Path) -> None:
+    with h5py.File(folder / "file.h5", "w") as handle:
+        handle["counts"] = np.ones((3, 4))
+    refused(folder, folder / "file.h5", says=("not an h5ad", "obs"))
+
+
+def test_a_folder_that_is_no_zarr_store(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "notes.txt").write_text("hello")
+    refused(folder, folder / "sub", says=("zarr",))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_h5ad(folder: Path, screen_file: Path, share: float) -> None:
+    content = screen_file.read_bytes()
+    (folder / "cut.h5ad").write_bytes(content[: int(share * len(content))])
+    refused(folder, folder / "cut.h5ad")
+
+
+def test_damaged_matrix(folder: Path, screen: ad.AnnData) -> None:
+    path = folder / "damaged.h5ad"
+    screen.copy().write_h5ad(path, compression="gzip")
+    with h5py.File(path) as handle:
+        chunk = handle["X/data"].id.get_chunk_info(0)
+    content = bytearray(path.read_bytes())
+    content[chunk.byte_offset + 20 : chunk.byte_offset + 200] = bytes(180)
+    path.write_bytes(content)
+    refused(folder, path, says=("cannot be read",))
+
+
+def test_matrix_with_indices_beyond_the_genes(folder: Path, screen_file: Path) -> None:
+    shutil.copy(screen_file, folder / "odd.h5ad")
+    with h5py.File(folder / "odd.h5ad", "r+") as handle:
+        handle["X/indices"][5] = 10_000
+    refused(folder, folder / "odd.h5ad", says=("matrix",))
+
+
+def test_matrix_of_another_shape(folder: Path, screen_file: Path) -> None:
+    shutil.copy(screen_file, folder / "odd.h5ad")
+    with h5py.File(folder / "odd.h5ad", "r+") as handle:
+        del handle["X"]
+        handle["X"] = np.ones((4, 40))
+    refused(folder, folder / "odd.h5ad", says=("4 x 40",))
+
+
+def test_file_without_a_matrix(folder: Path, screen_file: Path) -> None:
+    shutil.copy(screen_file, folder / "odd.h5ad")
+    with h5py.File(folder / "odd.h5ad", "r+") as handle:
+        del handle["X"]
+    refused(folder, folder / "odd.h5ad", says=("no matrix X", "--layer"))
+
+
+def test_empty_screen(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+    refused(folder, write(small_screen()[:0].copy()), says=("empty",))
+
+
+def test_missing_layer(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+    adata = small_screen()
+    adata.layers["counts"] = adata.X
+    refused(folder, write(adata), "--layer", "count", says=("no layer 'count'", "'counts'"))
+
+
+# --- labels
+
+
+def test_no_such_column(folder: Path, screen_file: Path) -> None:
+    refused(folder, screen_file, "--perturbation-key", "perturbations", says=("no column 'perturbations'", "'perturbation'"))
+
+
+def test_no_such_batch_column(folder: Path, screen_file: Path) -> None:
+    refused(folder, screen_file, "--batch-key", "batches", says=("batches", "'batch'"))
+
+
+def test_no_control_cells(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+    adata = small_screen()
+    adata = adata[adata.obs["perturbation"] != "control"].copy()
+    refused(folder, write(adata), says=("perturbation",))
+    refused(folder, write(adata), "--perturbation-key", "perturbation", says=("no control cells", "--control-label"))
+
+
+def test_one_perturbation_only(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+    adata = small_screen()
+    adata = adata[adata.obs["perturbation"].isin(["control", "g1"])].copy()
+    refused(folder, write(adata), says=("'g1'", "two"))
+
+
+def test_two_control_labels(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+    adata = small_screen()
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace({"g1": "NT"})
+    refused(folder, write(adata), says=("more than one control", "--control-label"))
+
+
+def test_too_few_cells(folder: Path, screen_file: Path) -> None:
+    refused(folder, screen_file, "--min-cells", 1000, says=("--min-cells",))
+
+
+@pytest.mark.parametrize("label", ["g0+g9", "control", "nothing"])
+def test_unknown_hold_out(folder: Path, screen_file: Path, label: str) -> None:
+    refused(folder, screen_file, "--hold-out", label, says=(label,))
+
+
+def test_everything_held_out(folder: Path, screen_file: Path) -> None:
+    labels = [word for i in range(6) for word in ("--hold-out", f"g{i}")]
+    refused(folder, screen_file, "--no-combinations", *labels)
+
+
+# --- values
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers(folder: Path, write: Callable[[ad.AnnData], Path], value: float, sparse: bool) -> None:
+    adata = small_screen()
+    x = dense(adata)
+    x[17, 3] = value
+    adata.X = sp.csr_matrix(x) if sparse else x
+    refused(folder, write(adata), says=("'gene3'", f"{adata.obs_names[17]!r}", "Remove"))
+
+
+def test_a_few_negative_values(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+    adata = small_screen()
+    x = np.log1p(dense(adata))
+    x[5, 5] = -0.5
+    adata.X = x
+    refused(folder, write(adata), says=("1 values are negative", "--values continuous"))
+
+
+def test_an_all_zero_cell(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+    adata = small_screen()
+    x = dense(adata)
+    x[7] = 0
+    adata.X = x
+    refused(folder, write(adata), says=(f"{adata.obs_names[7]!r}", "filter_cells"))
+
+
+def test_all_zero(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+    adata = small_screen()
+    adata.X = np.zeros(adata.shape)
+    refused(folder, write(adata), says=("zero",))
+
+
+def odd_integers(kind: str, x: np.ndarray) -> np.ndarray:
+    """Whole numbers that are neither counts nor logarithms."""
+    return {
+        "binary": (x > np.median(x)).astype(float),
+        "negative": x - 50,
+        "ranks": np.argsort(np.argsort(x, axis=1), axis=1) + 1.0,
+        "rounded logarithms": np.rint(np.log1p(x)) + 1,
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["binary", "negative", "ranks", "rounded logarithms"])
+def test_integers_that_are_no_counts(folder: Path, write: Callable[[ad.AnnData], Path], kind: str) -> None:
+    adata = small_screen()
+    adata.X = odd_integers(kind, dense(adata))
+    refused(folder, write(adata), says=("log-normalised",))
+
+
+def test_log_values_called_counts(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+    adata = small_screen()
+    adata.X = np.log1p(dense(adata))
+    refused(folder, write(adata), "--values", "counts", says=("not whole numbers",))
+
+
+def test_fractions_that_are_too_large(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+    adata = small_screen()
+    adata.X = dense(adata) * 1.5
+    refused(folder, write(adata), says=("neither counts nor log-normalised",))
+
+
+# --- names and genes
+
+
+def test_duplicate_gene_names(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+    adata = small_screen()
+    adata.var_names = ["gene0", "gene0", *adata.var_names[2:]]
+    refused(folder, write(adata), says=("gene name 'gene0'", "var_names_make_unique"))
+
+
+def test_duplicate_cell_names(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+    adata = small_screen()
+    adata.obs_names = ["a", "a", *adata.obs_names[2:]]
+    refused(folder, write(adata), says=("cell name 'a'", "obs_names_make_unique"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("", "empty"), ("# a comment\n\n", "empty"), ("gene1\ngene_2\n", "'gene_2'"), ("gene1\ngene3\n", "'gene3' is zero"), ("gene1\n", "only 1 gene")],
+)
+def test_gene_lists(folder: Path, write: Callable[[ad.AnnData], Path], content: str, says: str) -> None:
+    adata = small_screen()
+    x = dense(adata)
+    x[:, 3] = 0
+    adata.X = x
+    (folder / "genes.txt").write_text(content)
+    refused(folder, write(adata), "--genes", folder / "genes.txt", says=(says,))
+
+
+def test_gene_list_that_cannot_be_read(folder: Path, screen_file: Path) -> None:
+    refused(folder, screen_file, "--genes", folder / "none.txt", says=("none.txt",))
+    refused(folder, screen_file, "--genes", folder, says=("cannot be read",))
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00g")
+    refused(folder, screen_file, "--genes", folder / "binary.txt", says=("cannot be read",))
+
+
+def test_more_latents_than_perturbations(folder: Path, screen_file: Path) -> None:
+    refused(folder, screen_file, "--n-latents", 7, says=("7 latents", "6 perturbations"))
+
+
+# --- outputs
+
+
+def test_output_exists(folder: Path, screen_file: Path) -> None:
+    (folder.parent / "RUN").mkdir()
+    refused(folder, screen_file, says=("exists", "--force"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_is_no_run_is_never_replaced(folder: Path, screen_file: Path, kind: str) -> None:
+    target = folder.parent / "RUN"
+    treasure = folder / "treasure"
+    treasure.mkdir()
+    (treasure / "thesis.txt").write_text("precious")
+    if kind == "folder":
+        shutil.copytree(treasure, target)
+    elif kind == "file":
+        target.write_text("precious")
+    else:
+        target.symlink_to(treasure)
+    refused(folder, screen_file, "--force", says=("not a run of crlseq",))
+    assert (target if kind == "file" else target / "thesis.txt").read_text() == "precious"
+
+
+def test_a_foreign_partial_folder_is_left_alone(folder: Path, screen_file: Path) -> None:
+    partial = folder.parent / "RUN.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("precious")
+    for option in ([], ["--force"], ["--resume"]):
+        refused(folder, screen_file, *option)
+    assert (partial / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("place", ["inputs/file.txt/RUN", "/proc/crlseq-run", "/dev/null/RUN", "/", ".", "..", "x" * 300])
+def test_unwritable_output(folder: Path, screen_file: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    (folder / "file.txt").write_text("text")
+    before = files_below(folder.parent)
+    answer = invoke("fit", screen_file, "--output", place, "--epochs", 1)
+    lines = [line for line in answer.err.splitlines() if not line.startswith(("• ", "  3 latents", "  6 latents"))]
+    check_refusal(answer.code, answer.out, "\n".join(lines[-2:]), 3)
+    assert files_below(folder.parent) == before
+
+
+def test_cuda_absent(folder: Path, screen_file: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    refused(folder, screen_file, "--device", "cuda", says=("CUDA",))
+
+
+# --- configuration and usage
+
+
+@pytest.mark.parametrize("content", ["epochs = = 3", "[training", "x = '", "\x00"])
+def test_bad_toml(folder: Path, screen_file: Path, content: str) -> None:
+    (folder / "run.toml").write_text(content)
+    refused(folder, screen_file, "--config", folder / "run.toml", says=("TOML",))
+
+
+def test_missing_config(folder: Path, screen_file: Path) -> None:
+    refused(folder, screen_file, "--config", folder / "none.toml", says=("none.toml",))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[training]\nepoch = 3", "epoch"),
+        ("[trainin]\nepochs = 3", "trainin"),
+        ("epochs = 3", "epochs"),
+        ("[training]\nbatch_size = 'many'", "batch_size"),
+        ("[training]\nseed = -1", "seed"),
+        ("preset = 'fast'", "fast"),
+        ("preset = 3", "preset"),
+        ("[data]\nn_top_genes = 0", "n_top_genes"),
+        ("[model]\nmmd_bandwidth = -1.0", "mmd_bandwidth"),
+        ("[model]\nkl_weight = nan", "kl_weight"),
+        ("data = 3", "data"),
+    ],
+)
+def test_bad_options_in_a_config(folder: Path, screen_file: Path, content: str, says: str) -> None:
+    (folder / "run.toml").write_text(content)
+    refused(folder, screen_file, "--config", folder / "run.toml", code=2, says=(says,))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--min-cells", 0), ("--hold-out-cells", 1.5), ("--hold-out-cells", "nan"), ("--n-top-genes", 0),
+        ("--n-top-genes", -5), ("--n-top-genes", "most"), ("--seed", -1), ("--threads", 0), ("--n-latents", 0),
+        ("--batch-size", 1), ("--values", "raw"), ("--device", "tpu"), ("--intervention", "none"),
+        ("--equations", "cubic"), ("--preset", "fast"), ("--epochs", 0),
+    ],
+)  # fmt: skip
+def test_options_out_of_range(folder: Path, screen_file: Path, option: str, value: object) -> None:
+    name = option[2:].replace("-", "_")
+    refused(folder, screen_file, option, value, code=2, says=(name,))
+
+
+@pytest.mark.parametrize("words", [["--wrong"], ["--epochs", "many"], ["--seed"], ["extra"]])
+def test_wrong_usage(tmp_path: Path, screen_file: Path, words: list[str]) -> None:
+    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", *words)
+    assert (answer.code, answer.out) == (2, "")
+    assert "Traceback" not in answer.err and "Error: " in answer.err
+    assert not files_below(tmp_path)
+
+
+@pytest.mark.parametrize("words", [["fit"], ["fit", "x.h5ad"], ["wrong"], ["check"], ["inspect", "programs"]])
+def test_missing_arguments(words: list[str]) -> None:
+    answer = invoke(*words)
+    assert (answer.code, answer.out) == (2, "")
+
+
+def test_through_a_child_process(tmp_path: Path, screen_file: Path) -> None:
+    target = tmp_path / "RUN"
+    missing = spawn("fit", tmp_path / "none.h5ad", "--output", target)
+    check_refusal(missing.returncode, missing.stdout, missing.stderr, 3, "There is no file")
+    usage = spawn("fit", screen_file, "--output", target, "--seed", "-1")
+    check_refusal(usage.returncode, usage.stdout, usage.stderr, 2, "seed")
+    assert not files_below(tmp_path)
+
+
+def test_debug_shows_a_traceback(tmp_path: Path) -> None:
+    shown = spawn("--debug", "check", tmp_path / "none.h5ad")
+    assert shown.returncode == 1 and "Traceback" in shown.stderr
+
+
+@pytest.mark.parametrize("name", ["check", "inspect", "export", "report"])
+def test_other_commands_refuse_what_is_missing(tmp_path: Path, name: str) -> None:
+    options = {"export": ["--csv", tmp_path / "tables"]}.get(name, [])
+    answer = invoke(name, tmp_path / "none", *options)
+    check_refusal(answer.code, answer.out, answer.err, 3, "none")
+    assert not files_below(tmp_path)

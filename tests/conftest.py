@@ -1,0 +1,57 @@
+"""Fixtures of the whole suite: one thread, small screens, one finished run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch and numpy load their pools: results are compared to the bit, and workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import anndata as ad
+import pytest
+
+import crlseq
+from crlseq.run import Run
+from tests.support import invoke, small_screen
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def screen() -> ad.AnnData:
+    """A small screen of counts with two doubles and two batches; copy it before changing it."""
+    return small_screen(n_doubles=2, n_batches=2, seed=1)
+
+
+@pytest.fixture(scope="session")
+def screen_file(screen: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small screen as an h5ad file."""
+    path = tmp_path_factory.mktemp("screen") / "screen.h5ad"
+    screen.copy().write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_folder(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the small screen, finished through the command line; read it only."""
+    folder = tmp_path_factory.mktemp("finished") / "RUN"
+    answer = invoke("fit", screen_file, "--output", folder, "--epochs", 3, "--hold-out-cells", 0.2, "--n-latents", 3)
+    assert answer.code == 0, answer.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(run_folder: Path) -> Run:
+    """The finished run, loaded."""
+    return crlseq.load(run_folder)
