@@ -41,9 +41,3 @@ class ConvergenceError(CrlseqError):
     """The fit did not converge or failed its checks."""
 
     exit_code = 4
-
-
-class Interrupted(CrlseqError):
-    """The user stopped the work; what is needed to resume is on disk."""
-
-    exit_code = 130

@@ -177,9 +177,10 @@ def anndata_keys(
 
 
 def _records(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    arrays: Any = list(columns.values())
-    records: np.ndarray = np.rec.fromarrays(arrays, names=",".join(columns))
-    return records
+    records = np.empty(len(next(iter(columns.values()))), [(name, column.dtype) for name, column in columns.items()])
+    for name, column in columns.items():
+        records[name] = column
+    return records.view(np.recarray)
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

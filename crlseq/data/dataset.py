@@ -56,10 +56,12 @@ class PerturbSeqData:
 
     @property
     def n_genes(self) -> int:
+        """Fitted genes."""
         return int(self.x.shape[1])
 
     @property
     def genes(self) -> tuple[str, ...]:
+        """Names of the fitted genes, the columns of ``x``."""
         return self.preprocessing.genes
 
     def cells(self, condition: int, *codes: int) -> np.ndarray:

@@ -37,10 +37,12 @@ class Screen:
 
     @property
     def n_cells(self) -> int:
+        """Rows of the matrix."""
         return int(self.matrix.shape[0])
 
     @property
     def n_genes(self) -> int:
+        """Columns of the matrix."""
         return int(self.matrix.shape[1])
 
     def blocks(self) -> Iterator[tuple[slice, sp.csr_matrix]]:

@@ -1,0 +1,229 @@
+"""AnnData keys, graph files and the report: what scanpy, networkx and a browser get."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import matplotlib as mpl
+import networkx as nx
+import numpy as np
+import pandas as pd
+import pytest
+
+from crlseq.export import dag_graph, dag_json, edge_table, graphml, program_labels, program_table
+from crlseq.report import write_report
+from crlseq.run import Run
+from tests.support import invoke
+
+mpl.use("Agg")
+
+
+@pytest.fixture(scope="module")
+def annotated(run_folder: Path) -> ad.AnnData:
+    return ad.read_h5ad(run_folder / "crlseq.h5ad")
+
+
+def test_keys(annotated: ad.AnnData, finished: Run) -> None:
+    latents, programs = annotated.obsm["X_crlseq"], annotated.varm["crlseq_programs"]
+    assert type(latents) is np.ndarray
+    assert type(programs) is np.ndarray
+    assert (latents.shape, latents.dtype) == ((340, 3), np.float32)
+    assert (programs.shape, programs.dtype) == ((40, 3), np.float32)
+    assert set(annotated.obs["crlseq_split"]) == {"train", "validation", "test"}
+    assert annotated.var["crlseq_fitted"].dtype == bool
+    wide = finished.programs.pivot(index="gene", columns="program", values="loading")
+    np.testing.assert_array_equal(programs, wide.loc[annotated.var_names].to_numpy(np.float32))
+
+
+def test_uns(annotated: ad.AnnData, finished: Run) -> None:
+    uns = annotated.uns["crlseq"]
+    assert list(uns["program_names"]) == ["P0", "P1", "P2"]
+    assert (uns["adjacency"].shape, uns["adjacency"].dtype) == ((3, 3), np.float64)
+    np.testing.assert_array_equal(uns["adjacency"], finished.adjacency)
+    interventions = uns["interventions"]
+    assert list(interventions.index) == [f"g{i}" for i in range(6)]
+    pd.testing.assert_series_equal(
+        interventions["shift"].reset_index(drop=True), finished.interventions["shift"], check_exact=True
+    )
+    assert uns["names"].dtype.names == uns["scores"].dtype.names == ("P0", "P1", "P2")
+    assert len(uns["names"]) == 40
+    loading = finished.programs.set_index(["program", "gene"])["loading"]
+    for name in ("P0", "P1", "P2"):
+        assert (np.diff(uns["scores"][name]) <= 0).all()
+        np.testing.assert_allclose(uns["scores"][name], [loading[name, str(gene)] for gene in uns["names"][name]], rtol=1e-6)
+    assert uns["params"]["preset"] == "default"
+    assert uns["params"]["epochs"] == 3
+    assert uns["identified"] == finished.info["identification"]["verdict"]
+    assert json.loads(uns["run_json"]) == finished.info
+
+
+def test_the_input_is_untouched(annotated: ad.AnnData, screen: ad.AnnData) -> None:
+    assert (annotated.X != screen.X).nnz == 0
+    assert annotated.X.dtype == screen.X.dtype
+    np.testing.assert_array_equal(annotated.obsm["true_latents"], screen.obsm["true_latents"])
+    np.testing.assert_array_equal(annotated.uns["truth"]["adjacency"], screen.uns["truth"]["adjacency"])
+    pd.testing.assert_frame_equal(
+        annotated.obs.drop(columns="crlseq_split"), screen.obs, check_categorical=False, check_dtype=False
+    )
+    pd.testing.assert_frame_equal(annotated.var.drop(columns="crlseq_fitted"), screen.var)
+    assert set(annotated.obsm) == {"true_latents", "X_crlseq"}
+    assert set(annotated.uns) == {"truth", "crlseq"}
+
+
+def test_the_matrix_is_copied_byte_by_byte(run_folder: Path, screen_file: Path) -> None:
+    with h5py.File(run_folder / "crlseq.h5ad") as new, h5py.File(screen_file) as old:
+        for name in ("data", "indices", "indptr"):
+            np.testing.assert_array_equal(new["X"][name][:], old["X"][name][:])
+        assert dict(new["X"].attrs)["encoding-type"] == dict(old["X"].attrs)["encoding-type"]
+
+
+def test_scanpy(annotated: ad.AnnData, tmp_path: Path) -> None:
+    import matplotlib.pyplot as plt
+    import scanpy as sc
+
+    adata = annotated.copy()
+    sc.pp.neighbors(adata, use_rep="X_crlseq", n_neighbors=5)
+    assert adata.obsp["connectivities"].shape == (340, 340)
+    axes = sc.pl.embedding(adata, basis="X_crlseq", color=["perturbation", "crlseq_split"], show=False)
+    assert len(axes) == 2
+    plt.close("all")
+    adata.write_h5ad(tmp_path / "again.h5ad")
+    assert list(ad.read_h5ad(tmp_path / "again.h5ad").uns["crlseq"]["program_names"]) == ["P0", "P1", "P2"]
+
+
+def test_graph_files(run_folder: Path, finished: Run) -> None:
+    read = {
+        "graphml": nx.read_graphml(run_folder / "dag.graphml"),
+        "json": nx.node_link_graph(json.loads((run_folder / "dag.json").read_text()), edges="edges"),
+    }
+    for graph in read.values():
+        assert isinstance(graph, nx.DiGraph)
+        assert nx.is_directed_acyclic_graph(graph)
+        assert nx.utils.graphs_equal(graph, finished.dag)
+        assert graph.graph["identified"] == finished.info["identification"]["verdict"]
+        assert graph.graph["reason"] == finished.info["identification"]["reason"]
+        assert list(graph.nodes) == finished.program_names
+        for name in graph.nodes:
+            assert {"label", "drivers", "genes"} <= graph.nodes[name].keys()
+    edges = {(row["source"], row["target"]): row["weight"] for row in finished.edges.to_dict("records")}
+    assert {(a, b): weight for a, b, weight in finished.dag.edges(data="weight")} == edges
+
+
+def test_graph_by_hand() -> None:
+    weights = np.array([[0.0, 0.5, 0.05], [0.0, 0.0, -2.0], [0.0, 0.0, 0.0]])
+    edges = edge_table(weights, np.abs(weights) > 0.1, "not identified")
+    assert edges.to_dict("list")["source"] == ["P0", "P1"]
+    assert edges.to_dict("list")["target"] == ["P1", "P2"]
+    assert edges["weight"].tolist() == [0.5, -2.0]
+    assert edges["support"].isna().all()
+    programs = [{"name": f"P{k}", "label": "a\x00b\x1b[1m<&>\"' \ud7ff", "drivers": "", "genes": "é"} for k in range(3)]
+    graph = dag_graph(programs, edges, {"verdict": "not identified", "reason": "because"})
+    assert sorted(graph.edges) == [("P0", "P1"), ("P1", "P2")]
+    back = nx.parse_graphml(graphml(graph).decode())
+    assert back.nodes["P0"]["label"] == "a\ufffdb\ufffd[1m<&>\"' \ud7ff"
+    assert nx.utils.graphs_equal(nx.node_link_graph(json.loads(dag_json(graph)), edges="edges"), graph)
+    edges["support"] = [0.9, 0.2]
+    supported = dag_graph(programs, edges, {"verdict": "identified", "reason": "because"})
+    assert supported.edges["P0", "P1"]["support"] == 0.9
+
+
+def test_program_table_by_hand() -> None:
+    loading = np.array([[0.1, -3.0, 2.0], [1.0, 1.0, 0.0]])
+    table = program_table(("a", "b", "c"), loading, loading * 2)
+    assert table["gene"].tolist() == ["b", "c", "a", "a", "b", "c"]
+    assert table["rank"].tolist() == [1, 2, 3, 1, 2, 3]
+    assert table["total_effect"].tolist() == [-6.0, 4.0, 0.2, 2.0, 2.0, 0.0]
+
+
+def test_program_labels_by_hand() -> None:
+    table = pd.DataFrame({
+        "perturbation": ["a", "b", "c", "d", "e", "f"],
+        "program": ["P0", "P0", "P0", "P0", "P1", "P0"],
+        "shift": [1.0, -3.0, 2.0, 0.5, 9.0, 8.0],
+        "fdr": [0.01, 0.05, 0.02, 0.001, 0.06, np.nan],
+    })  # fmt: skip
+    assert program_labels(table, 3) == ["b, c, a +1", "no driver", "no driver"]
+
+
+def test_report_escapes_names(finished: Run, tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    programs, interventions = finished.programs.copy(), finished.interventions.copy()
+    programs.loc[programs["rank"] == 1, "gene"] = evil
+    interventions.loc[0, "perturbation"] = evil
+    evaluation = finished.evaluation.copy()
+    evaluation.loc[0, "condition"] = evil
+    info = json.loads(json.dumps(finished.info))
+    info["notes"] = [evil]
+    info["programs"][0]["label"] = evil
+    info["input"]["path"] = evil
+    write_report(Run(info, programs, interventions, finished.edges, finished.history, evaluation), tmp_path / "x.html")
+    page = (tmp_path / "x.html").read_text()
+    assert "<img" not in page
+    assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 7
+
+
+def test_report_is_one_self_contained_page(run_folder: Path, finished: Run) -> None:
+    page = (run_folder / "report.html").read_text()
+    assert not re.search(r"(?:src|href)=", page)
+    assert "http" not in page
+    assert "<script" not in page
+    for name in finished.program_names:
+        assert f"<h3>{name}</h3>" in page
+    assert page.count(finished.info["identification"]["reason"]) == 2
+    points = re.findall(r'points="([^"]+)"', page)
+    assert len(points) == 2
+    assert all(len(line.split()) == 3 for line in points)
+
+
+@pytest.mark.parametrize("part", ["h5ad", "graphml", "json", "csv"])
+def test_export_writes_each_part_again(run_folder: Path, tmp_path: Path, part: str) -> None:
+    path = tmp_path / "sub" / f"out.{part}"
+    answer = invoke("export", run_folder, f"--{part}", path)
+    assert (answer.code, answer.out) == (0, ""), answer.err
+    assert str(path) in answer.err
+    original = {"graphml": "dag.graphml", "json": "dag.json"}
+    if part in original:
+        assert path.read_bytes() == (run_folder / original[part]).read_bytes()
+    elif part == "csv":
+        for file in path.iterdir():
+            assert file.read_bytes() == (run_folder / file.name).read_bytes()
+        assert len(list(path.iterdir())) == 5
+    else:
+        again, first = ad.read_h5ad(path), ad.read_h5ad(run_folder / "crlseq.h5ad")
+        np.testing.assert_array_equal(again.obsm["X_crlseq"], first.obsm["X_crlseq"])
+        assert again.obs["crlseq_split"].tolist() == first.obs["crlseq_split"].tolist()
+        assert again.uns["crlseq"]["run_json"] == first.uns["crlseq"]["run_json"]
+    refused = invoke("export", run_folder, f"--{part}", path)
+    assert (refused.code, refused.out) == (3, "")
+    assert "--force" in refused.err
+    assert invoke("export", run_folder, f"--{part}", path, "--force").code == 0
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_export_says_whether_the_graph_is_identified(run_folder: Path, finished: Run, tmp_path: Path) -> None:
+    answer = invoke("export", run_folder, "--graphml", tmp_path / "a.graphml", "--csv", tmp_path / "tables")
+    assert finished.info["identification"]["reason"] in answer.err
+
+
+def test_export_that_cannot_be_written(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for words in (["--graphml", tmp_path / "file" / "x"], ["--csv", tmp_path / "file", "--force"], ["--h5ad", tmp_path, "--force"]):
+        answer = invoke("export", run_folder, *words)
+        assert (answer.code, answer.out) == (3, ""), answer.err
+        assert len(answer.err.splitlines()) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert not list(tmp_path.parent.glob("*.tmp"))
+    assert (tmp_path / "file").read_text() == "mine"
+    nothing = invoke("export", run_folder)
+    assert nothing.code == 2
+
+
+def test_report_command(run_folder: Path, tmp_path: Path) -> None:
+    assert invoke("report", run_folder, "--output", tmp_path / "page.html").code == 0
+    assert (tmp_path / "page.html").read_bytes() == (run_folder / "report.html").read_bytes()
+    answer = invoke("report", run_folder, "--output", tmp_path / "none" / "page.html")
+    assert answer.code == 3
