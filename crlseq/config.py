@@ -196,12 +196,16 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from None
 
 
+def _toml(value: Any) -> str:
+    """JSON strings, numbers, booleans and flat lists are TOML, but for pairs of surrogates and a bare DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def to_toml(config: Config) -> str:
     """The configuration as TOML that `read_toml` and `make_config` take back; unset options are left out."""
-    lines = [f"preset = {json.dumps(config.preset)}"]
+    lines = [f"preset = {_toml(config.preset)}"]
     for section in ("data", "model", "training"):
         lines.append(f"\n[{section}]")
         values = getattr(config, section).model_dump(mode="json", exclude_none=True)
-        # JSON strings, numbers, booleans and flat lists are TOML as well.
-        lines += [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+        lines += [f"{name} = {_toml(value)}" for name, value in values.items()]
     return "\n".join(lines) + "\n"

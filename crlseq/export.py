@@ -91,7 +91,9 @@ def edge_table(weights: np.ndarray, declared: np.ndarray, verdict: str) -> pd.Da
     })  # fmt: skip
 
 
-def dag_graph(programs: list[dict[str, Any]], edges: pd.DataFrame, identification: Mapping[str, str]) -> nx.DiGraph[str]:
+def dag_graph(
+    programs: list[dict[str, Any]], edges: pd.DataFrame, identification: Mapping[str, str]
+) -> nx.DiGraph[str]:
     """Programs as nodes, declared edges with weight (and support where there is one), the verdict on the graph."""
     graph: nx.DiGraph[str] = nx.DiGraph(identified=identification["verdict"], reason=identification["reason"])
     for program in programs:

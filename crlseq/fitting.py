@@ -151,9 +151,7 @@ def _fit(
     identity = hashlib.sha256(f"{__version__}\n{digest}\n{n_latents}\n{to_toml(config)}".encode()).hexdigest()
     with _working_folder(partial, resume) as folder:
         progress.stage("fitting")
-        fitted = fit_model(
-            data, config, n_latents, folder and folder / "resume.pt", identity, progress.epoch
-        )
+        fitted = fit_model(data, config, n_latents, folder and folder / "resume.pt", identity, progress.epoch)
         progress.stage("reading off programs, interventions and the DAG")
         fitted.model.cpu()
         run = _analyse(fitted, data, config, tests)
@@ -338,15 +336,21 @@ def _refuse_output(target: Path, resume: bool, force: bool) -> None:
     except OSError as error:  # a name that is too long, a folder that may not be searched, a file called RUN.partial
         raise InputError(f"{target} cannot be written: {error.strerror}.", "Choose another --output.") from None
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise InputError(f"{target} cannot be written: {ancestor} is no folder that may be written to.", "Choose another --output.")
+        raise InputError(
+            f"{target} cannot be written: {ancestor} is no folder that may be written to.", "Choose another --output."
+        )
     if exists and not force:
         raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
     if exists and not (target / "run.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} exists and is not a run of crlseq; it is left alone.", "Choose another --output.")
     if foreign:
-        raise InputError(f"{partial} holds {foreign[0]!r}, which is no part of a run; it is left alone.", "Choose another --output.")
+        raise InputError(
+            f"{partial} holds {foreign[0]!r}, which is no part of a run; it is left alone.", "Choose another --output."
+        )
     if unfinished and not (resume or force):
-        raise InputError(f"There is an unfinished run in {partial}.", "Go on with --resume, or start over with --force.")
+        raise InputError(
+            f"There is an unfinished run in {partial}.", "Go on with --resume, or start over with --force."
+        )
 
 
 def _is_ours(file: Path) -> bool:
@@ -365,7 +369,9 @@ def _working_folder(partial: Path | None, resume: bool) -> Iterator[Path | None]
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"Another crlseq is writing to {partial}.", "Wait for it, or choose another --output.") from None
+                raise InputError(
+                    f"Another crlseq is writing to {partial}.", "Wait for it, or choose another --output."
+                ) from None
             if not resume:
                 for left in partial.iterdir():
                     if left.name != "lock":
@@ -373,7 +379,9 @@ def _working_folder(partial: Path | None, resume: bool) -> Iterator[Path | None]
             yield partial
             (partial / "lock").unlink()
     except OSError as error:
-        raise InputError(f"{partial} cannot be written: {error.strerror or error}.", "Check the disk and its permissions.") from error
+        raise InputError(
+            f"{partial} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
+        ) from error
 
 
 def _move_into_place(partial: Path, target: Path) -> None:

@@ -19,7 +19,11 @@ CHART = (640.0, 180.0)  # width and height of the loss chart in SVG units
 def write_report(run: Run, path: Path) -> None:
     """Render ``templates/report.html.j2``; every name from the data is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("crlseq"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("crlseq"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     path.write_text(environment.get_template("report.html.j2").render(_context(run)), encoding="utf-8")
 

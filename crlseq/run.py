@@ -43,7 +43,18 @@ COLUMNS: dict[str, dict[str, type]] = {
     },
 }  # fmt: skip
 TABLES = tuple(COLUMNS)
-INFO = {"config", "input", "cells", "conditions", "programs", "adjacency", "preprocessing", "identification", "metrics", "training"}
+INFO = {
+    "config",
+    "input",
+    "cells",
+    "conditions",
+    "programs",
+    "adjacency",
+    "preprocessing",
+    "identification",
+    "metrics",
+    "training",
+}
 FORMAT = 1
 
 
@@ -175,7 +186,9 @@ class Run:
             with h5py.File(path, "r") as handle:
                 column: pd.Series = ad.io.read_elem(handle["obs"])["crlseq_split"]
         except (OSError, KeyError) as error:
-            raise InputError(f"{path} cannot be read, so the split of cells is unknown.", "Restore it, or fit again.") from error
+            raise InputError(
+                f"{path} cannot be read, so the split of cells is unknown.", "Restore it, or fit again."
+            ) from error
         return column.astype(str)
 
     def _folder(self) -> Path:
@@ -193,7 +206,9 @@ class Run:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables by the names of their files."""
-        return dict(zip(TABLES, (self.programs, self.interventions, self.edges, self.history, self.evaluation), strict=True))
+        return dict(
+            zip(TABLES, (self.programs, self.interventions, self.edges, self.history, self.evaluation), strict=True)
+        )
 
 
 def load(path: str | Path) -> Run:
@@ -209,7 +224,9 @@ def load(path: str | Path) -> Run:
         unfinished = folder.with_name(folder.name + ".partial")
         if unfinished.exists():
             raise InputError(f"The fit {folder} is not finished.", "Finish it with `crlseq fit ... --resume`.")
-        raise InputError(f"{folder} is not a run folder: it has no run.json.", "Give the folder that `crlseq fit --output` wrote.")
+        raise InputError(
+            f"{folder} is not a run folder: it has no run.json.", "Give the folder that `crlseq fit --output` wrote."
+        )
     try:
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if info["format"] > FORMAT:
@@ -221,7 +238,13 @@ def load(path: str | Path) -> Run:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
     return Run(
-        info, tables["programs"], tables["interventions"], tables["dag"], tables["history"], tables["evaluation"], folder
+        info,
+        tables["programs"],
+        tables["interventions"],
+        tables["dag"],
+        tables["history"],
+        tables["evaluation"],
+        folder,
     )
 
 

@@ -121,7 +121,9 @@ def test_memory_and_folder_hold_the_same(screen: ad.AnnData, tmp_path: Path) -> 
     """Floats to the bit and equal types, with awkward numbers put in."""
     run = crlseq.fit(screen, epochs=1, n_latents=2)
     rng = np.random.default_rng(0)
-    run.programs["loading"] = rng.standard_normal(len(run.programs)) * 10.0 ** rng.integers(-300, 300, len(run.programs))
+    run.programs["loading"] = rng.standard_normal(len(run.programs)) * 10.0 ** rng.integers(
+        -300, 300, len(run.programs)
+    )
     run.programs.loc[:3, "total_effect"] = [0.1 + 0.2, 5e-324, 1e308, -0.0]
     run.interventions.loc[2, ["p_value", "fdr"]] = np.nan
     run.write_tables(tmp_path)
@@ -130,7 +132,9 @@ def test_memory_and_folder_hold_the_same(screen: ad.AnnData, tmp_path: Path) -> 
         pd.testing.assert_frame_equal(again.tables()[name], table, check_exact=True)
         for column in table.select_dtypes("float"):
             there = table[column].notna()
-            assert (again.tables()[name][column][there].to_numpy().view("i8") == table[column][there].to_numpy().view("i8")).all()
+            assert (
+                again.tables()[name][column][there].to_numpy().view("i8") == table[column][there].to_numpy().view("i8")
+            ).all()
 
 
 def test_no_edges_and_no_evaluation(screen: ad.AnnData, tmp_path: Path) -> None:
@@ -151,7 +155,7 @@ def test_no_edges_and_no_evaluation(screen: ad.AnnData, tmp_path: Path) -> None:
 
 def test_unfinished(tmp_path: Path) -> None:
     (tmp_path / "RUN.partial").mkdir()
-    with pytest.raises(InputError, match="not finished.*--resume"):
+    with pytest.raises(InputError, match=r"not finished.*--resume"):
         crlseq.load(tmp_path / "RUN")
 
 
@@ -164,7 +168,7 @@ def test_no_run(tmp_path: Path) -> None:
 def test_newer_format(copy: Path) -> None:
     info = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**info, "format": 99, "version": "9.0"}))
-    with pytest.raises(InputError, match="crlseq 9.0, which is newer.*Update"):
+    with pytest.raises(InputError, match=r"crlseq 9\.0, which is newer.*Update"):
         crlseq.load(copy)
 
 
@@ -182,7 +186,9 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "no table": lambda folder: (folder / "dag.csv").unlink(),
     "empty table": lambda folder: (folder / "programs.csv").write_text(""),
     "other columns": lambda folder: (folder / "interventions.csv").write_text("a,b\n1,2\n"),
-    "text for numbers": lambda folder: (folder / "programs.csv").write_text("program,gene,loading,total_effect,rank\nP0,a,x,1,1\n"),
+    "text for numbers": lambda folder: (folder / "programs.csv").write_text(
+        "program,gene,loading,total_effect,rank\nP0,a,x,1,1\n"
+    ),
     "binary table": lambda folder: (folder / "history.csv").write_bytes(b"\xff\xfe\x00\x01"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,8 @@ from crlseq import __version__
 from crlseq.cli import check, export, fit, inspect, report, simulate
 from crlseq.cli.output import say
 from crlseq.errors import CrlseqError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="crlseq",
@@ -31,7 +34,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="CRLSEQ_DEBUG")] = False,
 ) -> None:
     """Causal gene programs from Perturb-seq screens."""
@@ -54,9 +59,15 @@ def _interrupt(signum: int, frame: Any) -> None:
 def main() -> None:
     """Entry point of ``crlseq``, ``scanpy crlseq`` and ``python -m crlseq``."""
     signal.signal(signal.SIGTERM, _interrupt)
+    # Before torch loads: threads that spin while they wait make a fit ten times slower on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # Not standalone: click would turn an interrupt into exit code 1.
         code = app(prog_name="crlseq", standalone_mode=False)
+        if code == INTERRUPTED:  # which click makes of an interrupt
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except CrlseqError as error:
         _fail(error.message, error.hint, error.exit_code, error)
@@ -64,15 +75,17 @@ def main() -> None:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         say("Interrupted. An unfinished fit goes on with the same command and --resume.")
-        sys.exit(130)
-    except BrokenPipeError:  # `crlseq inspect ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors, which it formats itself
             error.show()
             sys.exit(int(error.exit_code))
-        _fail(f"A fault in crlseq: {type(error).__name__}: {error}", "Run again with `crlseq --debug ...` and report it.", 1, error)
+        _fail(
+            f"A fault in crlseq: {type(error).__name__}: {error}",
+            "Run again with `crlseq --debug ...` and report it.",
+            1,
+            error,
+        )
 
 
 def _fail(message: str, hint: str, code: int, error: BaseException) -> None:

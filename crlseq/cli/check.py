@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from crlseq.cli.output import say, show_json, show_table
+from crlseq.cli.output import say, show_json, show_table, show_text
 
 FEW, MANY = 8, 30
 
 
 def check(
     file: Annotated[Path, typer.Argument(help="An .h5ad file or a zarr store.", show_default=False)],
-    perturbation_key: Annotated[str | None, typer.Option(help="Column of obs with the perturbations. [detected]")] = None,
+    perturbation_key: Annotated[
+        str | None, typer.Option(help="Column of obs with the perturbations. [detected]")
+    ] = None,
     control_label: Annotated[str | None, typer.Option(help="Label of control cells. [detected]")] = None,
-    separator: Annotated[str | None, typer.Option(help="Between the parts of a combination; '' for none. [detected]")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Between the parts of a combination; '' for none. [detected]")
+    ] = None,
     batch_key: Annotated[str | None, typer.Option(help="Column of experimental batches.")] = None,
     layer: Annotated[str | None, typer.Option(help="Layer to use instead of X.")] = None,
     values: Annotated[str | None, typer.Option(help="auto, counts, log or continuous.")] = None,
@@ -38,6 +43,8 @@ def check(
     else:
         _show(found)
     if found["problems"]:
+        for problem in [] if json else found["problems"][1:]:
+            say(f"problem: {problem}")
         raise InputError(found["problems"][0], "Nothing can be fitted before this is mended.")
 
 
@@ -60,27 +67,33 @@ def _show(found: dict[str, Any]) -> None:
             rows["cells per condition"] = f"{cells[ordered[-1]]} ({ordered[-1]}) to {cells[ordered[0]]} ({ordered[0]})"
         rows["dropped cells"] = ", ".join(f"{n} {label!r}" for label, n in found["dropped"].items()) or "none"
         measured, total = found["targets_measured"], len(found["targets_measured"]) + len(found["targets_not_measured"])
-        rows["targets measured"] = f"{len(measured)} of {total} are genes in this file" + (f": {_few(measured)}" if measured else "")
-    rows["batches"] = "; ".join(f"{b['column']} ({b['levels']} levels)" for b in found["batches"]) or "no column looks like one"
+        rows["targets measured"] = f"{len(measured)} of {total} are genes in this file" + (
+            f": {_few(measured)}" if measured else ""
+        )
+    rows["batches"] = (
+        "; ".join(f"{b['column']} ({b['levels']} levels)" for b in found["batches"]) or "no column looks like one"
+    )
     if "fitted_conditions" in found:
         rows["fit would use"] = f"{found['fitted_conditions']} conditions and the control"
-    show_table(pd.DataFrame({"": list(rows), "value": [str(value) for value in rows.values()]}), found["file"])
+    show_table(pd.DataFrame({"what": list(rows), "value": [str(value) for value in rows.values()]}), found["file"])
     for note in found.get("left_out", []):
         say(f"note: {note}")
     if found["columns"]:
         columns = pd.DataFrame(found["columns"]).drop(columns="why")
         columns["separator"] = [value if value is not None else "–" for value in columns["separator"]]
-        print()
+        show_text("")
         show_table(columns, "Columns that could hold the perturbations")
     if "cells_per_condition" in found:
         cells = found["cells_per_condition"]
         ordered = sorted(cells, key=lambda name: (-cells[name], name))
-        print()
+        show_text("")
         title = "Cells per condition" + (f" (the first {MANY} of {len(ordered)})" if len(ordered) > MANY else "")
-        show_table(pd.DataFrame({"condition": ordered[:MANY], "cells": [cells[name] for name in ordered[:MANY]]}), title)
+        show_table(
+            pd.DataFrame({"condition": ordered[:MANY], "cells": [cells[name] for name in ordered[:MANY]]}), title
+        )
     if "command" in found:
-        print()
-        show_table(pd.DataFrame({"command": [found["command"]]}), "To fit it")
+        show_text("")
+        show_text(f"To fit it:\n{found['command']}" if sys.stdout.isatty() else f"command\n{found['command']}")
 
 
 def _few(names: list[str]) -> str:

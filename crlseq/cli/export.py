@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crlseq.cli.output import say
+
+if TYPE_CHECKING:
+    from crlseq.run import Run
 
 
 def export(
@@ -20,8 +23,6 @@ def export(
 ) -> None:
     """Write parts of a run again: h5ad, GraphML, JSON, CSV."""
     from crlseq.errors import InputError, UsageError
-    from crlseq.export import dag_json as to_json
-    from crlseq.export import graphml as to_graphml
     from crlseq.run import load
 
     found = load(run)
@@ -29,25 +30,38 @@ def export(
     wanted = {name: path for name, path in asked.items() if path is not None}
     if not wanted:
         raise UsageError("Nothing to export was named.", "Give --h5ad, --graphml, --json or --csv with a path.")
-    for path in wanted.values():
+    for name, path in wanted.items():
+        if path.is_dir() and name != "csv":
+            raise InputError(f"{path} is a folder.", "Name a file to write.")
         if path.exists() and not force:
             raise InputError(f"{path} exists.", "Choose another path, or replace it with --force.")
     try:
         for name, path in wanted.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(path.name + ".tmp")
             if name == "csv":
                 path.mkdir(exist_ok=True)
                 for table, rows in found.tables().items():
                     rows.to_csv(path / f"{table}.csv", index=False)
-            elif name == "h5ad":
-                found.write_h5ad(run / "crlseq.h5ad", beside)
-                beside.replace(path)
             else:
-                beside.write_bytes(to_graphml(found.dag) if name == "graphml" else to_json(found.dag).encode())
-                beside.replace(path)
+                _write_file(found, name, path)
             say(f"{name}: {path}")
     except OSError as error:
         raise InputError(f"The export cannot be written: {error}.", "Check the path and its permissions.") from error
     if {"graphml", "json", "csv"} & set(wanted):
         say(f"The graph is {found.info['identification']['verdict']}: {found.info['identification']['reason']}")
+
+
+def _write_file(run: Run, name: str, path: Path) -> None:
+    """Written beside and renamed, so that a reader never sees half a file."""
+    from crlseq.export import dag_json, graphml
+
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        if name == "h5ad":
+            assert run.path is not None
+            run.write_h5ad(run.path / "crlseq.h5ad", beside)
+        else:
+            beside.write_bytes(graphml(run.dag) if name == "graphml" else dag_json(run.dag).encode())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -23,8 +23,12 @@ def fit(
     config: Annotated[Path | None, typer.Option(help="TOML file with tables data, model, training; flags win.")] = None,
     perturbation_key: Annotated[str | None, _option("Column of obs with the perturbations. [detected]", DATA)] = None,
     control_label: Annotated[str | None, _option("Label of control cells. [detected]", DATA)] = None,
-    separator: Annotated[str | None, _option("Between the parts of a combination; '' for none. [detected]", DATA)] = None,
-    batch_key: Annotated[str | None, _option("Column of experimental batches; controls come from the same batch.", DATA)] = None,
+    separator: Annotated[
+        str | None, _option("Between the parts of a combination; '' for none. [detected]", DATA)
+    ] = None,
+    batch_key: Annotated[
+        str | None, _option("Column of experimental batches; controls come from the same batch.", DATA)
+    ] = None,
     layer: Annotated[str | None, _option("Layer to use instead of X.", DATA)] = None,
     values: Annotated[str | None, _option("auto, counts, log or continuous.", DATA)] = None,
     n_top_genes: Annotated[str | None, _option("Number of most variable genes, or all. [5000]", DATA)] = None,
@@ -85,7 +89,9 @@ def _gene_list(path: Path | None) -> tuple[str, ...] | None:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The gene list {path} cannot be read: {error}.", "Give a text file with one gene a line.") from None
+        raise InputError(
+            f"The gene list {path} cannot be read: {error}.", "Give a text file with one gene a line."
+        ) from None
     found = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not found:
         raise InputError(f"The gene list {path} is empty.", "Give a text file with one gene a line.")

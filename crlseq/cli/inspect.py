@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from crlseq.cli.output import say, show_json, show_table
+from crlseq.cli.output import say, show_json, show_table, show_text
 
 if TYPE_CHECKING:
     from crlseq.run import Run
@@ -65,7 +65,7 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     if json:
         show_json({**rows, "notes": info["notes"], "metrics": metrics, "identification": info["identification"]})
         return
-    show_table(pd.DataFrame({"": list(rows), "value": list(rows.values())}), str(run))
+    show_table(pd.DataFrame({"what": list(rows), "value": list(rows.values())}), str(run))
     for note in info["notes"]:
         say(f"note: {note}")
 
@@ -94,7 +94,7 @@ def programs(
         if program in (None, row["name"]):
             part = table[table["program"] == row["name"]].drop(columns="program")
             show_table(part, f"{row['name']}  driven by {row['drivers'] or 'no perturbation'}")
-            print()
+            show_text("")
 
 
 @app.command()
@@ -118,7 +118,7 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
         show_json(json_module.loads(dag_json(found.dag)))
         return
     if sys.stdout.isatty():
-        print(draw_dag(found))
+        show_text(draw_dag(found))
     show_table(found.edges, "Declared edges (weight: standard deviations of the target by one of the source)")
     say(f"The graph is {verdict['verdict']}: {verdict['reason']}")
 
@@ -126,7 +126,11 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
 @app.command()
 def history(run: RunFolder, json: AsJson = False) -> None:
     """Every loss term by epoch."""
-    show_table(_load(run).history, "Loss terms by epoch", json, decimals=4)
+    table = _load(run).history
+    if sys.stdout.isatty() and not json:  # two blocks of columns that a terminal holds
+        short = {"reconstruction": "recon.", "temperature": "temp.", "validation": "val."}
+        table = table.rename(columns=lambda name: "_".join(short.get(word, word) for word in name.split("_")))
+    show_table(table, "Loss terms by epoch", json, decimals=4)
 
 
 def draw_dag(run: Run) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
     from crlseq.fitting import Progress
 
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
+messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(text: str) -> None:
@@ -28,23 +30,36 @@ def show_table(table: pd.DataFrame, title: str, as_json: bool = False, decimals:
         show_json(json.loads(table.to_json(orient="records", double_precision=15)))
         return
     if not sys.stdout.isatty():
-        table.to_csv(sys.stdout, sep="\t", index=False)
+        show_text(table.to_csv(sep="\t", index=False).rstrip("\n"))
         return
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=Text(title, style="bold"), title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    shown = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
     numeric = [kind.kind in "iuf" for kind in table.dtypes]
     for name, number in zip(table.columns, numeric, strict=True):
-        shown.add_column(Text(str(name)), justify="right" if number else "left", overflow="fold")
+        # Words of a name below one another keep columns of numbers narrow.
+        shown.add_column(Text(str(name).replace("_", "\n")), justify="right" if number else "left", overflow="fold")
     for row in table.itertuples(index=False):
         shown.add_row(*(Text(_cell(value, decimals)) for value in row))
-    Console().print(shown)
+    console = Console(emoji=False)
+    if title:
+        console.print(Text(title, style="bold"))
+    console.print(shown)
 
 
 def show_json(value: Any) -> None:
     """JSON to stdout and nothing else there; NaN becomes null."""
-    print(json.dumps(_without_nan(value), indent=1, ensure_ascii=False))
+    show_text(json.dumps(_without_nan(value), indent=1, ensure_ascii=False))
+
+
+def show_text(text: str) -> None:
+    """Lines to stdout; a reader that has seen enough, such as ``head``, ends the command without a fault."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit from None
 
 
 def _without_nan(value: Any) -> Any:
@@ -95,7 +110,13 @@ class FitProgress:
             if self.bar is None:
                 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-                columns = (TextColumn("  epoch"), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn(), TextColumn("{task.description}"))
+                columns = (
+                    TextColumn("  epoch"),
+                    MofNCompleteColumn(),
+                    BarColumn(20),
+                    TimeRemainingColumn(),
+                    TextColumn("{task.description}"),
+                )
                 self.bar = Progress(*columns, console=messages)
                 self.bar.start()
                 self.bar.add_task("", total=n_epochs)

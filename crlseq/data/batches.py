@@ -47,7 +47,9 @@ class ControlPartners:
             places = np.flatnonzero(of == b)
             rounds = -(-len(places) // len(pool))
             # A few of a large pool: sampling by rejection inside `choice` beats shuffling the pool.
-            drawn = [rng.choice(pool, min(len(pool), len(places) - i * len(pool)), replace=False) for i in range(rounds)]
+            drawn = [
+                rng.choice(pool, min(len(pool), len(places) - i * len(pool)), replace=False) for i in range(rounds)
+            ]
             partners[places] = np.concatenate(drawn)
         return partners
 

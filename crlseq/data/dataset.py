@@ -116,7 +116,9 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         x = load(screen, record)
     notes = list(selection.notes)
     if record.n_silent_genes:
-        notes.append(f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are left out.")
+        notes.append(
+            f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are left out."
+        )
     notes += _lonely_batches(batch, batch_names, labels.condition, split)
     kept = np.flatnonzero(selection.fitted | selection.held_out)
     parts = sorted({part for c in np.flatnonzero(selection.fitted) for part in labels.conditions[c]})
@@ -183,10 +185,15 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     small[0] = False
     if small.any():
         names = [labels.condition_names[c] for c in np.flatnonzero(small)]
-        notes.append(f"{len(names)} perturbations have fewer than {config.min_cells} cells and are left out: {_few(names)}.")
+        notes.append(
+            f"{len(names)} perturbations have fewer than {config.min_cells} cells and are left out: {_few(names)}."
+        )
     fitted = ~held_out & ~small
     if counts[0] < 2:
-        raise InputError(f"Only {counts[0]} cells are controls.", "At least two control cells are needed, and some hundred are better.")
+        raise InputError(
+            f"Only {counts[0]} cells are controls.",
+            "At least two control cells are needed, and some hundred are better.",
+        )
     if fitted[1:].sum() < 2:
         raise InputError(
             f"{fitted[1:].sum()} perturbations are left to fit; the largest has {counts[1:].max(initial=0)} cells.",
@@ -207,7 +214,9 @@ def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.
     column = screen.obs[key]
     missing = int((column.isna().to_numpy() & labelled).sum())
     if missing:
-        raise InputError(f"{missing} cells have no value in the batch column {key!r}.", "Fill them or remove the cells.")
+        raise InputError(
+            f"{missing} cells have no value in the batch column {key!r}.", "Fill them or remove the cells."
+        )
     codes, names = pd.factorize(column.astype(str), sort=True)
     return codes.astype(np.int64), tuple(map(str, names))
 

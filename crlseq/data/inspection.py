@@ -14,7 +14,7 @@ from crlseq.config import DataConfig
 from crlseq.data.dataset import select_conditions
 from crlseq.data.matrix import Screen, open_screen, scan
 from crlseq.data.perturbations import Perturbations, candidates, read_perturbations
-from crlseq.data.preprocess import kind_of_values
+from crlseq.data.preprocess import kind_of_values, refuse_silent_cells
 from crlseq.errors import InputError
 
 BATCH_WORDS = ("batch", "rep", "donor", "lane", "gem_group", "plate", "sample", "library", "channel")
@@ -45,10 +45,6 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             kind = _attempt(found, lambda: kind_of_values(scanned, screen.source, config.values))
             if kind is not None:
                 found["values"], found["values_reason"] = kind
-                if found["n_silent_cells"] and kind[0] != "continuous":
-                    found["problems"].append(
-                        f"{found['n_silent_cells']} cells have no counts at all. Remove them with `sc.pp.filter_cells(adata, min_counts=1)`."
-                    )
         found["columns"] = [
             {
                 "column": c.key, "style": c.style, "control": c.control_label, "separator": c.separator,
@@ -68,6 +64,9 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             if selection is not None:
                 found["fitted_conditions"] = int(selection.fitted[1:].sum())
                 found["left_out"] = selection.notes
+                used = np.append(selection.fitted | selection.held_out, False)[labels.condition]
+                if scanned is not None and found.get("values", "continuous") != "continuous":
+                    _attempt(found, lambda: refuse_silent_cells(screen, scanned, used))
         if not found["problems"]:
             found["command"] = _command(screen, labels, config)
         return found

@@ -120,7 +120,9 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
         layers = tuple(sorted(store["layers"])) if "layers" in store else ()
         if layer is None:
             if "X" not in store:
-                raise InputError(f"{name} has no matrix X.", f"Name a layer with --layer; there are: {_listed(layers)}.")
+                raise InputError(
+                    f"{name} has no matrix X.", f"Name a layer with --layer; there are: {_listed(layers)}."
+                )
             element = store["X"]
         else:
             element = _named_layer({key: store["layers"][key] for key in layers}, layer, name)
@@ -143,7 +145,9 @@ def _open_store(path: Path) -> Iterator[Any]:
         is_hdf5 = h5py.is_hdf5(path)
         handle = h5py.File(path, "r") if is_hdf5 else None
     except OSError as error:
-        raise InputError(f"{path} cannot be opened: {error}.", "The file may be cut short; copy or download it again.") from None
+        raise InputError(
+            f"{path} cannot be opened: {error}.", "The file may be cut short; copy or download it again."
+        ) from None
     if handle is None:
         raise InputError(f"{path} is not an h5ad file.", hint)
     with handle:
@@ -166,7 +170,9 @@ def _row_sliceable(element: Any, source: str) -> Any:
     elif not isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)):
         element = np.asarray(element)
     if len(element.shape) != 2:
-        raise InputError(f"{source}: the matrix has {len(element.shape)} dimensions instead of 2.", "Expected cells x genes.")
+        raise InputError(
+            f"{source}: the matrix has {len(element.shape)} dimensions instead of 2.", "Expected cells x genes."
+        )
     return element
 
 
@@ -194,7 +200,10 @@ def _checked(obs: Any, genes: Any, matrix: Any, layers: tuple[str, ...], source:
     for index, kind, call in ((obs.index, "cell", "obs"), (genes, "gene", "var")):
         if not index.is_unique:
             first = str(index[index.duplicated()][0])
-            raise InputError(f"{source}: the {kind} name {first!r} occurs more than once.", f"Use `adata.{call}_names_make_unique()`.")
+            raise InputError(
+                f"{source}: the {kind} name {first!r} occurs more than once.",
+                f"Use `adata.{call}_names_make_unique()`.",
+            )
     return Screen(obs, genes, matrix, layers, source)
 
 

@@ -46,7 +46,10 @@ class Preprocessing:
         if not np.isfinite(block.data).all():
             raise InputError(f"{source} holds NaN or infinite values.", "Remove or replace them first.")
         if self.values == "counts" and ((block.data < 0) | (block.data != np.rint(block.data))).any():
-            raise InputError(f"{source} holds values that are no counts, but the fit was on counts.", "Give raw counts in the same layer.")
+            raise InputError(
+                f"{source} holds values that are no counts, but the fit was on counts.",
+                "Give raw counts in the same layer.",
+            )
 
     def apply(self, counts: sp.csr_matrix) -> sp.csr_matrix:
         """Normalised cells (n, all genes): log1p(count / total * target_sum) for counts, unchanged otherwise."""
@@ -69,7 +72,9 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
     InputError
         If the values are none of these, or contradict what was asked for.
     """
-    hint = "Give raw UMI counts or log-normalised values (`sc.pp.normalize_total`, `sc.pp.log1p`), in X or with --layer."
+    hint = (
+        "Give raw UMI counts or log-normalised values (`sc.pp.normalize_total`, `sc.pp.log1p`), in X or with --layer."
+    )
     if not scanned.n_nonzero:
         raise InputError(f"{source}: all values are zero.", hint)
     whole, share = scanned.n_fractional == 0, scanned.n_negative / scanned.n_nonzero
@@ -85,13 +90,16 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
         return "continuous", "as asked: used as they are"
     if asked == "counts" or (asked == "auto" and whole):
         if not whole:
-            raise InputError(f"{source}: {scanned.n_fractional} values are not whole numbers, so these are no counts.", hint)
+            raise InputError(
+                f"{source}: {scanned.n_fractional} values are not whole numbers, so these are no counts.", hint
+            )
         if asked == "auto":
             _refuse_odd_integers(scanned, source, hint)
         return "counts", f"all values are whole numbers, the largest {scanned.maximum:g}"
     if scanned.maximum > MAX_LOG:
         raise InputError(
-            f"{source}: values are fractional and reach {scanned.maximum:g}, so they are neither counts nor log-normalised.", hint
+            f"{source}: values are fractional and reach {scanned.maximum:g}, so they are neither counts nor log-normalised.",
+            hint,
         )
     return "log", f"values are fractional and at most {scanned.maximum:.3g}"
 
@@ -104,9 +112,13 @@ def _refuse_odd_integers(scanned: Scan, source: str, hint: str) -> None:
     elif scanned.n_nonzero == n_values and len(scanned.totals) > 1 and np.ptp(scanned.totals) == 0:
         odd = "all cells have the same total and no zero, as ranks have"
     elif scanned.n_nonzero == n_values and scanned.maximum <= 20:
-        odd = f"the matrix is whole-numbered, has no zero and reaches only {scanned.maximum:g}, as rounded logarithms do"
+        odd = (
+            f"the matrix is whole-numbered, has no zero and reaches only {scanned.maximum:g}, as rounded logarithms do"
+        )
     if odd:
-        raise InputError(f"{source}: {odd}, which are neither counts nor log-normalised values.", hint + " --values overrules this.")
+        raise InputError(
+            f"{source}: {odd}, which are neither counts nor log-normalised values.", hint + " --values overrules this."
+        )
 
 
 def refuse_silent_cells(screen: Screen, scanned: Scan, used: np.ndarray) -> None:
@@ -158,7 +170,9 @@ def plan_preprocessing(
         chosen = expressed[_highly_variable(screen, record, used, expressed, int(n_top_genes), seed)]
         choice = f"{len(chosen)} most variable of {len(expressed)} genes"
     if len(chosen) < 2:
-        raise InputError(f"{screen.source}: only {len(chosen)} gene can be fitted.", "At least two genes with values are needed.")
+        raise InputError(
+            f"{screen.source}: only {len(chosen)} gene can be fitted.", "At least two genes with values are needed."
+        )
     fitted = tuple(screen.genes[chosen])
     return Preprocessing(kind, reason, layer, target_sum, fitted, choice, screen.n_genes, int(silent.sum()))
 
@@ -169,7 +183,9 @@ def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> 
     if missing:
         close = difflib.get_close_matches(missing[0], screen.genes, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"Genes there are named like {screen.genes[0]!r}."
-        raise InputError(f"{screen.source}: {len(missing)} of the listed genes are not there, first {missing[0]!r}.", hint)
+        raise InputError(
+            f"{screen.source}: {len(missing)} of the listed genes are not there, first {missing[0]!r}.", hint
+        )
     if silent[position].any():
         first = screen.genes[position[silent[position]][0]]
         raise InputError(f"{screen.source}: the listed gene {first!r} is zero in every cell.", "Take it off the list.")

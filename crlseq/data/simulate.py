@@ -127,7 +127,12 @@ def simulate(
             "n_control": n_control,
             "n_batches": n_batches,
         },
-        amounts={"expected_parents": expected_parents, "n_doubles": n_doubles, "batch_scale": batch_scale, "seed": seed},
+        amounts={
+            "expected_parents": expected_parents,
+            "n_doubles": n_doubles,
+            "batch_scale": batch_scale,
+            "seed": seed,
+        },
         kinds={
             "equations": (equations, ("linear", "relu")),
             "intervention": (intervention, ("hard", "soft", "shift")),
@@ -152,7 +157,10 @@ def simulate(
     conditions: list[tuple[int, ...]] = [(), *((i,) for i in range(n_single)), *_draw_pairs(n_single, n_doubles, rng)]
     sizes = [n_control] + [cells_per_perturbation] * (len(conditions) - 1)
     latents = np.concatenate(
-        [_draw_latents(n, adjacency, order, effects, members, equations, rng) for n, members in zip(sizes, conditions, strict=True)]
+        [
+            _draw_latents(n, adjacency, order, effects, members, equations, rng)
+            for n, members in zip(sizes, conditions, strict=True)
+        ]
     )
     signal = _draw_mixing(n_latents, n_genes, mixing, rng)(latents)
     signal /= signal.std() or 1.0
@@ -252,7 +260,10 @@ def _draw_mixing(p: int, n_genes: int, mixing: Mixing, rng: np.random.Generator)
         loadings = rng.standard_normal((p, n_genes)) / np.sqrt(p)
         return lambda latents: latents @ loadings
     hidden = 4 * p
-    first, last = rng.standard_normal((p, hidden)) / np.sqrt(p), rng.standard_normal((hidden, n_genes)) / np.sqrt(hidden)
+    first, last = (
+        rng.standard_normal((p, hidden)) / np.sqrt(p),
+        rng.standard_normal((hidden, n_genes)) / np.sqrt(hidden),
+    )
     offset = 0.5 * rng.standard_normal(hidden)
 
     def network(latents: Floats) -> Floats:

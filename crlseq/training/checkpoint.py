@@ -25,9 +25,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def save_weights(path: Path, state: dict[str, Tensor], architecture: dict[str, Any]) -> None:
-    """Weights with the arguments that build their model, as JSON in the metadata (which holds strings alone)."""
+    """Weights with the arguments that build their model, as JSON in the metadata (which holds strings alone).
+
+    One key of metadata: safetensors writes several in an order that changes from run to run.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, path, metadata={"format": "pt", "architecture": json.dumps(architecture, sort_keys=True)})
+    save_file(tensors, path, metadata={"architecture": json.dumps(architecture, sort_keys=True)})
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -68,7 +71,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         If the file is damaged or holds anything but tensors and primitives.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "identity" not in state:
+            raise ValueError("it holds no checkpoint")
         return state
     except Exception as error:  # torch raises pickle, zip and runtime errors
         raise InputError(f"The checkpoint {path} cannot be read.", "Start over with --force.") from error

@@ -26,7 +26,7 @@ from crlseq.training.schedules import Weights, schedule, settled
 
 CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result
 BANDWIDTH_CELLS = 1000
-VALIDATION_BATCH = 256
+VALIDATION_BATCH, VALIDATION_CONDITIONS = 64, 16  # cells of a condition, and conditions, scored at once
 
 MIN_EPOCHS, MIN_STEPS = 100, 2000  # a small screen makes few steps an epoch and needs as many as a large one
 
@@ -238,7 +238,7 @@ def _validation_batches(data: PerturbSeqData, seed: int) -> list[BatchIndex]:
     cells = data.cells_by_condition(splits.VALIDATION)
     controls = cells[0] if len(cells[0]) else data.cells(0, splits.TRAIN)
     rng = np.random.default_rng([seed, 3])
-    return epoch_batches(cells, ControlPartners(controls, data.batch), VALIDATION_BATCH, 1, rng)
+    return epoch_batches(cells, ControlPartners(controls, data.batch), VALIDATION_BATCH, VALIDATION_CONDITIONS, rng)
 
 
 @torch.no_grad()
@@ -257,7 +257,11 @@ def _validate(
         return {}
     generator = torch.Generator(source.device).manual_seed(seed)
     found = [_terms(model, source, batch, table, bandwidth, config, generator) for batch in batches]
-    record = {f"validation_{name}": float(torch.stack([terms[name] for terms in found]).mean()) for name in found[0]}
+    sizes = np.array([len(batch.condition) for batch in batches]) / sum(len(batch.condition) for batch in batches)
+    record = {
+        f"validation_{name}": float(sum(size * terms[name].item() for size, terms in zip(sizes, found, strict=True)))
+        for name in found[0]
+    }
     final = {"mmd": config.mmd_weight, "reconstruction": 1.0, "kl": config.kl_weight, "graph": config.graph_weight}
     record["validation_total"] = sum(weight * record[f"validation_{name}"] for name, weight in final.items() if weight)
     return record

@@ -68,7 +68,8 @@ def test_missing_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"a,b\n1,2\n", np.random.default_rng(0).bytes(3000), b"\x89HDF\r\n\x1a\n", b"\x89HDF\r\n\x1a\n" + bytes(500)]
+    "content",
+    [b"", b"a,b\n1,2\n", np.random.default_rng(0).bytes(3000), b"\x89HDF\r\n\x1a\n", b"\x89HDF\r\n\x1a\n" + bytes(500)],
 )
 def test_not_an_h5ad(folder: Path, content: bytes) -> None:
     path = folder / "file.h5ad"
@@ -142,7 +143,9 @@ def test_missing_layer(folder: Path, write: Callable[[ad.AnnData], Path]) -> Non
 
 
 def test_no_such_column(folder: Path, screen_file: Path) -> None:
-    refused(folder, screen_file, "--perturbation-key", "perturbations", says=("no column 'perturbations'", "'perturbation'"))
+    refused(
+        folder, screen_file, "--perturbation-key", "perturbations", says=("no column 'perturbations'", "'perturbation'")
+    )
 
 
 def test_no_such_batch_column(folder: Path, screen_file: Path) -> None:
@@ -187,7 +190,9 @@ def test_everything_held_out(folder: Path, screen_file: Path) -> None:
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_no_numbers(folder: Path, write: Callable[[ad.AnnData], Path], value: float, sparse: bool) -> None:
+def test_values_that_are_no_numbers(
+    folder: Path, write: Callable[[ad.AnnData], Path], value: float, sparse: bool
+) -> None:
     adata = small_screen()
     x = dense(adata)
     x[17, 3] = value
@@ -263,7 +268,13 @@ def test_duplicate_cell_names(folder: Path, write: Callable[[ad.AnnData], Path])
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("", "empty"), ("# a comment\n\n", "empty"), ("gene1\ngene_2\n", "'gene_2'"), ("gene1\ngene3\n", "'gene3' is zero"), ("gene1\n", "only 1 gene")],
+    [
+        ("", "empty"),
+        ("# a comment\n\n", "empty"),
+        ("gene1\ngene_2\n", "'gene_2'"),
+        ("gene1\ngene3\n", "'gene3' is zero"),
+        ("gene1\n", "only 1 gene"),
+    ],
 )
 def test_gene_lists(folder: Path, write: Callable[[ad.AnnData], Path], content: str, says: str) -> None:
     adata = small_screen()
@@ -318,7 +329,9 @@ def test_a_foreign_partial_folder_is_left_alone(folder: Path, screen_file: Path)
     assert (partial / "thesis.txt").read_text() == "precious"
 
 
-@pytest.mark.parametrize("place", ["inputs/file.txt/RUN", "/proc/crlseq-run", "/dev/null/RUN", "/", ".", "..", "x" * 300])
+@pytest.mark.parametrize(
+    "place", ["inputs/file.txt/RUN", "/proc/crlseq-run", "/dev/null/RUN", "/", ".", "..", "x" * 300]
+)
 def test_unwritable_output(folder: Path, screen_file: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     (folder / "file.txt").write_text("text")

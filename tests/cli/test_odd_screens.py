@@ -53,7 +53,20 @@ def relabelled(**names: str) -> ad.AnnData:
 
 # --- labels
 
-WEIRD = ["A/B", "it's", 'say "so"', "Δ-γ é 漢字", "<script>alert(1)</script>", "tab\there", "-x", "a;b|c", "#1", "%s{0}", "[bold]x[/bold]", ":warning:"]
+WEIRD = [
+    "A/B",
+    "it's",
+    'say "so"',
+    "Δ-γ é 漢字",
+    "<script>alert(1)</script>",
+    "tab\there",
+    "-x",
+    "a;b|c",
+    "#1",
+    "%s{0}",
+    "[bold]x[/bold]",
+    ":warning:",
+]
 
 
 @pytest.mark.parametrize("weird", [WEIRD[:6], WEIRD[6:]])
@@ -175,7 +188,7 @@ def test_a_label_that_is_a_combination_only_if_split(tmp_path: Path) -> None:
 
 def test_gene_names(tmp_path: Path) -> None:
     adata = small_screen()
-    odd = ["NA", "nan", "HLA-A/B", "", "None", "1", "2.5", "<img src=x onerror=alert(1)>", "é,\"x\"", "null"]
+    odd = ["NA", "nan", "HLA-A/B", "", "None", "1", "2.5", "<img src=x onerror=alert(1)>", 'é,"x"', "null"]
     adata.var_names = [*odd, *adata.var_names[len(odd) :]]
     run = fit_h5ad(adata, tmp_path)
     assert set(run.programs["gene"]) == set(adata.var_names)
@@ -327,7 +340,11 @@ def test_in_memory_view_and_backed(few_counts: ad.AnnData, reference: Run, tmp_p
     view = wide[: len(few_counts)]
     assert view.is_view
     same_tables(crlseq.fit(view, tmp_path / "B", **options), reference)
-    kinds = {"dense": dense(few_counts), "csr": sp.csr_matrix(dense(few_counts)), "csc": sp.csc_matrix(dense(few_counts))}
+    kinds = {
+        "dense": dense(few_counts),
+        "csr": sp.csr_matrix(dense(few_counts)),
+        "csc": sp.csc_matrix(dense(few_counts)),
+    }
     for name, x in kinds.items():
         adata = few_counts.copy()
         adata.X = x
@@ -415,7 +432,9 @@ def test_min_cells(tmp_path: Path) -> None:
 def test_config_file_and_flags_that_win(screen_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "screen.h5ad"
     path.write_bytes(screen_file.read_bytes())
-    (tmp_path / "run.toml").write_text("preset = 'paper'\n[data]\nmin_cells = 12\ncombinations = true\n[training]\nepochs = 50\nseed = 4\n")
+    (tmp_path / "run.toml").write_text(
+        "preset = 'paper'\n[data]\nmin_cells = 12\ncombinations = true\n[training]\nepochs = 50\nseed = 4\n"
+    )
     run = fit_file(path, "--config", tmp_path / "run.toml")
     config = run.info["config"]
     assert (config["preset"], config["training"]["epochs"], config["training"]["seed"]) == ("paper", 1, 4)

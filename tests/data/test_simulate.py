@@ -33,7 +33,9 @@ def dense(data: anndata.AnnData) -> np.ndarray[Any, np.dtype[np.float32]]:
 def topological_order(adjacency: np.ndarray[Any, np.dtype[np.float64]]) -> list[int]:
     """Latents after their parents; shorter than p if there is a cycle."""
     order: list[int] = []
-    while free := [k for k in range(len(adjacency)) if k not in order and all(j in order for j in np.flatnonzero(adjacency[:, k]))]:
+    while free := [
+        k for k in range(len(adjacency)) if k not in order and all(j in order for j in np.flatnonzero(adjacency[:, k]))
+    ]:
         order += free
     return order
 
@@ -77,7 +79,11 @@ def test_equal_arguments_give_equal_cells_whatever_the_hash_seed() -> None:
     here = simulate(**SMALL, n_doubles=3, n_batches=2, batch_scale=0.1, seed=5)
     expected = hashlib.sha256(dense(here).tobytes() + "".join(here.obs["perturbation"]).encode()).hexdigest()
     done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": "77"}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONHASHSEED": "77"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == expected
     assert not np.array_equal(dense(here), dense(simulate(**SMALL, n_doubles=3, n_batches=2, batch_scale=0.1, seed=6)))
@@ -212,6 +218,12 @@ def test_bad_arguments(argument: str, value: Any, sentence: str) -> None:
 
 def test_one_latent_one_cell() -> None:
     data = simulate(
-        n_latents=1, perturbations_per_latent=1, n_genes=1, cells_per_perturbation=1, n_control=1, expected_parents=0.0, noise="gaussian"
+        n_latents=1,
+        perturbations_per_latent=1,
+        n_genes=1,
+        cells_per_perturbation=1,
+        n_control=1,
+        expected_parents=0.0,
+        noise="gaussian",
     )
     assert data.shape == (2, 1) and np.isfinite(data.X).all()

@@ -1,0 +1,308 @@
+"""check, inspect and the entry points: tables into pipes, JSON, terminals, broken pipes, quick help."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import crlseq
+from crlseq.run import Run
+from tests.support import Answer, command, dense, environment, invoke, small_screen, spawn
+
+TABLES = ["programs", "interventions", "dag", "history"]
+
+
+def on_terminal(*words: object, columns: int = 100) -> tuple[int, str]:
+    """``crlseq WORDS`` with stdin, stdout and stderr on a terminal; its exit code and plain text."""
+    parent, child = pty.openpty()
+    env = environment(COLUMNS=str(columns), TERM="xterm")
+    with subprocess.Popen(command(*words), stdin=child, stdout=child, stderr=child, env=env, close_fds=True) as process:
+        os.close(child)
+        content = b""
+        while select.select([parent], [], [], 60)[0]:
+            try:
+                piece = os.read(parent, 65536)
+            except OSError:  # Linux says so when the child has closed its side
+                break
+            if not piece:
+                break
+            content += piece
+        code = process.wait(60)
+    os.close(parent)
+    return code, re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", content.decode()).replace("\r\n", "\n")
+
+
+def table(answer: Answer) -> pd.DataFrame:
+    assert answer.code == 0, answer.err
+    return pd.read_csv(io.StringIO(answer.out), sep="\t", keep_default_na=False, float_precision="round_trip")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_into_a_pipe(finished: Run, run_folder: Path, name: str) -> None:
+    shown = table(invoke("inspect", name, run_folder))
+    assert list(shown.columns) == list(finished.tables()[name].columns)
+    if name != "programs":
+        assert len(shown) == len(finished.tables()[name])
+    as_json = json.loads(invoke("inspect", name, run_folder, "--json").out)
+    assert (len(as_json["nodes"]) == 3) if name == "dag" else (len(as_json) == len(shown))
+
+
+def test_values_survive_the_pipe(finished: Run, run_folder: Path) -> None:
+    shown = table(invoke("inspect", "history", run_folder))
+    assert shown["total"].tolist() == finished.history["total"].tolist()
+    records = json.loads(invoke("inspect", "history", run_folder, "--json").out)
+    assert [row["total"] for row in records] == pytest.approx(finished.history["total"].tolist(), rel=1e-14)
+
+
+def test_programs_options(finished: Run, run_folder: Path) -> None:
+    shown = table(invoke("inspect", "programs", run_folder, "--program", "P1", "--top", 5))
+    expected = finished.programs.query("program == 'P1' and rank <= 5")
+    assert shown["gene"].tolist() == expected["gene"].tolist()
+    assert shown["loading"].tolist() == expected["loading"].tolist()
+    assert len(table(invoke("inspect", "programs", run_folder))) == 3 * 20
+    wrong = invoke("inspect", "programs", run_folder, "--program", "P9")
+    assert (wrong.code, wrong.out) == (3, "")
+    assert "P0 to P2" in wrong.err
+    assert invoke("inspect", "programs", run_folder, "--top", 0).code == 2
+
+
+def test_interventions_are_sorted_by_program(run_folder: Path) -> None:
+    programs = table(invoke("inspect", "interventions", run_folder))["program"].str[1:].astype(int)
+    assert programs.is_monotonic_increasing
+
+
+def test_summary(finished: Run, run_folder: Path) -> None:
+    rows = table(invoke("inspect", run_folder)).set_index("what")["value"]
+    assert rows["graph"].startswith(finished.info["identification"]["verdict"])
+    assert rows["cells"] == ", ".join(f"{n} {name}" for name, n in finished.info["cells"].items() if n)
+    assert "test cells" in rows["held out"]
+    answer = invoke("inspect", run_folder, "--json")
+    assert answer.err == ""
+    assert json.loads(answer.out)["metrics"] == finished.info["metrics"]
+
+
+@pytest.mark.parametrize("words", [["dag"], []])
+def test_the_verdict_is_shown(finished: Run, run_folder: Path, words: list[str]) -> None:
+    answer = invoke("inspect", *words, run_folder)
+    assert finished.info["identification"]["reason"] in answer.out + answer.err
+    answer = invoke("inspect", *words, run_folder, "--json")
+    assert finished.info["identification"]["reason"] in answer.out
+
+
+def test_terminal(finished: Run, run_folder: Path) -> None:
+    code, text = on_terminal("inspect", "programs", run_folder, "--top", 3)
+    assert code == 0
+    assert "\t" not in text
+    for program in finished.info["programs"]:
+        assert f"{program['name']}  driven by" in text
+    code, text = on_terminal("inspect", "dag", run_folder)
+    assert code == 0
+    assert " ".join(finished.info["identification"]["reason"].split()) in " ".join(text.split())
+    for source, target in finished.dag.edges:
+        assert re.search(rf"^{source} (.*\n)+?  [├└]─▶ {target} ", text, re.MULTILINE)
+
+
+def test_history_fits_a_terminal(run_folder: Path) -> None:
+    code, text = on_terminal("inspect", "history", run_folder)
+    assert code == 0
+    assert len([line for line in text.splitlines() if re.match(r" +\d+ ", line)]) == 3
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_check_on_a_terminal(screen_file: Path) -> None:
+    code, text = on_terminal("check", screen_file, columns=80)
+    assert code == 0
+    # The command stands on one line, to be copied.
+    assert re.search(
+        rf"^crlseq fit {screen_file} --perturbation-key perturbation .*--output screen-run$", text, re.MULTILINE
+    )
+
+
+def test_fit_on_a_terminal_has_a_bar_and_quiet_says_nothing(screen_file: Path, tmp_path: Path) -> None:
+    code, text = on_terminal("fit", screen_file, "--output", tmp_path / "RUN", "--epochs", 2)
+    assert code == 0
+    assert "━" in text
+    assert "2/2" in text
+    assert "mmd" in text
+    quiet = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--epochs", 1, "--quiet", "--force")
+    assert quiet == Answer(0, "", "")
+
+
+def test_broken_pipes(run_folder: Path) -> None:
+    for reader in (["head", "-1"], ["true"]):
+        words = command("inspect", "programs", run_folder, "--top", 40)
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True
+        ) as process:
+            done = subprocess.run(reader, stdin=process.stdout, capture_output=True, text=True, check=True)
+            assert process.stdout is not None
+            process.stdout.close()
+            assert process.stderr is not None
+            assert process.stderr.read() == ""
+            assert process.wait(60) == 0
+        if reader[0] == "head":
+            assert done.stdout == "program\tgene\tloading\ttotal_effect\trank\n"
+
+
+def test_names_that_stdout_cannot_encode(tmp_path: Path, screen_file: Path) -> None:
+    folder = tmp_path / "Δ"
+    assert invoke("fit", screen_file, "--output", folder, "--epochs", 1).code == 0
+    (folder / "interventions.csv").write_text((folder / "interventions.csv").read_text().replace("g0", "漢"))
+    shown = spawn("inspect", "interventions", folder, PYTHONIOENCODING="ascii")
+    assert shown.returncode == 0, shown.stderr
+    assert "\\u6f22" in shown.stdout
+
+
+# --- check
+
+
+def test_check_json(screen_file: Path) -> None:
+    answer = invoke("check", screen_file, "--json")
+    assert (answer.code, answer.err) == (0, "")
+    found = json.loads(answer.out)
+    expected: dict[str, Any] = {
+        "n_cells": 340, "n_genes": 40, "problems": [], "values": "counts", "perturbation_key": "perturbation",
+        "control_label": "control", "separator": "+", "control_cells": 100, "n_singles": 6, "n_combinations": 2,
+        "fitted_conditions": 8, "n_silent_genes": 0, "targets_measured": [], "dropped": {},
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    assert found["batches"] == [{"column": "batch", "levels": 2, "smallest": found["batches"][0]["smallest"]}]
+    assert set(found["cells_per_condition"].values()) == {30}
+    assert found["command"].endswith("--output screen-run")
+
+
+def test_check_lists_problems_and_fails(tmp_path: Path) -> None:
+    adata = small_screen()
+    x = dense(adata)
+    x[4, 4] = np.nan
+    adata.X = x
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace({"g0": "NT"})
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    answer = invoke("check", tmp_path / "screen.h5ad", "--json")
+    assert answer.code == 3
+    problems = json.loads(answer.out)["problems"]
+    assert any("more than one control" in problem for problem in problems)
+    assert any("is nan" in problem for problem in problems)
+    assert "command" not in json.loads(answer.out)
+    shown = invoke("check", tmp_path / "screen.h5ad")
+    assert shown.code == 3
+    assert all(problem in shown.err for problem in problems)
+
+
+def test_check_agrees_with_fit_about_cells_that_are_not_used(tmp_path: Path) -> None:
+    adata = small_screen()
+    x = dense(adata)
+    labels = adata.obs["perturbation"].astype(str)
+    labels.iloc[5] = "unassigned"
+    x[5] = 0
+    adata.X = x
+    adata.obs["perturbation"] = labels
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    assert invoke("check", tmp_path / "screen.h5ad").code == 0
+    answer = invoke("fit", tmp_path / "screen.h5ad", "--output", tmp_path / "RUN", "--epochs", 1)
+    assert answer.code == 0, answer.err
+    x[6] = 0
+    adata.X = x
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    refused = invoke("check", tmp_path / "screen.h5ad")
+    assert refused.code == 3
+    assert "1 cells have no counts at all" in refused.err
+
+
+def test_check_says_when_too_few_genes_or_controls_are_left(tmp_path: Path) -> None:
+    adata = small_screen()
+    controls = adata.obs["perturbation"] == "control"
+    few = adata[~controls | (controls.cumsum() == 1)].copy()
+    few.write_h5ad(tmp_path / "screen.h5ad")
+    answer = invoke("check", tmp_path / "screen.h5ad", "--json")
+    assert answer.code == 3
+    assert "1 cells are controls" in " ".join(json.loads(answer.out)["problems"]) or "1 cell" in answer.err
+
+
+# --- entry points
+
+
+def test_version_and_module() -> None:
+    assert spawn("--version").stdout == f"crlseq {crlseq.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["-h"], ["fit", "--help"], ["inspect", "--help"], ["inspect", "programs", "--help"], ["check", "-h"]],
+)
+def test_help(words: list[str]) -> None:
+    answer = invoke(*words)
+    assert answer.code == 0
+    assert "Usage" in answer.out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom crlseq.cli.app import main\nsys.argv = ['crlseq', *sys.argv[1:]]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'scanpy', 'anndata', 'pandas', 'numpy', 'scipy', 'sklearn', 'networkx', 'h5py', 'matplotlib'}\n"
+        "print('HEAVY', sorted(heavy & sys.modules.keys()))"
+    )
+    for words in (["--help"], ["fit", "--help"], ["--version"]):
+        shown = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment(), timeout=60
+        )
+        assert shown.stdout.splitlines()[-1] == "HEAVY []", shown.stdout[-300:] + shown.stderr
+
+
+def test_inspect_needs_no_torch(run_folder: Path) -> None:
+    code = (
+        "import sys\nfrom crlseq.cli.app import main\nsys.argv = ['crlseq', *sys.argv[1:]]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\nassert not {'torch', 'scanpy', 'anndata'} & sys.modules.keys()"
+    )
+    for words in (["inspect", str(run_folder)], ["inspect", "dag", str(run_folder)]):
+        shown = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment(), timeout=60
+        )
+        assert shown.returncode == 0, shown.stderr
+
+
+@pytest.mark.parametrize("words", [["--noise", "wrong"], ["--n-latents", "0"], ["--depth", "nan"]])
+def test_simulate_refuses(tmp_path: Path, words: list[str]) -> None:
+    answer = invoke("simulate", "--output", tmp_path / "s.h5ad", *words)
+    assert (answer.code, answer.out) == (2, "")
+    assert len(answer.err.splitlines()) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_simulate(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5ad"
+    words = [
+        "simulate",
+        "--output",
+        path,
+        "--n-latents",
+        2,
+        "--n-genes",
+        20,
+        "--cells-per-perturbation",
+        10,
+        "--n-control",
+        20,
+    ]
+    words += ["--expected-parents", 0.5]
+    assert invoke(*words).code == 0
+    assert invoke("check", path, "--json").code == 0
+    again = invoke(*words)
+    assert again.code == 3
+    assert "--force" in again.err
+    assert invoke(*words, "--force").code == 0
+    (tmp_path / "file").write_text("")
+    assert invoke("simulate", "--output", tmp_path / "file" / "s.h5ad").code == 3

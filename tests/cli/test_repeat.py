@@ -1,0 +1,195 @@
+"""One seed, one result, whatever the hash seed; runs that are killed go on to the same end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import crlseq
+from crlseq.errors import InputError
+from tests.support import environment, invoke, spawn
+
+SAME = [
+    "model.safetensors",
+    "programs.csv",
+    "interventions.csv",
+    "dag.csv",
+    "history.csv",
+    "evaluation.csv",
+    "dag.graphml",
+    "dag.json",
+]
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in SAME}
+
+
+def test_one_seed_one_result(screen_file: Path, tmp_path: Path) -> None:
+    words = ["--epochs", 2, "--batch-key", "batch", "--n-top-genes", 30]
+    found = []
+    for hash_seed in ("0", "12345"):
+        folder = tmp_path / f"RUN{hash_seed}"
+        done = spawn("fit", screen_file, "--output", folder, "--seed", 3, *words, PYTHONHASHSEED=hash_seed)
+        assert done.returncode == 0, done.stderr
+        found.append(results(folder))
+    assert found[0] == found[1]
+    in_process = crlseq.fit(screen_file, tmp_path / "RUN", seed=3, epochs=2, batch_key="batch", n_top_genes=30)
+    assert in_process.path is not None
+    assert results(in_process.path) == found[0]
+    other = crlseq.fit(screen_file, tmp_path / "other", seed=4, epochs=2, batch_key="batch", n_top_genes=30)
+    assert other.path is not None
+    assert results(other.path)["model.safetensors"] != found[0]["model.safetensors"]
+    assert results(other.path)["programs.csv"] != found[0]["programs.csv"]
+
+
+FIT: list[object] = ["--epochs", 6, "--batch-size", 8, "--n-latents", 3, "--seed", 2]
+# Sends itself a signal in the middle of an epoch: at the given training pass through the model.
+KILLER = """
+import os, sys, torch
+from crlseq.cli.app import main
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.training import trainer
+at, number, trainer.CHECKPOINT_SECONDS = int(sys.argv.pop(1)), int(sys.argv.pop(1)), float(sys.argv.pop(1))
+forward, passes = DiscrepancyVAE.forward, 0
+def counted(self, *arguments):
+    global passes
+    passes += torch.is_grad_enabled()
+    if passes == at:
+        os.kill(os.getpid(), number)
+    return forward(self, *arguments)
+DiscrepancyVAE.forward = counted
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the fit ends with when nobody interrupts it."""
+    folder = tmp_path_factory.mktemp("whole") / "RUN"
+    answer = invoke("fit", screen_file, "--output", folder, *FIT)
+    assert answer.code == 0, answer.err
+    return results(folder)
+
+
+def interrupt(words: list[object], with_signal: signal.Signals, checkpoint_seconds: float = 5.0) -> tuple[int, str]:
+    """A fit that gets a signal in its fourth epoch; its exit code and stderr."""
+    # An epoch is 4 steps: 8 conditions of 27 cells in batches of 8 give 32 pieces, 8 a step.
+    options = [sys.executable, "-c", KILLER, 3 * 4 + 3, int(with_signal), checkpoint_seconds, *words]
+    done = subprocess.run(list(map(str, options)), capture_output=True, text=True, env=environment(), timeout=120)
+    return done.returncode, done.stderr
+
+
+def unfinished(folder: Path) -> bool:
+    partial = folder.with_name(folder.name + ".partial")
+    return (partial / "resume.pt").exists() and not folder.exists()
+
+
+@pytest.mark.parametrize(("checkpoint_seconds", "done"), [(0.0, 3), (100.0, 1)])
+def test_killed_and_resumed(
+    screen_file: Path, whole: dict[str, bytes], tmp_path: Path, checkpoint_seconds: float, done: int
+) -> None:
+    import torch
+
+    folder = tmp_path / "RUN"
+    words = ["fit", screen_file, "--output", folder, *FIT]
+    code, err = interrupt(words, signal.SIGKILL, checkpoint_seconds)
+    assert code == -signal.SIGKILL, err
+    assert unfinished(folder)
+    assert torch.load(tmp_path / "RUN.partial" / "resume.pt", weights_only=True)["epoch"] == done - 1
+    refused = invoke(*words)
+    assert refused.code == 3
+    assert "--resume" in refused.err
+    assert "--force" in refused.err
+    shown = invoke("inspect", folder)
+    assert shown.code == 3
+    assert "not finished" in shown.err
+    other = invoke(*words, "--resume", "--epochs", 7)
+    assert other.code == 3
+    assert "other options" in other.err
+    assert unfinished(folder)
+    resumed = invoke(*words, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert results(folder) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["RUN"]
+    again = invoke(*words, "--resume")
+    assert again.code == 0
+    assert "finished already" in again.err
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted(screen_file: Path, whole: dict[str, bytes], tmp_path: Path, with_signal: signal.Signals) -> None:
+    folder = tmp_path / "RUN"
+    words = ["fit", screen_file, "--output", folder, *FIT]
+    code, err = interrupt(words, with_signal)
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("Interrupted.")
+    assert "--resume" in err.splitlines()[-1]
+    assert unfinished(folder)
+    answer = invoke(*words, "--resume" if with_signal == signal.SIGTERM else "--force")
+    assert answer.code == 0, answer.err
+    assert results(folder) == whole
+
+
+def damage_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def damage_cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_object(path: Path) -> None:
+    import torch
+
+    torch.save({"identity": Path("x")}, path)
+
+
+@pytest.mark.parametrize("damage", [damage_empty, damage_cut, damage_object])
+def test_damaged_checkpoint(
+    run_folder: Path, screen_file: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    (tmp_path / "RUN.partial").mkdir()
+    shutil.copy(run_folder / "resume.pt", tmp_path / "RUN.partial")
+    damage(tmp_path / "RUN.partial" / "resume.pt")
+    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--resume", "--epochs", 1)
+    assert answer.code == 3, answer.err
+    assert "Traceback" not in answer.err
+    assert invoke("fit", screen_file, "--output", tmp_path / "RUN", "--force", "--epochs", 1).code == 0
+
+
+def test_another_input_is_not_resumed(run_folder: Path, screen_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "RUN.partial").mkdir()
+    shutil.copy(run_folder / "resume.pt", tmp_path / "RUN.partial")
+    with pytest.raises(InputError, match="another input or other options"):
+        crlseq.fit(screen_file, tmp_path / "RUN", resume=True, epochs=3)
+
+
+def test_a_second_process_is_refused(screen_file: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    partial = tmp_path / "RUN.partial"
+    partial.mkdir()
+    with (partial / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for option in ("--resume", "--force"):
+            answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--epochs", 1, option)
+            assert answer.code == 3
+            assert "Another crlseq" in answer.err
+    assert os.listdir(partial) == ["lock"]
+
+
+def test_a_fit_that_diverges_says_so(screen_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[training]\nlearning_rate = 1e30\ngradient_norm = 1e30\n")
+    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--epochs", 3, "--config", tmp_path / "run.toml")
+    assert answer.code == 4, answer.err
+    assert "not finite" in answer.err
+    assert not (tmp_path / "RUN").exists()
