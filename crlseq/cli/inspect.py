@@ -93,7 +93,7 @@ def programs(
     for row in found.info["programs"]:
         if program in (None, row["name"]):
             part = table[table["program"] == row["name"]].drop(columns="program")
-            show_table(part, f"{row['name']}  driven by {row['drivers'] or 'no perturbation'}")
+            show_table(part, f"{row['name']}  {row['label']}")
             show_text("")
 
 
@@ -119,7 +119,10 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
         return
     if sys.stdout.isatty():
         show_text(draw_dag(found))
-    show_table(found.edges, "Declared edges (weight: standard deviations of the target by one of the source)")
+    if len(found.edges) or not sys.stdout.isatty():
+        show_table(found.edges, "Declared edges (weight: standard deviations of the target by one of the source)")
+    else:
+        show_text("No edge is declared.")
     say(f"The graph is {verdict['verdict']}: {verdict['reason']}")
 
 

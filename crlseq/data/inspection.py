@@ -18,6 +18,7 @@ from crlseq.data.preprocess import kind_of_values, refuse_silent_cells
 from crlseq.errors import InputError
 
 BATCH_WORDS = ("batch", "rep", "donor", "lane", "gem_group", "plate", "sample", "library", "channel")
+SYMBOL_COLUMNS = ("gene_name", "gene_symbol", "gene_symbols", "gene_short_name", "feature_name", "symbol")
 MAX_BATCHES = 100
 
 
@@ -82,7 +83,7 @@ def _attempt(found: dict[str, Any], action: Any) -> Any:
 
 def _describe_labels(labels: Perturbations, screen: Screen, config: DataConfig) -> dict[str, Any]:
     counts = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
-    measured = set(map(str, screen.genes))
+    measured = _gene_names(screen)
     return {
         "perturbation_key": labels.key,
         "control_label": labels.control_label,
@@ -96,6 +97,12 @@ def _describe_labels(labels: Perturbations, screen: Screen, config: DataConfig) 
         "targets_measured": [name for name in labels.names if name in measured],
         "targets_not_measured": [name for name in labels.names if name not in measured],
     }
+
+
+def _gene_names(screen: Screen) -> set[str]:
+    """Names of genes in the index, and their symbols where a column beside Ensembl identifiers has them."""
+    symbols = [screen.var[key].dropna().astype(str) for key in screen.var.columns if key in SYMBOL_COLUMNS]
+    return {*screen.genes, *(name for column in symbols for name in column)}
 
 
 def _batch_columns(screen: Screen) -> list[dict[str, Any]]:

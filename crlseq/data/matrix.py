@@ -30,6 +30,7 @@ class Screen:
     """
 
     obs: pd.DataFrame
+    var: pd.DataFrame
     genes: pd.Index
     matrix: Any
     layers: tuple[str, ...]
@@ -108,7 +109,7 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
     if isinstance(source, ad.AnnData):
         adata, name = source, "the AnnData"
         matrix = adata.X if layer is None else _named_layer(dict(adata.layers), layer, name)
-        yield _checked(adata.obs, adata.var_names, _row_sliceable(matrix, name), tuple(adata.layers), name)
+        yield _checked(adata.obs, adata.var, _row_sliceable(matrix, name), tuple(adata.layers), name)
         return
     path = Path(source)
     if not path.exists():
@@ -128,7 +129,7 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
             element = _named_layer({key: store["layers"][key] for key in layers}, layer, name)
         with readable(name, "the matrix"):
             matrix = _row_sliceable(element, name)
-        yield _checked(obs, var.index, matrix, layers, name)
+        yield _checked(obs, var, matrix, layers, name)
 
 
 @contextmanager
@@ -186,10 +187,10 @@ def _listed(names: Any) -> str:
     return ", ".join(repr(str(name)) for name in names) or "none"
 
 
-def _checked(obs: Any, genes: Any, matrix: Any, layers: tuple[str, ...], source: str) -> Screen:
-    if not isinstance(obs, pd.DataFrame):
-        raise InputError(f"{source}: obs is not a table.", "Write the file again with a current anndata.")
-    genes = pd.Index(np.asarray(genes).astype(str))
+def _checked(obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: str) -> Screen:
+    if not isinstance(obs, pd.DataFrame) or not isinstance(var, pd.DataFrame):
+        raise InputError(f"{source}: obs or var is not a table.", "Write the file again with a current anndata.")
+    genes = pd.Index(np.asarray(var.index).astype(str))
     if matrix.shape != (len(obs), len(genes)):
         raise InputError(
             f"{source}: the matrix is {matrix.shape[0]} x {matrix.shape[1]}, but there are {len(obs)} cells and {len(genes)} genes.",
@@ -204,7 +205,7 @@ def _checked(obs: Any, genes: Any, matrix: Any, layers: tuple[str, ...], source:
                 f"{source}: the {kind} name {first!r} occurs more than once.",
                 f"Use `adata.{call}_names_make_unique()`.",
             )
-    return Screen(obs, genes, matrix, layers, source)
+    return Screen(obs, var, genes, matrix, layers, source)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def test_terminal(finished: Run, run_folder: Path) -> None:
     assert code == 0
     assert "\t" not in text
     for program in finished.info["programs"]:
-        assert f"{program['name']}  driven by" in text
+        assert f"{program['name']}  {program['label']}" in text
     code, text = on_terminal("inspect", "dag", run_folder)
     assert code == 0
     assert " ".join(finished.info["identification"]["reason"].split()) in " ".join(text.split())

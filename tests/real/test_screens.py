@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import crlseq
+from crlseq.config import DataConfig
+from crlseq.data.inspection import describe
 from crlseq.run import Run
 from tests.support import RUN_FILES, invoke
 
@@ -101,3 +103,11 @@ def test_gears_tiny(tmp_path: Path) -> None:
         parts = frozenset(row["perturbations"])
         same = labels.map(lambda label, parts=parts: frozenset(label.split("+")) - {"ctrl"} == parts)
         assert sum(row["cells"].values()) == same.sum()
+
+
+def test_targets_are_found_among_symbols_beside_ensembl_identifiers() -> None:
+    found = describe(path_of("adamson2016_trishift_320x160.h5ad"), DataConfig())
+    var = ad.read_h5ad(path_of("adamson2016_trishift_320x160.h5ad"), backed="r").var
+    assert all(name.startswith("ENSG") for name in var.index)
+    expected = sorted(set(var["gene_name"].astype(str)) & set(found["cells_per_condition"]))
+    assert found["targets_measured"] == expected
