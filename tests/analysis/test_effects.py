@@ -23,7 +23,7 @@ def energy(x, y):
 def test_energy_distance_equals_plain_loops(seed, n, m):
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(n + m, 3))
-    found, p = energy_test(scores, np.arange(n + m) < n, np.zeros(n + m), 19, rng)
+    found, p = energy_test(scores, np.arange(n + m) < n, np.zeros(n + m), (19,), rng)
     assert found == pytest.approx(energy(scores[:n], scores[n:]), abs=1e-10)
     assert 1 / 20 <= p <= 1
 
@@ -31,15 +31,32 @@ def test_energy_distance_equals_plain_loops(seed, n, m):
 def test_p_value_is_the_exact_share_when_all_labellings_are_few():
     # Two far pairs: of the 6 labellings of 4 cells, 2 reach the observed distance, so p tends to 1/3.
     scores = np.array([[0.0], [0.1], [10.0], [10.1]])
-    _, p = energy_test(scores, np.array([True, True, False, False]), np.zeros(4), 3000, np.random.default_rng(0))
+    _, p = energy_test(scores, np.array([True, True, False, False]), np.zeros(4), (3000,), np.random.default_rng(0))
     assert p == pytest.approx(1 / 3, abs=0.03)
 
 
 def test_no_effect_gives_uniform_p_values():
     rng = np.random.default_rng(0)
-    p = [energy_test(rng.normal(size=(40, 2)), np.arange(40) < 15, np.zeros(40), 99, rng)[1] for _ in range(300)]
+    p = [energy_test(rng.normal(size=(40, 2)), np.arange(40) < 15, np.zeros(40), (99,), rng)[1] for _ in range(300)]
     assert abs(np.mean(p) - 0.5) < 0.06
     assert np.mean(np.array(p) <= 0.05) < 0.09
+
+
+def test_only_a_likely_effect_gets_the_second_stage():
+    rng = np.random.default_rng(0)
+    labels, strata = np.arange(40) < 15, np.zeros(40)
+    cells = rng.normal(size=(40, 2))
+    p = [energy_test(rng.normal(size=(40, 2)), labels, strata, (99, 900), rng)[1] for _ in range(50)]
+    first = [value for value in p if value >= 0.11 and round(value * 100) == pytest.approx(value * 100)]
+    assert len(first) > 40  # done after 99
+    assert energy_test(cells + 3 * labels[:, None], labels, strata, (99, 900), rng)[1] == pytest.approx(1 / 1000)
+
+
+def test_two_stages_keep_the_error_rate():
+    rng = np.random.default_rng(1)
+    p = [energy_test(rng.normal(size=(30, 1)), np.arange(30) < 10, np.zeros(30), (19, 180), rng)[1] for _ in range(400)]
+    for level in (0.01, 0.05, 0.1):
+        assert np.mean(np.array(p) <= level) <= level + 3 * np.sqrt(level * (1 - level) / 400)
 
 
 def test_permutation_within_batches_is_not_fooled_by_a_batch_effect():
@@ -47,8 +64,8 @@ def test_permutation_within_batches_is_not_fooled_by_a_batch_effect():
     batch = np.repeat([0, 1], 60)
     perturbed = np.r_[rng.permutation(60) < 50, rng.permutation(60) < 10]  # mostly in batch 0
     scores = rng.normal(size=(120, 2)) + 3 * batch[:, None]
-    _, naive = energy_test(scores, perturbed, np.zeros(120), 199, rng)
-    _, stratified = energy_test(scores, perturbed, batch, 199, rng)
+    _, naive = energy_test(scores, perturbed, np.zeros(120), (199,), rng)
+    _, stratified = energy_test(scores, perturbed, batch, (199,), rng)
     assert naive == pytest.approx(1 / 200)
     assert stratified > 0.05
 
