@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch and numpy load their pools: results are compared to the bit, and workers share the cores.
@@ -55,3 +55,20 @@ def run_folder(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def finished(run_folder: Path) -> Run:
     """The finished run, loaded."""
     return crlseq.load(run_folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where inputs lie; the output would be beside it."""
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    return inputs
+
+
+@pytest.fixture
+def write(folder: Path) -> Callable[[ad.AnnData], Path]:
+    def writer(adata: ad.AnnData) -> Path:
+        adata.write_h5ad(folder / "screen.h5ad")
+        return folder / "screen.h5ad"
+
+    return writer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,11 +16,16 @@ from unittest import mock
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 
 import crlseq
+from crlseq.data.perturbations import Perturbations
+from crlseq.run import Run
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
+SINGLES = [f"g{i}" for i in range(6)]
+FAST: dict[str, Any] = {"epochs": 1, "n_latents": 2}
 SMALL: dict[str, Any] = {
     "n_latents": 3,
     "perturbations_per_latent": 2,
@@ -93,3 +99,67 @@ def spawn(*words: object, cwd: Path | None = None, **env: str) -> subprocess.Com
 def files_below(folder: Path) -> set[str]:
     """Every file and folder below `folder`."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def check_refusal(code: int, out: str, err: str, expected: int, *words: str) -> None:
+    """One sentence and one hint, a line each; nothing else."""
+    assert code == expected, err
+    assert out == ""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if not line.startswith("• ")]
+    assert len(lines) == 2, err
+    message, hint = lines
+    assert message.startswith("crlseq: ") and message.endswith("."), err
+    assert "fault in crlseq" not in message
+    assert hint.startswith("  ") and hint.endswith((".", "?")), err
+    # No second sentence: a full stop, a space and a capital.
+    assert not re.search(r"[a-z)]\. [A-Z]", message), err
+    for word in words:
+        assert word in err, err
+
+
+def refused(folder: Path, source: object, *options: object, code: int = 3, says: tuple[str, ...] = ()) -> Answer:
+    """``crlseq fit SOURCE`` is refused and leaves no file."""
+    parent = folder.parent
+    before = files_below(parent)
+    answer = invoke("fit", source, "--output", parent / "RUN", "--epochs", 1, *options)
+    check_refusal(answer.code, answer.out, answer.err, code, *says)
+    assert files_below(parent) == before
+    return answer
+
+
+def fit_file(path: Path, *options: object, epochs: int = 1) -> Run:
+    """Fit a file through the command line; every file of the run is there, and scanpy's reader opens the result."""
+    folder = path.parent / "RUN"
+    answer = invoke("fit", path, "--output", folder, "--epochs", epochs, "--n-latents", 2, *options)
+    assert answer.code == 0, answer.err
+    assert answer.out == ""
+    assert {file.name for file in folder.iterdir()} == RUN_FILES
+    assert not folder.with_name("RUN.partial").exists()
+    annotated = ad.read_h5ad(folder / "crlseq.h5ad")
+    run = crlseq.load(folder)
+    assert annotated.obsm["X_crlseq"].shape == (run.info["input"]["n_cells"], 2)
+    assert np.isfinite(annotated.obsm["X_crlseq"]).all()
+    return run
+
+
+def fit_h5ad(adata: ad.AnnData, folder: Path, *options: object) -> Run:
+    with ad.settings.override(allow_write_nullable_strings=True):
+        adata.write_h5ad(folder / "screen.h5ad")
+    return fit_file(folder / "screen.h5ad", *options)
+
+
+def relabelled(**names: str) -> ad.AnnData:
+    adata = small_screen()
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace(names)
+    return adata
+
+
+def table(**columns: Any) -> pd.DataFrame:
+    """Columns of labels; a string is split at blanks."""
+    return pd.DataFrame({key: v.split() if isinstance(v, str) else v for key, v in columns.items()})
+
+
+def labels(p: Perturbations) -> list[str]:
+    """Canonical label of each cell; "-" where it is dropped."""
+    return [p.condition_names[c] if c >= 0 else "-" for c in p.condition]

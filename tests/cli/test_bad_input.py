@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,52 +12,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from tests.support import Answer, dense, files_below, invoke, small_screen, spawn
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where inputs lie; the output would be beside it."""
-    inputs = tmp_path / "inputs"
-    inputs.mkdir()
-    return inputs
-
-
-@pytest.fixture
-def write(folder: Path) -> Callable[[ad.AnnData], Path]:
-    def writer(adata: ad.AnnData) -> Path:
-        adata.write_h5ad(folder / "screen.h5ad")
-        return folder / "screen.h5ad"
-
-    return writer
-
-
-def check_refusal(code: int, out: str, err: str, expected: int, *words: str) -> None:
-    """One sentence and one hint, a line each; nothing else."""
-    assert code == expected, err
-    assert out == ""
-    assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if not line.startswith("• ")]
-    assert len(lines) == 2, err
-    message, hint = lines
-    assert message.startswith("crlseq: ") and message.endswith("."), err
-    assert "fault in crlseq" not in message
-    assert hint.startswith("  ") and hint.endswith((".", "?")), err
-    # No second sentence: a full stop, a space and a capital.
-    assert not re.search(r"[a-z)]\. [A-Z]", message), err
-    for word in words:
-        assert word in err, err
-
-
-def refused(folder: Path, source: object, *options: object, code: int = 3, says: tuple[str, ...] = ()) -> Answer:
-    """``crlseq fit SOURCE`` is refused and leaves no file."""
-    parent = folder.parent
-    before = files_below(parent)
-    answer = invoke("fit", source, "--output", parent / "RUN", "--epochs", 1, *options)
-    check_refusal(answer.code, answer.out, answer.err, code, *says)
-    assert files_below(parent) == before
-    return answer
-
+from tests.support import check_refusal, dense, files_below, invoke, refused, small_screen
 
 # --- files
 
@@ -347,87 +301,3 @@ def test_cuda_absent(folder: Path, screen_file: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     refused(folder, screen_file, "--device", "cuda", says=("CUDA",))
-
-
-# --- configuration and usage
-
-
-@pytest.mark.parametrize("content", ["epochs = = 3", "[training", "x = '", "\x00"])
-def test_bad_toml(folder: Path, screen_file: Path, content: str) -> None:
-    (folder / "run.toml").write_text(content)
-    refused(folder, screen_file, "--config", folder / "run.toml", says=("TOML",))
-
-
-def test_missing_config(folder: Path, screen_file: Path) -> None:
-    refused(folder, screen_file, "--config", folder / "none.toml", says=("none.toml",))
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ("[training]\nepoch = 3", "epoch"),
-        ("[trainin]\nepochs = 3", "trainin"),
-        ("epochs = 3", "epochs"),
-        ("[training]\nbatch_size = 'many'", "batch_size"),
-        ("[training]\nseed = -1", "seed"),
-        ("preset = 'fast'", "fast"),
-        ("preset = 3", "preset"),
-        ("[data]\nn_top_genes = 0", "n_top_genes"),
-        ("[model]\nmmd_bandwidth = -1.0", "mmd_bandwidth"),
-        ("[model]\nkl_weight = nan", "kl_weight"),
-        ("data = 3", "data"),
-    ],
-)
-def test_bad_options_in_a_config(folder: Path, screen_file: Path, content: str, says: str) -> None:
-    (folder / "run.toml").write_text(content)
-    refused(folder, screen_file, "--config", folder / "run.toml", code=2, says=(says,))
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--min-cells", 0), ("--hold-out-cells", 1.5), ("--hold-out-cells", "nan"), ("--n-top-genes", 0),
-        ("--n-top-genes", -5), ("--n-top-genes", "most"), ("--seed", -1), ("--threads", 0), ("--n-latents", 0),
-        ("--batch-size", 1), ("--values", "raw"), ("--device", "tpu"), ("--intervention", "none"),
-        ("--equations", "cubic"), ("--preset", "fast"), ("--epochs", 0),
-    ],
-)  # fmt: skip
-def test_options_out_of_range(folder: Path, screen_file: Path, option: str, value: object) -> None:
-    name = option[2:].replace("-", "_")
-    refused(folder, screen_file, option, value, code=2, says=(name,))
-
-
-@pytest.mark.parametrize("words", [["--wrong"], ["--epochs", "many"], ["--seed"], ["extra"]])
-def test_wrong_usage(tmp_path: Path, screen_file: Path, words: list[str]) -> None:
-    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", *words)
-    assert (answer.code, answer.out) == (2, "")
-    assert "Traceback" not in answer.err and "Error: " in answer.err
-    assert not files_below(tmp_path)
-
-
-@pytest.mark.parametrize("words", [["fit"], ["fit", "x.h5ad"], ["wrong"], ["check"], ["inspect", "programs"]])
-def test_missing_arguments(words: list[str]) -> None:
-    answer = invoke(*words)
-    assert (answer.code, answer.out) == (2, "")
-
-
-def test_through_a_child_process(tmp_path: Path, screen_file: Path) -> None:
-    target = tmp_path / "RUN"
-    missing = spawn("fit", tmp_path / "none.h5ad", "--output", target)
-    check_refusal(missing.returncode, missing.stdout, missing.stderr, 3, "There is no file")
-    usage = spawn("fit", screen_file, "--output", target, "--seed", "-1")
-    check_refusal(usage.returncode, usage.stdout, usage.stderr, 2, "seed")
-    assert not files_below(tmp_path)
-
-
-def test_debug_shows_a_traceback(tmp_path: Path) -> None:
-    shown = spawn("--debug", "check", tmp_path / "none.h5ad")
-    assert shown.returncode == 1 and "Traceback" in shown.stderr
-
-
-@pytest.mark.parametrize("name", ["check", "inspect", "export", "report"])
-def test_other_commands_refuse_what_is_missing(tmp_path: Path, name: str) -> None:
-    options = {"export": ["--csv", tmp_path / "tables"]}.get(name, [])
-    answer = invoke(name, tmp_path / "none", *options)
-    check_refusal(answer.code, answer.out, answer.err, 3, "none")
-    assert not files_below(tmp_path)

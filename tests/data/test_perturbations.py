@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from crlseq.data.perturbations import (
     CONTROL_LABELS,
     NEVER_PERTURBATIONS,
     Candidate,
-    Perturbations,
     candidates,
     read_perturbations,
 )
 from crlseq.errors import InputError
-
-ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
-
-
-def table(**columns: Any) -> pd.DataFrame:
-    """Columns of labels; a string is split at blanks."""
-    return pd.DataFrame({key: v.split() if isinstance(v, str) else v for key, v in columns.items()})
+from tests.support import labels, table
 
 
 def refused(obs: pd.DataFrame, *args: Any, **kwargs: Any) -> InputError:
@@ -42,11 +26,6 @@ def refused(obs: pd.DataFrame, *args: Any, **kwargs: Any) -> InputError:
     assert caught.value.message.endswith(".")
     assert caught.value.hint.endswith(".")
     return caught.value
-
-
-def labels(p: Perturbations) -> list[str]:
-    """Canonical label of each cell; "-" where it is dropped."""
-    return [p.condition_names[c] if c >= 0 else "-" for c in p.condition]
 
 
 # --- one test for each row of the table "Labels in the wild"
@@ -426,165 +405,3 @@ def test_candidates_carry_counts_and_a_reason() -> None:
     reason = "Column 'condition' (as in GEARS files) holds the perturbations, its label 'ctrl' marks control cells, "
     reason += "and labels are split at '+'."
     assert found == Candidate("condition", "ctrl", "+", "GEARS", 3, 1, 2, reason)
-
-
-# --- properties
-
-# HDF5 has no text with NUL in it, and pandas hashes text up to the first NUL.
-NAME = st.text(st.characters(codec="utf-8", exclude_characters="+\0"), min_size=1, max_size=6).filter(
-    lambda s: s == s.strip() and s.casefold() not in CONTROL_LABELS | NEVER_PERTURBATIONS
-)
-
-
-@st.composite
-def screens(draw: st.DrawFn) -> list[str | None]:
-    names = draw(st.lists(NAME, min_size=2, max_size=5, unique=True))
-    label = st.lists(st.sampled_from([*names, "ctrl"]), min_size=1, max_size=4).map("+".join)
-    other = st.sampled_from(["nan", "Multiple", "", None, names[0] + "+unassigned"])
-    return ["ctrl", names[0], names[1], *draw(st.lists(label | other, max_size=20))]
-
-
-def read(cells: Any) -> Perturbations:
-    return read_perturbations(table(x=list(cells)), "x", "ctrl", "+")
-
-
-@settings(max_examples=60, deadline=None)
-@given(cells=screens(), data=st.data())
-def test_permuting_cells_permutes_conditions(cells: list[str | None], data: st.DataObject) -> None:
-    order = data.draw(st.permutations(range(len(cells))))
-    a, b = read(cells), read(cells[i] for i in order)
-    assert (a.names, a.conditions, a.condition_names) == (b.names, b.conditions, b.condition_names)
-    assert a.dropped == b.dropped
-    assert np.array_equal(a.condition[list(order)], b.condition)
-
-
-@settings(max_examples=60, deadline=None)
-@given(cells=screens(), random=st.randoms(use_true_random=False))
-def test_order_of_parts_does_not_matter(cells: list[str | None], random: Any) -> None:
-    def shuffled(label: str | None) -> str | None:
-        parts = label.split("+") if label is not None else []
-        return "+".join(random.sample(parts, len(parts))) if label is not None else None
-
-    a, b = read(cells), read(map(shuffled, cells))
-    assert (a.names, a.condition_names) == (b.names, b.condition_names)
-    assert np.array_equal(a.condition, b.condition)
-
-
-@settings(max_examples=60, deadline=None)
-@given(cells=screens())
-def test_every_cell_is_read_as_its_parts_or_counted_as_dropped(cells: list[str | None]) -> None:
-    p = read(cells)
-    assert np.bincount(p.condition + 1)[1:].sum() + sum(p.dropped.values()) == len(cells)
-    assert len(set(p.condition_names)) == len(p.conditions)
-    assert p.conditions[0] == ()
-    assert list(p.names) == sorted(set(p.names))
-    assert all(list(c) == sorted(set(c)) for c in p.conditions)
-    for label, condition in zip(cells, p.condition, strict=True):
-        parts = set((label or "").split("+")) - {"ctrl"}
-        if condition >= 0:
-            assert {p.names[i] for i in p.conditions[condition]} == parts
-        else:
-            assert parts & {"nan", "Multiple", "", "unassigned"}
-
-
-@settings(max_examples=60, deadline=None)
-@given(cells=screens())
-def test_canonical_names_read_back(cells: list[str | None]) -> None:
-    a = read(cells)
-    b = read(a.condition_names[c] for c in a.condition if c >= 0)
-    assert (a.names, a.conditions, a.condition_names) == (b.names, b.conditions, b.condition_names)
-    assert np.array_equal(a.condition[a.condition >= 0], b.condition)
-
-
-def test_the_hash_seed_does_not_matter() -> None:
-    program = (
-        "import pandas as pd; from crlseq.data.perturbations import *\n"
-        "obs = pd.DataFrame({'x': ['control', 'NT', 'b_a', 'a_c', 'c_b', 'z+y', 'nan', 'doublet'] * 2})\n"
-        "p = read_perturbations(obs, control_label='NT', separator='_'); print(p, candidates(obs))"
-    )
-    runs = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in ("0", "1", "2")
-    }
-    assert len(runs) == 1
-
-
-def test_large_screens_take_seconds() -> None:
-    singles = [f"GENE{i}" for i in range(6000)]
-    conditions = ["control", *singles, *map("+".join, pairwise(singles[:4001]))]
-    codes = np.random.default_rng(0).integers(len(conditions), size=2_000_000)
-    obs = pd.DataFrame({"perturbation": pd.Categorical.from_codes(codes, pd.Index(conditions))})
-    obs["gene"] = obs["perturbation"].astype(object)
-    start = time.perf_counter()
-    p = read_perturbations(obs)
-    assert time.perf_counter() - start < 10
-    assert (len(p.names), len(p.conditions)) == (6000, 10_001)
-
-
-# --- real files
-
-
-def real(name: str) -> pd.DataFrame:
-    anndata = pytest.importorskip("anndata")
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
-    screen = anndata.read_h5ad(path, backed="r")
-    obs: pd.DataFrame = screen.obs
-    screen.file.close()
-    return obs
-
-
-def test_papalexi() -> None:
-    p = read_perturbations(real("papalexi2021_thp1_20729x299.h5ad"))
-    assert (p.key, p.control_label, p.separator, p.style) == ("perturbation", "control", None, "pertpy/scPerturb")
-    names = "ATF2 BRD4 CAV1 CD86 CMTM6 CUL3 ETV7 IFNGR1 IFNGR2 IRF1 IRF7 JAK2 MARCH8 MYC NFKBIA PDCD1LG2 POU2F2 SMAD4 "
-    names += "SPI1 STAT1 STAT2 STAT3 STAT5A TNFRSF14 UBE2L6"
-    assert p.names == tuple(names.split())
-    assert p.condition_names == ("control", *p.names)
-    assert p.is_control.sum() == 2386
-    assert (p.condition == 1 + p.names.index("STAT1")).sum() == 444
-    assert p.dropped == {}
-
-
-@pytest.mark.parametrize("key", [None, "condition", "perturbation"])
-def test_norman(key: str | None) -> None:
-    obs = real("norman2019_k562_perturbench_3375x500.h5ad")
-    p = read_perturbations(obs, key)
-    assert p.key == (key or "perturbation")
-    assert (p.control_label, p.separator) == ("control", "+")
-    singles = "FOXO4 HK2 IER5L KLF1 KMT2A MAP2K3 MAP2K6 MAP3K21 MAP4K3 MAP4K5 MAPK1 MIDN NIT1 PLK4 SGK1 SLC38A2 TGFBR2 "
-    singles += "TMSB4X"
-    only_in_doubles = "BPGM CBL CEBPE CNN1 FOXL2 HOXB9 PTPN12 PTPN9 RUNX1T1 SAMD1 SET TBX3 ZBTB10"
-    assert p.condition_names[:19] == ("control", *singles.split())
-    assert [len(c) for c in p.conditions[19:]] == [2] * 15
-    assert p.names == tuple(sorted(f"{singles} {only_in_doubles}".split()))
-    assert "KLF1+SET" in p.condition_names
-    assert "PTPN12+SAMD1" in p.condition_names
-    assert p.is_control.sum() == 100
-    assert (p.condition >= 0).all()
-    assert "condition_cell_type" not in {c.key for c in candidates(obs)}
-
-
-def test_adamson() -> None:
-    p = read_perturbations(real("adamson2016_trishift_320x160.h5ad"))
-    assert (p.key, p.control_label, p.style) == ("condition", "ctrl", "GEARS")
-    assert " ".join(p.names) == "GBF1 HSPA5 HSPA9 IARS2 IER3IP1 SAMM50 SCYL1 SEC61A1 TARS YIPF5"
-    assert np.bincount(p.condition).tolist() == [80] + [24] * 10
-
-
-def test_gears_norman() -> None:
-    obs = real("norman2019_gears_tiny_50x50.h5ad")
-    p = read_perturbations(obs)
-    assert [c.key for c in candidates(obs)] == ["condition"]
-    assert (p.key, p.control_label, p.separator, p.style) == ("condition", "ctrl", "+", "GEARS")
-    assert sum(len(c) == 1 for c in p.conditions) == 31
-    assert sum(len(c) == 2 for c in p.conditions) == 10
-    assert {"COL1A1", "ETS2", "ELMSAN1+MAP2K6", "ETS2+IGDCC3"} <= set(p.condition_names)
-    assert not any("ctrl" in name for name in p.names)
-    assert np.bincount(p.condition)[[0, p.condition_names.index("COL1A1")]].tolist() == [6, 2]

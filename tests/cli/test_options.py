@@ -1,0 +1,107 @@
+"""Options of `crlseq fit` on small screens: values, batches, splits, configuration files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+
+import crlseq
+from tests.support import FAST, SINGLES, dense, fit_file, fit_h5ad, invoke, small_screen
+
+
+def test_values_overruled(tmp_path: Path) -> None:
+    adata = small_screen()
+    x = dense(adata)
+    adata.X = np.minimum(x, 1) + (x > np.median(x)) * 0.0 + 0.0
+    adata.X[0, 0] = 1
+    run = fit_h5ad(adata, tmp_path, "--values", "counts")
+    assert run.info["preprocessing"]["values"] == "counts"
+    adata.X = x / 10
+    run = crlseq.fit(adata, values="continuous", **FAST)
+    assert run.info["preprocessing"]["target_sum"] is None
+
+
+def test_batches_and_held_out_cells(screen_file: Path, screen: ad.AnnData, tmp_path: Path) -> None:
+    path = tmp_path / "screen.h5ad"
+    path.write_bytes(screen_file.read_bytes())
+    run = fit_file(path, "--batch-key", "batch", "--hold-out-cells", 0.3, "--no-combinations", "--min-cells", 20)
+    split = ad.read_h5ad(tmp_path / "RUN" / "crlseq.h5ad").obs["crlseq_split"]
+    label = screen.obs["perturbation"].astype(str).to_numpy()
+    doubles = np.char.find(label.astype(str), "+") >= 0
+    assert (split[doubles] == "test").all()
+    for name in SINGLES:
+        assert (split[label == name] == "test").sum() == 9
+        assert (split[label == name] == "validation").sum() == 3
+    assert set(run.evaluation["split"]) == {"test"}
+    assert len(run.evaluation) == 8
+
+
+def test_batches_with_controls_in_one_only(tmp_path: Path) -> None:
+    adata = small_screen()
+    lane = np.where(np.arange(len(adata)) % 3 == 0, "b", "a")
+    lane[adata.obs["perturbation"] == "control"] = "a"
+    adata.obs["lane"] = lane
+    run = fit_h5ad(adata, tmp_path, "--batch-key", "lane")
+    assert any("Batches without control cells" in note and "b" in note for note in run.info["notes"])
+
+
+def test_min_cells(tmp_path: Path) -> None:
+    adata = small_screen()
+    some = np.flatnonzero(adata.obs["perturbation"] == "g2")
+    adata = adata[np.setdiff1d(np.arange(len(adata)), some[4:])].copy()
+    run = fit_h5ad(adata, tmp_path)
+    assert "g2" not in set(run.interventions["perturbation"])
+    assert any("fewer than 10 cells" in note and "g2" in note for note in run.info["notes"])
+    again = fit_file(tmp_path / "screen.h5ad", "--min-cells", 3, "--force")
+    assert "g2" in set(again.interventions["perturbation"])
+
+
+def test_config_file_and_flags_that_win(screen_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "screen.h5ad"
+    path.write_bytes(screen_file.read_bytes())
+    (tmp_path / "run.toml").write_text(
+        "preset = 'paper'\n[data]\nmin_cells = 12\ncombinations = true\n[training]\nepochs = 50\nseed = 4\n"
+    )
+    run = fit_file(path, "--config", tmp_path / "run.toml")
+    config = run.info["config"]
+    assert (config["preset"], config["training"]["epochs"], config["training"]["seed"]) == ("paper", 1, 4)
+    assert (config["data"]["min_cells"], config["data"]["combinations"]) == (12, True)
+    assert config["training"]["dtype"] == "float64"
+    assert run.info["identification"]["verdict"] == "not identified"
+    for shown in (invoke("inspect", tmp_path / "RUN").out, invoke("inspect", "dag", tmp_path / "RUN").err):
+        assert "not identified" in shown
+    assert "not identified" in (tmp_path / "RUN" / "report.html").read_text()
+    assert "not identified" in (tmp_path / "RUN" / "dag.graphml").read_text()
+
+
+def test_a_run_can_be_fitted_again(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "screen.h5ad").write_bytes((run_folder / "crlseq.h5ad").read_bytes())
+    run = fit_file(tmp_path / "screen.h5ad", "--n-latents", 2)
+    kept = ad.read_h5ad(tmp_path / "RUN" / "crlseq.h5ad")
+    assert list(kept.uns["crlseq"]["program_names"]) == ["P0", "P1"] == run.program_names
+    assert kept.obsm["X_crlseq"].shape[1] == 2
+
+
+@pytest.mark.parametrize("separator", ["", "+"])
+def test_the_command_that_check_gives(
+    screen: ad.AnnData, tmp_path: Path, separator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adata = screen.copy()
+    adata.obs["two words"] = adata.obs["perturbation"].astype(str).replace({"control": "no guide"})
+    del adata.obs["perturbation"]
+    adata.write_h5ad(tmp_path / "a screen.h5ad")
+    monkeypatch.chdir(tmp_path)
+    options = ["--perturbation-key", "two words", "--control-label", "no guide", "--batch-key", "batch"]
+    found = json.loads(invoke("check", "a screen.h5ad", *options, "--separator", separator, "--json").out)
+    words = shlex.split(found["command"])
+    assert words[:2] == ["crlseq", "fit"]
+    answer = invoke(*words[1:], "--epochs", 1)
+    assert answer.code == 0, answer.err
+    run = crlseq.load(tmp_path / "a screen-run")
+    assert len(run.interventions) == found["n_singles"] == (6 if separator else 8)
+    assert run.info["config"]["data"]["batch_key"] == "batch"
