@@ -168,10 +168,9 @@ def _fit(
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round((datetime.now(UTC) - started).total_seconds(), 2),
         }  # fmt: skip
-        cells = source.obs_names if isinstance(source, ad.AnnData) else None
         run = Run(
             info, run.programs, run.interventions, run.edges, run.history, run.evaluation,
-            weights=run.weights, splits=_split_names(data, cells, source),
+            weights=run.weights, splits=pd.Series(np.array(splits.SPLITS)[data.split], index=data.cell_names),
         )  # fmt: skip
         if folder is None or target is None:
             return run
@@ -279,15 +278,6 @@ def _resolve_n_latents(config: Config, data: PerturbSeqData, scores: np.ndarray)
     if config.preset == "paper":
         return k, "one a perturbation, as published"
     return effect_rank(scores, data), "the number of independent directions in which perturbations move the mean"
-
-
-def _split_names(data: PerturbSeqData, cells: pd.Index | None, source: Any) -> pd.Series:
-    if cells is None:
-        from crlseq.data.matrix import open_screen
-
-        with open_screen(source, data.preprocessing.layer) as screen:
-            cells = screen.obs.index
-    return pd.Series(np.array(splits.SPLITS)[data.split], index=cells.astype(str))
 
 
 def _sha256(source: str | Path | ad.AnnData) -> str:

@@ -28,6 +28,8 @@ class PerturbSeqData:
     ----------
     x
         (cells, genes) float32 normalised expression, CSR or dense.
+    cell_names
+        Names of the cells, unique.
     condition
         (cells,) int64 index into ``conditions``; -1 for cells that take no part.
     conditions
@@ -43,6 +45,7 @@ class PerturbSeqData:
     """
 
     x: sp.csr_matrix | np.ndarray
+    cell_names: pd.Index
     condition: np.ndarray
     conditions: tuple[tuple[int, ...], ...]
     condition_names: tuple[str, ...]
@@ -114,6 +117,7 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
             screen, scanned, values, trained, config.n_top_genes, config.genes, config.layer, seed
         )
         x = load(screen, record)
+        cell_names = screen.obs.index.astype(str)
     notes = list(selection.notes)
     if record.n_silent_genes:
         notes.append(
@@ -132,6 +136,7 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
     condition = position[labels.condition]
     return PerturbSeqData(
         x=x,
+        cell_names=cell_names,
         condition=condition,
         conditions=tuple(tuple(renumbered[part] for part in labels.conditions[c]) for c in known),
         condition_names=tuple(labels.condition_names[c] for c in known),

@@ -166,6 +166,9 @@ def fit_model(
 
     written, stopped_early = time.monotonic(), False
     for epoch in range(first, n_epochs):
+        # Asked before an epoch and not after it, so that a fit resumed behind its last epoch stops as well.
+        if stopped_early := _exhausted(epoch - 1, best_epoch, n_epochs, training):
+            break
         weights = schedule(epoch, n_epochs, config.model, training)
         model.temperature.fill_(weights.temperature)
         for group in optimizer.param_groups:
@@ -199,20 +202,22 @@ def fit_model(
         judged = record.get("validation_total", -float(epoch))
         if settled(epoch, n_epochs, training) and judged < best_loss:
             best_epoch, best_loss, best_state = epoch, judged, copy.deepcopy(model.state_dict())
-        if training.patience is not None and 0 <= best_epoch <= epoch - training.patience * n_epochs:
-            stopped_early = True
-        if checkpoint is not None and (time.monotonic() - written > CHECKPOINT_SECONDS or epoch == first):
+        last = epoch + 1 == n_epochs or _exhausted(epoch, best_epoch, n_epochs, training)
+        if checkpoint is not None and (last or epoch == first or time.monotonic() - written > CHECKPOINT_SECONDS):
             save_checkpoint(checkpoint, {
                 "identity": identity, "epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "history": history, "best_epoch": best_epoch, "best_loss": best_loss, "best_state": best_state,
             })  # fmt: skip
             written = time.monotonic()
-        if stopped_early:
-            break
     if best_epoch < 0:
         best_epoch, best_state = len(history) - 1, model.state_dict()
     model.load_state_dict(best_state)
     return Fit(model.eval(), architecture, history, best_epoch, bandwidth, stopped_early)
+
+
+def _exhausted(epoch: int, best_epoch: int, n_epochs: int, training: TrainingConfig) -> bool:
+    """Whether the patience had run out after `epoch`."""
+    return training.patience is not None and 0 <= best_epoch <= epoch - training.patience * n_epochs
 
 
 def _terms(

@@ -78,6 +78,17 @@ def test_a_stopped_fit_goes_on_to_the_same_weights(data, tmp_path, monkeypatch, 
     assert same_weights(whole, resumed)
 
 
+@pytest.mark.parametrize("options", [{"epochs": 4}, {"epochs": 50, "learning_rate": 0.05, "patience": 0.06}])
+def test_a_fit_killed_after_its_last_epoch_does_not_train_on(data, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    config = make_config(**options)
+    whole = fit_model(data, config, 3, tmp_path / "resume.pt", "id")
+    again = fit_model(data, config, 3, tmp_path / "resume.pt", "id")
+    assert again.history == whole.history
+    assert (again.best_epoch, again.stopped_early) == (whole.best_epoch, whole.stopped_early)
+    assert same_weights(whole, again)
+
+
 def test_a_checkpoint_of_another_fit_is_refused(data, tmp_path):
     fit_model(data, make_config(epochs=1), 3, tmp_path / "resume.pt", "one")
     with pytest.raises(InputError, match="other options"):
