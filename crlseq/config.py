@@ -45,10 +45,11 @@ class DataConfig(_Section):
 class ModelConfig(_Section):
     """Networks, structural equations and losses (SCIENCE: Zhang et al. 2023, arXiv 2307.06250)."""
 
-    n_latents: int | None = Field(default=None, ge=1)  # None: see `resolve_n_latents`
+    method: Literal["straighten", "linear", "gradient"] = "straighten"  # how targets and graph are found
+    n_latents: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     n_hidden: int = Field(default=128, ge=1)
-    intervention: Literal["shift", "hard", "soft"] = "soft"
-    equations: Literal["linear", "nonlinear"] = "linear"
+    intervention: Literal["auto", "shift", "hard", "soft"] = "auto"
+    equations: Literal["auto", "linear", "nonlinear"] = "auto"
     causal_layer: bool = True  # False: the paper's ablation with u = z + shifts
     output_activation: Literal["identity", "leaky_relu"] = "identity"
     noise: Literal["gaussian", "none"] = "gaussian"  # gaussian: per-gene noise, learned, and abducted with z
@@ -60,6 +61,7 @@ class ModelConfig(_Section):
     mmd_kernels: int = Field(default=5, ge=1, le=20)
     kl_weight: float = Field(default=1.0, ge=0.0)
     graph_weight: float = Field(default=1e-3, ge=0.0)
+    bootstrap: int = Field(default=20, ge=0)  # replicates
     max_temperature: float = Field(default=5.0, ge=1.0)
 
 
@@ -94,7 +96,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "data": {"combinations": False},
         "model": {
+            "method": "gradient",
+            "bootstrap": 0,
             "intervention": "shift",
+            "equations": "linear",
             "output_activation": "leaky_relu",
             "noise": "none",
             "mmd_estimator": "biased",

@@ -48,10 +48,11 @@ def intervention_table(
     shift: np.ndarray,
     retention: np.ndarray,
     noise_scale: np.ndarray,
+    support: np.ndarray,
     tests: Mapping[str, np.ndarray],
 ) -> pd.DataFrame:
     """One row a single perturbation; all arguments (K,) but ``weight`` (K, p)."""
-    names = np.asarray(program_names(weight.shape[1]), dtype=object)
+    names = np.asarray([*program_names(weight.shape[1]), ""], dtype=object)  # the last: -1, no claim
     return pd.DataFrame({
         "perturbation": np.asarray(perturbations, dtype=object),
         "program": names[target],
@@ -63,6 +64,7 @@ def intervention_table(
         "fdr": tests["fdr"],
         "energy_distance": tests["energy"],
         "noise_scale": noise_scale,
+        "support": support,
     })  # fmt: skip
 
 
@@ -78,15 +80,15 @@ def program_labels(interventions: pd.DataFrame, n_programs: int) -> list[str]:
     return labels
 
 
-def edge_table(weights: np.ndarray, declared: np.ndarray, verdict: str) -> pd.DataFrame:
-    """``source, target, weight, support, identified``: the declared edges; weights and declared (p, p)."""
+def edge_table(weights: np.ndarray, declared: np.ndarray, support: np.ndarray, verdict: str) -> pd.DataFrame:
+    """``source, target, weight, support, identified``: the declared edges; weights, declared and support (p, p)."""
     names = np.asarray(program_names(len(weights)), dtype=object)
     source, target = np.nonzero(declared)
     return pd.DataFrame({
         "source": names[source],
         "target": names[target],
         "weight": weights[source, target],
-        "support": np.full(len(source), np.nan),
+        "support": support[source, target],
         "identified": np.full(len(source), verdict, dtype=object),
     })  # fmt: skip
 

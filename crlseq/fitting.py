@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 import platform
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -31,20 +27,18 @@ from crlseq.analysis.programs import find_programs
 from crlseq.config import Config, make_config, to_toml
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
-from crlseq.data.projection import effect_rank, principal_components
+from crlseq.data.projection import Projection, principal_components
 from crlseq.errors import InputError, UsageError
-from crlseq.export import edge_table, intervention_table, program_labels, program_table
+from crlseq.export import DETECTABLE_FDR, edge_table, intervention_table, program_labels, program_table
 from crlseq.report import write_report
-from crlseq.run import FORMAT, TABLES, Run, load
+from crlseq.run import FORMAT, Run, load
+from crlseq.runfolder import move_into_place, partial_of, refuse_output, working_folder
 from crlseq.training.checkpoint import save_weights
+from crlseq.training.discovery import Discovery, discover
 from crlseq.training.trainer import Fit, fit_model, resolve_device
+from crlseq.training.warm_start import WarmStart
 
 N_COMPONENTS = 50
-# What a folder with an unfinished run may hold; it is never emptied of anything else.
-RUN_FILES = frozenset(
-    {"lock", "resume.pt", "run.json", "model.safetensors", "crlseq.h5ad", "report.html", "dag.graphml", "dag.json"}
-    | {f"{name}.csv" for name in TABLES}
-)
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-learn")
 
 
@@ -121,8 +115,8 @@ def fit(
             )
         progress.note(f"{target} is finished already.")
         return run
-    _refuse_output(target, resume, force)
-    return _fit(source, target, _partial(target), config, progress, resume)
+    refuse_output(target, resume, force)
+    return _fit(source, target, partial_of(target), config, progress, resume)
 
 
 def _fit(
@@ -143,18 +137,16 @@ def _fit(
     for note in data.notes:
         progress.note(note)
     progress.stage("testing which perturbations have an effect")
-    scores = principal_components(data, N_COMPONENTS, training.seed)
-    n_latents, reason = _resolve_n_latents(config, data, scores)
-    progress.note(f"{n_latents} latents: {reason}.")
-    tests = effect_tests(data, scores, training.seed)
-
+    projection = principal_components(data, N_COMPONENTS, training.seed)
+    tests = effect_tests(data, projection.scores, training.seed)
+    start, n_latents, reason = _start(data, config, projection, tests, progress)
     identity = hashlib.sha256(f"{__version__}\n{digest}\n{n_latents}\n{to_toml(config)}".encode()).hexdigest()
-    with _working_folder(partial, resume) as folder:
+    with working_folder(partial, resume) as folder:
         progress.stage("fitting")
-        fitted = fit_model(data, config, n_latents, folder and folder / "resume.pt", identity, progress.epoch)
+        fitted = fit_model(data, config, n_latents, folder and folder / "resume.pt", identity, progress.epoch, start)
         progress.stage("reading off programs, interventions and the DAG")
         fitted.model.cpu()
-        run = _analyse(fitted, data, config, tests)
+        run = _analyse(fitted, data, config, tests, start)
         info = run.info | {
             "command": shlex.join(["crlseq", *sys.argv[1:]]) if Path(sys.argv[0]).name.startswith(("crlseq", "scanpy-crlseq", "__main__")) else "crlseq.fit",
             "input": {
@@ -181,20 +173,35 @@ def _fit(
         run.write_h5ad(source, folder / "crlseq.h5ad")
         write_report(run, folder / "report.html")
     assert partial is not None
-    _move_into_place(partial, target)
+    move_into_place(partial, target)
     return load(target)
 
 
-def _analyse(fitted: Fit, data: PerturbSeqData, config: Config, tests: dict[str, np.ndarray]) -> Run:
+def _analyse(
+    fitted: Fit, data: PerturbSeqData, config: Config, tests: dict[str, np.ndarray], start: WarmStart | None
+) -> Run:
     """Tables of a fit; ``info`` lacks what only the whole job knows (input, times, command)."""
+    discovery = None if start is None else start.discovery
     programs = find_programs(fitted.model, data)
     found = find_interventions(fitted.model, programs)
-    dag = find_dag(fitted.model, programs, config.model)
+    dag = find_dag(fitted.model, programs, config.model, discovery)
     program_rows = program_table(data.genes, programs.loading, programs.total_effect)
+    support = np.full(dag.weights.shape, np.nan)
+    target_support = np.full(len(found.target), np.nan)
+    if discovery is not None and discovery.stability is not None:
+        support = discovery.stability.edge.numpy()
+        target_support[discovery.environments] = discovery.stability.target.numpy()
     intervention_rows = intervention_table(
-        data.perturbation_names, found.target, found.weight, found.shift, found.retention, found.noise_scale, tests
+        data.perturbation_names,
+        found.target,
+        found.weight,
+        found.shift,
+        found.retention,
+        found.noise_scale,
+        target_support,
+        tests,
     )
-    edges = edge_table(dag.weights, dag.declared, dag.identification.verdict)
+    edges = edge_table(dag.weights, dag.declared, support, dag.identification.verdict)
     evaluation = evaluate_held_out(fitted.model, data, config.training.seed)
     info = {
         "format": FORMAT,
@@ -216,6 +223,7 @@ def _analyse(fitted: Fit, data: PerturbSeqData, config: Config, tests: dict[str,
         "programs": _program_rows(program_rows, intervention_rows, programs.scale, programs.center),
         "adjacency": dag.weights.tolist(),
         "identification": asdict(dag.identification),
+        "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
         "training": {
             "epochs_run": len(fitted.history),
             "best_epoch": fitted.best_epoch,
@@ -224,7 +232,9 @@ def _analyse(fitted: Fit, data: PerturbSeqData, config: Config, tests: dict[str,
         },
         "metrics": _metrics(evaluation, intervention_rows, dag),
     }
-    history = pd.DataFrame(fitted.history).astype({"epoch": int})
+    history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"]).astype(
+        {"epoch": int}
+    )
     weights = ({name: value.cpu() for name, value in fitted.model.state_dict().items()}, fitted.architecture)
     return Run(info, program_rows, intervention_rows, edges, history, evaluation, weights=weights)
 
@@ -266,18 +276,59 @@ def _metrics(evaluation: pd.DataFrame, interventions: pd.DataFrame, dag: Dag) ->
     return metrics
 
 
-def _resolve_n_latents(config: Config, data: PerturbSeqData, scores: np.ndarray) -> tuple[int, str]:
-    n, k = config.model.n_latents, len(data.perturbation_names)
-    if n is not None:
-        if n > k:
+def _start(
+    data: PerturbSeqData, config: Config, projection: Projection, tests: dict[str, np.ndarray], progress: Progress
+) -> tuple[WarmStart | None, int, str]:
+    """What the fit starts from (None: random weights), the number of programs, and why that many."""
+    asked, k = config.model.n_latents, len(data.perturbation_names)
+    effect = np.where(tests["fdr"] <= DETECTABLE_FDR, np.maximum(tests["energy"], 1e-12), 0.0)  # NaN counts as none
+    gradient = config.model.method == "gradient"
+    if not gradient and not effect.any():
+        progress.note(
+            "No single perturbation has a detectable effect: targets are learned by gradient, without claims."
+        )
+        gradient = True
+    if gradient:
+        if asked == "auto":
+            return None, k, "one a perturbation, as published"
+        if asked > k:
             raise InputError(
-                f"{n} latents were asked for, but only {k} perturbations are fitted.",
-                "Each latent needs a perturbation of its own: ask for fewer latents.",
+                f"{asked} programs were asked for, but only {k} perturbations are fitted.",
+                "Each program needs a perturbation of its own: ask for fewer programs.",
             )
-        return n, "as asked"
-    if config.preset == "paper":
-        return k, "one a perturbation, as published"
-    return effect_rank(scores, data), "the number of independent directions in which perturbations move the mean"
+        return None, asked, "as asked"
+    discovery = discover(
+        data, effect, config.model, config.training.seed, config.model.bootstrap, progress.stage, progress.note
+    )
+    reason = "as asked" if discovery.choice is None else discovery.choice.reason
+    return WarmStart(discovery, ~np.isnan(tests["p_value"]), projection), len(discovery.adjacency), reason
+
+
+def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict[str, Any]:
+    """What ``run.json`` says of a discovery."""
+    row: dict[str, Any] = {
+        "intervention": discovery.kind,
+        "equations": discovery.equations,
+        "held_out": discovery.held_out,
+        "gain_of_edges": discovery.gain,
+        "gain_error": discovery.gain_error,
+        "dispersion": discovery.dispersion,
+        "straightened": discovery.straightened,
+        "n_latents_curve": None if discovery.choice is None else discovery.choice.curve,
+        "bootstrap": None,
+    }
+    if discovery.stability is not None:
+        stability = discovery.stability
+        row["bootstrap"] = {
+            "replicates": stability.n,
+            "failed": stability.failed,
+            "edge": stability.edge.tolist(),
+            "ancestor": stability.ancestor.tolist(),
+            "program": stability.program.tolist(),
+            "perturbations": [perturbations[k] for k in discovery.environments],
+            "assignment": stability.assignment.tolist(),
+        }
+    return row
 
 
 def _sha256(source: str | Path | ad.AnnData) -> str:
@@ -308,77 +359,3 @@ def _packages() -> dict[str, str]:
         except PackageNotFoundError:  # a vendored or renamed build: the fit does not depend on the number
             found[name] = "unknown"
     return found
-
-
-def _partial(target: Path) -> Path:
-    """Where an unfinished run lies."""
-    return target.with_name(target.name + ".partial")
-
-
-def _refuse_output(target: Path, resume: bool, force: bool) -> None:
-    if not target.name:
-        raise InputError(f"The output {target} is no place for a run.", "Choose another --output.")
-    partial = _partial(target)
-    try:
-        ancestor = next(folder for folder in target.absolute().parents if folder.exists())
-        exists, unfinished = os.path.lexists(target), partial.exists()
-        foreign = sorted(file.name for file in partial.iterdir() if not _is_ours(file)) if unfinished else []
-    except OSError as error:  # a name that is too long, a folder that may not be searched, a file called RUN.partial
-        raise InputError(f"{target} cannot be written: {error.strerror}.", "Choose another --output.") from None
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise InputError(
-            f"{target} cannot be written: {ancestor} is no folder that may be written to.", "Choose another --output."
-        )
-    if exists and not force:
-        raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
-    if exists and not (target / "run.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target} exists and is not a run of crlseq; it is left alone.", "Choose another --output.")
-    if foreign:
-        raise InputError(
-            f"{partial} holds {foreign[0]!r}, which is no part of a run; it is left alone.", "Choose another --output."
-        )
-    if unfinished and not (resume or force):
-        raise InputError(
-            f"There is an unfinished run in {partial}.", "Go on with --resume, or start over with --force."
-        )
-
-
-def _is_ours(file: Path) -> bool:
-    return file.name.removesuffix(".tmp") in RUN_FILES and not file.is_dir()
-
-
-@contextmanager
-def _working_folder(partial: Path | None, resume: bool) -> Iterator[Path | None]:
-    """The folder that becomes the run, locked against a second process."""
-    if partial is None:
-        yield None
-        return
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with (partial / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"Another crlseq is writing to {partial}.", "Wait for it, or choose another --output."
-                ) from None
-            if not resume:
-                for left in partial.iterdir():
-                    if left.name != "lock":
-                        left.unlink()
-            yield partial
-            (partial / "lock").unlink()
-    except OSError as error:
-        raise InputError(
-            f"{partial} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
-        ) from error
-
-
-def _move_into_place(partial: Path, target: Path) -> None:
-    old = target.with_name(f"{target.name}.replaced-{os.getpid()}")
-    if target.exists():
-        os.replace(target, old)
-    os.replace(partial, target)
-    if old.is_symlink():
-        old.unlink()
-    shutil.rmtree(old, ignore_errors=True)

@@ -47,7 +47,7 @@ def _context(run: Run) -> dict[str, Any]:
 
 
 def _program_order(column: pd.Series) -> pd.Series:
-    return column.str[1:].astype(int) if column.name == "program" else -column.abs()
+    return pd.to_numeric(column.str[1:]).fillna(np.inf) if column.name == "program" else -column.abs()
 
 
 def _curves(history: pd.DataFrame) -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ COLUMNS: dict[str, dict[str, type]] = {
     "programs": {"program": str, "gene": str, "loading": float, "total_effect": float, "rank": int},
     "interventions": {
         "perturbation": str, "program": str, "weight": float, "shift": float, "retention": float,
-        "n_cells": int, "p_value": float, "fdr": float, "energy_distance": float, "noise_scale": float,
+        "n_cells": int, "p_value": float, "fdr": float, "energy_distance": float, "noise_scale": float, "support": float,
     },
     "dag": {"source": str, "target": str, "weight": float, "support": float, "identified": str},
     "history": {"epoch": int, "total": float},
@@ -52,6 +52,7 @@ INFO = {
     "adjacency",
     "preprocessing",
     "identification",
+    "discovery",
     "metrics",
     "training",
 }

@@ -9,6 +9,7 @@ import numpy as np
 from crlseq.analysis.programs import Programs
 from crlseq.config import ModelConfig
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.training.discovery import Discovery
 
 DECLARED_WEIGHT = 0.1  # one standard deviation of the source moves the target by at least a tenth of its own
 
@@ -30,20 +31,25 @@ class Dag:
     identification: Identification
 
 
-def find_dag(model: DiscrepancyVAE, programs: Programs, config: ModelConfig) -> Dag:
-    """Standardised adjacency: change of the target, in its standard deviations, for one of the source."""
+def find_dag(model: DiscrepancyVAE, programs: Programs, config: ModelConfig, discovery: Discovery | None = None) -> Dag:
+    """Standardised adjacency: change of the target, in its standard deviations, for one of the source.
+
+    Edges that a discovery found are declared; of a graph learned by gradient those of `DECLARED_WEIGHT`.
+    """
     adjacency = model.scm.adjacency.detach().cpu().double().numpy()
     weights = adjacency * programs.scale[:, None] / programs.scale[None, :]
-    return Dag(weights, np.abs(weights) >= DECLARED_WEIGHT, identify(config))
+    if discovery is None:
+        return Dag(weights, np.abs(weights) >= DECLARED_WEIGHT, identify_gradient(config))
+    return Dag(weights, discovery.adjacency != 0, Identification(discovery.verdict, discovery.reason))
 
 
-def identify(config: ModelConfig) -> Identification:
-    """What theory and measurement say about the graph of a fit with this configuration."""
+def identify_gradient(config: ModelConfig) -> Identification:
+    """What theory and measurement say about a graph learned by gradient with this configuration."""
     if not config.causal_layer:
         return Identification(
             "not identified", "The model was fitted without structural equations, so it has no graph."
         )
-    if config.equations == "linear" and config.intervention == "shift":
+    if config.equations != "nonlinear" and config.intervention == "shift":
         return Identification(
             "not identified",
             "With linear structural equations and shifts alone the decoder can absorb any graph, the empty one too: "
@@ -51,6 +57,6 @@ def identify(config: ModelConfig) -> Identification:
         )
     return Identification(
         "not identified",
-        "Interventions that change mechanisms can determine the graph in theory, but a graph read off the gradient "
-        "steps of a single fit was no better than an empty one in simulations: take it as a sketch, not as a finding.",
+        "A graph read off the gradient steps of a single fit was no better than an empty one in simulations: take it "
+        "as a sketch, not as a finding.",
     )

@@ -15,7 +15,8 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 class Interventions:
     """One row a single perturbation.
 
-    ``weight`` (K, p) points of the simplex; ``target`` (K,) the program of the largest weight; ``shift`` (K,)
+    ``weight`` (K, p) points of the simplex; ``target`` (K,) the program of the largest weight, -1
+    without a claim (all else is NaN then); ``shift`` (K,)
     what that program is moved by, in its standard deviations; ``retention`` (K,) share of its parents'
     contribution that it keeps; ``noise_scale`` (K,) factor on its own noise.
     """
@@ -36,10 +37,15 @@ def find_interventions(model: DiscrepancyVAE, programs: Programs) -> Interventio
     mechanism = model.scm.mechanism(alone, weights)
     weight = weights[:, 0].cpu().double().numpy()
     rows, target = np.arange(n), weight.argmax(1)
+    claimed = weight.max(1) > 0
+
+    def of_target(values: torch.Tensor) -> np.ndarray:
+        return np.where(claimed, values.cpu().double().numpy()[rows, target], np.nan)
+
     return Interventions(
-        weight=weight,
-        target=target,
-        shift=mechanism.shift.cpu().double().numpy()[rows, target] / programs.scale[target],
-        retention=mechanism.keep.cpu().double().numpy()[rows, target],
-        noise_scale=mechanism.log_scale.exp().cpu().double().numpy()[rows, target],
+        weight=np.where(claimed.reshape(-1, 1), weight, np.nan),
+        target=np.where(claimed, target, -1),
+        shift=of_target(mechanism.shift) / programs.scale[target],
+        retention=of_target(mechanism.keep),
+        noise_scale=of_target(mechanism.log_scale.exp()),
     )

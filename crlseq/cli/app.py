@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from crlseq import __version__
-from crlseq.cli import check, export, fit, inspect, report, simulate
+from crlseq.cli import benchmark, check, export, fit, inspect, report, simulate
 from crlseq.cli.output import say
 from crlseq.errors import CrlseqError
 
@@ -50,6 +50,7 @@ app.add_typer(inspect.app, name="inspect")
 app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("simulate")(simulate.simulate)
+app.command("benchmark")(benchmark.benchmark)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -39,9 +39,14 @@ def fit(
     combinations: Annotated[
         bool | None, _option("Fit on combinations too, or hold them all out.", DATA, "--combinations/--no-combinations")
     ] = None,
-    n_latents: Annotated[int | None, _option("Number of programs. [from the data]", MODEL)] = None,
-    intervention: Annotated[str | None, _option("shift, hard or soft.", MODEL)] = None,
-    equations: Annotated[str | None, _option("linear or nonlinear structural equations.", MODEL)] = None,
+    method: Annotated[
+        str | None,
+        _option("straighten (likelihood, then networks), linear (likelihood alone, seconds) or gradient.", MODEL),
+    ] = None,
+    n_latents: Annotated[str | None, _option("Number of programs, or auto.", MODEL)] = None,
+    intervention: Annotated[str | None, _option("auto (from the data), shift, hard or soft.", MODEL)] = None,
+    equations: Annotated[str | None, _option("auto (from the data), linear or nonlinear.", MODEL)] = None,
+    bootstrap: Annotated[int | None, _option("Replicates that say how sure edges and targets are. (20)", MODEL)] = None,
     epochs: Annotated[int | None, _option("Passes over the cells, at most. [100]", TRAINING)] = None,
     batch_size: Annotated[int | None, _option("Perturbed cells of one condition in a step.", TRAINING)] = None,
     seed: Annotated[int | None, _option("Seed of everything random. [0]", TRAINING)] = None,
@@ -58,9 +63,9 @@ def fit(
         preset,
         read_toml(config) if config else None,
         perturbation_key=perturbation_key, control_label=control_label, separator=separator, batch_key=batch_key,
-        layer=layer, values=values, n_top_genes=_number_or_all(n_top_genes), genes=_gene_list(genes), min_cells=min_cells,
+        layer=layer, values=values, n_top_genes=_number_or_word(n_top_genes), genes=_gene_list(genes), min_cells=min_cells,
         hold_out=tuple(hold_out) if hold_out else None, hold_out_cells=hold_out_cells, combinations=combinations,
-        n_latents=n_latents, intervention=intervention, equations=equations,
+        method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, bootstrap=bootstrap,
         epochs=epochs, batch_size=batch_size, seed=seed, device=device, threads=threads,
     )  # fmt: skip
     from crlseq.fitting import fit as fit_screen
@@ -77,7 +82,7 @@ def fit(
         say(f"Written to {output} in {run.info['seconds']:.0f} s. Next: crlseq inspect {output}")
 
 
-def _number_or_all(text: str | None) -> int | str | None:
+def _number_or_word(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.isdigit() else text
 
 

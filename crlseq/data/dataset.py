@@ -40,6 +40,8 @@ class PerturbSeqData:
         (cells,) int64 experimental batch, and its labels; one batch without a batch key.
     split
         (cells,) int8 code of `splits.SPLITS`.
+    totals
+        (cells,) counts of each cell over all genes of the file; None for values that are no counts.
     notes
         Sentences about what was left out and why.
     """
@@ -53,6 +55,7 @@ class PerturbSeqData:
     batch: np.ndarray
     batch_names: tuple[str, ...]
     split: np.ndarray
+    totals: np.ndarray | None
     preprocessing: Preprocessing
     labels: Perturbations
     notes: tuple[str, ...]
@@ -81,6 +84,15 @@ class PerturbSeqData:
         """(len(index), genes) float32 rows."""
         rows = self.x[index]
         return np.asarray(rows) if isinstance(rows, np.ndarray) else rows.toarray()
+
+    def counts(self, index: np.ndarray) -> sp.csr_matrix:
+        """(len(index), genes) counts, got back from normalised values (exact below 10^5, float32's precision)."""
+        if self.totals is None or self.preprocessing.target_sum is None:
+            raise ValueError("these values are no counts.")
+        rows = sp.csr_matrix(self.x[index]).astype(np.float64).expm1()
+        counts = sp.csr_matrix(sp.diags_array(self.totals[index] / self.preprocessing.target_sum).tocsr() @ rows)
+        counts.data = np.rint(counts.data)
+        return counts
 
     def perturbation_table(self) -> np.ndarray:
         """(conditions, M) int64 perturbations of each condition, filled up with -1."""
@@ -144,6 +156,7 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         batch=batch,
         batch_names=batch_names,
         split=split,
+        totals=scanned.totals if record.values == "counts" else None,
         preprocessing=record,
         labels=labels,
         notes=tuple(notes),

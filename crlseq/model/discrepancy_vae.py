@@ -35,6 +35,15 @@ class ModelOutput:
     latents: Tensor  # (C, B, p) latents of the virtual cells
 
 
+@dataclass(frozen=True)
+class Inference:
+    """Perturbed cells as their own condition explains them."""
+
+    mean: Tensor  # (C, B, p) posterior mean of z
+    reconstruction: Tensor  # (C, B, G)
+    divergence: Tensor  # (C, B) one draw of KL(q(u | x) || p_c(u))
+
+
 class DiscrepancyVAE(nn.Module):
     """Discrepancy-based variational autoencoder.
 
@@ -98,6 +107,29 @@ class DiscrepancyVAE(nn.Module):
         if self.log_noise is not None:
             virtual = virtual + (control - reconstruction)
         return ModelOutput(virtual, reconstruction, mean, variance, latents)
+
+    def infer(self, x: Tensor, perturbations: Tensor, eps: Tensor) -> Inference:
+        """Perturbed cells under their own condition: posterior of z, reconstruction, divergence from the prior.
+
+        The interventional evidence lower bound: with u of the posterior and z_c = SCM_c^-1(u) the noise that gives
+        it under the condition, log q(u | x) - log p_c(u) = sum_k (z_c^2 - eps^2 - log variance) / 2 + log scale of z_c
+        (both SCMs are triangular with unit slope), one draw a cell.
+
+        Parameters
+        ----------
+        x
+            (C, B, G) cells of each condition.
+        perturbations
+            (C, M) int64, filled up with -1.
+        eps
+            (C, B, p) standard normal draws.
+        """
+        mean, variance = self.encoder(x)
+        mechanism = self.scm.mechanism(perturbations, self.target_weights(perturbations))
+        u = self.scm(mean + variance.sqrt() * eps)
+        z = self.scm.abduct(u, mechanism)
+        divergence = 0.5 * (z**2 - eps**2 - variance.log()).sum(-1) + mechanism.log_scale.sum(-1)[..., None]
+        return Inference(mean, self.decoder(u), divergence)
 
     def target_weights(self, perturbations: Tensor) -> Tensor:
         """(...) int64 perturbations to (..., p) target weights at the model's temperature."""

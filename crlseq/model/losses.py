@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from crlseq.model.discrepancy_vae import DiscrepancyVAE, ModelOutput
+from crlseq.model.discrepancy_vae import DiscrepancyVAE, Inference, ModelOutput
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -125,16 +125,36 @@ def loss_terms(
     as published. With Gaussian noise the two are the negative log-likelihood and the KL of one cell,
     both divided by the number of genes: the evidence lower bound on the scale of one gene.
     """
-    squared = (output.reconstruction - control) ** 2
     kl = _mean_over_cells(kl_divergence(output.mean, output.variance), mask)
-    if model.log_noise is None:
-        reconstruction = _mean_over_cells(squared.mean(-1), mask)
-    else:
-        nll = 0.5 * (squared * torch.exp(-model.log_noise) + model.log_noise + math.log(2 * math.pi))
-        reconstruction = _mean_over_cells(nll.mean(-1), mask)
+    if model.log_noise is not None:
         kl = kl / control.shape[-1]
     mmd = mmd_squared(output.virtual, perturbed, bandwidth, n_kernels, unbiased, mask, mask).mean()
+    reconstruction = _reconstruction(model, output.reconstruction, control, mask)
     return {"mmd": mmd, "reconstruction": reconstruction, "kl": kl, "graph": model.scm.adjacency.abs().sum()}
+
+
+def interventional_terms(
+    model: DiscrepancyVAE, inference: Inference, perturbed: Tensor, mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """``reconstruction`` and ``kl`` of perturbed cells under their own conditions, on the scale of `loss_terms`."""
+    kl = _mean_over_cells(inference.divergence, mask) / perturbed.shape[-1]
+    return {"reconstruction": _reconstruction(model, inference.reconstruction, perturbed, mask), "kl": kl}
+
+
+def anchor_term(mean: Tensor, anchor: Tensor, variance: Tensor, n_genes: int, mask: Tensor | None = None) -> Tensor:
+    """Squared distance of posterior means to given ones, ``sum_k (mean - anchor)^2 / (2 variance)``, a gene.
+
+    The negative log-likelihood of ``anchor`` (C, B, p) as a measurement of z with noise ``variance`` (p,).
+    """
+    return _mean_over_cells(0.5 * ((mean - anchor) ** 2 / variance).sum(-1), mask) / n_genes
+
+
+def _reconstruction(model: DiscrepancyVAE, reconstructed: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    squared = (reconstructed - x) ** 2
+    if model.log_noise is None:
+        return _mean_over_cells(squared.mean(-1), mask)
+    nll = 0.5 * (squared * torch.exp(-model.log_noise) + model.log_noise + math.log(2 * math.pi))
+    return _mean_over_cells(nll.mean(-1), mask)
 
 
 def weighted_total(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

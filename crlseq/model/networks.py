@@ -49,8 +49,12 @@ class InterventionEncoder(nn.Module):
     """Perturbation to target weights: t = softmax(temperature * (LeakyReLU(embedding + b1) W2 + b2)).
 
     The published one-hot layer is the table ``embedding`` (K, n_hidden), so that ten thousand
-    perturbations cost a look-up and not a product.
+    perturbations cost a look-up and not a product. Targets that are known are given and not learned:
+    `is_given` (K,) says which, `given` (K, p) holds their weights (all 0: no effect on any latent).
     """
+
+    given: Tensor
+    is_given: Tensor
 
     def __init__(self, n_perturbations: int, n_hidden: int, n_latents: int) -> None:
         super().__init__()
@@ -58,8 +62,12 @@ class InterventionEncoder(nn.Module):
         self.embedding = nn.Parameter(torch.empty(n_perturbations, n_hidden).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n_hidden).uniform_(-bound, bound))
         self.logits = nn.Linear(n_hidden, n_latents)
+        self.register_buffer("given", torch.zeros(n_perturbations, n_latents))
+        self.register_buffer("is_given", torch.zeros(n_perturbations, dtype=torch.bool))
 
     def forward(self, perturbations: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         """(...) int64 perturbations to (..., p) target weights. Indices below 0 give the first row; mask them."""
-        h = F.leaky_relu(self.embedding[perturbations.clamp_min(0)] + self.bias, NEGATIVE_SLOPE)
-        return torch.softmax(temperature * self.logits(h), dim=-1)
+        index = perturbations.clamp_min(0)
+        h = F.leaky_relu(self.embedding[index] + self.bias, NEGATIVE_SLOPE)
+        learned = torch.softmax(temperature * self.logits(h), dim=-1)
+        return torch.where(self.is_given[index][..., None], self.given[index], learned)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-NEGATIVE_SLOPE = 0.2  # phi of the nonlinear equations: a leaky ReLU, as everywhere in the published model
+NEGATIVE_SLOPE = 0.2  # of the leaky ReLU in the networks, as published
+MAX_LOG_SCALE = 3.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LatentSCM(nn.Module):
     intervention
         ``shift``, ``hard`` or ``soft``: which parameters of an intervention are free.
     equations
-        ``linear`` or ``nonlinear`` phi.
+        ``linear`` or ``nonlinear``: phi is the identity or ReLU.
     causal
         False leaves the graph empty: u = exp(t s) z + t a, the ablation of the paper.
 
@@ -58,6 +58,8 @@ class LatentSCM(nn.Module):
     ----------
     graph : (p, p)
         Free weights; only the strict upper triangle is used, so the latents' order is topological.
+    intercept : (p,)
+        Added to every latent; a buffer, 0 but for nonlinear equations, whose kinks have a place.
     shift, log_scale, retention_logit : (K,)
         One number a perturbation. The last two are used by the kinds of intervention that have them.
     """
@@ -76,6 +78,8 @@ class LatentSCM(nn.Module):
         self.graph = nn.Parameter(0.1 * torch.randn(n_latents, n_latents), requires_grad=causal)
         if not causal:
             nn.init.zeros_(self.graph)
+        self.intercept: Tensor
+        self.register_buffer("intercept", torch.zeros(n_latents))
         self.shift = nn.Parameter(torch.ones(n_perturbations))
         self.log_scale = nn.Parameter(torch.zeros(n_perturbations), requires_grad=intervention != "shift")
         # sigmoid(2) = 0.88: soft interventions start near a shift and earn their cuts.
@@ -114,7 +118,7 @@ class LatentSCM(nn.Module):
         if self.intervention == "shift":
             return Mechanism(keep, torch.zeros_like(shift), shift)
         # Bounded: an unbounded scale lets one outlying cell explode the variance of a whole condition.
-        log_scale = (weight * (3 * torch.tanh(self.log_scale / 3))[index][..., None]).sum(1)
+        log_scale = (weight * (MAX_LOG_SCALE * torch.tanh(self.log_scale / MAX_LOG_SCALE))[index][..., None]).sum(1)
         return Mechanism(keep, log_scale, shift)
 
     def forward(self, z: Tensor, mechanism: Mechanism | None = None) -> Tensor:
@@ -133,9 +137,10 @@ class LatentSCM(nn.Module):
         """
         adjacency = self.adjacency
         if mechanism is None:
-            source = z
+            source = z + self.intercept
         else:
-            source = z * mechanism.log_scale.exp()[..., None, :] + mechanism.shift[..., None, :]
+            shift = self.intercept + mechanism.shift
+            source = z * mechanism.log_scale.exp()[..., None, :] + shift[..., None, :]
             adjacency = adjacency * mechanism.keep[..., None, :]  # scales column k: what k receives
         if self.equations == "linear":
             # u (I - A) = source; A is strictly upper triangular, so the solve is exact and never singular.
@@ -146,7 +151,7 @@ class LatentSCM(nn.Module):
         for k in range(z.shape[-1]):
             u_k = source[..., k]
             if k:
-                parents = F.leaky_relu(torch.stack(latents, -1), NEGATIVE_SLOPE)  # (..., B, k)
+                parents = torch.relu(torch.stack(latents, -1))  # (..., B, k)
                 u_k = u_k + (parents @ adjacency[..., :k, k, None]).squeeze(-1)
             latents.append(u_k)
         return torch.stack(latents, -1)
@@ -156,8 +161,8 @@ class LatentSCM(nn.Module):
         adjacency = self.adjacency
         if mechanism is not None:
             adjacency = adjacency * mechanism.keep[..., None, :]
-        phi = u if self.equations == "linear" else F.leaky_relu(u, NEGATIVE_SLOPE)
-        z = u - phi @ adjacency
+        phi = u if self.equations == "linear" else torch.relu(u)
+        z = u - phi @ adjacency - self.intercept
         if mechanism is None:
             return z
         return (z - mechanism.shift[..., None, :]) * torch.exp(-mechanism.log_scale)[..., None, :]

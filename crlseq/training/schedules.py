@@ -25,9 +25,16 @@ class Weights:
     temperature: float
     learning_rate: float
 
-    def of_terms(self) -> dict[str, float]:
+    def of_terms(self, anchored: bool = False) -> dict[str, float]:
         """Weights by name of the loss term."""
-        return {"mmd": self.mmd, "reconstruction": self.reconstruction, "kl": self.kl, "graph": self.graph}
+        weights = {"mmd": self.mmd, "reconstruction": self.reconstruction, "kl": self.kl, "graph": self.graph}
+        return weights | ({"anchor": 1.0} if anchored else {})
+
+
+def final_weights(model: ModelConfig, anchored: bool = False) -> dict[str, float]:
+    """Weights of the terms at the end of every schedule."""
+    end = Weights(model.mmd_weight, 1.0, model.kl_weight, model.graph_weight, model.max_temperature, 0.0)
+    return end.of_terms(anchored)
 
 
 def schedule(epoch: int, n_epochs: int, model: ModelConfig, training: TrainingConfig) -> Weights:

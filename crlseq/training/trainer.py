@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from crlseq.config import Config, ModelConfig, TrainingConfig
 from crlseq.data import splits
@@ -20,9 +19,11 @@ from crlseq.data.batches import BatchIndex, ControlPartners, epoch_batches
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.errors import ConvergenceError, InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.losses import loss_terms, median_bandwidth, weighted_total
+from crlseq.model.losses import median_bandwidth, weighted_total
 from crlseq.training.checkpoint import load_checkpoint, save_checkpoint
-from crlseq.training.schedules import Weights, schedule, settled
+from crlseq.training.objective import Objective
+from crlseq.training.schedules import final_weights, schedule, settled
+from crlseq.training.warm_start import WarmStart, warm_start
 
 CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result
 BANDWIDTH_CELLS = 1000
@@ -60,15 +61,21 @@ def resolve_device(asked: str) -> torch.device:
     return torch.device("cuda")
 
 
-def architecture_of(config: ModelConfig, n_genes: int, n_latents: int, n_perturbations: int) -> dict[str, Any]:
-    """Arguments of `DiscrepancyVAE` for a configuration."""
+def architecture_of(
+    config: ModelConfig, n_genes: int, n_latents: int, n_perturbations: int, start: WarmStart | None = None
+) -> dict[str, Any]:
+    """Arguments of `DiscrepancyVAE` for a configuration; what it leaves open comes from the start."""
+    intervention: str = "soft" if config.intervention == "auto" else config.intervention
+    equations: str = "linear" if config.equations == "auto" else config.equations
+    if start is not None:
+        intervention, equations = start.discovery.kind, start.discovery.equations
     return {
         "n_genes": n_genes,
         "n_latents": n_latents,
         "n_perturbations": n_perturbations,
-        "n_hidden": config.n_hidden,
-        "intervention": config.intervention,
-        "equations": config.equations,
+        "n_hidden": config.n_hidden if start is None else max(config.n_hidden, 2 * n_latents),
+        "intervention": intervention,
+        "equations": equations,
         "causal": config.causal_layer,
         "output_activation": config.output_activation,
         "noise": config.noise,
@@ -84,25 +91,6 @@ def resolve_epochs(training: TrainingConfig, cells_by_condition: list[np.ndarray
     return max(MIN_EPOCHS, -(-MIN_STEPS // steps))
 
 
-class CellSource:
-    """Rows of the screen as tensors on the device; the whole screen lies there when it fits."""
-
-    def __init__(self, data: PerturbSeqData, device: torch.device, dtype: torch.dtype) -> None:
-        self.data, self.device, self.dtype = data, device, dtype
-        self.resident: Tensor | None = None
-        if device.type == "cuda":
-            size = data.x.shape[0] * data.n_genes * torch.finfo(dtype).bits // 8
-            if size < 0.5 * torch.cuda.mem_get_info(device)[0]:
-                self.resident = torch.from_numpy(data.dense(np.arange(data.x.shape[0]))).to(device, dtype)
-
-    def __call__(self, index: np.ndarray) -> Tensor:
-        """(...) cell indices to (..., G)."""
-        if self.resident is not None:
-            return self.resident[torch.from_numpy(index).to(self.device)]
-        rows = torch.from_numpy(self.data.dense(index.ravel())).to(self.device, self.dtype)
-        return rows.reshape(*index.shape, -1)
-
-
 def fit_model(
     data: PerturbSeqData,
     config: Config,
@@ -110,6 +98,7 @@ def fit_model(
     checkpoint: Path | None = None,
     identity: str = "",
     on_epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None,
+    start: WarmStart | None = None,
 ) -> Fit:
     """Minimise the weighted loss terms by Adam; early stopping and the kept weights go by validation.
 
@@ -122,6 +111,8 @@ def fit_model(
     on_epoch
         Called with each epoch's record (``epoch``, the terms, ``validation_*`` terms, ``temperature``) and the
         number of epochs.
+    start
+        Latents, targets and graph to start from; None starts from random weights and learns them by gradient.
 
     Raises
     ------
@@ -134,17 +125,18 @@ def fit_model(
     device = resolve_device(training.device)
     dtype = getattr(torch, training.dtype)
     torch.manual_seed(training.seed)
-    architecture = architecture_of(config.model, data.n_genes, n_latents, len(data.perturbation_names))
+    architecture = architecture_of(config.model, data.n_genes, n_latents, len(data.perturbation_names), start)
     # Built in float32 on the CPU whatever the device, so that one seed starts everywhere from one model.
-    model = DiscrepancyVAE(**architecture).to(device, dtype)
-    source = CellSource(data, device, dtype)
+    model = DiscrepancyVAE(**architecture).to(dtype)
     bandwidth = _bandwidth(config.model, data, training.seed)
     _start_noise(model, data)
+    anchor = None if start is None else warm_start(model, data, start)
+    model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
-    table = torch.from_numpy(data.perturbation_table()).to(device)
+    objective = Objective(model, data, config.model, bandwidth, anchor)
 
     train_cells = data.cells_by_condition(splits.TRAIN)
-    n_epochs = resolve_epochs(training, train_cells)
+    n_epochs = 0 if config.model.method == "linear" else resolve_epochs(training, train_cells)
     partners = ControlPartners(train_cells[0], data.batch)
     validation = _validation_batches(data, training.seed)
     history: History = []
@@ -179,8 +171,8 @@ def fit_model(
         batches = epoch_batches(train_cells, partners, training.batch_size, training.perturbations_per_step, rng)
         sums: dict[str, float] = {}
         for batch in batches:
-            terms = _terms(model, source, batch, table, bandwidth, config.model, generator)
-            total = weighted_total(terms, weights.of_terms())
+            terms = objective(batch, generator)
+            total = weighted_total(terms, weights.of_terms(objective.anchored))
             optimizer.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
             if training.gradient_norm is not None:
@@ -189,7 +181,7 @@ def fit_model(
             for name, value in {**terms, "total": total}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
         record = {"epoch": float(epoch), **sums}
-        record |= _validate(model, source, validation, table, bandwidth, config.model, weights, training.seed)
+        record |= _validate(objective, validation, config.model, training.seed)
         record["temperature"] = weights.temperature
         if not all(math.isfinite(value) for value in record.values()):
             raise ConvergenceError(
@@ -220,24 +212,6 @@ def _exhausted(epoch: int, best_epoch: int, n_epochs: int, training: TrainingCon
     return training.patience is not None and 0 <= best_epoch <= epoch - training.patience * n_epochs
 
 
-def _terms(
-    model: DiscrepancyVAE,
-    source: CellSource,
-    batch: BatchIndex,
-    table: Tensor,
-    bandwidth: float,
-    config: ModelConfig,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    control, perturbed = source(batch.control), source(batch.perturbed)
-    mask = None if batch.mask.all() else torch.from_numpy(batch.mask).to(source.device)
-    n_latents = model.scm.graph.shape[0]
-    eps = torch.randn(*control.shape[:2], n_latents, generator=generator, dtype=source.dtype, device=source.device)
-    output = model(control, table[torch.from_numpy(batch.condition).to(source.device)], eps)
-    unbiased = config.mmd_estimator == "unbiased"
-    return loss_terms(model, output, control, perturbed, bandwidth, config.mmd_kernels, unbiased, mask)
-
-
 def _validation_batches(data: PerturbSeqData, seed: int) -> list[BatchIndex]:
     """The same pairs of cells in every epoch; none if no condition has validation cells."""
     cells = data.cells_by_condition(splits.VALIDATION)
@@ -247,27 +221,18 @@ def _validation_batches(data: PerturbSeqData, seed: int) -> list[BatchIndex]:
 
 
 @torch.no_grad()
-def _validate(
-    model: DiscrepancyVAE,
-    source: CellSource,
-    batches: list[BatchIndex],
-    table: Tensor,
-    bandwidth: float,
-    config: ModelConfig,
-    weights: Weights,
-    seed: int,
-) -> dict[str, float]:
+def _validate(objective: Objective, batches: list[BatchIndex], config: ModelConfig, seed: int) -> dict[str, float]:
     """Mean terms over validation batches, weighted as at the end of training so that epochs compare."""
     if not batches:
         return {}
-    generator = torch.Generator(source.device).manual_seed(seed)
-    found = [_terms(model, source, batch, table, bandwidth, config, generator) for batch in batches]
+    generator = torch.Generator(objective.device).manual_seed(seed)
+    found = [objective(batch, generator) for batch in batches]
     sizes = np.array([len(batch.condition) for batch in batches]) / sum(len(batch.condition) for batch in batches)
     record = {
         f"validation_{name}": float(sum(size * terms[name].item() for size, terms in zip(sizes, found, strict=True)))
         for name in found[0]
     }
-    final = {"mmd": config.mmd_weight, "reconstruction": 1.0, "kl": config.kl_weight, "graph": config.graph_weight}
+    final = final_weights(config, objective.anchored)
     record["validation_total"] = sum(weight * record[f"validation_{name}"] for name, weight in final.items() if weight)
     return record
 

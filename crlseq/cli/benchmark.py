@@ -1,0 +1,74 @@
+"""``crlseq benchmark``: what fits recover of simulations with a known truth."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crlseq.cli.output import say, show_table
+
+SHOWN = ["scenario", "method", "runs", "failed", "ancestor_f1", "target_accuracy", "ari", "shd", "mcc", "n_latents", "verdict", "seconds"]  # fmt: skip
+
+
+def benchmark(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the results; rows there are kept.", show_default=False)
+    ],
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="A scenario; may be repeated. All if none is given.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, such as 0-7 or 0,2,5-6.")] = "0-7",
+    method: Annotated[
+        list[str] | None, typer.Option(help="default, linear or paper; may be repeated. All if none is given.")
+    ] = None,
+    n_latents: Annotated[str, typer.Option(help="known: told to the fits; auto: chosen by them.")] = "known",
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Epochs of every network; targets and graphs of default do not depend on it.", min=1),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all if not given.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole summary as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the summary alone.")] = False,
+) -> None:
+    """Simulate screens, fit them and score targets, programs and graph against the truth.
+
+    An interrupted benchmark goes on when the same command is given again.
+    """
+    chosen = _seeds(seeds)
+    from crlseq.benchmark import METHODS, SCENARIOS
+    from crlseq.benchmark import benchmark as run_benchmark
+
+    try:
+        summary = run_benchmark(
+            output,
+            scenarios=scenario or tuple(SCENARIOS),
+            seeds=chosen,
+            methods=method or tuple(METHODS),
+            n_latents=n_latents,
+            threads=threads,
+            options=None if epochs is None else {"epochs": epochs},
+            note=(lambda text: None) if quiet else say,
+        )
+    except KeyboardInterrupt:
+        say(f"Interrupted. Finished fits are kept in {output}: the same command goes on.")
+        raise SystemExit(130) from None  # past the entry point, whose advice is for `crlseq fit`
+    show_table(summary if as_json else summary[SHOWN], "Medians over seeds", as_json)
+    if not quiet:
+        say(f"Written to {output}: benchmark.csv, summary.csv, benchmark.png, benchmark.svg.")
+
+
+def _seeds(text: str) -> list[int]:
+    """``0-2,5`` -> 0, 1, 2, 5."""
+    from crlseq.errors import UsageError
+
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, flags=re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise UsageError(f"Seeds are {text!r}.", "Give numbers and ranges, such as 0-7 or 0,2,5-6.")
+        found += range(first, last + 1)
+    return found

@@ -1,0 +1,86 @@
+"""Sufficient statistics of environments: means, covariances and counts of their cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DTYPE = torch.float64
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sufficient statistics: means (C, q), covariances (C, q, q), counts (C,); environment 0 is control."""
+
+    means: Tensor
+    covariances: Tensor
+    counts: Tensor
+
+    def pooled(self) -> Tensor:
+        """Mean covariance within environments (q, q)."""
+        weight = (self.counts / self.counts.sum())[:, None, None]
+        return (self.covariances * weight).sum(0)
+
+
+def environment_moments(
+    values: Tensor, environment: Tensor, variances: Tensor | None = None, n_environments: int | None = None
+) -> Moments:
+    """Moments of cells (N, q) by environment (N,), 0 for control; covariances divide by the number of cells.
+
+    Parameters
+    ----------
+    variances
+        (N, q) posterior variances that are added to the covariances (aggregated posterior).
+    n_environments
+        Given: environments may be without cells, and have count, mean and covariance 0.
+
+    Raises
+    ------
+    ValueError
+        If an environment has fewer than two cells and `n_environments` is not given.
+    """
+    n = int(environment.max()) + 1 if n_environments is None else n_environments
+    counts = torch.bincount(environment, minlength=n).to(DTYPE)
+    if n_environments is None and bool((counts < 2).any()):
+        raise ValueError("every environment needs at least two cells.")
+    values = values.to(DTYPE)
+    q, at_least_one = values.shape[1], counts.clamp_min(1)
+    means = torch.zeros(n, q, dtype=DTYPE).index_add_(0, environment, values) / at_least_one[:, None]
+    covariances = torch.zeros(n, q, q, dtype=DTYPE)
+    order = torch.argsort(environment, stable=True)
+    for c, cells in enumerate(torch.split(order, counts.long().tolist())):
+        centred = values[cells] - means[c]
+        covariances[c] = centred.T @ centred / at_least_one[c]
+        if variances is not None and len(cells):
+            covariances[c] += torch.diag(variances[cells].to(DTYPE).mean(0))
+    return Moments(means, covariances, counts)
+
+
+def fold_moments(
+    values: Tensor, environment: Tensor, variances: Tensor | None, n_folds: int, generator: torch.Generator
+) -> list[tuple[Moments, Moments]]:
+    """Moments of the other cells and of the fold, for each of `n_folds`; every environment is spread over all folds.
+
+    An environment may be without cells in a fold; `environment` has every number up to its largest at least twice.
+    """
+    shuffled = torch.randperm(len(values), generator=generator)
+    order = shuffled[torch.argsort(environment[shuffled], stable=True)]  # by environment, in random order within
+    fold = torch.empty(len(values), dtype=torch.long)
+    fold[order] = torch.arange(len(values)) % n_folds
+    n = int(environment.max()) + 1
+    sides = []
+    for f in range(n_folds):
+        pair = []
+        for cells in (fold != f, fold == f):
+            some = None if variances is None else variances[cells]
+            pair.append(environment_moments(values[cells], environment[cells], some, n))
+        sides.append((pair[0], pair[1]))
+    return sides
+
+
+def noise_level(moments: Moments) -> float:
+    """Mean of the smallest quarter of the eigenvalues within environments: what measurement noise must be at least."""
+    values = torch.linalg.eigvalsh(moments.pooled())
+    return float(values[: max(1, len(values) // 4)].mean())

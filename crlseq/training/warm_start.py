@@ -1,0 +1,132 @@
+"""A DiscrepancyVAE that starts as the linear model: exact, not trained towards it.
+
+A leaky ReLU of slope c satisfies relu(v) - relu(-v) = (1 + c) v, so that 2 p hidden units carry a linear map. The
+encoder regresses the latents that the likelihood found on expression, the decoder expression on the latents, and the
+structural model holds the graph, targets and interventions that were found. Without a training step this is the
+linear method; training adds what is not linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from crlseq.data import splits
+from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.projection import Projection
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.scm import MAX_LOG_SCALE, NEGATIVE_SLOPE
+from crlseq.training.discovery import Discovery
+
+RIDGE = 1e-6  # of the regressions, relative
+MIN_VARIANCE = 1e-2  # of an anchor: latents have unit noise, and none is read off a cell without error
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What a fit starts from.
+
+    ``tested`` (K,) bool: perturbations whose effect was tested. Those among them without a target act on no latent;
+    targets of the others, which occur in combinations alone, stay to be learned.
+    """
+
+    discovery: Discovery
+    tested: np.ndarray
+    projection: Projection
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What the encoder shall not forget: noise z (cells, p) that was found, and the variance (p,) it is known with."""
+
+    z: np.ndarray
+    variance: np.ndarray
+
+
+@torch.no_grad()
+def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) -> Anchor:
+    """Write a discovery into `model`; graph and given targets are then fixed."""
+    discovery, projection = start.discovery, start.projection
+    _start_scm(model, discovery, start.tested)
+    k = np.full(len(data.split), -1)
+    k[discovery.index] = np.arange(len(discovery.index))
+    train = np.flatnonzero((data.split == splits.TRAIN) & (k >= 0))
+    u = discovery.latents[k[train]]
+    z = model.scm.abduct(torch.from_numpy(u).to(model.scm.graph.dtype)).double().numpy()
+    slope, offset = _regress(projection.scores[train], z)
+    axes = projection.axes @ slope  # (G, p): z = (x - center) @ axes + offset
+    p, h = z.shape[1], model.encoder.hidden
+    _write(h.weight, np.concatenate([axes.T, -axes.T]))
+    constant = offset - projection.center @ axes
+    _write(h.bias, np.concatenate([constant, -constant]))
+    _linear_output(model.encoder.mean, np.eye(p), np.zeros(p))
+    nn.init.zeros_(model.encoder.variance.weight)
+    measured = np.maximum(discovery.noise, MIN_VARIANCE)
+    _write(model.encoder.variance.bias, np.log(np.expm1(np.minimum(measured, 1.0))))
+
+    eye = np.eye(p)
+    _write(model.decoder.hidden.weight, np.concatenate([eye, -eye]))
+    _write(model.decoder.hidden.bias, np.zeros(2 * p))
+    loadings, center, noise = _decode(u, data, train)
+    _linear_output(model.decoder.output, loadings.T, center)
+    if model.log_noise is not None:
+        _write(model.log_noise, np.log(np.maximum(noise, max(1e-2 * float(noise.mean()), 1e-8))))
+    found = np.zeros((len(data.split), p), dtype=np.float32)
+    found[discovery.index] = model.scm.abduct(torch.from_numpy(discovery.latents).to(model.scm.graph.dtype)).numpy()
+    return Anchor(found, measured)
+
+
+def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) -> None:
+    scm, encoder = model.scm, model.intervention_encoder
+    _write(scm.graph, discovery.adjacency)
+    _write(scm.intercept, discovery.intercept)
+    scm.graph.requires_grad_(False)
+    found = discovery.target >= 0
+    given = np.zeros((len(found), len(discovery.adjacency)))
+    given[found, discovery.target[found]] = 1.0
+    encoder.given.copy_(torch.from_numpy(given))
+    encoder.is_given.copy_(torch.from_numpy(found | tested))
+    _write(scm.shift, np.where(found, discovery.shift, scm.shift.double().numpy()))
+    _write(scm.log_scale, MAX_LOG_SCALE * np.arctanh(discovery.log_scale / MAX_LOG_SCALE))
+    if scm.intervention == "soft":
+        kept = np.clip(discovery.retention, 1e-3, 1 - 1e-3)
+        _write(scm.retention_logit, np.where(found, np.log(kept / (1 - kept)), scm.retention_logit.double().numpy()))
+
+
+def _decode(u: np.ndarray, data: PerturbSeqData, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loadings (p, G), center (G,) and residual variances (G,) of expression on latents (n, p), by least squares."""
+    x = data.x[cells]
+    mean_x, mean_u = np.asarray(x.mean(0)).ravel().astype(float), u.mean(0)
+    centred = u - mean_u
+    cross = np.asarray((x.T @ centred).T, dtype=float)  # centred latents sum to 0, so x need not be centred
+    gram = centred.T @ centred
+    loadings = np.linalg.solve(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), cross)
+    squares = np.asarray(x.multiply(x).mean(0) if not isinstance(x, np.ndarray) else (x**2).mean(0)).ravel()
+    explained = np.einsum("kg,kl,lg->g", loadings, gram / len(u), loadings)
+    return loadings, mean_x - mean_u @ loadings, squares - mean_x**2 - explained
+
+
+def _regress(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slope (q, p) and offset (p,) of y (n, p) on x (n, q)."""
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    centred = x - mean_x
+    gram = centred.T @ centred
+    ridge = (RIDGE * np.trace(gram) / len(gram) + 1e-12) * np.eye(len(gram))
+    slope = np.linalg.solve(gram + ridge, centred.T @ (y - mean_y))
+    return slope, mean_y - mean_x @ slope
+
+
+def _linear_output(layer: nn.Linear, weight: np.ndarray, bias: np.ndarray) -> None:
+    """Weights (out, p) on the pairs of hidden units (v, -v); the other units start without a say."""
+    p, share = weight.shape[1], weight / (1 + NEGATIVE_SLOPE)
+    nn.init.zeros_(layer.weight)
+    _write(layer.weight[:, : 2 * p], np.concatenate([share, -share], 1))
+    _write(layer.bias, bias)
+
+
+def _write(parameter: Tensor, value: np.ndarray) -> None:
+    """Set the first rows of a parameter."""
+    parameter[: len(value)].copy_(torch.from_numpy(np.asarray(value, dtype=float)))
