@@ -61,7 +61,7 @@ class ModelConfig(_Section):
     mmd_kernels: int = Field(default=5, ge=1, le=20)
     kl_weight: float = Field(default=1.0, ge=0.0)
     graph_weight: float = Field(default=1e-3, ge=0.0)
-    bootstrap: int = Field(default=20, ge=0)  # replicates
+    bootstrap: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # replicates; auto: 20, none from 20 latents on
     max_temperature: float = Field(default=5.0, ge=1.0)
 
 

@@ -183,7 +183,9 @@ def _analyse(
     """Tables of a fit; ``info`` lacks what only the whole job knows (input, times, command)."""
     discovery = None if start is None else start.discovery
     programs = find_programs(fitted.model, data)
-    found = find_interventions(fitted.model, programs)
+    # Without a detectable effect there is no claim, whatever a network learned; the published model claims all.
+    silent = (tests["fdr"] > DETECTABLE_FDR) & (config.model.method != "gradient")
+    found = find_interventions(fitted.model, programs, ~silent)
     dag = find_dag(fitted.model, programs, config.model, discovery)
     program_rows = program_table(data.genes, programs.loading, programs.total_effect)
     support = np.full(dag.weights.shape, np.nan)
@@ -233,7 +235,7 @@ def _analyse(
         "metrics": _metrics(evaluation, intervention_rows, dag),
     }
     history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"]).astype(
-        {"epoch": int}
+        {"epoch": int, "total": float}
     )
     weights = ({name: value.cpu() for name, value in fitted.model.state_dict().items()}, fitted.architecture)
     return Run(info, program_rows, intervention_rows, edges, history, evaluation, weights=weights)
@@ -282,7 +284,8 @@ def _start(
     """What the fit starts from (None: random weights), the number of programs, and why that many."""
     asked, k = config.model.n_latents, len(data.perturbation_names)
     effect = np.where(tests["fdr"] <= DETECTABLE_FDR, np.maximum(tests["energy"], 1e-12), 0.0)  # NaN counts as none
-    gradient = config.model.method == "gradient"
+    # The ablation without structural equations has no graph that a likelihood could find.
+    gradient = config.model.method == "gradient" or not config.model.causal_layer
     if not gradient and not effect.any():
         progress.note(
             "No single perturbation has a detectable effect: targets are learned by gradient, without claims."
@@ -297,9 +300,7 @@ def _start(
                 "Each program needs a perturbation of its own: ask for fewer programs.",
             )
         return None, asked, "as asked"
-    discovery = discover(
-        data, effect, config.model, config.training.seed, config.model.bootstrap, progress.stage, progress.note
-    )
+    discovery = discover(data, effect, config.model, config.training.seed, progress.stage, progress.note)
     reason = "as asked" if discovery.choice is None else discovery.choice.reason
     return WarmStart(discovery, ~np.isnan(tests["p_value"]), projection), len(discovery.adjacency), reason
 

@@ -51,7 +51,9 @@ def _program_order(column: pd.Series) -> pd.Series:
 
 
 def _curves(history: pd.DataFrame) -> list[dict[str, str]]:
-    """Points of training and validation loss, both scaled to the chart, the extreme first epochs cut off."""
+    """Points of training and validation loss, both scaled to the chart, early extremes cut off; none without epochs."""
+    if history.empty:
+        return []
     columns = [name for name in ("total", "validation_total") if name in history]
     values = history[columns].to_numpy()
     low, high = float(values.min()), float(np.quantile(values, 0.98))

@@ -57,6 +57,7 @@ INFO = {
     "training",
 }
 FORMAT = 1
+MIN_SUPPORT = 0.1  # ancestry below it is not listed
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,22 @@ class Run:
     def adjacency(self) -> np.ndarray:
         """(p, p) standardised weights of all edges, declared or not; row -> column."""
         return np.asarray(self.info["adjacency"], dtype=float)
+
+    @property
+    def ancestry(self) -> pd.DataFrame:
+        """``ancestor, descendant, declared, support``: pairs that the DAG declares or that have support of 0.1."""
+        names, bootstrap = self.program_names, (self.info["discovery"] or {}).get("bootstrap")
+        support = np.full((len(names), len(names)), np.nan)
+        if bootstrap:
+            support = np.asarray(bootstrap["ancestor"], dtype=float)
+        reach = nx.transitive_closure_dag(self.dag)
+        rows = [
+            {"ancestor": a, "descendant": b, "declared": reach.has_edge(a, b), "support": support[i, j]}
+            for i, a in enumerate(names)
+            for j, b in enumerate(names)
+            if reach.has_edge(a, b) or support[i, j] >= MIN_SUPPORT
+        ]
+        return pd.DataFrame(rows, columns=["ancestor", "descendant", "declared", "support"])
 
     def latents(self, source: str | Path | ad.AnnData) -> np.ndarray:
         """(cells, p) float32 latents, unit variance over the fitted control cells, of any cells with these genes.

@@ -29,15 +29,15 @@ class Interventions:
 
 
 @torch.no_grad()
-def find_interventions(model: DiscrepancyVAE, programs: Programs) -> Interventions:
-    """Read the interventions off the fitted model, each perturbation alone."""
+def find_interventions(model: DiscrepancyVAE, programs: Programs, claims: np.ndarray | None = None) -> Interventions:
+    """Read the interventions off the fitted model, each perturbation alone; ``claims`` (K,) bool, None for all."""
     n = len(model.scm.shift)
     alone = torch.arange(n, device=model.scm.shift.device)[:, None]  # (K, 1)
     weights = model.target_weights(alone)
     mechanism = model.scm.mechanism(alone, weights)
     weight = weights[:, 0].cpu().double().numpy()
     rows, target = np.arange(n), weight.argmax(1)
-    claimed = weight.max(1) > 0
+    claimed = (weight.max(1) > 0) & (True if claims is None else claims)
 
     def of_target(values: torch.Tensor) -> np.ndarray:
         return np.where(claimed, values.cpu().double().numpy()[rows, target], np.nan)

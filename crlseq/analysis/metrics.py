@@ -1,29 +1,112 @@
-"""Metrics of predicted against measured cells of one condition; definitions and sources in each docstring."""
+"""Metrics of predicted against measured conditions; definitions and sources in each docstring.
+
+Mean expressions come as (genes,) for one condition or (conditions, genes) for many; every metric is then one number
+or one number a condition. NaN where a metric is undefined. Changes are taken against means of real control cells.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
 
-from crlseq.model.losses import mmd_squared
+from crlseq.model.losses import mmd_squared, squared_distances
 
 MMD_KERNELS = 5
+PUBLISHED_BANDWIDTH, PUBLISHED_KERNELS = 1000.0, 10  # of Zhang et al. 2023
 
 
-def pearson_delta(predicted: np.ndarray, measured: np.ndarray, control: np.ndarray) -> float:
-    """corr(predicted - control, measured - control) of mean expressions (genes,); NaN if either does not vary."""
-    a, b = predicted - control, measured - control
-    a, b = a - a.mean(), b - b.mean()
-    norm = np.linalg.norm(a) * np.linalg.norm(b)
-    return float(a @ b / norm) if norm > 0 else float("nan")
+def l2_distance(predicted: np.ndarray, measured: np.ndarray) -> Any:
+    """|predicted - measured| of mean expressions."""
+    return np.linalg.norm(predicted - measured, axis=-1)
 
 
-def l2_distance(predicted: np.ndarray, measured: np.ndarray) -> float:
-    """|predicted - measured| of mean expressions (genes,)."""
-    return float(np.linalg.norm(predicted - measured))
+def rmse(predicted: np.ndarray, measured: np.ndarray) -> Any:
+    """Root of the mean squared difference of mean expressions: L2 / sqrt(genes)."""
+    return l2_distance(predicted, measured) / np.sqrt(predicted.shape[-1])
+
+
+def pearson_delta(predicted: np.ndarray, measured: np.ndarray, reference: np.ndarray) -> Any:
+    """corr(predicted - reference, measured - reference) over genes; NaN if either does not vary.
+
+    The reference is the mean of controls, or that of perturbed cells (Systema: Vinas Torne et al. 2025, Nature
+    Biotechnology), which leaves out what perturbations have in common.
+    """
+    a, b = predicted - reference, measured - reference
+    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
+    norm = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    # Changes that are rounding errors of the means are none.
+    size = np.maximum(np.abs(predicted), np.abs(measured)).max(-1)
+    varies = np.minimum(np.abs(a).max(-1), np.abs(b).max(-1)) > 1e-12 * size
+    return np.where(varies, (a * b).sum(-1) / np.where(varies, norm, 1.0), np.nan)[()]
+
+
+def r2_delta(predicted: np.ndarray, measured: np.ndarray, control: np.ndarray) -> Any:
+    """1 - |predicted - measured|^2 / |d - mean(d)|^2 over genes, d = measured - control; not clipped."""
+    change = measured - control
+    total = ((change - change.mean(-1, keepdims=True)) ** 2).sum(-1)
+    left = ((predicted - measured) ** 2).sum(-1)
+    return np.where(total > 0, 1 - left / np.where(total > 0, total, 1.0), np.nan)[()]
+
+
+def legacy_r2(predicted: np.ndarray, measured: np.ndarray) -> Any:
+    """R^2 of mean expressions themselves, clipped at 0, as published tables have it: near 1 without any prediction."""
+    return np.maximum(r2_delta(predicted, measured, np.zeros_like(measured)), 0.0)
+
+
+def sign_agreement(predicted: np.ndarray, measured: np.ndarray, control: np.ndarray, genes: np.ndarray) -> Any:
+    """Share of the genes marked in bool `genes` whose predicted change has the measured sign; a change of 0 has none."""
+    agree = (np.sign(predicted - control) * np.sign(measured - control) > 0) & genes
+    n = genes.sum(-1)
+    return np.where(n > 0, agree.sum(-1) / np.maximum(n, 1), np.nan)[()]
+
+
+def centroid_accuracy(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """(n, genes) each: share of the other measured rows that are farther (Euclidean) from row i than its own."""
+    distance = cdist(predicted, measured)
+    farther = (distance > np.diag(distance)[:, None]).sum(1)
+    return farther / (len(distance) - 1) if len(distance) > 1 else np.full(len(distance), np.nan)
+
+
+def perturbation_discrimination(predicted: np.ndarray, measured: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+    """1 - rank / n of the own condition among all n by L1 distance of changes (n, genes); rank 0 is the nearest.
+
+    `left_out` (n, genes) bool: genes that row i does not use, its target genes (as in cell-eval, Arc Institute 2025):
+    who predicts these alone tells conditions apart and knows nothing else.
+    """
+    distance = cdist(predicted, measured, "cityblock")
+    for i, genes in enumerate(left_out):
+        distance[i] -= np.abs(predicted[i, genes] - measured[:, genes]).sum(1)
+    rank = (distance < np.diag(distance)[:, None]).sum(1)
+    return np.asarray(1 - rank / len(distance)) if len(distance) > 1 else np.full(len(distance), np.nan)
 
 
 def unbiased_mmd(a: np.ndarray, b: np.ndarray, bandwidth: float) -> float:
     """Unbiased MMD^2 between cells (n, genes) and (m, genes), five kernels around `bandwidth` (Gretton et al. 2012)."""
     x, y = torch.from_numpy(a).double(), torch.from_numpy(b).double()
     return float(mmd_squared(x, y, bandwidth, MMD_KERNELS))
+
+
+def legacy_mmd(a: np.ndarray, b: np.ndarray) -> float:
+    """Biased MMD^2 with the ten fixed kernels of Zhang et al. 2023: positive, and large for few cells."""
+    x, y = torch.from_numpy(a).double(), torch.from_numpy(b).double()
+    return float(mmd_squared(x, y, PUBLISHED_BANDWIDTH, PUBLISHED_KERNELS, unbiased=False))
+
+
+def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """2 E|x - y| - E|x - x'| - E|y - y'| of cells (n, genes) and (m, genes), without pairs of a cell with itself.
+
+    U-statistic (Székely and Rizzo 2013): 0 on average for cells of one distribution, and so at times negative.
+    """
+    x, y = torch.from_numpy(a).double(), torch.from_numpy(b).double()
+    between = squared_distances(x, y).sqrt().mean()
+    return float(2 * between - _mean_distance(x) - _mean_distance(y))
+
+
+def _mean_distance(x: torch.Tensor) -> torch.Tensor:
+    distance = squared_distances(x, x).sqrt()
+    n = len(x)
+    # Inner products leave a rounding error on the diagonal, which belongs to no pair.
+    return (distance.sum() - distance.diagonal().sum()) / (n * (n - 1))

@@ -46,7 +46,10 @@ def fit(
     n_latents: Annotated[str | None, _option("Number of programs, or auto.", MODEL)] = None,
     intervention: Annotated[str | None, _option("auto (from the data), shift, hard or soft.", MODEL)] = None,
     equations: Annotated[str | None, _option("auto (from the data), linear or nonlinear.", MODEL)] = None,
-    bootstrap: Annotated[int | None, _option("Replicates that say how sure edges and targets are. (20)", MODEL)] = None,
+    bootstrap: Annotated[
+        str | None,
+        _option("Replicates that say how sure edges and targets are, or auto (20 with few programs).", MODEL),
+    ] = None,
     epochs: Annotated[int | None, _option("Passes over the cells, at most. [100]", TRAINING)] = None,
     batch_size: Annotated[int | None, _option("Perturbed cells of one condition in a step.", TRAINING)] = None,
     seed: Annotated[int | None, _option("Seed of everything random. [0]", TRAINING)] = None,
@@ -65,7 +68,7 @@ def fit(
         perturbation_key=perturbation_key, control_label=control_label, separator=separator, batch_key=batch_key,
         layer=layer, values=values, n_top_genes=_number_or_word(n_top_genes), genes=_gene_list(genes), min_cells=min_cells,
         hold_out=tuple(hold_out) if hold_out else None, hold_out_cells=hold_out_cells, combinations=combinations,
-        method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, bootstrap=bootstrap,
+        method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, bootstrap=_number_or_word(bootstrap),
         epochs=epochs, batch_size=batch_size, seed=seed, device=device, threads=threads,
     )  # fmt: skip
     from crlseq.fitting import fit as fit_screen

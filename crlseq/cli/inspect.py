@@ -43,6 +43,10 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
 
     found = _load(run)
     info, metrics = found.info, found.info["metrics"]
+    n, kept = info["training"]["epochs_run"], info["training"]["best_epoch"] + 1
+    epochs = (
+        f"{n} epochs, weights of epoch {kept} kept" if n else "no epochs, the linear model as the likelihood gives it"
+    )
     rows = {
         "input": info["input"]["path"],
         "cells": ", ".join(f"{n} {name}" for name, n in info["cells"].items() if n),
@@ -52,7 +56,8 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
         "perturbations": f"{len(found.interventions)}, {metrics['n_detected']} with a detectable effect (FDR <= 0.05)",
         "programs": f"{info['n_latents']} ({info['n_latents_reason']})",
         "graph": f"{info['identification']['verdict']}: {info['identification']['reason']}",
-        "training": f"{info['training']['epochs_run']} epochs, weights of epoch {info['training']['best_epoch'] + 1} kept, {info['seconds']} s on {info['device']}",
+        "likelihood": _likelihood(info["discovery"]),
+        "training": f"{epochs}, {info['seconds']} s on {info['device']}",
         "preset": f"{info['config']['preset']}, seed {info['seed']}, crlseq {info['version']}",
     }
     if "mmd2" in metrics:
@@ -68,6 +73,18 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     show_table(pd.DataFrame({"what": list(rows), "value": list(rows.values())}), str(run))
     for note in info["notes"]:
         say(f"note: {note}")
+
+
+def _likelihood(discovery: dict[str, Any] | None) -> str:
+    if discovery is None:
+        return "not used: targets and graph were learned by gradient"
+    bootstrap = discovery["bootstrap"]
+    return (
+        f"{discovery['intervention']} interventions, {discovery['equations']} equations"
+        + (", latents straightened" if discovery["straightened"] else "")
+        + f"; misfit {discovery['dispersion']:.2f} (1: none)"
+        + (f"; {bootstrap['replicates']} bootstrap replicates" if bootstrap else "")
+    )
 
 
 @app.command()
@@ -101,7 +118,8 @@ def programs(
 def interventions(run: RunFolder, json: AsJson = False) -> None:
     """The program that each perturbation targets, and what it does there."""
     found = _load(run).interventions
-    order = found["program"].str[1:].astype(int).sort_values(kind="stable").index
+    program = found["program"].where(found["program"] != "")  # perturbations without a claim come last
+    order = program.str[1:].astype(float).sort_values(kind="stable").index
     show_table(found.loc[order], "Interventions (shift in standard deviations of the program)", json)
 
 
@@ -127,13 +145,24 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
 
 
 @app.command()
+def ancestry(run: RunFolder, json: AsJson = False) -> None:
+    """Which program is upstream of which: declared by the DAG, or found in a tenth of the bootstrap replicates."""
+    show_table(_load(run).ancestry, "Ancestry (support: share of the bootstrap replicates)", json)
+
+
+@app.command()
 def history(run: RunFolder, json: AsJson = False) -> None:
     """Every loss term by epoch."""
     table = _load(run).history
     if sys.stdout.isatty() and not json:  # two blocks of columns that a terminal holds
         short = {"reconstruction": "recon.", "temperature": "temp.", "validation": "val."}
         table = table.rename(columns=lambda name: "_".join(short.get(word, word) for word in name.split("_")))
-    show_table(table, "Loss terms by epoch", json, decimals=4)
+        validation = [name for name in table if str(name).startswith("val.")]
+        show_table(table.drop(columns=validation), "Loss terms by epoch", decimals=4)
+        if validation:
+            show_table(table[["epoch", *validation]], "Over validation cells", decimals=4)
+        return
+    show_table(table, "", json)
 
 
 def draw_dag(run: Run) -> str:

@@ -10,7 +10,8 @@ changed (action), and the latents decoded (prediction):
 
 The published model has e = 0. With ``noise="gaussian"`` the model of a cell is x = f(u) + noise with
 one variance a gene, and abduction takes that noise along as well: e = x - f(u). A virtual cell is then
-its control cell plus the decoded effect, and an intervention without effect changes nothing.
+its control cell plus the decoded effect (and what the latents miss of it, `residual`), and an intervention without
+effect changes nothing.
 """
 
 from __future__ import annotations
@@ -77,6 +78,9 @@ class DiscrepancyVAE(nn.Module):
         self.scm = LatentSCM(n_latents, n_perturbations, intervention, equations, causal)
         self.decoder = Decoder(n_latents, n_hidden, n_genes, output_activation)
         self.log_noise = nn.Parameter(torch.zeros(n_genes)) if noise == "gaussian" else None  # log variance
+        # Effects (K, G) of single perturbations that the latents miss; measured after the fit.
+        self.residual: Tensor
+        self.register_buffer("residual", torch.zeros(n_perturbations, n_genes))
         # Sharpness of the target weights; the trainer raises it, and it belongs to the weights it was fitted with.
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()))
@@ -105,7 +109,9 @@ class DiscrepancyVAE(nn.Module):
         reconstruction = self.decoder(self.scm(z))
         virtual = self.decoder(latents)
         if self.log_noise is not None:
-            virtual = virtual + (control - reconstruction)
+            there = (perturbations >= 0).to(control.dtype)[..., None]
+            missed = (self.residual[perturbations.clamp_min(0)] * there).sum(1)  # (C, G)
+            virtual = virtual + (control - reconstruction) + missed[:, None]
         return ModelOutput(virtual, reconstruction, mean, variance, latents)
 
     def infer(self, x: Tensor, perturbations: Tensor, eps: Tensor) -> Inference:

@@ -130,12 +130,10 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
             trial = min(trial, refit(mask, now.theta, FALLBACK_STEPS), key=lambda s: float(s.nll[0]))
         now = trial
     for _ in range(p):
-        absent = _best_absent(now, threshold * phi, cells)
-        if absent is None:
+        more = _with_absent(now, threshold * phi, cells)
+        if more is None:
             break
-        mask = now.mask.clone()
-        mask.view(-1)[absent] = 1
-        now = refit(mask, now.theta)
+        now = refit(more, now.theta)
     small = (now.adjacency().abs() < min_effect) & now.mask[0].bool()
     if bool(small.any()):
         now = refit(now.mask * (~small), now.theta)
@@ -149,20 +147,30 @@ def _wald(covariance: Tensor, value: Tensor, on: Tensor, off: float) -> Tensor:
     return torch.where(on, value[:n] ** 2 / covariance[:n].diagonal().clamp_min(1e-30), off)
 
 
-def _best_absent(now: Solution, threshold: float, cells: float) -> int | None:
-    """The absent edge with the largest score statistic above the threshold that closes no cycle."""
+def _with_absent(now: Solution, threshold: float, cells: float) -> Tensor | None:
+    """The mask with absent edges whose score statistics pass the threshold, none of which closes a cycle.
+
+    Best first, and at most half of those that pass (one at least): what one edge explains others need not.
+    """
     model, p = now.model, now.model.p
     full = 1 - torch.eye(p, dtype=DTYPE)[None]
     _, gradient, information = model.information(now.theta, now.targets, full)
     on = torch.ones(model.size, dtype=torch.bool)
     on[: p * p] = now.mask[0].flatten().bool()
-    back = reachable(now.mask[0]).T | torch.eye(p, dtype=torch.bool)
-    absent = torch.nonzero(~on[: p * p] & ~back.flatten())[:, 0]
+    absent = torch.nonzero(~on[: p * p] & full[0].flatten().bool())[:, 0]
     if not len(absent):
         return None
     cross = information[0][absent][:, on]
     inside = torch.linalg.solve(information[0][on][:, on], cross.T).T
     left = (information[0].diagonal()[absent] - (inside * cross).sum(1)).clamp_min(1e-30)
     statistic = cells * gradient[0][absent] ** 2 / left
-    i = int(statistic.argmax())
-    return int(absent[i]) if statistic[i] > threshold else None
+    mask = now.mask.clone()
+    added, most = 0, (int((statistic > threshold).sum()) + 1) // 2
+    for i in statistic.argsort(descending=True).tolist():
+        if added == most or statistic[i] <= threshold:
+            break
+        j, k = divmod(int(absent[i]), p)
+        if not bool(reachable(mask[0])[k, j]):
+            mask[0, j, k] = 1
+            added += 1
+    return mask if added else None

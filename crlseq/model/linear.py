@@ -31,6 +31,7 @@ MAX_LOG_SCALE = 1.5  # |s| stays below: an unbounded scale drives a degenerate e
 RIDGE = 1e-4  # on G, per cell: only decides directions that the data leave flat
 RIDGE_SCALE = 2e-5
 LARGE_SHIFT = 5.0  # a shift's prior deviation: a program that control cells do not vary in keeps a scale
+RACE = 15  # steps after which restarts are far enough apart to go on with the best alone
 MAX_STEP = 1.5  # largest change of a parameter in one step
 FIXED_LOG_NOISE = -20.0
 
@@ -256,11 +257,13 @@ class LinearModel:
 
         # noise: a = psi/2 e_i, b = e_i; offset: dm = e_i
         gradient[:, at["psi"]] = 0.5 * by_covariance.diagonal(dim1=2, dim2=3).sum(1) * psi
-        put_edges("psi", torch.einsum("rcqi,rcqm,c->rqim", p_left, p_right, weight) * psi[..., None, None])
-        put("psi", "psi", 0.5 * torch.einsum("rcab,c->rab", precision**2, weight) * psi[:, :, None] * psi[:, None])
+        by_component = (p_left * wide).permute(0, 2, 3, 1) @ p_right.permute(0, 2, 1, 3)  # (R, q, p, n)
+        put_edges("psi", by_component * psi[..., None, None])
+        put("psi", "psi", 0.5 * (precision**2 * wide).sum(1) * psi[:, :, None] * psi[:, None])
         gradient[:, at["offset"]] = by_mean.sum(1)
-        put_edges("offset", torch.einsum("rci,rcqm,c->rqim", s["tau"], p_right, weight))
-        put("offset", "offset", torch.einsum("rcab,c->rab", precision, weight))
+        outer = (s["tau"] * weight[:, None]).transpose(1, 2) @ p_right.flatten(2)  # (R, p, q n)
+        put_edges("offset", outer.reshape(r, p, q, n).transpose(1, 2))
+        put("offset", "offset", (precision * wide).sum(1))
 
         ridge = torch.zeros(self.size, dtype=DTYPE)
         ridge[at["G"]], ridge[at["scale"]], ridge[at["retention"]] = 2 * RIDGE, RIDGE_SCALE, RIDGE_SCALE
@@ -268,7 +271,9 @@ class LinearModel:
         free = self.free(mask)
         nll = nll + 0.5 * (ridge * theta**2 * free).sum(1)
         gradient = (gradient + ridge * theta) * free
-        information = information * free[:, :, None] * free[:, None] + torch.diag_embed(ridge + 1e-10 + (1 - free))
+        if not bool((free > 0).all()):
+            information.mul_(free[:, :, None]).mul_(free[:, None])
+        information.diagonal(dim1=1, dim2=2).add_(ridge + 1e-10 + (1 - free))
         broken = (failed > 0).any(1) | ~torch.isfinite(nll) | ~torch.isfinite(gradient).all(1)
         return torch.where(broken, torch.inf, nll), gradient, information
 
@@ -281,12 +286,15 @@ class LinearModel:
         units over all cells (a hundredth of what decides anything).
         """
         cells, damping = self.moments.counts.sum(), torch.full((len(theta),), 1e-2, dtype=DTYPE)
+        moving = torch.nonzero((self.free(mask) > 0).any(0))[:, 0]  # the others would only lengthen the systems
         nll, gradient, information = self.information(theta, targets, mask)
         converged, given_up = torch.zeros(len(theta), dtype=torch.bool), torch.zeros(len(theta), dtype=torch.bool)
         for _ in range(steps):
-            damped = information + torch.diag_embed(damping[:, None] * information.diagonal(dim1=1, dim2=2) + 1e-9)
+            damped = information[:, moving][:, :, moving] if len(moving) < self.size else information.clone()
+            damped.diagonal(dim1=1, dim2=2).mul_(1 + damping[:, None]).add_(1e-9)
             root, failed = torch.linalg.cholesky_ex(damped)
-            step = -torch.cholesky_solve(gradient[..., None], root)[..., 0]
+            step = torch.zeros_like(theta)
+            step[:, moving] = -torch.cholesky_solve(gradient[:, moving, None], root)[..., 0]
             gain = -0.5 * (gradient * step).sum(1) * cells
             converged = converged | ((gain < tolerance) & (failed == 0) & torch.isfinite(nll))
             if bool((converged | given_up).all()):
@@ -295,9 +303,12 @@ class LinearModel:
             step = torch.where((converged | given_up | (failed > 0))[:, None], 0.0, step)
             new = self.information(theta + step, targets, mask)
             better = (new[0] < nll) & (failed == 0)
-            theta = torch.where(better[:, None], theta + step, theta)
-            nll, gradient = torch.where(better, new[0], nll), torch.where(better[:, None], new[1], gradient)
-            information = torch.where(better[:, None, None], new[2], information)
+            if bool(better.all()):
+                theta, (nll, gradient, information) = theta + step, new
+            elif bool(better.any()):
+                theta = torch.where(better[:, None], theta + step, theta)
+                nll, gradient = torch.where(better, new[0], nll), torch.where(better[:, None], new[1], gradient)
+                information = torch.where(better[:, None, None], new[2], information)
             damping = torch.where(better, damping / 4, damping * 6).clamp(1e-9, 1e9)
             given_up = given_up | (damping > 1e7)
         return Solution(self, theta, targets, mask, nll, information, converged)
@@ -368,4 +379,5 @@ def fit_linear(
     if targets is None:
         targets = propose_targets(moments, n_latents, restarts, torch.Generator().manual_seed(seed))
     mask = allowed_edges(n_latents, kind).expand(len(targets), -1, -1)
-    return model.solve(model.start(targets), targets, mask, steps).best()
+    raced = model.solve(model.start(targets), targets, mask, min(RACE, steps)).best()
+    return model.solve(raced.theta, raced.targets, raced.mask, steps)

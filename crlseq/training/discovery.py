@@ -26,7 +26,7 @@ from crlseq.errors import InputError
 from crlseq.model.assignment import assign_targets, reassign_targets
 from crlseq.model.edges import dispersion, misfit, reachable, select_edges
 from crlseq.model.equations import Preference, prefers_nonlinear
-from crlseq.model.kinds import KindComparison, Verdict, compare_kinds
+from crlseq.model.kinds import KindComparison, Verdict, compare_kinds, require_description
 from crlseq.model.linear import Kind, Solution, fit_linear
 from crlseq.model.moments import environment_moments, fold_moments, noise_level
 from crlseq.training.n_latents import LatentChoice, choose_n_latents
@@ -40,6 +40,7 @@ MAX_ENVIRONMENTS = 300  # perturbations that shape the graph: those with the lar
 MIN_NOISE = 0.8  # share of the measurement noise that every component has at least
 RESTARTS, FOLDS = 6, 5
 MANY_LATENTS, FEW_RESTARTS, FEW_FOLDS = 20, 2, 2  # fewer where each is dear
+REPLICATES = 20
 DECLARED_SUPPORT = 0.5  # an edge that just passes its likelihood ratio is found in half of the replicates
 
 
@@ -115,7 +116,6 @@ def discover(
     effect: np.ndarray,
     config: ModelConfig,
     seed: int,
-    n_bootstrap: int = 0,
     stage: Callable[[str], None] = lambda text: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Discovery:
@@ -125,8 +125,6 @@ def discover(
     ----------
     effect
         (K,) size of each perturbation's effect; 0 without one, and for perturbations that only occur in combinations.
-    n_bootstrap
-        Replicates; 0 for none.
     stage, note
         Told what is being done, and what was found.
 
@@ -169,7 +167,11 @@ def discover(
         if better is not None:
             cells, comparison = better
             straightened = True
+    comparison = require_description(comparison)
     stability = None
+    n_bootstrap = config.bootstrap
+    if n_bootstrap == "auto":
+        n_bootstrap = REPLICATES if p < MANY_LATENTS else 0
     if n_bootstrap:
         stage(f"bootstrapping {n_bootstrap} times")
         stability = bootstrap(*cells.of_fit(), comparison.edges, n_bootstrap, seed)

@@ -22,6 +22,7 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth, weighted_total
 from crlseq.training.checkpoint import load_checkpoint, save_checkpoint
 from crlseq.training.objective import Objective
+from crlseq.training.residuals import residual_effects
 from crlseq.training.schedules import final_weights, schedule, settled
 from crlseq.training.warm_start import WarmStart, warm_start
 
@@ -204,7 +205,10 @@ def fit_model(
     if best_epoch < 0:
         best_epoch, best_state = len(history) - 1, model.state_dict()
     model.load_state_dict(best_state)
-    return Fit(model.eval(), architecture, history, best_epoch, bandwidth, stopped_early)
+    model.eval()
+    if model.log_noise is not None:
+        model.residual.copy_(torch.from_numpy(residual_effects(model, data, training.seed)))
+    return Fit(model, architecture, history, best_epoch, bandwidth, stopped_early)
 
 
 def _exhausted(epoch: int, best_epoch: int, n_epochs: int, training: TrainingConfig) -> bool:

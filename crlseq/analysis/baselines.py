@@ -1,0 +1,195 @@
+"""What simple predictors say of a condition: the answers that a model has to beat.
+
+Every baseline is a change against control, made of training cells alone: `training_effects` is given no others, and
+`predict` is given what it returns. With E_c the mean of the training cells of condition c minus that of training
+controls of the same batches:
+
+    no_change       0
+    mean            the mean of E over the fitted conditions: with one batch, P - control for the mean P of their means
+    additive        the sum of the single effects of the parts
+    matching_mean   the mean of E over the fitted conditions with a part in common; see `matching_mean`
+    ridge           linear in the parts on principal components of E; see `ridge`
+
+A part that is in no fitted condition has no effect, with the model as with the baselines. Since 2025 the field's
+finding is that few models beat these (Ahlmann-Eltze et al. 2025, Nature Methods; Csendes et al. 2025, BMC Genomics;
+matching mean: Vinas Torne et al. 2025, Nature Biotechnology).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+BASELINES = ("no_change", "mean", "additive", "matching_mean", "ridge")
+N_COMPONENTS = 10  # as in Ahlmann-Eltze et al. 2025
+PENALTIES = np.logspace(-3, 3, 25)
+
+Parts = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and unbiased variance (groups, genes) of groups of cells, and their numbers (groups,).
+
+    A group without cells has mean 0, one of fewer than two variance 0.
+    """
+
+    mean: np.ndarray
+    variance: np.ndarray
+    n: np.ndarray
+
+
+def group_moments(x: sp.csr_matrix | np.ndarray, group: np.ndarray, n_groups: int) -> Moments:
+    """Moments of cells (cells, genes) by group (cells,); cells of group -1 take no part."""
+    there = np.flatnonzero(group >= 0)
+    indicator = sp.csr_matrix((np.ones(len(there)), (group[there], there)), shape=(n_groups, x.shape[0]))
+    n = np.bincount(group[there], minlength=n_groups)
+    squares = x.multiply(x) if sp.issparse(x) else np.asarray(x, dtype=float) ** 2
+    total, square = (_dense(indicator @ values) for values in (x.astype(float), squares))
+    mean = total / np.maximum(n, 1)[:, None]
+    spread = np.maximum(square - total * mean, 0.0)
+    return Moments(mean, spread / np.maximum(n - 1, 1)[:, None], n)
+
+
+def _dense(values: sp.csr_matrix | np.ndarray) -> np.ndarray:
+    return np.asarray(values.toarray() if sp.issparse(values) else values, dtype=float)
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Moments of control cells by batch; the last group is of all batches, for batches without two controls."""
+
+    moments: Moments
+
+    def shares(self, group: np.ndarray, batch: np.ndarray, n_groups: int) -> np.ndarray:
+        """(groups, batches + 1) share of each group's cells in each batch with controls, or under the last."""
+        n_batches = len(self.moments.n) - 1
+        usable = np.append(self.moments.n[:-1] >= 2, False)
+        there = group >= 0
+        known = (batch >= 0) & (batch < n_batches)
+        place = np.where(known, batch, n_batches)
+        place = np.where(usable[place], place, n_batches)[there]
+        counts = np.zeros((n_groups, n_batches + 1))
+        np.add.at(counts, (group[there], place), 1.0)
+        return counts / np.maximum(counts.sum(1, keepdims=True), 1.0)
+
+
+def control_moments(x: sp.csr_matrix | np.ndarray, batch: np.ndarray, n_batches: int) -> Controls:
+    """Moments of control cells (cells, genes) of batches (cells,)."""
+    own, every = group_moments(x, batch, n_batches), group_moments(x, np.zeros_like(batch), 1)
+    stacked = (np.concatenate([getattr(own, name), getattr(every, name)]) for name in ("mean", "variance", "n"))
+    return Controls(Moments(*stacked))
+
+
+@dataclass(frozen=True)
+class TrainingEffects:
+    """All that baselines know.
+
+    ``parts`` of each fitted condition; ``effect`` (conditions, genes) of its training cells against controls;
+    ``halves`` (2, conditions, genes): the same from either half of its cells.
+    """
+
+    parts: tuple[Parts, ...]
+    effect: np.ndarray
+    halves: np.ndarray
+
+
+def training_effects(
+    x: sp.csr_matrix | np.ndarray,
+    condition: np.ndarray,
+    batch: np.ndarray,
+    conditions: Sequence[Parts],
+    rng: np.random.Generator,
+) -> TrainingEffects:
+    """Effects of every condition with two training cells.
+
+    Parameters
+    ----------
+    x, condition, batch
+        Training cells and no others: (cells, genes), and the condition and batch of each; condition 0 is the control.
+    conditions
+        Parts of each condition; () for the control.
+    rng
+        Divides the cells of a condition into halves.
+    """
+    n, control = len(conditions), condition == 0
+    controls = control_moments(x[control], batch[control], int(batch.max(initial=0)) + 1)
+    order = rng.permutation(len(condition))
+    half = np.empty(len(condition), dtype=np.int64)
+    for c in range(n):
+        own = order[condition[order] == c]
+        half[own] = np.arange(len(own)) % 2
+
+    def effects(group: np.ndarray) -> np.ndarray:
+        shares = controls.shares(group, batch, n)
+        return group_moments(x, group, n).mean - shares @ controls.moments.mean
+
+    fitted = [c for c in range(1, n) if (condition == c).sum() >= 2]
+    halves = np.stack([effects(np.where(half == h, condition, -1))[fitted] for h in (0, 1)])
+    return TrainingEffects(tuple(tuple(conditions[c]) for c in fitted), effects(condition)[fitted], halves)
+
+
+def predict(train: TrainingEffects, queries: Sequence[Parts]) -> dict[str, np.ndarray]:
+    """Changes (queries, genes) of every baseline of `BASELINES`."""
+    mean = np.broadcast_to(train.effect.mean(0), (len(queries), train.effect.shape[1]))
+    found = [np.zeros(mean.shape), mean.copy(), additive(train, queries), matching_mean(train, queries)]
+    return dict(zip(BASELINES, [*found, ridge(train, queries)], strict=True))
+
+
+def additive(train: TrainingEffects, queries: Sequence[Parts]) -> np.ndarray:
+    """Sum of the effects of the single perturbations; for a single one its own training effect."""
+    single = {parts[0]: row for parts, row in zip(train.parts, train.effect, strict=True) if len(parts) == 1}
+    changes = np.zeros((len(queries), train.effect.shape[1]))
+    for change, parts in zip(changes, queries, strict=True):
+        for part in parts:
+            if part in single:
+                change += single[part]
+    return changes
+
+
+def matching_mean(train: TrainingEffects, queries: Sequence[Parts]) -> np.ndarray:
+    """Mean effect of the fitted conditions that have a part in common with the query.
+
+    For a double of which singles alone were fitted it is (E_a + E_b) / 2. A query that was itself fitted takes its
+    own training effect; one that shares no part with any condition the mean of all.
+    """
+    changes = np.empty((len(queries), train.effect.shape[1]))
+    own = {parts: i for i, parts in enumerate(train.parts)}
+    for change, parts in zip(changes, queries, strict=True):
+        sharing = [i for i, other in enumerate(train.parts) if set(other) & set(parts)]
+        rows = [own[tuple(parts)]] if tuple(parts) in own else sharing
+        change[:] = train.effect[rows].mean(0) if rows else train.effect.mean(0)
+    return changes
+
+
+def ridge(train: TrainingEffects, queries: Sequence[Parts]) -> np.ndarray:
+    """Ridge regression of effects on their parts, in the space of principal components of the training effects.
+
+    Rows are the two halves of each fitted condition's cells; the design D (rows, parts) has a 1 for each part. The
+    scores S = effects V, V the leading `N_COMPONENTS` right singular vectors of the effects (through the origin: no
+    change), are fitted by (D'D + penalty)^-1 D'S. The penalty of `PENALTIES` has the least squared leave-one-out error
+    (y - y_hat) / (1 - h) over rows. Rows are halves since a single perturbation with one row would say nothing of
+    itself once that is left out, and no penalty would be better than any other.
+    """
+    parts = sorted({part for condition in train.parts for part in condition})
+    axes = np.linalg.svd(train.effect, full_matrices=False)[2][:N_COMPONENTS]
+    design = np.tile(_design(train.parts, parts), (2, 1))
+    scores = np.concatenate(list(train.halves)) @ axes.T
+    gram = design.T @ design
+    best, errors = np.zeros((len(parts), len(axes))), np.inf
+    for penalty in PENALTIES:
+        inverse = np.linalg.inv(gram + penalty * np.eye(len(parts)))
+        coefficients = inverse @ design.T @ scores
+        leverage = np.einsum("rp,pq,rq->r", design, inverse, design)
+        error = float((((scores - design @ coefficients) / (1 - leverage)[:, None]) ** 2).sum())
+        if error < errors:
+            best, errors = coefficients, error
+    found: np.ndarray = _design(queries, parts) @ best @ axes
+    return found
+
+
+def _design(conditions: Sequence[Parts], parts: Sequence[int]) -> np.ndarray:
+    return np.array([[float(part in condition) for part in parts] for condition in conditions])
