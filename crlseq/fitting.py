@@ -132,7 +132,9 @@ def _fit(
     if training.threads is not None:
         torch.set_num_threads(training.threads)
     progress.stage("reading the screen")
+    threads = torch.get_num_threads()
     data = read_data(source, config.data, training.seed)
+    torch.set_num_threads(threads)  # numba, which scanpy starts to choose genes, sets its own number
     digest = _sha256(source)
     for note in data.notes:
         progress.note(note)
@@ -328,6 +330,7 @@ def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict
             "program": stability.program.tolist(),
             "perturbations": [perturbations[k] for k in discovery.environments],
             "assignment": stability.assignment.tolist(),
+            "shift_error": [None if np.isnan(value) else value for value in stability.shift_error.tolist()],
         }
     return row
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -173,6 +173,12 @@ class Run:
                 parts.append(self.model.latents(x).double().numpy())
         latents: np.ndarray = (np.concatenate(parts) - center) / scale
         return latents.astype(np.float32)
+
+    def predict(self, perturbations: str | Sequence[str], **options: Any) -> ad.AnnData:
+        """Virtual cells under fitted perturbations and combinations of them; see `crlseq.prediction.predict`."""
+        from crlseq.prediction import predict
+
+        return predict(self, perturbations, **options)
 
     def annotate(self, adata: ad.AnnData) -> ad.AnnData:
         """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes."""

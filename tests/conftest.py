@@ -15,7 +15,7 @@ import pytest
 
 import crlseq
 from crlseq.run import Run
-from tests.support import invoke, small_screen
+from tests.support import clear_screen, invoke
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,13 +30,13 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def screen() -> ad.AnnData:
-    """A small screen of counts with two doubles and two batches; copy it before changing it."""
-    return small_screen(n_doubles=2, n_batches=2, seed=1)
+    """`tests.support.clear_screen`; copy it before changing it."""
+    return clear_screen()
 
 
 @pytest.fixture(scope="session")
 def screen_file(screen: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small screen as an h5ad file."""
+    """The screen as an h5ad file."""
     path = tmp_path_factory.mktemp("screen") / "screen.h5ad"
     screen.copy().write_h5ad(path)
     return path
@@ -44,9 +44,18 @@ def screen_file(screen: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def run_folder(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the small screen, finished through the command line; read it only."""
+    """A run of the screen with the default method, finished through the command line; read it only."""
     folder = tmp_path_factory.mktemp("finished") / "RUN"
     answer = invoke("fit", screen_file, "--output", folder, "--epochs", 3, "--hold-out-cells", 0.2, "--n-latents", 3)
+    assert answer.code == 0, answer.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def linear_folder(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the screen by the likelihood alone, without a bootstrap and without an epoch; read it only."""
+    folder = tmp_path_factory.mktemp("linear") / "RUN"
+    answer = invoke("fit", screen_file, "--output", folder, "--method", "linear", "--n-latents", 3, "--bootstrap", 0)
     assert answer.code == 0, answer.err
     return folder
 

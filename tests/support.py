@@ -25,7 +25,8 @@ from crlseq.run import Run
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 SINGLES = [f"g{i}" for i in range(6)]
-FAST: dict[str, Any] = {"epochs": 1, "n_latents": 2}
+# For what is about files, labels and matrices: what the fit finds in them is not the point.
+FAST: dict[str, Any] = {"method": "gradient", "epochs": 1, "n_latents": 2, "bootstrap": 0}
 SMALL: dict[str, Any] = {
     "n_latents": 3,
     "perturbations_per_latent": 2,
@@ -43,6 +44,15 @@ RUN_FILES = {
 def small_screen(**changes: Any) -> ad.AnnData:
     """A simulated screen of 280 cells and 40 genes; counts."""
     return crlseq.simulate(**{**SMALL, **changes})
+
+
+def clear_screen() -> ad.AnnData:
+    """740 cells and 40 genes: six perturbations with clear effects, ``g6`` without any, two doubles, two batches."""
+    adata = small_screen(cells_per_perturbation=60, n_control=260, depth=2000.0, n_doubles=2, n_batches=2, seed=1)
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    labels[np.flatnonzero(labels == "control")[:60]] = "g6"
+    adata.obs["perturbation"] = pd.Categorical(labels)
+    return adata
 
 
 def dense(adata: ad.AnnData) -> np.ndarray:
@@ -128,10 +138,11 @@ def refused(folder: Path, source: object, *options: object, code: int = 3, says:
     return answer
 
 
-def fit_file(path: Path, *options: object, epochs: int = 1) -> Run:
+def fit_file(path: Path, *options: object, method: str = "gradient", bootstrap: int = 0) -> Run:
     """Fit a file through the command line; every file of the run is there, and scanpy's reader opens the result."""
     folder = path.parent / "RUN"
-    answer = invoke("fit", path, "--output", folder, "--epochs", epochs, "--n-latents", 2, *options)
+    words = ["--method", method, "--bootstrap", bootstrap, "--epochs", 1, "--n-latents", 2, *options]
+    answer = invoke("fit", path, "--output", folder, *words)
     assert answer.code == 0, answer.err
     assert answer.out == ""
     assert {file.name for file in folder.iterdir()} == RUN_FILES
@@ -143,10 +154,10 @@ def fit_file(path: Path, *options: object, epochs: int = 1) -> Run:
     return run
 
 
-def fit_h5ad(adata: ad.AnnData, folder: Path, *options: object) -> Run:
+def fit_h5ad(adata: ad.AnnData, folder: Path, *options: object, **kinds: Any) -> Run:
     with ad.settings.override(allow_write_nullable_strings=True):
         adata.write_h5ad(folder / "screen.h5ad")
-    return fit_file(folder / "screen.h5ad", *options)
+    return fit_file(folder / "screen.h5ad", *options, **kinds)
 
 
 def relabelled(**names: str) -> ad.AnnData:

@@ -31,7 +31,7 @@ def test_keys(annotated: ad.AnnData, finished: Run) -> None:
     latents, programs = annotated.obsm["X_crlseq"], annotated.varm["crlseq_programs"]
     assert type(latents) is np.ndarray
     assert type(programs) is np.ndarray
-    assert (latents.shape, latents.dtype) == ((340, 3), np.float32)
+    assert (latents.shape, latents.dtype) == ((740, 3), np.float32)
     assert (programs.shape, programs.dtype) == ((40, 3), np.float32)
     assert set(annotated.obs["crlseq_split"]) == {"train", "validation", "test"}
     assert annotated.var["crlseq_fitted"].dtype == bool
@@ -45,10 +45,12 @@ def test_uns(annotated: ad.AnnData, finished: Run) -> None:
     assert (uns["adjacency"].shape, uns["adjacency"].dtype) == ((3, 3), np.float64)
     np.testing.assert_array_equal(uns["adjacency"], finished.adjacency)
     interventions = uns["interventions"]
-    assert list(interventions.index) == [f"g{i}" for i in range(6)]
+    assert list(interventions.index) == [f"g{i}" for i in range(7)]
     pd.testing.assert_series_equal(
         interventions["shift"].reset_index(drop=True), finished.interventions["shift"], check_exact=True
     )
+    assert interventions["program"].tolist() == finished.interventions["program"].tolist()
+    assert interventions.loc["g6", "program"] == "" and np.isnan(interventions.loc["g6", "weight"])
     assert uns["names"].dtype.names == uns["scores"].dtype.names == ("P0", "P1", "P2")
     assert len(uns["names"]) == 40
     loading = finished.programs.set_index(["program", "gene"])["loading"]
@@ -89,7 +91,7 @@ def test_scanpy(annotated: ad.AnnData, tmp_path: Path) -> None:
 
     adata = annotated.copy()
     sc.pp.neighbors(adata, use_rep="X_crlseq", n_neighbors=5)
-    assert adata.obsp["connectivities"].shape == (340, 340)
+    assert adata.obsp["connectivities"].shape == (740, 740)
     axes = sc.pl.embedding(adata, basis="X_crlseq", color=["perturbation", "crlseq_split"], show=False)
     assert len(axes) == 2
     plt.close("all")
@@ -118,7 +120,7 @@ def test_graph_files(run_folder: Path, finished: Run) -> None:
 
 def test_graph_by_hand() -> None:
     weights = np.array([[0.0, 0.5, 0.05], [0.0, 0.0, -2.0], [0.0, 0.0, 0.0]])
-    edges = edge_table(weights, np.abs(weights) > 0.1, "not identified")
+    edges = edge_table(weights, np.abs(weights) > 0.1, np.full((3, 3), np.nan), "not identified")
     assert edges.to_dict("list")["source"] == ["P0", "P1"]
     assert edges.to_dict("list")["target"] == ["P1", "P2"]
     assert edges["weight"].tolist() == [0.5, -2.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import crlseq
 from crlseq.data import splits
 from crlseq.errors import InputError
 from crlseq.run import TABLES, Run
-from tests.support import RUN_FILES, dense, invoke, small_screen
+from tests.support import FAST, RUN_FILES, dense, invoke, small_screen
 
 
 @pytest.fixture
@@ -55,17 +56,82 @@ def test_tables(finished: Run) -> None:
         assert rows["rank"].tolist() == list(range(1, 41))
         assert (np.diff(rows["loading"].abs()) <= 0).all()
         assert (rows["loading"] * rows["loading"].abs()).sum() >= 0  # the sign convention
-    assert interventions["perturbation"].tolist() == [f"g{i}" for i in range(6)]
-    assert interventions["program"].isin(finished.program_names).all()
-    assert interventions["weight"].between(1 / 3, 1).all()
-    assert interventions["retention"].between(0, 1).all()
+    assert interventions["perturbation"].tolist() == [f"g{i}" for i in range(7)]
     assert interventions["p_value"].between(0, 1).all()
     assert (interventions["fdr"] >= interventions["p_value"]).all()
-    assert (interventions["n_cells"] == 24).all()
+    assert (interventions["n_cells"] == 48).all()
+    claims = interventions[interventions["fdr"] <= 0.05]
+    assert claims["perturbation"].tolist() == [f"g{i}" for i in range(6)]
+    assert set(claims["program"]) == set(finished.program_names)
+    assert (claims["weight"] == 1).all()  # the likelihood gives one target each
+    assert claims["retention"].between(0, 1).all() and (claims["noise_scale"] > 0).all()
+    assert (claims["shift"] != 0).all() and np.isfinite(claims["shift"]).all()
+    assert claims["support"].between(0.5, 1).all()
     assert finished.history["epoch"].tolist() == [0, 1, 2]
     assert np.isfinite(finished.history.to_numpy()).all()
-    assert (finished.edges["weight"].abs() >= 0.1).all()
+    assert not finished.edges.empty
+    assert finished.edges["support"].between(0.5, 1).all()
+    assert (finished.edges["identified"] == finished.info["identification"]["verdict"]).all()
     assert all(int(a[1:]) < int(b[1:]) for a, b in zip(finished.edges["source"], finished.edges["target"], strict=True))
+
+
+def test_a_perturbation_without_effect_gets_no_claim(finished: Run, run_folder: Path) -> None:
+    """The same before and after the files: an empty program and no numbers, and the report says so."""
+    row = finished.interventions.set_index("perturbation").loc["g6"]
+    assert row["fdr"] > 0.05 and row["energy_distance"] < 0.1
+    assert row["program"] == ""
+    assert row[["weight", "shift", "retention", "noise_scale", "support"]].isna().all()
+    assert all("g6" not in program["drivers"].split(", ") for program in finished.info["programs"])
+    line = (run_folder / "interventions.csv").read_text().splitlines()[-1]
+    assert line.startswith("g6,,,,,48,")
+    page = (run_folder / "report.html").read_text()
+    assert page.count("no detectable effect, no claim") == 1
+    assert re.search(r"<td>g6</td><td colspan=\"5\" class=\"none\">no detectable effect", page)
+    assert "nan" not in page
+
+
+def test_the_discovery_is_told(finished: Run) -> None:
+    found = finished.info["discovery"]
+    assert (found["equations"], found["straightened"]) == ("linear", False)
+    assert found["intervention"] in ("hard", "soft")
+    assert found["n_latents_curve"] is None and finished.info["n_latents_reason"] == "as asked"
+    bootstrap = found["bootstrap"]
+    assert bootstrap["replicates"] + bootstrap["failed"] == 20
+    assert bootstrap["perturbations"] == [f"g{i}" for i in range(6)]
+    edge = np.array(bootstrap["edge"])
+    for row in finished.edges.to_dict("records"):
+        assert row["support"] == edge[int(row["source"][1:]), int(row["target"][1:])]
+    assignment = np.array(bootstrap["assignment"])
+    np.testing.assert_allclose(assignment.sum(1), 1)
+    for k, row in enumerate(finished.interventions.to_dict("records")[:6]):
+        assert row["support"] == assignment[k, int(row["program"][1:])]
+
+
+def test_the_likelihood_alone(linear_folder: Path) -> None:
+    """``--method linear`` trains nothing; without a bootstrap there is no support, and the edges stay."""
+    assert {file.name for file in linear_folder.iterdir()} == RUN_FILES - {"resume.pt"}
+    run = crlseq.load(linear_folder)
+    assert run.history.empty and (linear_folder / "history.csv").read_text() == "epoch,total\n"
+    assert run.info["training"]["epochs_run"] == 0
+    assert run.info["discovery"]["bootstrap"] is None
+    assert not run.edges.empty and run.edges["support"].isna().all()
+    assert run.interventions["support"].isna().all()
+    assert run.interventions["program"].ne("").tolist() == [True] * 6 + [False]
+    assert not any("support" in values for _, _, values in run.dag.edges(data=True))
+    assert len(run.evaluation) == 9 and run.evaluation["mmd2"].notna().all()
+    page = (linear_folder / "report.html").read_text()
+    assert "No network was trained" in page
+    assert "polyline class" not in page and "<h2>Loss</h2>" not in page
+    assert "epoch" not in page
+    assert invoke("report", linear_folder, "--output", linear_folder.parent / "page.html").code == 0
+
+
+def test_the_likelihood_alone_in_memory_and_in_its_folder(screen: ad.AnnData, tmp_path: Path) -> None:
+    run = crlseq.fit(screen, method="linear", n_latents=2, bootstrap=0)
+    run.write_tables(tmp_path)
+    again = crlseq.load(tmp_path)
+    for name, table in run.tables().items():
+        pd.testing.assert_frame_equal(again.tables()[name], table, check_exact=True)
 
 
 def test_run_json(finished: Run, run_folder: Path, screen_file: Path) -> None:
@@ -75,7 +141,7 @@ def test_run_json(finished: Run, run_folder: Path, screen_file: Path) -> None:
     assert info["command"].startswith(f"crlseq fit {screen_file}")
     assert info["input"]["sha256"] == hashlib.sha256(screen_file.read_bytes()).hexdigest()
     assert info["input"]["path"] == str(screen_file)
-    assert (info["input"]["n_cells"], info["input"]["n_genes"]) == (340, 40)
+    assert (info["input"]["n_cells"], info["input"]["n_genes"]) == (740, 40)
     genes = "\n".join(f"gene{i}" for i in range(40))
     assert info["var_names_sha256"] == hashlib.sha256(genes.encode()).hexdigest()
     assert (info["seed"], info["device"], info["config"]["training"]["epochs"]) == (0, "cpu", 3)
@@ -83,7 +149,7 @@ def test_run_json(finished: Run, run_folder: Path, screen_file: Path) -> None:
     assert info["started"] <= info["finished"]
     assert info["seconds"] > 0
     assert info["metrics"]["evaluated_on"] == "test"
-    assert sum(info["cells"].values()) == 340
+    assert sum(info["cells"].values()) == 740
     assert info["preprocessing"]["values"] == "counts"
 
 
@@ -95,7 +161,7 @@ def test_weights(run_folder: Path, finished: Run) -> None:
         names = set(handle.keys())
     assert all(isinstance(value, str) for value in metadata.values())
     architecture = json.loads(metadata["architecture"])
-    assert (architecture["n_genes"], architecture["n_latents"], architecture["n_perturbations"]) == (40, 3, 6)
+    assert (architecture["n_genes"], architecture["n_latents"], architecture["n_perturbations"]) == (40, 3, 7)
     assert names == set(finished.model.state_dict())
     assert not finished.model.training
 
@@ -119,7 +185,8 @@ def test_round_trip_is_exact(finished: Run, tmp_path: Path) -> None:
 
 def test_memory_and_folder_hold_the_same(screen: ad.AnnData, tmp_path: Path) -> None:
     """Floats to the bit and equal types, with awkward numbers put in."""
-    run = crlseq.fit(screen, epochs=1, n_latents=2)
+    run = crlseq.fit(screen, epochs=1, n_latents=2, bootstrap=2)
+    assert run.interventions.loc[6, ["weight", "shift", "retention", "noise_scale", "support"]].isna().all()
     rng = np.random.default_rng(0)
     run.programs["loading"] = rng.standard_normal(len(run.programs)) * 10.0 ** rng.integers(
         -300, 300, len(run.programs)
@@ -260,26 +327,26 @@ def test_splits_lie_within_conditions(run_folder: Path) -> None:
     obs = ad.read_h5ad(run_folder / "crlseq.h5ad").obs
     counts = obs.groupby("perturbation", observed=True)["crlseq_split"].value_counts().unstack(fill_value=0)
     assert set(obs["crlseq_split"].cat.categories) == set(splits.SPLITS)
-    assert counts.loc["control", ["test", "validation", "train"]].tolist() == [20, 10, 70]
-    assert (counts.drop("control")["test"] == 6).all()
+    assert counts.loc["control", ["test", "validation", "train"]].tolist() == [40, 20, 140]
+    assert (counts.drop("control")["test"] == 12).all()
 
 
 # --- finished runs and --resume, --force
 
 
 def test_force_replaces_a_run(screen_file: Path, tmp_path: Path) -> None:
-    first = crlseq.fit(screen_file, tmp_path / "RUN", epochs=1, n_latents=2)
+    first = crlseq.fit(screen_file, tmp_path / "RUN", **FAST)
     (tmp_path / "RUN" / "note.txt").write_text("mine")
-    second = crlseq.fit(screen_file, tmp_path / "RUN", epochs=1, n_latents=2, seed=7, force=True)
+    second = crlseq.fit(screen_file, tmp_path / "RUN", **FAST, seed=7, force=True)
     assert (first.info["seed"], second.info["seed"]) == (0, 7)
     assert [path.name for path in tmp_path.iterdir()] == ["RUN"]
     assert not (tmp_path / "RUN" / "note.txt").exists()
 
 
 def test_force_replaces_a_link_to_a_run(screen_file: Path, tmp_path: Path) -> None:
-    crlseq.fit(screen_file, tmp_path / "first", epochs=1, n_latents=2)
+    crlseq.fit(screen_file, tmp_path / "first", **FAST)
     (tmp_path / "RUN").symlink_to(tmp_path / "first")
-    crlseq.fit(screen_file, tmp_path / "RUN", epochs=1, n_latents=2, seed=7, force=True)
+    crlseq.fit(screen_file, tmp_path / "RUN", **FAST, seed=7, force=True)
     assert {path.name for path in tmp_path.iterdir()} == {"RUN", "first"}
     assert crlseq.load(tmp_path / "first").info["seed"] == 0
 

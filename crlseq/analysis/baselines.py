@@ -10,7 +10,9 @@ controls of the same batches:
     matching_mean   the mean of E over the fitted conditions with a part in common; see `matching_mean`
     ridge           linear in the parts on principal components of E; see `ridge`
 
-A part that is in no fitted condition has no effect, with the model as with the baselines. Since 2025 the field's
+A part that is in no fitted condition has no effect, with the model as with the baselines. All E share the sampling noise
+of the controls with every measured change, so that with few controls the correlation of an additive change is above 0
+even where nothing has an effect; distances between means do not share it. Since 2025 the field's
 finding is that few models beat these (Ahlmann-Eltze et al. 2025, Nature Methods; Csendes et al. 2025, BMC Genomics;
 matching mean: Vinas Torne et al. 2025, Nature Biotechnology).
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -47,15 +50,16 @@ def group_moments(x: sp.csr_matrix | np.ndarray, group: np.ndarray, n_groups: in
     there = np.flatnonzero(group >= 0)
     indicator = sp.csr_matrix((np.ones(len(there)), (group[there], there)), shape=(n_groups, x.shape[0]))
     n = np.bincount(group[there], minlength=n_groups)
-    squares = x.multiply(x) if sp.issparse(x) else np.asarray(x, dtype=float) ** 2
-    total, square = (_dense(indicator @ values) for values in (x.astype(float), squares))
+    values: Any = x.astype(float)
+    squares = values**2 if isinstance(values, np.ndarray) else values.multiply(values)
+    total, square = _dense(indicator @ values), _dense(indicator @ squares)
     mean = total / np.maximum(n, 1)[:, None]
     spread = np.maximum(square - total * mean, 0.0)
     return Moments(mean, spread / np.maximum(n - 1, 1)[:, None], n)
 
 
-def _dense(values: sp.csr_matrix | np.ndarray) -> np.ndarray:
-    return np.asarray(values.toarray() if sp.issparse(values) else values, dtype=float)
+def _dense(values: Any) -> np.ndarray:
+    return np.asarray(values if isinstance(values, np.ndarray) else values.toarray(), dtype=float)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Controls:
         place = np.where(usable[place], place, n_batches)[there]
         counts = np.zeros((n_groups, n_batches + 1))
         np.add.at(counts, (group[there], place), 1.0)
-        return counts / np.maximum(counts.sum(1, keepdims=True), 1.0)
+        shares: np.ndarray = counts / np.maximum(counts.sum(1, keepdims=True), 1.0)
+        return shares
 
 
 def control_moments(x: sp.csr_matrix | np.ndarray, batch: np.ndarray, n_batches: int) -> Controls:
@@ -117,19 +122,24 @@ def training_effects(
     """
     n, control = len(conditions), condition == 0
     controls = control_moments(x[control], batch[control], int(batch.max(initial=0)) + 1)
-    order = rng.permutation(len(condition))
-    half = np.empty(len(condition), dtype=np.int64)
-    for c in range(n):
-        own = order[condition[order] == c]
-        half[own] = np.arange(len(own)) % 2
+    half = halves(condition, rng)
 
     def effects(group: np.ndarray) -> np.ndarray:
         shares = controls.shares(group, batch, n)
-        return group_moments(x, group, n).mean - shares @ controls.moments.mean
+        return np.asarray(group_moments(x, group, n).mean - shares @ controls.moments.mean)
 
     fitted = [c for c in range(1, n) if (condition == c).sum() >= 2]
-    halves = np.stack([effects(np.where(half == h, condition, -1))[fitted] for h in (0, 1)])
-    return TrainingEffects(tuple(tuple(conditions[c]) for c in fitted), effects(condition)[fitted], halves)
+    either = np.stack([effects(np.where(half == h, condition, -1))[fitted] for h in (0, 1)])
+    return TrainingEffects(tuple(tuple(conditions[c]) for c in fitted), effects(condition)[fitted], either)
+
+
+def halves(condition: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(cells,) 0 or 1: a random half of the cells of each condition."""
+    order = rng.permutation(len(condition))
+    order = order[np.argsort(condition[order], kind="stable")]
+    half = np.empty(len(condition), dtype=np.int64)
+    half[order] = (np.arange(len(order)) - np.searchsorted(condition[order], condition[order])) % 2
+    return half
 
 
 def predict(train: TrainingEffects, queries: Sequence[Parts]) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from crlseq import __version__
-from crlseq.cli import benchmark, check, export, fit, inspect, report, simulate
+from crlseq.cli import benchmark, check, evaluate, export, fit, inspect, predict, report, simulate
 from crlseq.cli.output import say
 from crlseq.errors import CrlseqError
 
@@ -47,6 +47,8 @@ def _main(
 app.command("check")(check.check)
 app.command("fit")(fit.fit)
 app.add_typer(inspect.app, name="inspect")
+app.command("predict")(predict.predict)
+app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("simulate")(simulate.simulate)

@@ -123,12 +123,13 @@ def _select(counts: sp.csr_matrix, n_components: int) -> tuple[Floats, np.ndarra
     """Dense counts of the genes that vary most, those genes, and principal axes of their residuals."""
     detected = np.flatnonzero(np.asarray((counts > 0).sum(0)).ravel() > 0)
     x = counts[:, detected].toarray().astype(np.float64)
-    x[x.sum(1) == 0, 0] = 1.0  # a cell without any of these genes has no size
+    x = x[x.sum(1) > 0]  # a cell without any of these genes has no size, and says nothing about loadings
     size = x.sum(1, keepdims=True) / np.median(x.sum(1))
     intercept = np.log((x / size).mean(0))
     z = np.clip((x / size / np.exp(intercept) - 1) * _residual_weight(intercept, dispersion(x)), -6, 6)
     kept = np.sort(np.argsort(-z.var(0), kind="stable")[:MAX_GENES])
-    return x[:, kept], detected[kept], _principal_axes(z[:, kept], min(n_components, len(kept)))[1]
+    x = x[:, kept]
+    return x[x.sum(1) > 0], detected[kept], _principal_axes(z[:, kept], min(n_components, len(kept)))[1]
 
 
 def _residual_weight(intercept: Floats, alpha: float) -> Floats:

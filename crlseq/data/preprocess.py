@@ -50,6 +50,11 @@ class Preprocessing:
                 f"{source} holds values that are no counts, but the fit was on counts.",
                 "Give raw counts in the same layer.",
             )
+        if self.values == "log" and block.nnz and block.data.max() > MAX_LOG:
+            raise InputError(
+                f"{source} reaches {block.data.max():g}, but the fit was on log-normalised values.",
+                "Give values normalised in the same way.",
+            )
 
     def apply(self, counts: sp.csr_matrix) -> sp.csr_matrix:
         """Normalised cells (n, all genes): log1p(count / total * target_sum) for counts, unchanged otherwise."""

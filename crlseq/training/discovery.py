@@ -39,7 +39,7 @@ COMPONENTS = 40
 MAX_ENVIRONMENTS = 300  # perturbations that shape the graph: those with the largest effects
 MIN_NOISE = 0.8  # share of the measurement noise that every component has at least
 RESTARTS, FOLDS = 6, 5
-MANY_LATENTS, FEW_RESTARTS, FEW_FOLDS = 20, 2, 2  # fewer where each is dear
+MANY_LATENTS, FEW_RESTARTS, FEW_FOLDS = 20, 1, 2  # fewer where each is dear
 REPLICATES = 20
 DECLARED_SUPPORT = 0.5  # an edge that just passes its likelihood ratio is found in half of the replicates
 
@@ -151,7 +151,8 @@ def discover(
     restarts = RESTARTS if p < MANY_LATENTS else FEW_RESTARTS
     dense = reassign_targets(fit_linear(moments, p, "hard", restarts, seed, MIN_NOISE * noise_level(moments)))
     comparison = _compare(dense, cells, kind, seed)
-    straightened, (excess, error) = False, misfit(dense)
+    straightened = False
+    excess, error = misfit(dense)
     if excess > STRAIGHT + CHANCE * error and config.method == "straighten":
         if comparison.kind == "shift" and config.equations != "linear" and kind in (None, "shift"):
             stage("trying nonlinear equations")

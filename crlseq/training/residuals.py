@@ -4,7 +4,7 @@ The latents are few, so that a knock-out's own transcript, and whatever else one
 What is left of its mean effect, ``r = (mean of its cells - mean of controls) - effect through the latents``, is kept
 as far as it stands out of sampling noise: r is shrunk by the empirical-Bayes posterior mean under a unimodal prior, a
 mixture of normals about 0 whose weights are fitted to all genes (Stephens 2017, Biostatistics 18, "False discovery
-rates: a new deal").
+rates: a new deal"); what that leaves is shrunk as one vector (James and Stein 1961), for effects spread thin.
 """
 
 from __future__ import annotations
@@ -38,8 +38,15 @@ def residual_effects(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> 
         measured, error = _mean_effect(data, cells[c], by_batch)
         output = model(control, torch.tensor([[parts[0]]], device=weight.device))
         through = (output.virtual - control).mean((0, 1)).cpu().double().numpy()
-        effects[parts[0]] = shrink(measured - through, error)
+        effects[parts[0]] = _kept(measured - through, error)
     return effects
+
+
+def _kept(missed: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """What stands out gene by gene, and of the rest, spread thin over many genes, as much as stands out as a whole."""
+    sparse = shrink(missed, error)
+    rest = missed - sparse
+    return np.asarray(sparse + rest * max(0.0, 1 - float((error**2).sum() / max((rest**2).sum(), 1e-30))))
 
 
 def shrink(effect: np.ndarray, error: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from crlseq.analysis.dag import DECLARED_WEIGHT, find_dag, identify
+from crlseq.analysis.dag import DECLARED_WEIGHT, find_dag, identify_gradient
 from crlseq.analysis.interventions import find_interventions
 from crlseq.analysis.prediction import evaluate_held_out, virtual_cells
 from crlseq.analysis.programs import encode, find_programs
@@ -95,7 +95,7 @@ def test_standardised_weights_do_not_depend_on_the_units_of_the_latents(data):
     ],
 )
 def test_the_verdict_gives_its_reason(options, word):
-    found = identify(make_config(**options).model)
+    found = identify_gradient(make_config(**options).model)
     assert found.verdict == "not identified"
     assert word in found.reason
 

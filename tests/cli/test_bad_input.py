@@ -135,7 +135,7 @@ def test_unknown_hold_out(folder: Path, screen_file: Path, label: str) -> None:
 
 
 def test_everything_held_out(folder: Path, screen_file: Path) -> None:
-    labels = [word for i in range(6) for word in ("--hold-out", f"g{i}")]
+    labels = [word for i in range(7) for word in ("--hold-out", f"g{i}")]
     refused(folder, screen_file, "--no-combinations", *labels)
 
 
@@ -246,8 +246,19 @@ def test_gene_list_that_cannot_be_read(folder: Path, screen_file: Path) -> None:
     refused(folder, screen_file, "--genes", folder / "binary.txt", says=("cannot be read",))
 
 
-def test_more_latents_than_perturbations(folder: Path, screen_file: Path) -> None:
-    refused(folder, screen_file, "--n-latents", 7, says=("7 latents", "6 perturbations"))
+@pytest.mark.parametrize("method", ["straighten", "linear", "gradient"])
+def test_more_programs_than_perturbations(folder: Path, screen_file: Path, method: str) -> None:
+    answer = invoke("fit", screen_file, "--output", folder.parent / "RUN", "--method", method, "--n-latents", 8)
+    said = [line for line in answer.err.splitlines() if not line.startswith("• ")]
+    check_refusal(answer.code, answer.out, "\n".join(said[-2:]), 3, "8 programs were asked for", "fewer programs")
+    # All seven perturbations are fitted, six of them have an effect.
+    assert ("only 7 perturbations" if method == "gradient" else "only 6 single perturbations") in answer.err
+    assert files_below(folder.parent) == {"inputs"}
+
+
+def test_more_programs_than_perturbations_with_an_effect(folder: Path, screen_file: Path) -> None:
+    says = ("7 programs were asked for, but only 6 single perturbations have a detectable effect",)
+    refused(folder, screen_file, "--n-latents", 7, says=says)
 
 
 # --- outputs

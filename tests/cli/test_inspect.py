@@ -22,6 +22,7 @@ from crlseq.run import Run
 from tests.support import Answer, command, dense, environment, invoke, small_screen, spawn
 
 TABLES = ["programs", "interventions", "dag", "history"]
+QUICK = ["--n-latents", 3, "--bootstrap", 0]  # the default method at its shortest
 
 
 def on_terminal(*words: object, columns: int = 100) -> tuple[int, str]:
@@ -59,6 +60,16 @@ def test_tables_into_a_pipe(finished: Run, run_folder: Path, name: str) -> None:
     assert (len(as_json["nodes"]) == 3) if name == "dag" else (len(as_json) == len(shown))
 
 
+def test_ancestry(finished: Run, run_folder: Path) -> None:
+    shown = table(invoke("inspect", "ancestry", run_folder))
+    declared = {(a, b) for a, b in zip(shown["ancestor"], shown["descendant"], strict=True)}
+    assert set(finished.dag.edges) <= declared
+    support = np.array(finished.info["discovery"]["bootstrap"]["ancestor"])
+    for row in shown.to_dict("records"):
+        assert float(row["support"]) == support[int(row["ancestor"][1:]), int(row["descendant"][1:])]
+        assert str(row["declared"]) == "True" or float(row["support"]) >= 0.1
+
+
 def test_values_survive_the_pipe(finished: Run, run_folder: Path) -> None:
     shown = table(invoke("inspect", "history", run_folder))
     assert shown["total"].tolist() == finished.history["total"].tolist()
@@ -78,9 +89,24 @@ def test_programs_options(finished: Run, run_folder: Path) -> None:
     assert invoke("inspect", "programs", run_folder, "--top", 0).code == 2
 
 
-def test_interventions_are_sorted_by_program(run_folder: Path) -> None:
-    programs = table(invoke("inspect", "interventions", run_folder))["program"].str[1:].astype(int)
-    assert programs.is_monotonic_increasing
+def test_interventions_are_sorted_by_program_and_those_without_a_claim_come_last(run_folder: Path) -> None:
+    shown = table(invoke("inspect", "interventions", run_folder))
+    programs = shown["program"].tolist()
+    assert programs[-1] == "" and "" not in programs[:-1]
+    assert programs[:-1] == sorted(programs[:-1], key=lambda name: int(name[1:]))
+    last = shown.iloc[-1]
+    assert last["perturbation"] == "g6"
+    assert (last[["weight", "shift", "retention", "noise_scale", "support"]] == "").all()
+    assert float(last["fdr"]) > 0.05
+    records = json.loads(invoke("inspect", "interventions", run_folder, "--json").out)
+    assert (records[-1]["program"], records[-1]["shift"], records[-1]["n_cells"]) == ("", None, 48)
+
+
+def test_no_claim_on_a_terminal(run_folder: Path) -> None:
+    code, text = on_terminal("inspect", "interventions", run_folder)
+    assert code == 0
+    row = next(line for line in text.splitlines() if line.startswith("g6"))
+    assert row.split()[1:4] == ["–", "–", "–"]  # no program stands before weight, shift and retention
 
 
 def test_summary(finished: Run, run_folder: Path) -> None:
@@ -114,10 +140,20 @@ def test_terminal(finished: Run, run_folder: Path) -> None:
         assert re.search(rf"^{source} (.*\n)+?  [├└]─▶ {target} ", text, re.MULTILINE)
 
 
+def test_a_run_without_epochs(linear_folder: Path) -> None:
+    shown = invoke("inspect", "history", linear_folder)
+    assert (shown.code, shown.out) == (0, "epoch\ttotal\n")
+    assert json.loads(invoke("inspect", "history", linear_folder, "--json").out) == []
+    assert on_terminal("inspect", "history", linear_folder)[0] == 0
+    rows = table(invoke("inspect", linear_folder)).set_index("what")["value"]
+    assert rows["training"].startswith("no epochs")
+
+
 def test_history_fits_a_terminal(run_folder: Path) -> None:
     code, text = on_terminal("inspect", "history", run_folder)
     assert code == 0
-    assert len([line for line in text.splitlines() if re.match(r" +\d+ ", line)]) == 3
+    # Training and validation, one below the other.
+    assert len([line for line in text.splitlines() if re.match(r" +\d+ ", line)]) == 2 * 3
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -131,12 +167,13 @@ def test_check_on_a_terminal(screen_file: Path) -> None:
 
 
 def test_fit_on_a_terminal_has_a_bar_and_quiet_says_nothing(screen_file: Path, tmp_path: Path) -> None:
-    code, text = on_terminal("fit", screen_file, "--output", tmp_path / "RUN", "--epochs", 2)
+    code, text = on_terminal("fit", screen_file, "--output", tmp_path / "RUN", "--epochs", 2, *QUICK)
     assert code == 0
     assert "━" in text
     assert "2/2" in text
     assert "mmd" in text
-    quiet = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--epochs", 1, "--quiet", "--force")
+    assert "• fitting the interventional likelihood" in text
+    quiet = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--epochs", 1, *QUICK, "--quiet", "--force")
     assert quiet == Answer(0, "", "")
 
 
@@ -158,7 +195,7 @@ def test_broken_pipes(run_folder: Path) -> None:
 
 def test_names_that_stdout_cannot_encode(tmp_path: Path, screen_file: Path) -> None:
     folder = tmp_path / "Δ"
-    assert invoke("fit", screen_file, "--output", folder, "--epochs", 1).code == 0
+    assert invoke("fit", screen_file, "--output", folder, "--epochs", 1, "--method", "gradient").code == 0
     (folder / "interventions.csv").write_text((folder / "interventions.csv").read_text().replace("g0", "漢"))
     shown = spawn("inspect", "interventions", folder, PYTHONIOENCODING="ascii")
     assert shown.returncode == 0, shown.stderr
@@ -173,13 +210,13 @@ def test_check_json(screen_file: Path) -> None:
     assert (answer.code, answer.err) == (0, "")
     found = json.loads(answer.out)
     expected: dict[str, Any] = {
-        "n_cells": 340, "n_genes": 40, "problems": [], "values": "counts", "perturbation_key": "perturbation",
-        "control_label": "control", "separator": "+", "control_cells": 100, "n_singles": 6, "n_combinations": 2,
-        "fitted_conditions": 8, "n_silent_genes": 0, "targets_measured": [], "dropped": {},
+        "n_cells": 740, "n_genes": 40, "problems": [], "values": "counts", "perturbation_key": "perturbation",
+        "control_label": "control", "separator": "+", "control_cells": 200, "n_singles": 7, "n_combinations": 2,
+        "fitted_conditions": 9, "n_silent_genes": 0, "targets_measured": [], "dropped": {},
     }  # fmt: skip
     assert {key: found[key] for key in expected} == expected
     assert found["batches"] == [{"column": "batch", "levels": 2, "smallest": found["batches"][0]["smallest"]}]
-    assert set(found["cells_per_condition"].values()) == {30}
+    assert set(found["cells_per_condition"].values()) == {60}
     assert found["command"].endswith("--output screen-run")
 
 
@@ -211,7 +248,9 @@ def test_check_agrees_with_fit_about_cells_that_are_not_used(tmp_path: Path) -> 
     adata.obs["perturbation"] = labels
     adata.write_h5ad(tmp_path / "screen.h5ad")
     assert invoke("check", tmp_path / "screen.h5ad").code == 0
-    answer = invoke("fit", tmp_path / "screen.h5ad", "--output", tmp_path / "RUN", "--epochs", 1)
+    answer = invoke(
+        "fit", tmp_path / "screen.h5ad", "--output", tmp_path / "RUN", "--epochs", 1, "--method", "gradient"
+    )
     assert answer.code == 0, answer.err
     x[6] = 0
     adata.X = x

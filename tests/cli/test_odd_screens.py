@@ -39,7 +39,7 @@ WEIRD = [
 
 @pytest.mark.parametrize("weird", [WEIRD[:6], WEIRD[6:]])
 def test_weird_labels(tmp_path: Path, weird: list[str]) -> None:
-    run = fit_h5ad(relabelled(**dict(zip(SINGLES, weird, strict=True))), tmp_path)
+    run = fit_h5ad(relabelled(**dict(zip(SINGLES, weird, strict=True))), tmp_path, method="straighten", bootstrap=2)
     assert sorted(run.interventions["perturbation"]) == sorted(weird)
     page = (tmp_path / "RUN" / "report.html").read_text()
     assert "<script" not in page
@@ -138,7 +138,7 @@ def test_triples(tmp_path: Path) -> None:
 
 
 def test_perturbations_in_combinations_alone(tmp_path: Path) -> None:
-    run = fit_h5ad(relabelled(g5="g0+g9"), tmp_path)
+    run = fit_h5ad(relabelled(g5="g0+g9"), tmp_path, method="straighten")
     alone = run.interventions.set_index("perturbation").loc["g9"]
     assert alone["n_cells"] == 0
     assert np.isnan(alone["p_value"])
@@ -298,7 +298,7 @@ def test_zarr(few_counts: ad.AnnData, reference: Run, tmp_path: Path, sparse: bo
 
 
 def test_in_memory_view_and_backed(few_counts: ad.AnnData, reference: Run, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"epochs": 1, "n_latents": 2}
+    options: dict[str, Any] = FAST
     kept = few_counts.copy()
     same_tables(crlseq.fit(few_counts, tmp_path / "A", **options), reference)
     assert list(few_counts.obs.columns) == list(kept.obs.columns)

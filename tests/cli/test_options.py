@@ -14,6 +14,62 @@ import crlseq
 from tests.support import FAST, SINGLES, dense, fit_file, fit_h5ad, invoke, small_screen
 
 
+@pytest.mark.parametrize("asked", ["auto", "3", None])
+def test_number_of_programs(screen_file: Path, tmp_path: Path, asked: str | None) -> None:
+    words = [] if asked is None else ["--n-latents", asked]
+    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--method", "linear", "--bootstrap", 0, *words)
+    assert answer.code == 0, answer.err
+    run = crlseq.load(tmp_path / "RUN")
+    assert run.info["config"]["model"]["n_latents"] == (3 if asked == "3" else "auto")
+    assert len(run.program_names) == run.info["n_latents"] == len(run.adjacency)
+    curve = run.info["discovery"]["n_latents_curve"]
+    if asked == "3":
+        assert (run.info["n_latents"], run.info["n_latents_reason"], curve) == (3, "as asked", None)
+    else:
+        assert 2 <= run.info["n_latents"] <= 4  # the truth is 3, of which the data show 2 well
+        assert run.info["n_latents_reason"] != "as asked" and curve
+        assert run.info["n_latents_reason"] in invoke("inspect", tmp_path / "RUN").out
+
+
+@pytest.mark.parametrize("method", ["straighten", "linear", "gradient"])
+def test_without_a_causal_layer_there_is_no_graph(screen: ad.AnnData, method: str) -> None:
+    run = crlseq.fit(screen, method=method, causal_layer=False, epochs=1, n_latents=2)
+    assert run.edges.empty and not run.adjacency.any()
+    assert "no graph" in run.info["identification"]["reason"]
+
+
+@pytest.mark.parametrize("replicates", [0, 3])
+def test_bootstrap(screen_file: Path, tmp_path: Path, replicates: int) -> None:
+    path = tmp_path / "screen.h5ad"
+    path.write_bytes(screen_file.read_bytes())
+    run = fit_file(path, method="straighten", bootstrap=replicates)
+    header, *rows = (tmp_path / "RUN" / "interventions.csv").read_text().splitlines()
+    assert header.endswith(",support") and len(rows) == 7
+    support = [row.rsplit(",", 1)[1] for row in rows]
+    if replicates:
+        assert run.info["discovery"]["bootstrap"]["replicates"] == 3
+        assert all(float(value) * 3 == pytest.approx(round(float(value) * 3)) for value in support[:6])
+        assert support[6] == ""
+    else:
+        assert support == [""] * 7 and run.info["discovery"]["bootstrap"] is None
+        assert run.edges["support"].isna().all()
+
+
+def test_a_screen_without_any_effect(tmp_path: Path) -> None:
+    """Labels drawn at random: everything is fitted and nothing is claimed."""
+    adata = small_screen()
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    adata.obs["perturbation"] = np.random.default_rng(0).permutation(labels)
+    run = fit_h5ad(adata, tmp_path, method="straighten")
+    assert (run.interventions["fdr"] > 0.05).all()
+    assert (run.interventions["program"] == "").all()
+    assert run.interventions[["weight", "shift", "retention", "noise_scale", "support"]].isna().all(axis=None)
+    assert run.info["identification"]["verdict"] == "not identified"
+    shown = invoke("inspect", "interventions", tmp_path / "RUN")
+    assert (shown.code, len(shown.out.splitlines())) == (0, 7)
+    assert (tmp_path / "RUN" / "report.html").read_text().count("no detectable effect, no claim") == 6
+
+
 def test_values_overruled(tmp_path: Path) -> None:
     adata = small_screen()
     x = dense(adata)
@@ -35,10 +91,10 @@ def test_batches_and_held_out_cells(screen_file: Path, screen: ad.AnnData, tmp_p
     doubles = np.char.find(label.astype(str), "+") >= 0
     assert (split[doubles] == "test").all()
     for name in SINGLES:
-        assert (split[label == name] == "test").sum() == 9
-        assert (split[label == name] == "validation").sum() == 3
+        assert (split[label == name] == "test").sum() == 18
+        assert (split[label == name] == "validation").sum() == 6
     assert set(run.evaluation["split"]) == {"test"}
-    assert len(run.evaluation) == 8
+    assert len(run.evaluation) == 9
 
 
 def test_batches_with_controls_in_one_only(tmp_path: Path) -> None:
@@ -100,8 +156,8 @@ def test_the_command_that_check_gives(
     found = json.loads(invoke("check", "a screen.h5ad", *options, "--separator", separator, "--json").out)
     words = shlex.split(found["command"])
     assert words[:2] == ["crlseq", "fit"]
-    answer = invoke(*words[1:], "--epochs", 1)
+    answer = invoke(*words[1:], "--epochs", 1, "--method", "gradient")
     assert answer.code == 0, answer.err
     run = crlseq.load(tmp_path / "a screen-run")
-    assert len(run.interventions) == found["n_singles"] == (6 if separator else 8)
+    assert len(run.interventions) == found["n_singles"] == (7 if separator else 9)
     assert run.info["config"]["data"]["batch_key"] == "batch"

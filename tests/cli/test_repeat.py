@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,8 +33,9 @@ def results(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in SAME}
 
 
-def test_one_seed_one_result(screen_file: Path, tmp_path: Path) -> None:
-    words = ["--epochs", 2, "--batch-key", "batch", "--n-top-genes", 30]
+def test_one_seed_one_result_whatever_the_hash_seed(screen_file: Path, tmp_path: Path) -> None:
+    """With the default method and number of programs, bootstrap included."""
+    words = ["--epochs", 2, "--bootstrap", 2, "--batch-key", "batch", "--n-top-genes", 30]
     found = []
     for hash_seed in ("0", "12345"):
         folder = tmp_path / f"RUN{hash_seed}"
@@ -41,16 +43,21 @@ def test_one_seed_one_result(screen_file: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         found.append(results(folder))
     assert found[0] == found[1]
-    in_process = crlseq.fit(screen_file, tmp_path / "RUN", seed=3, epochs=2, batch_key="batch", n_top_genes=30)
+    assert b",0.5" in found[0]["interventions.csv"] or b",1.0" in found[0]["interventions.csv"]
+    options: dict[str, Any] = {"epochs": 2, "bootstrap": 2, "batch_key": "batch", "n_top_genes": 30}
+    in_process = crlseq.fit(screen_file, tmp_path / "RUN", seed=3, **options)
     assert in_process.path is not None
     assert results(in_process.path) == found[0]
-    other = crlseq.fit(screen_file, tmp_path / "other", seed=4, epochs=2, batch_key="batch", n_top_genes=30)
+    assert in_process.info["threads"] == 1  # choosing genes must not change it
+    other = crlseq.fit(screen_file, tmp_path / "other", seed=4, **options)
     assert other.path is not None
     assert results(other.path)["model.safetensors"] != found[0]["model.safetensors"]
     assert results(other.path)["programs.csv"] != found[0]["programs.csv"]
 
 
-FIT: list[object] = ["--epochs", 6, "--batch-size", 8, "--n-latents", 3, "--seed", 2]
+# The default method: what the likelihood finds is found again when a fit goes on.
+FIT: list[object] = ["--epochs", 6, "--batch-size", 16, "--n-latents", 3, "--bootstrap", 2, "--seed", 2]
+GRADIENT: list[object] = ["--method", "gradient", "--epochs", 1]
 # Sends itself a signal in the middle of an epoch: at the given training pass through the model.
 KILLER = """
 import os, sys, torch
@@ -81,8 +88,8 @@ def whole(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 def interrupt(words: list[object], with_signal: signal.Signals, checkpoint_seconds: float = 5.0) -> tuple[int, str]:
     """A fit that gets a signal in its fourth epoch; its exit code and stderr."""
-    # An epoch is 4 steps: 8 conditions of 27 cells in batches of 8 give 32 pieces, 8 a step.
-    options = [sys.executable, "-c", KILLER, 3 * 4 + 3, int(with_signal), checkpoint_seconds, *words]
+    # An epoch is 5 steps: 9 conditions of 54 cells in batches of 16 give 36 pieces, 8 a step.
+    options = [sys.executable, "-c", KILLER, 3 * 5 + 3, int(with_signal), checkpoint_seconds, *words]
     done = subprocess.run(list(map(str, options)), capture_output=True, text=True, env=environment(), timeout=120)
     return done.returncode, done.stderr
 
@@ -160,17 +167,17 @@ def test_damaged_checkpoint(
     (tmp_path / "RUN.partial").mkdir()
     shutil.copy(run_folder / "resume.pt", tmp_path / "RUN.partial")
     damage(tmp_path / "RUN.partial" / "resume.pt")
-    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--resume", "--epochs", 1)
+    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--resume", *GRADIENT)
     assert answer.code == 3, answer.err
     assert "Traceback" not in answer.err
-    assert invoke("fit", screen_file, "--output", tmp_path / "RUN", "--force", "--epochs", 1).code == 0
+    assert invoke("fit", screen_file, "--output", tmp_path / "RUN", "--force", *GRADIENT).code == 0
 
 
 def test_another_input_is_not_resumed(run_folder: Path, screen_file: Path, tmp_path: Path) -> None:
     (tmp_path / "RUN.partial").mkdir()
     shutil.copy(run_folder / "resume.pt", tmp_path / "RUN.partial")
     with pytest.raises(InputError, match="another input or other options"):
-        crlseq.fit(screen_file, tmp_path / "RUN", resume=True, epochs=3)
+        crlseq.fit(screen_file, tmp_path / "RUN", resume=True, epochs=3, method="gradient")
 
 
 def test_a_second_process_is_refused(screen_file: Path, tmp_path: Path) -> None:
@@ -181,7 +188,7 @@ def test_a_second_process_is_refused(screen_file: Path, tmp_path: Path) -> None:
     with (partial / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for option in ("--resume", "--force"):
-            answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--epochs", 1, option)
+            answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", *GRADIENT, option)
             assert answer.code == 3
             assert "Another crlseq" in answer.err
     assert os.listdir(partial) == ["lock"]

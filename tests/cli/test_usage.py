@@ -45,6 +45,7 @@ def test_bad_options_in_a_config(folder: Path, screen_file: Path, content: str, 
     [
         ("--min-cells", 0), ("--hold-out-cells", 1.5), ("--hold-out-cells", "nan"), ("--n-top-genes", 0),
         ("--n-top-genes", -5), ("--n-top-genes", "most"), ("--seed", -1), ("--threads", 0), ("--n-latents", 0),
+        ("--n-latents", "x"), ("--n-latents", -1), ("--n-latents", 2.5), ("--bootstrap", -1), ("--method", "guess"),
         ("--batch-size", 1), ("--values", "raw"), ("--device", "tpu"), ("--intervention", "none"),
         ("--equations", "cubic"), ("--preset", "fast"), ("--epochs", 0),
     ],

@@ -45,8 +45,11 @@ def test_interventions_by_hand(kind, expected):
 def test_nonlinear_equations_by_hand():
     scm = chain(equations="nonlinear")
     z = torch.tensor([[-1.0, 1.0, 0.0]], dtype=torch.float64)
-    # u0 = -1; u1 = 2 * 0.2 * (-1) + 1 = 0.6; u2 = 3 * 0.6
-    assert torch.allclose(scm(z), torch.tensor([[-1.0, 0.6, 1.8]], dtype=torch.float64))
+    # u0 = -1; u1 = 2 * relu(-1) + 1 = 1; u2 = 3 * relu(1)
+    assert torch.allclose(scm(z), torch.tensor([[-1.0, 1.0, 3.0]], dtype=torch.float64))
+    # with intercepts: u0 = -1 + 3 = 2; u1 = 2 * 2 + 1 - 6 = -1; u2 = 3 * relu(-1) + 0.5
+    scm.intercept.copy_(torch.tensor([3.0, -6.0, 0.5]))
+    assert torch.allclose(scm(z), torch.tensor([[2.0, -1.0, 0.5]], dtype=torch.float64))
 
 
 def test_combination_multiplies_retentions_and_adds_shifts_and_log_scales():
@@ -78,6 +81,7 @@ def test_half_a_target_weight_gives_half_a_shift():
 def test_abduction_inverts_the_equations_under_any_mechanism(seed, p, equations):
     torch.manual_seed(seed)
     scm = LatentSCM(p, 3, "soft", equations).double()
+    scm.intercept.normal_()
     mechanism = Mechanism(torch.rand(2, p).double(), torch.randn(2, p).double(), torch.randn(2, p).double())
     z = torch.randn(2, 5, p).double()
     assert torch.allclose(scm.abduct(scm(z, mechanism), mechanism), z, atol=1e-10)

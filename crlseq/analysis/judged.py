@@ -1,0 +1,225 @@
+"""Cells that judge a run: training cells, controls and measured cells, read once and kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from crlseq.analysis.baselines import Parts
+from crlseq.data.inspection import SYMBOL_COLUMNS
+from crlseq.data.matrix import Screen, open_screen, readable
+from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturbations
+from crlseq.data.preprocess import Preprocessing
+from crlseq.errors import InputError
+
+if TYPE_CHECKING:
+    from crlseq.run import Run
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Normalised expression (cells, fitted genes), and condition and batch (cells,) of each; condition -1: none."""
+
+    x: sp.csr_matrix | np.ndarray
+    condition: np.ndarray
+    batch: np.ndarray
+
+    def __getitem__(self, chosen: np.ndarray) -> Cells:
+        return Cells(self.x[chosen], self.condition[chosen], self.batch[chosen])
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What an evaluation works on.
+
+    Attributes
+    ----------
+    train, control, measured
+        Three sets of cells: what was fitted, control cells, and perturbed cells that were not fitted.
+    conditions, condition_names, names
+        Ascending indices into ``names`` per condition, () for the control; labels; single perturbations.
+    known
+        Index of a single perturbation in ``names`` -> its index in the model.
+    fitted
+        (conditions,) bool.
+    gene_places
+        Name or symbol of a gene -> columns.
+    kind
+        What measured cells of fitted conditions are called.
+    """
+
+    train: Cells
+    control: Cells
+    measured: Cells
+    conditions: tuple[Parts, ...]
+    condition_names: tuple[str, ...]
+    names: tuple[str, ...]
+    known: dict[int, int]
+    fitted: np.ndarray
+    gene_places: Mapping[str, list[int]]
+    kind: str
+    notes: tuple[str, ...]
+
+    def group(self, condition: int) -> str:
+        """Kind of a condition: held-out cells of a fitted one, or how many of its parts were seen."""
+        if self.fitted[condition]:
+            return self.kind
+        parts = self.conditions[condition]
+        seen = sum(part in self.known for part in parts)
+        return "unseen perturbations" if len(parts) == 1 else f"combinations, {seen} of {len(parts)} parts seen"
+
+
+def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
+    """The run's own cells by their split, or other cells against the run's training cells.
+
+    Raises
+    ------
+    InputError
+        If there are no cells to judge by or no controls, or genes, labels or values are others than the fit's.
+    """
+    if run.path is None:
+        raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
+    info, settings = run.info, run.info["config"]["data"]
+    record = Preprocessing(**{**info["preprocessing"], "genes": tuple(info["preprocessing"]["genes"])})
+    notes: list[str] = []
+    with open_screen(run.path / "crlseq.h5ad", record.layer) as screen:
+        if "crlseq_split" not in screen.obs or screen.n_cells != info["input"]["n_cells"]:
+            raise InputError(f"{screen.source} is not what the fit wrote.", "Restore it, or fit again.")
+        split = screen.obs["crlseq_split"].astype(str).to_numpy()
+        tables, x = [screen.obs], _expression(screen, record)
+        places = _gene_places(screen, record.genes)
+    if data is not None:
+        with open_screen(data, record.layer) as screen:
+            if info["perturbation_key"] not in screen.obs:
+                raise InputError(
+                    f"{screen.source} has no column {info['perturbation_key']!r}, which holds the perturbations of the fit.",
+                    "Give cells with the same labels.",
+                )
+            other, source = _expression(screen, record), screen.source
+            tables.append(screen.obs)
+            notes += _left_out_genes(screen, record)
+    labels = _labels(tables, info, settings)
+    batch = _batches(tables, settings["batch_key"])
+    n = len(split)
+    fitted_cells = Cells(x, labels.condition[:n], batch[:n])
+    train = fitted_cells[(split == "train") & (fitted_cells.condition >= 0)]
+    if data is None:
+        control = train[train.condition == 0]
+        kind = "test" if ((split == "test") & (fitted_cells.condition > 0)).any() else "validation"
+        measured = fitted_cells[(split == kind) & (fitted_cells.condition > 0)]
+        if kind == "validation":
+            notes.append(
+                "There are no test cells: validation cells are used, which chose when the fit stopped. "
+                "Fit with --hold-out-cells or --no-combinations, or give --data, for a fair judgement."
+            )
+    else:
+        given = Cells(other, labels.condition[n:], batch[n:])
+        control, measured, kind = given[given.condition == 0], given[given.condition > 0], "test"
+        if len(control.condition) < 2:
+            raise InputError(
+                f"{source} has {len(control.condition)} cells labelled {labels.control_label!r}, and two are needed.",
+                "Give a file with control cells: every change is taken against them.",
+            )
+        measured, dropped = _unfitted(measured, fitted_cells[np.isin(split, ("train", "validation"))])
+        if dropped:
+            notes.append(f"{dropped} cells of {source} took part in the fit and are left out.")
+    if not len(measured.condition):
+        raise InputError("There are no cells to judge by.", "Give --data, or fit with --hold-out-cells.")
+    fitted = np.bincount(train.condition, minlength=len(labels.conditions)) > 0
+    number = {name: i for i, name in enumerate(run.interventions["perturbation"])}
+    known = {i: number[name] for i, name in enumerate(labels.names) if name in number}
+    unseen = sorted(
+        {labels.names[p] for c in np.unique(measured.condition) for p in labels.conditions[c]} - set(number)
+    )
+    if unseen:
+        few = ", ".join(unseen[:8]) + (f" and {len(unseen) - 8} more" if len(unseen) > 8 else "")
+        notes.append(f"Never fitted, and so without effect in any prediction: {few}.")
+    return Judged(
+        train, control, measured, labels.conditions, labels.condition_names, labels.names, known, fitted, places,
+        "held-out cells" if kind == "test" else "validation cells", tuple(notes),
+    )  # fmt: skip
+
+
+def _expression(screen: Screen, record: Preprocessing) -> sp.csr_matrix | np.ndarray:
+    """Normalised expression (cells, fitted genes) as the fit had it."""
+    columns = screen.genes.get_indexer(pd.Index(record.genes))
+    if (columns < 0).any():
+        missing = record.genes[int(np.flatnonzero(columns < 0)[0])]
+        raise InputError(
+            f"{screen.source}: {(columns < 0).sum()} of the {len(columns)} fitted genes are missing, first {missing!r}.",
+            "Give cells that were measured on the same genes.",
+        )
+    parts = []
+    with readable(screen.source, "the matrix"):
+        for _, block in screen.blocks():
+            record.check(block, screen.source)
+            parts.append(record.apply(block)[:, columns].astype(np.float32))
+    x = sp.csr_matrix(sp.vstack(parts, format="csr"))
+    x.sort_indices()
+    return x if x.nnz < 0.5 * x.shape[0] * x.shape[1] else x.toarray()
+
+
+def _left_out_genes(screen: Screen, record: Preprocessing) -> list[str]:
+    more = screen.n_genes - record.n_genes_in_file
+    return (
+        [f"{screen.source} has {more} genes more than the fit's input; only fitted genes are used."] if more > 0 else []
+    )
+
+
+def _gene_places(screen: Screen, genes: tuple[str, ...]) -> dict[str, list[int]]:
+    """Columns of the fitted genes by name, and by symbol where the file has symbols beside identifiers."""
+    var = screen.var.set_axis(screen.genes, axis=0).loc[list(genes)]
+    places: dict[str, list[int]] = {gene: [i] for i, gene in enumerate(genes)}
+    for key in var.columns:
+        if key in SYMBOL_COLUMNS:
+            for i, symbol in enumerate(var[key].astype(str)):
+                if i not in places.setdefault(symbol, []):
+                    places[symbol].append(i)
+    return places
+
+
+def _labels(tables: list[pd.DataFrame], info: Mapping[str, Any], settings: Mapping[str, Any]) -> Perturbations:
+    """Conditions of all cells in one vocabulary, read as at the fit."""
+    keys = [key for key in (info["perturbation_key"], STRATEGY_KEY) if all(key in table for table in tables)]
+    columns = {key: np.concatenate([table[key].astype(object).to_numpy() for table in tables]) for key in keys}
+    first = read_perturbations(tables[0][keys], info["perturbation_key"], info["control_label"], settings["separator"])
+    if len(tables) == 1:
+        return first
+    return read_perturbations(
+        pd.DataFrame(columns), info["perturbation_key"], info["control_label"], first.separator or ""
+    )
+
+
+def _batches(tables: list[pd.DataFrame], key: str | None) -> np.ndarray:
+    """(cells,) batch of every cell of all tables; a table without the column is one batch of its own."""
+    values = [
+        table[key].astype(str).to_numpy(dtype=object) if key in table else np.full(len(table), f"table {i}", object)
+        for i, table in enumerate(tables)
+    ]
+    return np.asarray(pd.factorize(np.concatenate(values), sort=True)[0], dtype=np.int64)
+
+
+def _unfitted(cells: Cells, fitted: Cells) -> tuple[Cells, int]:
+    """Cells whose expression is that of no fitted cell, whatever their names, and how many are left out."""
+    seen = set(_fingerprints(fitted.x))
+    new = np.array([key not in seen for key in _fingerprints(cells.x)], dtype=bool)
+    return cells[new], int((~new).sum())
+
+
+def _fingerprints(x: sp.csr_matrix | np.ndarray) -> list[bytes]:
+    rows = sp.csr_matrix(x)
+    rows.eliminate_zeros()
+    rows.sort_indices()
+    bounds = rows.indptr
+    return [
+        rows.indices[a:b].astype(np.int64).tobytes() + rows.data[a:b].astype(np.float32).tobytes()
+        for a, b in pairwise(bounds)
+    ]

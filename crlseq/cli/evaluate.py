@@ -1,0 +1,69 @@
+"""``crlseq evaluate``: a run against cells that it was not fitted on, beside simple baselines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crlseq.cli.output import say, show_json, show_table
+
+SHOWN = (
+    "pearson_delta", "pearson_delta_top_de", "pearson_delta_perturbed", "l2", "centroid_accuracy", "discrimination",
+    "sign_agreement", "mmd2", "energy_distance", "r2_delta",
+)  # fmt: skip
+LEGACY = ("legacy_mmd2", "legacy_r2", "legacy_rmse")
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(help="Other cells with the same labels. [the run's test cells]", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="CSV with every condition and predictor.", show_default=False)
+    ] = None,
+    legacy: Annotated[bool, typer.Option("--legacy", help="Also the metrics of the published tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON to stdout.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an --output that exists.")] = False,
+) -> None:
+    """Judge a run by cells that it was not fitted on, beside baselines that any model has to beat."""
+    from crlseq.errors import InputError
+
+    if output is not None and output.is_dir():
+        raise InputError(f"{output} is a folder.", "Name a file to write.")
+    if output is not None and output.exists() and not force:
+        raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
+    from crlseq.analysis.evaluation import evaluate as judge
+    from crlseq.run import load
+
+    found = judge(load(run), data, legacy)
+    for note in found.notes:
+        say(note)
+    if output is not None:
+        beside = output.with_name(output.name + ".tmp")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            found.conditions.to_csv(beside, index=False)
+            beside.replace(output)
+        except OSError as error:
+            raise InputError(f"{output} cannot be written: {error}.", "Choose another --output.") from error
+    if as_json:
+        show_json({
+            "verdict": list(found.verdict), "notes": list(found.notes), "summary": found.summary.to_dict("records"),
+            "comparisons": found.comparisons.to_dict("records"), "conditions": found.conditions.to_dict("records"),
+        })  # fmt: skip
+        return
+    if sys.stdout.isatty():
+        shown = [*SHOWN, *(LEGACY if legacy else ())]
+        for group, rows in found.summary.groupby("group", sort=False):
+            n = found.conditions.loc[found.conditions["group"] == group, "condition"].nunique()
+            wide = rows.pivot(index="predictor", columns="metric", values="mean")
+            wide = wide.loc[list(dict.fromkeys(rows["predictor"])), shown].reset_index()
+            show_table(wide, f"{group}, means of {n} conditions")
+    else:
+        show_table(found.summary, "")
+    for line in found.verdict:
+        say(line)

@@ -1,0 +1,68 @@
+"""``crlseq predict``: virtual cells under perturbations and combinations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crlseq.cli.output import say, show_json
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    perturbation: Annotated[
+        list[str], typer.Option("--perturbation", "-p", help="A, A+B, ...; may be repeated.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The h5ad file to write.", show_default=False)],
+    n_cells: Annotated[
+        int | None, typer.Option(help="Control cells to start from. [500, or all where there are fewer]", min=1)
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Start from the control cells of this file instead of the run's.", show_default=False
+        ),
+    ] = None,
+    counterfactual: Annotated[
+        bool, typer.Option("--counterfactual", help="The same cells with and without the intervention, in pairs.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0)] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="A summary as JSON to stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors alone.")] = False,
+) -> None:
+    """Predict what perturbations, alone or together, would do to control cells."""
+    from crlseq.prediction import predict as predict_cells
+    from crlseq.prediction import refuse_file, write_prediction
+    from crlseq.run import load
+
+    found = load(run)
+    refuse_file(output, force, [*run.iterdir(), *([source] if source else [])])
+
+    def tell(text: str) -> None:
+        if not quiet:
+            say(text)
+
+    virtual = predict_cells(
+        found, perturbation, source=source, n_cells=n_cells, counterfactual=counterfactual, seed=seed,
+        note=lambda text: tell(f"note: {text}"),
+    )  # fmt: skip
+    write_prediction(virtual, output)
+    about = virtual.uns["crlseq_prediction"]
+    if json:
+        rows = about["summary"].reset_index().to_dict("records")
+        show_json({
+            "output": str(output), "n_cells": about["n_cells"], "seed": seed, "interval": about["interval"],
+            "notes": list(about["notes"]), "predictions": rows,
+        })  # fmt: skip
+    for name, row in about["summary"].iterrows():
+        tell(f"{name} ({row['seen']}): {row['n_genes_changed']} of {virtual.n_vars} genes change, by {row['effect_l2']:.3f} in all (L2)")  # fmt: skip
+        if counterfactual:
+            tell(
+                f"  composition error {row['composition']:.2g}, effectiveness error {row['effectiveness']:.3f} SD, "
+                f"reversibility error {row['reversibility']:.3f} beside a change of {row['change']:.3f}"
+            )
+    tell(f"Intervals: {about['interval']}.")
+    tell(f"{virtual.n_obs} cells x {virtual.n_vars} genes: {output}")

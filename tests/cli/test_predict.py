@@ -1,0 +1,117 @@
+"""``crlseq predict``: files, refusals and the summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import anndata as ad
+import pytest
+
+from tests.support import check_refusal, files_below, invoke
+
+
+def test_file(run_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "virtual.h5ad"
+    words = (
+        "predict",
+        run_folder,
+        "--perturbation",
+        "g1+g0",
+        "--perturbation",
+        "g6",
+        "--n-cells",
+        50,
+        "--output",
+        output,
+    )
+    answer = invoke(*words)
+    assert answer.code == 0, answer.err
+    assert answer.out == ""
+    assert "'g6' has no detectable effect" in answer.err
+    virtual = ad.read_h5ad(output)
+    assert virtual.shape == (100, 40)
+    assert virtual.obs["perturbation"].unique().tolist() == ["g0+g1", "g6"]
+    assert virtual.obs["predicted"].all()
+    assert files_below(tmp_path) == {"new", "new/virtual.h5ad"}
+
+    before = output.read_bytes()
+    answer = invoke(*words)
+    check_refusal(answer.code, answer.out, answer.err, 3, "exists", "--force")
+    assert output.read_bytes() == before
+    assert invoke(*words, "--force", "--seed", 1, "--quiet").err == ""
+    assert output.read_bytes() != before
+
+
+def test_summary(run_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "virtual.h5ad"
+    answer = invoke("predict", run_folder, "-p", "g0", "--counterfactual", "--n-cells", 30, "-o", output, "--json")
+    assert answer.code == 0, answer.err
+    said = json.loads(answer.out)
+    assert said["n_cells"] == 30 and said["output"] == str(output)
+    (row,) = said["predictions"]
+    assert row["perturbation"] == "g0" and row["seen"] == "fitted" and row["composition"] < 1e-12
+    assert "reversibility" in answer.err
+    assert ad.read_h5ad(output).n_obs == 60
+
+
+def test_other_cells(run_folder: Path, screen: ad.AnnData, tmp_path: Path) -> None:
+    others = screen[::3].copy()
+    others.write_h5ad(tmp_path / "others.h5ad")
+    output = tmp_path / "virtual.h5ad"
+    answer = invoke("predict", run_folder, "-p", "g0", "--from", tmp_path / "others.h5ad", "-o", output)
+    assert answer.code == 0, answer.err
+    n = int((others.obs["perturbation"] == "control").sum())
+    assert f"{n} of the {others.n_obs} cells" in answer.err
+    assert ad.read_h5ad(output).n_obs == n
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        ("g55", "Did you mean 'g5'?"),
+        ("g7", "Fitted are 'g0'"),
+        ("g0+g0", "twice"),
+        ("control", "is the control"),
+        ("g0+ABC", "'ABC' in 'g0+ABC'"),
+    ],
+)
+def test_refusals(run_folder: Path, tmp_path: Path, label: str, says: str) -> None:
+    answer = invoke("predict", run_folder, "--perturbation", label, "--output", tmp_path / "virtual.h5ad")
+    check_refusal(answer.code, answer.out, answer.err, 3, says)
+    assert files_below(tmp_path) == set()
+
+
+def test_bad_places(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path, tmp_path / "file" / "virtual.h5ad"):
+        answer = invoke("predict", run_folder, "-p", "g0", "-o", output)
+        check_refusal(answer.code, answer.out, answer.err, 3)
+    for output in (run_folder / "crlseq.h5ad", run_folder / "run.json"):
+        before = output.read_bytes()
+        answer = invoke("predict", run_folder, "-p", "g0", "-o", output, "--force")
+        check_refusal(answer.code, answer.out, answer.err, 3, "made from")
+        assert output.read_bytes() == before
+    answer = invoke("predict", run_folder, "-p", "g0", "-o", tmp_path / ("x" * 300))
+    check_refusal(answer.code, answer.out, answer.err, 3, "cannot be written")
+    answer = invoke("predict", tmp_path, "-p", "g0", "-o", tmp_path / "virtual.h5ad")
+    check_refusal(answer.code, answer.out, answer.err, 3, "not a run folder")
+    answer = invoke("predict", run_folder, "-p", "g0", "-o", tmp_path / "v.h5ad", "--from", tmp_path / "file")
+    check_refusal(answer.code, answer.out, answer.err, 3, "not an h5ad")
+    assert files_below(tmp_path) == {"file"}
+
+
+def test_nothing_half_written(run_folder: Path, tmp_path: Path) -> None:
+    """A disk that fills up leaves what was there."""
+    output = tmp_path / "virtual.h5ad"
+    output.write_text("before")
+
+    def full(adata: ad.AnnData, path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with mock.patch.object(ad.AnnData, "write_h5ad", full):
+        answer = invoke("predict", run_folder, "-p", "g0", "-o", output, "--force", "--quiet")
+    check_refusal(answer.code, answer.out, answer.err, 3, "No space left")
+    assert files_below(tmp_path) == {"virtual.h5ad"} and output.read_text() == "before"
