@@ -6,7 +6,6 @@ where it stopped when it is run again. What it means is in ``settings.json``; ot
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -26,6 +25,7 @@ from crlseq.analysis.recovery import empty_graph_scores, random_graph_scores, sc
 from crlseq.data.simulate import CONTROL, simulate
 from crlseq.errors import CrlseqError, InputError, UsageError
 from crlseq.fitting import fit
+from crlseq.runfolder import locked
 
 # Options of `crlseq.data.simulate.simulate` where they are not its own: 10 latents, 4 perturbations a latent,
 # 150 cells a perturbation. `n_perturbations` keeps the first so many; `toy` has a simulator of its own.
@@ -294,18 +294,9 @@ def _open_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "settings.json").is_file():
             raise InputError(f"{folder} exists and is no benchmark; it is left alone.", "Choose another --output.")
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"Another crlseq is writing to {folder}.", "Wait for it, or choose another --output."
-                ) from None
-            try:
-                _keep_settings(folder / "settings.json", settings)
-                yield folder
-            finally:
-                (folder / "lock").unlink()
+        with locked(folder):
+            _keep_settings(folder / "settings.json", settings)
+            yield folder
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written: {error.strerror or error}.", "Check the path and its permissions."

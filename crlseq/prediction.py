@@ -148,7 +148,9 @@ def predict(
     names = [request.name for request in requests]
     obs = _obs(run, names, start.cells, counterfactual)
     result = ad.AnnData(
-        np.concatenate(blocks), obs=obs, var=pd.DataFrame(index=pd.Index(_record(run).genes, dtype=object))
+        np.concatenate(blocks),
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index(Preprocessing.from_json(run.info["preprocessing"]).genes, dtype=object)),
     )
     result.var["control_mean"] = control_mean
     result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scale).astype(np.float32)
@@ -232,11 +234,6 @@ def shift_errors(run: Run, variance: np.ndarray) -> np.ndarray:
     return np.asarray(errors)
 
 
-def _record(run: Run) -> Preprocessing:
-    values = run.info["preprocessing"]
-    return Preprocessing(**{**values, "genes": tuple(values["genes"])})
-
-
 def _start(
     run: Run,
     source: str | Path | ad.AnnData | None,
@@ -246,19 +243,13 @@ def _start(
     notes: list[str],
 ) -> _Start:
     """The control cells to start from, in the space of the fit; says in `notes` what was decided."""
-    record, own = _record(run), source is None
+    record, own = Preprocessing.from_json(run.info["preprocessing"]), source is None
     if source is None:
         if run.path is None:
             raise InputError("This run was never written to a folder.", "Give the cells to start from.")
         source = run.path / "crlseq.h5ad"
     with open_screen(source, record.layer) as screen:
-        columns = screen.genes.get_indexer(pd.Index(record.genes))
-        if (columns < 0).any():
-            missing = record.genes[int(np.flatnonzero(columns < 0)[0])]
-            raise InputError(
-                f"{screen.source}: {(columns < 0).sum()} of the {len(columns)} fitted genes are missing, first {missing!r}.",
-                "Give cells that were measured on the same genes.",
-            )
+        columns = record.columns(screen.genes, screen.source)
         if record.values == "counts" and screen.n_genes != record.n_genes_in_file:
             notes.append(
                 f"{screen.source} has {screen.n_genes} genes and the fitted file {record.n_genes_in_file}: "

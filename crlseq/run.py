@@ -154,19 +154,13 @@ class Run:
         from crlseq.data.matrix import open_screen
         from crlseq.data.preprocess import Preprocessing
 
-        record = Preprocessing(**{**self.info["preprocessing"], "genes": tuple(self.info["preprocessing"]["genes"])})
+        record = Preprocessing.from_json(self.info["preprocessing"])
         scale = np.array([program["scale"] for program in self.info["programs"]])
         center = np.array([program["center"] for program in self.info["programs"]])
         dtype = self.model.scm.graph.dtype
         parts = []
         with open_screen(source, record.layer) as screen, torch.no_grad():
-            columns = screen.genes.get_indexer(pd.Index(record.genes))
-            if (columns < 0).any():
-                missing = record.genes[int(np.flatnonzero(columns < 0)[0])]
-                raise InputError(
-                    f"{screen.source}: {(columns < 0).sum()} of the {len(columns)} fitted genes are missing, first {missing!r}.",
-                    "Give cells that were measured on the same genes.",
-                )
+            columns = record.columns(screen.genes, screen.source)
             for _, block in screen.blocks():
                 record.check(block, screen.source)
                 x = torch.from_numpy(record.apply(block)[:, columns].astype(np.float32).toarray()).to(dtype)

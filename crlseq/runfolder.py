@@ -63,6 +63,28 @@ def _is_ours(file: Path) -> bool:
 
 
 @contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock file, which is gone at the end.
+
+    Raises
+    ------
+    InputError
+        If another process holds it.
+    """
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"Another crlseq is writing to {folder}.", "Wait for it, or choose another --output."
+            ) from None
+        try:
+            yield
+        finally:
+            (folder / "lock").unlink()
+
+
+@contextmanager
 def working_folder(partial: Path | None, resume: bool) -> Iterator[Path | None]:
     """The folder that becomes the run, locked against a second process."""
     if partial is None:
@@ -70,19 +92,12 @@ def working_folder(partial: Path | None, resume: bool) -> Iterator[Path | None]:
         return
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with (partial / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"Another crlseq is writing to {partial}.", "Wait for it, or choose another --output."
-                ) from None
+        with locked(partial):
             if not resume:
                 for left in partial.iterdir():
                     if left.name != "lock":
                         left.unlink()
             yield partial
-            (partial / "lock").unlink()
     except OSError as error:
         raise InputError(
             f"{partial} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."

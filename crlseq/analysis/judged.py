@@ -88,7 +88,7 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
     if run.path is None:
         raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
     info, settings = run.info, run.info["config"]["data"]
-    record = Preprocessing(**{**info["preprocessing"], "genes": tuple(info["preprocessing"]["genes"])})
+    record = Preprocessing.from_json(info["preprocessing"])
     notes: list[str] = []
     with open_screen(run.path / "crlseq.h5ad", record.layer) as screen:
         if "crlseq_split" not in screen.obs or screen.n_cells != info["input"]["n_cells"]:
@@ -150,13 +150,7 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
 
 def _expression(screen: Screen, record: Preprocessing) -> sp.csr_matrix | np.ndarray:
     """Normalised expression (cells, fitted genes) as the fit had it."""
-    columns = screen.genes.get_indexer(pd.Index(record.genes))
-    if (columns < 0).any():
-        missing = record.genes[int(np.flatnonzero(columns < 0)[0])]
-        raise InputError(
-            f"{screen.source}: {(columns < 0).sum()} of the {len(columns)} fitted genes are missing, first {missing!r}.",
-            "Give cells that were measured on the same genes.",
-        )
+    columns = record.columns(screen.genes, screen.source)
     parts = []
     with readable(screen.source, "the matrix"):
         for _, block in screen.blocks():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -34,6 +36,28 @@ class Preprocessing:
     gene_choice: str
     n_genes_in_file: int
     n_silent_genes: int
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The record as ``run.json`` holds it."""
+        return cls(**{**values, "genes": tuple(values["genes"])})
+
+    def columns(self, genes: pd.Index, source: str) -> np.ndarray:
+        """Places (fitted genes,) of the fitted genes among `genes`.
+
+        Raises
+        ------
+        InputError
+            If one is missing.
+        """
+        columns = genes.get_indexer(pd.Index(self.genes))
+        if (columns < 0).any():
+            missing = self.genes[int(np.flatnonzero(columns < 0)[0])]
+            raise InputError(
+                f"{source}: {(columns < 0).sum()} of the {len(columns)} fitted genes are missing, first {missing!r}.",
+                "Give cells that were measured on the same genes.",
+            )
+        return np.asarray(columns)
 
     def check(self, block: sp.csr_matrix, source: str) -> None:
         """Refuse cells that are plainly not of the fitted kind.

@@ -14,16 +14,6 @@ from torch import Tensor
 from crlseq.errors import InputError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, flush to the disk, rename: a reader sees the old file or the new one."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(beside, path)
-
-
 def save_weights(path: Path, state: dict[str, Tensor], architecture: dict[str, Any]) -> None:
     """Weights with the arguments that build their model, as JSON in the metadata (which holds strings alone).
 
