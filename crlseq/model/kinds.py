@@ -100,14 +100,20 @@ def compare_kinds(dense: Solution, folds: list[tuple[Moments, Moments]], kind: K
     return KindComparison("shift", "not identified", reason, shifts, held_out, gain, error)
 
 
+def describes(solution: Solution) -> bool:
+    """Whether the structural model describes the moments that it was fitted to, but for chance."""
+    excess, chance = misfit(solution)
+    return excess <= DESCRIBED + CHANCE * chance
+
+
 def require_description(comparison: KindComparison) -> KindComparison:
     """The comparison, without its graph if the structural model does not describe the moments it was fitted to.
 
     Where it does not, what edges gain on held-out cells may come from what it misses.
     """
-    excess, chance = misfit(comparison.edges.solution)
-    if comparison.verdict == "not identified" or excess <= DESCRIBED + CHANCE * chance:
+    if comparison.verdict == "not identified" or describes(comparison.edges.solution):
         return comparison
+    excess, _ = misfit(comparison.edges.solution)
     reason = (
         f"The structural model does not describe the cells (misfit {excess:.2f}, where 1 is none), so that what edges"
         f" gain on held-out cells ({comparison.gain:+.0f} ± {comparison.error:.0f} log-likelihood units) may come from"

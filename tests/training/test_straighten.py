@@ -79,7 +79,7 @@ def test_a_bent_toy_becomes_straighter() -> None:
     straightener = Straightener(y, environment, solution.directions()[0])
     before = explained(u, straightener.encode(y)[0])
     straightener.train(Stage(400, 4.0))
-    straightener.train(Stage(200), last=True)
+    straightener.train(Stage(200, settle=True))
     after = explained(u, straightener.encode(y)[0])
     assert before < 0.9
     assert 1 - after < 0.8 * (1 - before)
@@ -92,7 +92,7 @@ def test_causal_training_keeps_the_kind_and_lowers_the_loss() -> None:
     y, environment, _ = bent()
     straightener = Straightener(y, environment, linear_fit(y, environment).directions()[0])
     first = straightener.train(Stage(100), "hard")
-    later = straightener.train(Stage(200), "hard", last=True)
+    later = straightener.train(Stage(200, settle=True), "hard")
     assert later < first
     assert straightener.solution is not None
     assert straightener.solution.model.kind == "hard"
