@@ -21,6 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from crlseq import __version__
+from crlseq.analysis.calibration import calibration, edge_supports
 from crlseq.analysis.recovery import empty_graph_scores, random_graph_scores, score_recovery
 from crlseq.data.simulate import CONTROL, simulate
 from crlseq.errors import CrlseqError, InputError, UsageError
@@ -68,7 +69,7 @@ def benchmark(
     options: Mapping[str, Any] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> pd.DataFrame:
-    """Simulate, fit and score; write ``benchmark.csv``, ``summary.csv``, ``benchmark.png`` and ``.svg``.
+    """Simulate, fit and score; write ``benchmark.csv``, ``summary.csv``, ``calibration.csv``, ``benchmark.png`` and ``.svg``.
 
     Parameters
     ----------
@@ -118,6 +119,11 @@ def benchmark(
                 for method in dict.fromkeys(missing):
                     scored = _baseline if method in BASELINES else partial(_fitted, scenario, seed, settings=settings)
                     row = {"scenario": scenario, "seed": seed, "method": method, **scored(method, screen)}
+                    found = row.pop("supports", None)
+                    if found is not None:  # before the row, which says that all of the fit is there
+                        kept = place / "supports"
+                        kept.mkdir(exist_ok=True)
+                        _write_whole(kept / f"{scenario}_{seed}_{method}.csv", found.to_csv(index=False).encode())
                     rows.append(row)
                     _write_whole(place / "benchmark.csv", _table(rows).to_csv(index=False).encode())
                     if method not in BASELINES:
@@ -125,6 +131,10 @@ def benchmark(
         table = _table(rows)
         summary = summarise(table)
         _write_whole(place / "summary.csv", summary.to_csv(index=False).encode())
+        supports = [pd.read_csv(path) for path in sorted((place / "supports").glob("*.csv"))]
+        if supports:
+            table_of = calibration(pd.concat(supports))
+            _write_whole(place / "calibration.csv", table_of.to_csv(index=False).encode())
         figure = draw(table)
         for kind in ("png", "svg"):
             beside = place / f"benchmark.{kind}.tmp"
@@ -194,7 +204,10 @@ def _fitted(scenario: str, seed: int, method: str, screen: ad.AnnData, settings:
         latents = run.latents(screen)
     except CrlseqError as error:
         return {"seconds": round(time.perf_counter() - started, 2), "error": str(error)}
-    scores = score_recovery(run.interventions, run.edges, truth, latents, screen.obsm["true_latents"])
+    scores: dict[str, Any] = score_recovery(run.interventions, run.edges, truth, latents, screen.obsm["true_latents"])
+    bootstrap = (run.info["discovery"] or {}).get("bootstrap")
+    if bootstrap is not None:
+        scores["supports"] = edge_supports(bootstrap["edge"], run.interventions, truth)
     return {
         **scores, "n_edges": len(run.edges), "n_latents": run.info["n_latents"],
         "verdict": run.info["identification"]["verdict"], "seconds": round(seconds, 2),

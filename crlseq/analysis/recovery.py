@@ -48,7 +48,7 @@ def score_recovery(
     """
     adjacency = np.asarray(truth["adjacency"]) != 0
     targets = truth["target"]["latent"].astype(int)
-    claims = _claims(interventions, targets.index)
+    claims = claims_of(interventions, targets.index)
     latent_of, accuracy = match_programs(claims, targets.to_numpy(), len(adjacency))
     found = np.zeros_like(adjacency)
     n_unmatched = 0
@@ -163,7 +163,7 @@ def _random_dag(p: int, n_edges: int, rng: np.random.Generator) -> Graph:
     return graph
 
 
-def _claims(interventions: pd.DataFrame, perturbations: pd.Index) -> list[str | None]:
+def claims_of(interventions: pd.DataFrame, perturbations: pd.Index) -> list[str | None]:
     """Program of each perturbation of the truth; None where the table has none, or lacks the perturbation."""
     program = interventions.set_index("perturbation")["program"]
     program.index = program.index.astype(str)

@@ -57,7 +57,7 @@ def benchmark(
         raise SystemExit(130) from None  # past the entry point, whose advice is for `crlseq fit`
     show_table(summary if as_json else summary[SHOWN], "Medians over seeds", as_json)
     if not quiet:
-        say(f"Written to {output}: benchmark.csv, summary.csv, benchmark.png, benchmark.svg.")
+        say(f"Written to {output}: benchmark.csv, summary.csv, calibration.csv, benchmark.png, benchmark.svg.")
 
 
 def _seeds(text: str) -> list[int]:
