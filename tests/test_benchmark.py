@@ -254,3 +254,19 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "fit", meanwhile)
     benchmark(tmp_path / "B", **SMALL)
     assert not (tmp_path / "B" / "lock").exists()
+
+
+def test_supports_of_all_fits_are_kept_and_calibrated(tmp_path: Path) -> None:
+    simulator = {"n_latents": 3, "perturbations_per_latent": 2, "n_genes": 30, "cells_per_perturbation": 60}
+    wanted = {**SMALL, "methods": ["linear"], "simulator": simulator, "options": {"bootstrap": 2}}
+    for seeds in ([3], [3, 4]):
+        benchmark(tmp_path / "B", **{**wanted, "seeds": seeds})
+        found = pd.read_csv(tmp_path / "B" / "calibration.csv")
+        assert found["pairs"].sum() == 6 * len(seeds)
+    names = {f"linear-counts_{seed}_linear.csv" for seed in (3, 4)}
+    assert {file.name for file in (tmp_path / "B" / "supports").iterdir()} == names
+    table = pd.read_csv(tmp_path / "B" / "benchmark.csv")
+    true = sum(
+        (scenario_screen("linear-counts", seed, **simulator).uns["truth"]["adjacency"] != 0).sum() for seed in (3, 4)
+    )
+    assert found["true"].sum() == true and len(table) == 6

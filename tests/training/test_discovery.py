@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from crlseq.config import ModelConfig, make_config
 from crlseq.data.dataset import read_data
 from crlseq.data.simulate import simulate
 from crlseq.errors import InputError
+from crlseq.model.linear import fit_linear
+from crlseq.model.moments import environment_moments
 from crlseq.training import discovery as module
 from crlseq.training.discovery import Discovery, discover
 
@@ -230,3 +233,55 @@ def test_straightened_latents_take_the_place_of_the_components(
     moved = again.latents - found.latents
     assert np.abs(moved - moved[0]).max() < 1e-9 < np.abs(moved[0]).max()
     assert not np.allclose(again.noise, found.noise)
+
+
+def attempts(screen: Screen, monkeypatch: pytest.MonkeyPatch, misfits: list[float | None]) -> tuple[Any, list[Any]]:
+    """What `_straighten` keeps if its trainings end with these misfits (None: latents no better), and their starts."""
+    y = torch.from_numpy(module.whitened_components(screen.data, module.COMPONENTS, 0))
+    environment = module._environments(screen.data, np.arange(12))
+    cells = module._Coordinates(
+        y[:, :10], None, environment, torch.from_numpy(screen.data.split == 1) & (environment >= 0)
+    )
+    values, _, numbers = cells.of_fit()
+    dense = fit_linear(environment_moments(values, numbers), 4, "hard", 1, 0)
+    linear = module._compare(dense, cells, None, 0)
+    of_misfit: dict[Any, float] = {linear.edges.solution: 2.0, dense: 2.0}
+    starts: list[Any] = []
+
+    def straightened(y: Any, cells: Any, start: Any, worst: float, kind: Any, seed: int) -> Any:
+        assert worst == 2.0 and seed == 7 + len(starts)
+        starts.append(start)
+        excess = misfits[len(starts) - 1]
+        if excess is None:
+            return None
+        solution = replace(linear.edges.solution, targets=dense.targets.roll(len(starts), 1))
+        of_misfit[solution] = excess
+        return cells, replace(linear, edges=replace(linear.edges, solution=solution), gain=excess)
+
+    monkeypatch.setattr(module, "_straightened", straightened)
+    monkeypatch.setattr(module, "dispersion", of_misfit.__getitem__)
+    monkeypatch.setattr(module, "describes", lambda solution: of_misfit[solution] < 1.2)
+    found = module._straighten(y, cells, dense, linear, None, 7)
+    assert starts[0] is dense
+    for start in starts[1:]:  # from a partition that was found
+        assert any(torch.equal(start.targets, dense.targets.roll(i, 1)) for i in range(1, len(starts)))
+    return None if found is None else found[1].gain, starts
+
+
+@pytest.mark.parametrize(
+    ("misfits", "kept", "trained"),
+    [
+        ([1.1], 1.1, 1),  # described: enough
+        ([1.5, 1.1], 1.1, 2),
+        ([1.5, 1.7, 1.4], 1.4, 3),
+        ([1.4, 1.7, 1.5], 1.4, 3),
+        ([2.5], None, 1),  # worse than the linear model
+        ([None], None, 1),
+        ([1.5, None], 1.5, 2),
+    ],
+)
+def test_straightening_is_done_again_until_it_describes_the_cells_and_the_best_is_kept(
+    hard: Screen, monkeypatch: pytest.MonkeyPatch, misfits: list[float | None], kept: float | None, trained: int
+) -> None:
+    found, starts = attempts(hard, monkeypatch, misfits)
+    assert found == kept and len(starts) == trained
