@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from crlseq.config import Config, ModelConfig, TrainingConfig
 from crlseq.data import splits
@@ -133,7 +134,7 @@ def fit_model(
     _start_noise(model, data)
     anchor = None if start is None else warm_start(model, data, start)
     model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=True)
     objective = Objective(model, data, config.model, bandwidth, anchor)
 
     train_cells = data.cells_by_condition(splits.TRAIN)
@@ -170,7 +171,7 @@ def fit_model(
         rng = np.random.default_rng([training.seed, 1, epoch])
         generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
         batches = epoch_batches(train_cells, partners, training.batch_size, training.perturbations_per_step, rng)
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         for batch in batches:
             terms = objective(batch, generator)
             total = weighted_total(terms, weights.of_terms(objective.anchored))
@@ -179,9 +180,9 @@ def fit_model(
             if training.gradient_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_norm)
             optimizer.step()
-            for name, value in {**terms, "total": total}.items():
-                sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
-        record = {"epoch": float(epoch), **sums}
+            for name, value in {**terms, "total": total}.items():  # added up on the device: no step waits for a number
+                sums[name] = sums.get(name, 0.0) + value.detach().double() / len(batches)
+        record = {"epoch": float(epoch), **{name: value.item() for name, value in sums.items()}}
         record |= _validate(objective, validation, config.model, training.seed)
         record["temperature"] = weights.temperature
         if not all(math.isfinite(value) for value in record.values()):
