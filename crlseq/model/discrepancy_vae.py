@@ -106,8 +106,8 @@ class DiscrepancyVAE(nn.Module):
         z = mean if eps is None else mean + variance.sqrt() * eps
         weights = self.target_weights(perturbations)  # (C, M, p)
         latents = self.scm(z, self.scm.mechanism(perturbations, weights))
-        reconstruction = self.decoder(self.scm(z))
-        virtual = self.decoder(latents)
+        # Decoded in one product, whose gradient by the weights is one as well.
+        reconstruction, virtual = self.decoder(torch.stack([self.scm(z), latents]))
         if self.log_noise is not None:
             there = (perturbations >= 0).to(control.dtype)[..., None]
             missed = (self.residual[perturbations.clamp_min(0)] * there).sum(1)  # (C, G)

@@ -14,8 +14,8 @@ distances are those of real cells, corrected by products with W: with y = x W, Q
 
 The cost of a cell is its non-zeros times H; what grows with G is G H^2, once for all cells of a step.
 
-In float32 three differences of large numbers matter. Squares about b are taken about a fixed center in float64, gene by
-gene (`Rows.moments`). Products y enter as differences of cells and are centred on the controls' mean. Distances
+In float32 three differences of large numbers matter. Squares about b are taken about a fixed center, gene by gene, from
+the deviations of single cells (`Rows.moments`). Products y enter as differences of cells and are centred on the controls' mean. Distances
 of real cells lose the ratio of their squared norms to their distance, 2 to 10 on log-normalised values; they are
 taken from norms in float64.
 """
@@ -39,7 +39,7 @@ class StepCells:
     """The cells of a step: rows, of which the first `n_controls` are the controls and the rest the perturbed cells.
 
     ``control``, ``perturbed`` (C, B) rows of each pair; ``counts`` pairs of each condition, whose perturbed cells
-    are neighbours in `rows`; ``norms`` (N,) float64 squared norms; ``center`` (G,) float64 mean of control cells.
+    are neighbours in `rows`; ``norms`` (N,) float64 squared norms; ``center`` (G,) mean of control cells.
     """
 
     rows: Rows
@@ -50,19 +50,18 @@ class StepCells:
     norms: Tensor
     center: Tensor
 
+    def places(self) -> Tensor:
+        """(2, C, B) rows of the controls and of the perturbed cells."""
+        return torch.stack([self.control, self.perturbed])
+
     def distances(self) -> tuple[Tensor, Tensor, Tensor]:
         """(C, B, B) squared distances control-control, perturbed-perturbed and control-perturbed."""
         n, rows, norms = self.n_controls, self.rows, self.norms
-        controls = slice(0, n)
-        last = n + sum(self.counts)
+        controls, last = slice(0, n), n + sum(self.counts)
         within = _distance(rows.inner(controls, controls), norms[:n], norms[:n]).fill_diagonal_(0)
         across = _distance(rows.inner(slice(n, last), controls), norms[n:last], norms[:n])
-        perturbed = within.new_zeros(*self.control.shape, self.control.shape[1])
-        start = n
-        for c, count in enumerate(self.counts):
-            own = slice(start, start + count)
-            perturbed[c, :count, :count] = _distance(rows.inner(own, own), norms[own], norms[own])
-            start += count
+        own = norms[self.perturbed]  # of rows that only fill up: anything
+        perturbed = _distance(rows.inner_within(n, self.counts, own.shape[1]), own, own)
         row = (self.perturbed - n).clamp_min(0)
         return (
             within[self.control[:, :, None], self.control[:, None, :]],
@@ -71,8 +70,14 @@ class StepCells:
         )
 
 
+def _at(values: Tensor, cells: StepCells) -> Tensor:
+    """(N, n) values of rows to (2, C, B, n) of controls and of perturbed cells; its gradient adds whole rows."""
+    places = cells.places()
+    return values.index_select(0, places.flatten()).view(*places.shape, -1)
+
+
 def _distance(inner: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return (a[:, None] + b[None, :] - 2 * inner.double()).clamp_min(0).to(inner.dtype)
+    return (a[..., :, None] + b[..., None, :] - 2 * inner.double()).clamp_min(0).to(inner.dtype)
 
 
 def factored_terms(
@@ -98,34 +103,35 @@ def factored_terms(
         Standard normal draws (C, B, p) of the control and of the perturbed cells.
     """
     scm, encoder, output = model.scm, model.encoder, model.decoder.output
-    weight, n_hidden, n_genes = output.weight, output.weight.shape[1], output.weight.shape[0]
+    weight, n_genes = output.weight, len(output.weight)
     assert model.log_noise is not None
     precision = torch.exp(-model.log_noise)
     weighted = precision[:, None] * weight
-    table = torch.cat([encoder.hidden.weight.T, weight, weighted], 1)
-    n = len(encoder.hidden.weight)
-    pre, y, y_weighted = cells.rows.product(table).tensor_split((n, n + n_hidden), 1)
+    pre, y, y_weighted = map(cells.rows.product, (encoder.hidden.weight.T, weight, weighted))
     mean, variance = encoder.posterior(pre + encoder.hidden.bias)
+    means, variances, products = _at(mean, cells), _at(variance, cells), _at(y_weighted, cells)
 
-    places = torch.stack([cells.control, cells.perturbed])  # (2, C, B)
     noise = torch.stack(eps)
-    z = mean[places] + variance[places].sqrt() * noise
+    z = means + variances.sqrt() * noise
     u = scm(z)
     mechanism = scm.mechanism(conditions, model.target_weights(conditions))
-    h = model.decoder.features(torch.cat([u, scm(z[0], mechanism)[None]]))  # (3, C, B, H)
+    features = model.decoder.features(torch.cat([u, scm(z[0], mechanism)[None]]))  # (3, C, B, H)
+    h, h_virtual = features.tensor_split((2,))
 
-    divergence = kl_divergence(mean, variance)[cells.control]
-    own = model.divergence(u[1], mechanism, noise[1], variance[cells.perturbed])
+    divergence = kl_divergence(means[0], variances[0])
+    own = model.divergence(u[1], mechanism, noise[1], variances[1])
     kl = (mean_over_cells(divergence, mask) + mean_over_cells(own, mask)) / 2 / n_genes
 
-    share = torch.full_like(divergence, 1 / divergence.numel()) if mask is None else mask.to(h.dtype) / mask.sum()
-    squares = _squares(h[:2], y_weighted[places], share, cells, places, output, precision, weighted)
+    share = (
+        torch.full_like(divergence, 1 / divergence.numel()) if mask is None else mask.to(divergence.dtype) / mask.sum()
+    )
+    squares = _squares(h, products, share, cells, output, precision, weighted)
     constant = model.log_noise.sum() + n_genes * math.log(2 * math.pi)
     reconstruction = 0.5 * (squares / 2 + constant) / n_genes
 
     y = y - y[: cells.n_controls].mean(0).detach()  # differences of cells alone count
-    difference = h[2] - h[0]
-    y_control, y_perturbed = y[cells.control], y[cells.perturbed]
+    difference = h_virtual[0] - h[0]
+    y_control, y_perturbed = _at(y, cells)
     moved: Tensor = difference @ _Gram.apply(weight)  # type: ignore[no-untyped-call]
     s = (difference * (2 * y_control + moved)).sum(-1)  # (C, B)
     m = difference @ (2 * y_control + moved).mT  # (C, B, B)
@@ -137,7 +143,7 @@ def factored_terms(
         bandwidth, n_kernels, unbiased, mask, mask,
     ).mean()  # fmt: skip
     terms = {"mmd": mmd, "reconstruction": reconstruction, "kl": kl, "graph": scm.adjacency.abs().sum()}
-    return terms, (mean[cells.control], mean[cells.perturbed])
+    return terms, (means[0], means[1])
 
 
 def _squares(
@@ -145,18 +151,17 @@ def _squares(
     y: Tensor,
     share: Tensor,
     cells: StepCells,
-    places: Tensor,
     output: torch.nn.Linear,
     precision: Tensor,
     weighted: Tensor,
 ) -> Tensor:
     """Weighted squared residuals, summed over genes, mean over cells, summed over controls and perturbed cells."""
-    shares = share.expand(2, *share.shape)
-    count = torch.zeros(int(cells.norms.shape[0]), dtype=share.dtype, device=share.device)
-    count.index_add_(0, places.flatten(), shares.flatten())
+    shares, pairs = share.expand(2, *share.shape), share.count_nonzero()
+    count = torch.zeros(len(cells.norms), dtype=share.dtype, device=share.device)
+    count.index_add_(0, cells.places().flatten(), (shares > 0).to(share.dtype).flatten())
     first, second = cells.rows.moments(count, cells.center)
-    offset = output.bias - cells.center.to(output.bias.dtype)
-    about_bias = second.to(h.dtype) - 2 * offset * first.to(h.dtype) + 2 * offset**2  # shares sum to 2
+    offset = output.bias - cells.center
+    about_bias = (second - 2 * offset * first) / pairs + 2 * offset**2
     features = (h * shares[..., None]).flatten(0, -2)
     cross = (features * (y.flatten(0, -2) - output.bias @ weighted)).sum()
     squared: Tensor = _Quadratic.apply(features.T @ h.flatten(0, -2), output.weight, precision)  # type: ignore[no-untyped-call]

@@ -94,7 +94,8 @@ class Objective:
         self.table = torch.from_numpy(data.perturbation_table()).to(self.device)
         self.factored = model.log_noise is not None and model.decoder.output_activation == "identity"
         if self.factored:
-            self.norms, self.center = (torch.from_numpy(v).to(self.device) for v in _norms_and_center(data))
+            norms, center = map(torch.from_numpy, _norms_and_center(data))
+            self.norms, self.center = norms.to(self.device), center.to(self.device, self.dtype)
         self.anchored = anchor is not None
         if anchor is not None:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
