@@ -78,7 +78,8 @@ def watch() -> Stopwatch:
     watch.wrap(CellSource, "rows", "loading")
     watch.wrap(CellSource, "dense", "loading")
     for rows in (SparseRows, DenseRows):
-        watch.wrap(rows, "product", "products")
+        watch.wrap(rows, "times", "products")
+        watch.wrap(rows, "transposed_times", "products")
         watch.wrap(rows, "moments", "products")
     watch.wrap(factored.StepCells, "distances", "MMD")
     for module in (factored, losses):

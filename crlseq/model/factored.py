@@ -4,7 +4,7 @@ With features h (H) of the decoder, output weights W (G, H), bias b and precisio
 x = W h + b + noise, and everything that the objective asks of genes is a product of the data with a table of H columns
 or a product of the tables with one another:
 
-    |x - W h - b|^2_D = |x - b|^2_D - 2 h (x - b) D W + h (W^T D W) h^T.
+    |x_g - W_g h - b_g|^2 = |x_g - b_g|^2 - 2 W_g h (x_g - b_g) + W_g h h^T W_g^T      summed over cells, gene by gene.
 
 A virtual cell is its control cell plus the decoded difference, v_i = c_i + W d_i with d_i = h'_i - h_i, so that its
 distances are those of real cells, corrected by products with W: with y = x W, Q = W^T W and s_i = 2 d_i y_i + d_i Q d_i
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import kl_divergence, mean_over_cells, mmd_of_distances
-from crlseq.model.rows import Rows
+from crlseq.model.rows import Rows, product
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,11 @@ def factored_terms(
         Standard normal draws (C, B, p) of the control and of the perturbed cells.
     """
     scm, encoder, output = model.scm, model.encoder, model.decoder.output
-    weight, n_genes = output.weight, len(output.weight)
+    n_genes = len(output.weight)
     assert model.log_noise is not None
-    precision = torch.exp(-model.log_noise)
-    weighted = precision[:, None] * weight
-    pre, y, y_weighted = map(cells.rows.product, (encoder.hidden.weight.T, weight, weighted))
-    mean, variance = encoder.posterior(pre + encoder.hidden.bias)
-    means, variances, products = _at(mean, cells), _at(variance, cells), _at(y_weighted, cells)
+    mean, variance = encoder.posterior(product(cells.rows, encoder.hidden.weight.T) + encoder.hidden.bias)
+    y, gram = _Decoder.apply(output.weight, cells.rows)  # type: ignore[no-untyped-call]
+    means, variances = _at(mean, cells), _at(variance, cells)
 
     noise = torch.stack(eps)
     z = means + variances.sqrt() * noise
@@ -125,14 +123,14 @@ def factored_terms(
     share = (
         torch.full_like(divergence, 1 / divergence.numel()) if mask is None else mask.to(divergence.dtype) / mask.sum()
     )
-    squares = _squares(h, products, share, cells, output, precision, weighted)
+    squares = torch.exp(-model.log_noise) @ _squares(h, share, cells, output)
     constant = model.log_noise.sum() + n_genes * math.log(2 * math.pi)
     reconstruction = 0.5 * (squares / 2 + constant) / n_genes
 
     y = y - y[: cells.n_controls].mean(0).detach()  # differences of cells alone count
     difference = h_virtual[0] - h[0]
     y_control, y_perturbed = _at(y, cells)
-    moved: Tensor = difference @ _Gram.apply(weight)  # type: ignore[no-untyped-call]
+    moved = difference @ gram
     s = (difference * (2 * y_control + moved)).sum(-1)  # (C, B)
     m = difference @ (2 * y_control + moved).mT  # (C, B, B)
     within, perturbed, across = cells.distances()
@@ -146,55 +144,58 @@ def factored_terms(
     return terms, (means[0], means[1])
 
 
-def _squares(
-    h: Tensor,
-    y: Tensor,
-    share: Tensor,
-    cells: StepCells,
-    output: torch.nn.Linear,
-    precision: Tensor,
-    weighted: Tensor,
-) -> Tensor:
-    """Weighted squared residuals, summed over genes, mean over cells, summed over controls and perturbed cells."""
-    shares, pairs = share.expand(2, *share.shape), share.count_nonzero()
-    count = torch.zeros(len(cells.norms), dtype=share.dtype, device=share.device)
-    count.index_add_(0, cells.places().flatten(), (shares > 0).to(share.dtype).flatten())
+def _squares(h: Tensor, share: Tensor, cells: StepCells, output: torch.nn.Linear) -> Tensor:
+    """(G,) squared residuals by gene, mean over cells, summed over controls and perturbed cells."""
+    places, shares, pairs = cells.places().flatten(), share.expand(2, *share.shape), share.count_nonzero()
+    count = share.new_zeros(len(cells.norms))
+    count.index_add_(0, places, (shares > 0).to(share.dtype).flatten())
     first, second = cells.rows.moments(count, cells.center)
     offset = output.bias - cells.center
     about_bias = (second - 2 * offset * first) / pairs + 2 * offset**2
     features = (h * shares[..., None]).flatten(0, -2)
-    cross = (features * (y.flatten(0, -2) - output.bias @ weighted)).sum()
-    squared: Tensor = _Quadratic.apply(features.T @ h.flatten(0, -2), output.weight, precision)  # type: ignore[no-untyped-call]
-    return precision @ about_bias - 2 * cross + squared
+    by_row = features.new_zeros(len(cells.norms), h.shape[-1]).index_add(0, places, features)
+    explained: Tensor = _Explained.apply(  # type: ignore[no-untyped-call]
+        by_row, features.T @ h.flatten(0, -2), output.weight, output.bias, cells.rows
+    )
+    return about_bias + explained
 
 
-class _Gram(torch.autograd.Function):
-    """Q = W^T W; one product in each direction."""
+class _Decoder(torch.autograd.Function):
+    """y = X W and Q = W^T W; one gradient of W."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(weight)
-        return weight.T @ weight
+        ctx.rows = rows
+        return rows.times(weight), weight.T @ weight
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        product: Tensor = weight @ (gradients[0] + gradients[0].T)
-        return product
+        of_y, of_gram = gradients
+        return ctx.rows.transposed_times(of_y).addmm_(weight, of_gram + of_gram.T), None
 
 
-class _Quadratic(torch.autograd.Function):
-    """sum_g D_g W_g A W_g^T for a symmetric A (H, H); the product W A serves the value and both gradients of genes."""
+class _Explained(torch.autograd.Function):
+    """By gene (G,): W_g A W_g^T - 2 W_g (X^T F - b f)_g^T with f the sum of the rows of F.
 
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, weight: Tensor, precision: Tensor) -> Tensor:
-        product = weight @ a
-        by_gene = (product * weight).sum(1)
-        ctx.save_for_backward(weight, precision, product, by_gene)
-        return by_gene @ precision
+    F (N, H) are the features, summed over a row's pairs by share, and A (H, H) their second moments: what |x - b|^2
+    gives up when W h is taken away. U = W A - (X^T F - b f) serves the value and the gradient of W.
+    """
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight, precision, product, by_gene = ctx.saved_tensors
-        (g,) = gradients
-        return g * (weight.T @ (precision[:, None] * weight)), 2 * g * precision[:, None] * product, g * by_gene
+    def forward(ctx: Any, features: Tensor, a: Tensor, weight: Tensor, bias: Tensor, rows: Rows) -> Tensor:
+        total = features.sum(0)
+        cross = rows.transposed_times(features).addr_(bias, total, alpha=-1)
+        u = (weight @ a).sub_(cross)
+        ctx.save_for_backward(weight, bias, total, u)
+        ctx.rows = rows
+        return cross.neg_().add_(u).mul_(weight).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        weight, bias, total, u = ctx.saved_tensors
+        g = gradients[0]
+        weighted = g[:, None] * weight
+        of_features = -2 * (ctx.rows.times(weighted) - bias @ weighted)
+        return of_features, weight.T @ weighted, 2 * g[:, None] * u, 2 * g * (weight @ total), None

@@ -167,5 +167,5 @@ def test_cuda_slices_the_same_rows(resident: bool) -> None:
     index, table = np.array([3, 0, 150, 3]), torch.randn(40, 5)
     source = CellSource(data, torch.device("cuda"), torch.float32)  # type: ignore[arg-type]
     source.resident = source.resident if resident else None
-    found = source.rows(index).product(table.cuda()).cpu()
+    found = source.rows(index).times(table.cuda()).cpu()
     torch.testing.assert_close(found, torch.from_numpy(data.dense(index)) @ table)
