@@ -229,10 +229,9 @@ def _score(
 def _unpacked(upper: Tensor, n: int) -> Tensor:
     """(..., n (n + 1) / 2) upper triangles to symmetric (..., n, n)."""
     rows, columns = torch.triu_indices(n, n)
-    full = upper.new_empty(*upper.shape[:-1], n, n)
-    full[..., rows, columns] = upper
-    full[..., columns, rows] = upper
-    return full
+    place = torch.empty(n, n, dtype=torch.int64)
+    place[rows, columns] = place[columns, rows] = torch.arange(len(rows))
+    return upper.index_select(-1, place.flatten()).view(*upper.shape[:-1], n, n)
 
 
 def _moments(x: Tensor, eta: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
