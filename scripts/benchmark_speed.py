@@ -163,7 +163,7 @@ def measure(args: argparse.Namespace, screen: Path, run_folder: Path) -> dict[st
         "load": os.getloadavg()[0],
         "versions": f"crlseq {crlseq.__version__}, torch {torch.__version__}",
         "screen": f"{run.info['input']['n_cells']} cells x {run.info['input']['n_genes']} genes, {cells} perturbed to train on",
-        "fit": f"preset {args.preset}, {args.method}, {args.dtype}, {run.info['n_latents']} latents",
+        "fit": f"preset {args.preset}, {run.info['config']['model']['method']}, {args.dtype}, {run.info['n_latents']} latents",
         "microseconds_per_cell": each,
         "microseconds_per_cell_plain": statistics.median(plain) if plain else None,
         "ratio": statistics.median(plain) / each if plain else None,
