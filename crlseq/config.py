@@ -70,7 +70,7 @@ class TrainingConfig(_Section):
 
     epochs: int | None = Field(default=None, ge=1)  # None: 100, or more on a small screen (`resolve_epochs`)
     batch_size: int = Field(default=64, ge=2)  # perturbed cells of one perturbation in a step
-    perturbations_per_step: int = Field(default=8, ge=1)
+    perturbations_per_step: int | None = Field(default=None, ge=1)  # None: 8, or more of a large screen
     learning_rate: float = Field(default=1e-3, gt=0.0)
     gradient_norm: float | None = Field(default=10.0, gt=0.0)  # None: no clipping
     patience: float | None = Field(default=0.2, gt=0.0)  # share of the epochs without a better validation loss

@@ -53,6 +53,9 @@ def fit(
     epochs: Annotated[int | None, _option("Passes over the cells, at most. [100]", TRAINING)] = None,
     batch_size: Annotated[int | None, _option("Perturbed cells of one condition in a step.", TRAINING)] = None,
     seed: Annotated[int | None, _option("Seed of everything random. [0]", TRAINING)] = None,
+    dtype: Annotated[
+        str | None, _option("float32 or float64. [float32; float64 with the preset paper]", TRAINING)
+    ] = None,
     device: Annotated[str | None, _option("auto, cpu or cuda.", TRAINING)] = None,
     threads: Annotated[int | None, _option("CPU threads. [all]", TRAINING)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished fit.")] = False,
@@ -69,7 +72,7 @@ def fit(
         layer=layer, values=values, n_top_genes=_number_or_word(n_top_genes), genes=_gene_list(genes), min_cells=min_cells,
         hold_out=tuple(hold_out) if hold_out else None, hold_out_cells=hold_out_cells, combinations=combinations,
         method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, bootstrap=_number_or_word(bootstrap),
-        epochs=epochs, batch_size=batch_size, seed=seed, device=device, threads=threads,
+        epochs=epochs, batch_size=batch_size, seed=seed, dtype=dtype, device=device, threads=threads,
     )  # fmt: skip
     from crlseq.fitting import fit as fit_screen
 

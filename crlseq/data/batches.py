@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SHARED = 2  # controls that the pieces of a step choose among, as a multiple of the largest piece
+
 
 @dataclass(frozen=True)
 class BatchIndex:
@@ -40,17 +42,23 @@ class ControlPartners:
 
     def draw(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """One control a cell; no control twice among partners of one batch while the pool lasts."""
-        partners = np.empty(len(cells), dtype=np.int64)
-        of = self.batch[cells]
-        for b in np.unique(of):
+        return self.draw_shared([cells], rng)[0]
+
+    def draw_shared(self, pieces: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+        """`draw` for pieces that make one step and share their controls.
+
+        All choose from the same few, `SHARED` times as many as the largest piece takes, so that a step reads and
+        encodes each control once, whatever the number of pieces.
+        """
+        partners = [np.empty(len(cells), dtype=np.int64) for cells in pieces]
+        for b in np.unique(self.batch[np.concatenate(pieces)]):
             pool = self.pools.get(int(b), self.everyone)
-            places = np.flatnonzero(of == b)
-            rounds = -(-len(places) // len(pool))
+            places = [np.flatnonzero(self.batch[cells] == b) for cells in pieces]
             # A few of a large pool: sampling by rejection inside `choice` beats shuffling the pool.
-            drawn = [
-                rng.choice(pool, min(len(pool), len(places) - i * len(pool)), replace=False) for i in range(rounds)
-            ]
-            partners[places] = np.concatenate(drawn)
+            few = rng.choice(pool, min(len(pool), SHARED * max(map(len, places))), replace=False)
+            for own, there in zip(partners, places, strict=True):
+                rounds = [rng.permutation(few) for _ in range(-(-len(there) // len(few)))]
+                own[there] = np.concatenate(rounds)[: len(there)] if rounds else []
         return partners
 
 
@@ -88,8 +96,9 @@ def _batch(pieces: list[tuple[int, np.ndarray]], partners: ControlPartners, rng:
     shape = (len(pieces), max(len(cells) for _, cells in pieces))
     perturbed, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
     control = np.zeros(shape, dtype=np.int64)
-    for row, (_, cells) in enumerate(pieces):
+    drawn = partners.draw_shared([cells for _, cells in pieces], rng)
+    for row, ((_, cells), controls) in enumerate(zip(pieces, drawn, strict=True)):
         perturbed[row, : len(cells)] = cells
-        control[row, : len(cells)] = partners.draw(cells, rng)
+        control[row, : len(cells)] = controls
         mask[row, : len(cells)] = True
     return BatchIndex(np.array([c for c, _ in pieces]), perturbed, control, mask)

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
@@ -27,6 +29,7 @@ CHUNK = 1024
 ROUNDS = 4  # alternations between cells and genes
 MAX_STEPS = 20  # scoring steps of a cell once the genes are known; it takes about 6
 TOLERANCE = 1e-3  # of a component's own deviation
+STALE = 0.1  # likewise: a step after which a cell's information is computed anew
 MAX_LOADING_CELLS = 10_000  # loadings are estimated on at most so many cells
 MAX_GENES = 1_000  # and on the genes that vary most beyond counting noise: the cost grows with genes and not with news
 RIDGE_GENES = 1e-5  # per cell
@@ -87,15 +90,17 @@ def count_components(
     """
     x, genes, axes = _select(counts(fitted), n_components)
     alpha = dispersion(x)
-    loadings, intercept, prior = _fit_loadings(x, axes, alpha)
-    scores = np.empty((len(cells), len(loadings)))
+    found, intercept, prior = _fit_loadings(torch.from_numpy(x.toarray()).float(), axes, alpha)
+    scores = np.empty((len(cells), len(found)))
     information = np.zeros(x.shape[1])
     for rows in _chunks(len(cells)):
-        part = counts(cells[rows])[:, genes].toarray().astype(np.float64)
-        size = np.maximum(part.sum(1, keepdims=True), 1) / np.exp(intercept).sum()
-        start = np.zeros((len(part), len(loadings)))
-        scores[rows], s = _score(part, start, np.log(size), loadings, intercept, prior, alpha, MAX_STEPS)
-        information += _moments(part, s + intercept + scores[rows] @ loadings, alpha)[0].sum(0) / len(cells)
+        part = torch.from_numpy(counts(cells[rows])[:, genes].astype(np.float32).toarray())
+        size = part.sum(1, keepdim=True).clamp_min(1) / intercept.exp().sum()
+        start = part.new_zeros(len(part), len(found))
+        v, s = _score(part, start, size.log(), found, intercept, prior, alpha, MAX_STEPS)
+        scores[rows] = v.double().numpy()
+        information += _moments(part, s + intercept + v @ found, alpha)[0].double().sum(0).numpy() / len(cells)
+    loadings = found.double().numpy()
     # Whitening: v L with L L' the mean information of a cell about v, its intercept profiled out.
     centred = loadings - (loadings @ information)[:, None] / information.sum()
     precision = (centred * information) @ centred.T
@@ -106,12 +111,10 @@ def count_components(
     return np.asarray(whitened @ axes)
 
 
-def dispersion(counts: Floats) -> float:
+def dispersion(counts: Floats | sp.csr_matrix) -> float:
     """Common NB dispersion by moments: the lower quartile over genes, since biology only adds variance."""
-    totals = counts.sum(1, keepdims=True)
-    size = totals / np.median(totals)
-    rate = counts / size
-    mean, variance = rate.mean(0), rate.var(0)
+    size, rate = _relative(sp.csr_matrix(counts, dtype=np.float64))
+    mean, variance = _moments_by_gene(rate, np.zeros(rate.shape[1]))
     used = mean > 0.1
     if not used.any():
         return 0.1
@@ -119,77 +122,123 @@ def dispersion(counts: Floats) -> float:
     return float(np.clip(np.quantile(each, 0.25), 1e-3, 2))
 
 
-def _select(counts: sp.csr_matrix, n_components: int) -> tuple[Floats, np.ndarray, Floats]:
-    """Dense counts of the genes that vary most, those genes, and principal axes of their residuals."""
-    detected = np.flatnonzero(np.asarray((counts > 0).sum(0)).ravel() > 0)
-    x = counts[:, detected].toarray().astype(np.float64)
-    x = x[x.sum(1) > 0]  # a cell without any of these genes has no size, and says nothing about loadings
-    size = x.sum(1, keepdims=True) / np.median(x.sum(1))
-    intercept = np.log((x / size).mean(0))
-    z = np.clip((x / size / np.exp(intercept) - 1) * _residual_weight(intercept, dispersion(x)), -6, 6)
-    kept = np.sort(np.argsort(-z.var(0), kind="stable")[:MAX_GENES])
+def _relative(counts: sp.csr_matrix) -> tuple[Floats, sp.csr_matrix]:
+    """Sizes (cells,) of median 1, and counts divided by them."""
+    totals = np.asarray(counts.sum(1)).ravel()
+    size = totals / np.median(totals)
+    rate = counts.copy()
+    rate.data /= np.repeat(size, np.diff(rate.indptr))
+    return size, rate
+
+
+def _moments_by_gene(x: sp.csr_matrix, zeros: Floats) -> tuple[Floats, Floats]:
+    """Mean and variance (genes,) of values of which those stored nowhere are `zeros` (genes,)."""
+    n, g = x.shape
+    apart = x.data - zeros[x.indices]
+    first, second = (np.bincount(x.indices, apart**power, minlength=g) / n for power in (1, 2))
+    return zeros + first, second - first**2
+
+
+def _select(counts: sp.csr_matrix, n_components: int) -> tuple[sp.csr_matrix, np.ndarray, Floats]:
+    """Counts of the genes that vary most, those genes, and principal axes of their residuals."""
+    detected = np.flatnonzero(counts.getnnz(0) > 0)
+    x = sp.csr_matrix(counts[:, detected], dtype=np.float64)
+    x = x[x.getnnz(1) > 0]  # a cell without any of these genes has no size, and says nothing about loadings
+    _, rate = _relative(x)
+    mean = np.asarray(rate.mean(0)).ravel()
+    weight = _residual_weight(mean, dispersion(x))
+    residual, zeros = rate, np.clip(-weight, -6, 6)
+    residual.data = np.clip((rate.data / mean[rate.indices] - 1) * weight[rate.indices], -6, 6)
+    kept = np.sort(np.argsort(-_moments_by_gene(residual, zeros)[1], kind="stable")[:MAX_GENES])
+    residual.data -= zeros[residual.indices]
+    axes = _principal_axes(residual[:, kept].toarray() + zeros[kept], min(n_components, len(kept)))[1]
     x = x[:, kept]
-    return x[x.sum(1) > 0], detected[kept], _principal_axes(z[:, kept], min(n_components, len(kept)))[1]
+    return x[x.getnnz(1) > 0], detected[kept], axes
 
 
-def _residual_weight(intercept: Floats, alpha: float) -> Floats:
+def _residual_weight(rate: Floats, alpha: float) -> Floats:
     """1 / sd of a relative residual of an average cell."""
-    rate = np.exp(intercept)
     return np.asarray(np.sqrt(rate / (1 + alpha * rate)))
 
 
-def _fit_loadings(x: Floats, axes: Floats, alpha: float) -> tuple[Floats, Floats, Floats]:
+def _fit_loadings(x: Tensor, axes: Floats, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """Loadings (q, genes), intercepts (genes,) and prior precisions (q,) by alternating scoring."""
     n, g = x.shape
-    q = axes.shape[1]
-    size = x.sum(1, keepdims=True) / np.median(x.sum(1))
-    s, b = np.log(size), np.log((x / size).mean(0))
-    weight = _residual_weight(b, alpha)
-    z = np.clip((x / size / np.exp(b) - 1) * weight, -6, 6)
-    v, loadings = (z - z.mean(0)) @ axes, (axes / weight[:, None]).T
+    size = x.sum(1, keepdim=True) / x.sum(1).median()
+    s, b = size.log(), (x / size).mean(0).log()
+    weight = torch.from_numpy(_residual_weight(b.double().exp().numpy(), alpha)).float()
+    z = ((x / size / b.exp() - 1) * weight).clamp(-6, 6)
+    start = torch.from_numpy(axes.copy()).float()
+    v, loadings = (z - z.mean(0)) @ start, (start / weight[:, None]).T.contiguous()
     for i in range(ROUNDS):
-        prior = 1 / np.maximum((v**2).mean(0), 1e-3)
+        prior = 1 / (v**2).mean(0).clamp_min(1e-3)
         for rows in _chunks(n):
             v[rows], s[rows] = _score(x[rows], v[rows], s[rows], loadings, b, prior, alpha, 2 if i == 0 else 1)
         mean = v.mean(0)
         b, v = b + mean @ loadings, v - mean
-        h = np.zeros((g, (q + 1) ** 2))
-        gradient = np.zeros((g, q + 1))
+        q = len(loadings)
+        pairs = torch.triu_indices(q + 1, q + 1)
+        packed = torch.zeros(g, pairs.shape[1], dtype=torch.float64)
+        gradient = torch.zeros(g, q + 1, dtype=torch.float64)
         for rows in _chunks(n):
             w, score = _moments(x[rows], s[rows] + b + v[rows] @ loadings, alpha)
-            design = np.column_stack([v[rows], np.ones(len(w))])
-            h += w.T @ (design[:, :, None] * design[:, None]).reshape(len(w), -1)
+            design = torch.cat([v[rows], torch.ones(len(w), 1)], 1)
+            packed += w.T @ (design[:, pairs[0]] * design[:, pairs[1]])
             gradient += score.T @ design
-        ridge = RIDGE_GENES * n * np.eye(q + 1)
-        step = np.clip(np.linalg.solve(h.reshape(g, q + 1, q + 1) + ridge, gradient[..., None])[..., 0], -1, 1)
+        h = _unpacked(packed, q + 1) + RIDGE_GENES * n * torch.eye(q + 1, dtype=torch.float64)
+        step = torch.linalg.solve(h, gradient).clamp(-1, 1).float()
         loadings, b = loadings + step[:, :q].T, b + step[:, q]
-    return loadings, b, 1 / np.maximum((v**2).mean(0), 1e-3)
+    return loadings, b, 1 / (v**2).mean(0).clamp_min(1e-3)
 
 
 def _score(
-    x: Floats, v: Floats, s: Floats, loadings: Floats, b: Floats, prior: Floats, alpha: float, steps: int
-) -> tuple[Floats, Floats]:
-    """Fisher scoring of cells: components (n, q) and intercepts (n, 1)."""
+    x: Tensor, v: Tensor, s: Tensor, loadings: Tensor, b: Tensor, prior: Tensor, alpha: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Fisher scoring of cells: components (n, q) and intercepts (n, 1).
+
+    A cell's information matrix is what costs. It is renewed after a step of more than `STALE`; a smaller step leaves
+    it as it is, and cells that no longer move drop out. Where this ends, the gradient is 0: that is exact.
+    """
     q, g = loadings.shape
-    design = np.vstack([loadings, np.ones(g)])  # (q + 1, g)
-    products = (design[:, None] * design[None]).reshape((q + 1) ** 2, g).T
-    limit = 3 / np.sqrt(prior.min())
+    design = torch.cat([loadings, torch.ones(1, g)])  # (q + 1, g)
+    pairs = torch.triu_indices(q + 1, q + 1)
+    products = (design[pairs[0]] * design[pairs[1]]).T.contiguous()
+    penalty = torch.cat([prior, prior.new_zeros(1)])
+    limit = 3 / float(prior.min()) ** 0.5
+    state = torch.cat([v, s], 1)
+    factor = x.new_empty(len(x), q + 1, q + 1)
+    active, stale = torch.arange(len(x)), torch.ones(len(x), dtype=torch.bool)
     for _ in range(steps):
-        w, score = _moments(x, s + b + v @ loadings, alpha)
-        h = (w @ products).reshape(-1, q + 1, q + 1) + np.diag(np.append(prior, 0) + 1e-6)
-        gradient = score @ design.T
-        gradient[:, :q] -= v * prior
-        step = np.clip(np.linalg.solve(h, gradient[..., None])[..., 0], -limit, limit)
-        v, s = v + step[:, :q], s + step[:, q:]
-        if (np.abs(step[:, :q]) * np.sqrt(prior)).max() < TOLERANCE:
+        w, score = _moments(x[active], state[active] @ design + b, alpha)
+        renewed = active[stale]
+        if len(renewed):
+            h = _unpacked(w[stale] @ products, q + 1) + torch.diag(penalty + 1e-6)
+            h.diagonal(dim1=1, dim2=2).mul_(1 + 1e-5)  # float32: what a step aims at does not depend on it
+            factor[renewed] = torch.linalg.cholesky(h)
+        gradient = score @ design.T - state[active] * penalty
+        step = torch.cholesky_solve(gradient[..., None], factor[active])[..., 0].clamp(-limit, limit)
+        state[active] += step
+        moved = (step[:, :q].abs() * prior.sqrt()).amax(1)
+        going = moved >= TOLERANCE
+        active, stale = active[going], moved[going] > STALE
+        if not len(active):
             break
-    return v, s
+    return state[:, :q], state[:, q:]
 
 
-def _moments(x: Floats, eta: Floats, alpha: float) -> tuple[Floats, Floats]:
+def _unpacked(upper: Tensor, n: int) -> Tensor:
+    """(..., n (n + 1) / 2) upper triangles to symmetric (..., n, n)."""
+    rows, columns = torch.triu_indices(n, n)
+    place = torch.empty(n, n, dtype=torch.int64)
+    place[rows, columns] = place[columns, rows] = torch.arange(len(rows))
+    return upper.index_select(-1, place.flatten()).view(*upper.shape[:-1], n, n)
+
+
+def _moments(x: Tensor, eta: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Working weights and scores of negative-binomial counts with log mean `eta`."""
-    mean = np.exp(np.clip(eta, -12, MAX_ETA))
-    return mean / (1 + alpha * mean), (x - mean) / (1 + alpha * mean)
+    mean = eta.clamp(-12, MAX_ETA).exp_()
+    scale = 1 / (1 + alpha * mean)
+    return mean * scale, (x - mean) * scale
 
 
 def _principal_axes(values: Floats, n_components: int) -> tuple[Floats, Floats]:

@@ -244,8 +244,20 @@ def load(screen: Screen, record: Preprocessing) -> sp.csr_matrix | np.ndarray:
     CSR when most values are zero, else a dense array.
     """
     columns = screen.genes.get_indexer(pd.Index(record.genes))
+    values: list[np.ndarray] = []
+    indices: list[np.ndarray] = []
+    counts = [np.zeros(1, dtype=np.int64)]
     with readable(screen.source, "the matrix"):
-        parts = [record.apply(block)[:, columns].astype(np.float32) for _, block in screen.blocks()]
-    x = sp.csr_matrix(sp.vstack(parts, format="csr"))
+        for _, block in screen.blocks():
+            part = record.apply(block)[:, columns]
+            values.append(part.data.astype(np.float32))
+            indices.append(part.indices)
+            counts.append(np.diff(part.indptr))
+    # One after the other, so that the parts of one are gone before the other is put together.
+    data = np.concatenate(values)
+    values.clear()
+    index = np.concatenate(indices)
+    indices.clear()
+    x = sp.csr_matrix((data, index, np.concatenate(counts).cumsum()), shape=(screen.n_cells, len(columns)))
     x.sort_indices()
     return x if x.nnz < 0.5 * x.shape[0] * x.shape[1] else x.toarray()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from crlseq.model.networks import Decoder, Encoder, InterventionEncoder
-from crlseq.model.scm import LatentSCM
+from crlseq.model.scm import LatentSCM, Mechanism
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class DiscrepancyVAE(nn.Module):
         z = mean if eps is None else mean + variance.sqrt() * eps
         weights = self.target_weights(perturbations)  # (C, M, p)
         latents = self.scm(z, self.scm.mechanism(perturbations, weights))
-        reconstruction = self.decoder(self.scm(z))
-        virtual = self.decoder(latents)
+        # Decoded in one product, whose gradient by the weights is one as well.
+        reconstruction, virtual = self.decoder(torch.stack([self.scm(z), latents]))
         if self.log_noise is not None:
             there = (perturbations >= 0).to(control.dtype)[..., None]
             missed = (self.residual[perturbations.clamp_min(0)] * there).sum(1)  # (C, G)
@@ -133,9 +133,12 @@ class DiscrepancyVAE(nn.Module):
         mean, variance = self.encoder(x)
         mechanism = self.scm.mechanism(perturbations, self.target_weights(perturbations))
         u = self.scm(mean + variance.sqrt() * eps)
+        return Inference(mean, self.decoder(u), self.divergence(u, mechanism, eps, variance))
+
+    def divergence(self, u: Tensor, mechanism: Mechanism, eps: Tensor, variance: Tensor) -> Tensor:
+        """(C, B) one draw of KL(q(u | x) || p_c(u)), see `infer`; all (C, B, p) but the mechanism."""
         z = self.scm.abduct(u, mechanism)
-        divergence = 0.5 * (z**2 - eps**2 - variance.log()).sum(-1) + mechanism.log_scale.sum(-1)[..., None]
-        return Inference(mean, self.decoder(u), divergence)
+        return 0.5 * (z**2 - eps**2 - variance.log()).sum(-1) + mechanism.log_scale.sum(-1)[..., None]
 
     def target_weights(self, perturbations: Tensor) -> Tensor:
         """(...) int64 perturbations to (..., p) target weights at the model's temperature."""

@@ -23,7 +23,11 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., G) expression to mean and variance, (..., p) each."""
-        h = F.leaky_relu(self.hidden(x), NEGATIVE_SLOPE)
+        return self.posterior(self.hidden(x))
+
+    def posterior(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., H) ``x W1 + b1`` to mean and variance, (..., p) each."""
+        h = F.leaky_relu(hidden, NEGATIVE_SLOPE)
         return self.mean(h), F.softplus(self.variance(h))
 
 
@@ -41,8 +45,12 @@ class Decoder(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(..., p) latents to (..., G) mean expression."""
-        x: Tensor = self.output(F.leaky_relu(self.hidden(u), NEGATIVE_SLOPE))
+        x: Tensor = self.output(self.features(u))
         return F.leaky_relu(x, NEGATIVE_SLOPE) if self.output_activation == "leaky_relu" else x
+
+    def features(self, u: Tensor) -> Tensor:
+        """(..., p) latents to (..., H) what the output layer reads."""
+        return F.leaky_relu(self.hidden(u), NEGATIVE_SLOPE)
 
 
 class InterventionEncoder(nn.Module):

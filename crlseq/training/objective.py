@@ -2,39 +2,81 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from crlseq.config import ModelConfig
+from crlseq.data import splits
 from crlseq.data.batches import BatchIndex
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.factored import StepCells, factored_terms
 from crlseq.model.losses import anchor_term, interventional_terms, loss_terms
+from crlseq.model.rows import DenseRows, Rows, SparseRows
 from crlseq.training.warm_start import Anchor
+
+NORM_ROWS = 8192  # cells whose squared norms are taken at once
 
 
 class CellSource:
-    """Rows of the screen as tensors on the device; the whole screen lies there when it fits."""
+    """Cells of the screen as tensors on the device: sparse or dense as they are stored; there for good if they fit.
+
+    On CUDA the whole screen lies on the device when it takes at most half of the free memory; else cells are sliced
+    on the CPU and sent.
+    """
 
     def __init__(self, data: PerturbSeqData, device: torch.device, dtype: torch.dtype) -> None:
         self.data, self.device, self.dtype = data, device, dtype
-        self.resident: Tensor | None = None
+        self.resident: tuple[Tensor, ...] | None = None
+        x = data.x
         if device.type == "cuda":
-            size = data.x.shape[0] * data.n_genes * torch.finfo(dtype).bits // 8
+            size = x.size * torch.finfo(dtype).bits // 8 if isinstance(x, np.ndarray) else 12 * x.nnz
             if size < 0.5 * torch.cuda.mem_get_info(device)[0]:
-                self.resident = torch.from_numpy(data.dense(np.arange(data.x.shape[0]))).to(device, dtype)
+                self.resident = self._sent(x)
 
-    def __call__(self, index: np.ndarray) -> Tensor:
+    def dense(self, index: np.ndarray) -> Tensor:
         """(...) cell indices to (..., G)."""
-        if self.resident is not None:
-            return self.resident[torch.from_numpy(index).to(self.device)]
         rows = torch.from_numpy(self.data.dense(index.ravel())).to(self.device, self.dtype)
         return rows.reshape(*index.shape, -1)
+
+    def rows(self, index: np.ndarray) -> Rows:
+        """(N,) cell indices to their rows as they are stored."""
+        if self.resident is None:
+            chosen = self.data.x[index]
+            if self.device.type == "cpu" and not isinstance(chosen, np.ndarray):
+                by_gene = chosen.tocsc()
+                return SparseRows(*self._sent(chosen), *self._sent(by_gene))
+            return self._rows(*self._sent(chosen))
+        at = torch.from_numpy(index).to(self.device)
+        if len(self.resident) == 1:
+            return DenseRows(self.resident[0][at])
+        start, gene, value = self.resident
+        first, counts = start[at].long(), (start[at + 1] - start[at]).long()
+        own = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        entry = torch.arange(int(own[-1]), device=self.device) + torch.repeat_interleave(first - own[:-1], counts)
+        return self._rows(own.to(gene.dtype), gene[entry], value[entry])
+
+    def _sent(self, x: Any) -> tuple[Tensor, ...]:
+        if isinstance(x, np.ndarray):
+            return (torch.from_numpy(x).to(self.device, self.dtype),)
+        start, gene, value = map(torch.from_numpy, (x.indptr, x.indices, x.data))
+        return start.to(self.device, gene.dtype), gene.to(self.device), value.to(self.device, self.dtype)
+
+    def _rows(self, *parts: Tensor) -> Rows:
+        if len(parts) == 1:
+            return DenseRows(parts[0])
+        start, gene, value = parts
+        return SparseRows.from_csr(start, gene, value, self.data.n_genes)
 
 
 class Objective:
     """Loss terms of batches (`crlseq.model.losses`); with Gaussian noise the bound counts perturbed cells as well.
+
+    A linear output layer with Gaussian noise is computed from the non-zeros (`crlseq.model.factored`); the published
+    output, which is not linear, from dense rows.
 
     Parameters
     ----------
@@ -50,6 +92,10 @@ class Objective:
         self.device, self.dtype = weight.device, weight.dtype
         self.source = CellSource(data, self.device, self.dtype)
         self.table = torch.from_numpy(data.perturbation_table()).to(self.device)
+        self.factored = model.log_noise is not None and model.decoder.output_activation == "identity"
+        if self.factored:
+            norms, center = map(torch.from_numpy, _norms_and_center(data))
+            self.norms, self.center = norms.to(self.device), center.to(self.device, self.dtype)
         self.anchored = anchor is not None
         if anchor is not None:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
@@ -57,27 +103,74 @@ class Objective:
 
     def __call__(self, batch: BatchIndex, generator: torch.Generator) -> dict[str, Tensor]:
         """Unweighted terms, each a scalar."""
-        control, perturbed = self.source(batch.control), self.source(batch.perturbed)
         mask = None if batch.mask.all() else torch.from_numpy(batch.mask).to(self.device)
         conditions = self.table[torch.from_numpy(batch.condition).to(self.device)]
-        output = self.model(control, conditions, self._draws(control, generator))
-        config, g = self.config, control.shape[-1]
-        unbiased = config.mmd_estimator == "unbiased"
-        terms = loss_terms(self.model, output, control, perturbed, self.bandwidth, config.mmd_kernels, unbiased, mask)
-        if self.model.log_noise is None:
-            return terms
-        inference = self.model.infer(perturbed, conditions, self._draws(perturbed, generator))
-        for name, value in interventional_terms(self.model, inference, perturbed, mask).items():
-            terms[name] = (terms[name] + value) / 2
-        if self.anchored:
-            pairs = ((output.mean, batch.control), (inference.mean, batch.perturbed))
-            sides = [anchor_term(mean, self._anchors(cells), self.anchor_variance, g, mask) for mean, cells in pairs]
+        shape = (*batch.mask.shape, self.model.scm.graph.shape[0])
+        means: tuple[Tensor, Tensor] | None
+        if self.factored:
+            eps = self._draws(shape, generator), self._draws(shape, generator)
+            estimator = self.bandwidth, self.config.mmd_kernels, self.config.mmd_estimator == "unbiased"
+            terms, means = factored_terms(self.model, self._cells(batch), conditions, eps, *estimator, mask)
+        else:
+            terms, means = self._dense(batch, conditions, mask, shape, generator)
+        if self.anchored and means is not None:
+            pairs = zip(means, (batch.control, batch.perturbed), strict=True)
+            n_genes = self.source.data.n_genes
+            sides = [anchor_term(m, self._anchors(cells), self.anchor_variance, n_genes, mask) for m, cells in pairs]
             terms["anchor"] = torch.stack(sides).mean()
         return terms
+
+    def _dense(
+        self,
+        batch: BatchIndex,
+        conditions: Tensor,
+        mask: Tensor | None,
+        shape: tuple[int, ...],
+        generator: torch.Generator,
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+        """Terms, and with Gaussian noise the posterior means of both sides."""
+        control, perturbed = self.source.dense(batch.control), self.source.dense(batch.perturbed)
+        output = self.model(control, conditions, self._draws(shape, generator))
+        estimator = self.bandwidth, self.config.mmd_kernels, self.config.mmd_estimator == "unbiased"
+        terms = loss_terms(self.model, output, control, perturbed, *estimator, mask)
+        if self.model.log_noise is None:
+            return terms, None
+        inference = self.model.infer(perturbed, conditions, self._draws(shape, generator))
+        for name, value in interventional_terms(self.model, inference, perturbed, mask).items():
+            terms[name] = (terms[name] + value) / 2
+        return terms, (output.mean, inference.mean)
+
+    def _cells(self, batch: BatchIndex) -> StepCells:
+        """Each control of the batch once, then its perturbed cells."""
+        controls, place = np.unique(batch.control[batch.mask], return_inverse=True)
+        control, perturbed = np.zeros((2, *batch.mask.shape), dtype=np.int64)
+        control[batch.mask] = place
+        perturbed[batch.mask] = len(controls) + np.arange(batch.mask.sum())
+        index = np.concatenate([controls, batch.perturbed[batch.mask]])
+        at = torch.from_numpy(index).to(self.device)
+        return StepCells(
+            rows=self.source.rows(index),
+            n_controls=len(controls),
+            control=torch.from_numpy(control).to(self.device),
+            perturbed=torch.from_numpy(perturbed).to(self.device),
+            counts=tuple(batch.mask.sum(1).tolist()),
+            norms=self.norms[at],
+            center=self.center,
+        )
 
     def _anchors(self, cells: np.ndarray) -> Tensor:
         return self.anchors[torch.from_numpy(cells).to(self.device)]
 
-    def _draws(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        shape = (*x.shape[:2], self.model.scm.graph.shape[0])
+    def _draws(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
+
+
+def _norms_and_center(data: PerturbSeqData) -> tuple[np.ndarray, np.ndarray]:
+    """Squared norms (cells,) and the mean of training controls (genes,), in float64."""
+    x = data.x
+    norms = np.empty(x.shape[0])
+    for start in range(0, x.shape[0], NORM_ROWS):
+        part = x[start : start + NORM_ROWS].astype(np.float64)
+        squares = part**2 if isinstance(part, np.ndarray) else part.multiply(part)
+        norms[start : start + NORM_ROWS] = np.asarray(squares.sum(1)).ravel()
+    return norms, np.asarray(x[data.cells(0, splits.TRAIN)].mean(0, dtype=np.float64)).ravel()

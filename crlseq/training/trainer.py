@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from crlseq.config import Config, ModelConfig, TrainingConfig
 from crlseq.data import splits
@@ -30,6 +31,7 @@ CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written ch
 BANDWIDTH_CELLS = 1000
 VALIDATION_BATCH, VALIDATION_CONDITIONS = 64, 16  # cells of a condition, and conditions, scored at once
 
+MIN_IN_STEP, MAX_IN_STEP, ENOUGH_STEPS = 8, 32, 40  # perturbations in a step, and steps an epoch keeps
 MIN_EPOCHS, MIN_STEPS = 100, 2000  # a small screen makes few steps an epoch and needs as many as a large one
 
 History = list[dict[str, float]]
@@ -83,13 +85,26 @@ def architecture_of(
     }
 
 
+def resolve_step(training: TrainingConfig, cells_by_condition: list[np.ndarray]) -> int:
+    """The number of perturbations in a step: as asked, or 8, or as many more as leave `ENOUGH_STEPS` an epoch.
+
+    What a step costs whatever its cells (products of weights with weights, the optimiser) is shared by all of them.
+    """
+    if training.perturbations_per_step is not None:
+        return training.perturbations_per_step
+    return int(np.clip(_pieces(training, cells_by_condition) // ENOUGH_STEPS, MIN_IN_STEP, MAX_IN_STEP))
+
+
 def resolve_epochs(training: TrainingConfig, cells_by_condition: list[np.ndarray]) -> int:
     """The number of epochs asked for; by default 100, or as many as make 2,000 steps."""
     if training.epochs is not None:
         return training.epochs
-    pieces = sum(-(-len(cells) // training.batch_size) for cells in cells_by_condition[1:])
-    steps = -(-max(pieces, 1) // training.perturbations_per_step)
+    steps = -(-max(_pieces(training, cells_by_condition), 1) // resolve_step(training, cells_by_condition))
     return max(MIN_EPOCHS, -(-MIN_STEPS // steps))
+
+
+def _pieces(training: TrainingConfig, cells_by_condition: list[np.ndarray]) -> int:
+    return sum(-(-len(cells) // training.batch_size) for cells in cells_by_condition[1:])
 
 
 def fit_model(
@@ -133,11 +148,12 @@ def fit_model(
     _start_noise(model, data)
     anchor = None if start is None else warm_start(model, data, start)
     model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=True)
     objective = Objective(model, data, config.model, bandwidth, anchor)
 
     train_cells = data.cells_by_condition(splits.TRAIN)
     n_epochs = 0 if config.model.method == "linear" else resolve_epochs(training, train_cells)
+    in_step = resolve_step(training, train_cells)
     partners = ControlPartners(train_cells[0], data.batch)
     validation = _validation_batches(data, training.seed)
     history: History = []
@@ -169,8 +185,8 @@ def fit_model(
         # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
         rng = np.random.default_rng([training.seed, 1, epoch])
         generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-        batches = epoch_batches(train_cells, partners, training.batch_size, training.perturbations_per_step, rng)
-        sums: dict[str, float] = {}
+        batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng)
+        sums: dict[str, Tensor] = {}
         for batch in batches:
             terms = objective(batch, generator)
             total = weighted_total(terms, weights.of_terms(objective.anchored))
@@ -179,9 +195,9 @@ def fit_model(
             if training.gradient_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_norm)
             optimizer.step()
-            for name, value in {**terms, "total": total}.items():
-                sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
-        record = {"epoch": float(epoch), **sums}
+            for name, value in {**terms, "total": total}.items():  # added up on the device: no step waits for a number
+                sums[name] = sums.get(name, 0.0) + value.detach().double() / len(batches)
+        record = {"epoch": float(epoch), **{name: value.item() for name, value in sums.items()}}
         record |= _validate(objective, validation, config.model, training.seed)
         record["temperature"] = weights.temperature
         if not all(math.isfinite(value) for value in record.values()):

@@ -31,6 +31,15 @@ def test_number_of_programs(screen_file: Path, tmp_path: Path, asked: str | None
         assert run.info["n_latents_reason"] in invoke("inspect", tmp_path / "RUN").out
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_dtype(screen_file: Path, tmp_path: Path, preset: str, dtype: str) -> None:
+    words = ["--preset", preset, "--dtype", dtype, "--epochs", 1, "--method", "gradient"]
+    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", *words)
+    assert answer.code == 0, answer.err
+    assert str(crlseq.load(tmp_path / "RUN").model.scm.graph.dtype) == f"torch.{dtype}"
+
+
 @pytest.mark.parametrize("method", ["straighten", "linear", "gradient"])
 def test_without_a_causal_layer_there_is_no_graph(screen: ad.AnnData, method: str) -> None:
     run = crlseq.fit(screen, method=method, causal_layer=False, epochs=1, n_latents=2)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crlseq.data.batches import ControlPartners, epoch_batches
+from crlseq.data.batches import SHARED, ControlPartners, epoch_batches
 
 epochs = st.tuples(
     st.lists(st.integers(0, 30), min_size=1, max_size=5),  # perturbed cells a condition
@@ -84,3 +84,17 @@ def test_partners_are_fresh_in_every_epoch() -> None:
 
 def pairs(step: object) -> dict[int, int]:
     return dict(zip(step.perturbed[0].tolist(), step.control[0].tolist(), strict=True))  # type: ignore[attr-defined]
+
+
+def test_the_pieces_of_a_step_share_their_controls_and_all_controls_are_drawn_alike() -> None:
+    cells = [np.arange(200), *(np.arange(200 + 40 * i, 240 + 40 * i) for i in range(6))]
+    partners, rng = ControlPartners(cells[0], np.zeros(440, int)), np.random.default_rng(0)
+    used: Counter[int] = Counter()
+    for _ in range(300):
+        for step in epoch_batches(cells, partners, 20, 4, rng):
+            distinct, times = np.unique(step.control[step.mask], return_counts=True)
+            assert len(distinct) <= SHARED * 20
+            assert times.max() <= len(step.condition)  # at most once a piece
+            used.update(step.control[step.mask].tolist())
+    expected = 300 * 240 / 200
+    assert max(abs(used[control] - expected) for control in range(200)) < 0.4 * expected  # five deviations

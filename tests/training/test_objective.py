@@ -28,7 +28,11 @@ BATCH = BatchIndex(np.array([1]), np.array([[2, 3]]), np.array([[0, 1]]), np.one
 def screen() -> Any:
     """What the objective asks of a screen: rows, and the perturbations of each condition."""
     return SimpleNamespace(
-        x=X, n_genes=2, dense=lambda index: X[index], perturbation_table=lambda: np.array([[-1], [0]])
+        x=X,
+        n_genes=2,
+        dense=lambda index: X[index],
+        perturbation_table=lambda: np.array([[-1], [0]]),
+        cells=lambda condition, code: np.arange(2),
     )
 
 
@@ -173,6 +177,6 @@ def test_the_published_objective_leaves_perturbed_cells_to_the_mmd() -> None:
 
 def test_rows_of_the_screen_come_in_the_shape_of_their_indices() -> None:
     source = CellSource(screen(), torch.device("cpu"), torch.float32)
-    rows = source(np.array([[0, 4], [1, 1]]))
+    rows = source.dense(np.array([[0, 4], [1, 1]]))
     assert rows.dtype == torch.float32 and rows.shape == (2, 2, 2)
     assert rows[0, 1].tolist() == [4, 1] and torch.equal(rows[1, 0], rows[1, 1])

@@ -10,7 +10,7 @@ from crlseq.data.dataset import read_data
 from crlseq.data.simulate import simulate
 from crlseq.errors import ConvergenceError, InputError
 from crlseq.training import trainer
-from crlseq.training.trainer import fit_model, resolve_device, resolve_epochs
+from crlseq.training.trainer import fit_model, resolve_device, resolve_epochs, resolve_step
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,14 @@ def test_a_small_screen_gets_more_epochs():
     assert resolve_epochs(make_config().training, cells) == 1000
     assert resolve_epochs(make_config().training, cells[:1] + cells[1:] * 100) == 100
     assert resolve_epochs(make_config(epochs=7).training, cells) == 7
+
+
+def test_a_large_screen_gets_more_perturbations_a_step():
+    training = make_config().training
+    few, many, most = ([np.arange(100), *[np.arange(64)] * n] for n in (16, 1000, 10_000))
+    assert [resolve_step(training, cells) for cells in (few, many, most)] == [8, 25, 32]
+    assert resolve_epochs(training, many) == 100  # of 40 steps each
+    assert resolve_step(make_config(perturbations_per_step=3).training, most) == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

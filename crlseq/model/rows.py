@@ -1,0 +1,194 @@
+"""Rows of expression, sparse or dense, as an objective needs them: products, inner products, moments by gene.
+
+Nothing here forms a dense matrix of all cells and genes from sparse rows: a product with a table (G, n) costs
+non-zeros times n, whatever the number of genes. `torch.nn.functional.embedding_bag` is that product on the CPU and on
+CUDA alike, with threads and vector instructions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WIDTH = 64  # columns of a table that are read at a time
+
+
+class Rows(Protocol):
+    """N cells by G genes."""
+
+    def times(self, table: Tensor) -> Tensor:
+        """X T: (G, n) to (N, n). As all methods here without a gradient; see `product`."""
+
+    def transposed_times(self, values: Tensor) -> Tensor:
+        """X^T V: (N, n) to (G, n)."""
+
+    def inner(self, a: slice, b: slice) -> Tensor:
+        """(a, b) inner products of cells."""
+
+    def inner_within(self, first: int, counts: tuple[int, ...], width: int) -> Tensor:
+        """(C, B, B) inner products within sets of at most B = `width` neighbouring cells, from row `first` on."""
+
+    def moments(self, counts: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of ``x - center`` and of its square, (G,) each, over cells of which each counts so many times."""
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """Rows that are stored densely."""
+
+    x: Tensor  # (N, G)
+
+    def times(self, table: Tensor) -> Tensor:
+        """X T: (G, n) to (N, n)."""
+        return self.x @ table
+
+    def transposed_times(self, values: Tensor) -> Tensor:
+        """X^T V: (N, n) to (G, n)."""
+        return self.x.T @ values
+
+    def inner(self, a: slice, b: slice) -> Tensor:
+        """(a, b) inner products of cells."""
+        return self.x[a] @ self.x[b].T
+
+    def inner_within(self, first: int, counts: tuple[int, ...], width: int) -> Tensor:
+        """(C, B, B) inner products within sets; rows and columns beyond a set's size are 0."""
+        bounds = _bounds(first, counts)
+        x = torch.nn.utils.rnn.pad_sequence([self.x[a:b] for a, b in itertools.pairwise(bounds)], batch_first=True)
+        x = F.pad(x, (0, 0, 0, width - x.shape[1]))
+        return x @ x.mT
+
+    def moments(self, counts: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of ``x - center`` and of its square."""
+        x = self.x - center
+        return counts @ x, counts @ x**2
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """Rows by their non-zeros (CSR), and the same by gene (CSC), which the gradient of a product reads.
+
+    ``start`` (N + 1,), ``gene`` and ``value`` (nnz,); ``gene_start`` (G + 1,), ``cell`` and ``gene_value`` (nnz,).
+    """
+
+    start: Tensor
+    gene: Tensor
+    value: Tensor
+    gene_start: Tensor
+    cell: Tensor
+    gene_value: Tensor
+
+    @classmethod
+    def from_csr(cls, start: Tensor, gene: Tensor, value: Tensor, n_genes: int) -> SparseRows:
+        """The CSC by a stable sort: for devices without a quicker way."""
+        counts = (start[1:] - start[:-1]).long()
+        row = torch.repeat_interleave(torch.arange(len(counts), device=start.device), counts)
+        by_gene, order = torch.sort(gene, stable=True)
+        edges = torch.arange(n_genes + 1, device=gene.device, dtype=gene.dtype)
+        gene_start = torch.searchsorted(by_gene, edges, out_int32=gene.dtype == torch.int32)
+        return cls(start, gene, value, gene_start, row[order].to(gene.dtype), value[order])
+
+    def times(self, table: Tensor) -> Tensor:
+        """X T: (G, n) to (N, n)."""
+        return _bags(table, self.gene, self.start, self.value)
+
+    def transposed_times(self, values: Tensor) -> Tensor:
+        """X^T V: (N, n) to (G, n), from the order by gene."""
+        return _bags(values, self.cell, self.gene_start, self.gene_value)
+
+    def inner(self, a: slice, b: slice) -> Tensor:
+        """(a, b) inner products: the rows of b laid out by gene, (G, b), are the table that those of a read."""
+        n = b.stop - b.start
+        entries = slice(int(self.start[b.start]), int(self.start[b.stop]))
+        table = self._table(n)
+        table.view(-1).scatter_(0, self.gene[entries] * n + (self._cell_of(b) - b.start), self.value[entries])
+        return self._read(table, a)
+
+    def inner_within(self, first: int, counts: tuple[int, ...], width: int) -> Tensor:
+        """(C, B, B) inner products within sets; rows and columns beyond a set's size are 0."""
+        last = first + sum(counts)
+        found = self.value.new_zeros(len(counts), width, width)
+        place = torch.cat([torch.arange(n, device=found.device) for n in counts])  # of a cell in its set
+        cells = slice(first, last)
+        column, skipped = place[self._cell_of(cells) - first], int(self.start[first])
+        table = self._table(width)
+        for c, (begin, end) in enumerate(itertools.pairwise(_bounds(first, counts))):
+            entries = slice(int(self.start[begin]), int(self.start[end]))
+            place_of = self.gene[entries] * width + column[entries.start - skipped : entries.stop - skipped]
+            table.view(-1).scatter_(0, place_of, self.value[entries])
+            found[c, : counts[c]] = self._read(table, slice(begin, end))
+            table.view(-1).scatter_(0, place_of, 0.0)  # what was written, and not the whole table
+        return found
+
+    def _cell_of(self, rows: slice) -> Tensor:
+        """Row of each entry of consecutive rows."""
+        counts = (self.start[rows.start + 1 : rows.stop + 1] - self.start[rows.start : rows.stop]).long()
+        return torch.repeat_interleave(torch.arange(rows.start, rows.stop, device=counts.device), counts)
+
+    def _table(self, n: int) -> Tensor:
+        """(G, n) zeros."""
+        return self.value.new_zeros(len(self.gene_start) - 1, n)
+
+    def _read(self, table: Tensor, rows: slice) -> Tensor:
+        """(rows, n) products of consecutive rows with a table."""
+        entries = slice(int(self.start[rows.start]), int(self.start[rows.stop]))
+        start = self.start[rows.start : rows.stop + 1] - entries.start
+        return _bags(table, self.gene[entries], start, self.value[entries])
+
+    def moments(self, counts: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        """From deviations of the non-zeros, and of the cells that hold none: how many those are is exact."""
+        deviation = self.gene_value - torch.repeat_interleave(
+            center, (self.gene_start[1:] - self.gene_start[:-1]).long()
+        )
+
+        def total(values: Tensor) -> Tensor:
+            return _bag(counts[:, None], self.cell, self.gene_start, values)[:, 0]
+
+        silent = counts.sum() - total(torch.ones_like(deviation))
+        return total(deviation) - silent * center, total(deviation**2) + silent * center**2
+
+
+def _bounds(first: int, counts: tuple[int, ...]) -> list[int]:
+    """Where sets of neighbouring rows begin, and the last one ends."""
+    return list(itertools.accumulate(counts, initial=first))
+
+
+def product(rows: Rows, table: Tensor) -> Tensor:
+    """X T: (G, n) to (N, n), differentiable in the table."""
+    found: Tensor = _Product.apply(table, rows)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return rows.times(table.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.rows.transposed_times(gradients[0]), None
+
+
+def _bags(table: Tensor, index: Tensor, start: Tensor, value: Tensor) -> Tensor:
+    """Sums over the entries of each row, ``start[i] <= e < start[i + 1]``, of ``value[e] table[index[e]]``.
+
+    On the CPU `WIDTH` columns at a time, so that what is read at random of the table stays in a core's cache (1.3 MB of
+    5,000 genes in float32): four times as fast as 384 columns at once.
+    """
+    n = table.shape[1]
+    if n <= WIDTH or table.device.type != "cpu":
+        return _bag(table.contiguous(), index, start, value)
+    found = table.new_empty(len(start) - 1, n)
+    for first in range(0, n, WIDTH):
+        columns = slice(first, first + WIDTH)
+        found[:, columns] = _bag(table[:, columns].contiguous(), index, start, value)
+    return found
+
+
+def _bag(table: Tensor, index: Tensor, start: Tensor, value: Tensor) -> Tensor:
+    return F.embedding_bag(index, table, start, mode="sum", per_sample_weights=value, include_last_offset=True)
