@@ -187,9 +187,9 @@ def _labels(tables: list[pd.DataFrame], info: Mapping[str, Any], settings: Mappi
     first = read_perturbations(tables[0][keys], info["perturbation_key"], info["control_label"], settings["separator"])
     if len(tables) == 1:
         return first
-    return read_perturbations(
-        pd.DataFrame(columns), info["perturbation_key"], info["control_label"], first.separator or ""
-    )
+    # A fit on single perturbations alone has seen no separator: it was asked for, or is found in the other cells.
+    separator = settings["separator"] if first.separator is None else first.separator
+    return read_perturbations(pd.DataFrame(columns), info["perturbation_key"], info["control_label"], separator)
 
 
 def _batches(tables: list[pd.DataFrame], key: str | None) -> np.ndarray:

@@ -25,13 +25,30 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="CSV with every condition and predictor.", show_default=False)
     ] = None,
+    cross_validate: Annotated[
+        bool, typer.Option("--cross-validate", help="Fit again without a part of the screen, fold by fold.")
+    ] = False,
+    folds: Annotated[int, typer.Option(help="Of --cross-validate.", min=2)] = 5,
+    splits: Annotated[
+        str | None,
+        typer.Option(
+            help="What --cross-validate holds out: cells, combinations, singles, with commas. [what the screen has]",
+            show_default=False,
+        ),
+    ] = None,
     legacy: Annotated[bool, typer.Option("--legacy", help="Also the metrics of the published tables.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON to stdout.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an --output that exists.")] = False,
 ) -> None:
     """Judge a run by cells that it was not fitted on, beside baselines that any model has to beat."""
-    from crlseq.errors import InputError
+    from crlseq.errors import InputError, UsageError
 
+    if cross_validate and data is not None:
+        raise UsageError(
+            "--cross-validate judges by the run's own screen, and --data names another.", "Give one of them."
+        )
+    if splits is not None and not cross_validate:
+        raise UsageError("--splits says what --cross-validate holds out.", "Give both.")
     if output is not None and output.is_dir():
         raise InputError(f"{output} is a folder.", "Name a file to write.")
     if output is not None and output.exists() and not force:
@@ -39,7 +56,14 @@ def evaluate(
     from crlseq.analysis.evaluation import evaluate as judge
     from crlseq.run import load
 
-    found = judge(load(run), data, legacy)
+    fitted = load(run)
+    if cross_validate:
+        from crlseq.crossvalidation import cross_validate as judge_folds
+
+        chosen = None if splits is None else [word.strip() for word in splits.split(",")]
+        found = judge_folds(fitted, folds, chosen, legacy, note=say)
+    else:
+        found = judge(fitted, data, legacy)
     for note in found.notes:
         say(note)
     if output is not None:
