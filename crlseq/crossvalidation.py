@@ -28,7 +28,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from crlseq.analysis.comparison import METRICS, compare, summarise, verdict
+from crlseq.analysis.comparison import AXIOMS, METRICS, compare, summarise, verdict
 from crlseq.analysis.evaluation import Evaluation, evaluate
 from crlseq.config import Config
 from crlseq.data.dataset import select_conditions
@@ -121,7 +121,7 @@ def over_folds(table: pd.DataFrame) -> pd.DataFrame:
     """Means of each condition over the folds that judge it; a row a group, condition and predictor."""
     keys = ["condition", "group", "predictor"]
     grouped = table.groupby(keys, sort=False, observed=True)
-    means = grouped[[metric for metric in METRICS if metric in table]].mean()
+    means = grouped[[metric for metric in (*METRICS, *AXIOMS) if metric in table]].mean()
     return pd.concat([grouped["n_cells"].sum(), means], axis=1).reset_index()
 
 
@@ -133,12 +133,18 @@ def make_folds(labels: Perturbations, run: Run, folds: int, splits: Sequence[str
     order = np.array([len(parts) for parts in labels.conditions])
     never = selection.held_out & (order > 0)  # by the run itself
     usable = (selection.fitted & (order > 0)) | never
-    of_condition = _deal(np.flatnonzero(usable & ((order > 1) | never)), len(order), folds, rng)
-    if "combinations" not in splits:
-        of_condition[~never] = -1
     singles = np.flatnonzero(usable & (order == 1) & ~never) if "singles" in splits else np.zeros(0, np.int64)
-    unseen = _deal(singles, len(order), folds, rng)
-    of_part = {labels.conditions[c][0]: int(unseen[c]) for c in singles}
+    shuffled = rng.permutation(singles)
+    of_part = {labels.conditions[c][0]: i % folds for i, c in enumerate(shuffled)}
+    whole_ones = usable & ((order > 1) | never) if "combinations" in splits else never
+    of_condition = np.full(len(order), -1)
+    load = np.zeros(folds, dtype=np.int64)
+    for c in rng.permutation(np.flatnonzero(whole_ones)):
+        # In a fold that sees its parts, if there is one: where they are lost it is judged as well, without them.
+        lost_in = {of_part.get(part, -1) for part in labels.conditions[c]}
+        free = [f for f in range(folds) if f not in lost_in] or list(range(folds))
+        of_condition[c] = min(free, key=lambda f: load[f])
+        load[of_condition[c]] += 1
     cell_fold = np.full(len(labels.condition), -1)
     for c in np.flatnonzero(usable & ~never) if "cells" in splits else ():
         own = rng.permutation(np.flatnonzero(labels.condition == c))
@@ -155,13 +161,6 @@ def make_folds(labels: Perturbations, run: Run, folds: int, splits: Sequence[str
         train = here & (fitted[condition] | (labels.condition == 0)) & ~tested
         plan.append(Fold(np.flatnonzero(train), np.flatnonzero(out | tested)))
     return plan
-
-
-def _deal(chosen: np.ndarray, n: int, folds: int, rng: np.random.Generator) -> np.ndarray:
-    """(n,) fold of each chosen index, in even shares; -1 for the others."""
-    fold = np.full(n, -1)
-    fold[rng.permutation(chosen)] = np.arange(len(chosen)) % folds
-    return fold
 
 
 def default_splits(run: Run, labels: Perturbations) -> tuple[str, ...]:

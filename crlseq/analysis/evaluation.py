@@ -7,6 +7,7 @@ those of a file given by the user; and *measured* cells, which no prediction see
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,12 @@ from scipy.stats import t as student
 
 from crlseq.analysis import baselines, metrics
 from crlseq.analysis.baselines import Controls, Moments, Parts, control_moments, group_moments
-from crlseq.analysis.comparison import CEILING, FLOOR, METRICS, MODEL, compare, summarise, verdict
+from crlseq.analysis.comparison import AXIOMS, CEILING, FLOOR, METRICS, MODEL, compare, summarise, verdict
+from crlseq.analysis.counterfactual import counterfactual_quality
 from crlseq.analysis.effects import benjamini_hochberg
 from crlseq.analysis.judged import Cells, Judged, read_cells
 from crlseq.analysis.prediction import virtual_cells
+from crlseq.analysis.truth import known_recovery
 from crlseq.data.batches import ControlPartners
 from crlseq.errors import InputError
 from crlseq.model.losses import median_bandwidth
@@ -44,8 +47,9 @@ class Evaluation:
     Attributes
     ----------
     conditions
-        ``condition, group, predictor, n_cells`` and the metrics of `comparison.METRICS`; a row a condition and
-        predictor: the model, each baseline, the split-half ceiling and the sampling floor.
+        ``condition, group, predictor, n_cells``, the metrics of `comparison.METRICS`, and for the model those of
+        `comparison.AXIOMS`; a row a condition and predictor: the model, each baseline, the split-half ceiling and the
+        sampling floor.
     summary, comparisons
         See `comparison.summarise` and `comparison.compare`.
     verdict
@@ -54,6 +58,8 @@ class Evaluation:
         What was left out or has to be known.
     predicted
         Mean expression (conditions, fitted genes) by predictor, conditions as in the table.
+    recovery
+        Scores against a known truth (`recovery.score_recovery`), where the judged file has one.
     """
 
     conditions: pd.DataFrame
@@ -62,6 +68,7 @@ class Evaluation:
     verdict: tuple[str, ...]
     notes: tuple[str, ...]
     predicted: dict[str, np.ndarray] = field(repr=False)
+    recovery: dict[str, float] | None = None
 
 
 def evaluate(run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool = False) -> Evaluation:
@@ -106,6 +113,7 @@ def evaluate(run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool
         for i, row in enumerate(cells):
             for metric, value in row.get(name, {}).items():
                 scores.setdefault(name, {}).setdefault(metric, np.full(len(chosen), np.nan))[i] = value
+    scores[MODEL] |= virtual.axioms(queries)
     scores.setdefault(CEILING, {}).update(_split_half(measured, virtual.controls, effects.effect.mean(0), targets, rng))
     scores[FLOOR] = _sampling_floor(truth)
     about = {
@@ -115,9 +123,12 @@ def evaluate(run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool
     }
     rows = [pd.DataFrame({**about, "predictor": name, **values}) for name, values in scores.items()]
     table: pd.DataFrame = pd.concat(rows, ignore_index=True)
-    table = table[["condition", "group", "predictor", "n_cells", *(m for m in METRICS if m in table)]]
+    table = table[["condition", "group", "predictor", "n_cells", *(m for m in (*METRICS, *AXIOMS) if m in table)]]
     comparisons = compare(table, seed)
-    return Evaluation(table, summarise(table, seed), comparisons, verdict(comparisons), judged.notes, predicted)
+    recovery, notes = known_recovery(run, data)
+    return Evaluation(
+        table, summarise(table, seed), comparisons, verdict(comparisons), (*judged.notes, *notes), predicted, recovery
+    )
 
 
 class _VirtualControls:
@@ -131,6 +142,7 @@ class _VirtualControls:
         chosen = np.sort(np.concatenate(some))
         self.cells, self.batch = _dense(cells.x[chosen]), cells.batch[chosen]
         self.made: tuple[Parts, np.ndarray] = ((), self.cells)
+        self.scale = torch.tensor([program["scale"] for program in run.info["programs"]], dtype=torch.float64)
 
     def virtual(self, parts: Parts) -> np.ndarray:
         """(controls, genes) virtual cells; parts that were never fitted do nothing."""
@@ -140,6 +152,17 @@ class _VirtualControls:
         if self.made[0] != known:
             self.made = (known, virtual_cells(self.run.model, self.cells, np.array(known), int(self.run.info["seed"])))
         return self.made[1]
+
+    def axioms(self, queries: list[Parts]) -> dict[str, np.ndarray]:
+        """Quality of the counterfactuals of these controls, (conditions,) each; NaN where no part was fitted."""
+        found: dict[str, np.ndarray] = {name: np.full(len(queries), np.nan) for name in AXIOMS}
+        model = copy.deepcopy(self.run.model).double()  # as predictions are made: float32 would add its rounding
+        control = torch.from_numpy(self.cells)[None]
+        for i, parts in enumerate(queries):
+            if known := [self.known[part] for part in parts if part in self.known]:
+                for name, value in counterfactual_quality(model, control, torch.tensor([known]), self.scale).items():
+                    found[name][i] = value
+        return found
 
     def change(self, parts: Parts, shares: np.ndarray) -> np.ndarray:
         """(genes,) mean change in batches by `shares`: of each batch's cells, so that a draw of few adds little noise."""

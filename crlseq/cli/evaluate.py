@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crlseq.cli.output import say, show_json, show_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHOWN = (
     "pearson_delta", "pearson_delta_top_de", "pearson_delta_perturbed", "l2", "centroid_accuracy", "discrimination",
@@ -78,6 +81,7 @@ def evaluate(
         show_json({
             "verdict": list(found.verdict), "notes": list(found.notes), "summary": found.summary.to_dict("records"),
             "comparisons": found.comparisons.to_dict("records"), "conditions": found.conditions.to_dict("records"),
+            "recovery": found.recovery,
         })  # fmt: skip
         return
     if sys.stdout.isatty():
@@ -89,5 +93,32 @@ def evaluate(
             show_table(wide, f"{group}, means of {n} conditions")
     else:
         show_table(found.summary, "")
-    for line in found.verdict:
+    for line in (*found.verdict, *_axioms(found.summary), *_recovery(found.recovery)):
         say(line)
+
+
+def _axioms(summary: pd.DataFrame) -> list[str]:
+    """The model's counterfactuals in words, a group a line."""
+    lines = []
+    for group, rows in summary[summary["predictor"] == "model"].groupby("group", sort=False):
+        found = rows.set_index("metric")["mean"]
+        if found.get("change", float("nan")) > 0:
+            lines.append(
+                f"{group}, counterfactuals: composition error {found['composition']:.2g}, effectiveness error "
+                f"{found['effectiveness']:.2g} SD, reversibility error {found['reversibility']:.2g} beside a change of "
+                f"{found['change']:.2g}."
+            )
+    return lines
+
+
+def _recovery(scores: dict[str, float] | None) -> list[str]:
+    if scores is None:
+        return []
+    names = {
+        "target_accuracy": "target accuracy", "mcc": "MCC", "dci_disentanglement": "disentanglement",
+        "dci_completeness": "completeness", "dci_informativeness": "informativeness",
+        "irs": "interventional robustness", "ancestor_f1": "ancestor F1", "shd": "SHD",
+    }  # fmt: skip
+    return [
+        "Against the known truth: " + ", ".join(f"{title} {scores[name]:.3g}" for name, title in names.items()) + "."
+    ]

@@ -12,8 +12,10 @@ import scipy.sparse as sp
 
 import crlseq
 from crlseq.analysis.baselines import BASELINES
-from crlseq.analysis.comparison import METRICS, PREDICTORS, bootstrap_interval, compare, summarise, verdict
+from crlseq.analysis.comparison import AXIOMS, METRICS, PREDICTORS, bootstrap_interval, compare, summarise, verdict
 from crlseq.analysis.evaluation import Evaluation, evaluate
+from crlseq.analysis.recovery import score_recovery
+from crlseq.analysis.truth import known_recovery
 from crlseq.errors import InputError
 from crlseq.run import Run
 from tests.support import dense
@@ -35,14 +37,15 @@ def held_out(finished: Run) -> Evaluation:
 
 def test_every_condition_has_every_predictor(held_out: Evaluation) -> None:
     table = held_out.conditions
-    assert list(table.columns) == ["condition", "group", "predictor", "n_cells", *METRICS]
+    assert list(table.columns) == ["condition", "group", "predictor", "n_cells", *METRICS, *AXIOMS]
     assert table["group"].unique().tolist() == ["held-out cells"]
     assert sorted(table["condition"].unique()) == ["g0", "g1", "g2", "g2+g4", "g3", "g3+g4", "g4", "g5", "g6"]
     assert (table.groupby("condition")["predictor"].agg(list).map(tuple) == PREDICTORS).all()
     assert (table["n_cells"] == 12).all()
     assert not held_out.notes
     model = table[table["predictor"] == "model"].drop(columns=["condition", "group", "predictor"])
-    assert model.drop(columns="sign_agreement").notna().all(axis=None)
+    assert model.drop(columns=["sign_agreement", "realised"]).notna().all(axis=None)
+    assert table.loc[table["predictor"] != "model", [*AXIOMS]].isna().all(axis=None)
 
 
 def test_changes_are_against_controls_of_the_same_batches(
@@ -64,6 +67,47 @@ def test_changes_are_against_controls_of_the_same_batches(
     cells = x[(labels == "g0") & (split == "test")]
     floor = np.sqrt((cells.var(0, ddof=1) / len(cells)).sum())
     assert rows.loc["sampling_floor", "l2"] == pytest.approx(floor, rel=1e-4)
+
+
+def test_counterfactuals_are_judged(finished: Run, held_out: Evaluation) -> None:
+    """As `predict` finds it for the same cells; no change is no error for a model that abducts its noise."""
+    rows = held_out.conditions[held_out.conditions["predictor"] == "model"].set_index("condition")
+    assert (rows["composition"] < 1e-10).all() and (rows["change"] > 0).any()
+    summary = held_out.summary.set_index(["predictor", "metric"])
+    assert summary.loc[("model", "effectiveness"), "mean"] == pytest.approx(rows["effectiveness"].mean())
+    assert ("additive", "effectiveness") not in summary.index
+    split = ad.read_h5ad(finished.path / "crlseq.h5ad", backed="r").obs["crlseq_split"].to_numpy()
+    own = ad.read_h5ad(finished.path / "crlseq.h5ad")
+    controls = own[(own.obs["perturbation"] == "control") & (split == "train")].copy()
+    predicted = finished.predict(["g0"], source=controls, n_cells=controls.n_obs, counterfactual=True)
+    expected = predicted.uns["crlseq_prediction"]["summary"].loc["g0"]
+    for name in AXIOMS[1:]:
+        assert rows.loc["g0", name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_a_known_truth_is_scored(finished: Run, held_out: Evaluation, screen: ad.AnnData, tmp_path: Path) -> None:
+    expected = score_recovery(
+        finished.interventions,
+        finished.edges,
+        screen.uns["truth"],
+        finished.latents(screen),
+        screen.obsm["true_latents"],
+    )
+    assert held_out.recovery == pytest.approx(expected)
+    assert {"mcc", "dci_disentanglement", "dci_completeness", "dci_informativeness", "irs"} <= expected.keys()
+    other = screen.copy()
+    del other.obsm["true_latents"]
+    recovery, _ = known_recovery(finished, other)
+    assert (
+        recovery is not None
+        and np.isnan(recovery["mcc"])
+        and recovery["target_accuracy"] == expected["target_accuracy"]
+    )
+    other.uns["truth"] = {"adjacency": np.eye(3)[:2]}
+    assert known_recovery(finished, other)[0] is None and "truth" in known_recovery(finished, other)[1][0]
+    bare = ad.AnnData(screen.X, obs=screen.obs, var=screen.var)
+    run = crlseq.fit(bare, tmp_path / "RUN", **LINEAR)
+    assert known_recovery(run, None) == (None, []) and evaluate(run).recovery is None
 
 
 def test_batches_are_matched(screen: ad.AnnData, tmp_path: Path) -> None:
