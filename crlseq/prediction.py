@@ -6,9 +6,10 @@ the latents decoded (prediction); see `crlseq.model.discrepancy_vae`. `predict` 
 (`crlseq.analysis.counterfactual`).
 
 Intervals of effects are effect ± 1.96 standard deviations over `DRAWS` draws of the cells' noise from its posterior, of
-the control cells with replacement, and of the shifts from their standard errors (`shift_errors`). They say how sure the
-mean is, not how far cells scatter about it, and they take everything else as known: the graph, the targets, retentions,
-loadings, and the residuals of single perturbations. What a wrong graph or target does is not in them.
+the control cells with replacement, and of the shifts from their standard errors (`shift_errors`), joined with the
+posterior standard deviation of what the latents miss. They say how sure the mean is, not how far cells scatter about it,
+and they take everything else as known: the graph, the targets, retentions and loadings. What a wrong graph or target does
+is not in them, nor what a combination does beyond the model.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 N_CELLS = 500
 DRAWS = 100
 NORMAL_QUANTILE = 1.959964  # of a two-sided interval of 95 %
-COVERS = "draws of the cells' noise, of the control cells and of the shifts"
-COVERS_NOT = "graph, targets, retentions, loadings and residuals are taken as known"
+COVERS = "the cells' noise, the control cells, the shifts and the residuals"
+COVERS_NOT = "graph, targets, retentions and loadings are taken as known"
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def predict(
 def effect_errors(
     model: DiscrepancyVAE, control: Tensor, perturbations: Tensor, shift_error: np.ndarray, generator: torch.Generator
 ) -> Tensor:
-    """(G,) standard deviations of a mean effect over `DRAWS` draws of noise, control cells and shifts.
+    """(G,) standard deviations of a mean effect over `DRAWS` draws of noise, control cells and shifts, and of residuals.
 
     Parameters
     ----------
@@ -196,7 +197,7 @@ def effect_errors(
         # With noise abducted, what the latents miss of a cell is in both and cancels.
         before = share @ control[0] if model.log_noise is None else _mean_decoded(model, model.scm(z), share)
         draws.append(after - before)
-    return torch.stack(draws).std(0)
+    return (torch.stack(draws).var(0) + model.missed_error(perturbations)[0] ** 2).sqrt()
 
 
 def _mean_decoded(model: DiscrepancyVAE, u: Tensor, share: Tensor) -> Tensor:

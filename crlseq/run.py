@@ -117,7 +117,8 @@ class Run:
         else:
             state, architecture = load_weights(self._folder() / "model.safetensors")
         model = DiscrepancyVAE(**architecture).to(state["scm.graph"].dtype)
-        model.load_state_dict(state)
+        # Runs of earlier versions have not measured all of what the latents miss.
+        model.load_state_dict({**{name: value for name, value in model.named_buffers() if "." not in name}, **state})
         return model.eval()
 
     @property

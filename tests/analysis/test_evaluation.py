@@ -110,6 +110,16 @@ def test_a_known_truth_is_scored(finished: Run, held_out: Evaluation, screen: ad
     assert known_recovery(run, None) == (None, []) and evaluate(run).recovery is None
 
 
+def test_noise_that_changes_share_is_told(screen: ad.AnnData, tmp_path: Path) -> None:
+    """Few controls: their mean is off by as much in every change."""
+    rare = np.flatnonzero(screen.obs["perturbation"] == "control")[25:]
+    few = screen[np.setdiff1d(np.arange(screen.n_obs), rare)].copy()
+    run = crlseq.fit(few, tmp_path / "RUN", hold_out_cells=0.2, **LINEAR)
+    told = [note for note in evaluate(run).notes if "sampling error of the controls' mean" in note]
+    assert len(told) == 1
+    assert not any("sampling error" in note for note in evaluate(run, screen.copy()).notes)
+
+
 def test_batches_are_matched(screen: ad.AnnData, tmp_path: Path) -> None:
     """One batch with every value moved: a change against the other batch's controls would be all batch."""
     adata = screen.copy()
