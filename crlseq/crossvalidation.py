@@ -34,6 +34,7 @@ from crlseq.config import Config
 from crlseq.data.dataset import select_conditions
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.errors import InputError, UsageError
+from crlseq.extrapolation import FILE as EMBEDDINGS
 from crlseq.fitting import Progress, fit
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def fold_config(run: Run, labels: Perturbations) -> Config:
         "perturbation_key": run.info["perturbation_key"], "control_label": run.info["control_label"],
         "separator": labels.separator or "", "min_cells": MIN_HELD_OUT, "hold_out": (), "hold_out_cells": 0.0,
         "combinations": True,
+        "embeddings": None if run.info.get("embeddings") is None or run.path is None else str(run.path / EMBEDDINGS),
     })  # fmt: skip
     return config.model_copy(update={"data": data})
 

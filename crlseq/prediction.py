@@ -67,7 +67,7 @@ def predict(
     seed: int = 0,
     note: Callable[[str], None] = lambda text: None,
 ) -> ad.AnnData:
-    """Virtual cells under perturbations and combinations of perturbations that were fitted.
+    """Virtual cells under perturbations and combinations of perturbations that were fitted, or whose genes have vectors.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def predict(
     Raises
     ------
     InputError
-        If a perturbation was not fitted, is the control or is named twice in one label; if there are no control cells, or they lack fitted genes.
+        If a perturbation was neither fitted nor has a vector, is the control or is named twice in one label; if there are no control cells, or they lack fitted genes.
     UsageError
         If no perturbation is asked for, fewer than one cell, or more counterfactuals than there are cells.
     """
@@ -114,7 +114,10 @@ def predict(
     start = _start(run, source, n_cells, counterfactual, seed, notes)
     for text in notes:
         note(text)
-    model = copy.deepcopy(run.model).double()  # float32 would leave rounding errors where nothing is to change
+    unseen = sorted({name for request in requests for name in request.unseen})
+    wider, rows_of = run.with_unseen(unseen)
+    models = [copy.deepcopy(found).double() for found in ((run.model, wider) if unseen else (run.model,))]
+    model = models[0]  # float32 would leave rounding errors where nothing is to change
     control = torch.from_numpy(start.x.astype(float))[None]
     center = np.array([program["center"] for program in run.info["programs"]])
     scale = np.array([program["scale"] for program in run.info["programs"]])
@@ -122,13 +125,16 @@ def predict(
     eps = None if counterfactual else torch.randn((1, n, p), generator=_generator(seed, 0), dtype=control.dtype)
 
     shift_error = shift_errors(run, model.encoder(control)[1].mean((0, 1)).numpy())
+    shift_error = np.append(shift_error, np.full(len(models[-1].scm.shift) - len(shift_error), np.nan))
     control_mean = control[0].mean(0).numpy()
     blocks, latents, tables, rows = [], [], [], []
     if counterfactual:
         blocks.append(start.x)
         latents.append(model.latents(control)[0].numpy())
     for request in requests:
-        perturbed = torch.tensor([request.parts])
+        model = models[bool(request.unseen)]
+        parts = [*request.parts, *(row for name in request.unseen for row in rows_of[name])]
+        perturbed = torch.tensor([parts])
         output = model(control, perturbed, eps)
         virtual = output.virtual[0]
         mean = virtual.mean(0).numpy()
@@ -136,7 +142,7 @@ def predict(
         error = effect_errors(model, control, perturbed, shift_error, _generator(seed, 1)).numpy()
         tables.append([mean, effect, effect - NORMAL_QUANTILE * error, effect + NORMAL_QUANTILE * error])
         row: dict[str, Any] = {
-            "n_parts": len(request.parts), "programs": request.programs, "seen": request.seen,
+            "n_parts": len(request.parts) + len(request.unseen), "programs": request.programs, "seen": request.seen,
             "effect_l2": float(np.linalg.norm(effect)),
             "n_genes_changed": int((np.abs(effect) > NORMAL_QUANTILE * error).sum()),
         }  # fmt: skip

@@ -144,7 +144,7 @@ class _VirtualControls:
 
     def __init__(self, run: Run, judged: Judged, rng: np.random.Generator) -> None:
         cells = judged.control
-        self.run, self.known = run, judged.known
+        self.run, self.known, self.model = run, judged.known, judged.model
         self.controls = control_moments(cells.x, cells.batch, int(cells.batch.max(initial=0)) + 1)
         some = [rng.permutation(np.flatnonzero(cells.batch == b))[:SOURCE_CELLS] for b in np.unique(cells.batch)]
         chosen = np.sort(np.concatenate(some))
@@ -152,23 +152,27 @@ class _VirtualControls:
         self.made: tuple[Parts, np.ndarray] = ((), self.cells)
         self.scale = torch.tensor([program["scale"] for program in run.info["programs"]], dtype=torch.float64)
 
+    def rows(self, parts: Parts) -> tuple[int, ...]:
+        """Rows of the model that a condition is the combination of."""
+        return tuple(row for part in parts for row in self.known.get(part, ()))
+
     def virtual(self, parts: Parts) -> np.ndarray:
         """(controls, genes) virtual cells; parts that were never fitted do nothing."""
-        known = tuple(self.known[part] for part in parts if part in self.known)
+        known = self.rows(parts)
         if not known:
             return np.asarray(self.cells)
         if self.made[0] != known:
-            self.made = (known, virtual_cells(self.run.model, self.cells, np.array(known), int(self.run.info["seed"])))
+            self.made = (known, virtual_cells(self.model, self.cells, np.array(known), int(self.run.info["seed"])))
         return self.made[1]
 
     def axioms(self, queries: list[Parts]) -> dict[str, np.ndarray]:
         """Quality of the counterfactuals of these controls, (conditions,) each; NaN where no part was fitted."""
         found: dict[str, np.ndarray] = {name: np.full(len(queries), np.nan) for name in AXIOMS}
-        model = copy.deepcopy(self.run.model).double()  # as predictions are made: float32 would add its rounding
+        model = copy.deepcopy(self.model).double()  # as predictions are made: float32 would add its rounding
         control = torch.from_numpy(self.cells)[None]
         for i, parts in enumerate(queries):
-            if known := [self.known[part] for part in parts if part in self.known]:
-                for name, value in counterfactual_quality(model, control, torch.tensor([known]), self.scale).items():
+            if rows := self.rows(parts):
+                for name, value in counterfactual_quality(model, control, torch.tensor([rows]), self.scale).items():
                     found[name][i] = value
         return found
 

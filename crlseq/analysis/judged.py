@@ -21,6 +21,7 @@ from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError
 
 if TYPE_CHECKING:
+    from crlseq.model.discrepancy_vae import DiscrepancyVAE
     from crlseq.run import Run
 
 
@@ -47,7 +48,11 @@ class Judged:
     conditions, condition_names, names
         Ascending indices into ``names`` per condition, () for the control; labels; single perturbations.
     known
-        Index of a single perturbation in ``names`` -> its index in the model.
+        Index of a single perturbation in ``names`` -> its rows in ``model``; several for one that is extrapolated.
+    seen
+        Indices in ``names`` of those that were fitted.
+    model
+        The run's, with perturbations never seen where it can extrapolate to them.
     fitted
         (conditions,) bool.
     gene_places
@@ -62,7 +67,9 @@ class Judged:
     conditions: tuple[Parts, ...]
     condition_names: tuple[str, ...]
     names: tuple[str, ...]
-    known: dict[int, int]
+    known: dict[int, tuple[int, ...]]
+    seen: frozenset[int]
+    model: DiscrepancyVAE
     fitted: np.ndarray
     gene_places: Mapping[str, list[int]]
     kind: str
@@ -73,7 +80,7 @@ class Judged:
         if self.fitted[condition]:
             return self.kind
         parts = self.conditions[condition]
-        seen = sum(part in self.known for part in parts)
+        seen = sum(part in self.seen for part in parts)
         return "unseen perturbations" if len(parts) == 1 else f"combinations, {seen} of {len(parts)} parts seen"
 
 
@@ -135,17 +142,27 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
         raise InputError("There are no cells to judge by.", "Give --data, or fit with --hold-out-cells.")
     fitted = np.bincount(train.condition, minlength=len(labels.conditions)) > 0
     number = {name: i for i, name in enumerate(run.interventions["perturbation"])}
-    known = {i: number[name] for i, name in enumerate(labels.names) if name in number}
+    known: dict[int, tuple[int, ...]] = {i: (number[name],) for i, name in enumerate(labels.names) if name in number}
+    seen = frozenset(known)
     unseen = sorted(
         {labels.names[p] for c in np.unique(measured.condition) for p in labels.conditions[c]} - set(number)
     )
-    if unseen:
-        few = ", ".join(unseen[:8]) + (f" and {len(unseen) - 8} more" if len(unseen) > 8 else "")
-        notes.append(f"Never fitted, and so without effect in any prediction: {few}.")
+    vectors = set() if run.extrapolation is None else {*run.extrapolation.table.names}
+    model, rows = run.with_unseen([name for name in unseen if name in vectors])
+    known |= {i: rows[name] for i, name in enumerate(labels.names) if name in rows}
+    if rows:
+        notes.append(f"Never fitted, and extrapolated from embeddings by the model alone: {_few([*rows])}.")
+    if strangers := [name for name in unseen if name not in rows]:
+        notes.append(f"Never fitted, and so without effect in any prediction: {_few(strangers)}.")
     return Judged(
-        train, control, measured, labels.conditions, labels.condition_names, labels.names, known, fitted, places,
+        train, control, measured, labels.conditions, labels.condition_names, labels.names, known, seen, model, fitted,
+        places,
         "held-out cells" if kind == "test" else "validation cells", tuple(notes),
     )  # fmt: skip
+
+
+def _few(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _expression(screen: Screen, record: Preprocessing) -> sp.csr_matrix | np.ndarray:
