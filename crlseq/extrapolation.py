@@ -1,7 +1,8 @@
 """Perturbations that were never seen, from vectors of their genes: a map from vectors to what fitted perturbations do.
 
-A perturbation of a gene with vector e is predicted to do a weighted sum of what the fitted ones do, to each program's
-equation (targets, shifts, noise scales, retentions) and past the programs alike. The weights are those of a ridge
+A perturbation of a gene with vector e is predicted to do a weighted sum of what the fitted ones do: their shifts of each
+program's equation (of a perturbation that cuts its target off: the shift with the same mean effect), and what they do
+past the programs. Noise scales and cuts of a stranger are not predicted. The weights are those of a ridge
 regression with an intercept on standardised vectors, ``w(e) = 1/K + k(e) (K_c + penalty I)^-1 (I - 1/K)`` with the linear
 kernel, of the mean of the fitted perturbations (w = 1/K), or of no effect (w = 0): which of these, and the penalty, is
 what has the least squared leave-one-out error in mean expression, summed over genes. Vectors that say nothing of effects
@@ -25,7 +26,6 @@ from crlseq.data.matrix import readable
 from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.extension import extended
-from crlseq.model.scm import MAX_LOG_SCALE, Mechanism
 
 if TYPE_CHECKING:
     from crlseq.run import Run
@@ -51,6 +51,8 @@ class Extrapolation:
         Of the ridge.
     skill
         1 - squared leave-one-out error over that of the better of mean and no effect; 0 unless the ridge was chosen.
+    shifts
+        (K, p) mean shift of each latent's equation by the fitted perturbations.
     error
         (G,) root mean square of what leave-one-out missed, and of the fitted perturbations' own errors.
     """
@@ -60,6 +62,7 @@ class Extrapolation:
     choice: str
     penalty: float
     skill: float
+    shifts: np.ndarray
     error: np.ndarray
 
     def weights(self, names: Sequence[str]) -> np.ndarray:
@@ -84,7 +87,7 @@ class Extrapolation:
         stored = ad.AnnData(self.table.vectors.astype(np.float32), obs=pd.DataFrame(index=list(self.table.names)))
         stored.uns["crlseq"] = {
             "fitted": np.array(self.fitted, dtype=object), "choice": self.choice, "penalty": self.penalty,
-            "skill": self.skill, "error": self.error,
+            "skill": self.skill, "shifts": self.shifts, "error": self.error,
         }  # fmt: skip
         return stored
 
@@ -141,18 +144,21 @@ def fit_extrapolation(
     fitted = tuple(names[k] for k in chosen)
     x = torch.from_numpy(control).to(model.residual.dtype)[None]
     before = model(x, torch.full((1, 1), -1)).virtual.mean((0, 1))
-    effects = np.stack([
-        (model(x, torch.tensor([[k]])).virtual.mean((0, 1)) - before).double().numpy() for k in chosen
-    ]) if chosen else np.zeros((0, control.shape[1]))  # fmt: skip
+    z = model.encoder(x)[0]
+    effects, shifts = np.zeros((len(chosen), control.shape[1])), np.zeros((len(chosen), z.shape[-1]))
+    for i, k in enumerate(chosen):
+        output = model(x, torch.tensor([[k]]))
+        effects[i] = (output.virtual.mean((0, 1)) - before).double().numpy()
+        shifts[i] = (model.scm.abduct(output.latents) - z).mean((0, 1)).double().numpy()
     place = {name: i for i, name in enumerate(table.names)}
-    z = _standardised(table.vectors)
-    own = z[[place[name] for name in fitted]]
+    standard = _standardised(table.vectors)
+    own = standard[[place[name] for name in fitted]]
     missed: dict[tuple[str, float], np.ndarray] = {("none", 0.0): effects}
     n = len(fitted)
     if n > 1:
         missed["mean", 0.0] = (effects - effects.mean(0)) * n / (n - 1)
         own = own - own.mean(0)
-        gram = own @ own.T / z.shape[1]
+        gram = own @ own.T / own.shape[1]
         for penalty in PENALTIES if n >= MIN_PERTURBATIONS else ():
             hat = 1 / n + gram @ np.linalg.inv(gram + penalty * np.eye(n)) @ (np.eye(n) - 1 / n)
             missed["ridge", float(penalty)] = (effects - hat @ effects) / (1 - np.diag(hat))[:, None]
@@ -163,7 +169,7 @@ def fit_extrapolation(
     # What is predicted is what the model says of a perturbation, which is sure to its own error only.
     own_error = model.missed_error(torch.tensor(chosen, dtype=torch.int64)[:, None]).double().numpy()
     error = np.sqrt((missed[choice, penalty] ** 2 + own_error**2).mean(0)) if n else np.zeros(control.shape[1])
-    return Extrapolation(table, fitted, choice, penalty, skill, error)
+    return Extrapolation(table, fitted, choice, penalty, skill, shifts, error)
 
 
 def load_extrapolation(path: Path) -> Extrapolation:
@@ -179,7 +185,7 @@ def load_extrapolation(path: Path) -> Extrapolation:
         stored = ad.read_h5ad(path).uns["crlseq"]
         return Extrapolation(
             table, tuple(map(str, stored["fitted"])), str(stored["choice"]), float(stored["penalty"]),
-            float(stored["skill"]), np.asarray(stored["error"], dtype=float),
+            float(stored["skill"]), np.asarray(stored["shifts"], dtype=float), np.asarray(stored["error"], dtype=float),
         )  # fmt: skip
 
 
@@ -192,18 +198,10 @@ def with_unseen(run: Run, names: Sequence[str]) -> tuple[DiscrepancyVAE, dict[st
     place = {name: k for k, name in enumerate(run.interventions["perturbation"])}
     rows = [place[name] for name in table.fitted]
     w = torch.from_numpy(table.weights(names)).to(model.residual.dtype)
-    scm, t = model.scm, model.target_weights(torch.tensor(rows, dtype=torch.int64))
-    scale = MAX_LOG_SCALE * torch.tanh(scm.log_scale / MAX_LOG_SCALE)
-    if scm.intervention == "shift":
-        scale = torch.zeros_like(scale)
-    mechanism = Mechanism(
-        keep=(1 - w @ (t * (1 - scm.retention()[rows][:, None]))).clamp(0, 1),
-        log_scale=(w @ (t * scale[rows][:, None])).clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE),
-        shift=w @ (t * scm.shift[rows][:, None]),
-    )
+    shift = w @ torch.from_numpy(table.shifts).to(w.dtype)
     error = torch.from_numpy(table.error).to(w.dtype).expand(len(names), -1)
-    new = extended(model, mechanism, w @ model.residual[rows], error)
-    first, p = len(place), t.shape[1]
+    new = extended(model, shift, w @ model.residual[rows], error)
+    first, p = len(place), shift.shape[1]
     return new, {name: tuple(range(first + i * p, first + (i + 1) * p)) for i, name in enumerate(names)}
 
 
