@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crlseq.analysis.counterfactual import counterfactual_quality
+from crlseq.data.alignment import align
 from crlseq.data.matrix import Screen, open_screen, readable
 from crlseq.data.perturbations import read_perturbations
 from crlseq.data.preprocess import Preprocessing
@@ -76,8 +77,9 @@ def predict(
     perturbations
         Labels such as ``"A"`` or ``"A+B"``; parts in any order, joined as in the fitted labels or by a usual separator.
     source
-        Cells to start from, with the fitted genes and the fitted kind of values: a file or AnnData. If it has the
-        run's column of perturbations, its control cells. None takes the control cells of the run folder.
+        Cells to start from, with the fitted kind of values: a file or AnnData. If it has the run's column of
+        perturbations, its control cells. Genes are found by name; up to half may be missing, and are then given their
+        mean over the fit's controls. None takes the control cells of the run folder.
     n_cells
         Control cells to draw, from all batches in proportion; the same for every perturbation. None takes 500, or all
         where there are fewer. A cell is used twice only if more are asked for than there are.
@@ -104,7 +106,7 @@ def predict(
     Raises
     ------
     InputError
-        If a perturbation was neither fitted nor has a vector, is the control or is named twice in one label; if there are no control cells, or they lack fitted genes.
+        If a perturbation was neither fitted nor has a vector, is the control or is named twice in one label; if there are no control cells, or more than half of the fitted genes are missing.
     UsageError
         If no perturbation is asked for, fewer than one cell, or more counterfactuals than there are cells.
     """
@@ -256,12 +258,10 @@ def _start(
             raise InputError("This run was never written to a folder.", "Give the cells to start from.")
         source = run.path / "crlseq.h5ad"
     with open_screen(source, record.layer) as screen:
-        columns = record.columns(screen.genes, screen.source)
-        if record.values == "counts" and screen.n_genes != record.n_genes_in_file:
-            notes.append(
-                f"{screen.source} has {screen.n_genes} genes and the fitted file {record.n_genes_in_file}: "
-                "the totals that counts are scaled by are those of the genes that are there."
-            )
+        alignment, said = align(record, screen)
+        if len(alignment.present) < alignment.n_fitted and run.path is None:
+            record.columns(screen.genes, screen.source)  # nothing to fill them with: says which are missing
+        notes += said
         controls = _controls(run, screen, own, notes)
         wanted = min(N_CELLS, len(controls)) if n_cells is None else n_cells
         if wanted > len(controls):
@@ -278,8 +278,19 @@ def _start(
         with readable(screen.source, "the matrix"):
             block = screen.rows(index)
         record.check(block, screen.source)
-        x = record.apply(block)[:, columns].astype(np.float32).toarray()
+        x = alignment.take(record.apply(block)).astype(np.float32).toarray()
+        if len(alignment.present) < alignment.n_fitted:
+            x = alignment.filled(x, _control_mean(run, record))
         return _Start(x[again], screen.obs.index.astype(str).to_numpy()[index][again])
+
+
+def _control_mean(run: Run, record: Preprocessing) -> np.ndarray:
+    """(G,) mean of the run's own control cells."""
+    assert run.path is not None
+    with open_screen(run.path / "crlseq.h5ad", record.layer) as screen:
+        rows = screen.rows(_controls(run, screen, True, []))
+        normalised = record.apply(rows)[:, record.columns(screen.genes, screen.source)]
+        return np.asarray(normalised.mean(0)).ravel()
 
 
 def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarray:

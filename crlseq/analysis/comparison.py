@@ -114,6 +114,17 @@ def verdict(comparisons: pd.DataFrame) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def limits(summary: pd.DataFrame) -> tuple[str, ...]:
+    """A sentence a group: what halves of the measured cells say of each other, and what sampling alone leaves."""
+    means = summary.set_index(["group", "predictor", "metric"])["mean"]
+    return tuple(
+        f"{group}: one half of a condition's cells predicts the other with Pearson delta "
+        f"{means[group, CEILING, 'pearson_delta']:.3g} and L2 {means[group, CEILING, 'l2']:.3g}; to the true mean, all of "
+        f"them would be at L2 {means[group, FLOOR, 'l2']:.3g}."
+        for group in summary["group"].unique()
+    )
+
+
 def _title(by: list[str]) -> str:
     if not by:
         return ""

@@ -145,10 +145,12 @@ class _VirtualControls:
     def __init__(self, run: Run, judged: Judged, rng: np.random.Generator) -> None:
         cells = judged.control
         self.run, self.known, self.model = run, judged.known, judged.model
-        self.controls = control_moments(cells.x, cells.batch, int(cells.batch.max(initial=0)) + 1)
+        self.compared = judged.compared
+        self.controls = control_moments(cells.x[:, self.compared], cells.batch, int(cells.batch.max(initial=0)) + 1)
         some = [rng.permutation(np.flatnonzero(cells.batch == b))[:SOURCE_CELLS] for b in np.unique(cells.batch)]
         chosen = np.sort(np.concatenate(some))
-        self.cells, self.batch = _dense(cells.x[chosen]), cells.batch[chosen]
+        self.whole, self.batch = _dense(cells.x[chosen]), cells.batch[chosen]
+        self.cells = self.whole[:, self.compared]
         self.made: tuple[Parts, np.ndarray] = ((), self.cells)
         self.scale = torch.tensor([program["scale"] for program in run.info["programs"]], dtype=torch.float64)
 
@@ -162,14 +164,15 @@ class _VirtualControls:
         if not known:
             return np.asarray(self.cells)
         if self.made[0] != known:
-            self.made = (known, virtual_cells(self.model, self.cells, np.array(known), int(self.run.info["seed"])))
+            made = virtual_cells(self.model, self.whole, np.array(known), int(self.run.info["seed"]))
+            self.made = (known, made[:, self.compared])
         return self.made[1]
 
     def axioms(self, queries: list[Parts]) -> dict[str, np.ndarray]:
         """Quality of the counterfactuals of these controls, (conditions,) each; NaN where no part was fitted."""
         found: dict[str, np.ndarray] = {name: np.full(len(queries), np.nan) for name in AXIOMS}
         model = copy.deepcopy(self.model).double()  # as predictions are made: float32 would add its rounding
-        control = torch.from_numpy(self.cells)[None]
+        control = torch.from_numpy(self.whole)[None]
         for i, parts in enumerate(queries):
             if rows := self.rows(parts):
                 for name, value in counterfactual_quality(model, control, torch.tensor([rows]), self.scale).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from crlseq.analysis.baselines import Parts
+from crlseq.data.alignment import Alignment, align
 from crlseq.data.inspection import SYMBOL_COLUMNS
 from crlseq.data.matrix import Screen, open_screen, readable
 from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturbations
@@ -36,6 +37,10 @@ class Cells:
     def __getitem__(self, chosen: np.ndarray) -> Cells:
         return Cells(self.x[chosen], self.condition[chosen], self.batch[chosen])
 
+    def of_genes(self, genes: np.ndarray) -> Cells:
+        """The same cells with some of their genes."""
+        return replace(self, x=self.x[:, genes])
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -44,7 +49,10 @@ class Judged:
     Attributes
     ----------
     train, control, measured
-        Three sets of cells: what was fitted, control cells, and perturbed cells that were not fitted.
+        Three sets of cells: what was fitted, control cells, and perturbed cells that were not fitted. Controls have all
+        fitted genes, since the model starts from them; the others those that are ``compared``.
+    compared
+        Indices of the fitted genes that the judging cells have.
     conditions, condition_names, names
         Ascending indices into ``names`` per condition, () for the control; labels; single perturbations.
     known
@@ -56,7 +64,7 @@ class Judged:
     fitted
         (conditions,) bool.
     gene_places
-        Name or symbol of a gene -> columns.
+        Name or symbol of a gene -> columns among the compared ones.
     kind
         What measured cells of fitted conditions are called.
     """
@@ -64,6 +72,7 @@ class Judged:
     train: Cells
     control: Cells
     measured: Cells
+    compared: np.ndarray
     conditions: tuple[Parts, ...]
     condition_names: tuple[str, ...]
     names: tuple[str, ...]
@@ -101,8 +110,10 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
         if "crlseq_split" not in screen.obs or screen.n_cells != info["input"]["n_cells"]:
             raise InputError(f"{screen.source} is not what the fit wrote.", "Restore it, or fit again.")
         split = screen.obs["crlseq_split"].astype(str).to_numpy()
-        tables, x = [screen.obs], _expression(screen, record)
-        places = _gene_places(screen, record.genes)
+        alignment, _ = align(record, screen)
+        tables, x = [screen.obs], _expression(screen, record, alignment)
+        gene_places = _gene_places(screen, record.genes)
+    compared = np.arange(len(record.genes))
     if data is not None:
         with open_screen(data, record.layer) as screen:
             if info["perturbation_key"] not in screen.obs:
@@ -110,9 +121,13 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
                     f"{screen.source} has no column {info['perturbation_key']!r}, which holds the perturbations of the fit.",
                     "Give cells with the same labels.",
                 )
-            other, source = _expression(screen, record), screen.source
+            alignment, said = align(record, screen)
+            other, source = _expression(screen, record, alignment), screen.source
             tables.append(screen.obs)
-            notes += _left_out_genes(screen, record)
+            notes += said
+            compared = alignment.present
+            if len(compared) < alignment.n_fitted:
+                notes.append(f"{len(compared)} of {alignment.n_fitted} fitted genes are compared.")
     labels = _labels(tables, info, settings)
     batch = _batches(tables, settings["batch_key"])
     n = len(split)
@@ -130,6 +145,10 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
     else:
         given = Cells(other, labels.condition[n:], batch[n:])
         control, measured, kind = given[given.condition == 0], given[given.condition > 0], "test"
+        if len(compared) < alignment.n_fitted:
+            own = train[train.condition == 0].x.mean(0)
+            control = replace(control, x=alignment.filled(_dense(control.x), np.asarray(own).ravel()))
+            train, fitted_cells = train.of_genes(compared), fitted_cells.of_genes(compared)
         if len(control.condition) < 2:
             raise InputError(
                 f"{source} has {len(control.condition)} cells labelled {labels.control_label!r}, and two are needed.",
@@ -154,8 +173,10 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
         notes.append(f"Never fitted, and extrapolated from embeddings by the model alone: {_few([*rows])}.")
     if strangers := [name for name in unseen if name not in rows]:
         notes.append(f"Never fitted, and so without effect in any prediction: {_few(strangers)}.")
+    column = {int(gene): i for i, gene in enumerate(compared)}
+    places = {name: [column[g] for g in found if g in column] for name, found in gene_places.items()}
     return Judged(
-        train, control, measured, labels.conditions, labels.condition_names, labels.names, known, seen, model, fitted,
+        train, control, measured, compared, labels.conditions, labels.condition_names, labels.names, known, seen, model, fitted,
         places,
         "held-out cells" if kind == "test" else "validation cells", tuple(notes),
     )  # fmt: skip
@@ -165,24 +186,20 @@ def _few(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _expression(screen: Screen, record: Preprocessing) -> sp.csr_matrix | np.ndarray:
-    """Normalised expression (cells, fitted genes) as the fit had it."""
-    columns = record.columns(screen.genes, screen.source)
+def _dense(x: sp.csr_matrix | np.ndarray) -> np.ndarray:
+    return x if isinstance(x, np.ndarray) else x.toarray()
+
+
+def _expression(screen: Screen, record: Preprocessing, alignment: Alignment) -> sp.csr_matrix | np.ndarray:
+    """Normalised expression (cells, fitted genes that are there) as the fit had it."""
     parts = []
     with readable(screen.source, "the matrix"):
         for _, block in screen.blocks():
             record.check(block, screen.source)
-            parts.append(record.apply(block)[:, columns].astype(np.float32))
+            parts.append(alignment.take(record.apply(block)).astype(np.float32))
     x = sp.csr_matrix(sp.vstack(parts, format="csr"))
     x.sort_indices()
     return x if x.nnz < 0.5 * x.shape[0] * x.shape[1] else x.toarray()
-
-
-def _left_out_genes(screen: Screen, record: Preprocessing) -> list[str]:
-    more = screen.n_genes - record.n_genes_in_file
-    return (
-        [f"{screen.source} has {more} genes more than the fit's input; only fitted genes are used."] if more > 0 else []
-    )
 
 
 def _gene_places(screen: Screen, genes: tuple[str, ...]) -> dict[str, list[int]]:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from crlseq.analysis.recovery import score_recovery
 from crlseq.data.matrix import open_store
+from crlseq.errors import InputError
 
 if TYPE_CHECKING:
     from crlseq.run import Run
@@ -32,8 +33,12 @@ def known_recovery(run: Run, data: str | Path | ad.AnnData | None) -> tuple[dict
             continue
         if not _is_truth(truth):
             return None, ["uns['truth'] is not what `crlseq simulate` writes: nothing is compared with it."]
-        latents = None if true_latents is None else run.latents(source)
-        return score_recovery(run.interventions, run.edges, truth, latents, true_latents), []
+        notes, latents = [], None
+        try:
+            latents = None if true_latents is None else run.latents(source)
+        except InputError as error:  # genes are missing: targets and graph can be scored all the same
+            notes.append(f"No latents are scored: {error.message}")
+        return score_recovery(run.interventions, run.edges, truth, latents, true_latents), notes
     return None, []
 
 

@@ -56,6 +56,7 @@ def evaluate(
         raise InputError(f"{output} is a folder.", "Name a file to write.")
     if output is not None and output.exists() and not force:
         raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
+    from crlseq.analysis.comparison import limits
     from crlseq.analysis.evaluation import evaluate as judge
     from crlseq.run import load
 
@@ -93,7 +94,7 @@ def evaluate(
             show_table(wide, f"{group}, means of {n} conditions")
     else:
         show_table(found.summary, "")
-    for line in (*found.verdict, *_axioms(found.summary), *_recovery(found.recovery)):
+    for line in (*found.verdict, *limits(found.summary), *_axioms(found.summary), *_recovery(found.recovery)):
         say(line)
 
 

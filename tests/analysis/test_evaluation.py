@@ -200,6 +200,19 @@ def test_another_file_with_reordered_and_more_genes(finished: Run, screen: ad.An
     assert evaluate(finished, other).conditions.equals(evaluate(finished, screen.copy()).conditions)
 
 
+def test_another_file_that_lacks_genes(finished: Run, screen: ad.AnnData) -> None:
+    """Compared is what is there; the model is given the controls' mean of the rest, and that is said."""
+    kept = np.delete(np.arange(screen.n_vars), [3, 17, 30])
+    found = evaluate(finished, screen[:, kept[::-1]].copy())
+    assert any("3 of the 40 fitted genes are missing, first 'gene3'" in note for note in found.notes)
+    assert "37 of 40 fitted genes are compared." in found.notes
+    assert all(mean.shape[1] == 37 for mean in found.predicted.values())
+    whole = evaluate(finished, screen.copy())
+    both = [e.conditions.set_index(["condition", "predictor"])["l2"] for e in (found, whole)]
+    model = [values.xs("model", level="predictor") for values in both]
+    assert (model[0] < 1.1 * model[1]).all() and model[0].corr(model[1]) > 0.9
+
+
 def test_validation_cells_judge_where_there_are_no_others(linear_folder: Path) -> None:
     found = evaluate(crlseq.load(linear_folder))
     assert found.conditions["group"].unique().tolist() == ["validation cells"]
@@ -216,7 +229,7 @@ def test_an_evaluation_repeats(finished: Run, held_out: Evaluation) -> None:
 def test_bad_evaluation_sets(finished: Run, screen: ad.AnnData) -> None:
     cases = {
         "two are needed": screen[screen.obs["perturbation"] != "control"],
-        "fitted genes are missing": screen[:, 1:],
+        "25 of the 40 fitted genes are missing": screen[:, 25:],
         "no column 'perturbation'": ad.AnnData(screen.X, obs=screen.obs[["batch"]], var=screen.var),
         "no cells to judge by": screen[screen.obs["perturbation"] == "control"],
     }
