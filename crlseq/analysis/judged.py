@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -126,6 +127,7 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
             tables.append(screen.obs)
             notes += said
             compared = alignment.present
+            marks = _fingerprints(screen, alignment.columns)
             if len(compared) < alignment.n_fitted:
                 notes.append(f"{len(compared)} of {alignment.n_fitted} fitted genes are compared.")
     labels = _labels(tables, info, settings)
@@ -145,16 +147,20 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
     else:
         given = Cells(other, labels.condition[n:], batch[n:])
         control, measured, kind = given[given.condition == 0], given[given.condition > 0], "test"
+        with open_screen(run.path / "crlseq.h5ad", record.layer) as screen:
+            took_part = np.isin(split, ("train", "validation")) & (labels.condition[:n] > 0)
+            seen_before = set(_fingerprints(screen, record.columns(screen.genes, screen.source)[compared], took_part))
         if len(compared) < alignment.n_fitted:
             own = train[train.condition == 0].x.mean(0)
             control = replace(control, x=alignment.filled(_dense(control.x), np.asarray(own).ravel()))
-            train, fitted_cells = train.of_genes(compared), fitted_cells.of_genes(compared)
+            train = train.of_genes(compared)
         if len(control.condition) < 2:
             raise InputError(
                 f"{source} has {len(control.condition)} cells labelled {labels.control_label!r}, and two are needed.",
                 "Give a file with control cells: every change is taken against them.",
             )
-        measured, dropped = _unfitted(measured, fitted_cells[np.isin(split, ("train", "validation"))])
+        new = np.array([mark not in seen_before for mark in marks], dtype=bool)[given.condition > 0]
+        measured, dropped = measured[new], int((~new).sum())
         if dropped:
             notes.append(f"{dropped} cells of {source} took part in the fit and are left out.")
     if not len(measured.condition):
@@ -235,19 +241,14 @@ def _batches(tables: list[pd.DataFrame], key: str | None) -> np.ndarray:
     return np.asarray(pd.factorize(np.concatenate(values), sort=True)[0], dtype=np.int64)
 
 
-def _unfitted(cells: Cells, fitted: Cells) -> tuple[Cells, int]:
-    """Cells whose expression is that of no fitted cell, whatever their names, and how many are left out."""
-    seen = set(_fingerprints(fitted.x))
-    new = np.array([key not in seen for key in _fingerprints(cells.x)], dtype=bool)
-    return cells[new], int((~new).sum())
-
-
-def _fingerprints(x: sp.csr_matrix | np.ndarray) -> list[bytes]:
-    rows = sp.csr_matrix(x)
-    rows.eliminate_zeros()
-    rows.sort_indices()
-    bounds = rows.indptr
-    return [
-        rows.indices[a:b].astype(np.int64).tobytes() + rows.data[a:b].astype(np.float32).tobytes()
-        for a, b in pairwise(bounds)
-    ]
+def _fingerprints(screen: Screen, columns: np.ndarray, chosen: np.ndarray | None = None) -> list[bytes]:
+    """The values of cells in some genes, as the file has them: equal for equal cells, whatever their names and totals."""
+    found = []
+    with readable(screen.source, "the matrix"):
+        for rows, block in screen.blocks():
+            own = sp.csr_matrix(block[:, columns] if chosen is None else block[chosen[rows]][:, columns])
+            own.sort_indices()
+            for a, b in pairwise(own.indptr):
+                cell = own.indices[a:b].astype(np.int64).tobytes() + own.data[a:b].astype(np.float32).tobytes()
+                found.append(hashlib.blake2b(cell, digest_size=16).digest())
+    return found

@@ -196,6 +196,9 @@ def test_fitted_cells_of_another_file_are_left_out(finished: Run, screen: ad.Ann
 
 
 def test_another_file_with_reordered_and_more_genes(finished: Run, screen: ad.AnnData) -> None:
+    more = ad.AnnData(np.full((screen.n_obs, 2), 30.0), obs=screen.obs, var=pd.DataFrame(index=["x", "y"]))
+    wider = evaluate(finished, ad.concat([screen, more], axis=1, merge="first"))
+    assert (wider.conditions["n_cells"] == 12).all() and any("2 of its 42 genes" in note for note in wider.notes)
     other = screen[:, ::-1].copy()
     assert evaluate(finished, other).conditions.equals(evaluate(finished, screen.copy()).conditions)
 
@@ -207,6 +210,7 @@ def test_another_file_that_lacks_genes(finished: Run, screen: ad.AnnData) -> Non
     assert any("3 of the 40 fitted genes are missing, first 'gene3'" in note for note in found.notes)
     assert "37 of 40 fitted genes are compared." in found.notes
     assert all(mean.shape[1] == 37 for mean in found.predicted.values())
+    assert (found.conditions["n_cells"] == 12).all()  # other totals do not hide cells that were fitted
     whole = evaluate(finished, screen.copy())
     both = [e.conditions.set_index(["condition", "predictor"])["l2"] for e in (found, whole)]
     model = [values.xs("model", level="predictor") for values in both]
