@@ -214,7 +214,7 @@ def test_another_file_that_lacks_genes(finished: Run, screen: ad.AnnData) -> Non
     whole = evaluate(finished, screen.copy())
     both = [e.conditions.set_index(["condition", "predictor"])["l2"] for e in (found, whole)]
     model = [values.xs("model", level="predictor") for values in both]
-    assert (model[0] < 1.1 * model[1]).all() and model[0].corr(model[1]) > 0.9
+    assert (model[0] < 1.1 * model[1]).all() and model[0].corr(model[1]) > 0.8
 
 
 def test_validation_cells_judge_where_there_are_no_others(linear_folder: Path) -> None:
