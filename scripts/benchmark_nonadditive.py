@@ -82,25 +82,30 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Error of the sum against that of the model, and the interactions that were predicted; a mark a double."""
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1])
+    """Error of the sum against that of the model, and the interactions predicted; a row a mixing, a mark a double."""
+    mixings = list(dict.fromkeys(table["mixing"]))
+    figure = Figure(figsize=(10, 0.5 + 4.2 * len(mixings)), layout="constrained")
+    panels = figure.subplots(len(mixings), 2, squeeze=False)
     top = float(table[["model_l2", "additive_l2"]].max().max()) * 1.05
-    left.plot([0, top], [0, top], color="#999999", linewidth=0.8)
-    for kind, (colour, shape) in KINDS.items():
-        rows = table[table["relation"] == kind]
-        left.scatter(rows["additive_l2"], rows["model_l2"], s=14, c=colour, marker=shape, alpha=0.55, linewidths=0, label=f"{kind} ({len(rows)})")  # fmt: skip
-        right.scatter(rows["interaction"], rows["interaction_pearson"], s=14, c=colour, marker=shape, alpha=0.55, linewidths=0)  # fmt: skip
-    left.set(
-        xlim=(0, top), ylim=(0, top), xlabel="L2 error of the sum of single effects", ylabel="L2 error of the model"
-    )
-    left.text(0.97, 0.05, "below the line:\nthe model is nearer", transform=left.transAxes, ha="right", fontsize=8)
-    left.legend(fontsize=8, frameon=False, loc="upper left")
-    right.axhline(0, color="#999999", linewidth=0.8)
-    right.set(xlabel="measured interaction: |double - sum of singles|", ylabel="correlation of predicted with measured interaction")  # fmt: skip
-    for axes in (left, right):
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+    for (left, right), mixing in zip(panels, mixings, strict=True):
+        own = table[table["mixing"] == mixing]
+        verdicts = own.drop_duplicates("seed")["verdict"].value_counts()
+        told = ", ".join(f"graph {verdict} in {n}" for verdict, n in verdicts.items())
+        left.plot([0, top], [0, top], color="#999999", linewidth=0.8)
+        for kind, (colour, shape) in KINDS.items():
+            rows = own[own["relation"] == kind]
+            look = {"s": 14, "c": colour, "marker": shape, "alpha": 0.55, "linewidths": 0}
+            left.scatter(rows["additive_l2"], rows["model_l2"], label=f"{kind} ({len(rows)})", **look)
+            right.scatter(rows["interaction"], rows["interaction_pearson"], **look)
+        left.set(xlim=(0, top), ylim=(0, top), xlabel="L2 error of the sum of single effects", ylabel="L2 error of the model")  # fmt: skip
+        left.set_title(f"{mixing} mixing: {told} of {verdicts.sum()} screens", fontsize=9, loc="left")
+        left.text(0.97, 0.05, "below the line: the model is nearer", transform=left.transAxes, ha="right", fontsize=8)
+        left.legend(fontsize=8, frameon=False, loc="upper left")
+        right.axhline(0, color="#999999", linewidth=0.8)
+        right.set(xlim=(1, None), ylim=(-1, 1.02), xlabel="measured interaction: |double - sum of singles|", ylabel="correlation of predicted\nwith measured interaction")  # fmt: skip
+        for axes in (left, right):
+            axes.tick_params(labelsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Hard interventions, fitted on single perturbations alone", fontsize=11)
     return figure
 
@@ -132,8 +137,9 @@ def main(words: Sequence[str] | None = None) -> None:
             run = crlseq.fit(
                 screen, given.output / f"{mixing}-{seed}", combinations=False, force=True, seed=seed, **options
             )
-            tables.append(pairs_of(run, screen.uns["truth"]).assign(mixing=mixing, seed=seed))
-            print(f"{mixing} {seed}: the graph is {run.info['identification']['verdict']}", flush=True)
+            verdict = run.info["identification"]["verdict"]
+            tables.append(pairs_of(run, screen.uns["truth"]).assign(mixing=mixing, seed=seed, verdict=verdict))
+            print(f"{mixing} {seed}: the graph is {verdict}", flush=True)
     table: pd.DataFrame = pd.concat(tables, ignore_index=True)
     table.to_csv(given.output / "pairs.csv", index=False)
     summary = summarise(table)
