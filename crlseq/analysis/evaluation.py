@@ -73,7 +73,9 @@ class Evaluation:
     recovery: dict[str, float] | None = None
 
 
-def evaluate(run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool = False) -> Evaluation:
+def evaluate(
+    run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool = False, held_out_controls: bool = False
+) -> Evaluation:
     """Judge a run by cells that it was not fitted on.
 
     Parameters
@@ -85,13 +87,16 @@ def evaluate(run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool
         validation cells where it has none.
     legacy
         Also the metrics of Zhang et al. 2023.
+    held_out_controls
+        Without `data`: start from the run's test control cells, and take every change against them. The sampling error of
+        the training controls, which training effects and measured changes share otherwise, then helps no predictor.
 
     Raises
     ------
     InputError
         If there are no cells to judge by, or no controls, or the genes or values are others than the fit's.
     """
-    judged = read_cells(run, data)
+    judged = read_cells(run, data, held_out_controls)
     seed = int(run.info["seed"])
     rng = np.random.default_rng([seed, 9])
     train = judged.train
@@ -129,11 +134,11 @@ def evaluate(run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool
     comparisons = compare(table, seed)
     recovery, notes = known_recovery(run, data)
     noisy = int((_shared_noise(truth) > SHARED_NOISE).sum())
-    if data is None and noisy > len(chosen) / 4:
+    if data is None and not held_out_controls and noisy > len(chosen) / 4:
         notes.append(
             f"In {noisy} of {len(chosen)} conditions more than a tenth of the measured change (of its squares) is the sampling "
             "error of the controls' mean, and the training effects that baselines are made of have it in common with them. "
-            "--data with other controls judges without it."
+            "--held-out-controls, or --data with other controls, judges without it."
         )
     return Evaluation(
         table, summarise(table, seed), comparisons, verdict(comparisons), (*judged.notes, *notes), predicted, recovery

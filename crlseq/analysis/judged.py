@@ -94,7 +94,7 @@ class Judged:
         return "unseen perturbations" if len(parts) == 1 else f"combinations, {seen} of {len(parts)} parts seen"
 
 
-def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
+def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls: bool = False) -> Judged:
     """The run's own cells by their split, or other cells against the run's training cells.
 
     Raises
@@ -137,6 +137,13 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
     train = fitted_cells[(split == "train") & (fitted_cells.condition >= 0)]
     if data is None:
         control = train[train.condition == 0]
+        if held_out_controls:
+            control = fitted_cells[(split == "test") & (fitted_cells.condition == 0)]
+            if len(control.condition) < 2:
+                raise InputError(
+                    f"{len(control.condition)} control cells were held out, and two are needed.",
+                    "Fit with --hold-out-cells, or give --data.",
+                )
         kind = "test" if ((split == "test") & (fitted_cells.condition > 0)).any() else "validation"
         measured = fitted_cells[(split == kind) & (fitted_cells.condition > 0)]
         if kind == "validation":

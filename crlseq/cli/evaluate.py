@@ -28,6 +28,9 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="CSV with every condition and predictor.", show_default=False)
     ] = None,
+    held_out_controls: Annotated[
+        bool, typer.Option("--held-out-controls", help="Take changes against control cells that were held out as well.")
+    ] = False,
     cross_validate: Annotated[
         bool, typer.Option("--cross-validate", help="Fit again without a part of the screen, fold by fold.")
     ] = False,
@@ -50,6 +53,10 @@ def evaluate(
         raise UsageError(
             "--cross-validate judges by the run's own screen, and --data names another.", "Give one of them."
         )
+    if held_out_controls and (cross_validate or data is not None):
+        raise UsageError(
+            "--held-out-controls is about the run's own test cells.", "Leave --data or --cross-validate out."
+        )
     if splits is not None and not cross_validate:
         raise UsageError("--splits says what --cross-validate holds out.", "Give both.")
     if output is not None and output.is_dir():
@@ -67,7 +74,7 @@ def evaluate(
         chosen = None if splits is None else [word.strip() for word in splits.split(",")]
         found = judge_folds(fitted, folds, chosen, legacy, note=say)
     else:
-        found = judge(fitted, data, legacy)
+        found = judge(fitted, data, legacy, held_out_controls)
     for note in found.notes:
         say(note)
     if output is not None:

@@ -120,6 +120,22 @@ def test_noise_that_changes_share_is_told(screen: ad.AnnData, tmp_path: Path) ->
     assert not any("sampling error" in note for note in evaluate(run, screen.copy()).notes)
 
 
+def test_held_out_controls(finished: Run, screen: ad.AnnData, linear_folder: Path) -> None:
+    """Every change against test controls, by hand; and what the fit made of the others stays as it is."""
+    found = evaluate(finished, held_out_controls=True)
+    split = ad.read_h5ad(finished.path / "crlseq.h5ad", backed="r").obs["crlseq_split"].to_numpy()
+    x = dense(screen)
+    x = np.log1p(x / x.sum(1, keepdims=True) * finished.info["preprocessing"]["target_sum"])
+    labels = screen.obs["perturbation"].to_numpy()
+    control, other = (x[(labels == "control") & (split == name)].mean(0) for name in ("test", "train"))
+    trained, measured = (x[(labels == "g0") & (split == name)].mean(0) for name in ("train", "test"))
+    rows = found.conditions[found.conditions["condition"] == "g0"].set_index("predictor")
+    assert rows.loc["additive", "l2"] == pytest.approx(np.linalg.norm(control + trained - other - measured), rel=1e-5)
+    assert rows.loc["no_change", "l2"] == pytest.approx(np.linalg.norm(control - measured), rel=1e-5)
+    with pytest.raises(InputError, match="0 control cells were held out"):
+        evaluate(crlseq.load(linear_folder), held_out_controls=True)
+
+
 def test_batches_are_matched(screen: ad.AnnData, tmp_path: Path) -> None:
     """One batch with every value moved: a change against the other batch's controls would be all batch."""
     adata = screen.copy()
