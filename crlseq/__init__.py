@@ -11,10 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CrlseqError", "Run", "__version__", "evaluate", "fit", "load", "simulate"]
+__all__ = ["CrlseqError", "Run", "__version__", "cross_validate", "evaluate", "fit", "load", "simulate"]
 
 if TYPE_CHECKING:
     from crlseq.analysis.evaluation import evaluate
+    from crlseq.crossvalidation import cross_validate
     from crlseq.data.simulate import simulate
     from crlseq.errors import CrlseqError
     from crlseq.fitting import fit
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CrlseqError": "crlseq.errors",
     "Run": "crlseq.run",
+    "cross_validate": "crlseq.crossvalidation",
     "evaluate": "crlseq.analysis.evaluation",
     "fit": "crlseq.fitting",
     "load": "crlseq.run",

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from crlseq import __version__
 from crlseq.analysis.calibration import calibration, edge_supports
-from crlseq.analysis.recovery import empty_graph_scores, random_graph_scores, score_recovery
+from crlseq.analysis.recovery import LATENT_SCORES, empty_graph_scores, random_graph_scores, score_recovery
 from crlseq.data.simulate import CONTROL, simulate
 from crlseq.errors import CrlseqError, InputError, UsageError
 from crlseq.fitting import fit
@@ -45,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {"default": {}, "linear": {"method": "linea
 BASELINES = ("random", "empty")
 
 SCORES = (
-    *("target_accuracy", "ari", "mcc", "ancestor_f1", "ancestor_precision", "ancestor_recall"),
+    *("target_accuracy", "ari", *LATENT_SCORES, "ancestor_f1", "ancestor_precision", "ancestor_recall"),
     *("shd", "edge_f1", "edge_precision", "edge_recall"),
 )
 COLUMNS = ("scenario", "seed", "method", *SCORES, "n_edges", "n_latents", "verdict", "seconds", "error")

@@ -39,6 +39,7 @@ class DataConfig(_Section):
     hold_out: tuple[str, ...] = ()  # conditions kept out of the fit
     hold_out_cells: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of every condition kept for testing
     validation_cells: float = Field(default=0.1, gt=0.0, lt=0.5)  # share of every condition for early stopping
+    embeddings: str | None = None  # table of gene vectors, from which perturbations never seen are extrapolated
     combinations: bool = True  # False: fit on single perturbations alone, hold every combination out
 
 

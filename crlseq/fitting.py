@@ -27,9 +27,12 @@ from crlseq.analysis.programs import find_programs
 from crlseq.config import Config, make_config, to_toml
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
+from crlseq.data.embeddings import Embeddings, read_embeddings
 from crlseq.data.projection import Projection, principal_components
 from crlseq.errors import InputError, UsageError
 from crlseq.export import DETECTABLE_FDR, edge_table, intervention_table, program_labels, program_table
+from crlseq.extrapolation import FILE as EMBEDDINGS
+from crlseq.extrapolation import Extrapolation, fit_extrapolation, refuse_strangers
 from crlseq.report import write_report
 from crlseq.run import FORMAT, Run, load
 from crlseq.runfolder import move_into_place, partial_of, refuse_output, working_folder
@@ -131,10 +134,13 @@ def _fit(
     training = config.training
     if training.threads is not None:
         torch.set_num_threads(training.threads)
+    table = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
     progress.stage("reading the screen")
     threads = torch.get_num_threads()
     data = read_data(source, config.data, training.seed)
     torch.set_num_threads(threads)  # numba, which scanpy starts to choose genes, sets its own number
+    if table is not None:
+        refuse_strangers(table, data.perturbation_names, str(config.data.embeddings))
     digest = _sha256(source)
     for note in data.notes:
         progress.note(note)
@@ -149,6 +155,7 @@ def _fit(
         progress.stage("reading off programs, interventions and the DAG")
         fitted.model.cpu()
         run = _analyse(fitted, data, config, tests, start)
+        found = None if table is None else _extrapolation(fitted, data, table, progress)
         info = run.info | {
             "command": shlex.join(["crlseq", *sys.argv[1:]]) if Path(sys.argv[0]).name.startswith(("crlseq", "scanpy-crlseq", "__main__")) else "crlseq.fit",
             "input": {
@@ -157,6 +164,7 @@ def _fit(
                 "n_cells": int(data.x.shape[0]),
                 "n_genes": data.preprocessing.n_genes_in_file,
             },
+            "embeddings": None if found is None else found.summary(),
             "n_latents_reason": reason,
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -165,6 +173,7 @@ def _fit(
         run = Run(
             info, run.programs, run.interventions, run.edges, run.history, run.evaluation,
             weights=run.weights, splits=pd.Series(np.array(splits.SPLITS)[data.split], index=data.cell_names),
+            map=found,
         )  # fmt: skip
         if folder is None or target is None:
             return run
@@ -173,6 +182,8 @@ def _fit(
         assert run.weights is not None
         save_weights(folder / "model.safetensors", *run.weights)
         run.write_h5ad(source, folder / "crlseq.h5ad")
+        if found is not None:
+            found.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
         write_report(run, folder / "report.html")
     assert partial is not None
     move_into_place(partial, target)
@@ -241,6 +252,17 @@ def _analyse(
     )
     weights = ({name: value.cpu() for name, value in fitted.model.state_dict().items()}, fitted.architecture)
     return Run(info, program_rows, intervention_rows, edges, history, evaluation, weights=weights)
+
+
+def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings, progress: Progress) -> Extrapolation:
+    """The map from gene vectors to what the fitted perturbations do."""
+    cells = data.cells_by_condition(splits.TRAIN)
+    own = np.zeros(len(data.perturbation_names), dtype=bool)
+    own[[parts[0] for c, parts in enumerate(data.conditions) if len(parts) == 1 and len(cells[c])]] = True
+    control = data.dense(cells[0][np.linspace(0, len(cells[0]) - 1, min(500, len(cells[0]))).astype(int)])
+    found = fit_extrapolation(fitted.model, table, data.perturbation_names, own, control)
+    progress.note(found.in_words())
+    return found
 
 
 def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:

@@ -6,9 +6,10 @@ the latents decoded (prediction); see `crlseq.model.discrepancy_vae`. `predict` 
 (`crlseq.analysis.counterfactual`).
 
 Intervals of effects are effect ± 1.96 standard deviations over `DRAWS` draws of the cells' noise from its posterior, of
-the control cells with replacement, and of the shifts from their standard errors (`shift_errors`). They say how sure the
-mean is, not how far cells scatter about it, and they take everything else as known: the graph, the targets, retentions,
-loadings, and the residuals of single perturbations. What a wrong graph or target does is not in them.
+the control cells with replacement, and of the shifts from their standard errors (`shift_errors`), joined with the
+posterior standard deviation of what the latents miss. They say how sure the mean is, not how far cells scatter about it,
+and they take everything else as known: the graph, the targets, retentions and loadings. What a wrong graph or target does
+is not in them, nor what a combination does beyond the model.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crlseq.analysis.counterfactual import counterfactual_quality
+from crlseq.data.alignment import align
 from crlseq.data.matrix import Screen, open_screen, readable
 from crlseq.data.perturbations import read_perturbations
 from crlseq.data.preprocess import Preprocessing
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
 N_CELLS = 500
 DRAWS = 100
 NORMAL_QUANTILE = 1.959964  # of a two-sided interval of 95 %
-COVERS = "draws of the cells' noise, of the control cells and of the shifts"
-COVERS_NOT = "graph, targets, retentions, loadings and residuals are taken as known"
+COVERS = "the cells' noise, the control cells, the shifts and the residuals"
+COVERS_NOT = "graph, targets, retentions and loadings are taken as known"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def predict(
     seed: int = 0,
     note: Callable[[str], None] = lambda text: None,
 ) -> ad.AnnData:
-    """Virtual cells under perturbations and combinations of perturbations that were fitted.
+    """Virtual cells under perturbations and combinations of perturbations that were fitted, or whose genes have vectors.
 
     Parameters
     ----------
@@ -75,8 +77,9 @@ def predict(
     perturbations
         Labels such as ``"A"`` or ``"A+B"``; parts in any order, joined as in the fitted labels or by a usual separator.
     source
-        Cells to start from, with the fitted genes and the fitted kind of values: a file or AnnData. If it has the
-        run's column of perturbations, its control cells. None takes the control cells of the run folder.
+        Cells to start from, with the fitted kind of values: a file or AnnData. If it has the run's column of
+        perturbations, its control cells. Genes are found by name; up to half may be missing, and are then given their
+        mean over the fit's controls. None takes the control cells of the run folder.
     n_cells
         Control cells to draw, from all batches in proportion; the same for every perturbation. None takes 500, or all
         where there are fewer. A cell is used twice only if more are asked for than there are.
@@ -103,7 +106,7 @@ def predict(
     Raises
     ------
     InputError
-        If a perturbation was not fitted, is the control or is named twice in one label; if there are no control cells, or they lack fitted genes.
+        If a perturbation was neither fitted nor has a vector, is the control or is named twice in one label; if there are no control cells, or more than half of the fitted genes are missing.
     UsageError
         If no perturbation is asked for, fewer than one cell, or more counterfactuals than there are cells.
     """
@@ -113,7 +116,10 @@ def predict(
     start = _start(run, source, n_cells, counterfactual, seed, notes)
     for text in notes:
         note(text)
-    model = copy.deepcopy(run.model).double()  # float32 would leave rounding errors where nothing is to change
+    unseen = sorted({name for request in requests for name in request.unseen})
+    wider, rows_of = run.with_unseen(unseen)
+    models = [copy.deepcopy(found).double() for found in ((run.model, wider) if unseen else (run.model,))]
+    model = models[0]  # float32 would leave rounding errors where nothing is to change
     control = torch.from_numpy(start.x.astype(float))[None]
     center = np.array([program["center"] for program in run.info["programs"]])
     scale = np.array([program["scale"] for program in run.info["programs"]])
@@ -121,13 +127,16 @@ def predict(
     eps = None if counterfactual else torch.randn((1, n, p), generator=_generator(seed, 0), dtype=control.dtype)
 
     shift_error = shift_errors(run, model.encoder(control)[1].mean((0, 1)).numpy())
+    shift_error = np.append(shift_error, np.full(len(models[-1].scm.shift) - len(shift_error), np.nan))
     control_mean = control[0].mean(0).numpy()
     blocks, latents, tables, rows = [], [], [], []
     if counterfactual:
         blocks.append(start.x)
         latents.append(model.latents(control)[0].numpy())
     for request in requests:
-        perturbed = torch.tensor([request.parts])
+        model = models[bool(request.unseen)]
+        parts = [*request.parts, *(row for name in request.unseen for row in rows_of[name])]
+        perturbed = torch.tensor([parts])
         output = model(control, perturbed, eps)
         virtual = output.virtual[0]
         mean = virtual.mean(0).numpy()
@@ -135,7 +144,7 @@ def predict(
         error = effect_errors(model, control, perturbed, shift_error, _generator(seed, 1)).numpy()
         tables.append([mean, effect, effect - NORMAL_QUANTILE * error, effect + NORMAL_QUANTILE * error])
         row: dict[str, Any] = {
-            "n_parts": len(request.parts), "programs": request.programs, "seen": request.seen,
+            "n_parts": len(request.parts) + len(request.unseen), "programs": request.programs, "seen": request.seen,
             "effect_l2": float(np.linalg.norm(effect)),
             "n_genes_changed": int((np.abs(effect) > NORMAL_QUANTILE * error).sum()),
         }  # fmt: skip
@@ -171,7 +180,7 @@ def predict(
 def effect_errors(
     model: DiscrepancyVAE, control: Tensor, perturbations: Tensor, shift_error: np.ndarray, generator: torch.Generator
 ) -> Tensor:
-    """(G,) standard deviations of a mean effect over `DRAWS` draws of noise, control cells and shifts.
+    """(G,) standard deviations of a mean effect over `DRAWS` draws of noise, control cells and shifts, and of residuals.
 
     Parameters
     ----------
@@ -196,7 +205,7 @@ def effect_errors(
         # With noise abducted, what the latents miss of a cell is in both and cancels.
         before = share @ control[0] if model.log_noise is None else _mean_decoded(model, model.scm(z), share)
         draws.append(after - before)
-    return torch.stack(draws).std(0)
+    return (torch.stack(draws).var(0) + model.missed_error(perturbations)[0] ** 2).sqrt()
 
 
 def _mean_decoded(model: DiscrepancyVAE, u: Tensor, share: Tensor) -> Tensor:
@@ -249,12 +258,10 @@ def _start(
             raise InputError("This run was never written to a folder.", "Give the cells to start from.")
         source = run.path / "crlseq.h5ad"
     with open_screen(source, record.layer) as screen:
-        columns = record.columns(screen.genes, screen.source)
-        if record.values == "counts" and screen.n_genes != record.n_genes_in_file:
-            notes.append(
-                f"{screen.source} has {screen.n_genes} genes and the fitted file {record.n_genes_in_file}: "
-                "the totals that counts are scaled by are those of the genes that are there."
-            )
+        alignment, said = align(record, screen)
+        if len(alignment.present) < alignment.n_fitted and run.path is None:
+            record.columns(screen.genes, screen.source)  # nothing to fill them with: says which are missing
+        notes += said
         controls = _controls(run, screen, own, notes)
         wanted = min(N_CELLS, len(controls)) if n_cells is None else n_cells
         if wanted > len(controls):
@@ -271,8 +278,19 @@ def _start(
         with readable(screen.source, "the matrix"):
             block = screen.rows(index)
         record.check(block, screen.source)
-        x = record.apply(block)[:, columns].astype(np.float32).toarray()
+        x = alignment.take(record.apply(block)).astype(np.float32).toarray()
+        if len(alignment.present) < alignment.n_fitted:
+            x = alignment.filled(x, _control_mean(run, record))
         return _Start(x[again], screen.obs.index.astype(str).to_numpy()[index][again])
+
+
+def _control_mean(run: Run, record: Preprocessing) -> np.ndarray:
+    """(G,) mean of the run's own control cells."""
+    assert run.path is not None
+    with open_screen(run.path / "crlseq.h5ad", record.layer) as screen:
+        rows = screen.rows(_controls(run, screen, True, []))
+        normalised = record.apply(rows)[:, record.columns(screen.genes, screen.source)]
+        return np.asarray(normalised.mean(0)).ravel()
 
 
 def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarray:

@@ -23,13 +23,14 @@ class Request:
 
     ``name`` as the fit would write it, ``parts`` the ascending indices of its perturbations, ``programs`` those they
     target ("" for a part without a claim, joined by "+"), ``seen`` whether its cells were ``fitted``, ``held out`` or
-    ``not measured``.
+    ``not measured``, or whether it is ``extrapolated`` since it has ``unseen`` parts: genes never perturbed, by name.
     """
 
     name: str
     parts: tuple[int, ...]
     programs: str
     seen: str
+    unseen: tuple[str, ...] = ()
 
 
 def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str]]:
@@ -38,28 +39,41 @@ def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str
     Raises
     ------
     InputError
-        If a part was not fitted or occurs twice in a label, or a label is the control.
+        If a part was neither fitted nor has a vector, or occurs twice in a label, or a label is the control.
     UsageError
         If there is no label.
     """
     if not labels:
         raise UsageError("No perturbation to predict was named.", "Give --perturbation at least once.")
-    table = run.interventions.set_index("perturbation")
-    names = [str(name) for name in table.index]
+    table_programs = run.interventions.set_index("perturbation")["program"]
+    names = [str(name) for name in table_programs.index]
     position = {name: i for i, name in enumerate(names)}
     conditions = {tuple(sorted(position[part] for part in row["perturbations"])): row for row in run.info["conditions"]}
-    requests: dict[tuple[int, ...], Request] = {}
+    table = run.extrapolation
+    known = {*names, *(() if table is None else table.table.names)}
+    requests: dict[tuple[tuple[int, ...], tuple[str, ...]], Request] = {}
     notes: list[str] = []
     for label in labels:
-        parts = tuple(sorted(position[part] for part in _parts(run, label, names)))
-        if parts in requests:
+        asked = _parts(run, label, names, known)
+        parts = tuple(sorted(position[part] for part in asked if part in position))
+        unseen = tuple(sorted(part for part in asked if part not in position))
+        if (parts, unseen) in requests:
             notes.append(f"{label!r} is asked for twice, and predicted once.")
+            continue
+        programs = "+".join([*table_programs.iloc[list(parts)], *("" for _ in unseen)])
+        if unseen:
+            name = fitted_separator(run).join([*(names[k] for k in parts), *unseen])
+            requests[parts, unseen] = Request(name, parts, programs, "extrapolated", unseen)
             continue
         row = conditions.get(parts)
         seen = "not measured" if row is None else "fitted" if "train" in row["cells"] else "held out"
         name = fitted_separator(run).join(names[k] for k in parts) if row is None else str(row["name"])
-        requests[parts] = Request(name, parts, "+".join(table["program"].iloc[list(parts)]), seen)
-    for k in sorted({k for parts in requests for k in parts}):
+        requests[parts, unseen] = Request(name, parts, programs, seen)
+    strangers = sorted({name for _, unseen in requests for name in unseen})
+    if strangers and table is not None:
+        few = ", ".join(strangers[:8]) + (f" and {len(strangers) - 8} more" if len(strangers) > 8 else "")
+        notes.append(f"Never perturbed here, and extrapolated from embeddings: {few}. {table.in_words()}")
+    for k in sorted({k for parts, _ in requests for k in parts}):
         if note := _weak_ground(run, names[k], k):
             notes.append(note)
     return list(requests.values()), notes
@@ -75,14 +89,14 @@ def fitted_separator(run: Run) -> str:
     return run.info["config"]["data"]["separator"] or "+"
 
 
-def _parts(run: Run, label: str, names: list[str]) -> list[str]:
-    """Fitted perturbations that a label names."""
+def _parts(run: Run, label: str, names: list[str], known: set[str]) -> list[str]:
+    """Perturbations that a label names: fitted ones, `names`, or others that are `known` by their vectors."""
     control, text = run.info["control_label"], label.strip()
 
     def is_control(part: str) -> bool:
-        return part == control or (part not in names and part.casefold() in CONTROL_LABELS)
+        return part == control or (part not in known and part.casefold() in CONTROL_LABELS)
 
-    if text in names:
+    if text in known:
         return [text]
     if is_control(text):
         raise InputError(
@@ -97,11 +111,11 @@ def _parts(run: Run, label: str, names: list[str]) -> list[str]:
         if mark in text:
             # "A+ctrl" is "A", as in the fit.
             readings.append([part for part in map(str.strip, text.split(mark)) if not is_control(part)])
-    parts = next((reading for reading in readings if set(reading) <= set(names)), None)
+    parts = next((reading for reading in readings if set(reading) <= known), None)
     if parts is None:
         # The reading that goes furthest tells what is wrong with it.
-        parts = max([*readings, [text]], key=lambda reading: sum(part in names for part in reading))
-        raise _not_fitted(run, label, next(part for part in parts if part not in names), names)
+        parts = max([*readings, [text]], key=lambda reading: sum(part in known for part in reading))
+        raise _not_fitted(run, label, next(part for part in parts if part not in known), names)
     if not parts:
         raise InputError(
             f"{label!r} is the control.", "Name a perturbation; control cells are what virtual cells start from."
@@ -141,7 +155,7 @@ def _why_not(run: Run, part: str) -> str:
             return "is in the screen, but was left out of the fit, as it has too few cells"
         if part in labels.dropped:
             return "was left out of the fit, as it names no perturbation"
-    return "was not fitted"
+    return "was not fitted" if run.extrapolation is None else "was not fitted and has no vector among the embeddings"
 
 
 def _weak_ground(run: Run, name: str, k: int) -> str:

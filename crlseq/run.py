@@ -26,6 +26,7 @@ from crlseq.export import (
 if TYPE_CHECKING:
     import anndata as ad
 
+    from crlseq.extrapolation import Extrapolation
     from crlseq.model.discrepancy_vae import DiscrepancyVAE
 
 # Tables and the columns that each has at least; more may follow in later versions.
@@ -84,6 +85,8 @@ class Run:
         State and architecture of the model; None: read from the folder when first needed.
     splits
         Split of each cell by its name; None: likewise.
+    map
+        From gene vectors to perturbations never seen, where the fit was given embeddings; None: likewise.
     """
 
     info: dict[str, Any]
@@ -95,6 +98,7 @@ class Run:
     path: Path | None = None
     weights: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, repr=False)
     splits: pd.Series | None = field(default=None, repr=False)
+    map: Extrapolation | None = field(default=None, repr=False)
 
     @cached_property
     def dag(self) -> nx.DiGraph[str]:
@@ -117,8 +121,24 @@ class Run:
         else:
             state, architecture = load_weights(self._folder() / "model.safetensors")
         model = DiscrepancyVAE(**architecture).to(state["scm.graph"].dtype)
-        model.load_state_dict(state)
+        # Runs of earlier versions have not measured all of what the latents miss.
+        model.load_state_dict({**{name: value for name, value in model.named_buffers() if "." not in name}, **state})
         return model.eval()
+
+    @cached_property
+    def extrapolation(self) -> Extrapolation | None:
+        """The map from gene vectors to perturbations never seen; None without embeddings."""
+        from crlseq.extrapolation import FILE, load_extrapolation
+
+        if self.map is not None or self.info.get("embeddings") is None:
+            return self.map
+        return load_extrapolation(self._folder() / FILE)
+
+    def with_unseen(self, names: Sequence[str]) -> tuple[DiscrepancyVAE, dict[str, tuple[int, ...]]]:
+        """The model with perturbations never seen; see `crlseq.extrapolation.with_unseen`."""
+        from crlseq.extrapolation import with_unseen
+
+        return with_unseen(self, names)
 
     @property
     def adjacency(self) -> np.ndarray:

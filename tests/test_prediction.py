@@ -265,6 +265,31 @@ def test_genes_are_aligned_by_name() -> None:
         predict(hand_run(), "A", source=cells(source.X[:, :2], ("a", "b")))
 
 
+def test_missing_genes_are_filled_and_told(finished: Run, screen: ad.AnnData) -> None:
+    told: list[str] = []
+    some = screen[:, np.delete(np.arange(40), [5, 6])].copy()
+    found = predict(finished, "g0", source=some, n_cells=100, note=told.append)
+    assert any("2 of the 40 fitted genes are missing, first 'gene5'" in text for text in told)
+    assert found.n_vars == 40
+    whole = predict(finished, "g0", source=screen.copy(), n_cells=100)
+    assert found.obs["cell"].tolist() == whole.obs["cell"].tolist()
+    np.testing.assert_allclose(found.varm["crlseq_effect"], whole.varm["crlseq_effect"], atol=0.1)
+    controls = screen[(screen.obs["perturbation"] == "control").to_numpy()]
+    x = dense(controls)
+    mean = np.log1p(x / x.sum(1, keepdims=True) * finished.info["preprocessing"]["target_sum"])[:, 5].mean()
+    assert found.var["control_mean"].iloc[5] == pytest.approx(mean, rel=1e-5)
+    told.clear()
+    predict(finished, "g0", source=ad.concat([screen, more(screen)], axis=1, merge="first"), note=told.append)
+    assert any("3 of its 43 genes were not fitted, and are dropped" in text for text in told)
+    with pytest.raises(InputError, match="22 of the 40 fitted genes are missing, first 'gene0'"):
+        predict(finished, "g0", source=screen[:, 22:].copy())
+
+
+def more(screen: ad.AnnData) -> ad.AnnData:
+    """Three genes beside those of a screen."""
+    return ad.AnnData(np.ones((screen.n_obs, 3)), obs=screen.obs, var=pd.DataFrame(index=["x", "y", "z"]))
+
+
 def test_seed(finished: Run) -> None:
     """One seed, one answer, whatever else is asked for; another seed, other cells."""
     one, same = predict(finished, "g0+g1", n_cells=50), predict(finished, ["g2", "g1+g0"], n_cells=50)

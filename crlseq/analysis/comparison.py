@@ -29,6 +29,8 @@ METRICS: dict[str, bool] = {
     "legacy_r2": True,
     "legacy_rmse": False,
 }
+# Of the model's counterfactuals alone: see `crlseq.analysis.counterfactual`.
+AXIOMS = ("composition", "effectiveness", "realised", "reversibility", "change")
 MODEL, CEILING, FLOOR = "model", "split_half", "sampling_floor"
 PREDICTORS = (MODEL, *BASELINES, CEILING, FLOOR)
 WORDS = {
@@ -52,7 +54,8 @@ def summarise(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """``group, predictor, metric, n, mean, low, high``: means over the conditions for which the metric is defined."""
     rows = []
     for (group, predictor), part in table.groupby(["group", "predictor"], sort=False):
-        for metric in _metrics(table):
+        axioms = [name for name in AXIOMS if predictor == MODEL and name in table]
+        for metric in (*_metrics(table), *axioms):
             values = part[metric].dropna().to_numpy()
             mean = float(values.mean()) if len(values) else float("nan")
             low, high = bootstrap_interval(values, seed)
@@ -109,6 +112,17 @@ def verdict(comparisons: pd.DataFrame) -> tuple[str, ...]:
                 f"{group}: better than {name} on {row['better']} of {row['n']} by {metric}; {'; '.join(against)}."
             )
     return tuple(lines)
+
+
+def limits(summary: pd.DataFrame) -> tuple[str, ...]:
+    """A sentence a group: what halves of the measured cells say of each other, and what sampling alone leaves."""
+    means = summary.set_index(["group", "predictor", "metric"])["mean"]
+    return tuple(
+        f"{group}: one half of a condition's cells predicts the other with Pearson delta "
+        f"{means[group, CEILING, 'pearson_delta']:.3g} and L2 {means[group, CEILING, 'l2']:.3g}; to the true mean, all of "
+        f"them would be at L2 {means[group, FLOOR, 'l2']:.3g}."
+        for group in summary["group"].unique()
+    )
 
 
 def _title(by: list[str]) -> str:

@@ -7,6 +7,7 @@ those of a file given by the user; and *measured* cells, which no prediction see
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,12 @@ from scipy.stats import t as student
 
 from crlseq.analysis import baselines, metrics
 from crlseq.analysis.baselines import Controls, Moments, Parts, control_moments, group_moments
-from crlseq.analysis.comparison import CEILING, FLOOR, METRICS, MODEL, compare, summarise, verdict
+from crlseq.analysis.comparison import AXIOMS, CEILING, FLOOR, METRICS, MODEL, compare, summarise, verdict
+from crlseq.analysis.counterfactual import counterfactual_quality
 from crlseq.analysis.effects import benjamini_hochberg
 from crlseq.analysis.judged import Cells, Judged, read_cells
 from crlseq.analysis.prediction import virtual_cells
+from crlseq.analysis.truth import known_recovery
 from crlseq.data.batches import ControlPartners
 from crlseq.errors import InputError
 from crlseq.model.losses import median_bandwidth
@@ -32,9 +35,11 @@ if TYPE_CHECKING:
     from crlseq.run import Run
 
 SOURCE_CELLS = 500  # controls of each batch that virtual cells are made of
+JUDGED_CELLS = 200  # whose counterfactuals are judged
 COMPARED_CELLS = 250  # a side, in distances between cells
 HALVES = 5  # random divisions of the measured cells of a condition
 TOP_EXPRESSED, TOP_DE, DE_FDR = 1000, 20, 0.05
+SHARED_NOISE = 0.1  # share of the measured changes that is the controls' sampling error, from which on it is told
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,9 @@ class Evaluation:
     Attributes
     ----------
     conditions
-        ``condition, group, predictor, n_cells`` and the metrics of `comparison.METRICS`; a row a condition and
-        predictor: the model, each baseline, the split-half ceiling and the sampling floor.
+        ``condition, group, predictor, n_cells``, the metrics of `comparison.METRICS`, and for the model those of
+        `comparison.AXIOMS`; a row a condition and predictor: the model, each baseline, the split-half ceiling and the
+        sampling floor.
     summary, comparisons
         See `comparison.summarise` and `comparison.compare`.
     verdict
@@ -54,6 +60,8 @@ class Evaluation:
         What was left out or has to be known.
     predicted
         Mean expression (conditions, fitted genes) by predictor, conditions as in the table.
+    recovery
+        Scores against a known truth (`recovery.score_recovery`), where the judged file has one.
     """
 
     conditions: pd.DataFrame
@@ -62,9 +70,12 @@ class Evaluation:
     verdict: tuple[str, ...]
     notes: tuple[str, ...]
     predicted: dict[str, np.ndarray] = field(repr=False)
+    recovery: dict[str, float] | None = None
 
 
-def evaluate(run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool = False) -> Evaluation:
+def evaluate(
+    run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool = False, held_out_controls: bool = False
+) -> Evaluation:
     """Judge a run by cells that it was not fitted on.
 
     Parameters
@@ -76,13 +87,16 @@ def evaluate(run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool
         validation cells where it has none.
     legacy
         Also the metrics of Zhang et al. 2023.
+    held_out_controls
+        Without `data`: start from the run's test control cells, and take every change against them. The sampling error of
+        the training controls, which training effects and measured changes share otherwise, then helps no predictor.
 
     Raises
     ------
     InputError
         If there are no cells to judge by, or no controls, or the genes or values are others than the fit's.
     """
-    judged = read_cells(run, data)
+    judged = read_cells(run, data, held_out_controls)
     seed = int(run.info["seed"])
     rng = np.random.default_rng([seed, 9])
     train = judged.train
@@ -106,6 +120,7 @@ def evaluate(run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool
         for i, row in enumerate(cells):
             for metric, value in row.get(name, {}).items():
                 scores.setdefault(name, {}).setdefault(metric, np.full(len(chosen), np.nan))[i] = value
+    scores[MODEL] |= virtual.axioms(queries)
     scores.setdefault(CEILING, {}).update(_split_half(measured, virtual.controls, effects.effect.mean(0), targets, rng))
     scores[FLOOR] = _sampling_floor(truth)
     about = {
@@ -115,9 +130,19 @@ def evaluate(run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool
     }
     rows = [pd.DataFrame({**about, "predictor": name, **values}) for name, values in scores.items()]
     table: pd.DataFrame = pd.concat(rows, ignore_index=True)
-    table = table[["condition", "group", "predictor", "n_cells", *(m for m in METRICS if m in table)]]
+    table = table[["condition", "group", "predictor", "n_cells", *(m for m in (*METRICS, *AXIOMS) if m in table)]]
     comparisons = compare(table, seed)
-    return Evaluation(table, summarise(table, seed), comparisons, verdict(comparisons), judged.notes, predicted)
+    recovery, notes = known_recovery(run, data)
+    noisy = int((_shared_noise(truth) > SHARED_NOISE).sum())
+    if data is None and not held_out_controls and noisy > len(chosen) / 4:
+        notes.append(
+            f"In {noisy} of {len(chosen)} conditions more than a tenth of the measured change (of its squares) is the sampling "
+            "error of the controls' mean, and the training effects that baselines are made of have it in common with them. "
+            "--held-out-controls, or --data with other controls, judges without it."
+        )
+    return Evaluation(
+        table, summarise(table, seed), comparisons, verdict(comparisons), (*judged.notes, *notes), predicted, recovery
+    )
 
 
 class _VirtualControls:
@@ -125,21 +150,41 @@ class _VirtualControls:
 
     def __init__(self, run: Run, judged: Judged, rng: np.random.Generator) -> None:
         cells = judged.control
-        self.run, self.known = run, judged.known
-        self.controls = control_moments(cells.x, cells.batch, int(cells.batch.max(initial=0)) + 1)
+        self.run, self.known, self.model = run, judged.known, judged.model
+        self.compared = judged.compared
+        self.controls = control_moments(cells.x[:, self.compared], cells.batch, int(cells.batch.max(initial=0)) + 1)
         some = [rng.permutation(np.flatnonzero(cells.batch == b))[:SOURCE_CELLS] for b in np.unique(cells.batch)]
         chosen = np.sort(np.concatenate(some))
-        self.cells, self.batch = _dense(cells.x[chosen]), cells.batch[chosen]
+        self.whole, self.batch = _dense(cells.x[chosen]), cells.batch[chosen]
+        self.cells = self.whole[:, self.compared]
         self.made: tuple[Parts, np.ndarray] = ((), self.cells)
+        self.scale = torch.tensor([program["scale"] for program in run.info["programs"]], dtype=torch.float64)
+
+    def rows(self, parts: Parts) -> tuple[int, ...]:
+        """Rows of the model that a condition is the combination of."""
+        return tuple(row for part in parts for row in self.known.get(part, ()))
 
     def virtual(self, parts: Parts) -> np.ndarray:
         """(controls, genes) virtual cells; parts that were never fitted do nothing."""
-        known = tuple(self.known[part] for part in parts if part in self.known)
+        known = self.rows(parts)
         if not known:
             return np.asarray(self.cells)
         if self.made[0] != known:
-            self.made = (known, virtual_cells(self.run.model, self.cells, np.array(known), int(self.run.info["seed"])))
+            made = virtual_cells(self.model, self.whole, np.array(known), int(self.run.info["seed"]))
+            self.made = (known, made[:, self.compared])
         return self.made[1]
+
+    def axioms(self, queries: list[Parts]) -> dict[str, np.ndarray]:
+        """Quality of the counterfactuals of these controls, (conditions,) each; NaN where no part was fitted."""
+        found: dict[str, np.ndarray] = {name: np.full(len(queries), np.nan) for name in AXIOMS}
+        model = copy.deepcopy(self.model).double()  # as predictions are made: float32 would add its rounding
+        some = np.unique(np.linspace(0, len(self.whole) - 1, JUDGED_CELLS).astype(int))
+        control = torch.from_numpy(self.whole[some])[None]
+        for i, parts in enumerate(queries):
+            if rows := self.rows(parts):
+                for name, value in counterfactual_quality(model, control, torch.tensor([rows]), self.scale).items():
+                    found[name][i] = value
+        return found
 
     def change(self, parts: Parts, shares: np.ndarray) -> np.ndarray:
         """(genes,) mean change in batches by `shares`: of each batch's cells, so that a draw of few adds little noise."""
@@ -212,6 +257,13 @@ def _welch(measured: Moments, shares: np.ndarray, controls: Moments, change: np.
     freedom = np.where(there, error**2 / np.where(there, squares, 1.0), 1.0)
     p_value = 2 * student.sf(np.abs(change) / np.sqrt(np.where(there, error, 1.0)), freedom)
     return error, np.where(there & (n > 1), p_value, 1.0)
+
+
+def _shared_noise(truth: _Truth) -> np.ndarray:
+    """(conditions,) squared error of the controls' mean over the squared change that was measured."""
+    own = truth.measured.variance / np.maximum(truth.measured.n, 1)[:, None]
+    change = ((truth.measured.mean - truth.control) ** 2).sum(1)
+    return np.asarray((truth.error - own).clip(0.0).sum(1) / np.maximum(change, 1e-30))
 
 
 def _sampling_floor(truth: _Truth) -> dict[str, np.ndarray]:

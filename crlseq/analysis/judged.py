@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from crlseq.analysis.baselines import Parts
+from crlseq.data.alignment import Alignment, align
 from crlseq.data.inspection import SYMBOL_COLUMNS
 from crlseq.data.matrix import Screen, open_screen, readable
 from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturbations
@@ -21,6 +23,7 @@ from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError
 
 if TYPE_CHECKING:
+    from crlseq.model.discrepancy_vae import DiscrepancyVAE
     from crlseq.run import Run
 
 
@@ -35,6 +38,10 @@ class Cells:
     def __getitem__(self, chosen: np.ndarray) -> Cells:
         return Cells(self.x[chosen], self.condition[chosen], self.batch[chosen])
 
+    def of_genes(self, genes: np.ndarray) -> Cells:
+        """The same cells with some of their genes."""
+        return replace(self, x=self.x[:, genes])
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -43,15 +50,22 @@ class Judged:
     Attributes
     ----------
     train, control, measured
-        Three sets of cells: what was fitted, control cells, and perturbed cells that were not fitted.
+        Three sets of cells: what was fitted, control cells, and perturbed cells that were not fitted. Controls have all
+        fitted genes, since the model starts from them; the others those that are ``compared``.
+    compared
+        Indices of the fitted genes that the judging cells have.
     conditions, condition_names, names
         Ascending indices into ``names`` per condition, () for the control; labels; single perturbations.
     known
-        Index of a single perturbation in ``names`` -> its index in the model.
+        Index of a single perturbation in ``names`` -> its rows in ``model``; several for one that is extrapolated.
+    seen
+        Indices in ``names`` of those that were fitted.
+    model
+        The run's, with perturbations never seen where it can extrapolate to them.
     fitted
         (conditions,) bool.
     gene_places
-        Name or symbol of a gene -> columns.
+        Name or symbol of a gene -> columns among the compared ones.
     kind
         What measured cells of fitted conditions are called.
     """
@@ -59,10 +73,13 @@ class Judged:
     train: Cells
     control: Cells
     measured: Cells
+    compared: np.ndarray
     conditions: tuple[Parts, ...]
     condition_names: tuple[str, ...]
     names: tuple[str, ...]
-    known: dict[int, int]
+    known: dict[int, tuple[int, ...]]
+    seen: frozenset[int]
+    model: DiscrepancyVAE
     fitted: np.ndarray
     gene_places: Mapping[str, list[int]]
     kind: str
@@ -73,11 +90,11 @@ class Judged:
         if self.fitted[condition]:
             return self.kind
         parts = self.conditions[condition]
-        seen = sum(part in self.known for part in parts)
+        seen = sum(part in self.seen for part in parts)
         return "unseen perturbations" if len(parts) == 1 else f"combinations, {seen} of {len(parts)} parts seen"
 
 
-def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
+def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls: bool = False) -> Judged:
     """The run's own cells by their split, or other cells against the run's training cells.
 
     Raises
@@ -94,8 +111,10 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
         if "crlseq_split" not in screen.obs or screen.n_cells != info["input"]["n_cells"]:
             raise InputError(f"{screen.source} is not what the fit wrote.", "Restore it, or fit again.")
         split = screen.obs["crlseq_split"].astype(str).to_numpy()
-        tables, x = [screen.obs], _expression(screen, record)
-        places = _gene_places(screen, record.genes)
+        alignment, _ = align(record, screen)
+        tables, x = [screen.obs], _expression(screen, record, alignment)
+        gene_places = _gene_places(screen, record.genes)
+    compared = np.arange(len(record.genes))
     if data is not None:
         with open_screen(data, record.layer) as screen:
             if info["perturbation_key"] not in screen.obs:
@@ -103,9 +122,14 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
                     f"{screen.source} has no column {info['perturbation_key']!r}, which holds the perturbations of the fit.",
                     "Give cells with the same labels.",
                 )
-            other, source = _expression(screen, record), screen.source
+            alignment, said = align(record, screen)
+            other, source = _expression(screen, record, alignment), screen.source
             tables.append(screen.obs)
-            notes += _left_out_genes(screen, record)
+            notes += said
+            compared = alignment.present
+            marks = _fingerprints(screen, alignment.columns)
+            if len(compared) < alignment.n_fitted:
+                notes.append(f"{len(compared)} of {alignment.n_fitted} fitted genes are compared.")
     labels = _labels(tables, info, settings)
     batch = _batches(tables, settings["batch_key"])
     n = len(split)
@@ -113,6 +137,13 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
     train = fitted_cells[(split == "train") & (fitted_cells.condition >= 0)]
     if data is None:
         control = train[train.condition == 0]
+        if held_out_controls:
+            control = fitted_cells[(split == "test") & (fitted_cells.condition == 0)]
+            if len(control.condition) < 2:
+                raise InputError(
+                    f"{len(control.condition)} control cells were held out, and two are needed.",
+                    "Fit with --hold-out-cells, or give --data.",
+                )
         kind = "test" if ((split == "test") & (fitted_cells.condition > 0)).any() else "validation"
         measured = fitted_cells[(split == kind) & (fitted_cells.condition > 0)]
         if kind == "validation":
@@ -123,49 +154,65 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None) -> Judged:
     else:
         given = Cells(other, labels.condition[n:], batch[n:])
         control, measured, kind = given[given.condition == 0], given[given.condition > 0], "test"
+        with open_screen(run.path / "crlseq.h5ad", record.layer) as screen:
+            took_part = np.isin(split, ("train", "validation")) & (labels.condition[:n] > 0)
+            seen_before = set(_fingerprints(screen, record.columns(screen.genes, screen.source)[compared], took_part))
+        if len(compared) < alignment.n_fitted:
+            own = train[train.condition == 0].x.mean(0)
+            control = replace(control, x=alignment.filled(_dense(control.x), np.asarray(own).ravel()))
+            train = train.of_genes(compared)
         if len(control.condition) < 2:
             raise InputError(
                 f"{source} has {len(control.condition)} cells labelled {labels.control_label!r}, and two are needed.",
                 "Give a file with control cells: every change is taken against them.",
             )
-        measured, dropped = _unfitted(measured, fitted_cells[np.isin(split, ("train", "validation"))])
+        new = np.array([mark not in seen_before for mark in marks], dtype=bool)[given.condition > 0]
+        measured, dropped = measured[new], int((~new).sum())
         if dropped:
             notes.append(f"{dropped} cells of {source} took part in the fit and are left out.")
     if not len(measured.condition):
         raise InputError("There are no cells to judge by.", "Give --data, or fit with --hold-out-cells.")
     fitted = np.bincount(train.condition, minlength=len(labels.conditions)) > 0
     number = {name: i for i, name in enumerate(run.interventions["perturbation"])}
-    known = {i: number[name] for i, name in enumerate(labels.names) if name in number}
+    known: dict[int, tuple[int, ...]] = {i: (number[name],) for i, name in enumerate(labels.names) if name in number}
+    seen = frozenset(known)
     unseen = sorted(
         {labels.names[p] for c in np.unique(measured.condition) for p in labels.conditions[c]} - set(number)
     )
-    if unseen:
-        few = ", ".join(unseen[:8]) + (f" and {len(unseen) - 8} more" if len(unseen) > 8 else "")
-        notes.append(f"Never fitted, and so without effect in any prediction: {few}.")
+    vectors = set() if run.extrapolation is None else {*run.extrapolation.table.names}
+    model, rows = run.with_unseen([name for name in unseen if name in vectors])
+    known |= {i: rows[name] for i, name in enumerate(labels.names) if name in rows}
+    if rows:
+        notes.append(f"Never fitted, and extrapolated from embeddings by the model alone: {_few([*rows])}.")
+    if strangers := [name for name in unseen if name not in rows]:
+        notes.append(f"Never fitted, and so without effect in any prediction: {_few(strangers)}.")
+    column = {int(gene): i for i, gene in enumerate(compared)}
+    places = {name: [column[g] for g in found if g in column] for name, found in gene_places.items()}
     return Judged(
-        train, control, measured, labels.conditions, labels.condition_names, labels.names, known, fitted, places,
+        train, control, measured, compared, labels.conditions, labels.condition_names, labels.names, known, seen, model, fitted,
+        places,
         "held-out cells" if kind == "test" else "validation cells", tuple(notes),
     )  # fmt: skip
 
 
-def _expression(screen: Screen, record: Preprocessing) -> sp.csr_matrix | np.ndarray:
-    """Normalised expression (cells, fitted genes) as the fit had it."""
-    columns = record.columns(screen.genes, screen.source)
+def _few(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _dense(x: sp.csr_matrix | np.ndarray) -> np.ndarray:
+    return x if isinstance(x, np.ndarray) else x.toarray()
+
+
+def _expression(screen: Screen, record: Preprocessing, alignment: Alignment) -> sp.csr_matrix | np.ndarray:
+    """Normalised expression (cells, fitted genes that are there) as the fit had it."""
     parts = []
     with readable(screen.source, "the matrix"):
         for _, block in screen.blocks():
             record.check(block, screen.source)
-            parts.append(record.apply(block)[:, columns].astype(np.float32))
+            parts.append(alignment.take(record.apply(block)).astype(np.float32))
     x = sp.csr_matrix(sp.vstack(parts, format="csr"))
     x.sort_indices()
     return x if x.nnz < 0.5 * x.shape[0] * x.shape[1] else x.toarray()
-
-
-def _left_out_genes(screen: Screen, record: Preprocessing) -> list[str]:
-    more = screen.n_genes - record.n_genes_in_file
-    return (
-        [f"{screen.source} has {more} genes more than the fit's input; only fitted genes are used."] if more > 0 else []
-    )
 
 
 def _gene_places(screen: Screen, genes: tuple[str, ...]) -> dict[str, list[int]]:
@@ -187,9 +234,9 @@ def _labels(tables: list[pd.DataFrame], info: Mapping[str, Any], settings: Mappi
     first = read_perturbations(tables[0][keys], info["perturbation_key"], info["control_label"], settings["separator"])
     if len(tables) == 1:
         return first
-    return read_perturbations(
-        pd.DataFrame(columns), info["perturbation_key"], info["control_label"], first.separator or ""
-    )
+    # A fit on single perturbations alone has seen no separator: it was asked for, or is found in the other cells.
+    separator = settings["separator"] if first.separator is None else first.separator
+    return read_perturbations(pd.DataFrame(columns), info["perturbation_key"], info["control_label"], separator)
 
 
 def _batches(tables: list[pd.DataFrame], key: str | None) -> np.ndarray:
@@ -201,19 +248,14 @@ def _batches(tables: list[pd.DataFrame], key: str | None) -> np.ndarray:
     return np.asarray(pd.factorize(np.concatenate(values), sort=True)[0], dtype=np.int64)
 
 
-def _unfitted(cells: Cells, fitted: Cells) -> tuple[Cells, int]:
-    """Cells whose expression is that of no fitted cell, whatever their names, and how many are left out."""
-    seen = set(_fingerprints(fitted.x))
-    new = np.array([key not in seen for key in _fingerprints(cells.x)], dtype=bool)
-    return cells[new], int((~new).sum())
-
-
-def _fingerprints(x: sp.csr_matrix | np.ndarray) -> list[bytes]:
-    rows = sp.csr_matrix(x)
-    rows.eliminate_zeros()
-    rows.sort_indices()
-    bounds = rows.indptr
-    return [
-        rows.indices[a:b].astype(np.int64).tobytes() + rows.data[a:b].astype(np.float32).tobytes()
-        for a, b in pairwise(bounds)
-    ]
+def _fingerprints(screen: Screen, columns: np.ndarray, chosen: np.ndarray | None = None) -> list[bytes]:
+    """The values of cells in some genes, as the file has them: equal for equal cells, whatever their names and totals."""
+    found = []
+    with readable(screen.source, "the matrix"):
+        for rows, block in screen.blocks():
+            own = sp.csr_matrix(block[:, columns] if chosen is None else block[chosen[rows]][:, columns])
+            own.sort_indices()
+            for a, b in pairwise(own.indptr):
+                cell = own.indices[a:b].astype(np.int64).tobytes() + own.data[a:b].astype(np.float32).tobytes()
+                found.append(hashlib.blake2b(cell, digest_size=16).digest())
+    return found

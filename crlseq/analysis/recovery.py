@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
+from crlseq.analysis.representation import representation_scores
+
 Graph = NDArray[np.bool_]
 
+LATENT_SCORES = ("mcc", "dci_disentanglement", "dci_completeness", "dci_informativeness", "irs")
 N_RANDOM_GRAPHS = 1000  # the mean F1 of random graphs is then known to about 0.003
 
 
@@ -39,11 +42,11 @@ def score_recovery(
         ``adjacency`` (p, p), row -> column, and ``target``, a table perturbation -> ``latent``, as
         `crlseq.data.simulate.simulate` writes them to ``uns["truth"]``.
     latents, true_latents
-        (cells, q) and (cells, p), for the correlation of latents; NaN without them.
+        (cells, q) and (cells, p), for the scores of latents; NaN without them.
 
     Returns
     -------
-    ``target_accuracy, ari, mcc`` and the scores of `graph_scores`. An edge that touches an unmatched program adds
+    ``target_accuracy, ari, mcc``, the scores of `representation_scores` and those of `graph_scores`. An edge that touches an unmatched program adds
     one to ``shd``; it joins no pair of true latents, so precision and recall do not see it.
     """
     adjacency = np.asarray(truth["adjacency"]) != 0
@@ -57,9 +60,10 @@ def score_recovery(
             found[latent_of[source], latent_of[target]] = True
         else:
             n_unmatched += 1
-    scores = {"target_accuracy": accuracy, "ari": partition_agreement(claims, targets.to_numpy()), "mcc": float("nan")}
+    scores = {"target_accuracy": accuracy, "ari": partition_agreement(claims, targets.to_numpy())}
+    scores |= dict.fromkeys(LATENT_SCORES, float("nan"))
     if latents is not None and true_latents is not None:
-        scores["mcc"] = mean_correlation(latents, true_latents)
+        scores |= {"mcc": mean_correlation(latents, true_latents), **representation_scores(latents, true_latents)}
     return scores | graph_scores(found, adjacency, n_unmatched)
 
 

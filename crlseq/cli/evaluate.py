@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crlseq.cli.output import say, show_json, show_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHOWN = (
     "pearson_delta", "pearson_delta_top_de", "pearson_delta_perturbed", "l2", "centroid_accuracy", "discrimination",
@@ -25,21 +28,53 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="CSV with every condition and predictor.", show_default=False)
     ] = None,
+    held_out_controls: Annotated[
+        bool, typer.Option("--held-out-controls", help="Take changes against control cells that were held out as well.")
+    ] = False,
+    cross_validate: Annotated[
+        bool, typer.Option("--cross-validate", help="Fit again without a part of the screen, fold by fold.")
+    ] = False,
+    folds: Annotated[int, typer.Option(help="Of --cross-validate.", min=2)] = 5,
+    splits: Annotated[
+        str | None,
+        typer.Option(
+            help="What --cross-validate holds out: cells, combinations, singles, with commas. [what the screen has]",
+            show_default=False,
+        ),
+    ] = None,
     legacy: Annotated[bool, typer.Option("--legacy", help="Also the metrics of the published tables.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON to stdout.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an --output that exists.")] = False,
 ) -> None:
     """Judge a run by cells that it was not fitted on, beside baselines that any model has to beat."""
-    from crlseq.errors import InputError
+    from crlseq.errors import InputError, UsageError
 
+    if cross_validate and data is not None:
+        raise UsageError(
+            "--cross-validate judges by the run's own screen, and --data names another.", "Give one of them."
+        )
+    if held_out_controls and (cross_validate or data is not None):
+        raise UsageError(
+            "--held-out-controls is about the run's own test cells.", "Leave --data or --cross-validate out."
+        )
+    if splits is not None and not cross_validate:
+        raise UsageError("--splits says what --cross-validate holds out.", "Give both.")
     if output is not None and output.is_dir():
         raise InputError(f"{output} is a folder.", "Name a file to write.")
     if output is not None and output.exists() and not force:
         raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
+    from crlseq.analysis.comparison import limits
     from crlseq.analysis.evaluation import evaluate as judge
     from crlseq.run import load
 
-    found = judge(load(run), data, legacy)
+    fitted = load(run)
+    if cross_validate:
+        from crlseq.crossvalidation import cross_validate as judge_folds
+
+        chosen = None if splits is None else [word.strip() for word in splits.split(",")]
+        found = judge_folds(fitted, folds, chosen, legacy, note=say)
+    else:
+        found = judge(fitted, data, legacy, held_out_controls)
     for note in found.notes:
         say(note)
     if output is not None:
@@ -54,6 +89,7 @@ def evaluate(
         show_json({
             "verdict": list(found.verdict), "notes": list(found.notes), "summary": found.summary.to_dict("records"),
             "comparisons": found.comparisons.to_dict("records"), "conditions": found.conditions.to_dict("records"),
+            "recovery": found.recovery,
         })  # fmt: skip
         return
     if sys.stdout.isatty():
@@ -65,5 +101,32 @@ def evaluate(
             show_table(wide, f"{group}, means of {n} conditions")
     else:
         show_table(found.summary, "")
-    for line in found.verdict:
+    for line in (*found.verdict, *limits(found.summary), *_axioms(found.summary), *_recovery(found.recovery)):
         say(line)
+
+
+def _axioms(summary: pd.DataFrame) -> list[str]:
+    """The model's counterfactuals in words, a group a line."""
+    lines = []
+    for group, rows in summary[summary["predictor"] == "model"].groupby("group", sort=False):
+        found = rows.set_index("metric")["mean"]
+        if found.get("change", float("nan")) > 0:
+            lines.append(
+                f"{group}, counterfactuals: composition error {found['composition']:.2g}, effectiveness error "
+                f"{found['effectiveness']:.2g} SD, reversibility error {found['reversibility']:.2g} beside a change of "
+                f"{found['change']:.2g}."
+            )
+    return lines
+
+
+def _recovery(scores: dict[str, float] | None) -> list[str]:
+    if scores is None:
+        return []
+    names = {
+        "target_accuracy": "target accuracy", "mcc": "MCC", "dci_disentanglement": "disentanglement",
+        "dci_completeness": "completeness", "dci_informativeness": "informativeness",
+        "irs": "interventional robustness", "ancestor_f1": "ancestor F1", "shd": "SHD",
+    }  # fmt: skip
+    return [
+        "Against the known truth: " + ", ".join(f"{title} {scores[name]:.3g}" for name, title in names.items()) + "."
+    ]

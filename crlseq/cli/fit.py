@@ -39,6 +39,12 @@ def fit(
     combinations: Annotated[
         bool | None, _option("Fit on combinations too, or hold them all out.", DATA, "--combinations/--no-combinations")
     ] = None,
+    embeddings: Annotated[
+        Path | None,
+        _option(
+            "Table of gene vectors (CSV, TSV or h5ad): `predict` then extrapolates to genes never perturbed.", DATA
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         _option("straighten (likelihood, then networks), linear (likelihood alone, seconds) or gradient.", MODEL),
@@ -71,6 +77,7 @@ def fit(
         perturbation_key=perturbation_key, control_label=control_label, separator=separator, batch_key=batch_key,
         layer=layer, values=values, n_top_genes=_number_or_word(n_top_genes), genes=_gene_list(genes), min_cells=min_cells,
         hold_out=tuple(hold_out) if hold_out else None, hold_out_cells=hold_out_cells, combinations=combinations,
+        embeddings=None if embeddings is None else str(embeddings),
         method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, bootstrap=_number_or_word(bootstrap),
         epochs=epochs, batch_size=batch_size, seed=seed, dtype=dtype, device=device, threads=threads,
     )  # fmt: skip

@@ -114,7 +114,7 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
     path = Path(source)
     if not path.exists():
         raise InputError(f"There is no file {path}.", "Check the path.")
-    with _open_store(path) as store:
+    with open_store(path) as store:
         name = str(path)
         with readable(name, "the table of cells or genes"):
             obs, var = ad.io.read_elem(store["obs"]), ad.io.read_elem(store["var"])
@@ -133,7 +133,8 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
 
 
 @contextmanager
-def _open_store(path: Path) -> Iterator[Any]:
+def open_store(path: Path) -> Iterator[Any]:
+    """An h5ad file or zarr store as a mapping of its elements, which `anndata.io.read_elem` reads."""
     hint = "crlseq reads .h5ad files and .zarr stores as anndata writes them."
     if path.is_dir() or zipfile.is_zipfile(path):
         with readable(str(path), "the zarr store"):

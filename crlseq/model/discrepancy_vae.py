@@ -10,7 +10,7 @@ changed (action), and the latents decoded (prediction):
 
 The published model has e = 0. With ``noise="gaussian"`` the model of a cell is x = f(u) + noise with
 one variance a gene, and abduction takes that noise along as well: e = x - f(u). A virtual cell is then
-its control cell plus the decoded effect (and what the latents miss of it, `residual`), and an intervention without
+its control cell plus the decoded effect (and what the latents miss of it, `missed`), and an intervention without
 effect changes nothing.
 """
 
@@ -78,9 +78,15 @@ class DiscrepancyVAE(nn.Module):
         self.scm = LatentSCM(n_latents, n_perturbations, intervention, equations, causal)
         self.decoder = Decoder(n_latents, n_hidden, n_genes, output_activation)
         self.log_noise = nn.Parameter(torch.zeros(n_genes)) if noise == "gaussian" else None  # log variance
-        # Effects (K, G) of single perturbations that the latents miss; measured after the fit.
+        # What the latents miss, measured after the fit: effects (K, G) of single perturbations, one (G,) of being
+        # perturbed at all, which a combination has once, and their standard errors.
         self.residual: Tensor
-        self.register_buffer("residual", torch.zeros(n_perturbations, n_genes))
+        self.residual_error: Tensor
+        self.common: Tensor
+        self.common_error: Tensor
+        for name, shape in (("residual", (n_perturbations, n_genes)), ("common", (n_genes,))):
+            self.register_buffer(name, torch.zeros(shape))
+            self.register_buffer(f"{name}_error", torch.zeros(shape))
         # Sharpness of the target weights; the trainer raises it, and it belongs to the weights it was fitted with.
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()))
@@ -109,10 +115,20 @@ class DiscrepancyVAE(nn.Module):
         # Decoded in one product, whose gradient by the weights is one as well.
         reconstruction, virtual = self.decoder(torch.stack([self.scm(z), latents]))
         if self.log_noise is not None:
-            there = (perturbations >= 0).to(control.dtype)[..., None]
-            missed = (self.residual[perturbations.clamp_min(0)] * there).sum(1)  # (C, G)
-            virtual = virtual + (control - reconstruction) + missed[:, None]
+            virtual = virtual + (control - reconstruction) + self.missed(perturbations)[:, None]
         return ModelOutput(virtual, reconstruction, mean, variance, latents)
+
+    def missed(self, perturbations: Tensor) -> Tensor:
+        """(C, M) perturbations, filled up with -1, to the effects (C, G) that go past the latents."""
+        there = perturbations >= 0
+        own = self.residual[perturbations.clamp_min(0)] * there[..., None].to(self.residual.dtype)
+        return own.sum(1) + self.common * there.any(1, keepdim=True).to(self.common.dtype)
+
+    def missed_error(self, perturbations: Tensor) -> Tensor:
+        """Standard errors (C, G) of `missed`."""
+        there = perturbations >= 0
+        own = self.residual_error[perturbations.clamp_min(0)] ** 2 * there[..., None].to(self.residual.dtype)
+        return (own.sum(1) + self.common_error**2 * there.any(1, keepdim=True).to(self.common.dtype)).sqrt()
 
     def infer(self, x: Tensor, perturbations: Tensor, eps: Tensor) -> Inference:
         """Perturbed cells under their own condition: posterior of z, reconstruction, divergence from the prior.

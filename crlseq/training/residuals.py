@@ -1,13 +1,22 @@
 """Gene effects that the programs miss: a perturbation's own target first of all.
 
 The latents are few, so that a knock-out's own transcript, and whatever else one perturbation alone does, is no program.
-What is left of its mean effect, ``r = (mean of its cells - mean of controls) - effect through the latents``, is kept
-as far as it stands out of sampling noise: r is shrunk by the empirical-Bayes posterior mean under a unimodal prior, a
-mixture of normals about 0 whose weights are fitted to all genes (Stephens 2017, Biostatistics 18, "False discovery
-rates: a new deal"); what that leaves is shrunk as one vector (James and Stein 1961), for effects spread thin.
+What is left of its mean effect, ``m_k = (mean of its cells - mean of controls) - effect through the latents``, is kept
+as far as it stands out of sampling noise, in three parts (`missed_effects`):
+
+1. what all perturbations share, and stands out of the error of the controls' mean, which every m_k has in common: the
+   effect of being perturbed at all (Systema: Vinas Torne et al. 2025), which a combination has once and not once for
+   each of its parts;
+2. gene by gene, by the empirical-Bayes posterior mean under a unimodal prior, a mixture of normals about 0 whose weights
+   are fitted to all genes (Stephens 2017, Biostatistics 18, "False discovery rates: a new deal"; the same for 1);
+3. of what that leaves, spread thin over many genes, one share of the whole vector (James and Stein 1961). What the
+   perturbations still have in common is the controls' error: it is taken out, and the rest held against the noise of
+   the perturbation's own cells.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,40 +31,83 @@ NULL_COUNT = 10.0  # genes without effect that the prior has seen: in doubt ther
 MIN_CELLS = 2
 
 
+@dataclass(frozen=True)
+class Missed:
+    """Posterior means and standard deviations: of the common effect (G,), and of each perturbation's own (n, G)."""
+
+    common: np.ndarray
+    common_error: np.ndarray
+    own: np.ndarray
+    own_error: np.ndarray
+
+
 @torch.no_grad()
-def residual_effects(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> np.ndarray:
-    """(K, G) float32 effects of single perturbations beyond the model's; 0 for those without cells of their own."""
+def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> None:
+    """Write what the latents miss of single perturbations into `model`; 0 for those without cells of their own."""
     cells = data.cells_by_condition(splits.TRAIN)
     by_batch = _controls_by_batch(data, cells[0])
-    effects = np.zeros((len(data.perturbation_names), data.n_genes), dtype=np.float32)
     rng = np.random.default_rng([seed, 8])
     some = np.sort(rng.choice(cells[0], min(SOURCE_CELLS, len(cells[0])), replace=False))
     weight = model.encoder.hidden.weight
     control = torch.from_numpy(data.dense(some)).to(weight.device, weight.dtype)[None]
+    perturbations, measured, noise, control_noise = [], [], [], []
     for c, parts in enumerate(data.conditions):
         if len(parts) != 1 or len(cells[c]) < MIN_CELLS:
             continue
-        measured, error = _mean_effect(data, cells[c], by_batch)
+        effect, own, controls = _mean_effect(data, cells[c], by_batch)
         output = model(control, torch.tensor([[parts[0]]], device=weight.device))
         through = (output.virtual - control).mean((0, 1)).cpu().double().numpy()
-        effects[parts[0]] = _kept(measured - through, error)
-    return effects
+        perturbations.append(parts[0])
+        measured.append(effect - through)
+        noise.append(own)
+        control_noise.append(controls)
+    if perturbations:
+        missed = missed_effects(*map(np.stack, (measured, noise, control_noise)))
+        for buffer, values in ((model.residual, missed.own), (model.residual_error, missed.own_error)):
+            buffer[perturbations] = torch.from_numpy(values).to(buffer)
+        model.common.copy_(torch.from_numpy(missed.common))
+        model.common_error.copy_(torch.from_numpy(missed.common_error))
 
 
-def _kept(missed: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """What stands out gene by gene, and of the rest, spread thin over many genes, as much as stands out as a whole."""
-    sparse = shrink(missed, error)
-    rest = missed - sparse
-    return np.asarray(sparse + rest * max(0.0, 1 - float((error**2).sum() / max((rest**2).sum(), 1e-30))))
+def missed_effects(measured: np.ndarray, noise: np.ndarray, control_noise: np.ndarray) -> Missed:
+    """What is kept of measured effects (n, G), whose squared errors are `noise` (own) + `control_noise` (shared)."""
+    # The mean of few perturbations is made of their own effects: only what they agree on is shared.
+    mean, spread, agreed = _agreement(measured)
+    common, common_squared = shrink(agreed * mean, np.sqrt(control_noise.mean(0) + spread))
+    left = measured - common
+    posterior = [shrink(*rows) for rows in zip(left, np.sqrt(noise + control_noise), strict=True)]
+    own, squared = (np.stack(rows) for rows in zip(*posterior, strict=True))
+    rest = left - own
+    mean, _, agreed = _agreement(rest)
+    for k in range(len(rest)):
+        thin, error = rest[k] - agreed * mean, noise[k] + (1 - agreed) ** 2 * control_noise[k]
+        share = _share_kept(thin, error)
+        own[k] += share * thin
+        squared[k] += share * error
+    return Missed(common, np.sqrt(common_squared), own, np.sqrt(squared))
 
 
-def shrink(effect: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Posterior means (n,) of effects measured with normal standard errors (n,); where the error is 0, 0."""
-    shrunk = np.zeros_like(effect)
+def _agreement(effects: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean (G,) of effects (n, G), its squared error by their spread, and the share of its squares that is more."""
+    n, mean = len(effects), effects.mean(0)
+    if n < 2:
+        return mean, np.zeros_like(mean), 0.0
+    spread = effects.var(0, ddof=1) / n
+    return mean, spread, _share_kept(mean, spread)
+
+
+def _share_kept(values: np.ndarray, squared_error: np.ndarray) -> float:
+    """1 - expected squares of the noise / squares, not below 0: how much of a vector is no noise."""
+    return max(0.0, 1 - float(squared_error.sum() / max(float((values**2).sum()), 1e-30)))
+
+
+def shrink(effect: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior means and variances (n,) of effects measured with normal standard errors (n,); 0 where the error is."""
+    shrunk, squared = np.zeros_like(effect), np.zeros_like(effect)
     known = error > 0
     d, s = effect[known], error[known]
     if not len(d):
-        return shrunk
+        return shrunk, squared
     largest = 2 * np.sqrt(max(float((d**2 - s**2).max()), 0.0))
     smallest = float(s.min()) / 10
     n_scales = max(0, int(np.ceil(np.log2(max(largest / smallest, 1.0)))))
@@ -70,8 +122,11 @@ def shrink(effect: np.ndarray, error: np.ndarray) -> np.ndarray:
         posterior = likelihood * share
         posterior /= posterior.sum(1, keepdims=True)
         share = (posterior.sum(0) + pseudo) / (len(d) + NULL_COUNT)
-    shrunk[known] = d * (posterior * (scales**2 / variance)).sum(1)
-    return shrunk
+    factor = scales**2 / variance
+    shrunk[known] = d * (posterior * factor).sum(1)
+    second = (posterior * (factor * s[:, None] ** 2 + (factor * d[:, None]) ** 2)).sum(1)
+    squared[known] = np.maximum(second - shrunk[known] ** 2, 0.0)
+    return shrunk, squared
 
 
 def _controls_by_batch(data: PerturbSeqData, controls: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray, int]]:
@@ -86,10 +141,10 @@ def _controls_by_batch(data: PerturbSeqData, controls: np.ndarray) -> dict[int, 
 
 def _mean_effect(
     data: PerturbSeqData, cells: np.ndarray, controls: dict[int, tuple[np.ndarray, np.ndarray, int]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of cells minus that of controls of the same batches, and its standard error, (G,) each."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean of cells minus that of controls of the same batches; squared errors of the cells and of the controls; (G,)."""
     mean, variance = _moments(data, cells)
-    effect, squared = mean.copy(), variance / len(cells)
+    effect, squared = mean.copy(), np.zeros_like(mean)
     batches, counts = np.unique(data.batch[cells], return_counts=True)
     # Batches without controls share those of all.
     shares: dict[int, float] = {}
@@ -100,7 +155,7 @@ def _mean_effect(
         center, spread, n = controls[place]
         effect -= share * center
         squared = squared + share**2 * spread / n
-    return effect, np.sqrt(squared)
+    return effect, variance / len(cells), squared
 
 
 def _moments(data: PerturbSeqData, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth, weighted_total
 from crlseq.training.checkpoint import load_checkpoint, save_checkpoint
 from crlseq.training.objective import Objective
-from crlseq.training.residuals import residual_effects
+from crlseq.training.residuals import measure_missed
 from crlseq.training.schedules import final_weights, schedule, settled
 from crlseq.training.warm_start import WarmStart, warm_start
 
@@ -223,7 +223,7 @@ def fit_model(
     model.load_state_dict(best_state)
     model.eval()
     if model.log_noise is not None:
-        model.residual.copy_(torch.from_numpy(residual_effects(model, data, training.seed)))
+        measure_missed(model, data, training.seed)
     return Fit(model, architecture, history, best_epoch, bandwidth, stopped_early)
 
 

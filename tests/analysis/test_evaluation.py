@@ -12,8 +12,10 @@ import scipy.sparse as sp
 
 import crlseq
 from crlseq.analysis.baselines import BASELINES
-from crlseq.analysis.comparison import METRICS, PREDICTORS, bootstrap_interval, compare, summarise, verdict
+from crlseq.analysis.comparison import AXIOMS, METRICS, PREDICTORS, bootstrap_interval, compare, summarise, verdict
 from crlseq.analysis.evaluation import Evaluation, evaluate
+from crlseq.analysis.recovery import score_recovery
+from crlseq.analysis.truth import known_recovery
 from crlseq.errors import InputError
 from crlseq.run import Run
 from tests.support import dense
@@ -35,14 +37,15 @@ def held_out(finished: Run) -> Evaluation:
 
 def test_every_condition_has_every_predictor(held_out: Evaluation) -> None:
     table = held_out.conditions
-    assert list(table.columns) == ["condition", "group", "predictor", "n_cells", *METRICS]
+    assert list(table.columns) == ["condition", "group", "predictor", "n_cells", *METRICS, *AXIOMS]
     assert table["group"].unique().tolist() == ["held-out cells"]
     assert sorted(table["condition"].unique()) == ["g0", "g1", "g2", "g2+g4", "g3", "g3+g4", "g4", "g5", "g6"]
     assert (table.groupby("condition")["predictor"].agg(list).map(tuple) == PREDICTORS).all()
     assert (table["n_cells"] == 12).all()
     assert not held_out.notes
     model = table[table["predictor"] == "model"].drop(columns=["condition", "group", "predictor"])
-    assert model.drop(columns="sign_agreement").notna().all(axis=None)
+    assert model.drop(columns=["sign_agreement", "realised"]).notna().all(axis=None)
+    assert table.loc[table["predictor"] != "model", [*AXIOMS]].isna().all(axis=None)
 
 
 def test_changes_are_against_controls_of_the_same_batches(
@@ -64,6 +67,73 @@ def test_changes_are_against_controls_of_the_same_batches(
     cells = x[(labels == "g0") & (split == "test")]
     floor = np.sqrt((cells.var(0, ddof=1) / len(cells)).sum())
     assert rows.loc["sampling_floor", "l2"] == pytest.approx(floor, rel=1e-4)
+
+
+def test_counterfactuals_are_judged(finished: Run, held_out: Evaluation) -> None:
+    """As `predict` finds it for the same cells; no change is no error for a model that abducts its noise."""
+    rows = held_out.conditions[held_out.conditions["predictor"] == "model"].set_index("condition")
+    assert (rows["composition"] < 1e-10).all() and (rows["change"] > 0).any()
+    summary = held_out.summary.set_index(["predictor", "metric"])
+    assert summary.loc[("model", "effectiveness"), "mean"] == pytest.approx(rows["effectiveness"].mean())
+    assert ("additive", "effectiveness") not in summary.index
+    split = ad.read_h5ad(finished.path / "crlseq.h5ad", backed="r").obs["crlseq_split"].to_numpy()
+    own = ad.read_h5ad(finished.path / "crlseq.h5ad")
+    controls = own[(own.obs["perturbation"] == "control") & (split == "train")].copy()
+    predicted = finished.predict(["g0"], source=controls, n_cells=controls.n_obs, counterfactual=True)
+    expected = predicted.uns["crlseq_prediction"]["summary"].loc["g0"]
+    for name in AXIOMS[1:]:
+        assert rows.loc["g0", name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_a_known_truth_is_scored(finished: Run, held_out: Evaluation, screen: ad.AnnData, tmp_path: Path) -> None:
+    expected = score_recovery(
+        finished.interventions,
+        finished.edges,
+        screen.uns["truth"],
+        finished.latents(screen),
+        screen.obsm["true_latents"],
+    )
+    assert held_out.recovery == pytest.approx(expected)
+    assert {"mcc", "dci_disentanglement", "dci_completeness", "dci_informativeness", "irs"} <= expected.keys()
+    other = screen.copy()
+    del other.obsm["true_latents"]
+    recovery, _ = known_recovery(finished, other)
+    assert (
+        recovery is not None
+        and np.isnan(recovery["mcc"])
+        and recovery["target_accuracy"] == expected["target_accuracy"]
+    )
+    other.uns["truth"] = {"adjacency": np.eye(3)[:2]}
+    assert known_recovery(finished, other)[0] is None and "truth" in known_recovery(finished, other)[1][0]
+    bare = ad.AnnData(screen.X, obs=screen.obs, var=screen.var)
+    run = crlseq.fit(bare, tmp_path / "RUN", **LINEAR)
+    assert known_recovery(run, None) == (None, []) and evaluate(run).recovery is None
+
+
+def test_noise_that_changes_share_is_told(screen: ad.AnnData, tmp_path: Path) -> None:
+    """Few controls: their mean is off by as much in every change."""
+    rare = np.flatnonzero(screen.obs["perturbation"] == "control")[25:]
+    few = screen[np.setdiff1d(np.arange(screen.n_obs), rare)].copy()
+    run = crlseq.fit(few, tmp_path / "RUN", hold_out_cells=0.2, **LINEAR)
+    told = [note for note in evaluate(run).notes if "sampling error of the controls' mean" in note]
+    assert len(told) == 1
+    assert not any("sampling error" in note for note in evaluate(run, screen.copy()).notes)
+
+
+def test_held_out_controls(finished: Run, screen: ad.AnnData, linear_folder: Path) -> None:
+    """Every change against test controls, by hand; and what the fit made of the others stays as it is."""
+    found = evaluate(finished, held_out_controls=True)
+    split = ad.read_h5ad(finished.path / "crlseq.h5ad", backed="r").obs["crlseq_split"].to_numpy()
+    x = dense(screen)
+    x = np.log1p(x / x.sum(1, keepdims=True) * finished.info["preprocessing"]["target_sum"])
+    labels = screen.obs["perturbation"].to_numpy()
+    control, other = (x[(labels == "control") & (split == name)].mean(0) for name in ("test", "train"))
+    trained, measured = (x[(labels == "g0") & (split == name)].mean(0) for name in ("train", "test"))
+    rows = found.conditions[found.conditions["condition"] == "g0"].set_index("predictor")
+    assert rows.loc["additive", "l2"] == pytest.approx(np.linalg.norm(control + trained - other - measured), rel=1e-5)
+    assert rows.loc["no_change", "l2"] == pytest.approx(np.linalg.norm(control - measured), rel=1e-5)
+    with pytest.raises(InputError, match="0 control cells were held out"):
+        evaluate(crlseq.load(linear_folder), held_out_controls=True)
 
 
 def test_batches_are_matched(screen: ad.AnnData, tmp_path: Path) -> None:
@@ -142,8 +212,25 @@ def test_fitted_cells_of_another_file_are_left_out(finished: Run, screen: ad.Ann
 
 
 def test_another_file_with_reordered_and_more_genes(finished: Run, screen: ad.AnnData) -> None:
+    more = ad.AnnData(np.full((screen.n_obs, 2), 30.0), obs=screen.obs, var=pd.DataFrame(index=["x", "y"]))
+    wider = evaluate(finished, ad.concat([screen, more], axis=1, merge="first"))
+    assert (wider.conditions["n_cells"] == 12).all() and any("2 of its 42 genes" in note for note in wider.notes)
     other = screen[:, ::-1].copy()
     assert evaluate(finished, other).conditions.equals(evaluate(finished, screen.copy()).conditions)
+
+
+def test_another_file_that_lacks_genes(finished: Run, screen: ad.AnnData) -> None:
+    """Compared is what is there; the model is given the controls' mean of the rest, and that is said."""
+    kept = np.delete(np.arange(screen.n_vars), [3, 17, 30])
+    found = evaluate(finished, screen[:, kept[::-1]].copy())
+    assert any("3 of the 40 fitted genes are missing, first 'gene3'" in note for note in found.notes)
+    assert "37 of 40 fitted genes are compared." in found.notes
+    assert all(mean.shape[1] == 37 for mean in found.predicted.values())
+    assert (found.conditions["n_cells"] == 12).all()  # other totals do not hide cells that were fitted
+    whole = evaluate(finished, screen.copy())
+    both = [e.conditions.set_index(["condition", "predictor"])["l2"] for e in (found, whole)]
+    model = [values.xs("model", level="predictor") for values in both]
+    assert (model[0] < 1.1 * model[1]).all() and model[0].corr(model[1]) > 0.8
 
 
 def test_validation_cells_judge_where_there_are_no_others(linear_folder: Path) -> None:
@@ -162,7 +249,7 @@ def test_an_evaluation_repeats(finished: Run, held_out: Evaluation) -> None:
 def test_bad_evaluation_sets(finished: Run, screen: ad.AnnData) -> None:
     cases = {
         "two are needed": screen[screen.obs["perturbation"] != "control"],
-        "fitted genes are missing": screen[:, 1:],
+        "25 of the 40 fitted genes are missing": screen[:, 25:],
         "no column 'perturbation'": ad.AnnData(screen.X, obs=screen.obs[["batch"]], var=screen.var),
         "no cells to judge by": screen[screen.obs["perturbation"] == "control"],
     }

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import energy_distance as scipy_energy
 from scipy.stats import pearsonr
-from sklearn.metrics import r2_score
+from sklearn.metrics import pairwise_distances, r2_score
+from sklearn.metrics.pairwise import rbf_kernel
 
 from crlseq.analysis.metrics import (
     Sample,
@@ -175,3 +177,37 @@ def test_invariances(seed: int, scale: float, shift: float):
         assert distance(x[::-1].copy(), y) == pytest.approx(distance(x, y))
         assert distance(x + shift, y + shift) == pytest.approx(distance(x, y))
     assert energy_distance(scale * x, scale * y) == pytest.approx(scale * energy_distance(x, y))
+
+
+def test_distances_equal_scipy_and_scikit_learn():
+    """Energy distance by SciPy in one dimension (with pairs of a cell with itself), MMD^2 by scikit-learn's kernels."""
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(30, 1)), rng.normal(size=(20, 1)) + 1
+    itself = sum(np.abs(x - x.T).mean() / (len(x) - 1) for x in (a, b))
+    assert energy_distance(a, b) == pytest.approx(scipy_energy(a[:, 0], b[:, 0]) ** 2 - itself)
+    x, y = rng.normal(size=(12, 5)), rng.normal(size=(9, 5)) + 0.5
+    widths = 4.0 * 2.0 ** (np.arange(5) - 2)
+
+    def kernels(p, q):
+        return sum(rbf_kernel(p, q, gamma=1 / w) for w in widths)
+
+    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernels(x, x), kernels(y, y))]
+    assert unbiased_mmd(x, y, 4.0) == pytest.approx(sum(within) - 2 * kernels(x, y).mean())
+
+
+def test_ranks_equal_those_of_cell_eval():
+    """Its `discrimination_score` (cell-eval 0.8.2), on scikit-learn's distances: normalised rank, target gene left out."""
+    rng = np.random.default_rng(4)
+    measured = rng.normal(size=(9, 12))
+    predicted = measured + 2 * rng.normal(size=(9, 12))
+    left_out = np.eye(9, 12, dtype=bool)
+    expected = []
+    for i in range(9):
+        kept = ~left_out[i]
+        distance = pairwise_distances(measured[:, kept], predicted[i : i + 1, kept], metric="l1").ravel()
+        expected.append(1 - np.flatnonzero(np.argsort(distance) == i)[0] / 9)
+    found = perturbation_discrimination(predicted, measured, left_out)
+    assert found == pytest.approx(expected) and len(set(expected)) > 2
+    far = pairwise_distances(predicted, measured, metric="l2")
+    centroid = [(far[i] > far[i, i]).sum() / 8 for i in range(9)]
+    assert centroid_accuracy(predicted, measured) == pytest.approx(centroid)

@@ -26,6 +26,10 @@ def test_summary_into_a_pipe_and_conditions_into_a_file(run_folder: Path, tmp_pa
     row = summary[(summary["predictor"] == "model") & (summary["metric"] == "l2")].iloc[0]
     assert abs(row["mean"] - mean) < 1e-9
     assert row["low"] < row["mean"] < row["high"]
+    assert (
+        "counterfactuals: composition error" in answer.err and "Against the known truth: target accuracy" in answer.err
+    )
+    assert "one half of a condition's cells predicts the other with Pearson delta" in answer.err
     assert "held-out cells: better than" in answer.err and "Pearson delta" in answer.err
     assert {file.name for file in path.parent.iterdir()} == {"conditions.csv"}
     again = invoke("evaluate", run_folder, "--output", path)
@@ -37,7 +41,7 @@ def test_json_and_legacy(run_folder: Path) -> None:
     answer = invoke("evaluate", run_folder, "--json", "--legacy")
     assert answer.code == 0, answer.err
     found = json.loads(answer.out)
-    assert set(found) == {"verdict", "notes", "summary", "comparisons", "conditions"}
+    assert set(found) == {"verdict", "notes", "summary", "comparisons", "conditions", "recovery"}
     assert {"legacy_r2", "legacy_mmd2", "legacy_rmse"} <= {row["metric"] for row in found["summary"]}
     no_change = [row for row in found["conditions"] if row["predictor"] == "no_change"]
     assert all(row["pearson_delta"] is None for row in no_change)  # NaN is no JSON

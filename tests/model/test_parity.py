@@ -43,7 +43,16 @@ def run(published, case, dtype):
     config = make_config("paper").model
     model = DiscrepancyVAE(**architecture_of(config, n_genes=60, n_latents=7, n_perturbations=9)).to(dtype)
     missing = model.load_state_dict(parameters(published, "param."), strict=False)
-    own = {"temperature", "residual", "scm.log_scale", "scm.retention_logit", "scm.intercept"}
+    own = {
+        "temperature",
+        "residual",
+        "residual_error",
+        "common",
+        "common_error",
+        "scm.log_scale",
+        "scm.retention_logit",
+        "scm.intercept",
+    }
     given = {"intervention_encoder.given", "intervention_encoder.is_given"}  # of targets that are not learned
     assert set(missing.missing_keys) == own | given
     assert not model.residual.any() and not model.scm.intercept.any() and not model.intervention_encoder.is_given.any()

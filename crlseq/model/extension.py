@@ -1,0 +1,55 @@
+"""A fitted model with further interventions that are given and not fitted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+
+LARGE = 40.0  # sigmoid(40) is 1 in float64, sigmoid(-40) is 4e-18
+
+
+@torch.no_grad()
+def extended(model: DiscrepancyVAE, shift: Tensor, residual: Tensor, residual_error: Tensor) -> DiscrepancyVAE:
+    """`model` with U more perturbations, each written as p interventions that shift one latent.
+
+    What the fitted perturbations do stays as it is. Perturbation u is the combination of the rows K + u p to K + u p + p,
+    of which row j shifts latent j alone, since one perturbation has one shift and a new one may raise one latent and
+    lower another.
+
+    Parameters
+    ----------
+    shift
+        (U, p): what the perturbations add to the latents' equations.
+    residual, residual_error
+        (U, G): what they do past the latents, and its standard error.
+    """
+    scm, encoder = model.scm, model.intervention_encoder
+    n, p = shift.shape
+    k, g = model.residual.shape
+    new = DiscrepancyVAE(
+        g, p, k + n * p, model.encoder.hidden.out_features, "soft", scm.equations, True,
+        model.decoder.output_activation, "none" if model.log_noise is None else "gaussian",
+    ).to(model.residual.dtype)  # fmt: skip
+    first = torch.zeros((n, p, 1), dtype=residual.dtype)
+    first[:, 0] = 1
+    rows = {
+        "intervention_encoder.embedding": torch.zeros((n * p, encoder.embedding.shape[1])),
+        "intervention_encoder.given": torch.eye(p).repeat(n, 1),
+        "intervention_encoder.is_given": torch.ones(n * p, dtype=torch.bool),
+        "scm.shift": shift.flatten(),
+        "scm.log_scale": torch.zeros(n * p),
+        "scm.retention_logit": torch.full((n * p,), LARGE),
+        "residual": (first * residual[:, None]).flatten(0, 1),
+        "residual_error": (first * residual_error[:, None]).flatten(0, 1),
+    }
+    state = dict(model.state_dict())
+    if scm.intervention != "soft":  # of which the others are ends
+        state["scm.retention_logit"] = torch.full_like(scm.shift, LARGE if scm.intervention == "shift" else -LARGE)
+    if scm.intervention == "shift":
+        state["scm.log_scale"] = torch.zeros_like(scm.shift)
+    new.load_state_dict({
+        name: torch.cat([value, rows[name].to(value.dtype)]) if name in rows else value for name, value in state.items()
+    })  # fmt: skip
+    return new.eval()
