@@ -97,6 +97,15 @@ def test_held_out_likelihoods_are_per_held_out_cell_and_the_gain_their_differenc
     assert found.gain == pytest.approx(difference * cells, rel=1e-9)
 
 
+def test_a_graph_has_to_beat_the_better_model_without_edges() -> None:
+    """Under mere shifts free noise scales are needless parameters; beating them alone would be no sign of a graph."""
+    found = compared("shift", "hard")
+    assert found.held_out["shift"] < found.held_out["no edges"]
+    cells = 200 * (len(TARGETS) + 4)
+    assert found.gain == pytest.approx((found.held_out["shift"] - found.held_out["hard"]) * cells, rel=1e-9)
+    assert found.verdict == "not identified"
+
+
 def test_environments_without_cells_in_a_fold_have_no_say() -> None:
     values, environment = truth("hard").cells(200)
     whole = environment_moments(values, environment)
