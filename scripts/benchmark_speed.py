@@ -108,9 +108,7 @@ def main() -> None:
     parser.add_argument("--perturbations", type=int, default=105)
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--preset", default="default")
-    parser.add_argument(
-        "--method", default="gradient", help="gradient: one latent a perturbation, as the yardstick has"
-    )
+    parser.add_argument("--method", help="of the fit; gradient: one latent a perturbation, as the yardstick has")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--epochs", type=int, default=4, help="the first warms up, the last is timed by stage")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -12,12 +12,13 @@ distances are those of real cells, corrected by products with W: with y = x W, Q
     |v_i - x_j|^2 = |c_i - x_j|^2 + s_i - 2 d_i y_j,
     |v_i - v_j|^2 = |c_i - c_j|^2 + s_i + s_j - M_ij - M_ji,      M_ij = d_i (2 y_j + Q d_j).
 
-The cost of a cell is its non-zeros times H; what grows with G is G H^2, once for all cells of a step.
+The cost of a cell is its non-zeros times H; what grows with G is G H^2, once for all cells of a step. Effects that the
+latents miss (`DiscrepancyVAE.residual`) are measured after training and are 0 here.
 
-In float32 three differences of large numbers matter. Squares about b are taken about a fixed center, gene by gene, from
-the deviations of single cells (`Rows.moments`). Products y enter as differences of cells and are centred on the controls' mean. Distances
-of real cells lose the ratio of their squared norms to their distance, 2 to 10 on log-normalised values; they are
-taken from norms in float64.
+In float32 three differences of large numbers matter. Squares about b are taken about a fixed center, gene by gene,
+from the deviations of single cells (`Rows.moments`). Products y enter as differences of cells and are centred on the
+controls' mean. Distances of real cells lose the ratio of their squared norms to their distance, 2 to 10 on
+log-normalised values; norms are float64, and so is the difference.
 """
 
 from __future__ import annotations

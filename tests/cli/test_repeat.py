@@ -58,21 +58,21 @@ def test_one_seed_one_result_whatever_the_hash_seed(screen_file: Path, tmp_path:
 # The default method: what the likelihood finds is found again when a fit goes on.
 FIT: list[object] = ["--epochs", 6, "--batch-size", 16, "--n-latents", 3, "--bootstrap", 2, "--seed", 2]
 GRADIENT: list[object] = ["--method", "gradient", "--epochs", 1]
-# Sends itself a signal in the middle of an epoch: at the given training pass through the model.
+# Sends itself a signal in the middle of an epoch: at the given training pass through the objective.
 KILLER = """
 import os, sys, torch
 from crlseq.cli.app import main
-from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.training import trainer
+from crlseq.training.objective import Objective
 at, number, trainer.CHECKPOINT_SECONDS = int(sys.argv.pop(1)), int(sys.argv.pop(1)), float(sys.argv.pop(1))
-forward, passes = DiscrepancyVAE.forward, 0
+call, passes = Objective.__call__, 0
 def counted(self, *arguments):
     global passes
     passes += torch.is_grad_enabled()
     if passes == at:
         os.kill(os.getpid(), number)
-    return forward(self, *arguments)
-DiscrepancyVAE.forward = counted
+    return call(self, *arguments)
+Objective.__call__ = counted
 main()
 """
 
