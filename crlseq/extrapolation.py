@@ -5,7 +5,8 @@ program's equation (of a perturbation that cuts its target off: the shift with t
 past the programs. Noise scales and cuts of a stranger are not predicted. The weights are those of a ridge
 regression with an intercept on standardised vectors, ``w(e) = 1/K + k(e) (K_c + penalty I)^-1 (I - 1/K)`` with the linear
 kernel, of the mean of the fitted perturbations (w = 1/K), or of no effect (w = 0): which of these, and the penalty, is
-what has the least squared leave-one-out error in mean expression, summed over genes. Vectors that say nothing of effects
+what has the least squared leave-one-out error in mean expression, summed over genes; what is less simple has to be better
+by more than one standard error over the perturbations. Vectors that say nothing of effects
 so end at the mean or at no effect, and the run says so. What leave-one-out missed, gene by gene, is the standard error.
 """
 
@@ -162,14 +163,29 @@ def fit_extrapolation(
         for penalty in PENALTIES if n >= MIN_PERTURBATIONS else ():
             hat = 1 / n + gram @ np.linalg.inv(gram + penalty * np.eye(n)) @ (np.eye(n) - 1 / n)
             missed["ridge", float(penalty)] = (effects - hat @ effects) / (1 - np.diag(hat))[:, None]
-    squares = {key: float((value**2).sum()) for key, value in missed.items()}
-    choice, penalty = min(squares, key=lambda key: squares[key])
-    simple = min(value for (kind, _), value in squares.items() if kind != "ridge")
-    skill = 1 - squares[choice, penalty] / simple if choice == "ridge" and simple > 0 else 0.0
+    squares = {key: (value**2).sum(1) for key, value in missed.items()}
+    simple = _surely_better(squares, ("none", 0.0), [key for key in squares if key[0] == "mean"])
+    choice, penalty = _surely_better(squares, simple, [key for key in squares if key[0] == "ridge"])
+    worst = float(squares[simple].sum())
+    skill = 1 - float(squares[choice, penalty].sum()) / worst if choice == "ridge" and worst > 0 else 0.0
     # What is predicted is what the model says of a perturbation, which is sure to its own error only.
     own_error = model.missed_error(torch.tensor(chosen, dtype=torch.int64)[:, None]).double().numpy()
     error = np.sqrt((missed[choice, penalty] ** 2 + own_error**2).mean(0)) if n else np.zeros(control.shape[1])
     return Extrapolation(table, fitted, choice, penalty, skill, shifts, error)
+
+
+def _surely_better(
+    squares: dict[tuple[str, float], np.ndarray], simple: tuple[str, float], others: list[tuple[str, float]]
+) -> tuple[str, float]:
+    """The best of `others` by summed squares (K,), if it beats `simple` by more than one standard error; else `simple`.
+
+    With few perturbations the best of many is often better by chance.
+    """
+    if not others:
+        return simple
+    best = min(others, key=lambda key: float(squares[key].sum()))
+    gain = squares[simple] - squares[best]
+    return best if gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5 else simple
 
 
 def load_extrapolation(path: Path) -> Extrapolation:
