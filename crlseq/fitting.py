@@ -38,10 +38,12 @@ from crlseq.run import FORMAT, Run, load
 from crlseq.runfolder import move_into_place, partial_of, refuse_output, working_folder
 from crlseq.training.checkpoint import save_weights
 from crlseq.training.discovery import Discovery, discover
+from crlseq.training.threads import on_threads
 from crlseq.training.trainer import Fit, fit_model, resolve_device
 from crlseq.training.warm_start import WarmStart
 
 N_COMPONENTS = 50
+FEW_GENES = 2000  # below, the products of a training step are too small to share among threads
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-learn")
 
 
@@ -151,7 +153,9 @@ def _fit(
     identity = hashlib.sha256(f"{__version__}\n{digest}\n{n_latents}\n{to_toml(config)}".encode()).hexdigest()
     with working_folder(partial, resume) as folder:
         progress.stage("fitting")
-        fitted = fit_model(data, config, n_latents, folder and folder / "resume.pt", identity, progress.epoch, start)
+        with on_threads(1 if training.threads is None and data.n_genes < FEW_GENES else torch.get_num_threads()):
+            checkpoint = folder and folder / "resume.pt"
+            fitted = fit_model(data, config, n_latents, checkpoint, identity, progress.epoch, start)
         progress.stage("reading off programs, interventions and the DAG")
         fitted.model.cpu()
         run = _analyse(fitted, data, config, tests, start)

@@ -32,6 +32,7 @@ from crlseq.model.moments import environment_moments, fold_moments, noise_level
 from crlseq.training.n_latents import LatentChoice, choose_n_latents
 from crlseq.training.stability import Stability, bootstrap
 from crlseq.training.straighten import CAUSAL, FREE, Straightener, starting_directions
+from crlseq.training.threads import on_threads
 
 STRAIGHT = 1.05  # misfit up to which moments count as described; where mixing is linear it is 1.00 to 1.03
 CHANCE = 3.0  # standard deviations of chance that come on top
@@ -144,7 +145,23 @@ def discover(
     note(f"{p} programs: {reason}")
     if p + 10 > COMPONENTS:
         y = torch.from_numpy(whitened_components(data, p + 10, seed))
+    with on_threads(1 if p < MANY_LATENTS else torch.get_num_threads()):
+        return _discover(data, effect, chosen, (y, environment, train), choice, p, config, seed, stage)
 
+
+def _discover(
+    data: PerturbSeqData,
+    effect: np.ndarray,
+    chosen: np.ndarray,
+    components: tuple[Tensor, Tensor, Tensor],
+    choice: LatentChoice | None,
+    p: int,
+    config: ModelConfig,
+    seed: int,
+    stage: Callable[[str], None],
+) -> Discovery:
+    """`discover` once components, environments, training cells and the number of latents are known."""
+    y, environment, train = components
     stage("fitting the interventional likelihood")
     kind: Kind | None = None if config.intervention == "auto" else config.intervention
     cells = _Coordinates(y[:, : p + 10 if p > 10 else 20], None, environment, train)
@@ -241,7 +258,6 @@ def _straightened(
     if dispersion(free_fit) >= worst:
         return None
     comparison = _compare(free_fit, _Coordinates(*straightener.encode(y), environment, train), kind, seed)
-    # Edges are read off latents that were straightened under the kind of intervention that fits.
     straightener.train(CAUSAL, comparison.kind)
     final = reassign_targets(straightener.fit_prior(comparison.kind, fresh=True))
     if comparison.verdict == "not identified":

@@ -285,3 +285,15 @@ def test_straightening_is_done_again_until_it_describes_the_cells_and_the_best_i
 ) -> None:
     found, starts = attempts(hard, monkeypatch, misfits)
     assert found == kept and len(starts) == trained
+
+
+def test_threads_change_nothing_and_are_given_back(hard: Screen, found: Discovery) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        again = hard.discover()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(again.target, found.target)
+    assert np.allclose(again.shift, found.shift, rtol=1e-6)  # components are sums over cells, in another order
