@@ -60,7 +60,7 @@ FIT: list[object] = ["--epochs", 6, "--batch-size", 16, "--n-latents", 3, "--boo
 GRADIENT: list[object] = ["--method", "gradient", "--epochs", 1]
 # Sends itself a signal in the middle of an epoch: at the given training pass through the objective.
 KILLER = """
-import os, sys, torch
+import os, signal, sys, torch
 from crlseq.cli.app import main
 from crlseq.training import trainer
 from crlseq.training.objective import Objective
@@ -70,7 +70,7 @@ def counted(self, *arguments):
     global passes
     passes += torch.is_grad_enabled()
     if passes == at:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
     return call(self, *arguments)
 Objective.__call__ = counted
 main()
