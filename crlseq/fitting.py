@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +17,28 @@ import pandas as pd
 import torch
 
 from crlseq import __version__
-from crlseq.analysis.dag import Dag, find_dag
 from crlseq.analysis.effects import effect_tests
-from crlseq.analysis.interventions import find_interventions
-from crlseq.analysis.prediction import evaluate_held_out
-from crlseq.analysis.programs import find_programs
 from crlseq.config import Config, make_config, to_toml
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.embeddings import Embeddings, read_embeddings
 from crlseq.data.projection import Projection, principal_components
 from crlseq.errors import InputError, UsageError
-from crlseq.export import DETECTABLE_FDR, edge_table, intervention_table, program_labels, program_table
+from crlseq.export import DETECTABLE_FDR
 from crlseq.extrapolation import FILE as EMBEDDINGS
 from crlseq.extrapolation import Extrapolation, fit_extrapolation, refuse_strangers
 from crlseq.report import write_report
-from crlseq.run import FORMAT, Run, load
+from crlseq.results import tables_of
+from crlseq.run import Run, load
 from crlseq.runfolder import move_into_place, partial_of, refuse_output, working_folder
 from crlseq.training.checkpoint import save_weights
-from crlseq.training.discovery import Discovery, discover
+from crlseq.training.discovery import discover
 from crlseq.training.threads import on_threads
 from crlseq.training.trainer import Fit, fit_model, resolve_device
 from crlseq.training.warm_start import WarmStart
 
 N_COMPONENTS = 50
 FEW_GENES = 2000  # below, the products of a training step are too small to share among threads
-PACKAGES = ("torch", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -158,7 +152,7 @@ def _fit(
             fitted = fit_model(data, config, n_latents, checkpoint, identity, progress.epoch, start)
         progress.stage("reading off programs, interventions and the DAG")
         fitted.model.cpu()
-        run = _analyse(fitted, data, config, tests, start)
+        run = tables_of(fitted, data, config, tests, start)
         found = None if table is None else _extrapolation(fitted, data, table, progress)
         info = run.info | {
             "command": shlex.join(["crlseq", *sys.argv[1:]]) if Path(sys.argv[0]).name.startswith(("crlseq", "scanpy-crlseq", "__main__")) else "crlseq.fit",
@@ -194,70 +188,6 @@ def _fit(
     return load(target)
 
 
-def _analyse(
-    fitted: Fit, data: PerturbSeqData, config: Config, tests: dict[str, np.ndarray], start: WarmStart | None
-) -> Run:
-    """Tables of a fit; ``info`` lacks what only the whole job knows (input, times, command)."""
-    discovery = None if start is None else start.discovery
-    programs = find_programs(fitted.model, data)
-    # Without a detectable effect there is no claim, whatever a network learned; the published model claims all.
-    silent = (tests["fdr"] > DETECTABLE_FDR) & (config.model.method != "gradient")
-    found = find_interventions(fitted.model, programs, ~silent)
-    dag = find_dag(fitted.model, programs, config.model, discovery)
-    program_rows = program_table(data.genes, programs.loading, programs.total_effect)
-    support = np.full(dag.weights.shape, np.nan)
-    target_support = np.full(len(found.target), np.nan)
-    if discovery is not None and discovery.stability is not None:
-        support = discovery.stability.edge.numpy()
-        target_support[discovery.environments] = discovery.stability.target.numpy()
-    intervention_rows = intervention_table(
-        data.perturbation_names,
-        found.target,
-        found.weight,
-        found.shift,
-        found.retention,
-        found.noise_scale,
-        target_support,
-        tests,
-    )
-    edges = edge_table(dag.weights, dag.declared, support, dag.identification.verdict)
-    evaluation = evaluate_held_out(fitted.model, data, config.training.seed)
-    info = {
-        "format": FORMAT,
-        "version": __version__,
-        "config": config.model_dump(mode="json"),
-        "seed": config.training.seed,
-        "device": str(resolve_device(config.training.device)),
-        "threads": torch.get_num_threads(),
-        "packages": _packages(),
-        "var_names_sha256": hashlib.sha256("\n".join(data.genes).encode()).hexdigest(),
-        "perturbation_key": data.labels.key,
-        "control_label": data.labels.control_label,
-        "label_reason": data.labels.reason,
-        "preprocessing": asdict(data.preprocessing),
-        "cells": {name: int((data.split == code).sum()) for code, name in enumerate(splits.SPLITS)},
-        "conditions": _condition_rows(data),
-        "notes": list(data.notes),
-        "n_latents": len(programs.scale),
-        "programs": _program_rows(program_rows, intervention_rows, programs.scale, programs.center),
-        "adjacency": dag.weights.tolist(),
-        "identification": asdict(dag.identification),
-        "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
-        "training": {
-            "epochs_run": len(fitted.history),
-            "best_epoch": fitted.best_epoch,
-            "stopped_early": fitted.stopped_early,
-            "bandwidth": fitted.bandwidth,
-        },
-        "metrics": _metrics(evaluation, intervention_rows, dag),
-    }
-    history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"]).astype(
-        {"epoch": int, "total": float}
-    )
-    weights = ({name: value.cpu() for name, value in fitted.model.state_dict().items()}, fitted.architecture)
-    return Run(info, program_rows, intervention_rows, edges, history, evaluation, weights=weights)
-
-
 def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings, progress: Progress) -> Extrapolation:
     """The map from gene vectors to what the fitted perturbations do."""
     cells = data.cells_by_condition(splits.TRAIN)
@@ -267,43 +197,6 @@ def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings, progres
     found = fit_extrapolation(fitted.model, table, data.perturbation_names, own, control)
     progress.note(found.in_words())
     return found
-
-
-def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:
-    rows = []
-    for c, (name, parts) in enumerate(zip(data.condition_names, data.conditions, strict=True)):
-        counts = np.bincount(data.split[data.condition == c], minlength=len(splits.SPLITS))
-        cells = {code_name: int(n) for code_name, n in zip(splits.SPLITS, counts, strict=True) if n}
-        rows.append({"name": name, "perturbations": [data.perturbation_names[k] for k in parts], "cells": cells})
-    return rows
-
-
-def _program_rows(
-    programs: pd.DataFrame, interventions: pd.DataFrame, scale: np.ndarray, center: np.ndarray, top: int = 10
-) -> list[dict[str, Any]]:
-    labels = program_labels(interventions, len(scale))
-    genes = programs[programs["rank"] <= top].groupby("program")["gene"].agg(", ".join)
-    rows = []
-    for k, label in enumerate(labels):
-        drivers = interventions.loc[interventions["program"] == f"P{k}", "perturbation"]
-        rows.append({
-            "name": f"P{k}", "label": label, "drivers": ", ".join(map(str, drivers)), "genes": genes[f"P{k}"],
-            "scale": float(scale[k]), "center": float(center[k]),
-        })  # fmt: skip
-    return rows
-
-
-def _metrics(evaluation: pd.DataFrame, interventions: pd.DataFrame, dag: Dag) -> dict[str, Any]:
-    metrics: dict[str, Any] = {
-        "n_detected": int((interventions["fdr"] <= 0.05).sum()),
-        "n_edges": int(dag.declared.sum()),
-    }
-    if len(evaluation):
-        metrics["evaluated_on"] = str(evaluation["split"].iloc[0])
-        for column in ("mmd2", "mmd2_no_change", "pearson_delta", "l2", "l2_no_change"):
-            mean = evaluation[column].mean()
-            metrics[column] = None if np.isnan(mean) else float(mean)
-    return metrics
 
 
 def _start(
@@ -333,34 +226,6 @@ def _start(
     return WarmStart(discovery, ~np.isnan(tests["p_value"]), projection), len(discovery.adjacency), reason
 
 
-def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict[str, Any]:
-    """What ``run.json`` says of a discovery."""
-    row: dict[str, Any] = {
-        "intervention": discovery.kind,
-        "equations": discovery.equations,
-        "held_out": discovery.held_out,
-        "gain_of_edges": discovery.gain,
-        "gain_error": discovery.gain_error,
-        "dispersion": discovery.dispersion,
-        "straightened": discovery.straightened,
-        "n_latents_curve": None if discovery.choice is None else discovery.choice.curve,
-        "bootstrap": None,
-    }
-    if discovery.stability is not None:
-        stability = discovery.stability
-        row["bootstrap"] = {
-            "replicates": stability.n,
-            "failed": stability.failed,
-            "edge": stability.edge.tolist(),
-            "ancestor": stability.ancestor.tolist(),
-            "program": stability.program.tolist(),
-            "perturbations": [perturbations[k] for k in discovery.environments],
-            "assignment": stability.assignment.tolist(),
-            "shift_error": [None if np.isnan(value) else value for value in stability.shift_error.tolist()],
-        }
-    return row
-
-
 def _sha256(source: str | Path | ad.AnnData) -> str:
     """Digest of the input's bytes; of all files of a zarr store by path; empty for an AnnData in memory."""
     if isinstance(source, ad.AnnData):
@@ -379,13 +244,3 @@ def _sha256(source: str | Path | ad.AnnData) -> str:
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror}.", "Check its permissions.") from None
     return digest.hexdigest()
-
-
-def _packages() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a vendored or renamed build: the fit does not depend on the number
-            found[name] = "unknown"
-    return found

@@ -1,0 +1,168 @@
+"""Tables and record of a fit: what a `crlseq.run.Run` holds, from a fitted model."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from crlseq import __version__
+from crlseq.analysis.dag import Dag, find_dag
+from crlseq.analysis.interventions import find_interventions
+from crlseq.analysis.prediction import evaluate_held_out
+from crlseq.analysis.programs import find_programs
+from crlseq.config import Config
+from crlseq.data import splits
+from crlseq.data.dataset import PerturbSeqData
+from crlseq.export import DETECTABLE_FDR, edge_table, intervention_table, program_labels, program_table
+from crlseq.run import FORMAT, Run
+from crlseq.training.discovery import Discovery
+from crlseq.training.trainer import Fit, resolve_device
+from crlseq.training.warm_start import WarmStart
+
+PACKAGES = ("torch", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-learn")
+
+
+def tables_of(
+    fitted: Fit, data: PerturbSeqData, config: Config, tests: dict[str, np.ndarray], start: WarmStart | None
+) -> Run:
+    """Tables of a fit; ``info`` lacks what only the whole job knows (input, times, command)."""
+    discovery = None if start is None else start.discovery
+    programs = find_programs(fitted.model, data)
+    # Without a detectable effect there is no claim, whatever a network learned; the published model claims all.
+    silent = (tests["fdr"] > DETECTABLE_FDR) & (config.model.method != "gradient")
+    found = find_interventions(fitted.model, programs, ~silent)
+    dag = find_dag(fitted.model, programs, config.model, discovery)
+    program_rows = program_table(data.genes, programs.loading, programs.total_effect)
+    support = np.full(dag.weights.shape, np.nan)
+    target_support = np.full(len(found.target), np.nan)
+    if discovery is not None and discovery.stability is not None:
+        support = discovery.stability.edge.numpy()
+        target_support[discovery.environments] = discovery.stability.target.numpy()
+    intervention_rows = intervention_table(
+        data.perturbation_names,
+        found.target,
+        found.weight,
+        found.shift,
+        found.retention,
+        found.noise_scale,
+        target_support,
+        tests,
+    )
+    edges = edge_table(dag.weights, dag.declared, support, dag.identification.verdict)
+    evaluation = evaluate_held_out(fitted.model, data, config.training.seed)
+    info = {
+        "format": FORMAT,
+        "version": __version__,
+        "config": config.model_dump(mode="json"),
+        "seed": config.training.seed,
+        "device": str(resolve_device(config.training.device)),
+        "threads": torch.get_num_threads(),
+        "packages": _packages(),
+        "var_names_sha256": hashlib.sha256("\n".join(data.genes).encode()).hexdigest(),
+        "perturbation_key": data.labels.key,
+        "control_label": data.labels.control_label,
+        "label_reason": data.labels.reason,
+        "preprocessing": asdict(data.preprocessing),
+        "cells": {name: int((data.split == code).sum()) for code, name in enumerate(splits.SPLITS)},
+        "conditions": _condition_rows(data),
+        "notes": list(data.notes),
+        "n_latents": len(programs.scale),
+        "programs": _program_rows(program_rows, intervention_rows, programs.scale, programs.center),
+        "adjacency": dag.weights.tolist(),
+        "identification": asdict(dag.identification),
+        "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
+        "training": {
+            "epochs_run": len(fitted.history),
+            "best_epoch": fitted.best_epoch,
+            "stopped_early": fitted.stopped_early,
+            "bandwidth": fitted.bandwidth,
+        },
+        "metrics": _metrics(evaluation, intervention_rows, dag),
+    }
+    history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"]).astype(
+        {"epoch": int, "total": float}
+    )
+    weights = ({name: value.cpu() for name, value in fitted.model.state_dict().items()}, fitted.architecture)
+    return Run(info, program_rows, intervention_rows, edges, history, evaluation, weights=weights)
+
+
+def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:
+    rows = []
+    for c, (name, parts) in enumerate(zip(data.condition_names, data.conditions, strict=True)):
+        counts = np.bincount(data.split[data.condition == c], minlength=len(splits.SPLITS))
+        cells = {code_name: int(n) for code_name, n in zip(splits.SPLITS, counts, strict=True) if n}
+        rows.append({"name": name, "perturbations": [data.perturbation_names[k] for k in parts], "cells": cells})
+    return rows
+
+
+def _program_rows(
+    programs: pd.DataFrame, interventions: pd.DataFrame, scale: np.ndarray, center: np.ndarray, top: int = 10
+) -> list[dict[str, Any]]:
+    labels = program_labels(interventions, len(scale))
+    genes = programs[programs["rank"] <= top].groupby("program")["gene"].agg(", ".join)
+    rows = []
+    for k, label in enumerate(labels):
+        drivers = interventions.loc[interventions["program"] == f"P{k}", "perturbation"]
+        rows.append({
+            "name": f"P{k}", "label": label, "drivers": ", ".join(map(str, drivers)), "genes": genes[f"P{k}"],
+            "scale": float(scale[k]), "center": float(center[k]),
+        })  # fmt: skip
+    return rows
+
+
+def _metrics(evaluation: pd.DataFrame, interventions: pd.DataFrame, dag: Dag) -> dict[str, Any]:
+    metrics: dict[str, Any] = {
+        "n_detected": int((interventions["fdr"] <= 0.05).sum()),
+        "n_edges": int(dag.declared.sum()),
+    }
+    if len(evaluation):
+        metrics["evaluated_on"] = str(evaluation["split"].iloc[0])
+        for column in ("mmd2", "mmd2_no_change", "pearson_delta", "l2", "l2_no_change"):
+            mean = evaluation[column].mean()
+            metrics[column] = None if np.isnan(mean) else float(mean)
+    return metrics
+
+
+def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict[str, Any]:
+    """What ``run.json`` says of a discovery."""
+    row: dict[str, Any] = {
+        "intervention": discovery.kind,
+        "equations": discovery.equations,
+        "held_out": discovery.held_out,
+        "gain_of_edges": discovery.gain,
+        "gain_error": discovery.gain_error,
+        "dispersion": discovery.dispersion,
+        "straightened": discovery.straightened,
+        "n_latents_curve": None if discovery.choice is None else discovery.choice.curve,
+        "bootstrap": None,
+    }
+    if discovery.stability is not None:
+        stability = discovery.stability
+        row["bootstrap"] = {
+            "replicates": stability.n,
+            "failed": stability.failed,
+            "edge": stability.edge.tolist(),
+            "ancestor": stability.ancestor.tolist(),
+            "program": stability.program.tolist(),
+            "perturbations": [perturbations[k] for k in discovery.environments],
+            "assignment": stability.assignment.tolist(),
+            "shift_error": [None if np.isnan(value) else value for value in stability.shift_error.tolist()],
+        }
+    return row
+
+
+def _packages() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a vendored or renamed build: the fit does not depend on the number
+            found[name] = "unknown"
+    return found
