@@ -41,10 +41,9 @@ def test_what_fails_is_raised_where_it_would_have_come(threads: int) -> None:
             raise ValueError("the third")
         return i
 
-    used = []
+    used: list[int] = []
     with on_threads(threads):
         with pytest.raises(ValueError, match="the third"):
-            for i in ahead(make, range(4)):
-                used.append(i)
+            used.extend(ahead(make, range(4)))
         assert torch.get_num_threads() == threads
     assert used == [0, 1]
