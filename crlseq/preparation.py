@@ -197,7 +197,8 @@ def _joined(tables: list[pd.DataFrame], paths: Sequence[Path]) -> pd.DataFrame:
             joined = joined.astype(object).astype("category")
         columns[key] = joined.to_numpy() if isinstance(joined.dtype, np.dtype) else joined.array
     columns.setdefault(
-        INPUT_KEY, pd.Categorical([paths[i].name for i in files.tolist()], categories=list(dict.fromkeys(p.name for p in paths)))
+        INPUT_KEY,
+        pd.Categorical([paths[i].name for i in files.tolist()], categories=list(dict.fromkeys(p.name for p in paths))),
     )
     return pd.DataFrame(columns, index=pd.Index(names, dtype=object))
 

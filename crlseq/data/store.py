@@ -80,7 +80,7 @@ def read_manifest(source: Any) -> Manifest | None:
     return manifest
 
 
-def verify(source: str | Path) -> str:
+def verify(source: Any) -> str:
     """Compare every file of a store with its digest; the digest of the manifest, which stands for them all.
 
     Raises

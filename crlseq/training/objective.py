@@ -12,13 +12,12 @@ from crlseq.config import ModelConfig
 from crlseq.data import splits
 from crlseq.data.batches import BatchIndex
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.streamed import StreamedExpression
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.factored import StepCells, factored_terms
 from crlseq.model.losses import anchor_term, interventional_terms, loss_terms
 from crlseq.model.rows import DenseRows, Rows, SparseRows
 from crlseq.training.warm_start import Anchor
-
-NORM_ROWS = 8192  # cells whose squared norms are taken at once
 
 
 class CellSource:
@@ -32,7 +31,7 @@ class CellSource:
         self.data, self.device, self.dtype = data, device, dtype
         self.resident: tuple[Tensor, ...] | None = None
         x = data.x
-        if device.type == "cuda":
+        if device.type == "cuda" and not isinstance(x, StreamedExpression):
             size = x.size * torch.finfo(dtype).bits // 8 if isinstance(x, np.ndarray) else 12 * x.nnz
             if size < 0.5 * torch.cuda.mem_get_info(device)[0]:
                 self.resident = self._sent(x)
@@ -167,10 +166,9 @@ class Objective:
 
 def _norms_and_center(data: PerturbSeqData) -> tuple[np.ndarray, np.ndarray]:
     """Squared norms (cells,) and the mean of training controls (genes,), in float64."""
-    x = data.x
-    norms = np.empty(x.shape[0])
-    for start in range(0, x.shape[0], NORM_ROWS):
-        part = x[start : start + NORM_ROWS].astype(np.float64)
+    norms = np.empty(data.x.shape[0])
+    for rows, part in data.blocks(np.arange(len(norms))):
+        part = part.astype(np.float64)
         squares = part**2 if isinstance(part, np.ndarray) else part.multiply(part)
-        norms[start : start + NORM_ROWS] = np.asarray(squares.sum(1)).ravel()
-    return norms, np.asarray(x[data.cells(0, splits.TRAIN)].mean(0, dtype=np.float64)).ravel()
+        norms[rows] = np.asarray(squares.sum(1)).ravel()
+    return norms, data.moments(data.cells(0, splits.TRAIN))[0]
