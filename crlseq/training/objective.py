@@ -12,13 +12,12 @@ from torch import Tensor
 from crlseq.config import ModelConfig
 from crlseq.data.batches import BatchIndex
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.streamed import StreamedExpression
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.factored import Kernel, StepCells, factored_terms, step_cells
 from crlseq.model.losses import anchor_term, interventional_terms, loss_terms
 from crlseq.model.rows import DenseRows, Rows, SparseRows
 from crlseq.training.warm_start import Anchor
-
-NORM_ROWS = 8192  # cells whose squared norms are taken at once
 
 
 class CellSource:
@@ -32,7 +31,7 @@ class CellSource:
         self.data, self.device, self.dtype = data, device, dtype
         self.resident: tuple[Tensor, ...] | None = None
         x = data.x
-        if device.type == "cuda":
+        if device.type == "cuda" and not isinstance(x, StreamedExpression):
             size = x.size * torch.finfo(dtype).bits // 8 if isinstance(x, np.ndarray) else 12 * x.nnz
             if size < 0.5 * torch.cuda.mem_get_info(device)[0]:
                 self.resident = self._sent(x)
@@ -108,8 +107,6 @@ class Objective:
         self.source = CellSource(data, self.device, self.dtype)
         self.table = torch.from_numpy(data.perturbation_table()).to(self.device)
         self.factored = model.log_noise is not None and model.decoder.output_activation == "identity"
-        if self.factored:
-            self.norms = torch.from_numpy(_squared_norms(data.x)).to(self.device)
         self.anchored = anchor is not None
         if anchor is not None:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
@@ -173,19 +170,8 @@ class Objective:
             control=torch.from_numpy(control).to(self.device),
             perturbed=torch.from_numpy(perturbed).to(self.device),
             counts=tuple(batch.mask.sum(1).tolist()),
-            norms=self.norms[torch.from_numpy(index).to(self.device)],
             kernel=self.kernel,
         )
 
     def _draws(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
-
-
-def _squared_norms(x: Any) -> np.ndarray:
-    """Squared norms (cells,) in float64."""
-    norms = np.empty(x.shape[0])
-    for start in range(0, x.shape[0], NORM_ROWS):
-        part = x[start : start + NORM_ROWS].astype(np.float64)
-        squares = part**2 if isinstance(part, np.ndarray) else part.multiply(part)
-        norms[start : start + NORM_ROWS] = np.asarray(squares.sum(1)).ravel()
-    return norms
