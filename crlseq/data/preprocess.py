@@ -18,6 +18,7 @@ from crlseq.errors import InputError
 MAX_LOG = 30.0  # log1p of the largest count a screen could hold is 20 or so
 ROWS = 4096  # cells normalised at once
 N_CELLS_FOR_GENES = 50_000  # highly variable genes are chosen on at most so many cells
+N_VALUES_FOR_GENES = 50_000_000  # that hold about so many values: scanpy takes them twice, 800 MB
 TRANSFORMED_SHARE = 0.05  # share of negative values among the non-zero ones above which they are meant
 
 
@@ -220,7 +221,7 @@ def plan_preprocessing(
     elif n_top_genes == "all" or len(expressed) <= int(n_top_genes):
         chosen, choice = expressed, f"all {len(expressed)} genes with a value"
     else:
-        chosen = expressed[_highly_variable(screen, record, used, expressed, int(n_top_genes), seed)]
+        chosen = expressed[_highly_variable(screen, record, scanned, used, expressed, int(n_top_genes), seed)]
         choice = f"{len(chosen)} most variable of {len(expressed)} genes"
     if len(chosen) < 2:
         raise InputError(
@@ -246,13 +247,20 @@ def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> 
 
 
 def _highly_variable(
-    screen: Screen, record: Preprocessing, used: np.ndarray, columns: np.ndarray, n_top: int, seed: int
+    screen: Screen,
+    record: Preprocessing,
+    scanned: Scan,
+    used: np.ndarray,
+    columns: np.ndarray,
+    n_top: int,
+    seed: int,
 ) -> np.ndarray:
     import scanpy as sc  # late: seconds to import
 
     cells = np.flatnonzero(used)
-    if len(cells) > N_CELLS_FOR_GENES:
-        cells = np.sort(np.random.default_rng(seed).choice(cells, N_CELLS_FOR_GENES, replace=False))
+    most = min(N_CELLS_FOR_GENES, N_VALUES_FOR_GENES * screen.n_cells // scanned.n_nonzero)
+    if len(cells) > most:
+        cells = np.sort(np.random.default_rng(seed).choice(cells, most, replace=False))
     parts = []
     with readable(screen.source, "the matrix"):
         for i in range(0, len(cells), ROWS):
