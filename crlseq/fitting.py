@@ -34,6 +34,7 @@ from crlseq.run import Run, load
 from crlseq.runfolder import move_into_place, partial_of, refuse_output, working_folder
 from crlseq.training.checkpoint import save_weights
 from crlseq.training.discovery import discover
+from crlseq.training.memory import give_back
 from crlseq.training.threads import on_threads
 from crlseq.training.trainer import Fit, fit_model, resolve_device
 from crlseq.training.warm_start import WarmStart
@@ -142,16 +143,19 @@ def _fit(
         refuse_strangers(table, data.perturbation_names, str(config.data.embeddings))
     for note in data.notes:
         progress.note(note)
+    give_back()
     progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, training.seed)
     tests = effect_tests(data, projection.scores, training.seed)
     start, n_latents, reason = _start(data, config, projection, tests, progress)
+    give_back()
     identity = hashlib.sha256(f"{__version__}\n{digest}\n{n_latents}\n{to_toml(config)}".encode()).hexdigest()
     with working_folder(partial, resume) as folder:
         progress.stage("fitting")
         with on_threads(1 if training.threads is None and data.n_genes < FEW_GENES else torch.get_num_threads()):
             checkpoint = folder and folder / "resume.pt"
             fitted = fit_model(data, config, n_latents, checkpoint, identity, progress.epoch, start)
+        give_back()
         progress.stage("reading off programs, interventions and the DAG")
         fitted.model.cpu()
         run = tables_of(fitted, data, config, tests, start)

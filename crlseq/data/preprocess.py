@@ -18,7 +18,7 @@ from crlseq.errors import InputError
 MAX_LOG = 30.0  # log1p of the largest count a screen could hold is 20 or so
 ROWS = 4096  # cells normalised at once
 N_CELLS_FOR_GENES = 50_000  # highly variable genes are chosen on at most so many cells
-N_VALUES_FOR_GENES = 50_000_000  # that hold about so many values: scanpy takes them twice, 800 MB
+N_VALUES_FOR_GENES = 25_000_000  # that hold about so many values: scanpy takes them twice, 400 MB
 TRANSFORMED_SHARE = 0.05  # share of negative values among the non-zero ones above which they are meant
 
 
