@@ -101,18 +101,41 @@ class Objective:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
             self.anchor_variance = torch.from_numpy(anchor.variance).to(self.device, self.dtype)
 
-    def __call__(self, batch: BatchIndex, generator: torch.Generator) -> dict[str, Tensor]:
-        """Unweighted terms, each a scalar."""
+    def __call__(
+        self, batch: BatchIndex, generator: torch.Generator, own: np.ndarray | None = None
+    ) -> dict[str, Tensor]:
+        """Unweighted terms, each a scalar.
+
+        Parameters
+        ----------
+        own
+            Conditions of the batch to compute; None for all. The terms are then this part's share of the batch's:
+            those of parts that make up the batch add up to its terms. Noise is drawn for the whole batch, so that it
+            does not depend on the division.
+        """
+        n_draws, shape = 1 if self.model.log_noise is None else 2, (*batch.mask.shape, self.model.scm.graph.shape[0])
+        eps = [self._draws(shape, generator) for _ in range(n_draws)]
+        of_conditions = of_cells = 1.0
+        if own is not None:
+            of_conditions, of_cells = len(own) / len(batch.mask), float(batch.mask[own].sum() / batch.mask.sum())
+            # A part without conditions computes one for a share of 0: its gradients are there, as those of the others.
+            own = own if len(own) else np.array([0])
+            batch = BatchIndex(*(field[own] for field in (batch.condition, batch.perturbed, batch.control, batch.mask)))
+            eps = [draws[torch.from_numpy(own).to(self.device)] for draws in eps]
+        terms = self._terms(batch, eps)
+        shares = {"mmd": of_conditions, "graph": of_conditions}
+        return terms if own is None else {name: shares.get(name, of_cells) * term for name, term in terms.items()}
+
+    def _terms(self, batch: BatchIndex, eps: list[Tensor]) -> dict[str, Tensor]:
         mask = None if batch.mask.all() else torch.from_numpy(batch.mask).to(self.device)
         conditions = self.table[torch.from_numpy(batch.condition).to(self.device)]
-        shape = (*batch.mask.shape, self.model.scm.graph.shape[0])
         means: tuple[Tensor, Tensor] | None
         if self.factored:
-            eps = self._draws(shape, generator), self._draws(shape, generator)
             estimator = self.bandwidth, self.config.mmd_kernels, self.config.mmd_estimator == "unbiased"
-            terms, means = factored_terms(self.model, self._cells(batch), conditions, eps, *estimator, mask)
+            cells = self._cells(batch)
+            terms, means = factored_terms(self.model, cells, conditions, (eps[0], eps[1]), *estimator, mask)
         else:
-            terms, means = self._dense(batch, conditions, mask, shape, generator)
+            terms, means = self._dense(batch, conditions, mask, eps)
         if self.anchored and means is not None:
             pairs = zip(means, (batch.control, batch.perturbed), strict=True)
             n_genes = self.source.data.n_genes
@@ -121,21 +144,16 @@ class Objective:
         return terms
 
     def _dense(
-        self,
-        batch: BatchIndex,
-        conditions: Tensor,
-        mask: Tensor | None,
-        shape: tuple[int, ...],
-        generator: torch.Generator,
+        self, batch: BatchIndex, conditions: Tensor, mask: Tensor | None, eps: list[Tensor]
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """Terms, and with Gaussian noise the posterior means of both sides."""
         control, perturbed = self.source.dense(batch.control), self.source.dense(batch.perturbed)
-        output = self.model(control, conditions, self._draws(shape, generator))
+        output = self.model(control, conditions, eps[0])
         estimator = self.bandwidth, self.config.mmd_kernels, self.config.mmd_estimator == "unbiased"
         terms = loss_terms(self.model, output, control, perturbed, *estimator, mask)
         if self.model.log_noise is None:
             return terms, None
-        inference = self.model.infer(perturbed, conditions, self._draws(shape, generator))
+        inference = self.model.infer(perturbed, conditions, eps[1])
         for name, value in interventional_terms(self.model, inference, perturbed, mask).items():
             terms[name] = (terms[name] + value) / 2
         return terms, (output.mean, inference.mean)
