@@ -6,7 +6,7 @@
 
 What lies in FOLDER is not made again: a benchmark that was interrupted goes on. The part that is trained on in memory
 (and streamed, to compare) has fewer perturbations of as many cells, the same genes and as many values a cell. Each
-number is of a process of its own; memory is its largest resident set.
+number is of a process of its own; memory is its largest resident set (this one holds nothing: a child's begins there).
 """
 
 from __future__ import annotations
@@ -23,27 +23,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from screens import make_screen
-
 PART = 50_000  # cells that are made at once
 STEPS = ("make", "prepare", "train", "fit")
 
 
-def make(folder: Path, n_cells: int, n_perturbations: int, args: argparse.Namespace) -> list[Path]:
+def make(folder: Path, n_cells: int, n_perturbations: int, args: argparse.Namespace) -> None:
     """Files of `PART` cells, 4 % of them controls."""
+    from screens import make_screen
+
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
     for part, start in enumerate(range(0, n_cells, PART)):
         n = min(PART, n_cells - start)
         path = folder / f"part{part:04d}.h5ad"
-        files.append(path)
         if path.exists():
             continue
         made = make_screen(n - n // 25, n // 25, args.genes, n_perturbations, args.density, part=part)
         made.write_h5ad(path.with_suffix(".tmp"), compression="lzf")
         path.with_suffix(".tmp").rename(path)
         print(f"made {path}", flush=True)
-    return files
 
 
 def run(words: list[str]) -> tuple[float, float, str]:
@@ -60,8 +57,6 @@ def run(words: list[str]) -> tuple[float, float, str]:
 
 def prepare(files: list[Path], store: Path) -> None:
     """Through the command line; goes on where it was."""
-    if store.exists():
-        return
     partial = store.with_name(store.name + ".partial")
     resume = ["--resume"] if partial.exists() else []
     seconds, peak, _ = run(["-m", "crlseq", "prepare", *map(str, files), "--output", str(store), "--quiet", *resume])
@@ -124,20 +119,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--method", default="linear", help="of the whole fit")
     parser.add_argument("--only", choices=STEPS)
-    parser.add_argument("--child", choices=("streamed", "memory"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("make", "streamed", "memory"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.child == "make":
+        make(args.folder, args.cells, args.perturbations, args)
+        return
     if args.child:
         train(str(args.folder), args.child == "streamed", args.epochs, args.threads)
         return
     steps = STEPS if args.only is None else (args.only,)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads", flush=True)
-    sizes = {"whole": 1.0, "part": args.share}
-    for name, share in sizes.items():
+    for name, share in (("whole", 1.0), ("part", args.share)):
         store = args.folder / f"{name}.zarr"
-        if "make" in steps or "prepare" in steps:
-            files = make(args.folder / name, round(share * args.cells), round(share * args.perturbations), args)
-        if "prepare" in steps:
-            prepare(files, store)
+        if ("make" in steps or "prepare" in steps) and not store.exists():
+            sizes = [
+                "--cells",
+                str(round(share * args.cells)),
+                "--perturbations",
+                str(round(share * args.perturbations)),
+            ]
+            kind = ["--genes", str(args.genes), "--density", str(args.density)]
+            run([__file__, str(args.folder / name), "--child", "make", *sizes, *kind])
+            if "prepare" in steps:
+                prepare(sorted((args.folder / name).glob("part*.h5ad")), store)
     if "train" in steps:
         for name, streamed in (("part", False), ("part", True), ("whole", True)):
             show_training(name, args.folder / f"{name}.zarr", streamed, args)

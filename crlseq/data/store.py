@@ -156,7 +156,7 @@ class ShardedVector:
     def _chunk(self, number: int) -> np.ndarray:
         in_shard = self.shard // self.chunk
         shard, place = divmod(number, in_shard)
-        path = self.folder / "c" / str(shard)
+        path = f"{self.folder}/c/{shard}"
         try:
             handle = os.open(path, os.O_RDONLY)
             try:

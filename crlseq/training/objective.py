@@ -73,16 +73,27 @@ class CellSource:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which conditions of a batch a step computes, and their shares of its conditions and of its cells."""
+
+    own: Tensor
+    of_conditions: float
+    of_cells: float
+
+
+@dataclass(frozen=True)
 class Step:
     """A batch as tensors: conditions (C, M), mask (C, B) or None, cells, and what their latents are held to (2, C, B, p).
 
-    Cells are `StepCells`, or the dense rows (C, B, G) of controls and of perturbed cells.
+    ``whole`` is (C, B) of the batch, and ``part`` what of it is computed; None for all. Cells are `StepCells`, or the dense rows (C, B, G) of controls and of perturbed cells.
     """
 
     conditions: Tensor
     mask: Tensor | None
     cells: StepCells | tuple[Tensor, Tensor]
     anchors: Tensor | None
+    whole: tuple[int, int]
+    part: Part | None
 
 
 class Objective:
@@ -112,30 +123,51 @@ class Objective:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
             self.anchor_variance = torch.from_numpy(anchor.variance).to(self.device, self.dtype)
 
-    def prepare(self, batch: BatchIndex) -> Step:
-        """What a batch asks of the screen and not of the model: it can be done ahead, in another thread."""
+    def prepare(self, batch: BatchIndex, own: np.ndarray | None = None) -> Step:
+        """What a batch asks of the screen and not of the model: it can be done ahead, in another thread.
+
+        Parameters
+        ----------
+        own
+            Conditions of the batch to compute; None for all. The terms are then this part's share of the batch's:
+            those of parts that make up the batch add up to its terms.
+        """
+        part = None
+        whole: tuple[int, int] = batch.mask.shape
+        if own is not None:
+            of_conditions, of_cells = len(own) / len(batch.mask), float(batch.mask[own].sum() / batch.mask.sum())
+            # A part without conditions computes one for a share of 0: its gradients are there, as those of the others.
+            own = own if len(own) else np.array([0])
+            batch = BatchIndex(*(field[own] for field in (batch.condition, batch.perturbed, batch.control, batch.mask)))
+            part = Part(torch.from_numpy(own).to(self.device), of_conditions, of_cells)
         mask = None if batch.mask.all() else torch.from_numpy(batch.mask).to(self.device)
         conditions = self.table[torch.from_numpy(batch.condition).to(self.device)]
-        cells = (
-            self._cells(batch)
-            if self.factored
-            else (self.source.dense(batch.control), self.source.dense(batch.perturbed))
-        )
+        cells: StepCells | tuple[Tensor, Tensor]
+        if self.factored:
+            cells = self._cells(batch)
+        else:
+            cells = self.source.dense(batch.control), self.source.dense(batch.perturbed)
         anchors = None
         if self.anchored:
-            pairs = torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)
-            anchors = self.anchors[pairs]
-        return Step(conditions, mask, cells, anchors)
+            anchors = self.anchors[torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)]
+        return Step(conditions, mask, cells, anchors, whole, part)
 
     def __call__(self, step: Step, generator: torch.Generator) -> dict[str, Tensor]:
-        """Unweighted terms, each a scalar."""
+        """Unweighted terms, each a scalar; of a part, its share. Noise is drawn for the whole batch, whoever computes it."""
+        n_draws = 1 if self.model.log_noise is None else 2
+        eps = [self._draws((*step.whole, self.model.scm.graph.shape[0]), generator) for _ in range(n_draws)]
+        if step.part is None:
+            return self._terms(step, eps)
+        terms = self._terms(step, [draws[step.part.own] for draws in eps])
+        shares = {"mmd": step.part.of_conditions, "graph": step.part.of_conditions}
+        return {name: shares.get(name, step.part.of_cells) * term for name, term in terms.items()}
+
+    def _terms(self, step: Step, eps: list[Tensor]) -> dict[str, Tensor]:
         means: tuple[Tensor, Tensor] | None
         if isinstance(step.cells, StepCells):
-            shape = (*step.cells.control.shape, self.model.scm.graph.shape[0])
-            eps = self._draws(shape, generator), self._draws(shape, generator)
-            terms, means = factored_terms(self.model, step.cells, step.conditions, eps, self.kernel)
+            terms, means = factored_terms(self.model, step.cells, step.conditions, (eps[0], eps[1]), self.kernel)
         else:
-            terms, means = self._dense(step.conditions, *step.cells, step.mask, generator)
+            terms, means = self._dense(step.conditions, *step.cells, step.mask, eps)
         if step.anchors is not None and means is not None:
             pairs, n_genes = zip(means, step.anchors, strict=True), self.source.data.n_genes
             sides = [anchor_term(m, a, self.anchor_variance, n_genes, step.mask) for m, a in pairs]
@@ -143,16 +175,15 @@ class Objective:
         return terms
 
     def _dense(
-        self, conditions: Tensor, control: Tensor, perturbed: Tensor, mask: Tensor | None, generator: torch.Generator
+        self, conditions: Tensor, control: Tensor, perturbed: Tensor, mask: Tensor | None, eps: list[Tensor]
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """Terms, and with Gaussian noise the posterior means of both sides."""
-        shape = (*control.shape[:2], self.model.scm.graph.shape[0])
-        output = self.model(control, conditions, self._draws(shape, generator))
+        output = self.model(control, conditions, eps[0])
         estimator = self.kernel.bandwidth, self.kernel.n_kernels, self.kernel.unbiased
         terms = loss_terms(self.model, output, control, perturbed, *estimator, mask)
         if self.model.log_noise is None:
             return terms, None
-        inference = self.model.infer(perturbed, conditions, self._draws(shape, generator))
+        inference = self.model.infer(perturbed, conditions, eps[1])
         for name, value in interventional_terms(self.model, inference, perturbed, mask).items():
             terms[name] = (terms[name] + value) / 2
         return terms, (output.mean, inference.mean)
