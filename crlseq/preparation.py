@@ -31,7 +31,7 @@ from crlseq.config import DataConfig
 from crlseq.data.matrix import Scan, Screen, open_screen, readable
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.data.preprocess import kind_of_values
-from crlseq.data.store import MANIFEST, Manifest, digest_of, read_manifest
+from crlseq.data.store import MANIFEST, Manifest, digest_of
 from crlseq.data.storewriter import Buckets, MatrixWriter, write_tables
 from crlseq.errors import InputError
 from crlseq.runfolder import locked, move_into_place, partial_of
@@ -107,11 +107,9 @@ def prepare(
             buckets = Buckets(partial / "buckets", len(plan.obs), len(plan.var), plan.dtype, sizes)
             kind = _distribute(paths, options, plan, buckets, progress, stage)
             manifest = _write_store(paths, seed, plan, partial, buckets, progress, kind, stage)
-            shutil.rmtree(partial / "buckets")
-            (partial / "progress.json").unlink()
-        os.replace(partial / "store", partial.with_name(f"{target.name}.finished"))
+            move_into_place(partial / "store", target)
+            _empty(partial)
         partial.rmdir()
-        move_into_place(partial.with_name(f"{target.name}.finished"), target)
     except OSError as error:
         raise InputError(
             f"{partial} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
@@ -124,7 +122,7 @@ def _refuse_output(target: Path, resume: bool, force: bool) -> None:
     if os.path.lexists(target):
         if not force:
             raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
-        if read_manifest(target) is None and not (target.is_dir() and not any(target.iterdir())):
+        if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
             raise InputError(
                 f"{target} exists and is not a store of crlseq; it is left alone.", "Choose another --output."
             )

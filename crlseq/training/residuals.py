@@ -50,19 +50,16 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
     some = np.sort(rng.choice(cells[0], min(SOURCE_CELLS, len(cells[0])), replace=False))
     weight = model.encoder.hidden.weight
     control = torch.from_numpy(data.dense(some)).to(weight.device, weight.dtype)[None]
-    perturbations, measured, noise, control_noise = [], [], [], []
-    for c, parts in enumerate(data.conditions):
-        if len(parts) != 1 or len(cells[c]) < MIN_CELLS:
-            continue
-        effect, own, controls = _mean_effect(data, cells[c], by_batch)
-        output = model(control, torch.tensor([[parts[0]]], device=weight.device))
-        through = (output.virtual - control).mean((0, 1)).cpu().double().numpy()
-        perturbations.append(parts[0])
-        measured.append(effect - through)
-        noise.append(own)
-        control_noise.append(controls)
+    known = [c for c, parts in enumerate(data.conditions) if len(parts) == 1 and len(cells[c]) >= MIN_CELLS]
+    perturbations = [data.conditions[c][0] for c in known]
+    # In place: of many perturbations each such array is as large as many cells.
+    measured, noise, control_noise = (np.empty((len(known), data.n_genes)) for _ in range(3))
+    for k, c in enumerate(known):
+        measured[k], noise[k], control_noise[k] = _mean_effect(data, cells[c], by_batch)
+        output = model(control, torch.tensor([[perturbations[k]]], device=weight.device))
+        measured[k] -= (output.virtual - control).mean((0, 1)).cpu().double().numpy()
     if perturbations:
-        missed = missed_effects(*map(np.stack, (measured, noise, control_noise)))
+        missed = missed_effects(measured, noise, control_noise)
         for buffer, values in ((model.residual, missed.own), (model.residual_error, missed.own_error)):
             buffer[perturbations] = torch.from_numpy(values).to(buffer)
         model.common.copy_(torch.from_numpy(missed.common))
@@ -75,16 +72,17 @@ def missed_effects(measured: np.ndarray, noise: np.ndarray, control_noise: np.nd
     mean, spread, agreed = _agreement(measured)
     common, common_squared = shrink(agreed * mean, np.sqrt(control_noise.mean(0) + spread))
     left = measured - common
-    posterior = [shrink(*rows) for rows in zip(left, np.sqrt(noise + control_noise), strict=True)]
-    own, squared = (np.stack(rows) for rows in zip(*posterior, strict=True))
-    rest = left - own
+    own, squared = np.empty_like(left), np.empty_like(left)
+    for k in range(len(left)):
+        own[k], squared[k] = shrink(left[k], np.sqrt(noise[k] + control_noise[k]))
+    rest = np.subtract(left, own, out=left)
     mean, _, agreed = _agreement(rest)
     for k in range(len(rest)):
         thin, error = rest[k] - agreed * mean, noise[k] + (1 - agreed) ** 2 * control_noise[k]
         share = _share_kept(thin, error)
         own[k] += share * thin
         squared[k] += share * error
-    return Missed(common, np.sqrt(common_squared), own, np.sqrt(squared))
+    return Missed(common, np.sqrt(common_squared), own, np.sqrt(squared, out=squared))
 
 
 def _agreement(effects: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
