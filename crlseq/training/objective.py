@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,10 @@ import torch
 from torch import Tensor
 
 from crlseq.config import ModelConfig
-from crlseq.data import splits
 from crlseq.data.batches import BatchIndex
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.factored import StepCells, factored_terms
+from crlseq.model.factored import Kernel, StepCells, factored_terms, step_cells
 from crlseq.model.losses import anchor_term, interventional_terms, loss_terms
 from crlseq.model.rows import DenseRows, Rows, SparseRows
 from crlseq.training.warm_start import Anchor
@@ -47,8 +47,9 @@ class CellSource:
         if self.resident is None:
             chosen = self.data.x[index]
             if self.device.type == "cpu" and not isinstance(chosen, np.ndarray):
-                by_gene = chosen.tocsc()
-                return SparseRows(*self._sent(chosen), *self._sent(by_gene))
+                start, gene, value = self._sent(chosen)
+                row = np.repeat(np.arange(len(index), dtype=chosen.indices.dtype), np.diff(chosen.indptr))
+                return SparseRows(start, torch.from_numpy(row), gene, value, *self._sent(chosen.tocsc()))
             return self._rows(*self._sent(chosen))
         at = torch.from_numpy(index).to(self.device)
         if len(self.resident) == 1:
@@ -72,6 +73,24 @@ class CellSource:
         return SparseRows.from_csr(start, gene, value, self.data.n_genes)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A batch as tensors: conditions (C, M), mask (C, B) or None, cells, and what their latents are held to (2, C, B, p).
+
+    Cells are `StepCells`, or the dense rows (C, B, G) of controls and of perturbed cells. Of a part of a batch, see
+    `Objective.prepare`: ``shape`` is that of the whole batch's mask, ``own`` the part's conditions in it, and
+    ``shares`` are the part's of the conditions and of the cells; `own` is None for all.
+    """
+
+    conditions: Tensor
+    mask: Tensor | None
+    cells: StepCells | tuple[Tensor, Tensor]
+    anchors: Tensor | None
+    shape: tuple[int, ...]
+    own: Tensor | None = None
+    shares: tuple[float, float] = (1.0, 1.0)
+
+
 class Objective:
     """Loss terms of batches (`crlseq.model.losses`); with Gaussian noise the bound counts perturbed cells as well.
 
@@ -88,23 +107,21 @@ class Objective:
         self, model: DiscrepancyVAE, data: PerturbSeqData, config: ModelConfig, bandwidth: float, anchor: Anchor | None
     ) -> None:
         weight = model.encoder.hidden.weight
-        self.model, self.config, self.bandwidth = model, config, bandwidth
+        self.model = model
+        self.kernel = Kernel(bandwidth, config.mmd_kernels, config.mmd_estimator == "unbiased")
         self.device, self.dtype = weight.device, weight.dtype
         self.source = CellSource(data, self.device, self.dtype)
         self.table = torch.from_numpy(data.perturbation_table()).to(self.device)
         self.factored = model.log_noise is not None and model.decoder.output_activation == "identity"
         if self.factored:
-            norms, center = map(torch.from_numpy, _norms_and_center(data))
-            self.norms, self.center = norms.to(self.device), center.to(self.device, self.dtype)
+            self.norms = torch.from_numpy(_squared_norms(data.x)).to(self.device)
         self.anchored = anchor is not None
         if anchor is not None:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
             self.anchor_variance = torch.from_numpy(anchor.variance).to(self.device, self.dtype)
 
-    def __call__(
-        self, batch: BatchIndex, generator: torch.Generator, own: np.ndarray | None = None
-    ) -> dict[str, Tensor]:
-        """Unweighted terms, each a scalar.
+    def prepare(self, batch: BatchIndex, own: np.ndarray | None = None) -> Step:
+        """What a batch asks of the screen and not of the model: it can be done ahead, in another thread.
 
         Parameters
         ----------
@@ -113,43 +130,52 @@ class Objective:
             those of parts that make up the batch add up to its terms. Noise is drawn for the whole batch, so that it
             does not depend on the division.
         """
-        n_draws, shape = 1 if self.model.log_noise is None else 2, (*batch.mask.shape, self.model.scm.graph.shape[0])
-        eps = [self._draws(shape, generator) for _ in range(n_draws)]
-        of_conditions = of_cells = 1.0
         if own is not None:
-            of_conditions, of_cells = len(own) / len(batch.mask), float(batch.mask[own].sum() / batch.mask.sum())
             # A part without conditions computes one for a share of 0: its gradients are there, as those of the others.
-            own = own if len(own) else np.array([0])
-            batch = BatchIndex(*(field[own] for field in (batch.condition, batch.perturbed, batch.control, batch.mask)))
-            eps = [draws[torch.from_numpy(own).to(self.device)] for draws in eps]
-        terms = self._terms(batch, eps)
-        shares = {"mmd": of_conditions, "graph": of_conditions}
-        return terms if own is None else {name: shares.get(name, of_cells) * term for name, term in terms.items()}
-
-    def _terms(self, batch: BatchIndex, eps: list[Tensor]) -> dict[str, Tensor]:
+            there = own if len(own) else np.array([0])
+            part = BatchIndex(*(f[there] for f in (batch.condition, batch.perturbed, batch.control, batch.mask)))
+            shares = len(own) / len(batch.mask), float(batch.mask[own].sum() / batch.mask.sum())
+            places = torch.from_numpy(there).to(self.device)
+            return replace(self.prepare(part), shape=batch.mask.shape, own=places, shares=shares)
         mask = None if batch.mask.all() else torch.from_numpy(batch.mask).to(self.device)
         conditions = self.table[torch.from_numpy(batch.condition).to(self.device)]
+        cells = (
+            self._cells(batch)
+            if self.factored
+            else (self.source.dense(batch.control), self.source.dense(batch.perturbed))
+        )
+        anchors = None
+        if self.anchored:
+            pairs = torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)
+            anchors = self.anchors[pairs]
+        return Step(conditions, mask, cells, anchors, batch.mask.shape)
+
+    def __call__(self, step: Step, generator: torch.Generator) -> dict[str, Tensor]:
+        """Unweighted terms, each a scalar."""
+        n_draws, shape = 1 if self.model.log_noise is None else 2, (*step.shape, self.model.scm.graph.shape[0])
+        eps = [self._draws(shape, generator) for _ in range(n_draws)]
+        if step.own is not None:
+            eps = [draws[step.own] for draws in eps]
         means: tuple[Tensor, Tensor] | None
-        if self.factored:
-            estimator = self.bandwidth, self.config.mmd_kernels, self.config.mmd_estimator == "unbiased"
-            cells = self._cells(batch)
-            terms, means = factored_terms(self.model, cells, conditions, (eps[0], eps[1]), *estimator, mask)
+        if isinstance(step.cells, StepCells):
+            terms, means = factored_terms(self.model, step.cells, step.conditions, (eps[0], eps[1]), self.kernel)
         else:
-            terms, means = self._dense(batch, conditions, mask, eps)
-        if self.anchored and means is not None:
-            pairs = zip(means, (batch.control, batch.perturbed), strict=True)
-            n_genes = self.source.data.n_genes
-            sides = [anchor_term(m, self._anchors(cells), self.anchor_variance, n_genes, mask) for m, cells in pairs]
+            terms, means = self._dense(step.conditions, *step.cells, step.mask, eps)
+        if step.anchors is not None and means is not None:
+            pairs, n_genes = zip(means, step.anchors, strict=True), self.source.data.n_genes
+            sides = [anchor_term(m, a, self.anchor_variance, n_genes, step.mask) for m, a in pairs]
             terms["anchor"] = torch.stack(sides).mean()
-        return terms
+        if step.own is None:
+            return terms
+        of_conditions, of_cells = step.shares  # the MMD is a mean over conditions, the others are means over cells
+        return {name: (of_conditions if name == "mmd" else of_cells) * term for name, term in terms.items()}
 
     def _dense(
-        self, batch: BatchIndex, conditions: Tensor, mask: Tensor | None, eps: list[Tensor]
+        self, conditions: Tensor, control: Tensor, perturbed: Tensor, mask: Tensor | None, eps: list[Tensor]
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """Terms, and with Gaussian noise the posterior means of both sides."""
-        control, perturbed = self.source.dense(batch.control), self.source.dense(batch.perturbed)
         output = self.model(control, conditions, eps[0])
-        estimator = self.bandwidth, self.config.mmd_kernels, self.config.mmd_estimator == "unbiased"
+        estimator = self.kernel.bandwidth, self.kernel.n_kernels, self.kernel.unbiased
         terms = loss_terms(self.model, output, control, perturbed, *estimator, mask)
         if self.model.log_noise is None:
             return terms, None
@@ -165,30 +191,25 @@ class Objective:
         control[batch.mask] = place
         perturbed[batch.mask] = len(controls) + np.arange(batch.mask.sum())
         index = np.concatenate([controls, batch.perturbed[batch.mask]])
-        at = torch.from_numpy(index).to(self.device)
-        return StepCells(
+        return step_cells(
             rows=self.source.rows(index),
             n_controls=len(controls),
             control=torch.from_numpy(control).to(self.device),
             perturbed=torch.from_numpy(perturbed).to(self.device),
             counts=tuple(batch.mask.sum(1).tolist()),
-            norms=self.norms[at],
-            center=self.center,
+            norms=self.norms[torch.from_numpy(index).to(self.device)],
+            kernel=self.kernel,
         )
-
-    def _anchors(self, cells: np.ndarray) -> Tensor:
-        return self.anchors[torch.from_numpy(cells).to(self.device)]
 
     def _draws(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
 
 
-def _norms_and_center(data: PerturbSeqData) -> tuple[np.ndarray, np.ndarray]:
-    """Squared norms (cells,) and the mean of training controls (genes,), in float64."""
-    x = data.x
+def _squared_norms(x: Any) -> np.ndarray:
+    """Squared norms (cells,) in float64."""
     norms = np.empty(x.shape[0])
     for start in range(0, x.shape[0], NORM_ROWS):
         part = x[start : start + NORM_ROWS].astype(np.float64)
         squares = part**2 if isinstance(part, np.ndarray) else part.multiply(part)
         norms[start : start + NORM_ROWS] = np.asarray(squares.sum(1)).ravel()
-    return norms, np.asarray(x[data.cells(0, splits.TRAIN)].mean(0, dtype=np.float64)).ravel()
+    return norms

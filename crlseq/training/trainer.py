@@ -26,13 +26,14 @@ from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.objective import Objective
 from crlseq.training.residuals import measure_missed
 from crlseq.training.schedules import final_weights, schedule, settled
+from crlseq.training.threads import ahead
 from crlseq.training.warm_start import Anchor, WarmStart, warm_start
 
 CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result
 BANDWIDTH_CELLS = 1000
 VALIDATION_BATCH, VALIDATION_CONDITIONS = 64, 16  # cells of a condition, and conditions, scored at once
 
-MIN_IN_STEP, MAX_IN_STEP, ENOUGH_STEPS = 8, 32, 40  # perturbations in a step, and steps an epoch keeps
+MIN_IN_STEP, MAX_IN_STEP, ENOUGH_STEPS = 8, 64, 20  # perturbations in a step, and steps an epoch keeps
 MIN_EPOCHS, MIN_STEPS = 100, 2000  # a small screen makes few steps an epoch and needs as many as a large one
 
 History = list[dict[str, float]]
@@ -199,8 +200,8 @@ def fit_model(
         generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
         batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng)
         sums: dict[str, Tensor] = {}
-        for batch in batches:
-            terms = objective(batch, generator, ranks.own(batch.mask))
+        for step in ahead(lambda batch: objective.prepare(batch, ranks.own(batch.mask)), batches):
+            terms = objective(step, generator)
             total = weighted_total(terms, weights.of_terms(objective.anchored))
             optimizer.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
@@ -277,7 +278,8 @@ def _validate(
     if not batches:
         return {}
     generator = torch.Generator(objective.device).manual_seed(seed)
-    found = [objective(batch, generator, ranks.own(batch.mask)) for batch in batches]
+    steps = ahead(lambda batch: objective.prepare(batch, ranks.own(batch.mask)), batches)
+    found = [objective(step, generator) for step in steps]
     sizes = np.array([len(batch.condition) for batch in batches]) / sum(len(batch.condition) for batch in batches)
     means = torch.tensor(
         [sum(size * terms[name].item() for size, terms in zip(sizes, found, strict=True)) for name in found[0]],

@@ -69,7 +69,7 @@ def test_the_parts_of_a_step_add_up_to_it(data, preset, n_ranks) -> None:
 
     def value_and_gradient(own: np.ndarray | None) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         model.zero_grad()
-        terms = objective(batch, torch.Generator().manual_seed(2), own)
+        terms = objective(objective.prepare(batch, own), torch.Generator().manual_seed(2))
         weighted_total(terms, dict.fromkeys(terms, 1.0)).backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return {name: term.item() for name, term in terms.items()}, gradients
