@@ -23,6 +23,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.embeddings import Embeddings, read_embeddings
 from crlseq.data.projection import Projection, principal_components
+from crlseq.data.store import read_manifest, verify
 from crlseq.errors import InputError, UsageError
 from crlseq.export import DETECTABLE_FDR
 from crlseq.extrapolation import FILE as EMBEDDINGS
@@ -181,10 +182,11 @@ def _fit(
     training = config.training
     table = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
     progress.stage("reading the screen")
+    # A store is compared with its checksums before anything is made of it.
+    digest = _sha256(source)
     data = _read(source, config, ranks)
     if table is not None:
         refuse_strangers(table, data.perturbation_names, str(config.data.embeddings))
-    digest = _sha256(source)
     for note in data.notes:
         progress.note(note)
     progress.stage("testing which perturbations have an effect")
@@ -276,10 +278,18 @@ def _start(
 
 
 def _sha256(source: str | Path | ad.AnnData) -> str:
-    """Digest of the input's bytes; of all files of a zarr store by path; empty for an AnnData in memory."""
+    """Digest of the input's bytes; of all files of a zarr store by path; empty for an AnnData in memory.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read, or a prepared store is not what was written.
+    """
     if isinstance(source, ad.AnnData):
         return ""
     path = Path(source)
+    if read_manifest(path) is not None:
+        return verify(path)
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         if path.is_dir():

@@ -97,7 +97,6 @@ def step_cells(
     control: Tensor,
     perturbed: Tensor,
     counts: tuple[int, ...],
-    norms: Tensor,
     kernel: Kernel,
 ) -> StepCells:
     """The cells of a step.
@@ -106,22 +105,20 @@ def step_cells(
     ----------
     counts
         Pairs of each condition, whose perturbed cells are neighbours in `rows`.
-    norms
-        (N,) float64 squared norms.
     """
     n, last = n_controls, n_controls + sum(counts)
     width = control.shape[1]
     mask = None
     if min(counts) < width:
         mask = torch.arange(width, device=control.device) < torch.tensor(counts, device=control.device)[:, None]
-    controls = slice(0, n)
+    controls, norms = slice(0, n), rows.norms()
     within = _distance(rows.inner(controls, controls), norms[:n], norms[:n]).fill_diagonal_(0)
     across = _distance(rows.inner(slice(n, last), controls), norms[n:last], norms[:n])
     own = norms.index_select(0, perturbed.flatten()).view_as(perturbed)  # of rows that only fill up: anything
     between_perturbed = _distance(rows.inner_within(n, counts, width), own, own)
     row = (perturbed - n).clamp_min(0)
     there = torch.ones_like(control, dtype=torch.bool) if mask is None else mask
-    count = torch.bincount(torch.stack([control, perturbed])[there.expand(2, -1, -1)], minlength=len(norms))
+    count = torch.bincount(torch.stack([control, perturbed])[there.expand(2, -1, -1)], minlength=last)
     return StepCells(
         rows, last, n, sum(counts), control, perturbed, mask,
         moments=rows.moments(count),

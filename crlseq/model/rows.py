@@ -27,6 +27,9 @@ class Rows(Protocol):
     def transposed_times(self, values: Tensor) -> Tensor:
         """X^T V: (N, n) to (G, n)."""
 
+    def norms(self) -> Tensor:
+        """(N,) float64 squared norms."""
+
     def inner(self, a: slice, b: slice) -> Tensor:
         """(a, b) inner products of cells."""
 
@@ -50,6 +53,10 @@ class DenseRows:
     def transposed_times(self, values: Tensor) -> Tensor:
         """X^T V: (N, n) to (G, n)."""
         return self.x.T @ values
+
+    def norms(self) -> Tensor:
+        """(N,) float64 squared norms."""
+        return self.x.double().square().sum(1)
 
     def inner(self, a: slice, b: slice) -> Tensor:
         """(a, b) inner products of cells."""
@@ -102,6 +109,10 @@ class SparseRows:
     def transposed_times(self, values: Tensor) -> Tensor:
         """X^T V: (N, n) to (G, n), from the order by gene."""
         return _bags(values, self.cell, self.gene_start, self.gene_value)
+
+    def norms(self) -> Tensor:
+        """(N,) float64 squared norms."""
+        return torch.segment_reduce(self.value.double().square(), "sum", offsets=self.start.long())
 
     def inner(self, a: slice, b: slice) -> Tensor:
         """(a, b) inner products: the rows of b laid out by gene, (G, b), are the table that those of a read."""

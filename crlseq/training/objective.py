@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,12 @@ from torch import Tensor
 from crlseq.config import ModelConfig
 from crlseq.data.batches import BatchIndex
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.streamed import StreamedExpression
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.factored import Kernel, StepCells, factored_terms, step_cells
 from crlseq.model.losses import anchor_term, interventional_terms, loss_terms
 from crlseq.model.rows import DenseRows, Rows, SparseRows
 from crlseq.training.warm_start import Anchor
-
-NORM_ROWS = 8192  # cells whose squared norms are taken at once
 
 
 class CellSource:
@@ -32,7 +31,7 @@ class CellSource:
         self.data, self.device, self.dtype = data, device, dtype
         self.resident: tuple[Tensor, ...] | None = None
         x = data.x
-        if device.type == "cuda":
+        if device.type == "cuda" and not isinstance(x, StreamedExpression):
             size = x.size * torch.finfo(dtype).bits // 8 if isinstance(x, np.ndarray) else 12 * x.nnz
             if size < 0.5 * torch.cuda.mem_get_info(device)[0]:
                 self.resident = self._sent(x)
@@ -74,21 +73,27 @@ class CellSource:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which conditions of a batch a step computes, and their shares of its conditions and of its cells."""
+
+    own: Tensor
+    of_conditions: float
+    of_cells: float
+
+
+@dataclass(frozen=True)
 class Step:
     """A batch as tensors: conditions (C, M), mask (C, B) or None, cells, and what their latents are held to (2, C, B, p).
 
-    Cells are `StepCells`, or the dense rows (C, B, G) of controls and of perturbed cells. Of a part of a batch, see
-    `Objective.prepare`: ``shape`` is that of the whole batch's mask, ``own`` the part's conditions in it, and
-    ``shares`` are the part's of the conditions and of the cells; `own` is None for all.
+    ``whole`` is (C, B) of the batch, and ``part`` what of it is computed; None for all. Cells are `StepCells`, or the dense rows (C, B, G) of controls and of perturbed cells.
     """
 
     conditions: Tensor
     mask: Tensor | None
     cells: StepCells | tuple[Tensor, Tensor]
     anchors: Tensor | None
-    shape: tuple[int, ...]
-    own: Tensor | None = None
-    shares: tuple[float, float] = (1.0, 1.0)
+    whole: tuple[int, int]
+    part: Part | None
 
 
 class Objective:
@@ -113,8 +118,6 @@ class Objective:
         self.source = CellSource(data, self.device, self.dtype)
         self.table = torch.from_numpy(data.perturbation_table()).to(self.device)
         self.factored = model.log_noise is not None and model.decoder.output_activation == "identity"
-        if self.factored:
-            self.norms = torch.from_numpy(_squared_norms(data.x)).to(self.device)
         self.anchored = anchor is not None
         if anchor is not None:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
@@ -127,35 +130,39 @@ class Objective:
         ----------
         own
             Conditions of the batch to compute; None for all. The terms are then this part's share of the batch's:
-            those of parts that make up the batch add up to its terms. Noise is drawn for the whole batch, so that it
-            does not depend on the division.
+            those of parts that make up the batch add up to its terms.
         """
+        part = None
+        whole: tuple[int, int] = batch.mask.shape
         if own is not None:
+            of_conditions, of_cells = len(own) / len(batch.mask), float(batch.mask[own].sum() / batch.mask.sum())
             # A part without conditions computes one for a share of 0: its gradients are there, as those of the others.
-            there = own if len(own) else np.array([0])
-            part = BatchIndex(*(f[there] for f in (batch.condition, batch.perturbed, batch.control, batch.mask)))
-            shares = len(own) / len(batch.mask), float(batch.mask[own].sum() / batch.mask.sum())
-            places = torch.from_numpy(there).to(self.device)
-            return replace(self.prepare(part), shape=batch.mask.shape, own=places, shares=shares)
+            own = own if len(own) else np.array([0])
+            batch = BatchIndex(*(field[own] for field in (batch.condition, batch.perturbed, batch.control, batch.mask)))
+            part = Part(torch.from_numpy(own).to(self.device), of_conditions, of_cells)
         mask = None if batch.mask.all() else torch.from_numpy(batch.mask).to(self.device)
         conditions = self.table[torch.from_numpy(batch.condition).to(self.device)]
-        cells = (
-            self._cells(batch)
-            if self.factored
-            else (self.source.dense(batch.control), self.source.dense(batch.perturbed))
-        )
+        cells: StepCells | tuple[Tensor, Tensor]
+        if self.factored:
+            cells = self._cells(batch)
+        else:
+            cells = self.source.dense(batch.control), self.source.dense(batch.perturbed)
         anchors = None
         if self.anchored:
-            pairs = torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)
-            anchors = self.anchors[pairs]
-        return Step(conditions, mask, cells, anchors, batch.mask.shape)
+            anchors = self.anchors[torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)]
+        return Step(conditions, mask, cells, anchors, whole, part)
 
     def __call__(self, step: Step, generator: torch.Generator) -> dict[str, Tensor]:
-        """Unweighted terms, each a scalar."""
-        n_draws, shape = 1 if self.model.log_noise is None else 2, (*step.shape, self.model.scm.graph.shape[0])
-        eps = [self._draws(shape, generator) for _ in range(n_draws)]
-        if step.own is not None:
-            eps = [draws[step.own] for draws in eps]
+        """Unweighted terms, each a scalar; of a part, its share. Noise is drawn for the whole batch, whoever computes it."""
+        n_draws = 1 if self.model.log_noise is None else 2
+        eps = [self._draws((*step.whole, self.model.scm.graph.shape[0]), generator) for _ in range(n_draws)]
+        if step.part is None:
+            return self._terms(step, eps)
+        terms = self._terms(step, [draws[step.part.own] for draws in eps])
+        shares = {"mmd": step.part.of_conditions, "graph": step.part.of_conditions}
+        return {name: shares.get(name, step.part.of_cells) * term for name, term in terms.items()}
+
+    def _terms(self, step: Step, eps: list[Tensor]) -> dict[str, Tensor]:
         means: tuple[Tensor, Tensor] | None
         if isinstance(step.cells, StepCells):
             terms, means = factored_terms(self.model, step.cells, step.conditions, (eps[0], eps[1]), self.kernel)
@@ -165,10 +172,7 @@ class Objective:
             pairs, n_genes = zip(means, step.anchors, strict=True), self.source.data.n_genes
             sides = [anchor_term(m, a, self.anchor_variance, n_genes, step.mask) for m, a in pairs]
             terms["anchor"] = torch.stack(sides).mean()
-        if step.own is None:
-            return terms
-        of_conditions, of_cells = step.shares  # the MMD is a mean over conditions, the others are means over cells
-        return {name: (of_conditions if name == "mmd" else of_cells) * term for name, term in terms.items()}
+        return terms
 
     def _dense(
         self, conditions: Tensor, control: Tensor, perturbed: Tensor, mask: Tensor | None, eps: list[Tensor]
@@ -197,19 +201,8 @@ class Objective:
             control=torch.from_numpy(control).to(self.device),
             perturbed=torch.from_numpy(perturbed).to(self.device),
             counts=tuple(batch.mask.sum(1).tolist()),
-            norms=self.norms[torch.from_numpy(index).to(self.device)],
             kernel=self.kernel,
         )
 
     def _draws(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
-
-
-def _squared_norms(x: Any) -> np.ndarray:
-    """Squared norms (cells,) in float64."""
-    norms = np.empty(x.shape[0])
-    for start in range(0, x.shape[0], NORM_ROWS):
-        part = x[start : start + NORM_ROWS].astype(np.float64)
-        squares = part**2 if isinstance(part, np.ndarray) else part.multiply(part)
-        norms[start : start + NORM_ROWS] = np.asarray(squares.sum(1)).ravel()
-    return norms

@@ -164,7 +164,7 @@ def fit_model(
     train_cells = data.cells_by_condition(splits.TRAIN)
     n_epochs = 0 if config.model.method == "linear" else resolve_epochs(training, train_cells)
     in_step = resolve_step(training, train_cells)
-    partners = ControlPartners(train_cells[0], data.batch)
+    partners = ControlPartners(data.control_pool(splits.TRAIN), data.batch)
     validation = _validation_batches(data, training.seed)
     history: History = []
     first, best_epoch, best_loss = 0, -1, math.inf
@@ -198,9 +198,9 @@ def fit_model(
         # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
         rng = np.random.default_rng([training.seed, 1, epoch])
         generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-        batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng)
+        batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
         sums: dict[str, Tensor] = {}
-        for step in ahead(lambda batch: objective.prepare(batch, ranks.own(batch.mask)), batches):
+        for step in ahead(lambda b: objective.prepare(b, ranks.own(b.mask)), batches):
             terms = objective(step, generator)
             total = weighted_total(terms, weights.of_terms(objective.anchored))
             optimizer.zero_grad(set_to_none=True)
@@ -265,9 +265,9 @@ def _exhausted(epoch: int, best_epoch: int, n_epochs: int, training: TrainingCon
 def _validation_batches(data: PerturbSeqData, seed: int) -> list[BatchIndex]:
     """The same pairs of cells in every epoch; none if no condition has validation cells."""
     cells = data.cells_by_condition(splits.VALIDATION)
-    controls = cells[0] if len(cells[0]) else data.cells(0, splits.TRAIN)
-    rng = np.random.default_rng([seed, 3])
-    return epoch_batches(cells, ControlPartners(controls, data.batch), VALIDATION_BATCH, VALIDATION_CONDITIONS, rng)
+    controls = data.control_pool(splits.VALIDATION if len(cells[0]) else splits.TRAIN)
+    partners, rng = ControlPartners(controls, data.batch), np.random.default_rng([seed, 3])
+    return epoch_batches(cells, partners, VALIDATION_BATCH, VALIDATION_CONDITIONS, rng, data.shuffled)
 
 
 @torch.no_grad()
@@ -278,8 +278,7 @@ def _validate(
     if not batches:
         return {}
     generator = torch.Generator(objective.device).manual_seed(seed)
-    steps = ahead(lambda batch: objective.prepare(batch, ranks.own(batch.mask)), batches)
-    found = [objective(step, generator) for step in steps]
+    found = [objective(step, generator) for step in ahead(lambda b: objective.prepare(b, ranks.own(b.mask)), batches)]
     sizes = np.array([len(batch.condition) for batch in batches]) / sum(len(batch.condition) for batch in batches)
     means = torch.tensor(
         [sum(size * terms[name].item() for size, terms in zip(sizes, found, strict=True)) for name in found[0]],

@@ -12,6 +12,7 @@ import torch
 
 from crlseq.config import ModelConfig
 from crlseq.data.batches import BatchIndex
+from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import loss_terms
 from crlseq.training.objective import CellSource, Objective
@@ -27,13 +28,16 @@ BATCH = BatchIndex(np.array([1]), np.array([[2, 3]]), np.array([[0, 1]]), np.one
 
 def screen() -> Any:
     """What the objective asks of a screen: rows, and the perturbations of each condition."""
-    return SimpleNamespace(
+    asked: Any = SimpleNamespace(
         x=X,
         n_genes=2,
         dense=lambda index: X[index],
         perturbation_table=lambda: np.array([[-1], [0]]),
         cells=lambda condition, code: np.arange(2),
+        blocks=lambda index: PerturbSeqData.blocks(asked, index),
+        moments=lambda index: PerturbSeqData.moments(asked, index),
     )
+    return asked
 
 
 @torch.no_grad()
