@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -44,3 +44,23 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]
                     yield current.result()
             if following is not None:
                 yield following.result()
+
+
+@contextmanager
+def workers(n: int) -> Iterator[Callable[[Callable[[Item], None], Sequence[Item]], None]]:
+    """A function that does ``work(item)`` of all items, at once on ``n`` threads, each of which computes alone."""
+    if n == 1:
+
+        def in_turn(work: Callable[[Item], None], items: Sequence[Item]) -> None:
+            for item in items:
+                work(item)
+
+        yield in_turn
+        return
+    with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+        def at_once(work: Callable[[Item], None], items: Sequence[Item]) -> None:
+            for done in [pool.submit(work, item) for item in items]:
+                done.result()
+
+        yield at_once
