@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -46,21 +46,10 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]
                 yield following.result()
 
 
-@contextmanager
-def workers(n: int) -> Iterator[Callable[[Callable[[Item], None], Sequence[Item]], None]]:
-    """A function that does ``work(item)`` of all items, at once on ``n`` threads, each of which computes alone."""
-    if n == 1:
-
-        def in_turn(work: Callable[[Item], None], items: Sequence[Item]) -> None:
-            for item in items:
-                work(item)
-
-        yield in_turn
+def in_parallel(make: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Iterator[Made]:
+    """``make(item)`` of each item in order, as many at the same time as there are threads, each on one of its own."""
+    if threads == 1:
+        yield from map(make, items)
         return
-    with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-
-        def at_once(work: Callable[[Item], None], items: Sequence[Item]) -> None:
-            for done in [pool.submit(work, item) for item in items]:
-                done.result()
-
-        yield at_once
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool, on_threads(1):
+        yield from pool.map(make, items)

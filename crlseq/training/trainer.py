@@ -25,7 +25,7 @@ from crlseq.training.learner import Learner
 from crlseq.training.objective import Objective, Step
 from crlseq.training.residuals import measure_missed
 from crlseq.training.schedules import schedule
-from crlseq.training.threads import ahead, workers
+from crlseq.training.threads import ahead, in_parallel
 from crlseq.training.warm_start import Anchor, WarmStart, warm_start
 
 CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result
@@ -182,31 +182,31 @@ def fit_model(
     written = time.monotonic()
     # Several models share what a step asks of the screen, and the threads: each is computed on one.
     alone = len(learners) == 1 or ranks.size > 1 or objective.device.type != "cpu"
-    with workers(1 if alone else torch.get_num_threads()) as each:
-        for epoch in range(first, n_epochs):
-            # Asked before an epoch and not after it, so that a fit resumed behind its last epoch stops as well.
-            active = [learner for learner in learners if not learner.exhausted(epoch - 1, n_epochs)]
-            if not active:
-                break
-            # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
-            rng = np.random.default_rng([training.seed, 1, epoch])
-            noise = int(rng.integers(2**62))
-            for i, learner in enumerate(learners):
-                learner.begin(schedule(epoch, n_epochs, config.model, training), noise + i)
-            batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
-            for step, _ in steps(batches):
-                each(methodcaller("learn", step, len(batches)), active)
-            for step, batch in steps(validation):
-                each(methodcaller("validate", step, len(batch.condition) / n_judged), active)
-            for learner in active:
-                learner.end(epoch, n_epochs)
-            on_epoch(active[0].history[-1], n_epochs)
-            last = epoch + 1 == n_epochs or all(learner.exhausted(epoch, n_epochs) for learner in learners)
-            due = last or epoch == first or time.monotonic() - written > CHECKPOINT_SECONDS
-            if first_rank and checkpoint is not None and due:
-                states = [learner.state() for learner in learners]
-                save_checkpoint(checkpoint, {"identity": identity, "epoch": epoch, "learners": states})
-                written = time.monotonic()
+    threads = 1 if alone else torch.get_num_threads()
+    for epoch in range(first, n_epochs):
+        # Asked before an epoch and not after it, so that a fit resumed behind its last epoch stops as well.
+        active = [learner for learner in learners if not learner.exhausted(epoch - 1, n_epochs)]
+        if not active:
+            break
+        # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
+        rng = np.random.default_rng([training.seed, 1, epoch])
+        noise = int(rng.integers(2**62))
+        for i, learner in enumerate(learners):
+            learner.begin(schedule(epoch, n_epochs, config.model, training), noise + i)
+        batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
+        for step, _ in steps(batches):
+            list(in_parallel(methodcaller("learn", step, len(batches)), active, threads))
+        for step, batch in steps(validation):
+            list(in_parallel(methodcaller("validate", step, len(batch.condition) / n_judged), active, threads))
+        for learner in active:
+            learner.end(epoch, n_epochs)
+        on_epoch(active[0].history[-1], n_epochs)
+        last = epoch + 1 == n_epochs or all(learner.exhausted(epoch, n_epochs) for learner in learners)
+        due = last or epoch == first or time.monotonic() - written > CHECKPOINT_SECONDS
+        if first_rank and checkpoint is not None and due:
+            states = [learner.state() for learner in learners]
+            save_checkpoint(checkpoint, {"identity": identity, "epoch": epoch, "learners": states})
+            written = time.monotonic()
     for learner in learners:
         learner.keep_best()
     kept = min(learners, key=lambda learner: learner.best_loss)
