@@ -44,6 +44,10 @@ COLUMNS: dict[str, dict[str, type]] = {
     },
 }  # fmt: skip
 TABLES = tuple(COLUMNS)
+# Columns that runs of earlier versions lack.
+LATER: dict[str, dict[str, type]] = {
+    "evaluation": {f"{metric}_{name}": float for metric in ("pearson_delta", "l2") for name in ("additive", "mean")}
+}
 INFO = {
     "config",
     "input",
@@ -271,7 +275,9 @@ def load(path: str | Path) -> Run:
             raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
         if missing := INFO - info.keys():
             raise ValueError(f"run.json lacks {min(missing)!r}")
-        tables = {name: _read_table(folder / f"{name}.csv", columns) for name, columns in COLUMNS.items()}
+        tables = {
+            name: _read_table(folder / f"{name}.csv", columns, LATER.get(name, {})) for name, columns in COLUMNS.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
@@ -286,10 +292,11 @@ def load(path: str | Path) -> Run:
     )
 
 
-def _read_table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
+def _read_table(path: Path, columns: Mapping[str, type], later: Mapping[str, type]) -> pd.DataFrame:
+    kinds = {**columns, **later}
     # A gene may be called NA: only empty fields are missing values, and only in columns of numbers.
-    empty = {name: [""] for name, kind in columns.items() if kind is float}
-    table = pd.read_csv(path, dtype=columns, keep_default_na=False, na_values=empty, float_precision="round_trip")
+    empty = {name: [""] for name, kind in kinds.items() if kind is float}
+    table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, float_precision="round_trip")
     if missing := [name for name in columns if name not in table]:
         raise ValueError(f"{path.name} has no column {missing[0]!r}")
     return table

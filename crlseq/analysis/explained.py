@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crlseq.analysis.programs import ROWS, encode
+from crlseq.analysis.programs import encode
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.training.residuals import controls_by_batch, mean_effect
 
-CONTROL_CELLS = 5000  # whose variance is explained
+CONTROL_CELLS = 2000  # whose variance is explained
 SOURCE_CELLS = 100  # controls whose latents carry an effect; its mean hardly depends on them
 AT_ONCE = 16  # perturbations
 
@@ -35,11 +36,10 @@ def variance_explained(model: DiscrepancyVAE, data: PerturbSeqData) -> np.ndarra
     product, total = np.zeros((v.shape[1], data.n_genes)), 0.0
     for b in np.unique(batch):
         own = np.flatnonzero(batch == b)
-        mean = _mean(data, some[own])
-        for i in range(0, len(own), ROWS):
-            x = data.dense(some[own[i : i + ROWS]]) - mean
-            product += v[own[i : i + ROWS]].T @ x
-            total += float((x**2).sum())
+        x = data.dense(some[own]).astype(float)
+        x -= x.mean(0)
+        product += v[own].T @ x
+        total += float((x**2).sum())
     square = (v**2).sum(0) * total
     known = square > 1e-12
     explained: np.ndarray = np.where(known, (product**2).sum(1) / np.where(known, square, 1.0), np.nan)
@@ -71,22 +71,14 @@ def effect_explained(model: DiscrepancyVAE, data: PerturbSeqData, target: np.nda
     cells = data.cells_by_condition(splits.TRAIN)
     there = {parts[0]: c for c, parts in enumerate(data.conditions) if len(parts) == 1 and len(cells[c]) > 1}
     chosen = [k for k in there if target[k] >= 0]
-    batches = {int(b): _moments(data, cells[0][data.batch[cells[0]] == b]) for b in np.unique(data.batch[cells[0]])}
-    batches = {b: moments for b, moments in batches.items() if moments[2] > 1} | {-1: _moments(data, cells[0])}
+    controls = controls_by_batch(data, cells[0])
     explained, total = np.zeros(model.scm.graph.shape[0]), 0.0
     for i in range(0, len(chosen), AT_ONCE):
         part = chosen[i : i + AT_ONCE]
         for k, through in zip(part, _through(model, data, cells[0], part), strict=True):
-            own = cells[there[k]]
-            mean, variance, n = _moments(data, own)
-            error = float(variance.sum()) / n
-            names, counts = np.unique(data.batch[own], return_counts=True)
-            for b, count in zip(names, counts, strict=True):  # batches without controls share those of all
-                center, spread, size = batches.get(int(b), batches[-1])
-                mean = mean - count / n * center
-                error += float(spread.sum()) / size * (count / n) ** 2
-            explained[target[k]] += float(mean @ mean) - float(((mean - through) ** 2).sum())
-            total += float(mean @ mean) - error
+            change, own, shared = mean_effect(data, cells[there[k]], controls)
+            explained[target[k]] += float(change @ change) - float(((change - through) ** 2).sum())
+            total += float(change @ change) - float((own + shared).sum())
     return explained / total if total > 0 else np.full_like(explained, np.nan)
 
 
@@ -99,15 +91,3 @@ def _through(model: DiscrepancyVAE, data: PerturbSeqData, controls: np.ndarray, 
     moved = model.scm(z.expand(len(chosen), -1, -1), model.scm.mechanism(index, model.target_weights(index)))
     change = model.decoder(moved).mean(1) - model.decoder(model.scm(z)).mean(0)
     return np.asarray(change.cpu().double().numpy())
-
-
-def _mean(data: PerturbSeqData, cells: np.ndarray) -> np.ndarray:
-    parts = [data.dense(cells[i : i + ROWS]).sum(0, dtype=float) for i in range(0, len(cells), ROWS)]
-    return np.asarray(np.sum(parts, axis=0) / len(cells))
-
-
-def _moments(data: PerturbSeqData, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean and unbiased variance (G,) of cells, and their number."""
-    mean, n = _mean(data, cells), len(cells)
-    parts = [((data.dense(cells[i : i + ROWS]) - mean) ** 2).sum(0) for i in range(0, n, ROWS)]
-    return mean, np.asarray(np.sum(parts, axis=0) / max(n - 1, 1)), n

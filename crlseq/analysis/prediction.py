@@ -11,6 +11,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import mmd_of_distances, squared_distances
+from crlseq.training.residuals import controls_by_batch, mean_effect
 
 SOURCE_CELLS = 1000
 COMPARED_CELLS = 500
@@ -41,14 +42,17 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
 
     Columns ``condition``, ``split``, ``n_cells``, ``mmd2`` (unbiased, bandwidth = median squared distance of
     the condition's cells to real controls, the same for every model), ``mmd2_no_change`` (real control cells in
-    place of virtual ones), ``pearson_delta``, ``l2``, ``l2_no_change``. Every change is taken against the mean
-    of real control cells.
+    place of virtual ones), ``pearson_delta``, ``l2``, ``l2_no_change``; the last two also with the ending
+    ``_additive`` (the sum of the training effects of the parts) and ``_mean`` (the mean training effect of all
+    perturbations) in place of the model. Every change is taken against the mean of real control cells.
     """
     tested = bool((data.split == splits.TEST).any())
     code = splits.TEST if tested else splits.VALIDATION
     controls = data.cells(0, splits.TRAIN, splits.VALIDATION, splits.TEST)
     held_out = data.cells_by_condition(code)
     table = data.perturbation_table()
+    train = _training_effects(data)
+    average = np.mean(list(train.values()), axis=0) if train else np.zeros(data.n_genes)
     rows = []
     for c in range(1, len(data.conditions)):
         cells = held_out[c]
@@ -64,6 +68,8 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
         few = rng.permutation(len(measured))[:COMPARED_CELLS]
         some = rng.permutation(len(control))[:COMPARED_CELLS]
         mmd2, mmd2_no_change = _discrepancies(virtual[some], control[some], measured[few])
+        additive = np.sum([train.get((part,), 0 * average) for part in data.conditions[c]], axis=0)
+        simple = {name: mean + change for name, change in (("additive", additive), ("mean", average))}
         rows.append({
             "condition": data.condition_names[c],
             "split": splits.SPLITS[code],
@@ -73,9 +79,20 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
             "pearson_delta": pearson_delta(virtual_mean, measured_mean, mean),
             "l2": l2_distance(virtual_mean, measured_mean),
             "l2_no_change": l2_distance(mean, measured_mean),
+            **{f"pearson_delta_{name}": pearson_delta(x, measured_mean, mean) for name, x in simple.items()},
+            **{f"l2_{name}": l2_distance(x, measured_mean) for name, x in simple.items()},
         })  # fmt: skip
     columns = ["condition", "split", "n_cells", "mmd2", "mmd2_no_change", "pearson_delta", "l2", "l2_no_change"]
+    columns += [f"{metric}_{name}" for metric in ("pearson_delta", "l2") for name in ("additive", "mean")]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _training_effects(data: PerturbSeqData) -> dict[tuple[int, ...], np.ndarray]:
+    """Mean change (G,) of the training cells of every fitted condition against controls of the same batches."""
+    cells = data.cells_by_condition(splits.TRAIN)
+    controls = controls_by_batch(data, cells[0])
+    fitted = [c for c in range(1, len(cells)) if len(cells[c]) > 1]
+    return {data.conditions[c]: mean_effect(data, cells[c], controls)[0] for c in fitted}
 
 
 def _discrepancies(virtual: np.ndarray, control: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
