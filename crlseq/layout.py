@@ -25,9 +25,10 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 GAP = 14.0  # between boxes of a layer
-LAYER_GAP = 44.0  # between layers, where edges bend
+LAYER_GAP = 32.0  # between layers, where edges bend
+STUB = 8.0  # straight end of an edge, with its arrow, before it bends
 LANE = 10.0  # what an edge takes in a layer that it passes
-PORT = 9.0  # between edges at one side of a box, at most
+PORT = 15.0  # between edges at one side of a box, at most
 SWEEPS = 12
 ROUNDS = 12  # of the places in step 4
 
@@ -116,9 +117,9 @@ def _layered(
     box = {node: (LANE, 0.0) if node.lane_to else sizes[node.name][:: 1 if down else -1] for c in columns for node in c}
     across = {node: size[0] for node, size in box.items()}
     place = _places(columns, links, across)
-    bands, start = [], 0.0
+    bands, start = [], -STUB
     for column in columns:
-        depth = max(box[node][1] for node in column)
+        depth = max(box[node][1] for node in column) + 2 * STUB
         bands.append((start, start + depth))
         start += depth + LAYER_GAP
 

@@ -26,6 +26,7 @@ from crlseq.export import (
 if TYPE_CHECKING:
     import anndata as ad
 
+    from crlseq.describe import Program
     from crlseq.extrapolation import Extrapolation
     from crlseq.model.discrepancy_vae import DiscrepancyVAE
 
@@ -164,6 +165,20 @@ class Run:
             if reach.has_edge(a, b) or support[i, j] >= MIN_SUPPORT
         ]
         return pd.DataFrame(rows, columns=["ancestor", "descendant", "declared", "support"])
+
+    @cached_property
+    def described(self) -> dict[str, Program]:
+        """Every program by its name: drivers, genes, what lies up- and downstream; see `crlseq.describe.Program`."""
+        from crlseq.describe import describe_programs
+
+        return {program.name: program for program in describe_programs(self)}
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """One row a program: ``program, title, n_drivers, up, down, upstream, downstream`` and what it explains."""
+        from crlseq.describe import summary_table
+
+        return summary_table(list(self.described.values()))
 
     def latents(self, source: str | Path | ad.AnnData) -> np.ndarray:
         """(cells, p) float32 latents, unit variance over the fitted control cells, of any cells with these genes.
