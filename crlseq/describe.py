@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,9 @@ TITLE_GENES = 3
 SETTLED = 0.02  # share of the fall of the validation loss that the last fifth of the epochs may still bring
 FEW_EPOCHS = 5
 BASELINES = {
-    "no_change": "“no change”",
-    "mean": "the mean effect of all perturbations",
-    "additive": "the training effects (of combinations: their sum)",
+    "no_change": "no change",
+    "mean": "mean effect",
+    "additive": "training effects",
 }
 
 
@@ -131,41 +132,45 @@ def _identified(run: Run) -> Verdict:
 def _better(evaluation: pd.DataFrame) -> Verdict:
     """Against the best of the simple predictions that the table has, condition by condition, by two metrics."""
     question = "Better than baselines?"
-    found = [_compared(evaluation, "l2", "distance of means (L2)", -1.0)]
-    found.append(_compared(evaluation, "pearson_delta", "Pearson Δ", 1.0))
-    told = [(sign, sentence) for sign, sentence in found if sentence]
+    found = [_compared(evaluation, "l2", "L2 of means", -1.0), _compared(evaluation, "pearson_delta", "Pearson Δ", 1.0)]
+    told = {title: (sign, sentence) for title, sign, sentence in found if sentence}
     if not told:
         return Verdict(question, "open", "not judged", "No cells were held out: fit with --hold-out-cells to judge.")
-    signs = [sign for sign, _ in told]
-    answer, grade = "no clear difference", "fair"
-    if max(signs) > 0:
-        answer, grade = ("better", "good") if min(signs) >= 0 else ("better by one metric, worse by the other", "fair")
-    elif min(signs) < 0:
-        answer, grade = "worse", "poor"
+    answer, grade = answer_of({title: sign for title, (sign, _) in told.items()})
     split = str(evaluation["split"].iloc[0])
-    reason = f"On {split} cells of {len(evaluation)} conditions: " + "; ".join(sentence for _, sentence in told) + "."
+    reason = f"On {split} cells, against the best simple prediction: {'; '.join(s for _, s in told.values())}."
     if split == "validation":
         reason += " Validation cells also chose the epoch: hold cells out with --hold-out-cells for a fair judgement."
     if "l2_additive" not in evaluation:  # a run of an earlier version
-        answer, grade = f"{answer} than no change", "open"
+        answer, grade = "only compared with no change", "open"
         reason += " `crlseq evaluate` has the other baselines."
     return Verdict(question, grade, answer, reason)
 
 
-def _compared(evaluation: pd.DataFrame, metric: str, title: str, larger: float) -> tuple[float, str]:
-    """1, 0 or -1: the model is better, not clearly different (within two standard errors) or worse; and a sentence."""
+def answer_of(signs: Mapping[str, float]) -> tuple[str, str]:
+    """Answer and grade of comparisons by some metrics: 1 better, 0 no clear difference, -1 worse than the baseline."""
+    words = {1.0: "better", 0.0: "no clear difference", -1.0: "worse"}
+    by = {sign: [title for title, own in signs.items() if own == sign] for sign in words}
+    there = [sign for sign in words if by[sign]]
+    if len(there) == 1:
+        return words[there[0]], {1.0: "good", 0.0: "fair", -1.0: "poor"}[there[0]]
+    return ", ".join(f"{words[sign]} by {' and '.join(by[sign])}" for sign in there), "fair"
+
+
+def _compared(evaluation: pd.DataFrame, metric: str, title: str, larger: float) -> tuple[str, float, str]:
+    """The metric, 1, 0 or -1 (better, within two standard errors, worse than the best baseline), and a sentence."""
     rivals = {name: f"{metric}_{name}" for name in BASELINES if f"{metric}_{name}" in evaluation}
     table = evaluation.dropna(subset=[metric, *rivals.values()]) if metric in evaluation else evaluation.iloc[:0]
     if table.empty or not rivals:
-        return 0.0, ""
+        return title, 0.0, ""
     best = max(rivals, key=lambda name: larger * table[rivals[name]].mean())
     gain, n = larger * (table[metric] - table[rivals[best]]).to_numpy(), len(table)
     error = gain.std(ddof=1) / np.sqrt(n) if n > 1 else np.inf
     sentence = (
-        f"{title} {table[metric].mean():.3g} against {table[rivals[best]].mean():.3g} for {BASELINES[best]}, the best "
-        f"baseline; the model is better on {int((gain > 0).sum())} of {n}"
+        f"{title} {table[metric].mean():.3g} against {table[rivals[best]].mean():.3g} ({BASELINES[best]}), better on "
+        f"{int((gain > 0).sum())} of {n} conditions"
     )
-    return (float(np.sign(gain.mean())) if abs(gain.mean()) > 2 * error else 0.0), sentence
+    return title, (float(np.sign(gain.mean())) if abs(gain.mean()) > 2 * error else 0.0), sentence
 
 
 def _converged(run: Run) -> Verdict:

@@ -80,7 +80,7 @@ def draw(run: Run, font: float, page: Point, width_of: Callable[[str, bool], flo
     tall = max(2 * LARGEST, LINE * max(map(len, lines.values()))) + 2 * MARGIN
     size = (text + (2 * LARGEST + 3 * MARGIN) * font, tall * font)
     rows = run.edges.to_dict("records")
-    layout = lay_out(dict.fromkeys(programs, size), [(row["source"], row["target"]) for row in rows], page)
+    layout = lay_out(dict.fromkeys(programs, size), [(row["source"], row["target"]) for row in rows], page, font)
     areas = _areas(programs)
     nodes = [
         Node(

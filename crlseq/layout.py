@@ -24,11 +24,12 @@ import networkx as nx
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-GAP = 14.0  # between boxes of a layer
-LAYER_GAP = 32.0  # between layers, where edges bend
-STUB = 8.0  # straight end of an edge, with its arrow, before it bends
-LANE = 10.0  # what an edge takes in a layer that it passes
-PORT = 15.0  # between edges at one side of a box, at most
+# In units of the text's size.
+GAP = 1.7  # between boxes of a layer
+LAYER_GAP = 4.0  # between layers, where edges bend
+STUB = 1.2  # straight end of an edge, with its head, before it bends
+LANE = 1.2  # what an edge takes in a layer that it passes
+PORT = 1.9  # between edges at one side of a box, at most
 SWEEPS = 12
 ROUNDS = 12  # of the places in step 4
 
@@ -68,7 +69,7 @@ class _Node(NamedTuple):
     lane_to: str | None = None
 
 
-def lay_out(sizes: Mapping[str, Point], edges: Sequence[tuple[str, str]], page: Point = (900.0, 700.0)) -> Layout:
+def lay_out(sizes: Mapping[str, Point], edges: Sequence[tuple[str, str]], page: Point, text: float) -> Layout:
     """Lay a DAG out, downwards or to the right: whichever is shrunk less to fit on the page.
 
     Parameters
@@ -79,6 +80,8 @@ def lay_out(sizes: Mapping[str, Point], edges: Sequence[tuple[str, str]], page: 
         Pairs of source and target.
     page
         Width and height of where it is to be shown.
+    text
+        Size of the text, by which distances are measured.
 
     Raises
     ------
@@ -90,8 +93,16 @@ def lay_out(sizes: Mapping[str, Point], edges: Sequence[tuple[str, str]], page: 
     graph.add_edges_from(edges)
     if not nx.is_directed_acyclic_graph(graph):
         raise ValueError("the graph has a cycle.")
-    found = [_layered(graph, sizes, edges, down, page[0]) for down in (True, False)]
-    return min(found, key=lambda layout: max(layout.width / page[0], layout.height / page[1]))
+    # In units of the text's size, in which the distances above are.
+    own = {name: (width / text, height / text) for name, (width, height) in sizes.items()}
+    found = [_layered(graph, own, edges, down, page[0] / text) for down in (True, False)]
+    return _scaled(min(found, key=lambda layout: max(layout.width / page[0], layout.height / page[1])), text)
+
+
+def _scaled(layout: Layout, by: float) -> Layout:
+    boxes = {name: Box(*(by * value for value in (b.x, b.y, b.width, b.height))) for name, b in layout.boxes.items()}
+    edges = [[(by * x, by * y) for x, y in line] for line in layout.edges]
+    return Layout(by * layout.width, by * layout.height, layout.down, boxes, edges)
 
 
 def crossings(above: Sequence[int], below: Sequence[int]) -> int:
