@@ -21,7 +21,7 @@ FEW_EPOCHS = 5
 BASELINES = {
     "no_change": "no change",
     "mean": "mean effect",
-    "additive": "training effects",
+    "training": "training effects",
 }
 
 
@@ -141,7 +141,7 @@ def _better(evaluation: pd.DataFrame) -> Verdict:
     reason = f"On {split} cells, against the best simple prediction: {'; '.join(s for _, s in told.values())}."
     if split == "validation":
         reason += " Validation cells also chose the epoch: hold cells out with --hold-out-cells for a fair judgement."
-    if "l2_additive" not in evaluation:  # a run of an earlier version
+    if "l2_training" not in evaluation:  # a run of an earlier version
         answer, grade = "only compared with no change", "open"
         reason += " `crlseq evaluate` has the other baselines."
     return Verdict(question, grade, answer, reason)

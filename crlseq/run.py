@@ -47,7 +47,7 @@ COLUMNS: dict[str, dict[str, type]] = {
 TABLES = tuple(COLUMNS)
 # Columns that runs of earlier versions lack.
 LATER: dict[str, dict[str, type]] = {
-    "evaluation": {f"{metric}_{name}": float for metric in ("pearson_delta", "l2") for name in ("additive", "mean")}
+    "evaluation": {f"{metric}_{name}": float for metric in ("pearson_delta", "l2") for name in ("training", "mean")}
 }
 INFO = {
     "config",

@@ -65,7 +65,7 @@ def synthetic_run(
         ("l2_no_change", 1.0),
     ):
         measured[name] = mean + 0.05 * rng.normal(size=len(names))
-    for name in ("additive", "mean"):
+    for name in ("training", "mean"):
         measured[f"pearson_delta_{name}"] = measured["pearson_delta"] - 0.1
         measured[f"l2_{name}"] = measured["l2"] + 0.1
     info: dict[str, Any] = {

@@ -43,8 +43,9 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
     Columns ``condition``, ``split``, ``n_cells``, ``mmd2`` (unbiased, bandwidth = median squared distance of
     the condition's cells to real controls, the same for every model), ``mmd2_no_change`` (real control cells in
     place of virtual ones), ``pearson_delta``, ``l2``, ``l2_no_change``; the last two also with the ending
-    ``_additive`` (the sum of the training effects of the parts) and ``_mean`` (the mean training effect of all
-    perturbations) in place of the model. Every change is taken against the mean of real control cells.
+    ``_training`` (the training effect of the condition itself, or the sum of its parts' where it was not fitted) and
+    ``_mean`` (the mean training effect of all conditions) in place of the model. Every change is taken against the mean
+    of real control cells.
     """
     tested = bool((data.split == splits.TEST).any())
     code = splits.TEST if tested else splits.VALIDATION
@@ -68,8 +69,9 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
         few = rng.permutation(len(measured))[:COMPARED_CELLS]
         some = rng.permutation(len(control))[:COMPARED_CELLS]
         mmd2, mmd2_no_change = _discrepancies(virtual[some], control[some], measured[few])
-        additive = np.sum([train.get((part,), 0 * average) for part in data.conditions[c]], axis=0)
-        simple = {name: mean + change for name, change in (("additive", additive), ("mean", average))}
+        parts = data.conditions[c]
+        trained = train[parts] if parts in train else sum(train.get((part,), 0 * average) for part in parts)
+        simple = {name: mean + change for name, change in (("training", trained), ("mean", average))}
         rows.append({
             "condition": data.condition_names[c],
             "split": splits.SPLITS[code],
@@ -83,7 +85,7 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
             **{f"l2_{name}": l2_distance(x, measured_mean) for name, x in simple.items()},
         })  # fmt: skip
     columns = ["condition", "split", "n_cells", "mmd2", "mmd2_no_change", "pearson_delta", "l2", "l2_no_change"]
-    columns += [f"{metric}_{name}" for metric in ("pearson_delta", "l2") for name in ("additive", "mean")]
+    columns += [f"{metric}_{name}" for metric in ("pearson_delta", "l2") for name in ("training", "mean")]
     return pd.DataFrame(rows, columns=columns)
 
 

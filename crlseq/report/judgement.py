@@ -63,8 +63,13 @@ def _judge(name: str, table: pd.DataFrame, seed: int) -> Judgement:
     comparisons = compare(table[["condition", "group", "predictor", *CARRYING]], seed)
     best = comparisons[comparisons["best"] & comparisons["low"].notna()]
     found: dict[str, list[float]] = {}
+    told = []
     for row in best.to_dict("records"):
         low, high = (row["low"], row["high"]) if METRICS[row["metric"]] else (-row["high"], -row["low"])
+        told.append(
+            f"{row['group']}: {SHOWN[row['metric']]} {row['model']:.3g} against {row['value']:.3g} ({TITLES[row['baseline']]}), "
+            f"better on {row['better']} of {row['n']} conditions"
+        )
         found.setdefault(SHOWN[row["metric"]], []).append(1.0 if low > 0 else -1.0 if high < 0 else 0.0)
     # Over several groups of conditions: better only if worse in none.
     signs = {title: min(own) if min(own) < 0 else max(own) for title, own in found.items()}
@@ -84,5 +89,5 @@ def _judge(name: str, table: pd.DataFrame, seed: int) -> Judgement:
             for predictor, values in means.iterrows()
         ]
         groups.append({"name": group, "n": part["condition"].nunique(), "rows": rows})
-    told = Verdict("Better than baselines?", grade, answer, " ".join(sentences))
-    return Judgement(name, told, sentences, metrics, groups)
+    reason = f"By {name}, against the best baseline by each metric. {'; '.join(told)}."
+    return Judgement(name, Verdict("Better than baselines?", grade, answer, reason), sentences, metrics, groups)

@@ -21,6 +21,7 @@ from crlseq.drawing import HEAD, Drawing, draw, edge_width, heading, legend
 from crlseq.layout import Point
 from crlseq.report import charts
 from crlseq.report.judgement import judgements
+from crlseq.runfolder import written_whole
 
 if TYPE_CHECKING:
     from crlseq.run import Run
@@ -42,14 +43,10 @@ def write_report(run: Run, path: Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"fixed": _fixed, "signed": _signed, "brief": _brief}
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        page = environment.get_template("report.html.j2").render(_context(run))
+    page = environment.get_template("report.html.j2").render(_context(run))
+    with written_whole(path) as file:
         # Half a pair of surrogates, which a name may hold, is no text.
-        beside.write_text(page, encoding="utf-8", errors="replace")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        file.write_text(page, encoding="utf-8", errors="replace")
 
 
 def _fixed(value: Any, decimals: int = 2) -> str:
@@ -120,7 +117,7 @@ def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for ending, title in (
         ("", "model"),
-        ("_additive", "training effects: a perturbation's own, of combinations the sum"),
+        ("_training", "training effects (not fitted: the sum of the parts')"),
         ("_mean", "mean effect of all perturbations"),
         ("_no_change", "no change"),
     ):
