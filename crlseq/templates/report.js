@@ -23,8 +23,8 @@
   function place(node, dx, dy) {
     const rect = node.querySelector("rect"), [x, y, w, h] = ["x", "y", "width", "height"].map((k) => Number(rect.getAttribute(k)));
     // Within the picture: what is moved out of it could not be brought back.
-    dx = Math.min(Math.max(dx, box.x - x), box.x + box.width - w - x);
-    dy = Math.min(Math.max(dy, box.y - y), box.y + box.height - h - y);
+    dx = Math.round(Math.min(Math.max(dx, box.x - x), box.x + box.width - w - x));
+    dy = Math.round(Math.min(Math.max(dy, box.y - y), box.y + box.height - h - y));
     moved.set(node.dataset.name, [dx, dy]);
     node.setAttribute("transform", `translate(${dx},${dy})`);
     edges.filter((e) => e.dataset.source === node.dataset.name || e.dataset.target === node.dataset.name).forEach(draw);
