@@ -94,7 +94,8 @@ def _training_effects(data: PerturbSeqData) -> dict[tuple[int, ...], np.ndarray]
     cells = data.cells_by_condition(splits.TRAIN)
     controls = controls_by_batch(data, cells[0])
     fitted = [c for c in range(1, len(cells)) if len(cells[c]) > 1]
-    return {data.conditions[c]: mean_effect(data, cells[c], controls)[0] for c in fitted}
+    # In float32: with very many conditions they are a matrix of their own.
+    return {data.conditions[c]: mean_effect(data, cells[c], controls)[0].astype(np.float32) for c in fitted}
 
 
 def _discrepancies(virtual: np.ndarray, control: np.ndarray, measured: np.ndarray) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from crlseq import __version__
-from crlseq.cli import benchmark, check, evaluate, export, fit, inspect, plot, predict, report, simulate
+from crlseq.cli import benchmark, check, evaluate, export, fit, inspect, plot, predict, prepare, report, simulate
 from crlseq.cli.output import say
 from crlseq.errors import CrlseqError
 
@@ -45,6 +45,7 @@ def _main(
 
 
 app.command("check")(check.check)
+app.command("prepare")(prepare.prepare)
 app.command("fit")(fit.fit)
 app.add_typer(inspect.app, name="inspect")
 app.command("predict")(predict.predict)

@@ -140,11 +140,11 @@ def discover(
     environment = _environments(data, chosen)
     train = torch.from_numpy(data.split == splits.TRAIN) & (environment >= 0)
     stage("finding components and the number of programs")
-    y = torch.from_numpy(whitened_components(data, COMPONENTS, seed))
+    y = torch.from_numpy(whitened_components(data, COMPONENTS, seed)).double()
     p, choice, reason = _number(y[train], environment[train], config, len(chosen), seed)
     note(f"{p} programs: {reason}")
     if p + 10 > COMPONENTS:
-        y = torch.from_numpy(whitened_components(data, p + 10, seed))
+        y = torch.from_numpy(whitened_components(data, p + 10, seed)).double()
     with on_threads(1 if p < MANY_LATENTS else torch.get_num_threads()):
         return _discover(data, effect, chosen, (y, environment, train), choice, p, config, seed, stage)
 
