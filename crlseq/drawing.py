@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 LINE, MARGIN, LARGEST, HEAD = 1.3, 0.7, 1.6, 0.75
 SMALLEST = 0.2  # radius of the disc of a program that explains nothing
 LABEL = 22  # characters of a line of a label
+DRAWN = 150  # edges at most: more are a tangle that nobody reads, and take long to lay out
 LEGEND = "A disc's area is the share of the perturbations' effects that a program explains"
 
 
@@ -79,7 +80,9 @@ def draw(run: Run, font: float, page: Point, width_of: Callable[[str, bool], flo
     text = max(width_of(line, i == 0) for own in lines.values() for i, line in enumerate(own))
     tall = max(2 * LARGEST, LINE * max(map(len, lines.values()))) + 2 * MARGIN
     size = (text + (2 * LARGEST + 3 * MARGIN) * font, tall * font)
-    rows = run.edges.to_dict("records")
+    # The strongest by support, then weight, in the order of the table.
+    strength = np.lexsort((-run.edges["weight"].abs(), -run.edges["support"].fillna(0.0)))
+    rows = run.edges.iloc[np.sort(strength[:DRAWN])].to_dict("records")
     layout = lay_out(dict.fromkeys(programs, size), [(row["source"], row["target"]) for row in rows], page, font)
     areas = _areas(programs)
     nodes = [
@@ -106,7 +109,8 @@ def heading(run: Run) -> str:
     """How many edges, and whether to believe them."""
     verdict, n = run.info["identification"]["verdict"], len(run.edges)
     edges = "No edge is declared" if not n else "1 edge" if n == 1 else f"{n} edges"
-    return f"{edges} between {len(run.info['programs'])} programs; the graph is {verdict}."
+    drawn = f", of which the {DRAWN} strongest are drawn" if n > DRAWN else ""
+    return f"{edges} between {len(run.info['programs'])} programs{drawn}; the graph is {verdict}."
 
 
 def legend(run: Run) -> list[str]:

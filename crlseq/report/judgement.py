@@ -63,11 +63,12 @@ def _judge(name: str, table: pd.DataFrame, seed: int) -> Judgement:
     comparisons = compare(table[["condition", "group", "predictor", *CARRYING]], seed)
     best = comparisons[comparisons["best"] & comparisons["low"].notna()]
     found: dict[str, list[float]] = {}
-    told = []
+    told, several = [], comparisons["group"].nunique() > 1
     for row in best.to_dict("records"):
         low, high = (row["low"], row["high"]) if METRICS[row["metric"]] else (-row["high"], -row["low"])
         told.append(
-            f"{row['group']}: {SHOWN[row['metric']]} {row['model']:.3g} against {row['value']:.3g} ({TITLES[row['baseline']]}), "
+            (f"{row['group']}: " if several else "")
+            + f"{SHOWN[row['metric']]} {row['model']:.3g} against {row['value']:.3g} ({TITLES[row['baseline']]}), "
             f"better on {row['better']} of {row['n']} conditions"
         )
         found.setdefault(SHOWN[row["metric"]], []).append(1.0 if low > 0 else -1.0 if high < 0 else 0.0)

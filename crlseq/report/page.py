@@ -30,7 +30,7 @@ GENES = 8  # of a card, that rise and that fall
 DRIVERS = 8  # of a card
 ROWS = 300  # of a table: the page must open, whatever the screen
 FONT = 12.0
-PAGE = (960.0, 800.0)
+PAGE = (1200.0, 1200.0)
 
 
 def write_report(run: Run, path: Path) -> None:

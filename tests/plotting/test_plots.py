@@ -81,6 +81,18 @@ def test_labels_of_a_dag_never_overlap(p: int, n: int) -> None:
     assert ax.figure.get_size_inches()[0] < 25
 
 
+def test_a_tangle_is_cut_to_its_strongest_edges() -> None:
+    run = synthetic_run(40, 80, random_dag(40, 500, 0), verdict="not identified")
+    edges = run.edges.assign(support=np.linspace(0, 1, 500))
+    ax = plotting.dag(replace(run, edges=edges))
+    assert "500 edges between 40 programs, of which the 150 strongest are drawn" in " ".join(
+        t.get_text() for t in texts(ax)
+    )
+    widths = [patch.get_linewidth() for patch in ax.patches if type(patch).__name__ == "PathPatch"]
+    assert len(widths) == 150
+    assert min(widths) == pytest.approx(8 * (0.08 + 0.36 * edges["support"].nlargest(150).min()))
+
+
 def test_labels_stay_in_their_boxes_and_discs_and_lines_tell_numbers() -> None:
     run = synthetic_run(3, 9, [(0, 1), (1, 2)])
     edges = run.edges.assign(support=[0.5, 1.0])
