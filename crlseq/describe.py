@@ -179,6 +179,14 @@ def _converged(run: Run) -> Verdict:
     if not n:
         return Verdict(question, "good", "yes", "No network was trained: the likelihood's optimum is the model.")
     kept = f"the weights of epoch {training['best_epoch'] + 1} of {n} were kept"
+    if n > 1 and training["best_epoch"] == 0 and run.info["discovery"] is None:
+        # From random weights: one that starts from the likelihood's solution may well be best at its start.
+        return Verdict(
+            question,
+            "poor",
+            "no",
+            f"The validation loss was lowest in the first of {n} epochs, whose weights were kept.",
+        )
     if training["stopped_early"]:
         return Verdict(question, "good", "yes", f"The validation loss stopped falling; {kept}.")
     values = history["validation_total" if "validation_total" in history else "total"].to_numpy()

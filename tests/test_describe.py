@@ -144,3 +144,11 @@ def test_converged(run: Run, losses: list[float], stopped: bool, grade: str, wor
     told = verdicts(replace(run, history=history, info={**run.info, "training": training}))[2]
     assert told.grade == grade
     assert word in told.reason
+
+
+def test_a_network_that_is_best_untrained_did_not_converge(run: Run) -> None:
+    training = {"epochs_run": 9, "best_epoch": 0, "stopped_early": True}
+    told = verdicts(replace(run, info={**run.info, "training": training}))[2]
+    assert (told.grade, told.answer) == ("poor", "no") and "first of 9" in told.reason
+    warm = {**run.info, "training": training, "discovery": {"bootstrap": None}}
+    assert verdicts(replace(run, info=warm))[2].grade == "good"  # it starts where the likelihood ended

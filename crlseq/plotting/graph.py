@@ -67,8 +67,8 @@ def _text_width(text: str, bold: bool) -> float:
     if not text.strip():
         return 0.0
     font = FontProperties(size=FONT, weight="bold" if bold else "normal")
-    # A pair of dollar signs would be measured as a formula.
-    return float(TextPath((0, 0), text.replace("$", "S"), prop=font).get_extents().x1)
+    # A pair of dollar signs would be measured as a formula. At few dots per inch letters are set wider than they are.
+    return 1.06 * float(TextPath((0, 0), text.replace("$", "S"), prop=font).get_extents().x1)
 
 
 def _draw_node(ax: Axes, node: Node, scale: float) -> None:

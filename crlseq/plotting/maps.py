@@ -64,10 +64,13 @@ def interventions(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bo
     _heat(ax, values, list(rows["perturbation"]), names, "shift (SD of the program)")
     target = np.nonzero(~np.isnan(values))
     end = limit_of(values)
+    decimals = 1 if end >= 2 else 2
     if len(rows) <= ROWS:
         for i, k in zip(*target, strict=True):
             dark = abs(values[i, k]) > 0.6 * end
-            ax.text(k, i, f"{values[i, k]:+.2g}", size=6, ha="center", va="center", color="white" if dark else INK)
+            ax.text(
+                k, i, f"{values[i, k]:+.{decimals}f}", size=6, ha="center", va="center", color="white" if dark else INK
+            )
     shares = assignment(run, rows)
     if shares is not None:
         shares[target] = 0
