@@ -103,15 +103,17 @@ def count_components(
     """
     x, genes, axes = _select(counts(fitted), n_components)
     alpha = dispersion(x)
-    found, intercept, prior = _fit_loadings(torch.from_numpy(x.toarray()).float(), axes, alpha)
+    dense = torch.from_numpy(x.toarray()).float()
+    found, intercept, prior, v = _fit_loadings(dense, axes, alpha)
+    guess = _regress(_residuals(dense, intercept, alpha), v)
     q = len(found)
     scores = np.empty((len(cells), q), dtype=np.float32)
     information, sums, products = np.zeros(x.shape[1]), np.zeros(q), np.zeros((q, q))
     for rows in _chunks(len(cells)):
         part = torch.from_numpy(counts(cells[rows])[:, genes].astype(np.float32).toarray())
-        size = part.sum(1, keepdim=True).clamp_min(1) / intercept.exp().sum()
-        start = part.new_zeros(len(part), q)
-        v, s = _score(part, start, size.log(), found, intercept, prior, alpha, MAX_STEPS)
+        # Any start leads to the same end, for the likelihood is concave; this one halves the way.
+        start = _residuals(part, intercept, alpha) @ guess
+        v, s = _score(part, start, _log_size(part, intercept), found, intercept, prior, alpha, MAX_STEPS)
         scores[rows] = v.numpy()
         sums += v.double().sum(0).numpy()
         products += (v.double().T @ v.double()).numpy()
@@ -178,8 +180,27 @@ def _residual_weight(rate: Floats, alpha: float) -> Floats:
     return np.asarray(np.sqrt(rate / (1 + alpha * rate)))
 
 
-def _fit_loadings(x: Tensor, axes: Floats, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loadings (q, genes), intercepts (genes,) and prior precisions (q,) by alternating scoring."""
+def _log_size(x: Tensor, intercept: Tensor) -> Tensor:
+    """Log of a cell's total over that of a cell without components (n, 1)."""
+    return (x.sum(1, keepdim=True).clamp_min(1) / intercept.exp().sum()).log()
+
+
+def _residuals(x: Tensor, intercept: Tensor, alpha: float) -> Tensor:
+    """Clipped relative residuals (n, genes) from a cell of the same size without components."""
+    rate = intercept.exp()
+    weight = (rate / (1 + alpha * rate)).sqrt()
+    return ((x / (_log_size(x, intercept) + intercept).exp() - 1) * weight).clamp_(-6, 6)
+
+
+def _regress(z: Tensor, v: Tensor) -> Tensor:
+    """Slope (genes, q) of v on z, with a ridge of what noise of unit variance would add."""
+    gram = z.T @ z
+    slope: Tensor = torch.linalg.solve(gram + len(z) * torch.eye(len(gram)), z.T @ v)
+    return slope
+
+
+def _fit_loadings(x: Tensor, axes: Floats, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loadings (q, genes), intercepts (genes,), prior precisions (q,) and components (n, q) by alternating scoring."""
     n, g = x.shape
     size = x.sum(1, keepdim=True) / x.sum(1).median()
     s, b = size.log(), (x / size).mean(0).log()
@@ -205,7 +226,7 @@ def _fit_loadings(x: Tensor, axes: Floats, alpha: float) -> tuple[Tensor, Tensor
         h = _unpacked(packed, q + 1) + RIDGE_GENES * n * torch.eye(q + 1, dtype=torch.float64)
         step = torch.linalg.solve(h, gradient).clamp(-1, 1).float()
         loadings, b = loadings + step[:, :q].T, b + step[:, q]
-    return loadings, b, 1 / (v**2).mean(0).clamp_min(1e-3)
+    return loadings, b, 1 / (v**2).mean(0).clamp_min(1e-3), v
 
 
 def _score(

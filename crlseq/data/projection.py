@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 
-MAX_CELLS = 20_000  # components are estimated on at most so many cells
+MAX_CELLS = 10_000  # components are estimated on at most so many cells
 
 
 @dataclass(frozen=True)

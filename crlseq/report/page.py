@@ -180,7 +180,9 @@ def edge_path(points: list[Point], drawing: Drawing) -> str:
 def _about(program: Program) -> str:
     lines = [f"{program.name}  {program.title}", ", ".join(numbers_in_words(program))]
     if len(program.drivers):
-        told = [f"{row['perturbation']} ({_signed(row['shift'], 1)} SD)" for row in program.drivers[:5].to_dict("records")]
+        told = [
+            f"{row['perturbation']} ({_signed(row['shift'], 1)} SD)" for row in program.drivers[:5].to_dict("records")
+        ]
         lines.append("perturbed by " + ", ".join(told) + (f" and {len(program.drivers) - 5} more" if len(program.drivers) > 5 else ""))  # fmt: skip
     for what, names in (("upstream", program.upstream), ("downstream", program.downstream)):
         if names:

@@ -145,8 +145,9 @@ def discover(
     note(f"{p} programs: {reason}")
     if p + 10 > COMPONENTS:
         y = torch.from_numpy(whitened_components(data, p + 10, seed)).double()
-    with on_threads(1 if p < MANY_LATENTS else torch.get_num_threads()):
-        return _discover(data, effect, chosen, (y, environment, train), choice, p, config, seed, stage)
+    threads = torch.get_num_threads()
+    with on_threads(1 if p < MANY_LATENTS else threads):
+        return _discover(data, effect, chosen, (y, environment, train), choice, p, config, seed, threads, stage)
 
 
 def _discover(
@@ -158,6 +159,7 @@ def _discover(
     p: int,
     config: ModelConfig,
     seed: int,
+    threads: int,
     stage: Callable[[str], None],
 ) -> Discovery:
     """`discover` once components, environments, training cells and the number of latents are known."""
@@ -194,7 +196,7 @@ def _discover(
         n_bootstrap = REPLICATES if p < MANY_LATENTS else 0
     if n_bootstrap:
         stage(f"bootstrapping {n_bootstrap} times")
-        stability = bootstrap(*cells.of_fit(), comparison.edges, n_bootstrap, seed)
+        stability = bootstrap(*cells.of_fit(), comparison.edges, n_bootstrap, seed, threads)
         comparison = _supported(comparison, stability)
     return _finish(data, chosen, effect, comparison, cells, straightened, stability, choice)
 

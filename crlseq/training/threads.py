@@ -44,3 +44,12 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]
                     yield current.result()
             if following is not None:
                 yield following.result()
+
+
+def in_parallel(make: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Iterator[Made]:
+    """``make(item)`` of each item in order, as many at the same time as there are threads, each on one of its own."""
+    if threads == 1:
+        yield from map(make, items)
+        return
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool, on_threads(1):
+        yield from pool.map(make, items)
