@@ -95,6 +95,18 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to: renamed at the end, removed after an error."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        if beside.exists():
+            beside.unlink()
+
+
+@contextmanager
 def working_folder(partial: Path | None, resume: bool) -> Iterator[Path | None]:
     """The folder that becomes the run, locked against a second process."""
     if partial is None:
