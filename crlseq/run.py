@@ -301,7 +301,7 @@ def load(path: str | Path) -> Run:
             name: _read_table(folder / f"{name}.csv", columns, LATER.get(name, {})) for name, columns in COLUMNS.items()
         }
         several = info["config"]["training"].get("ensemble", 1) > 1
-        ensemble = _read_table(folder / ENSEMBLE, ENSEMBLE_COLUMNS) if several else None
+        ensemble = _read_table(folder / ENSEMBLE, ENSEMBLE_COLUMNS, {}) if several else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
