@@ -11,9 +11,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CrlseqError", "Run", "__version__", "cross_validate", "evaluate", "fit", "load", "prepare", "simulate"]
+__all__ = [
+    "CrlseqError",
+    "Run",
+    "__version__",
+    "cross_validate",
+    "evaluate",
+    "fit",
+    "load",
+    "pl",
+    "prepare",
+    "simulate",
+]
 
 if TYPE_CHECKING:
+    from crlseq import plotting as pl
     from crlseq.analysis.evaluation import evaluate
     from crlseq.crossvalidation import cross_validate
     from crlseq.data.simulate import simulate
@@ -36,6 +48,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "pl":
+        return import_module("crlseq.plotting")
     if name not in _HOME:
         raise AttributeError(f"module 'crlseq' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

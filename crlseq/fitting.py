@@ -108,6 +108,11 @@ def fit(
         raise UsageError("A configuration and single options were both given.", "Give one of them.")
     if resume and output is None:
         raise UsageError("There is nothing to resume without an output.", "Give the folder of the unfinished run.")
+    if config.training.ensemble > 1 and config.model.method == "linear":
+        raise UsageError(
+            "The linear method trains no model whose seeds could be compared.",
+            "Leave --ensemble or --method linear out.",
+        )
     resolve_device(config.training.device)  # fails before anything is read
     if output is None:
         return _fit(source, None, None, config, progress, ranks)
@@ -229,7 +234,7 @@ def _fit(
         run = Run(
             info, run.programs, run.interventions, run.edges, run.history, run.evaluation,
             weights=run.weights, splits=pd.Series(np.array(splits.SPLITS)[data.split], index=data.cell_names),
-            map=found,
+            map=found, ensemble=run.ensemble,
         )  # fmt: skip
         if folder is None or target is None:
             return run

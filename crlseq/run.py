@@ -26,6 +26,7 @@ from crlseq.export import (
 if TYPE_CHECKING:
     import anndata as ad
 
+    from crlseq.describe import Program
     from crlseq.extrapolation import Extrapolation
     from crlseq.model.discrepancy_vae import DiscrepancyVAE
 
@@ -44,6 +45,12 @@ COLUMNS: dict[str, dict[str, type]] = {
     },
 }  # fmt: skip
 TABLES = tuple(COLUMNS)
+ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
+ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
+# Columns that runs of earlier versions lack.
+LATER: dict[str, dict[str, type]] = {
+    "evaluation": {f"{metric}_{name}": float for metric in ("pearson_delta", "l2") for name in ("training", "mean")}
+}
 INFO = {
     "config",
     "input",
@@ -85,6 +92,8 @@ class Run:
         State and architecture of the model; None: read from the folder when first needed.
     splits
         Split of each cell by its name; None: likewise.
+    ensemble
+        ``kind, source, target, agreement, mean, sd``: what models of other seeds agree on; None for one seed.
     map
         From gene vectors to perturbations never seen, where the fit was given embeddings; None: likewise.
     """
@@ -99,6 +108,7 @@ class Run:
     weights: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, repr=False)
     splits: pd.Series | None = field(default=None, repr=False)
     map: Extrapolation | None = field(default=None, repr=False)
+    ensemble: pd.DataFrame | None = field(default=None, repr=False)
 
     @cached_property
     def dag(self) -> nx.DiGraph[str]:
@@ -160,6 +170,20 @@ class Run:
             if reach.has_edge(a, b) or support[i, j] >= MIN_SUPPORT
         ]
         return pd.DataFrame(rows, columns=["ancestor", "descendant", "declared", "support"])
+
+    @cached_property
+    def described(self) -> dict[str, Program]:
+        """Every program by its name: drivers, genes, what lies up- and downstream; see `crlseq.describe.Program`."""
+        from crlseq.describe import describe_programs
+
+        return {program.name: program for program in describe_programs(self)}
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """One row a program: ``program, title, n_drivers, up, down, upstream, downstream`` and what it explains."""
+        from crlseq.describe import summary_table
+
+        return summary_table(list(self.described.values()))
 
     def latents(self, source: str | Path | ad.AnnData) -> np.ndarray:
         """(cells, p) float32 latents, unit variance over the fitted control cells, of any cells with these genes.
@@ -238,6 +262,8 @@ class Run:
         """CSV tables, graph files and ``run.json``."""
         for name, table in self.tables().items():
             table.to_csv(folder / f"{name}.csv", index=False)
+        if self.ensemble is not None:
+            self.ensemble.to_csv(folder / ENSEMBLE, index=False)
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
         (folder / "run.json").write_text(json.dumps(self.info, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -271,7 +297,11 @@ def load(path: str | Path) -> Run:
             raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
         if missing := INFO - info.keys():
             raise ValueError(f"run.json lacks {min(missing)!r}")
-        tables = {name: _read_table(folder / f"{name}.csv", columns) for name, columns in COLUMNS.items()}
+        tables = {
+            name: _read_table(folder / f"{name}.csv", columns, LATER.get(name, {})) for name, columns in COLUMNS.items()
+        }
+        several = info["config"]["training"].get("ensemble", 1) > 1
+        ensemble = _read_table(folder / ENSEMBLE, ENSEMBLE_COLUMNS, {}) if several else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
@@ -283,13 +313,15 @@ def load(path: str | Path) -> Run:
         tables["history"],
         tables["evaluation"],
         folder,
+        ensemble=ensemble,
     )
 
 
-def _read_table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
+def _read_table(path: Path, columns: Mapping[str, type], later: Mapping[str, type]) -> pd.DataFrame:
+    kinds = {**columns, **later}
     # A gene may be called NA: only empty fields are missing values, and only in columns of numbers.
-    empty = {name: [""] for name, kind in columns.items() if kind is float}
-    table = pd.read_csv(path, dtype=columns, keep_default_na=False, na_values=empty, float_precision="round_trip")
+    empty = {name: [""] for name, kind in kinds.items() if kind is float}
+    table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, float_precision="round_trip")
     if missing := [name for name in columns if name not in table]:
         raise ValueError(f"{path.name} has no column {missing[0]!r}")
     return table

@@ -10,11 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from crlseq.errors import InputError
-from crlseq.run import TABLES
+from crlseq.run import ENSEMBLE, TABLES
 
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
 RUN_FILES = frozenset(
-    {"lock", "resume.pt", "run.json", "model.safetensors", "crlseq.h5ad", "report.html", "dag.graphml", "dag.json"}
+    {
+        "lock",
+        "resume.pt",
+        "run.json",
+        "model.safetensors",
+        "crlseq.h5ad",
+        "report.html",
+        "dag.graphml",
+        "dag.json",
+        ENSEMBLE,
+    }
     | {f"{name}.csv" for name in TABLES}
 )
 
@@ -82,6 +92,18 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             (folder / "lock").unlink()
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to: renamed at the end, removed after an error."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        if beside.exists():
+            beside.unlink()
 
 
 @contextmanager
