@@ -11,7 +11,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CrlseqError", "Run", "__version__", "cross_validate", "evaluate", "fit", "load", "pl", "simulate"]
+__all__ = [
+    "CrlseqError",
+    "Run",
+    "__version__",
+    "cross_validate",
+    "evaluate",
+    "fit",
+    "load",
+    "pl",
+    "prepare",
+    "simulate",
+]
 
 if TYPE_CHECKING:
     from crlseq import plotting as pl
@@ -20,6 +31,7 @@ if TYPE_CHECKING:
     from crlseq.data.simulate import simulate
     from crlseq.errors import CrlseqError
     from crlseq.fitting import fit
+    from crlseq.preparation import prepare
     from crlseq.run import Run, load
 
 # Imported when first used: torch and scanpy take seconds, and `crlseq --help` needs neither.
@@ -30,6 +42,7 @@ _HOME = {
     "evaluate": "crlseq.analysis.evaluation",
     "fit": "crlseq.fitting",
     "load": "crlseq.run",
+    "prepare": "crlseq.preparation",
     "simulate": "crlseq.data.simulate",
 }
 

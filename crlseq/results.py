@@ -14,6 +14,7 @@ import torch
 
 from crlseq import __version__
 from crlseq.analysis.dag import Dag, find_dag
+from crlseq.analysis.ensemble import read_model, seed_agreement
 from crlseq.analysis.explained import effect_explained, variance_explained
 from crlseq.analysis.interventions import find_interventions
 from crlseq.analysis.prediction import evaluate_held_out
@@ -95,14 +96,19 @@ def tables_of(
             "best_epoch": fitted.best_epoch,
             "stopped_early": fitted.stopped_early,
             "bandwidth": fitted.bandwidth,
+            "kept_seed": fitted.seed,
         },
         "metrics": _metrics(evaluation, intervention_rows, dag),
     }
+    agreement = None
+    if fitted.others:
+        kept, *others = (read_model(model.cpu(), data) for model in (fitted.model, *fitted.others))
+        agreement = seed_agreement(kept, others, intervention_rows, edges)
     history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"]).astype(
         {"epoch": int, "total": float}
     )
     weights = ({name: value.cpu() for name, value in fitted.model.state_dict().items()}, fitted.architecture)
-    return Run(info, program_rows, intervention_rows, edges, history, evaluation, weights=weights)
+    return Run(info, program_rows, intervention_rows, edges, history, evaluation, weights=weights, ensemble=agreement)
 
 
 def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:

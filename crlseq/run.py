@@ -45,6 +45,8 @@ COLUMNS: dict[str, dict[str, type]] = {
     },
 }  # fmt: skip
 TABLES = tuple(COLUMNS)
+ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
+ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
 # Columns that runs of earlier versions lack.
 LATER: dict[str, dict[str, type]] = {
     "evaluation": {f"{metric}_{name}": float for metric in ("pearson_delta", "l2") for name in ("training", "mean")}
@@ -90,6 +92,8 @@ class Run:
         State and architecture of the model; None: read from the folder when first needed.
     splits
         Split of each cell by its name; None: likewise.
+    ensemble
+        ``kind, source, target, agreement, mean, sd``: what models of other seeds agree on; None for one seed.
     map
         From gene vectors to perturbations never seen, where the fit was given embeddings; None: likewise.
     """
@@ -104,6 +108,7 @@ class Run:
     weights: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, repr=False)
     splits: pd.Series | None = field(default=None, repr=False)
     map: Extrapolation | None = field(default=None, repr=False)
+    ensemble: pd.DataFrame | None = field(default=None, repr=False)
 
     @cached_property
     def dag(self) -> nx.DiGraph[str]:
@@ -257,6 +262,8 @@ class Run:
         """CSV tables, graph files and ``run.json``."""
         for name, table in self.tables().items():
             table.to_csv(folder / f"{name}.csv", index=False)
+        if self.ensemble is not None:
+            self.ensemble.to_csv(folder / ENSEMBLE, index=False)
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
         (folder / "run.json").write_text(json.dumps(self.info, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -293,6 +300,8 @@ def load(path: str | Path) -> Run:
         tables = {
             name: _read_table(folder / f"{name}.csv", columns, LATER.get(name, {})) for name, columns in COLUMNS.items()
         }
+        several = info["config"]["training"].get("ensemble", 1) > 1
+        ensemble = _read_table(folder / ENSEMBLE, ENSEMBLE_COLUMNS, {}) if several else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
@@ -304,6 +313,7 @@ def load(path: str | Path) -> Run:
         tables["history"],
         tables["evaluation"],
         folder,
+        ensemble=ensemble,
     )
 
 

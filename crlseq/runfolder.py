@@ -10,11 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from crlseq.errors import InputError
-from crlseq.run import TABLES
+from crlseq.run import ENSEMBLE, TABLES
 
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
 RUN_FILES = frozenset(
-    {"lock", "resume.pt", "run.json", "model.safetensors", "crlseq.h5ad", "report.html", "dag.graphml", "dag.json"}
+    {
+        "lock",
+        "resume.pt",
+        "run.json",
+        "model.safetensors",
+        "crlseq.h5ad",
+        "report.html",
+        "dag.graphml",
+        "dag.json",
+        ENSEMBLE,
+    }
     | {f"{name}.csv" for name in TABLES}
 )
 

@@ -169,7 +169,8 @@ def test_resume_file_holds_no_objects(run_folder: Path) -> None:
     import torch
 
     state = torch.load(run_folder / "resume.pt", weights_only=True)
-    assert {"model", "optimizer", "epoch", "identity"} <= state.keys()
+    assert {"learners", "epoch", "identity"} <= state.keys()
+    assert all({"model", "optimizer", "best_state"} <= learner.keys() for learner in state["learners"])
 
 
 def test_round_trip_is_exact(finished: Run, tmp_path: Path) -> None:

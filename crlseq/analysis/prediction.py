@@ -50,7 +50,7 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
     """
     tested = bool((data.split == splits.TEST).any())
     code = splits.TEST if tested else splits.VALIDATION
-    controls = data.cells(0, splits.TRAIN, splits.VALIDATION, splits.TEST)
+    controls = data.control_pool(splits.TRAIN, splits.VALIDATION, splits.TEST)
     held_out = data.cells_by_condition(code)
     table = data.perturbation_table()
     train = _training_effects(data)
