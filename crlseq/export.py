@@ -14,8 +14,6 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
-from crlseq.data.store import read_manifest
-
 if TYPE_CHECKING:
     import anndata as ad
 
@@ -240,6 +238,8 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
     """
     import anndata as ad
     import h5py
+
+    from crlseq.data.store import read_manifest  # which imports zarr
 
     path.unlink(missing_ok=True)
     with ad.settings.override(allow_write_nullable_strings=True):

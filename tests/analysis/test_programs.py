@@ -146,3 +146,21 @@ def test_virtual_cells_of_a_known_shift():
     control = np.arange(12.0).reshape(3, 4)
     expected = control + np.array([3.0, 0, 0, 0])
     assert virtual_cells(model, control, np.array([0]), 0) == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluation_has_the_training_effects_beside_the_model(data):
+    table = evaluate_held_out(DiscrepancyVAE(20, 3, 6, n_hidden=8).double().eval(), data, 0).set_index("condition")
+    control = data.cells(0, splits.TRAIN)
+    effects = {
+        name: data.dense(data.cells(c, splits.TRAIN)).mean(0, dtype=float) - data.dense(control).mean(0, dtype=float)
+        for c, name in enumerate(data.condition_names)
+        if c
+    }
+    average = np.mean(list(effects.values()), axis=0)
+    start = data.dense(data.cells(0, splits.TRAIN, splits.VALIDATION, splits.TEST)).mean(0, dtype=float)
+    for c, name in enumerate(data.condition_names[1:], 1):
+        measured = data.dense(data.cells(c, splits.TEST)).mean(0, dtype=float)
+        for ending, effect in (("training", effects[name]), ("mean", average)):
+            assert table.loc[name, f"l2_{ending}"] == pytest.approx(np.linalg.norm(start + effect - measured), rel=1e-4)
+            expected = np.corrcoef(effect, measured - start)[0, 1]
+            assert table.loc[name, f"pearson_delta_{ending}"] == pytest.approx(expected, abs=1e-4)

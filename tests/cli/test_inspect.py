@@ -335,7 +335,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_inspect_and_report_need_no_torch(run_folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom crlseq.cli.app import main\nsys.argv = ['crlseq', *sys.argv[1:]]\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\nassert not {'torch', 'scanpy', 'anndata', 'matplotlib'} & sys.modules.keys()"
+        "try:\n    main()\nexcept SystemExit:\n    pass\nassert not {'torch', 'scanpy', 'anndata', 'matplotlib', 'zarr'} & sys.modules.keys()"
     )
     folder = str(run_folder)
     for words in (
