@@ -36,7 +36,7 @@ from crlseq.runfolder import move_into_place, partial_of, refuse_output, working
 from crlseq.training.checkpoint import save_weights
 from crlseq.training.discovery import discover
 from crlseq.training.distributed import ALONE, Ranks
-from crlseq.training.memory import give_back, return_large_blocks
+from crlseq.training.memory import give_back, keep_blocks, return_blocks
 from crlseq.training.threads import on_threads
 from crlseq.training.trainer import Fit, fit_model, resolve_device, resolve_step
 from crlseq.training.warm_start import WarmStart
@@ -162,7 +162,9 @@ def _read(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) -> Pert
     threads = torch.get_num_threads()
     data = read_data(source, config.data, config.training.seed)
     if isinstance(data.x, StreamedExpression):
-        return_large_blocks()
+        return_blocks()
+    else:
+        keep_blocks()
     torch.set_num_threads(threads)  # numba, which scanpy starts to choose genes, sets its own number
     in_step = resolve_step(config.training, data.cells_by_condition(splits.TRAIN))
     if ranks.size > in_step:
