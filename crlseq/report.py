@@ -25,7 +25,9 @@ def write_report(run: Run, path: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    path.write_text(environment.get_template("report.html.j2").render(_context(run)), encoding="utf-8")
+    path.write_text(
+        environment.get_template("report.html.j2").render(_context(run)), encoding="utf-8", errors="replace"
+    )
 
 
 def _context(run: Run) -> dict[str, Any]:

@@ -236,5 +236,5 @@ def test_export_that_cannot_be_written(run_folder: Path, tmp_path: Path) -> None
 def test_report_command(run_folder: Path, tmp_path: Path) -> None:
     assert invoke("report", run_folder, "--output", tmp_path / "page.html").code == 0
     assert (tmp_path / "page.html").read_bytes() == (run_folder / "report.html").read_bytes()
-    answer = invoke("report", run_folder, "--output", tmp_path / "none" / "page.html")
+    answer = invoke("report", run_folder, "--output", tmp_path / "page.html" / "page.html")
     assert answer.code == 3

@@ -87,6 +87,10 @@ def _run() -> int:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors, which it formats itself
             error.show()
             return int(error.exit_code)
+        if isinstance(error, MemoryError):
+            return _fail(
+                "There is not enough memory.", "Fit fewer genes with --n-top-genes, or use a larger machine.", 3
+            )
         message = f"A fault in crlseq: {type(error).__name__}: {error}"
         return _fail(message, "Run again with `crlseq --debug ...` and report it.", 1)
 

@@ -15,14 +15,12 @@ def report(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file. [RUN/report.html]")] = None,
 ) -> None:
     """Write the report of a run as one HTML page."""
-    from crlseq.errors import InputError
+    from crlseq.files import written_whole
     from crlseq.report import write_report
     from crlseq.run import load
 
     target = output or run / "report.html"
     found = load(run)
-    try:
-        write_report(found, target)
-    except OSError as error:
-        raise InputError(f"{target} cannot be written: {error.strerror}.", "Choose another --output.") from error
+    with written_whole(target) as beside:
+        write_report(found, beside)
     say(f"report: {target}")

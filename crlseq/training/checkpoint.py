@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crlseq.errors import InputError
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
 
 
 def save_weights(path: Path, state: dict[str, Tensor], architecture: dict[str, Any]) -> None:
@@ -23,24 +25,36 @@ def save_weights(path: Path, state: dict[str, Tensor], architecture: dict[str, A
     save_file(tensors, path, metadata={"architecture": json.dumps(architecture, sort_keys=True)})
 
 
-def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State and architecture from `save_weights`.
+def load_model(path: Path) -> DiscrepancyVAE:
+    """The model from `save_weights`, in evaluation mode on the CPU.
 
     Raises
     ------
     InputError
         If the file is missing or damaged.
     """
-    from safetensors import safe_open
-
     try:
         with safe_open(path, framework="pt") as handle:
             architecture = json.loads((handle.metadata() or {})["architecture"])
-        return load_file(path), architecture
-    except Exception as error:  # safetensors raises its own type, OSError or KeyError
+        state = load_file(path)
+        with torch.device("meta"):  # before room is made for what the architecture claims
+            expected = DiscrepancyVAE(**architecture).state_dict()
+        if odd := [name for name in state if name not in expected or state[name].shape != expected[name].shape]:
+            raise ValueError(f"{odd[0]} has not the shape that it should have")
+        return build(state, architecture)
+    except Exception as error:  # safetensors raises its own type, torch and JSON many
+        detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
-            f"The weights {path} cannot be read: {error}.", "Fit again, or restore the run folder."
+            f"The weights {path} cannot be read: {detail}.", "Fit again, or restore the run folder."
         ) from error
+
+
+def build(state: dict[str, Tensor], architecture: dict[str, Any]) -> DiscrepancyVAE:
+    """A model with these weights, in evaluation mode."""
+    model = DiscrepancyVAE(**architecture).to(state["scm.graph"].dtype)
+    # Runs of earlier versions have not measured all of what the latents miss.
+    model.load_state_dict({**{name: value for name, value in model.named_buffers() if "." not in name}, **state})
+    return model.eval()
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
