@@ -14,8 +14,11 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
+from crlseq.errors import InputError
+
 if TYPE_CHECKING:
     import anndata as ad
+    import h5py
 
 DETECTABLE_FDR = 0.05
 LABEL_DRIVERS = 3
@@ -223,13 +226,29 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
             adata.write_h5ad(path, compression="gzip")
             return
         shutil.copyfile(source, path)
-        with h5py.File(path, "r+") as handle:
-            for slot, values in keys.items():
-                if slot in ("obs", "var"):
-                    table = ad.io.read_elem(handle[slot])
-                    ad.io.write_elem(handle, slot, table.assign(**values), dataset_kwargs={"compression": "gzip"})
-                    continue
-                if slot not in handle:
-                    ad.io.write_elem(handle, slot, {})
-                for name, value in values.items():
-                    ad.io.write_elem(handle[slot], name, value)
+        try:
+            with h5py.File(path, "r+") as handle:
+                for slot, values in keys.items():
+                    _add(handle, slot, values)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # in a part that the fit did not read
+            raise InputError(
+                f"Results cannot be added to a copy of {source}: {error}.", "The file is damaged; write it again."
+            ) from error
+
+
+def _add(handle: h5py.File, slot: str, values: Mapping[str, Any]) -> None:
+    """Add elements to a slot of an h5ad file; columns of a table beside those there, which are not touched."""
+    import anndata as ad
+    import h5py
+
+    if slot not in handle:
+        ad.io.write_elem(handle, slot, {})
+    elif isinstance(handle[slot], h5py.Dataset):  # anndata 0.6 wrote records where groups are now
+        records = handle[slot][()]
+        ad.io.write_elem(handle, slot, {name: records[name] for name in records.dtype.names})
+    for name, value in values.items():
+        ad.io.write_elem(handle[slot], name, value)
+    if slot in ("obs", "var"):
+        columns = [str(name) for name in handle[slot].attrs["column-order"]]
+        order = [*columns, *(name for name in values if name not in columns)]
+        handle[slot].attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())

@@ -71,6 +71,7 @@ def as_csr(block: Any) -> sp.csr_matrix:
     if not sp.issparse(block):
         block = np.asarray(block, dtype=np.float64)
     csr: sp.csr_matrix = sp.csr_matrix(block, dtype=np.float64, copy=True)
+    csr.check_format(full_check=True)  # compiled code would follow an index out of the matrix
     csr.sum_duplicates()
     csr.eliminate_zeros()
     return csr
@@ -112,8 +113,9 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
     """
     if isinstance(source, ad.AnnData):
         adata, name = source, "the AnnData"
-        matrix = adata.X if layer is None else _named_layer(dict(adata.layers), layer, name)
-        yield _checked(adata.obs, adata.var, _row_sliceable(matrix, name), tuple(adata.layers), name)
+        with readable(name, "the matrix"):  # which may be backed by a file
+            matrix = _row_sliceable(adata.X if layer is None else _named_layer(dict(adata.layers), layer, name), name)
+        yield _checked(adata.obs, adata.var, matrix, tuple(adata.layers), name)
         return
     path = Path(source)
     if not path.exists():
@@ -124,16 +126,17 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
             for part in ("obs", "var"):
                 _refuse_claims(store[part], path)
             obs, var = ad.io.read_elem(store["obs"]), ad.io.read_elem(store["var"])
-        layers = tuple(sorted(store["layers"])) if "layers" in store else ()
-        if layer is None:
-            if "X" not in store:
-                raise InputError(
-                    f"{name} has no matrix X.", f"Name a layer with --layer; there are: {_listed(layers)}."
-                )
-            element = store["X"]
-        else:
-            element = _named_layer({key: store["layers"][key] for key in layers}, layer, name)
+        with readable(name, "the list of layers"):
+            layers = tuple(sorted(store["layers"])) if "layers" in store else ()
         with readable(name, "the matrix"):
+            if layer is None:
+                if "X" not in store:
+                    raise InputError(
+                        f"{name} has no matrix X.", f"Name a layer with --layer; there are: {_listed(layers)}."
+                    )
+                element = store["X"]
+            else:
+                element = _named_layer({key: store["layers"][key] for key in layers}, layer, name)
             _refuse_claims(element, path)
             matrix = _row_sliceable(element, name)
         yield _checked(obs, var, matrix, layers, name)
@@ -162,10 +165,16 @@ def open_store(path: Path) -> Iterator[Any]:
     if handle is None:
         raise InputError(f"{path} is not an h5ad file.", hint)
     with handle:
-        if "obs" not in handle or "var" not in handle:
+        with readable(str(path), "the file"):
+            whole = "obs" in handle and "var" in handle
+        if not whole:
             raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
         with readable(str(path), "the file"):
             _refuse_other_files(handle, path)
+            for slot in ("obsm", "varm", "uns"):  # results are added there, long after this
+                there = handle.get(slot, {})
+                if isinstance(there, h5py.Dataset) and there.dtype.names is None:
+                    raise InputError(f"{path} has a value in the place of {slot}.", "It is damaged; write it again.")
         yield handle
 
 
@@ -211,11 +220,11 @@ def _row_sliceable(element: Any, source: str) -> Any:
     if isinstance(element, (h5py.Group, zarr.Group)):
         dataset = ad.io.sparse_dataset(element)
         # Rows of a CSC matrix cannot be sliced from disk at a bearable speed.
-        element = dataset if dataset.format == "csr" else dataset.to_memory().tocsr()
+        element = dataset if dataset.format == "csr" else _to_csr(dataset.to_memory())
     # What remains is an AnnData's: in memory, or backed by a data set or a sparse data set.
     elif hasattr(element, "format"):
         if element.format != "csr":
-            element = (element.to_memory() if hasattr(element, "to_memory") else element).tocsr()
+            element = _to_csr(element.to_memory() if hasattr(element, "to_memory") else element)
     elif not isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)):
         element = np.asarray(element)
     if len(element.shape) != 2:
@@ -223,6 +232,12 @@ def _row_sliceable(element: Any, source: str) -> Any:
             f"{source}: the matrix has {len(element.shape)} dimensions instead of 2.", "Expected cells x genes."
         )
     return element
+
+
+def _to_csr(matrix: Any) -> Any:
+    if hasattr(matrix, "check_format"):
+        matrix.check_format(full_check=True)
+    return matrix.tocsr()
 
 
 def _named_layer(layers: dict[str, Any], layer: str, source: str) -> Any:
