@@ -40,6 +40,7 @@ class DataConfig(_Section):
     hold_out_cells: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of every condition kept for testing
     validation_cells: float = Field(default=0.1, gt=0.0, lt=0.5)  # share of every condition for early stopping
     embeddings: str | None = None  # table of gene vectors, from which perturbations never seen are extrapolated
+    streamed: bool | None = None  # a prepared store: read as training goes, or loaded; None: by its size
     combinations: bool = True  # False: fit on single perturbations alone, hold every combination out
 
 

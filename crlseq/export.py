@@ -14,6 +14,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
+from crlseq.data.store import read_manifest
 from crlseq.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 DETECTABLE_FDR = 0.05
 LABEL_DRIVERS = 3
+COPIED, COPIED_CELLS = 1 << 16, 8192  # values of a chunk, and cells of a block, of a copied store
 
 
 def program_names(n: int) -> list[str]:
@@ -209,23 +211,46 @@ def _copy(adata: ad.AnnData) -> ad.AnnData:
     return adata.to_memory() if adata.isbacked else adata.copy()
 
 
+def _copy_store(source: str | Path, path: Path) -> None:
+    """A prepared store as an h5ad file, in blocks of cells."""
+    import anndata as ad
+    import h5py
+    import scipy.sparse as sp
+
+    from crlseq.data.matrix import open_screen
+
+    kinds = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "chunks": (COPIED,)}
+    with open_screen(source) as screen, h5py.File(path, "w") as handle:
+        ad.io.write_elem(handle, "/", ad.AnnData(obs=screen.obs, var=screen.var))
+        parts = np.empty(0, screen.matrix.dtype), np.empty(0, np.int32), np.zeros(1, np.int64)
+        empty = sp.csr_matrix(parts, shape=(0, screen.n_genes))
+        empty.indptr = parts[2]  # type: ignore[assignment]  # 64 bits: scipy takes fewer of an empty one
+        ad.io.write_elem(handle, "X", empty, dataset_kwargs=kinds)
+        matrix = ad.io.sparse_dataset(handle["X"])
+        for start in range(0, screen.n_cells, COPIED_CELLS):
+            matrix.append(screen.matrix[start : start + COPIED_CELLS])
+
+
 def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[str, Mapping[str, Any]]) -> None:
     """The input with crlseq's keys as an h5ad file.
 
     An h5ad file is copied and the keys are added to the copy, so that the matrix is never read and nothing else
-    in it changes; other inputs are written by anndata.
+    in it changes; a prepared store is copied in blocks of cells; other inputs are written by anndata.
     """
     import anndata as ad
     import h5py
 
     path.unlink(missing_ok=True)
     with ad.settings.override(allow_write_nullable_strings=True):
-        if isinstance(source, ad.AnnData) or not h5py.is_hdf5(source):
+        if isinstance(source, ad.AnnData) or not (h5py.is_hdf5(source) or read_manifest(source) is not None):
             adata = _copy(source) if isinstance(source, ad.AnnData) else ad.read_zarr(source)
             set_keys(adata, keys)
             adata.write_h5ad(path, compression="gzip")
             return
-        shutil.copyfile(source, path)
+        if read_manifest(source) is not None:
+            _copy_store(source, path)
+        else:
+            shutil.copyfile(source, path)
         try:
             with h5py.File(path, "r+") as handle:
                 for slot, values in keys.items():

@@ -23,6 +23,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.embeddings import Embeddings, read_embeddings
 from crlseq.data.projection import Projection, principal_components
+from crlseq.data.store import read_manifest, verify
 from crlseq.errors import InputError, UsageError
 from crlseq.export import DETECTABLE_FDR
 from crlseq.extrapolation import FILE as EMBEDDINGS
@@ -33,8 +34,9 @@ from crlseq.run import Run, load
 from crlseq.runfolder import move_into_place, partial_of, refuse_output, working_folder
 from crlseq.training.checkpoint import save_weights
 from crlseq.training.discovery import discover
+from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.threads import on_threads
-from crlseq.training.trainer import Fit, fit_model, resolve_device
+from crlseq.training.trainer import Fit, fit_model, resolve_device, resolve_step
 from crlseq.training.warm_start import WarmStart
 
 N_COMPONENTS = 50
@@ -59,6 +61,7 @@ def fit(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
     **options: Any,
 ) -> Run:
     """Fit a Discrepancy-VAE to a Perturb-seq screen.
@@ -77,6 +80,8 @@ def fit(
         Go on with an unfinished fit of the same input and options.
     force
         Replace a run, finished or not, that lies at `output`.
+    ranks
+        The processes that fit together; this is the first, and the others call `take_part`.
     options
         Fields of `crlseq.config.DataConfig`, `ModelConfig` and `TrainingConfig` by name, such as
         ``n_latents=8``, ``perturbation_key="condition"``, ``epochs=50``, ``seed=1``.
@@ -90,7 +95,7 @@ def fit(
     InputError
         If the screen cannot be used or the output cannot be written.
     UsageError
-        If options contradict each other or are out of range.
+        If options contradict each other or are out of range, or steps are too small for so many processes.
     ConvergenceError
         If the loss is not finite.
     """
@@ -103,7 +108,7 @@ def fit(
         raise UsageError("There is nothing to resume without an output.", "Give the folder of the unfinished run.")
     resolve_device(config.training.device)  # fails before anything is read
     if output is None:
-        return _fit(source, None, None, config, progress)
+        return _fit(source, None, None, config, progress, ranks)
     target = Path(output) if Path(output).name not in ("", "..") else Path(output).resolve()
     if resume and (target / "run.json").is_file():
         run = load(target)
@@ -113,9 +118,55 @@ def fit(
                 "Choose another --output, or replace it with --force and without --resume.",
             )
         progress.note(f"{target} is finished already.")
+        ranks.from_first(None)
         return run
     refuse_output(target, resume, force)
-    return _fit(source, target, partial_of(target), config, progress, resume)
+    return _fit(source, target, partial_of(target), config, progress, ranks, resume)
+
+
+def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
+    """What ranks behind the first do of `fit`: read the same screen, and train with the others.
+
+    Raises
+    ------
+    InputError
+        If the screen cannot be used, or is not the first rank's.
+    UsageError
+        If steps are too small for so many processes.
+    ConvergenceError
+        If the loss is not finite.
+    """
+    resolve_device(config.training.device)
+    data, digest = _read(source, config, ranks), _sha256(source)
+    told = ranks.from_first(None)
+    if told is None:  # there is nothing to fit
+        return
+    if told["input"] != digest:
+        raise InputError(
+            f"{source} is not the same file for rank {ranks.rank} as for rank 0.", "Give all machines the same file."
+        )
+    with on_threads(_threads(data, config)):
+        fit_model(data, config, told["n_latents"], ranks=ranks)
+
+
+def _read(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) -> PerturbSeqData:
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    threads = torch.get_num_threads()
+    data = read_data(source, config.data, config.training.seed)
+    torch.set_num_threads(threads)  # numba, which scanpy starts to choose genes, sets its own number
+    in_step = resolve_step(config.training, data.cells_by_condition(splits.TRAIN))
+    if ranks.size > in_step:
+        raise UsageError(
+            f"{ranks.size} processes cannot share steps of {in_step} perturbations.",
+            "Start fewer, or set perturbations_per_step in the configuration file.",
+        )
+    return data
+
+
+def _threads(data: PerturbSeqData, config: Config) -> int:
+    """How many threads the training steps are computed on."""
+    return 1 if config.training.threads is None and data.n_genes < FEW_GENES else torch.get_num_threads()
 
 
 def _fit(
@@ -124,20 +175,18 @@ def _fit(
     partial: Path | None,
     config: Config,
     progress: Progress,
+    ranks: Ranks,
     resume: bool = False,
 ) -> Run:
     started = datetime.now(UTC)
     training = config.training
-    if training.threads is not None:
-        torch.set_num_threads(training.threads)
     table = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
     progress.stage("reading the screen")
-    threads = torch.get_num_threads()
-    data = read_data(source, config.data, training.seed)
-    torch.set_num_threads(threads)  # numba, which scanpy starts to choose genes, sets its own number
+    # A store is compared with its checksums before anything is made of it.
+    digest = _sha256(source)
+    data = _read(source, config, ranks)
     if table is not None:
         refuse_strangers(table, data.perturbation_names, str(config.data.embeddings))
-    digest = _sha256(source)
     for note in data.notes:
         progress.note(note)
     progress.stage("testing which perturbations have an effect")
@@ -146,10 +195,11 @@ def _fit(
     start, n_latents, reason = _start(data, config, projection, tests, progress)
     identity = hashlib.sha256(f"{__version__}\n{digest}\n{n_latents}\n{to_toml(config)}".encode()).hexdigest()
     with working_folder(partial, resume) as folder:
-        progress.stage("fitting")
-        with on_threads(1 if training.threads is None and data.n_genes < FEW_GENES else torch.get_num_threads()):
+        progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
+        ranks.from_first({"input": digest, "n_latents": n_latents})
+        with on_threads(_threads(data, config)):
             checkpoint = folder and folder / "resume.pt"
-            fitted = fit_model(data, config, n_latents, checkpoint, identity, progress.epoch, start)
+            fitted = fit_model(data, config, n_latents, checkpoint, identity, progress.epoch, start, ranks)
         progress.stage("reading off programs, interventions and the DAG")
         fitted.model.cpu()
         run = tables_of(fitted, data, config, tests, start)
@@ -166,6 +216,7 @@ def _fit(
             "n_latents_reason": reason,
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "processes": ranks.size,
             "seconds": round((datetime.now(UTC) - started).total_seconds(), 2),
         }  # fmt: skip
         run = Run(
@@ -227,10 +278,18 @@ def _start(
 
 
 def _sha256(source: str | Path | ad.AnnData) -> str:
-    """Digest of the input's bytes; of all files of a zarr store by path; empty for an AnnData in memory."""
+    """Digest of the input's bytes; of all files of a zarr store by path; empty for an AnnData in memory.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read, or a prepared store is not what was written.
+    """
     if isinstance(source, ad.AnnData):
         return ""
     path = Path(source)
+    if read_manifest(path) is not None:
+        return verify(path)
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         if path.is_dir():

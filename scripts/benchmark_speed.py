@@ -20,9 +20,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ from crlseq.model import factored, losses
 from crlseq.model.rows import DenseRows, SparseRows
 from crlseq.training.objective import CellSource, Objective
 
-STAGES = ("loading", "products", "MMD", "other forward", "backward", "optimiser", "rest")
+STAGES = ("waiting for cells", "products", "MMD", "other forward", "backward", "optimiser", "rest")
+AHEAD = ("loading", "distances and moments")  # of the next step, in another thread where there is one
 
 
 class Stopwatch:
@@ -44,8 +47,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.running = False
-        self.open: list[str] = []
-        self.last = 0.0
+        self.local = threading.local()  # what is open, and since when, in each thread
 
     def wrap(self, owner: Any, name: str, stage: str) -> None:
         """Count calls of ``owner.name`` under `stage`."""
@@ -61,29 +63,29 @@ class Stopwatch:
         setattr(owner, name, timed)
 
     def _switch(self, stage: str | None) -> None:
-        now = time.perf_counter()
-        if self.running and self.open:
-            self.seconds[self.open[-1]] += now - self.last
-        self.last = now
+        now, of_thread = time.perf_counter(), self.local.__dict__
+        stack: list[str] = of_thread.setdefault("open", [])
+        if self.running and stack:
+            self.seconds[stack[-1]] += now - of_thread["last"]
+        of_thread["last"] = now
         if stage is None:
-            self.open.pop()
+            stack.pop()
         else:
-            self.open.append(stage)
+            stack.append(stage)
 
 
 def watch() -> Stopwatch:
     """A stopwatch on everything that a training step does."""
     watch = Stopwatch()
     watch.wrap(Objective, "__call__", "other forward")
+    watch.wrap(Objective, "prepare", "distances and moments")
     watch.wrap(CellSource, "rows", "loading")
     watch.wrap(CellSource, "dense", "loading")
+    watch.wrap(Future, "result", "waiting for cells")
     for rows in (SparseRows, DenseRows):
         watch.wrap(rows, "times", "products")
         watch.wrap(rows, "transposed_times", "products")
-        watch.wrap(rows, "moments", "products")
-    watch.wrap(factored.StepCells, "distances", "MMD")
-    for module in (factored, losses):
-        watch.wrap(module, "mmd_of_distances", "MMD")
+    watch.wrap(factored.Kernel, "mean", "MMD")
     watch.wrap(losses, "mmd_squared", "MMD")
     watch.wrap(torch.Tensor, "backward", "backward")
     watch.wrap(torch.optim.Adam, "step", "optimiser")
@@ -155,10 +157,13 @@ def measure(args: argparse.Namespace, screen: Path, run_folder: Path) -> dict[st
     timed = epochs[1:-1] or epochs
     each = statistics.median(timed) / cells * 1e6
     by_stage = {name: clock.seconds[name] / cells * 1e6 for name in STAGES[:-1]}
-    by_stage["rest"] = epochs[-1] / cells * 1e6 - sum(by_stage.values())
+    ahead = {name: clock.seconds[name] / cells * 1e6 for name in AHEAD}
+    one_thread = args.threads == 1  # then nothing is ahead
+    by_stage["rest"] = epochs[-1] / cells * 1e6 - sum(by_stage.values()) - one_thread * sum(ahead.values())
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, {args.device}",
         "load": os.getloadavg()[0],
+        "threads": args.threads,
         "versions": f"crlseq {crlseq.__version__}, torch {torch.__version__}",
         "screen": f"{run.info['input']['n_cells']} cells x {run.info['input']['n_genes']} genes, {cells} perturbed to train on",
         "fit": f"preset {args.preset}, {run.info['config']['model']['method']}, {args.dtype}, {run.info['n_latents']} latents",
@@ -169,6 +174,7 @@ def measure(args: argparse.Namespace, screen: Path, run_folder: Path) -> dict[st
         "epoch_seconds": epochs,
         "hundred_epochs_seconds": 100 * statistics.median(timed),
         "microseconds_per_cell_by_stage": by_stage,
+        "microseconds_per_cell_ahead": ahead,
         "seconds_by_part": {
             name: end - start for (name, start), (_, end) in itertools.pairwise(stages) if name != "fitting"
         },
@@ -186,6 +192,9 @@ def print_table(found: dict[str, Any]) -> None:
     print(f"{'100 epochs':<28}{found['hundred_epochs_seconds']:.0f} s")
     print("by stage, last epoch, microseconds per cell")
     for name, value in found["microseconds_per_cell_by_stage"].items():
+        print(f"  {name:<26}{value:.1f}")
+    print("for the next step, " + ("in the same thread" if found["threads"] == 1 else "in another thread"))
+    for name, value in found["microseconds_per_cell_ahead"].items():
         print(f"  {name:<26}{value:.1f}")
     print("other parts of the fit, seconds")
     for name, value in found["seconds_by_part"].items():

@@ -12,12 +12,19 @@ N_PROGRAMS = 15
 
 
 def make_screen(
-    n_perturbed: int, n_control: int, n_genes: int, n_perturbations: int, density: float, seed: int = 0
+    n_perturbed: int,
+    n_control: int,
+    n_genes: int,
+    n_perturbations: int,
+    density: float,
+    seed: int = 0,
+    part: int | None = None,
 ) -> ad.AnnData:
     """UMI counts (cells, genes) as float32 CSR with a share `density` of non-zeros; every perturbation shifts a program.
 
-    Rates are log-linear in the programs, genes' abundances log-normal, and sizes of cells vary by a fifth.
-    """
+    Rates are log-linear in the programs, genes' abundances log-normal, and sizes of cells vary by a fifth. Parts of one
+    seed hold other cells of the same programs and perturbations.
+    """  # fmt: skip
     rng = np.random.default_rng(seed)
     loadings = np.where(rng.random((N_PROGRAMS, n_genes)) < 0.1, rng.normal(0, 0.5, (N_PROGRAMS, n_genes)), 0.0)
     graph = np.triu(np.where(rng.random((N_PROGRAMS, N_PROGRAMS)) < 0.15, 0.7, 0.0), 1)
@@ -29,6 +36,8 @@ def make_screen(
     perturbation = perturbation[rng.permutation(len(perturbation))]
     abundance = rng.normal(0, 1.0, n_genes)
     level = _level_of(density, abundance)
+    if part is not None:
+        rng = np.random.default_rng([seed, part])
     parts = []
     for start in range(0, len(perturbation), CHUNK):
         own = perturbation[start : start + CHUNK]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
@@ -35,7 +34,7 @@ def energy_test(
     -------
     distance (U-statistic, can be negative) and p = (1 + #{permuted >= observed}) / (1 + #permuted).
     """
-    distances = cdist(scores, scores)
+    distances = _distances(scores)
     row_sums = distances.sum(1)
     n, m = int(is_perturbed.sum()), int((~is_perturbed).sum())
     members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
@@ -60,6 +59,18 @@ def energy_test(
         if at_least >= ENOUGH:
             break
     return observed, (1 + at_least) / (1 + drawn)
+
+
+def _distances(scores: np.ndarray) -> np.ndarray:
+    """Euclidean distances (n, n) in float64 by inner products, centred, which is several times as fast as by pairs."""
+    x = scores.astype(np.float64) - scores.mean(0, dtype=np.float64)
+    squares = (x**2).sum(1)
+    distances = -2 * (x @ x.T)
+    distances += squares[:, None]
+    distances += squares
+    np.fill_diagonal(distances, 0)
+    np.maximum(distances, 0, out=distances)
+    return np.asarray(np.sqrt(distances, out=distances))
 
 
 def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 import torch
@@ -49,21 +51,21 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
     controls = data.cells(0, splits.TRAIN, splits.VALIDATION, splits.TEST)
     held_out = data.cells_by_condition(code)
     table = data.perturbation_table()
+    known: dict[tuple[int, ...], _Controls] = {}
     rows = []
     for c in range(1, len(data.conditions)):
         cells = held_out[c]
         if len(cells) < 2:
             continue
-        rng = np.random.default_rng([seed, 6, c])
-        alike = controls[np.isin(data.batch[controls], data.batch[cells])]
-        source = alike if len(alike) >= 2 else controls
-        source = np.sort(rng.choice(source, min(SOURCE_CELLS, len(source)), replace=False))
-        control, measured = data.dense(source), data.dense(cells)
+        batches = tuple(np.unique(data.batch[cells]).tolist())
+        if batches not in known:
+            known[batches] = _controls(data, controls, batches, seed)
+        control, some, within_control = known[batches]
+        few = np.random.default_rng([seed, 6, c]).permutation(len(cells))[:COMPARED_CELLS]
+        measured = data.dense(cells)
         virtual = virtual_cells(model, control, table[c], seed)
         mean, virtual_mean, measured_mean = (x.mean(0, dtype=float) for x in (control, virtual, measured))
-        few = rng.permutation(len(measured))[:COMPARED_CELLS]
-        some = rng.permutation(len(control))[:COMPARED_CELLS]
-        mmd2, mmd2_no_change = _discrepancies(virtual[some], control[some], measured[few])
+        mmd2, mmd2_no_change = _discrepancies(virtual[some], control[some], within_control, measured[few])
         rows.append({
             "condition": data.condition_names[c],
             "split": splits.SPLITS[code],
@@ -78,20 +80,38 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
     return pd.DataFrame(rows, columns=columns)
 
 
-def _discrepancies(virtual: np.ndarray, control: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
+class _Controls(NamedTuple):
+    """Control cells (n, G), those of them that are compared, and the squared distances among these."""
+
+    cells: np.ndarray
+    compared: np.ndarray
+    within: torch.Tensor
+
+
+def _controls(data: PerturbSeqData, controls: np.ndarray, batches: tuple[int, ...], seed: int) -> _Controls:
+    """Controls of the given batches; of all where these have none. The same for every condition of the batches."""
+    rng = np.random.default_rng([seed, 6])
+    alike = controls[np.isin(data.batch[controls], batches)]
+    source = alike if len(alike) >= 2 else controls
+    source = np.sort(rng.choice(source, min(SOURCE_CELLS, len(source)), replace=False))
+    cells, compared = data.dense(source), rng.permutation(len(source))[:COMPARED_CELLS]
+    x = torch.from_numpy(cells[compared])
+    return _Controls(cells, compared, squared_distances(x, x).double())
+
+
+def _discrepancies(
+    virtual: np.ndarray, control: np.ndarray, within_control: torch.Tensor, measured: np.ndarray
+) -> tuple[float, float]:
     """Unbiased MMD^2 of virtual and of control cells to measured ones; distances of real cells are taken once.
 
     Distances in the cells' own float32, which keeps six digits of them, kernels in float64.
     """
     v, c, m = map(torch.from_numpy, (virtual, control, measured))
-    real = torch.cat([c, m])
-    distance = squared_distances(real, real).double()
-    n = len(c)
-    upper = torch.triu_indices(len(real), len(real), offset=1)
-    bandwidth = max(float(distance[upper[0], upper[1]].median()), 1e-12)
-    within, between = distance[n:, n:], distance[:n, n:]
+    within, between = squared_distances(m, m).double(), squared_distances(c, m).double()
+    pairs = [x[tuple(torch.triu_indices(len(x), len(x), offset=1))] for x in (within_control, within)]
+    bandwidth = max(float(torch.cat([*pairs, between.flatten()]).median()), 1e-12)
     virtual_within, virtual_between = squared_distances(v, v).double(), squared_distances(v, m).double()
     return (
         float(mmd_of_distances(virtual_within, within, virtual_between, bandwidth, MMD_KERNELS)),
-        float(mmd_of_distances(distance[:n, :n], within, between, bandwidth, MMD_KERNELS)),
+        float(mmd_of_distances(within_control, within, between, bandwidth, MMD_KERNELS)),
     )

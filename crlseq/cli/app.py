@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from crlseq import __version__, interrupts
-from crlseq.cli import benchmark, check, evaluate, export, fit, inspect, predict, report, simulate
+from crlseq.cli import benchmark, check, evaluate, export, fit, inspect, predict, prepare, report, simulate
 from crlseq.cli.output import say
 from crlseq.errors import CrlseqError
 
@@ -42,6 +42,7 @@ def _main(
 
 
 app.command("check")(check.check)
+app.command("prepare")(prepare.prepare)
 app.command("fit")(fit.fit)
 app.add_typer(inspect.app, name="inspect")
 app.command("predict")(predict.predict)

@@ -17,7 +17,9 @@ def _option(text: str, panel: str, *names: str) -> Any:
 
 
 def fit(
-    file: Annotated[Path, typer.Argument(help="The screen: an .h5ad file or a zarr store.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(help="The screen: an .h5ad file, a zarr store, or what prepare wrote.", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to write.", show_default=False)],
     preset: Annotated[str | None, typer.Option(help="default, or paper (the published model exactly).")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with tables data, model, training; flags win.")] = None,
@@ -45,6 +47,12 @@ def fit(
             "Table of gene vectors (CSV, TSV or h5ad): `predict` then extrapolates to genes never perturbed.", DATA
         ),
     ] = None,
+    streamed: Annotated[
+        bool | None,
+        _option(
+            "Read a prepared store as training goes, or load it whole. [by its size]", DATA, "--streamed/--in-memory"
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         _option("straighten (likelihood, then networks), linear (likelihood alone, seconds) or gradient.", MODEL),
@@ -70,24 +78,32 @@ def fit(
 ) -> None:
     """Fit a screen: gene programs, the map from perturbations to programs, and the latent DAG."""
     from crlseq.config import make_config, read_toml
+    from crlseq.training.distributed import joined
 
-    settings = make_config(
-        preset,
-        read_toml(config) if config else None,
-        perturbation_key=perturbation_key, control_label=control_label, separator=separator, batch_key=batch_key,
-        layer=layer, values=values, n_top_genes=_number_or_word(n_top_genes), genes=_gene_list(genes), min_cells=min_cells,
-        hold_out=tuple(hold_out) if hold_out else None, hold_out_cells=hold_out_cells, combinations=combinations,
-        embeddings=None if embeddings is None else str(embeddings),
-        method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, bootstrap=_number_or_word(bootstrap),
-        epochs=epochs, batch_size=batch_size, seed=seed, dtype=dtype, device=device, threads=threads,
-    )  # fmt: skip
-    from crlseq.fitting import fit as fit_screen
+    with joined() as ranks:
+        settings = make_config(
+            preset,
+            read_toml(config) if config else None,
+            perturbation_key=perturbation_key, control_label=control_label, separator=separator, batch_key=batch_key,
+            layer=layer, values=values, n_top_genes=_number_or_word(n_top_genes), genes=_gene_list(genes), min_cells=min_cells,
+            hold_out=tuple(hold_out) if hold_out else None, hold_out_cells=hold_out_cells, combinations=combinations,
+            embeddings=None if embeddings is None else str(embeddings), streamed=streamed,
+            method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, bootstrap=_number_or_word(bootstrap),
+            epochs=epochs, batch_size=batch_size, seed=seed, dtype=dtype, device=device, threads=threads,
+        )  # fmt: skip
+        from crlseq.fitting import fit as fit_screen
+        from crlseq.fitting import take_part
 
-    progress = FitProgress(quiet)
-    try:
-        run = fit_screen(file, output, config=settings, resume=resume, force=force, progress=progress.callbacks())
-    finally:
-        progress.close()
+        if ranks.rank > 0:
+            take_part(file, settings, ranks)
+            return
+        progress = FitProgress(quiet)
+        try:
+            run = fit_screen(
+                file, output, config=settings, resume=resume, force=force, progress=progress.callbacks(), ranks=ranks
+            )
+        finally:
+            progress.close()
     if not quiet:
         detected, total = run.info["metrics"]["n_detected"], len(run.interventions)
         say(f"{run.info['n_latents']} programs; {detected} of {total} perturbations have a detectable effect.")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from crlseq.data.splits import in_random_order
+
 SHARED = 2  # controls that the pieces of a step choose among, as a multiple of the largest piece
 
 
@@ -68,6 +70,7 @@ def epoch_batches(
     batch_size: int,
     conditions_per_step: int,
     rng: np.random.Generator,
+    shuffled: bool = False,
 ) -> list[BatchIndex]:
     """Every perturbed cell once, with a fresh control partner, in random order.
 
@@ -78,13 +81,15 @@ def epoch_batches(
     ----------
     cells_by_condition
         Cell indices of each condition; condition 0, the control, is passed over.
+    shuffled
+        Cells lie in random order: pieces are runs of neighbours, which a store reads at once.
     """
     pieces: list[tuple[int, np.ndarray]] = []
     for c, cells in enumerate(cells_by_condition):
         if c == 0 or len(cells) < 2:
             continue
-        shuffled = rng.permutation(cells)
-        pieces += [(c, piece) for piece in np.array_split(shuffled, -(-len(cells) // batch_size)) if len(piece) >= 2]
+        drawn = in_random_order(cells, rng, shuffled)
+        pieces += [(c, piece) for piece in np.array_split(drawn, -(-len(cells) // batch_size)) if len(piece) >= 2]
     order = rng.permutation(len(pieces))
     return [
         _batch([pieces[i] for i in order[start : start + conditions_per_step]], partners, rng)

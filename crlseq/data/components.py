@@ -25,6 +25,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 
 Floats = NDArray[np.float64]
+Scores = NDArray[np.float32]  # of all cells: what is held of a screen of any size
 CHUNK = 1024
 ROUNDS = 4  # alternations between cells and genes
 MAX_STEPS = 20  # scoring steps of a cell once the genes are known; it takes about 6
@@ -37,12 +38,12 @@ MAX_ETA = 9.0
 ENOUGH_CONTROLS = 20  # in a batch, to centre it on its own
 
 
-def whitened_components(data: PerturbSeqData, n_components: int, seed: int) -> Floats:
+def whitened_components(data: PerturbSeqData, n_components: int, seed: int) -> Scores:
     """(cells, q) components of every cell, centred on the control cells of its batch, overall deviation 1.
 
     Estimated on training cells alone; q is `n_components` or what genes and cells allow. Cells that take no part
     are 0. The perturbed genes themselves are left out: that a knock-out lowers its own transcript is its assay and
-    no program, yet it would give every perturbation a direction of its own.
+    no program, yet it would give every perturbation a direction of its own. Cells are gone through some at a time.
     """
     genes = np.flatnonzero(~np.isin(data.genes, data.perturbation_names))
     if len(genes) < 2:
@@ -53,7 +54,7 @@ def whitened_components(data: PerturbSeqData, n_components: int, seed: int) -> F
     if len(trained) > MAX_LOADING_CELLS:
         rng = np.random.default_rng([seed, 7])
         trained = np.sort(rng.choice(trained, MAX_LOADING_CELLS, replace=False))
-    scores = np.zeros((len(data.split), q))
+    scores = np.zeros((len(data.split), q), dtype=np.float32)
     if data.totals is not None:
         scores[used] = count_components(lambda index: data.counts(index)[:, genes], trained, used, q)
     else:
@@ -61,22 +62,34 @@ def whitened_components(data: PerturbSeqData, n_components: int, seed: int) -> F
         for rows in _chunks(len(used)):
             scores[used[rows]] = (data.dense(used[rows])[:, genes] - center) @ axes
     _centre_on_controls(scores, data, used)
-    train = data.split == splits.TRAIN
-    return scores / max(float((scores[train] - scores[train].mean(0)).std()), 1e-12)
+    scores /= max(_deviation(scores, np.flatnonzero(data.split == splits.TRAIN)), 1e-12)
+    return scores
 
 
-def _centre_on_controls(scores: Floats, data: PerturbSeqData, used: np.ndarray) -> None:
+def _centre_on_controls(scores: Scores, data: PerturbSeqData, used: np.ndarray) -> None:
     controls = data.cells(0, splits.TRAIN)
-    overall = scores[controls].mean(0)
+    overall = scores[controls].mean(0, dtype=np.float64)
     for b in np.unique(data.batch[used]):
         own = controls[data.batch[controls] == b]
         cells = used[data.batch[used] == b]
-        scores[cells] -= scores[own].mean(0) if len(own) >= ENOUGH_CONTROLS else overall
+        center = scores[own].mean(0, dtype=np.float64) if len(own) >= ENOUGH_CONTROLS else overall
+        for rows in _chunks(len(cells)):
+            scores[cells[rows]] -= center
+
+
+def _deviation(scores: Scores, cells: np.ndarray) -> float:
+    """Standard deviation about the cells' mean, over all components together."""
+    squares, sums = 0.0, np.zeros(scores.shape[1])
+    for rows in _chunks(len(cells)):
+        part = scores[cells[rows]].astype(np.float64)
+        squares += float((part**2).sum())
+        sums += part.sum(0)
+    return float(np.sqrt(max(squares - float((sums**2).sum()) / len(cells), 0.0) / (len(cells) * scores.shape[1])))
 
 
 def count_components(
     counts: Callable[[np.ndarray], sp.csr_matrix], fitted: np.ndarray, cells: np.ndarray, n_components: int
-) -> Floats:
+) -> Scores:
     """(len(cells), n_components) whitened components of counts, loadings estimated on the cells `fitted`.
 
     Parameters
@@ -90,25 +103,31 @@ def count_components(
     """
     x, genes, axes = _select(counts(fitted), n_components)
     alpha = dispersion(x)
-    found, intercept, prior = _fit_loadings(torch.from_numpy(x.toarray()).float(), axes, alpha)
-    scores = np.empty((len(cells), len(found)))
-    information = np.zeros(x.shape[1])
+    dense = torch.from_numpy(x.toarray()).float()
+    found, intercept, prior, v = _fit_loadings(dense, axes, alpha)
+    guess = _regress(_residuals(dense, intercept, alpha), v)
+    q = len(found)
+    scores = np.empty((len(cells), q), dtype=np.float32)
+    information, sums, products = np.zeros(x.shape[1]), np.zeros(q), np.zeros((q, q))
     for rows in _chunks(len(cells)):
         part = torch.from_numpy(counts(cells[rows])[:, genes].astype(np.float32).toarray())
-        size = part.sum(1, keepdim=True).clamp_min(1) / intercept.exp().sum()
-        start = part.new_zeros(len(part), len(found))
-        v, s = _score(part, start, size.log(), found, intercept, prior, alpha, MAX_STEPS)
-        scores[rows] = v.double().numpy()
+        # Any start leads to the same end, for the likelihood is concave; this one halves the way.
+        start = _residuals(part, intercept, alpha) @ guess
+        v, s = _score(part, start, _log_size(part, intercept), found, intercept, prior, alpha, MAX_STEPS)
+        scores[rows] = v.numpy()
+        sums += v.double().sum(0).numpy()
+        products += (v.double().T @ v.double()).numpy()
         information += _moments(part, s + intercept + v @ found, alpha)[0].double().sum(0).numpy() / len(cells)
     loadings = found.double().numpy()
     # Whitening: v L with L L' the mean information of a cell about v, its intercept profiled out.
     centred = loadings - (loadings @ information)[:, None] / information.sum()
     precision = (centred * information) @ centred.T
-    q = len(loadings)
     root = np.linalg.cholesky(precision + (1e-9 * np.trace(precision) / q + 1e-12) * np.eye(q))
-    whitened = scores @ root
-    axes = _principal_axes(whitened, q)[1]
-    return np.asarray(whitened @ axes)
+    spread = root.T @ (products - np.outer(sums, sums) / len(cells)) @ root
+    turned = root @ np.linalg.eigh(spread)[1][:, ::-1]
+    for rows in _chunks(len(cells)):
+        scores[rows] = scores[rows].astype(np.float64) @ turned
+    return scores
 
 
 def dispersion(counts: Floats | sp.csr_matrix) -> float:
@@ -161,8 +180,27 @@ def _residual_weight(rate: Floats, alpha: float) -> Floats:
     return np.asarray(np.sqrt(rate / (1 + alpha * rate)))
 
 
-def _fit_loadings(x: Tensor, axes: Floats, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loadings (q, genes), intercepts (genes,) and prior precisions (q,) by alternating scoring."""
+def _log_size(x: Tensor, intercept: Tensor) -> Tensor:
+    """Log of a cell's total over that of a cell without components (n, 1)."""
+    return (x.sum(1, keepdim=True).clamp_min(1) / intercept.exp().sum()).log()
+
+
+def _residuals(x: Tensor, intercept: Tensor, alpha: float) -> Tensor:
+    """Clipped relative residuals (n, genes) from a cell of the same size without components."""
+    rate = intercept.exp()
+    weight = (rate / (1 + alpha * rate)).sqrt()
+    return ((x / (_log_size(x, intercept) + intercept).exp() - 1) * weight).clamp_(-6, 6)
+
+
+def _regress(z: Tensor, v: Tensor) -> Tensor:
+    """Slope (genes, q) of v on z, with a ridge of what noise of unit variance would add."""
+    gram = z.T @ z
+    slope: Tensor = torch.linalg.solve(gram + len(z) * torch.eye(len(gram)), z.T @ v)
+    return slope
+
+
+def _fit_loadings(x: Tensor, axes: Floats, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loadings (q, genes), intercepts (genes,), prior precisions (q,) and components (n, q) by alternating scoring."""
     n, g = x.shape
     size = x.sum(1, keepdim=True) / x.sum(1).median()
     s, b = size.log(), (x / size).mean(0).log()
@@ -188,7 +226,7 @@ def _fit_loadings(x: Tensor, axes: Floats, alpha: float) -> tuple[Tensor, Tensor
         h = _unpacked(packed, q + 1) + RIDGE_GENES * n * torch.eye(q + 1, dtype=torch.float64)
         step = torch.linalg.solve(h, gradient).clamp(-1, 1).float()
         loadings, b = loadings + step[:, :q].T, b + step[:, q]
-    return loadings, b, 1 / (v**2).mean(0).clamp_min(1e-3)
+    return loadings, b, 1 / (v**2).mean(0).clamp_min(1e-3), v
 
 
 def _score(

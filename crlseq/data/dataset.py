@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,21 @@ from crlseq.config import DataConfig
 from crlseq.data import splits
 from crlseq.data.matrix import Screen, open_screen, scan
 from crlseq.data.perturbations import Perturbations, read_perturbations
-from crlseq.data.preprocess import Preprocessing, kind_of_values, load, plan_preprocessing, refuse_silent_cells
+from crlseq.data.preprocess import (
+    Preprocessing,
+    is_sparse,
+    kind_of_values,
+    load,
+    plan_preprocessing,
+    refuse_silent_cells,
+)
+from crlseq.data.store import Manifest, StoredMatrix, read_manifest
+from crlseq.data.streamed import StreamedExpression
 from crlseq.errors import InputError
+
+ROWS = 4096  # cells taken at once where all are gone through
+CONTROL_POOL = 16_384
+IN_MEMORY = 0.25  # share of the machine's memory up to which a store is loaded whole
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,7 @@ class PerturbSeqData:
     Attributes
     ----------
     x
-        (cells, genes) float32 normalised expression, CSR or dense.
+        (cells, genes) float32 normalised expression, CSR or dense; or read when it is asked for, from a store.
     cell_names
         Names of the cells, unique.
     condition
@@ -44,9 +58,11 @@ class PerturbSeqData:
         (cells,) counts of each cell over all genes of the file; None for values that are no counts.
     notes
         Sentences about what was left out and why.
+    shuffled
+        Whether the cells of each condition lie together in random order, as in a prepared store.
     """
 
-    x: sp.csr_matrix | np.ndarray
+    x: sp.csr_matrix | np.ndarray | StreamedExpression
     cell_names: pd.Index
     condition: np.ndarray
     conditions: tuple[tuple[int, ...], ...]
@@ -59,6 +75,7 @@ class PerturbSeqData:
     preprocessing: Preprocessing
     labels: Perturbations
     notes: tuple[str, ...]
+    shuffled: bool = False
 
     @property
     def n_genes(self) -> int:
@@ -79,6 +96,29 @@ class PerturbSeqData:
         chosen = np.flatnonzero(np.isin(self.split, codes) & (self.condition >= 0))
         chosen = chosen[np.argsort(self.condition[chosen], kind="stable")]
         return np.split(chosen, np.searchsorted(self.condition[chosen], np.arange(1, len(self.conditions))))
+
+    def control_pool(self, code: int) -> np.ndarray:
+        """Controls of a split that partners are drawn from: of a shuffled screen at most `CONTROL_POOL`."""
+        controls = self.cells(0, code)
+        return controls[:CONTROL_POOL] if self.shuffled else controls
+
+    def blocks(self, index: np.ndarray) -> Iterator[tuple[slice, sp.csr_matrix | np.ndarray]]:
+        """Rows of `index`, some at a time, with their places in it."""
+        for start in range(0, len(index), ROWS):
+            rows = slice(start, min(start + ROWS, len(index)))
+            yield rows, self.x[index[rows]]
+
+    def moments(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and mean square (genes,) of cells, in float64."""
+        sums = np.zeros((2, self.n_genes))
+        for _, x in self.blocks(index):
+            for total, power in zip(sums, (1, 2), strict=True):
+                if isinstance(x, np.ndarray):
+                    total += (x.astype(np.float64) ** power).sum(0)
+                else:
+                    total += np.bincount(x.indices, x.data.astype(np.float64) ** power, minlength=self.n_genes)
+        mean, square = sums / max(len(index), 1)
+        return mean, square
 
     def dense(self, index: np.ndarray) -> np.ndarray:
         """(len(index), genes) float32 rows."""
@@ -110,13 +150,17 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
     InputError
         For anything in the file that cannot be used; the message says what, the hint what to do.
     """
+    manifest = read_manifest(source) if config.layer is None else None
+    if manifest is not None:
+        config = _as_prepared(config, manifest)
     with open_screen(source, config.layer) as screen:
         labels = read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator)
+        shuffled = manifest is not None and _is_sorted(labels.condition)
         selection = select_conditions(labels, config)
         batch, batch_names = _batches(screen, config.batch_key, labels.condition >= 0)
         split = splits.split_cells(
             labels.condition, selection.fitted, selection.held_out,
-            config.validation_cells, config.hold_out_cells, np.random.default_rng([seed, 0]),
+            config.validation_cells, config.hold_out_cells, np.random.default_rng([seed, 0]), shuffled,
         )  # fmt: skip
         used = split != splits.UNUSED
         scanned = scan(screen)
@@ -128,7 +172,19 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         record = plan_preprocessing(
             screen, scanned, values, trained, config.n_top_genes, config.genes, config.layer, seed
         )
-        x = load(screen, record)
+        n_values = int(scanned.detected[record.columns(screen.genes, screen.source)].sum())
+        if shuffled and _is_streamed(config, n_values):
+            assert isinstance(screen.matrix, StoredMatrix)
+            pools = [
+                np.flatnonzero((labels.condition == 0) & (split == c))[:CONTROL_POOL]
+                for c in (splits.TRAIN, splits.VALIDATION)
+            ]
+            sparse = is_sparse(n_values, (screen.n_cells, len(record.genes)))
+            x: sp.csr_matrix | np.ndarray | StreamedExpression = StreamedExpression(
+                screen.matrix, record, record.places(screen.genes), sparse, np.sort(np.concatenate(pools))
+            )
+        else:
+            x = load(screen, record, n_values)
         cell_names = screen.obs.index.astype(str)
     notes = list(selection.notes)
     if record.n_silent_genes:
@@ -160,7 +216,30 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         preprocessing=record,
         labels=labels,
         notes=tuple(notes),
+        shuffled=shuffled,
     )
+
+
+def _as_prepared(config: DataConfig, manifest: Manifest) -> DataConfig:
+    """Labels are read as when the store was prepared, unless something else is asked for."""
+    asked = (config.perturbation_key, config.control_label, config.separator)
+    if any(value is not None for value in asked):
+        return config
+    names = ("perturbation_key", "control_label", "separator")
+    return config.model_copy(update={name: getattr(manifest, name) for name in names})
+
+
+def _is_sorted(condition: np.ndarray) -> bool:
+    """Whether every condition's cells lie together, those of none behind the others."""
+    known = condition[condition >= 0]
+    return bool((np.diff(known) >= 0).all() and (condition[len(known) :] < 0).all())
+
+
+def _is_streamed(config: DataConfig, n_values: int) -> bool:
+    if config.streamed is not None:
+        return config.streamed
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 8 * n_values > IN_MEMORY * memory
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from crlseq.data.dataset import select_conditions
 from crlseq.data.matrix import Screen, open_screen, scan
 from crlseq.data.perturbations import Perturbations, candidates, read_perturbations
 from crlseq.data.preprocess import kind_of_values, refuse_silent_cells
+from crlseq.data.store import read_manifest, verify
 from crlseq.errors import InputError
 
 BATCH_WORDS = ("batch", "rep", "donor", "lane", "gem_group", "plate", "sample", "library", "channel")
@@ -28,8 +29,10 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
     Raises
     ------
     InputError
-        If the file cannot be opened as a screen at all.
+        If the file cannot be opened as a screen at all, or a prepared store is not what was written.
     """
+    if read_manifest(source) is not None:
+        verify(source)
     with open_screen(source, config.layer) as screen:
         found: dict[str, Any] = {
             "file": screen.source,

@@ -17,6 +17,7 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
+from crlseq.data.store import StoredMatrix, read_manifest
 from crlseq.errors import CrlseqError, InputError
 from crlseq.files import refuse_links_outside
 
@@ -50,15 +51,17 @@ class Screen:
         """Columns of the matrix."""
         return int(self.matrix.shape[1])
 
-    def blocks(self) -> Iterator[tuple[slice, sp.csr_matrix]]:
-        """Consecutive rows as canonical float64 CSR blocks, with the rows they hold."""
+    def blocks(self, first: int = 0) -> Iterator[tuple[slice, sp.csr_matrix]]:
+        """Consecutive rows, from the `first`, as canonical float64 CSR blocks, with the rows they hold."""
         step = max(1, BLOCK_VALUES // max(self.n_genes, 1))
-        for start in range(0, self.n_cells, step):
+        for start in range(first, self.n_cells, step):
             rows = slice(start, min(start + step, self.n_cells))
             yield rows, as_csr(self.matrix[rows])
 
     def rows(self, index: np.ndarray) -> sp.csr_matrix:
         """Cells by ascending index as float64 CSR, read as few contiguous runs."""
+        if isinstance(self.matrix, StoredMatrix):
+            return as_csr(self.matrix[index])
         runs = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1)
         parts = [as_csr(self.matrix[int(run[0]) : int(run[-1]) + 1]) for run in runs if len(run)]
         return sp.csr_matrix(sp.vstack(parts, format="csr"))
@@ -128,6 +131,11 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
             obs, var = ad.io.read_elem(store["obs"]), ad.io.read_elem(store["var"])
         with readable(name, "the list of layers"):
             layers = tuple(sorted(store["layers"])) if "layers" in store else ()
+        if layer is None and read_manifest(path) is not None:
+            with readable(name, "the matrix"):
+                matrix = StoredMatrix(path)
+            yield _checked(obs, var, matrix, layers, name)
+            return
         with readable(name, "the matrix"):
             if layer is None:
                 if "X" not in store:
@@ -277,17 +285,50 @@ def _checked(obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: s
     return Screen(obs, var, genes, matrix, layers, source)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scan:
-    """What one pass over all values found. ``totals`` (cells,) sums; ``detected`` (genes,) cells with a non-zero value."""
+    """What passing over values found. ``totals`` (cells,) sums; ``detected`` (genes,) cells with a non-zero value."""
 
     totals: np.ndarray
     detected: np.ndarray
-    n_nonzero: int
-    n_negative: int
-    n_fractional: int
-    minimum: float
-    maximum: float
+    n_nonzero: int = 0
+    n_negative: int = 0
+    n_fractional: int = 0
+    minimum: float = 0.0
+    maximum: float = 0.0
+
+    @classmethod
+    def of(cls, screen: Screen) -> Scan:
+        """Of nothing yet."""
+        return cls(np.zeros(screen.n_cells), np.zeros(screen.n_genes, dtype=np.int64))
+
+    def add(self, screen: Screen, rows: slice, block: sp.csr_matrix) -> None:
+        """Take in the cells `rows` of a screen.
+
+        Raises
+        ------
+        InputError
+            At the first NaN or infinite value, naming its cell and gene.
+        """
+        values = block.data
+        finite = np.isfinite(values)
+        if not finite.all():
+            at = int(np.flatnonzero(~finite)[0])
+            cell = rows.start + int(np.searchsorted(block.indptr, at, side="right")) - 1
+            gene = screen.genes[block.indices[at]]
+            raise InputError(
+                f"{screen.source}: the value of gene {gene!r} in cell {str(screen.obs.index[cell])!r} is {values[at]}.",
+                "Remove or replace NaN and infinite values first.",
+            )
+        self.totals[rows] = np.asarray(block.sum(1)).ravel()
+        self.detected += np.bincount(block.indices, minlength=screen.n_genes)
+        self.n_nonzero += len(values)
+        self.n_negative += int((values < 0).sum())
+        self.n_fractional += int((values != np.rint(values)).sum())
+        if len(values):
+            # Zeros that are stored nowhere count as well.
+            self.minimum = min(self.minimum, float(values.min()))
+            self.maximum = max(self.maximum, float(values.max()))
 
 
 def scan(screen: Screen) -> Scan:
@@ -298,27 +339,8 @@ def scan(screen: Screen) -> Scan:
     InputError
         At the first NaN or infinite value, naming its cell and gene.
     """
-    totals, detected = np.zeros(screen.n_cells), np.zeros(screen.n_genes, dtype=np.int64)
-    n_nonzero = n_negative = n_fractional = 0
-    minimum = maximum = 0.0
+    found = Scan.of(screen)
     with readable(screen.source, "the matrix"):
         for rows, block in screen.blocks():
-            values = block.data
-            finite = np.isfinite(values)
-            if not finite.all():
-                at = int(np.flatnonzero(~finite)[0])
-                cell = rows.start + int(np.searchsorted(block.indptr, at, side="right")) - 1
-                gene = screen.genes[block.indices[at]]
-                raise InputError(
-                    f"{screen.source}: the value of gene {gene!r} in cell {str(screen.obs.index[cell])!r} is {values[at]}.",
-                    "Remove or replace NaN and infinite values first.",
-                )
-            totals[rows] = np.asarray(block.sum(1)).ravel()
-            detected += np.bincount(block.indices, minlength=screen.n_genes)
-            n_nonzero += len(values)
-            n_negative += int((values < 0).sum())
-            n_fractional += int((values != np.rint(values)).sum())
-            if len(values):
-                # Zeros that are stored nowhere count as well.
-                minimum, maximum = min(minimum, float(values.min())), max(maximum, float(values.max()))
-    return Scan(totals, detected, n_nonzero, n_negative, n_fractional, minimum, maximum)
+            found.add(screen, rows, block)
+    return found

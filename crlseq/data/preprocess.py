@@ -16,6 +16,7 @@ from crlseq.data.matrix import Scan, Screen, readable
 from crlseq.errors import InputError
 
 MAX_LOG = 30.0  # log1p of the largest count a screen could hold is 20 or so
+ROWS = 4096  # cells normalised at once
 N_CELLS_FOR_GENES = 50_000  # highly variable genes are chosen on at most so many cells
 TRANSFORMED_SHARE = 0.05  # share of negative values among the non-zero ones above which they are meant
 
@@ -84,9 +85,32 @@ class Preprocessing:
         """Normalised cells (n, all genes): log1p(count / total * target_sum) for counts, unchanged otherwise."""
         if self.target_sum is None:
             return counts
-        totals = np.asarray(counts.sum(1)).ravel()
-        normalised = sp.diags_array(self.target_sum / np.maximum(totals, 1e-300)).tocsr() @ counts
-        return sp.csr_matrix(normalised).log1p()
+        factor = self.target_sum / np.maximum(np.asarray(counts.sum(1)).ravel(), 1e-300)
+        values = np.repeat(factor, np.diff(counts.indptr))
+        np.log1p(np.multiply(values, counts.data, out=values), out=values)
+        return sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
+
+    def expression(self, counts: sp.csr_matrix, place: np.ndarray) -> sp.csr_matrix:
+        """Normalised float32 cells (n, fitted genes).
+
+        Parameters
+        ----------
+        counts
+            Canonical float64 cells (n, all genes).
+        place
+            (all genes,) int32 column of each fitted gene, -1 of the others; see `places`.
+        """
+        cells, column = self.apply(counts), place[counts.indices]
+        shape = (cells.shape[0], len(self.genes))
+        if len(self.genes) == len(place):
+            return sp.csr_matrix((cells.data.astype(np.float32), column, cells.indptr), shape=shape)
+        kept = column >= 0
+        start = np.concatenate([[0], kept.cumsum(dtype=np.int64)])[cells.indptr]
+        return sp.csr_matrix((cells.data[kept].astype(np.float32), column[kept], start), shape=shape)
+
+    def places(self, genes: pd.Index) -> np.ndarray:
+        """(all genes,) int32 column of each fitted gene, in the file's order; -1 of the others."""
+        return np.asarray(pd.Index(self.genes).get_indexer(genes), dtype=np.int32)
 
 
 def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str, str]:
@@ -229,8 +253,13 @@ def _highly_variable(
     cells = np.flatnonzero(used)
     if len(cells) > N_CELLS_FOR_GENES:
         cells = np.sort(np.random.default_rng(seed).choice(cells, N_CELLS_FOR_GENES, replace=False))
+    parts = []
     with readable(screen.source, "the matrix"):
-        sample = ad.AnnData(record.apply(screen.rows(cells))[:, columns].astype(np.float32))
+        for i in range(0, len(cells), ROWS):
+            part = record.apply(screen.rows(cells[i : i + ROWS]))[:, columns]
+            parts.append(part.astype(np.float32))
+    sample = ad.AnnData(sp.csr_matrix(sp.vstack(parts, format="csr")))
+    del parts
     if record.values == "continuous":  # no mean-variance trend to take out
         variance = np.asarray(sample.X.power(2).mean(0) - np.square(sample.X.mean(0))).ravel()
         return np.sort(np.argsort(-variance, kind="stable")[:n_top])
@@ -238,26 +267,34 @@ def _highly_variable(
     return np.flatnonzero(sample.var["highly_variable"].to_numpy())
 
 
-def load(screen: Screen, record: Preprocessing) -> sp.csr_matrix | np.ndarray:
+def load(screen: Screen, record: Preprocessing, n_values: int) -> sp.csr_matrix | np.ndarray:
     """Normalised float32 expression (cells, fitted genes) of the whole screen, read in blocks.
 
     CSR when most values are zero, else a dense array.
+
+    Parameters
+    ----------
+    n_values
+        Values of the fitted genes that are not 0: each is put in its place at once, and nothing is held twice.
     """
-    columns = screen.genes.get_indexer(pd.Index(record.genes))
-    values: list[np.ndarray] = []
-    indices: list[np.ndarray] = []
-    counts = [np.zeros(1, dtype=np.int64)]
+    place, shape = record.places(screen.genes), (screen.n_cells, len(record.genes))
+    sparse = is_sparse(n_values, shape)
+    dense = np.empty((0, 0) if sparse else shape, dtype=np.float32)
+    data = np.empty(n_values if sparse else 0, dtype=np.float32)
+    indices = np.empty(len(data), dtype=np.int32)
+    start = np.zeros(screen.n_cells + 1, dtype=np.int64)
     with readable(screen.source, "the matrix"):
-        for _, block in screen.blocks():
-            part = record.apply(block)[:, columns]
-            values.append(part.data.astype(np.float32))
-            indices.append(part.indices)
-            counts.append(np.diff(part.indptr))
-    # One after the other, so that the parts of one are gone before the other is put together.
-    data = np.concatenate(values)
-    values.clear()
-    index = np.concatenate(indices)
-    indices.clear()
-    x = sp.csr_matrix((data, index, np.concatenate(counts).cumsum()), shape=(screen.n_cells, len(columns)))
-    x.sort_indices()
-    return x if x.nnz < 0.5 * x.shape[0] * x.shape[1] else x.toarray()
+        for rows, block in screen.blocks():
+            part = record.expression(block, place)
+            if not sparse:
+                dense[rows] = part.toarray()
+                continue
+            start[rows.start + 1 : rows.stop + 1] = start[rows.start] + part.indptr[1:]
+            entries = slice(start[rows.start], start[rows.stop])
+            data[entries], indices[entries] = part.data, part.indices
+    return sp.csr_matrix((data, indices, start), shape=shape) if sparse else dense
+
+
+def is_sparse(n_values: int, shape: tuple[int, int]) -> bool:
+    """Whether a matrix is held by its values that are not 0."""
+    return n_values < 0.5 * shape[0] * shape[1]

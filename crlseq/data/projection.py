@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 
-MAX_CELLS = 20_000  # components are estimated on at most so many cells
+MAX_CELLS = 10_000  # components are estimated on at most so many cells
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,16 @@ class Projection:
 
 
 def principal_components(data: PerturbSeqData, n_components: int, seed: int) -> Projection:
-    """Float64 scores of every cell on principal components of the training cells; q <= `n_components`."""
+    """Float32 scores of every cell on principal components of the training cells; q <= `n_components`."""
     cells = np.flatnonzero(data.split == splits.TRAIN)
     if len(cells) > MAX_CELLS:
         cells = np.sort(np.random.default_rng([seed, 2]).choice(cells, MAX_CELLS, replace=False))
     q = min(n_components, data.n_genes, len(cells) - 1)
-    # ARPACK leaves a sparse matrix sparse, but cannot give all components.
     if q < min(data.n_genes, len(cells)):
-        pca = PCA(q, svd_solver="arpack", random_state=seed).fit(data.x[cells])
-        scores = np.asarray(pca.transform(data.x), dtype=np.float64)
+        pca = PCA(q, svd_solver="arpack", random_state=seed).fit(data.x[cells])  # leaves a sparse matrix sparse
     else:
-        pca = PCA(q, svd_solver="full").fit(data.dense(cells))
-        scores = np.asarray(pca.transform(data.dense(np.arange(data.x.shape[0]))), dtype=np.float64)
+        pca = PCA(q, svd_solver="full").fit(data.dense(cells))  # which ARPACK cannot: all components
+    scores = np.empty((data.x.shape[0], q), dtype=np.float32)
+    for rows, x in data.blocks(np.arange(len(scores))):
+        scores[rows] = pca.transform(x)
     return Projection(scores, pca.mean_.astype(np.float64), pca.components_.T.astype(np.float64))

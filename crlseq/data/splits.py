@@ -18,6 +18,7 @@ def split_cells(
     validation: float,
     test: float,
     rng: np.random.Generator,
+    shuffled: bool = False,
 ) -> np.ndarray:
     """One code of `SPLITS` for every cell.
 
@@ -33,6 +34,8 @@ def split_cells(
         two to train on, is not taken.
     rng
         Draws the cells; conditions are visited in order, so one seed gives one split.
+    shuffled
+        Cells of a condition lie in random order: a stretch of them is as good as a draw, and is read at once.
     """
     split = np.zeros(len(condition), dtype=np.int8)
     order = np.argsort(condition, kind="stable")
@@ -43,10 +46,15 @@ def split_cells(
             split[cells] = TEST
         elif fitted[c]:
             split[cells] = TRAIN
-            shuffled, taken = rng.permutation(cells), 0
+            drawn, taken = in_random_order(cells, rng, shuffled), 0
             for share, code in ((test, TEST), (validation, VALIDATION)):
                 n = round(share * len(cells))
                 if n >= MIN_HELD_OUT and len(cells) - taken - n >= MIN_TRAIN:
-                    split[shuffled[taken : taken + n]] = code
+                    split[drawn[taken : taken + n]] = code
                     taken += n
     return split
+
+
+def in_random_order(cells: np.ndarray, rng: np.random.Generator, shuffled: bool) -> np.ndarray:
+    """Cells permuted; or, where they lie in random order already, begun at a random one, so that runs stay runs."""
+    return np.roll(cells, -int(rng.integers(len(cells)))) if shuffled and len(cells) else rng.permutation(cells)

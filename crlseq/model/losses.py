@@ -105,21 +105,32 @@ def mmd_of_distances(
     b_mask: Tensor | None = None,
 ) -> Tensor:
     """`mmd_squared` from squared distances (..., n, n), (..., m, m) and (..., n, m)."""
-    a_mask = torch.ones_like(between[..., 0]) if a_mask is None else a_mask.to(between.dtype)
-    b_mask = torch.ones_like(between[..., 0, :]) if b_mask is None else b_mask.to(between.dtype)
-
-    def mean(distance: Tensor, rows: Tensor, columns: Tensor, without_diagonal: bool) -> Tensor:
-        weight = rows[..., :, None] * columns[..., None, :]
-        if without_diagonal:
-            weight = weight * (1 - torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device))
-        kernel = multi_kernel(distance, bandwidth, n_kernels)
-        return (kernel * weight).sum((-1, -2)) / weight.sum((-1, -2))
-
     return (
-        mean(within_a, a_mask, a_mask, unbiased)
-        + mean(within_b, b_mask, b_mask, unbiased)
-        - 2 * mean(between, a_mask, b_mask, False)
+        mean_kernel(within_a, bandwidth, n_kernels, a_mask, a_mask, unbiased)
+        + mean_kernel(within_b, bandwidth, n_kernels, b_mask, b_mask, unbiased)
+        - 2 * mean_kernel(between, bandwidth, n_kernels, a_mask, b_mask)
     )
+
+
+def mean_kernel(
+    distance: Tensor,
+    bandwidth: float | Tensor,
+    n_kernels: int,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    without_diagonal: bool = False,
+) -> Tensor:
+    """Mean of `multi_kernel` over the pairs (..., n, m) of cells that masks (..., n) and (..., m) keep: to (...)."""
+    kernel = multi_kernel(distance, bandwidth, n_kernels)
+    if rows is None or columns is None:
+        n, m = distance.shape[-2:]
+        if not without_diagonal:
+            return kernel.mean((-1, -2))
+        return (kernel.sum((-1, -2)) - kernel.diagonal(dim1=-2, dim2=-1).sum(-1)) / (n * (m - 1))
+    weight = rows.to(kernel.dtype)[..., :, None] * columns.to(kernel.dtype)[..., None, :]
+    if without_diagonal:
+        weight = weight * (1 - torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device))
+    return (kernel * weight).sum((-1, -2)) / weight.sum((-1, -2))
 
 
 def kl_divergence(mean: Tensor, variance: Tensor) -> Tensor:

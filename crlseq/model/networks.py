@@ -18,6 +18,8 @@ class Encoder(nn.Module):
     def __init__(self, n_genes: int, n_hidden: int, n_latents: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(n_genes, n_hidden)
+        # Gene by gene in memory: products with sparse rows read, and their gradients write, whole rows of (G, H).
+        self.hidden.weight = nn.Parameter(self.hidden.weight.detach().T.contiguous().T)
         self.mean = nn.Linear(n_hidden, n_latents)
         self.variance = nn.Linear(n_hidden, n_latents)
 

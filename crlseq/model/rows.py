@@ -27,14 +27,17 @@ class Rows(Protocol):
     def transposed_times(self, values: Tensor) -> Tensor:
         """X^T V: (N, n) to (G, n)."""
 
+    def norms(self) -> Tensor:
+        """(N,) float64 squared norms."""
+
     def inner(self, a: slice, b: slice) -> Tensor:
         """(a, b) inner products of cells."""
 
     def inner_within(self, first: int, counts: tuple[int, ...], width: int) -> Tensor:
         """(C, B, B) inner products within sets of at most B = `width` neighbouring cells, from row `first` on."""
 
-    def moments(self, counts: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of ``x - center`` and of its square, (G,) each, over cells of which each counts so many times."""
+    def moments(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of values and of their squares, (G,) float64 each, over cells of which each counts so many times."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class DenseRows:
         """X^T V: (N, n) to (G, n)."""
         return self.x.T @ values
 
+    def norms(self) -> Tensor:
+        """(N,) float64 squared norms."""
+        return self.x.double().square().sum(1)
+
     def inner(self, a: slice, b: slice) -> Tensor:
         """(a, b) inner products of cells."""
         return self.x[a] @ self.x[b].T
@@ -62,20 +69,22 @@ class DenseRows:
         x = F.pad(x, (0, 0, 0, width - x.shape[1]))
         return x @ x.mT
 
-    def moments(self, counts: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of ``x - center`` and of its square."""
-        x = self.x - center
-        return counts @ x, counts @ x**2
+    def moments(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of values and of their squares by gene."""
+        x = self.x.double()
+        return counts.double() @ x, counts.double() @ x**2
 
 
 @dataclass(frozen=True)
 class SparseRows:
     """Rows by their non-zeros (CSR), and the same by gene (CSC), which the gradient of a product reads.
 
-    ``start`` (N + 1,), ``gene`` and ``value`` (nnz,); ``gene_start`` (G + 1,), ``cell`` and ``gene_value`` (nnz,).
+    ``start`` (N + 1,), ``row``, ``gene`` and ``value`` (nnz,); ``gene_start`` (G + 1,), ``cell`` and ``gene_value``
+    (nnz,). Entries are picked by `index_select`, which on the CPU is five times as fast as an index in brackets.
     """
 
     start: Tensor
+    row: Tensor
     gene: Tensor
     value: Tensor
     gene_start: Tensor
@@ -90,7 +99,8 @@ class SparseRows:
         by_gene, order = torch.sort(gene, stable=True)
         edges = torch.arange(n_genes + 1, device=gene.device, dtype=gene.dtype)
         gene_start = torch.searchsorted(by_gene, edges, out_int32=gene.dtype == torch.int32)
-        return cls(start, gene, value, gene_start, row[order].to(gene.dtype), value[order])
+        row = row.to(gene.dtype)
+        return cls(start, row, gene, value, gene_start, row[order], value[order])
 
     def times(self, table: Tensor) -> Tensor:
         """X T: (G, n) to (N, n)."""
@@ -100,34 +110,36 @@ class SparseRows:
         """X^T V: (N, n) to (G, n), from the order by gene."""
         return _bags(values, self.cell, self.gene_start, self.gene_value)
 
+    def norms(self) -> Tensor:
+        """(N,) float64 squared norms."""
+        return torch.segment_reduce(self.value.double().square(), "sum", offsets=self.start.long())
+
     def inner(self, a: slice, b: slice) -> Tensor:
         """(a, b) inner products: the rows of b laid out by gene, (G, b), are the table that those of a read."""
-        n = b.stop - b.start
-        entries = slice(int(self.start[b.start]), int(self.start[b.stop]))
+        n, entries = b.stop - b.start, self._entries(b)
         table = self._table(n)
-        table.view(-1).scatter_(0, self.gene[entries] * n + (self._cell_of(b) - b.start), self.value[entries])
+        place = self.gene[entries] * n + (self.row[entries] - b.start)
+        table.view(-1).scatter_(0, place.long(), self.value[entries])
         return self._read(table, a)
 
     def inner_within(self, first: int, counts: tuple[int, ...], width: int) -> Tensor:
         """(C, B, B) inner products within sets; rows and columns beyond a set's size are 0."""
-        last = first + sum(counts)
         found = self.value.new_zeros(len(counts), width, width)
-        place = torch.cat([torch.arange(n, device=found.device) for n in counts])  # of a cell in its set
-        cells = slice(first, last)
-        column, skipped = place[self._cell_of(cells) - first], int(self.start[first])
+        column = torch.cat([torch.arange(n, dtype=self.gene.dtype) for n in counts]).to(found.device)  # in its set
+        entries = self._entries(slice(first, first + sum(counts)))
+        place = (self.gene[entries] * width).add_(column.index_select(0, self.row[entries] - first)).long()
         table = self._table(width)
         for c, (begin, end) in enumerate(itertools.pairwise(_bounds(first, counts))):
-            entries = slice(int(self.start[begin]), int(self.start[end]))
-            place_of = self.gene[entries] * width + column[entries.start - skipped : entries.stop - skipped]
-            table.view(-1).scatter_(0, place_of, self.value[entries])
+            own = self._entries(slice(begin, end))
+            place_of = place[own.start - entries.start : own.stop - entries.start]
+            table.view(-1).scatter_(0, place_of, self.value[own])
             found[c, : counts[c]] = self._read(table, slice(begin, end))
             table.view(-1).scatter_(0, place_of, 0.0)  # what was written, and not the whole table
         return found
 
-    def _cell_of(self, rows: slice) -> Tensor:
-        """Row of each entry of consecutive rows."""
-        counts = (self.start[rows.start + 1 : rows.stop + 1] - self.start[rows.start : rows.stop]).long()
-        return torch.repeat_interleave(torch.arange(rows.start, rows.stop, device=counts.device), counts)
+    def _entries(self, rows: slice) -> slice:
+        """Entries of consecutive rows."""
+        return slice(int(self.start[rows.start]), int(self.start[rows.stop]))
 
     def _table(self, n: int) -> Tensor:
         """(G, n) zeros."""
@@ -135,21 +147,18 @@ class SparseRows:
 
     def _read(self, table: Tensor, rows: slice) -> Tensor:
         """(rows, n) products of consecutive rows with a table."""
-        entries = slice(int(self.start[rows.start]), int(self.start[rows.stop]))
+        entries = self._entries(rows)
         start = self.start[rows.start : rows.stop + 1] - entries.start
         return _bags(table, self.gene[entries], start, self.value[entries])
 
-    def moments(self, counts: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-        """From deviations of the non-zeros, and of the cells that hold none: how many those are is exact."""
-        deviation = self.gene_value - torch.repeat_interleave(
-            center, (self.gene_start[1:] - self.gene_start[:-1]).long()
+    def moments(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of values and of their squares by gene."""
+        value, offsets = self.gene_value.double(), self.gene_start.long()
+        weighted = counts.double().index_select(0, self.cell).mul_(value)
+        return (
+            torch.segment_reduce(weighted, "sum", offsets=offsets),
+            torch.segment_reduce(weighted * value, "sum", offsets=offsets),
         )
-
-        def total(values: Tensor) -> Tensor:
-            return _bag(counts[:, None], self.cell, self.gene_start, values)[:, 0]
-
-        silent = counts.sum() - total(torch.ones_like(deviation))
-        return total(deviation) - silent * center, total(deviation**2) + silent * center**2
 
 
 def _bounds(first: int, counts: tuple[int, ...]) -> list[int]:

@@ -140,13 +140,14 @@ def discover(
     environment = _environments(data, chosen)
     train = torch.from_numpy(data.split == splits.TRAIN) & (environment >= 0)
     stage("finding components and the number of programs")
-    y = torch.from_numpy(whitened_components(data, COMPONENTS, seed))
+    y = torch.from_numpy(whitened_components(data, COMPONENTS, seed)).double()
     p, choice, reason = _number(y[train], environment[train], config, len(chosen), seed)
     note(f"{p} programs: {reason}")
     if p + 10 > COMPONENTS:
-        y = torch.from_numpy(whitened_components(data, p + 10, seed))
-    with on_threads(1 if p < MANY_LATENTS else torch.get_num_threads()):
-        return _discover(data, effect, chosen, (y, environment, train), choice, p, config, seed, stage)
+        y = torch.from_numpy(whitened_components(data, p + 10, seed)).double()
+    threads = torch.get_num_threads()
+    with on_threads(1 if p < MANY_LATENTS else threads):
+        return _discover(data, effect, chosen, (y, environment, train), choice, p, config, seed, threads, stage)
 
 
 def _discover(
@@ -158,6 +159,7 @@ def _discover(
     p: int,
     config: ModelConfig,
     seed: int,
+    threads: int,
     stage: Callable[[str], None],
 ) -> Discovery:
     """`discover` once components, environments, training cells and the number of latents are known."""
@@ -194,7 +196,7 @@ def _discover(
         n_bootstrap = REPLICATES if p < MANY_LATENTS else 0
     if n_bootstrap:
         stage(f"bootstrapping {n_bootstrap} times")
-        stability = bootstrap(*cells.of_fit(), comparison.edges, n_bootstrap, seed)
+        stability = bootstrap(*cells.of_fit(), comparison.edges, n_bootstrap, seed, threads)
         comparison = _supported(comparison, stability)
     return _finish(data, chosen, effect, comparison, cells, straightened, stability, choice)
 

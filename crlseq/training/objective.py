@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,14 @@ import torch
 from torch import Tensor
 
 from crlseq.config import ModelConfig
-from crlseq.data import splits
 from crlseq.data.batches import BatchIndex
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.streamed import StreamedExpression
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.factored import StepCells, factored_terms
+from crlseq.model.factored import Kernel, StepCells, factored_terms, step_cells
 from crlseq.model.losses import anchor_term, interventional_terms, loss_terms
 from crlseq.model.rows import DenseRows, Rows, SparseRows
 from crlseq.training.warm_start import Anchor
-
-NORM_ROWS = 8192  # cells whose squared norms are taken at once
 
 
 class CellSource:
@@ -32,7 +31,7 @@ class CellSource:
         self.data, self.device, self.dtype = data, device, dtype
         self.resident: tuple[Tensor, ...] | None = None
         x = data.x
-        if device.type == "cuda":
+        if device.type == "cuda" and not isinstance(x, StreamedExpression):
             size = x.size * torch.finfo(dtype).bits // 8 if isinstance(x, np.ndarray) else 12 * x.nnz
             if size < 0.5 * torch.cuda.mem_get_info(device)[0]:
                 self.resident = self._sent(x)
@@ -47,8 +46,9 @@ class CellSource:
         if self.resident is None:
             chosen = self.data.x[index]
             if self.device.type == "cpu" and not isinstance(chosen, np.ndarray):
-                by_gene = chosen.tocsc()
-                return SparseRows(*self._sent(chosen), *self._sent(by_gene))
+                start, gene, value = self._sent(chosen)
+                row = np.repeat(np.arange(len(index), dtype=chosen.indices.dtype), np.diff(chosen.indptr))
+                return SparseRows(start, torch.from_numpy(row), gene, value, *self._sent(chosen.tocsc()))
             return self._rows(*self._sent(chosen))
         at = torch.from_numpy(index).to(self.device)
         if len(self.resident) == 1:
@@ -72,6 +72,30 @@ class CellSource:
         return SparseRows.from_csr(start, gene, value, self.data.n_genes)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which conditions of a batch a step computes, and their shares of its conditions and of its cells."""
+
+    own: Tensor
+    of_conditions: float
+    of_cells: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """A batch as tensors: conditions (C, M), mask (C, B) or None, cells, and what their latents are held to (2, C, B, p).
+
+    ``whole`` is (C, B) of the batch, and ``part`` what of it is computed; None for all. Cells are `StepCells`, or the dense rows (C, B, G) of controls and of perturbed cells.
+    """
+
+    conditions: Tensor
+    mask: Tensor | None
+    cells: StepCells | tuple[Tensor, Tensor]
+    anchors: Tensor | None
+    whole: tuple[int, int]
+    part: Part | None
+
+
 class Objective:
     """Loss terms of batches (`crlseq.model.losses`); with Gaussian noise the bound counts perturbed cells as well.
 
@@ -88,54 +112,78 @@ class Objective:
         self, model: DiscrepancyVAE, data: PerturbSeqData, config: ModelConfig, bandwidth: float, anchor: Anchor | None
     ) -> None:
         weight = model.encoder.hidden.weight
-        self.model, self.config, self.bandwidth = model, config, bandwidth
+        self.model = model
+        self.kernel = Kernel(bandwidth, config.mmd_kernels, config.mmd_estimator == "unbiased")
         self.device, self.dtype = weight.device, weight.dtype
         self.source = CellSource(data, self.device, self.dtype)
         self.table = torch.from_numpy(data.perturbation_table()).to(self.device)
         self.factored = model.log_noise is not None and model.decoder.output_activation == "identity"
-        if self.factored:
-            norms, center = map(torch.from_numpy, _norms_and_center(data))
-            self.norms, self.center = norms.to(self.device), center.to(self.device, self.dtype)
         self.anchored = anchor is not None
         if anchor is not None:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
             self.anchor_variance = torch.from_numpy(anchor.variance).to(self.device, self.dtype)
 
-    def __call__(self, batch: BatchIndex, generator: torch.Generator) -> dict[str, Tensor]:
-        """Unweighted terms, each a scalar."""
+    def prepare(self, batch: BatchIndex, own: np.ndarray | None = None) -> Step:
+        """What a batch asks of the screen and not of the model: it can be done ahead, in another thread.
+
+        Parameters
+        ----------
+        own
+            Conditions of the batch to compute; None for all. The terms are then this part's share of the batch's:
+            those of parts that make up the batch add up to its terms.
+        """
+        part = None
+        whole: tuple[int, int] = batch.mask.shape
+        if own is not None:
+            of_conditions, of_cells = len(own) / len(batch.mask), float(batch.mask[own].sum() / batch.mask.sum())
+            # A part without conditions computes one for a share of 0: its gradients are there, as those of the others.
+            own = own if len(own) else np.array([0])
+            batch = BatchIndex(*(field[own] for field in (batch.condition, batch.perturbed, batch.control, batch.mask)))
+            part = Part(torch.from_numpy(own).to(self.device), of_conditions, of_cells)
         mask = None if batch.mask.all() else torch.from_numpy(batch.mask).to(self.device)
         conditions = self.table[torch.from_numpy(batch.condition).to(self.device)]
-        shape = (*batch.mask.shape, self.model.scm.graph.shape[0])
-        means: tuple[Tensor, Tensor] | None
+        cells: StepCells | tuple[Tensor, Tensor]
         if self.factored:
-            eps = self._draws(shape, generator), self._draws(shape, generator)
-            estimator = self.bandwidth, self.config.mmd_kernels, self.config.mmd_estimator == "unbiased"
-            terms, means = factored_terms(self.model, self._cells(batch), conditions, eps, *estimator, mask)
+            cells = self._cells(batch)
         else:
-            terms, means = self._dense(batch, conditions, mask, shape, generator)
-        if self.anchored and means is not None:
-            pairs = zip(means, (batch.control, batch.perturbed), strict=True)
-            n_genes = self.source.data.n_genes
-            sides = [anchor_term(m, self._anchors(cells), self.anchor_variance, n_genes, mask) for m, cells in pairs]
+            cells = self.source.dense(batch.control), self.source.dense(batch.perturbed)
+        anchors = None
+        if self.anchored:
+            anchors = self.anchors[torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)]
+        return Step(conditions, mask, cells, anchors, whole, part)
+
+    def __call__(self, step: Step, generator: torch.Generator) -> dict[str, Tensor]:
+        """Unweighted terms, each a scalar; of a part, its share. Noise is drawn for the whole batch, whoever computes it."""
+        n_draws = 1 if self.model.log_noise is None else 2
+        eps = [self._draws((*step.whole, self.model.scm.graph.shape[0]), generator) for _ in range(n_draws)]
+        if step.part is None:
+            return self._terms(step, eps)
+        terms = self._terms(step, [draws[step.part.own] for draws in eps])
+        shares = {"mmd": step.part.of_conditions, "graph": step.part.of_conditions}
+        return {name: shares.get(name, step.part.of_cells) * term for name, term in terms.items()}
+
+    def _terms(self, step: Step, eps: list[Tensor]) -> dict[str, Tensor]:
+        means: tuple[Tensor, Tensor] | None
+        if isinstance(step.cells, StepCells):
+            terms, means = factored_terms(self.model, step.cells, step.conditions, (eps[0], eps[1]), self.kernel)
+        else:
+            terms, means = self._dense(step.conditions, *step.cells, step.mask, eps)
+        if step.anchors is not None and means is not None:
+            pairs, n_genes = zip(means, step.anchors, strict=True), self.source.data.n_genes
+            sides = [anchor_term(m, a, self.anchor_variance, n_genes, step.mask) for m, a in pairs]
             terms["anchor"] = torch.stack(sides).mean()
         return terms
 
     def _dense(
-        self,
-        batch: BatchIndex,
-        conditions: Tensor,
-        mask: Tensor | None,
-        shape: tuple[int, ...],
-        generator: torch.Generator,
+        self, conditions: Tensor, control: Tensor, perturbed: Tensor, mask: Tensor | None, eps: list[Tensor]
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """Terms, and with Gaussian noise the posterior means of both sides."""
-        control, perturbed = self.source.dense(batch.control), self.source.dense(batch.perturbed)
-        output = self.model(control, conditions, self._draws(shape, generator))
-        estimator = self.bandwidth, self.config.mmd_kernels, self.config.mmd_estimator == "unbiased"
+        output = self.model(control, conditions, eps[0])
+        estimator = self.kernel.bandwidth, self.kernel.n_kernels, self.kernel.unbiased
         terms = loss_terms(self.model, output, control, perturbed, *estimator, mask)
         if self.model.log_noise is None:
             return terms, None
-        inference = self.model.infer(perturbed, conditions, self._draws(shape, generator))
+        inference = self.model.infer(perturbed, conditions, eps[1])
         for name, value in interventional_terms(self.model, inference, perturbed, mask).items():
             terms[name] = (terms[name] + value) / 2
         return terms, (output.mean, inference.mean)
@@ -147,30 +195,14 @@ class Objective:
         control[batch.mask] = place
         perturbed[batch.mask] = len(controls) + np.arange(batch.mask.sum())
         index = np.concatenate([controls, batch.perturbed[batch.mask]])
-        at = torch.from_numpy(index).to(self.device)
-        return StepCells(
+        return step_cells(
             rows=self.source.rows(index),
             n_controls=len(controls),
             control=torch.from_numpy(control).to(self.device),
             perturbed=torch.from_numpy(perturbed).to(self.device),
             counts=tuple(batch.mask.sum(1).tolist()),
-            norms=self.norms[at],
-            center=self.center,
+            kernel=self.kernel,
         )
-
-    def _anchors(self, cells: np.ndarray) -> Tensor:
-        return self.anchors[torch.from_numpy(cells).to(self.device)]
 
     def _draws(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
-
-
-def _norms_and_center(data: PerturbSeqData) -> tuple[np.ndarray, np.ndarray]:
-    """Squared norms (cells,) and the mean of training controls (genes,), in float64."""
-    x = data.x
-    norms = np.empty(x.shape[0])
-    for start in range(0, x.shape[0], NORM_ROWS):
-        part = x[start : start + NORM_ROWS].astype(np.float64)
-        squares = part**2 if isinstance(part, np.ndarray) else part.multiply(part)
-        norms[start : start + NORM_ROWS] = np.asarray(squares.sum(1)).ravel()
-    return norms, np.asarray(x[data.cells(0, splits.TRAIN)].mean(0, dtype=np.float64)).ravel()

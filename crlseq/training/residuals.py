@@ -160,8 +160,6 @@ def _mean_effect(
 
 def _moments(data: PerturbSeqData, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and unbiased variance (G,) of cells."""
-    x = data.x[cells]
-    mean = np.asarray(x.mean(0), dtype=float).ravel()
-    square = np.asarray(x.multiply(x).mean(0) if not isinstance(x, np.ndarray) else (x**2).mean(0), dtype=float).ravel()
+    mean, square = data.moments(cells)
     n = len(cells)
     return mean, np.maximum(square - mean**2, 0.0) * n / max(n - 1, 1)

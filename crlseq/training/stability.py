@@ -21,6 +21,7 @@ from crlseq.model.edges import Edges, reachable, select_edges
 from crlseq.model.linear import LinearModel, Solution
 from crlseq.model.moments import DTYPE, Moments
 from crlseq.model.targets import propose_targets
+from crlseq.training.threads import in_parallel
 
 REFIT_STEPS = 20
 FRESH_STEPS = 20
@@ -65,7 +66,7 @@ def bootstrap(
     edges: Edges,
     n: int,
     seed: int = 0,
-    on_replicate: Callable[[int], None] | None = None,
+    threads: int = 1,
 ) -> Stability:
     """Stability of a fit under resampling of cells within environments.
 
@@ -82,8 +83,8 @@ def bootstrap(
         The fit.
     n
         Replicates. The standard error of a support ``s`` is ``sqrt(s (1 - s) / n)``.
-    on_replicate
-        Called with the number of replicates done.
+    threads
+        Replicates computed at the same time; each has random numbers of its own, so that it changes no result.
 
     Raises
     ------
@@ -96,14 +97,18 @@ def bootstrap(
         raise ValueError(f"the number of replicates must be at least 1, not {n}.")
     if len(counts) != fit.model.k + 1 or not torch.equal(counts.to(DTYPE), fit.model.moments.counts):
         raise ValueError("environment must hold the cells of the fit, no others.")
-    generator = torch.Generator().manual_seed(seed)
-    draw = _sampler(values, variances, environment, generator)
+    draw = _sampler(values, variances, environment)
     p, k = fit.model.p, fit.model.k
     edge, ancestor = torch.zeros(p, p, dtype=DTYPE), torch.zeros(p, p, dtype=DTYPE)
     assignment, program = torch.zeros(k, p, dtype=DTYPE), torch.zeros(p, dtype=DTYPE)
     shifts: list[Tensor] = []
-    for i in range(n):
-        again = _refit(edges, draw(), generator)
+    seeds = torch.randint(2**62, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def replicate(own_seed: int) -> Solution | None:
+        generator = torch.Generator().manual_seed(own_seed)
+        return _refit(edges, draw(generator), generator)
+
+    for again in in_parallel(replicate, seeds, threads):
         if again is not None:
             order, sign, cosine = match_programs(fit, again)
             on = (again.adjacency() != 0)[order][:, order]
@@ -114,8 +119,6 @@ def bootstrap(
             program += cosine
             shift = again.model.unpack(again.theta)["shift"][0] * sign[targets]
             shifts.append(torch.where(targets == fit.targets[0], shift, torch.nan))
-        if on_replicate is not None:
-            on_replicate(i + 1)
     done = len(shifts)
     share = 1 / max(1, done)
     return Stability(
@@ -150,9 +153,7 @@ def match_programs(fit: Solution, other: Solution) -> tuple[Tensor, Tensor, Tens
     return order, matched.sign(), matched.abs()
 
 
-def _sampler(
-    values: Tensor, variances: Tensor | None, environment: Tensor, generator: torch.Generator
-) -> Callable[[], Moments]:
+def _sampler(values: Tensor, variances: Tensor | None, environment: Tensor) -> Callable[[torch.Generator], Moments]:
     """Draws moments of resampled cells: counts of how often each cell is drawn weigh it, no cell is copied."""
     cells: list[tuple[Tensor, Tensor, Tensor | None]] = []
     for c in range(int(environment.max()) + 1):
@@ -162,7 +163,7 @@ def _sampler(
         cells.append((x - center, center, None if variances is None else variances[own].to(DTYPE)))
     counts = torch.tensor([len(x) for x, _, _ in cells], dtype=DTYPE)
 
-    def draw() -> Moments:
+    def draw(generator: torch.Generator) -> Moments:
         means, covariances = [], []
         for x, center, variance in cells:
             m = len(x)

@@ -1,11 +1,16 @@
-"""How many threads to compute on."""
+"""How many threads to compute on, and what is made ahead in one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @contextmanager
@@ -17,3 +22,34 @@ def on_threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """``make(item)`` of each item in order, the next one in a thread of its own while this one is used.
+
+    That thread takes one of those torch may use, and leaves the rest to the caller; where there is one, nothing is
+    made ahead. What `make` raises is raised where its result would have come.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield from map(make, items)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(torch.set_num_threads, 1).result()  # each thread has a number of its own
+        with on_threads(threads - 1):
+            following = None
+            for item in items:
+                current, following = following, pool.submit(make, item)
+                if current is not None:
+                    yield current.result()
+            if following is not None:
+                yield following.result()
+
+
+def in_parallel(make: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Iterator[Made]:
+    """``make(item)`` of each item in order, as many at the same time as there are threads, each on one of its own."""
+    if threads == 1:
+        yield from map(make, items)
+        return
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool, on_threads(1):
+        yield from pool.map(make, items)

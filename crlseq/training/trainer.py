@@ -22,16 +22,18 @@ from crlseq.errors import ConvergenceError, InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth, weighted_total
 from crlseq.training.checkpoint import load_checkpoint, save_checkpoint
+from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.objective import Objective
 from crlseq.training.residuals import measure_missed
 from crlseq.training.schedules import final_weights, schedule, settled
-from crlseq.training.warm_start import WarmStart, warm_start
+from crlseq.training.threads import ahead
+from crlseq.training.warm_start import Anchor, WarmStart, warm_start
 
 CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result
 BANDWIDTH_CELLS = 1000
 VALIDATION_BATCH, VALIDATION_CONDITIONS = 64, 16  # cells of a condition, and conditions, scored at once
 
-MIN_IN_STEP, MAX_IN_STEP, ENOUGH_STEPS = 8, 32, 40  # perturbations in a step, and steps an epoch keeps
+MIN_IN_STEP, MAX_IN_STEP, ENOUGH_STEPS = 8, 64, 20  # perturbations in a step, and steps an epoch keeps
 MIN_EPOCHS, MIN_STEPS = 100, 2000  # a small screen makes few steps an epoch and needs as many as a large one
 
 History = list[dict[str, float]]
@@ -115,8 +117,12 @@ def fit_model(
     identity: str = "",
     on_epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None,
     start: WarmStart | None = None,
+    ranks: Ranks = ALONE,
 ) -> Fit:
     """Minimise the weighted loss terms by Adam; early stopping and the kept weights go by validation.
+
+    With several `ranks` each calls this with the same data and configuration; number of latents, start and checkpoint
+    are the first rank's, and what the latents miss is measured there alone.
 
     Parameters
     ----------
@@ -137,16 +143,20 @@ def fit_model(
     InputError
         If the checkpoint is damaged or belongs to another fit.
     """
-    training = config.training
+    training, first_rank = config.training, ranks.rank == 0
     device = resolve_device(training.device)
     dtype = getattr(torch, training.dtype)
     torch.manual_seed(training.seed)
-    architecture = architecture_of(config.model, data.n_genes, n_latents, len(data.perturbation_names), start)
+    architecture = ranks.from_first(
+        architecture_of(config.model, data.n_genes, n_latents, len(data.perturbation_names), start)
+    )
     # Built in float32 on the CPU whatever the device, so that one seed starts everywhere from one model.
     model = DiscrepancyVAE(**architecture).to(dtype)
-    bandwidth = _bandwidth(config.model, data, training.seed)
+    bandwidth = ranks.from_first(_bandwidth(config.model, data, training.seed))
     _start_noise(model, data)
     anchor = None if start is None else warm_start(model, data, start)
+    if ranks.size > 1:
+        anchor = _start_from_first(model, anchor, ranks)
     model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=True)
     objective = Objective(model, data, config.model, bandwidth, anchor)
@@ -154,18 +164,21 @@ def fit_model(
     train_cells = data.cells_by_condition(splits.TRAIN)
     n_epochs = 0 if config.model.method == "linear" else resolve_epochs(training, train_cells)
     in_step = resolve_step(training, train_cells)
-    partners = ControlPartners(train_cells[0], data.batch)
+    partners = ControlPartners(data.control_pool(splits.TRAIN), data.batch)
     validation = _validation_batches(data, training.seed)
     history: History = []
     first, best_epoch, best_loss = 0, -1, math.inf
     best_state = copy.deepcopy(model.state_dict())
-    if checkpoint is not None and checkpoint.exists():
+    saved = None
+    if first_rank and checkpoint is not None and checkpoint.exists():
         saved = load_checkpoint(checkpoint)
         if saved.get("identity") != identity:
             raise InputError(
                 "The unfinished run was started with another input or other options.",
                 "Repeat its options to resume it, or start over with --force.",
             )
+    saved = ranks.from_first(saved)
+    if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         history, first = saved["history"], saved["epoch"] + 1
@@ -185,20 +198,22 @@ def fit_model(
         # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
         rng = np.random.default_rng([training.seed, 1, epoch])
         generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-        batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng)
+        batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
         sums: dict[str, Tensor] = {}
-        for batch in batches:
-            terms = objective(batch, generator)
+        for step in ahead(lambda b: objective.prepare(b, ranks.own(b.mask)), batches):
+            terms = objective(step, generator)
             total = weighted_total(terms, weights.of_terms(objective.anchored))
             optimizer.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
+            ranks.add_up([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
             if training.gradient_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_norm)
             optimizer.step()
             for name, value in {**terms, "total": total}.items():  # added up on the device: no step waits for a number
                 sums[name] = sums.get(name, 0.0) + value.detach().double() / len(batches)
+        ranks.add_up(list(sums.values()))
         record = {"epoch": float(epoch), **{name: value.item() for name, value in sums.items()}}
-        record |= _validate(objective, validation, config.model, training.seed)
+        record |= _validate(objective, validation, config.model, training.seed, ranks)
         record["temperature"] = weights.temperature
         if not all(math.isfinite(value) for value in record.values()):
             raise ConvergenceError(
@@ -212,7 +227,11 @@ def fit_model(
         if settled(epoch, n_epochs, training) and judged < best_loss:
             best_epoch, best_loss, best_state = epoch, judged, copy.deepcopy(model.state_dict())
         last = epoch + 1 == n_epochs or _exhausted(epoch, best_epoch, n_epochs, training)
-        if checkpoint is not None and (last or epoch == first or time.monotonic() - written > CHECKPOINT_SECONDS):
+        if (
+            first_rank
+            and checkpoint is not None
+            and (last or epoch == first or time.monotonic() - written > CHECKPOINT_SECONDS)
+        ):
             save_checkpoint(checkpoint, {
                 "identity": identity, "epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "history": history, "best_epoch": best_epoch, "best_loss": best_loss, "best_state": best_state,
@@ -222,9 +241,20 @@ def fit_model(
         best_epoch, best_state = len(history) - 1, model.state_dict()
     model.load_state_dict(best_state)
     model.eval()
-    if model.log_noise is not None:
+    if first_rank and model.log_noise is not None:
         measure_missed(model, data, training.seed)
     return Fit(model, architecture, history, best_epoch, bandwidth, stopped_early)
+
+
+def _start_from_first(model: DiscrepancyVAE, anchor: Anchor | None, ranks: Ranks) -> Anchor | None:
+    """Give every rank the weights, the choice of what is fixed, and the anchor that the first one starts from."""
+    ranks.spread(model.state_dict().values())
+    learned = ranks.from_first([parameter.requires_grad for parameter in model.parameters()])
+    for parameter, is_learned in zip(model.parameters(), learned, strict=True):
+        parameter.requires_grad_(is_learned)
+    parts = None if anchor is None else (torch.from_numpy(anchor.z), torch.from_numpy(anchor.variance))
+    parts = ranks.from_first(parts)
+    return None if parts is None else Anchor(parts[0].numpy(), parts[1].numpy())
 
 
 def _exhausted(epoch: int, best_epoch: int, n_epochs: int, training: TrainingConfig) -> bool:
@@ -235,23 +265,27 @@ def _exhausted(epoch: int, best_epoch: int, n_epochs: int, training: TrainingCon
 def _validation_batches(data: PerturbSeqData, seed: int) -> list[BatchIndex]:
     """The same pairs of cells in every epoch; none if no condition has validation cells."""
     cells = data.cells_by_condition(splits.VALIDATION)
-    controls = cells[0] if len(cells[0]) else data.cells(0, splits.TRAIN)
-    rng = np.random.default_rng([seed, 3])
-    return epoch_batches(cells, ControlPartners(controls, data.batch), VALIDATION_BATCH, VALIDATION_CONDITIONS, rng)
+    controls = data.control_pool(splits.VALIDATION if len(cells[0]) else splits.TRAIN)
+    partners, rng = ControlPartners(controls, data.batch), np.random.default_rng([seed, 3])
+    return epoch_batches(cells, partners, VALIDATION_BATCH, VALIDATION_CONDITIONS, rng, data.shuffled)
 
 
 @torch.no_grad()
-def _validate(objective: Objective, batches: list[BatchIndex], config: ModelConfig, seed: int) -> dict[str, float]:
+def _validate(
+    objective: Objective, batches: list[BatchIndex], config: ModelConfig, seed: int, ranks: Ranks
+) -> dict[str, float]:
     """Mean terms over validation batches, weighted as at the end of training so that epochs compare."""
     if not batches:
         return {}
     generator = torch.Generator(objective.device).manual_seed(seed)
-    found = [objective(batch, generator) for batch in batches]
+    found = [objective(step, generator) for step in ahead(lambda b: objective.prepare(b, ranks.own(b.mask)), batches)]
     sizes = np.array([len(batch.condition) for batch in batches]) / sum(len(batch.condition) for batch in batches)
-    record = {
-        f"validation_{name}": float(sum(size * terms[name].item() for size, terms in zip(sizes, found, strict=True)))
-        for name in found[0]
-    }
+    means = torch.tensor(
+        [sum(size * terms[name].item() for size, terms in zip(sizes, found, strict=True)) for name in found[0]],
+        dtype=torch.float64,
+    )
+    ranks.add_up([means])
+    record = {f"validation_{name}": value for name, value in zip(found[0], means.tolist(), strict=True)}
     final = final_weights(config, objective.anchored)
     record["validation_total"] = sum(weight * record[f"validation_{name}"] for name, weight in final.items() if weight)
     return record

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crlseq.data import splits
-from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.dataset import ROWS, PerturbSeqData
 from crlseq.data.projection import Projection
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import MAX_LOG_SCALE, NEGATIVE_SLOPE
@@ -56,7 +56,7 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
     train = np.flatnonzero((data.split == splits.TRAIN) & (k >= 0))
     u = discovery.latents[k[train]]
     z = model.scm.abduct(torch.from_numpy(u).to(model.scm.graph.dtype)).double().numpy()
-    slope, offset = _regress(projection.scores[train], z)
+    slope, offset = _regress(projection.scores, z, train)
     axes = projection.axes @ slope  # (G, p): z = (x - center) @ axes + offset
     p, h = z.shape[1], model.encoder.hidden
     _write(h.weight, np.concatenate([axes.T, -axes.T]))
@@ -98,24 +98,27 @@ def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) 
 
 def _decode(u: np.ndarray, data: PerturbSeqData, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loadings (p, G), center (G,) and residual variances (G,) of expression on latents (n, p), by least squares."""
-    x = data.x[cells]
-    mean_x, mean_u = np.asarray(x.mean(0)).ravel().astype(float), u.mean(0)
-    centred = u - mean_u
-    cross = np.asarray((x.T @ centred).T, dtype=float)  # centred latents sum to 0, so x need not be centred
+    mean_x, square = data.moments(cells)
+    mean_u, centred = u.mean(0), u - u.mean(0)
+    cross = np.zeros((u.shape[1], data.n_genes))
+    for rows, x in data.blocks(cells):
+        cross += (x.T @ centred[rows]).T  # centred latents sum to 0, so x need not be centred
     gram = centred.T @ centred
     loadings = np.linalg.solve(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), cross)
-    squares = np.asarray(x.multiply(x).mean(0) if not isinstance(x, np.ndarray) else (x**2).mean(0)).ravel()
     explained = np.einsum("kg,kl,lg->g", loadings, gram / len(u), loadings)
-    return loadings, mean_x - mean_u @ loadings, squares - mean_x**2 - explained
+    return loadings, mean_x - mean_u @ loadings, square - mean_x**2 - explained
 
 
-def _regress(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slope (q, p) and offset (p,) of y (n, p) on x (n, q)."""
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    centred = x - mean_x
-    gram = centred.T @ centred
+def _regress(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slope (q, p) and offset (p,) of y (n, p) on rows of x (cells, q), which are taken some at a time."""
+    mean_x, mean_y = x[rows].mean(0, dtype=np.float64), y.mean(0)
+    gram, cross = np.zeros((x.shape[1], x.shape[1])), np.zeros((x.shape[1], y.shape[1]))
+    for i in range(0, len(rows), ROWS):
+        centred = x[rows[i : i + ROWS]] - mean_x
+        gram += centred.T @ centred
+        cross += centred.T @ (y[i : i + ROWS] - mean_y)
     ridge = (RIDGE * np.trace(gram) / len(gram) + 1e-12) * np.eye(len(gram))
-    slope = np.linalg.solve(gram + ridge, centred.T @ (y - mean_y))
+    slope = np.linalg.solve(gram + ridge, cross)
     return slope, mean_y - mean_x @ slope
 
 

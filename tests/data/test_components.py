@@ -85,7 +85,7 @@ def test_measurement_noise_is_about_one_in_every_direction() -> None:
     assert noise.min() > 0.5 and noise.max() < 1.2  # less than 1, for scores are drawn towards 0
     # principal axes: uncorrelated, the largest first
     covariance = np.cov(scores.T)
-    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 1e-9 * covariance.max()
+    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 1e-7 * covariance.max()
     assert (np.diff(np.diag(covariance)) < 0).all()
 
 
@@ -142,7 +142,7 @@ def test_batches_are_centred_on_their_own_controls(data: PerturbSeqData) -> None
         controls = data.cells(0, splits.TRAIN)
         own = controls[data.batch[controls] == b]
         assert len(own) >= components.ENOUGH_CONTROLS
-        assert np.abs(scores[own].mean(0)).max() < 1e-9
+        assert np.abs(scores[own].mean(0, dtype=float)).max() < 1e-7
 
 
 def test_a_batch_with_few_controls_is_centred_on_all(data: PerturbSeqData) -> None:

@@ -97,7 +97,7 @@ def test_plan_by_hand() -> None:
         assert plan.genes == ("0", "1", "2")
         assert (plan.n_silent_genes, plan.n_genes_in_file) == (1, 4)
         assert plan.gene_choice == "all 3 genes with a value"
-        loaded = load(screen, plan)
+        loaded = load(screen, plan, 8)
         dense = loaded if isinstance(loaded, np.ndarray) else loaded.toarray()
         assert dense.dtype == np.float32
         np.testing.assert_allclose(dense, np.log1p(x[:, :3] * (10 / np.array([4, 10, 40, 8]))[:, None]), rtol=1e-6)

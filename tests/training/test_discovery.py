@@ -237,7 +237,7 @@ def test_straightened_latents_take_the_place_of_the_components(
 
 def attempts(screen: Screen, monkeypatch: pytest.MonkeyPatch, misfits: list[float | None]) -> tuple[Any, list[Any]]:
     """What `_straighten` keeps if its trainings end with these misfits (None: latents no better), and their starts."""
-    y = torch.from_numpy(module.whitened_components(screen.data, module.COMPONENTS, 0))
+    y = torch.from_numpy(module.whitened_components(screen.data, module.COMPONENTS, 0)).double()
     environment = module._environments(screen.data, np.arange(12))
     cells = module._Coordinates(
         y[:, :10], None, environment, torch.from_numpy(screen.data.split == 1) & (environment >= 0)

@@ -89,7 +89,8 @@ def value_and_gradient(
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     made = made.to(dtype)
     made.zero_grad()
-    terms = objective(made, data, config, factored, torch.float64)(cells, torch.Generator().manual_seed(3))
+    found = objective(made, data, config, factored, torch.float64)
+    terms = found(found.prepare(cells), torch.Generator().manual_seed(3))
     weighted_total(terms, WEIGHTS).backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad.double().clone() for name, p in made.named_parameters() if p.grad is not None}
     return {name: value.item() for name, value in terms.items()}, gradients

@@ -142,7 +142,7 @@ def test_a_small_screen_gets_more_epochs():
 def test_a_large_screen_gets_more_perturbations_a_step():
     training = make_config().training
     few, many, most = ([np.arange(100), *[np.arange(64)] * n] for n in (16, 1000, 10_000))
-    assert [resolve_step(training, cells) for cells in (few, many, most)] == [8, 25, 32]
+    assert [resolve_step(training, cells) for cells in (few, many, most)] == [8, 50, 64]
     assert resolve_epochs(training, many) == 100  # of 40 steps each
     assert resolve_step(make_config(perturbations_per_step=3).training, most) == 3
 

@@ -1,0 +1,175 @@
+"""Writes the matrix and tables of a prepared store: buckets of cells, put in order, into shards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import zarr
+from numcodecs import Blosc
+from zarr.codecs import BloscCodec
+
+from crlseq.data.store import digest_of
+
+BUCKET_VALUES = 100_000_000  # dense values of a bucket: at a density of 10 %, 80 MB
+MAX_BUCKETS = 1024  # what a block is spread over; of very many cells each holds more
+CHUNK = 32_768  # values that are compressed as one: some 40 cells
+SHARD = 256 * CHUNK
+TABLE_CHUNK = 1 << 20
+EMPTY = ("layers", "obsm", "obsp", "uns", "varm", "varp")
+PACKING = Blosc("lz4", 1, Blosc.SHUFFLE)  # of buckets: quick, and a quarter of the bytes
+
+
+class Buckets:
+    """Cells on their way to the store, in files by stretches of places; a file is a row of records.
+
+    A record: how many cells, and bytes of genes and of values; the cells' places and numbers of values; genes; values.
+
+    Parameters
+    ----------
+    dtype
+        Of the values.
+    sizes
+        Bytes of each bucket that are good; kept up to date. What a file holds beyond is of an interrupted block.
+    """
+
+    def __init__(self, folder: Path, n_cells: int, n_genes: int, dtype: np.dtype[Any], sizes: dict[str, int]) -> None:
+        self.folder, self.n_cells, self.dtype, self.sizes = folder, n_cells, dtype, sizes
+        self.cells = max(BUCKET_VALUES // n_genes, -(-n_cells // MAX_BUCKETS), 1)
+        folder.mkdir(exist_ok=True)
+
+    def __len__(self) -> int:
+        return -(-self.n_cells // self.cells)
+
+    def add(self, block: sp.csr_matrix, place: np.ndarray) -> None:
+        """Append cells with their places."""
+        order = np.argsort(place)
+        place, block = place[order], block[order]
+        edges = np.searchsorted(place, np.arange(len(self) + 1) * self.cells)
+        for bucket in np.flatnonzero(np.diff(edges)).tolist():
+            rows = slice(int(edges[bucket]), int(edges[bucket + 1]))
+            entries = slice(int(block.indptr[rows.start]), int(block.indptr[rows.stop]))
+            counts = np.diff(block.indptr[rows.start : rows.stop + 1]).astype(np.int64)
+            genes, values = (
+                _packed(block.indices[entries].astype(np.int32)),
+                _packed(block.data[entries].astype(self.dtype)),
+            )
+            header = np.array([len(counts), len(genes), len(values)], dtype=np.int64)
+            known = self.sizes.get(str(bucket), 0)
+            with (self.folder / str(bucket)).open("r+b" if known else "wb") as handle:
+                handle.truncate(known)
+                handle.seek(known)
+                handle.write(b"".join((header.tobytes(), place[rows].tobytes(), counts.tobytes(), genes, values)))
+                self.sizes[str(bucket)] = handle.tell()
+
+    def counts(self) -> np.ndarray:
+        """(cells,) number of values of the cell at each place."""
+        found = np.zeros(self.n_cells, dtype=np.int64)
+        for bucket in range(len(self)):
+            for place, counts, _, _ in self._records(bucket, headers=True):
+                found[place] = counts
+        return found
+
+    def read(self, bucket: int) -> tuple[np.ndarray, np.ndarray]:
+        """Genes and values of a bucket's cells by their places."""
+        place, counts, genes, values = (np.concatenate(parts) for parts in zip(*self._records(bucket), strict=True))
+        start = np.concatenate([[0], counts.cumsum()])
+        cells = sp.csr_matrix((values, genes, start), shape=(len(place), int(genes.max(initial=0)) + 1))
+        del genes, values
+        cells = cells[np.argsort(place)]
+        return cells.indices, cells.data
+
+    def _records(self, bucket: int, headers: bool = False) -> Iterator[tuple[np.ndarray, ...]]:
+        end = self.sizes.get(str(bucket), 0)
+        if not end:
+            return
+        with (self.folder / str(bucket)).open("rb") as handle:
+            while handle.tell() < end:
+                n, n_genes, n_values = np.fromfile(handle, np.int64, 3).tolist()
+                place, counts = np.fromfile(handle, np.int64, n), np.fromfile(handle, np.int64, n)
+                if headers:
+                    handle.seek(n_genes + n_values, 1)
+                    yield place, counts, place[:0], place[:0]
+                    continue
+                genes, values = (PACKING.decode(handle.read(size)) for size in (n_genes, n_values))
+                yield place, counts, np.frombuffer(genes, np.int32), np.frombuffer(values, self.dtype)
+
+
+def _packed(values: np.ndarray) -> bytes:
+    return bytes(PACKING.encode(np.ascontiguousarray(values)))
+
+
+class MatrixWriter:
+    """``X`` of a store as CSR, from buckets."""
+
+    def __init__(self, store: Path, buckets: Buckets, n_genes: int) -> None:
+        self.store, self.buckets = store, buckets
+        self.start = np.concatenate([[0], buckets.counts().cumsum()])
+        n = int(self.start[-1])
+        self.shard = min(SHARD, max(1, -(-n // CHUNK)) * CHUNK)
+        group = zarr.open_group(str(store), mode="a", zarr_format=3).require_group("X")
+        group.attrs.update(
+            {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [buckets.n_cells, n_genes]}
+        )
+        self.arrays = [
+            self._array(group, name, dtype, n)
+            for name, dtype in (("indices", np.dtype(np.int32)), ("data", buckets.dtype))
+        ]
+        start = group.create_array(
+            "indptr", shape=self.start.shape, chunks=(TABLE_CHUNK,), dtype=self.start.dtype, overwrite=True
+        )
+        start[:] = self.start
+
+    def _array(self, group: Any, name: str, dtype: np.dtype[Any], n: int) -> Any:
+        if name in group:
+            return group[name]
+        codec = BloscCodec(cname="zstd", clevel=3, shuffle="shuffle", typesize=dtype.itemsize)
+        return group.create_array(
+            name, shape=(n,), chunks=(CHUNK,), shards=(self.shard,), dtype=dtype, compressors=codec
+        )
+
+    def write(self, done: Mapping[str, str]) -> Iterator[str]:
+        """Write what shards are not `done` (names and digests); yields each name once its file is there."""
+        n, cells = int(self.start[-1]), self.buckets.cells
+        genes, values = np.zeros(0, np.int32), np.zeros(0, self.buckets.dtype)
+        begin = bucket = 0  # the first value that is held, and the bucket to read next
+        for i, first in enumerate(range(0, n, self.shard)):
+            if all(self._is_done(name, done) for name in self._names(i)):
+                continue
+            last = min(first + self.shard, n)
+            if first >= begin + len(genes):  # what lies between was written before
+                bucket = (int(np.searchsorted(self.start, first, side="right")) - 1) // cells
+                begin, genes, values = int(self.start[bucket * cells]), genes[:0], values[:0]
+            while begin + len(genes) < last:
+                more = self.buckets.read(bucket)
+                genes, values = np.concatenate([genes, more[0]]), np.concatenate([values, more[1]])
+                bucket += 1
+            genes, values, begin = genes[first - begin :], values[first - begin :], first
+            for name, array, held in zip(self._names(i), self.arrays, (genes, values), strict=True):
+                array[first:last] = held[: last - first]
+                yield name
+
+    def _names(self, shard: int) -> tuple[str, str]:
+        return f"X/indices/c/{shard}", f"X/data/c/{shard}"
+
+    def _is_done(self, name: str, done: Mapping[str, str]) -> bool:
+        path = self.store / name
+        return name in done and path.is_file() and digest_of(path) == done[name]
+
+
+def write_tables(store: Path, obs: pd.DataFrame, var: pd.DataFrame) -> None:
+    """Tables of cells and genes, and what else makes the folder an AnnData store."""
+    with warnings.catch_warnings(), ad.settings.override(allow_write_nullable_strings=True):
+        # Of anndata and zarr, about sharding to come and consolidated metadata and strings that zarr v3 has yet to settle.
+        warnings.simplefilter("ignore")
+        group = zarr.open_group(str(store), mode="a", zarr_format=3)
+        for name, elem in {"obs": obs, "var": var, **{n: {} for n in EMPTY}}.items():
+            ad.io.write_elem(group, name, elem)
+        group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        zarr.consolidate_metadata(str(store), zarr_format=3)

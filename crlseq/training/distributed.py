@@ -1,0 +1,194 @@
+"""Several processes that train one model, started by ``torchrun``: each computes a part of every step.
+
+Every rank draws the whole step, its cells and its noise, as a single process would from the same seed, and computes the
+pieces that are dealt to it. The cells of one perturbation stay whole on one rank, since the MMD is no sum over cells.
+Each term of the loss is a mean over pieces or over cells: weighted by its rank's share, the gradients of all ranks add
+up to those of one process (`crlseq.training.objective`), whatever the number of ranks.
+
+What only the first rank finds out (latents and graph to start from, a checkpoint) is sent to the others as bytes that
+are read as checkpoints are: tensors and primitives, nothing executable.
+
+A rank that fails says so in the store that ``torchrun`` keeps; the first to fail prints why, and the others end with its
+exit code. A rank that is lost without a word closes its connections, which ends the collective operations of the others
+at once; a machine that is lost ends them after `STEP_TIMEOUT`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from crlseq.errors import CrlseqError
+
+# torch is imported where there are ranks: a wrong option is refused without waiting for it.
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import Store
+
+STEP_TIMEOUT = timedelta(minutes=10)  # for what all ranks do at the same time
+WAIT_TIMEOUT = timedelta(days=2)  # for what the first rank does alone: discovery, analysis
+INTERRUPTED = 130
+
+T = TypeVar("T")
+
+
+class LostRankError(CrlseqError):
+    """Another process of the job is gone; what is needed to go on is on disk."""
+
+    exit_code = INTERRUPTED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message, "An unfinished fit goes on with the same command and --resume, on any number of ranks."
+        )
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train one model, and which of them this is; `ALONE` is a single one, for which nothing is sent.
+
+    ``waiting`` is the group whose operations wait for what the first rank does alone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    waiting: ProcessGroup | None = None
+
+    def own(self, mask: np.ndarray) -> np.ndarray | None:
+        """Pieces of a step, (C, B) cells that are there, which this rank computes; None for all of them."""
+        return None if self.size == 1 else deal(mask.sum(1), self.size)[self.rank]
+
+    def from_first(self, value: T) -> T:
+        """The first rank's value, of tensors and primitives, on every rank; the others wait for it."""
+        if self.size == 1:
+            return value
+        import torch
+
+        buffer = io.BytesIO()
+        if self.rank == 0:
+            torch.save(value, buffer)
+        length = torch.tensor([buffer.getbuffer().nbytes])
+        self.spread([length])
+        content = torch.zeros(int(length), dtype=torch.uint8)
+        if self.rank == 0:
+            content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+        self.spread([content])
+        if self.rank == 0:
+            return value
+        found: T = torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
+        return found
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank the first rank's tensors, in place."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            with _lost_is_told():
+                dist.broadcast(tensor, 0, group=self.waiting)
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one dtype by their sums over ranks: laid end to end, in one operation."""
+        if self.size == 1:
+            return
+        import torch
+        import torch.distributed as dist
+
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with _lost_is_told():
+            dist.all_reduce(flat)
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+ALONE = Ranks()
+
+
+def deal(sizes: np.ndarray, n_ranks: int) -> list[np.ndarray]:
+    """Pieces of so many cells to ranks: the largest left goes to the rank with the fewest cells; in order on each."""
+    import numpy as np
+
+    load = np.zeros(n_ranks, dtype=int)
+    hands: list[list[int]] = [[] for _ in range(n_ranks)]
+    for piece in np.argsort(-sizes, kind="stable"):
+        rank = int(load.argmin())
+        load[rank] += sizes[piece]
+        hands[rank].append(int(piece))
+    return [np.array(sorted(hand), dtype=int) for hand in hands]
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks of the job that ``torchrun`` started; `ALONE` without it. For commands: it may end the process.
+
+    The error of the rank that fails first is raised there; the others end silently with the same exit code.
+
+    Raises
+    ------
+    LostRankError
+        If another rank is gone without a word, or the job was told to stop.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield ALONE
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(iter(rendezvous("env://", timeout=STEP_TIMEOUT)))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" then means
+        backend = "cpu:gloo,cuda:nccl"
+    attempt = f"crlseq-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # torchrun keeps its store over restarts
+    words = PrefixStore(attempt, store)
+    dist.init_process_group(
+        backend, store=PrefixStore("group", words), rank=rank, world_size=size, timeout=STEP_TIMEOUT
+    )
+    try:
+        ranks = Ranks(rank, size, dist.new_group(timeout=WAIT_TIMEOUT))
+        yield ranks
+        ranks.from_first(None)  # what the first rank still writes may fail as well
+    except (Exception, KeyboardInterrupt) as error:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, once the first of the ranks has ended
+        code = _exit_code_of_first(error, words, rank)
+        if code is not None:
+            raise SystemExit(code) from None
+        if isinstance(error, KeyboardInterrupt):
+            raise LostRankError("Another rank was lost, or the job was told to stop.") from None
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _exit_code_of_first(error: BaseException, words: Store, rank: int) -> int | None:
+    """The exit code of the rank that failed first and tells why; None if it is this one."""
+    code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+    try:
+        first = json.loads(words.compare_set("failed", "", json.dumps({"rank": rank, "exit_code": code})))
+    except RuntimeError:  # the store is gone with the process that kept it
+        return None
+    return None if first["rank"] == rank else int(first["exit_code"])
+
+
+@contextmanager
+def _lost_is_told() -> Iterator[None]:
+    """Backends report a lost peer as a RuntimeError of their own wording."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError("Another rank was lost.") from error
