@@ -6,7 +6,8 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,6 +232,15 @@ def _copy_store(source: str | Path, path: Path) -> None:
             matrix.append(screen.matrix[start : start + COPIED_CELLS])
 
 
+@contextmanager
+def _full_disk() -> Iterator[None]:
+    """A disk that is full makes HDF5 raise a RuntimeError, which is an OSError everywhere else."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).partition("\n")[0].rstrip(".")) from error
+
+
 def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[str, Mapping[str, Any]]) -> None:
     """The input with crlseq's keys as an h5ad file.
 
@@ -241,7 +251,7 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
     import h5py
 
     path.unlink(missing_ok=True)
-    with ad.settings.override(allow_write_nullable_strings=True):
+    with ad.settings.override(allow_write_nullable_strings=True), _full_disk():
         if isinstance(source, ad.AnnData) or not (h5py.is_hdf5(source) or read_manifest(source) is not None):
             adata = _copy(source) if isinstance(source, ad.AnnData) else ad.read_zarr(source)
             set_keys(adata, keys)

@@ -28,9 +28,10 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield beside
         sync(beside)
         beside.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # h5py's at a full disk is a RuntimeError
+        detail = getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(".")
         raise InputError(
-            f"{path} cannot be written: {error.strerror or error}.", "Check the path, its permissions and the disk."
+            f"{path} cannot be written: {detail}.", "Check the path, its permissions and the disk."
         ) from error
     finally:
         with suppress(OSError):  # a path that cannot be written cannot be cleaned up either

@@ -58,7 +58,8 @@ def watched(farewell: str) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is _handle:  # and not what the block put there
+                signal.signal(number, handler)
         os.close(writes)  # ends the thread
 
 

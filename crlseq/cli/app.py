@@ -80,7 +80,8 @@ def _run() -> int:
         say(FAREWELL)
         return interrupts.INTERRUPTED
     except Exception as error:
-        if interrupts.received():  # a library made another exception of it
+        known = getattr(error, "exit_code", None) == interrupts.INTERRUPTED
+        if interrupts.received() and not known:  # a library made another exception of it
             say(FAREWELL)
             return interrupts.INTERRUPTED
         if isinstance(error, CrlseqError):

@@ -21,7 +21,7 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.errors import ConvergenceError, InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth, weighted_total
-from crlseq.training.checkpoint import load_checkpoint, save_checkpoint
+from crlseq.training.checkpoint import Keeper, load_checkpoint
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.objective import Objective
 from crlseq.training.residuals import measure_missed
@@ -30,6 +30,8 @@ from crlseq.training.threads import ahead
 from crlseq.training.warm_start import Anchor, WarmStart, warm_start
 
 CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result
+SLOWER, MAX_SLOWER = 0.25, 5  # of the learning rate where a loss is not finite, and how often
+EXPLODED = 1e12
 BANDWIDTH_CELLS = 1000
 VALIDATION_BATCH, VALIDATION_CONDITIONS = 64, 16  # cells of a condition, and conditions, scored at once
 
@@ -118,6 +120,7 @@ def fit_model(
     on_epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None,
     start: WarmStart | None = None,
     ranks: Ranks = ALONE,
+    on_retry: Callable[[str], None] = lambda text: None,
 ) -> Fit:
     """Minimise the weighted loss terms by Adam; early stopping and the kept weights go by validation.
 
@@ -136,10 +139,14 @@ def fit_model(
     start
         Latents, targets and graph to start from; None starts from random weights and learns them by gradient.
 
+    on_retry
+        Told in words when an epoch is done again, since a loss was not finite: from the weights before it, with a
+        quarter of the learning rate from there on, at most `MAX_SLOWER` times in a fit.
+
     Raises
     ------
     ConvergenceError
-        If a loss is not finite.
+        If a loss is still not finite.
     InputError
         If the checkpoint is damaged or belongs to another fit.
     """
@@ -169,6 +176,7 @@ def fit_model(
     history: History = []
     first, best_epoch, best_loss = 0, -1, math.inf
     best_state = copy.deepcopy(model.state_dict())
+    slower = 0  # how often the learning rate was lowered
     saved = None
     if first_rank and checkpoint is not None and checkpoint.exists():
         saved = load_checkpoint(checkpoint)
@@ -183,60 +191,74 @@ def fit_model(
         optimizer.load_state_dict(saved["optimizer"])
         history, first = saved["history"], saved["epoch"] + 1
         best_epoch, best_loss, best_state = saved["best_epoch"], saved["best_loss"], saved["best_state"]
+        slower = saved["slower"]
         for record in history:
             on_epoch(record, n_epochs)
 
-    written, stopped_early = time.monotonic(), False
-    for epoch in range(first, n_epochs):
-        # Asked before an epoch and not after it, so that a fit resumed behind its last epoch stops as well.
-        if stopped_early := _exhausted(epoch - 1, best_epoch, n_epochs, training):
-            break
-        weights = schedule(epoch, n_epochs, config.model, training)
-        model.temperature.fill_(weights.temperature)
-        for group in optimizer.param_groups:
-            group["lr"] = weights.learning_rate
-        # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
-        rng = np.random.default_rng([training.seed, 1, epoch])
-        generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-        batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
-        sums: dict[str, Tensor] = {}
-        for step in ahead(lambda b: objective.prepare(b, ranks.own(b.mask)), batches):
-            terms = objective(step, generator)
-            total = weighted_total(terms, weights.of_terms(objective.anchored))
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]
-            ranks.add_up([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-            if training.gradient_norm is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_norm)
-            optimizer.step()
-            for name, value in {**terms, "total": total}.items():  # added up on the device: no step waits for a number
-                sums[name] = sums.get(name, 0.0) + value.detach().double() / len(batches)
-        ranks.add_up(list(sums.values()))
-        record = {"epoch": float(epoch), **{name: value.item() for name, value in sums.items()}}
-        record |= _validate(objective, validation, config.model, training.seed, ranks)
-        record["temperature"] = weights.temperature
-        if not all(math.isfinite(value) for value in record.values()):
-            raise ConvergenceError(
-                f"The loss is not finite in epoch {epoch + 1}.",
-                "Lower the learning rate, or look for extreme values in the file.",
-            )
-        history.append(record)
-        on_epoch(record, n_epochs)
-        # Without validation cells the last weights are kept: a training loss may not choose.
-        judged = record.get("validation_total", -float(epoch))
-        if settled(epoch, n_epochs, training) and judged < best_loss:
-            best_epoch, best_loss, best_state = epoch, judged, copy.deepcopy(model.state_dict())
-        last = epoch + 1 == n_epochs or _exhausted(epoch, best_epoch, n_epochs, training)
-        if (
-            first_rank
-            and checkpoint is not None
-            and (last or epoch == first or time.monotonic() - written > CHECKPOINT_SECONDS)
-        ):
-            save_checkpoint(checkpoint, {
+    stopped_early, epoch = False, first
+    with Keeper(checkpoint if first_rank else None) as keeper:
+
+        def keep(epoch: int, write: bool) -> None:
+            keeper.keep({
                 "identity": identity, "epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "history": history, "best_epoch": best_epoch, "best_loss": best_loss, "best_state": best_state,
-            })  # fmt: skip
-            written = time.monotonic()
+                "history": history, "best_epoch": best_epoch, "best_loss": best_loss, "best_state": best_state, "slower": slower,
+            }, write)  # fmt: skip
+
+        keep(first - 1, write=False)
+        written = time.monotonic()
+        while epoch < n_epochs:
+            # Asked before an epoch and not after it, so that a fit resumed behind its last epoch stops as well.
+            if stopped_early := _exhausted(epoch - 1, best_epoch, n_epochs, training):
+                break
+            weights = schedule(epoch, n_epochs, config.model, training)
+            model.temperature.fill_(weights.temperature)
+            for group in optimizer.param_groups:
+                group["lr"] = weights.learning_rate * SLOWER**slower
+            # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
+            rng = np.random.default_rng([training.seed, 1, epoch])
+            generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+            batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
+            sums: dict[str, Tensor] = {}
+            for step in ahead(lambda b: objective.prepare(b, ranks.own(b.mask)), batches):
+                terms = objective(step, generator)
+                total = weighted_total(terms, weights.of_terms(objective.anchored))
+                optimizer.zero_grad(set_to_none=True)
+                total.backward()  # type: ignore[no-untyped-call]
+                ranks.add_up([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+                if training.gradient_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_norm)
+                optimizer.step()
+                for name, value in {**terms, "total": total}.items():  # added up on the device: no step waits
+                    sums[name] = sums.get(name, 0.0) + value.detach().double() / len(batches)
+            ranks.add_up(list(sums.values()))
+            record = {"epoch": float(epoch), **{name: value.item() for name, value in sums.items()}}
+            record |= _validate(objective, validation, config.model, training.seed, ranks)
+            record["temperature"] = weights.temperature
+            if not all(math.isfinite(value) and abs(value) < EXPLODED for value in record.values()):
+                if slower == MAX_SLOWER:
+                    raise ConvergenceError(
+                        f"The loss is not finite in epoch {epoch + 1}, with a learning rate {SLOWER**-slower:.0f} times smaller "
+                        "as well.",
+                        "Lower the learning rate, or look for extreme values in the file.",
+                    )
+                # Back to the last whole epoch, whose copy the next attempt must not change.
+                slower += 1
+                good = copy.deepcopy(keeper.state)
+                model.load_state_dict(good["model"])
+                optimizer.load_state_dict(good["optimizer"])
+                on_retry(f"the loss is not finite in epoch {epoch + 1}: again with a quarter of the learning rate")
+                continue
+            history.append(record)
+            on_epoch(record, n_epochs)
+            # Without validation cells the last weights are kept: a training loss may not choose.
+            judged = record.get("validation_total", -float(epoch))
+            if settled(epoch, n_epochs, training) and judged < best_loss:
+                best_epoch, best_loss, best_state = epoch, judged, copy.deepcopy(model.state_dict())
+            last = epoch + 1 == n_epochs or _exhausted(epoch, best_epoch, n_epochs, training)
+            due = last or epoch == first or time.monotonic() - written > CHECKPOINT_SECONDS
+            keep(epoch, write=due)
+            written = time.monotonic() if due else written
+            epoch += 1
     if best_epoch < 0:
         best_epoch, best_state = len(history) - 1, model.state_dict()
     model.load_state_dict(best_state)
