@@ -11,14 +11,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CrlseqError", "Run", "__version__", "cross_validate", "evaluate", "fit", "load", "simulate"]
+__all__ = [
+    "CrlseqError",
+    "Run",
+    "__version__",
+    "cross_validate",
+    "evaluate",
+    "fit",
+    "load",
+    "pl",
+    "prepare",
+    "simulate",
+]
 
 if TYPE_CHECKING:
+    from crlseq import plotting as pl
     from crlseq.analysis.evaluation import evaluate
     from crlseq.crossvalidation import cross_validate
     from crlseq.data.simulate import simulate
     from crlseq.errors import CrlseqError
     from crlseq.fitting import fit
+    from crlseq.preparation import prepare
     from crlseq.run import Run, load
 
 # Imported when first used: torch and scanpy take seconds, and `crlseq --help` needs neither.
@@ -29,11 +42,14 @@ _HOME = {
     "evaluate": "crlseq.analysis.evaluation",
     "fit": "crlseq.fitting",
     "load": "crlseq.run",
+    "prepare": "crlseq.preparation",
     "simulate": "crlseq.data.simulate",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "pl":
+        return import_module("crlseq.plotting")
     if name not in _HOME:
         raise AttributeError(f"module 'crlseq' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -79,6 +79,7 @@ class TrainingConfig(_Section):
     schedule: Literal["scaled", "published"] = "scaled"
     dtype: Literal["float32", "float64"] = "float32"
     seed: int = Field(default=0, ge=0, lt=2**32)
+    ensemble: int = Field(default=1, ge=1, le=100)  # models of consecutive seeds; the one that validates best is kept
     threads: int | None = Field(default=None, ge=1)
     device: Device = "auto"
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DETECTABLE_FDR = 0.05
 LABEL_DRIVERS = 3
+PROGRAM_NUMBERS = ("variance_explained", "effect_explained", "stability")  # where a run has them
 COPIED, COPIED_CELLS = 1 << 16, 8192  # values of a chunk, and cells of a block, of a copied store
 
 
@@ -105,7 +106,9 @@ def dag_graph(
     """Programs as nodes, declared edges with weight (and support where there is one), the verdict on the graph."""
     graph: nx.DiGraph[str] = nx.DiGraph(identified=identification["verdict"], reason=identification["reason"])
     for program in programs:
-        graph.add_node(program["name"], label=program["label"], drivers=program["drivers"], genes=program["genes"])
+        numbers = {name: program[name] for name in PROGRAM_NUMBERS if program.get(name) is not None}
+        words = {name: program[name] for name in ("label", "drivers", "genes")}
+        graph.add_node(program["name"], **words, **numbers)
     for row in edges.to_dict("records"):
         attributes = {"weight": float(row["weight"]), "identified": str(row["identified"])}
         if not np.isnan(row["support"]):

@@ -36,6 +36,7 @@ from crlseq.runfolder import move_into_place, partial_of, refuse_output, working
 from crlseq.training.checkpoint import mend_checkpoint, previous_of, save_weights
 from crlseq.training.discovery import discover
 from crlseq.training.distributed import ALONE, Ranks
+from crlseq.training.memory import give_back
 from crlseq.training.threads import on_threads
 from crlseq.training.trainer import Fit, fit_model, resolve_device, resolve_step
 from crlseq.training.warm_start import WarmStart
@@ -107,6 +108,11 @@ def fit(
         raise UsageError("A configuration and single options were both given.", "Give one of them.")
     if resume and output is None:
         raise UsageError("There is nothing to resume without an output.", "Give the folder of the unfinished run.")
+    if config.training.ensemble > 1 and config.model.method == "linear":
+        raise UsageError(
+            "The linear method trains no model whose seeds could be compared.",
+            "Leave --ensemble or --method linear out.",
+        )
     resolve_device(config.training.device)  # fails before anything is read
     if output is None:
         return _fit(source, None, config, progress, ranks)
@@ -188,10 +194,12 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
         refuse_strangers(table, data.perturbation_names, str(config.data.embeddings))
     for note in data.notes:
         progress.note(note)
+    give_back()
     progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, training.seed)
     tests = effect_tests(data, projection.scores, training.seed)
     start, n_latents, reason = _start(data, config, projection, tests, progress)
+    give_back()
     identity = hashlib.sha256(f"{__version__}\n{digest}\n{n_latents}\n{to_toml(config)}".encode()).hexdigest()
     progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
     ranks.from_first({"input": digest, "n_latents": n_latents})
@@ -200,6 +208,7 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
         if checkpoint is not None and mend_checkpoint(checkpoint):
             progress.note("The last checkpoint is damaged: going on from the one before.")
         fitted = fit_model(data, config, n_latents, checkpoint, identity, progress.epoch, start, ranks, progress.note)
+    give_back()
     progress.stage("reading off programs, interventions and the DAG")
     fitted.model.cpu()
     run = tables_of(fitted, data, config, tests, start)
@@ -222,7 +231,7 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     run = Run(
         info, run.programs, run.interventions, run.edges, run.history, run.evaluation,
         weights=run.weights, splits=pd.Series(np.array(splits.SPLITS)[data.split], index=data.cell_names),
-        map=found,
+        map=found, ensemble=run.ensemble,
     )  # fmt: skip
     if folder is None:
         return run

@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +192,11 @@ def _joined(tables: list[pd.DataFrame], paths: Sequence[Path]) -> pd.DataFrame:
         names = np.array([f"{name}-{i}" for name, i in zip(names, files, strict=True)], dtype=object)
     columns: dict[str, Any] = {}
     for key in dict.fromkeys(str(column) for table in tables for column in table.columns):
-        parts = [table[key] if key in table else pd.Series(np.full(len(table), None), table.index) for table in tables]
-        joined = pd.concat(parts, ignore_index=True)
-        if any(isinstance(part.dtype, pd.CategoricalDtype) for part in parts):
-            joined = joined.astype(object).astype("category")
+        rows = [pd.RangeIndex(int(a), int(b)) for a, b in pairwise(np.cumsum([0, *map(len, tables)]))]
+        parts = [table[key].set_axis(own) for table, own in zip(tables, rows, strict=True) if key in table]
+        joined = pd.concat(parts).reindex(range(len(names)))
+        if joined.dtype == object:  # texts, categories that differ, or truth values of some cells alone
+            joined = joined.map(str, na_action="ignore").astype("category")
         columns[key] = joined.to_numpy() if isinstance(joined.dtype, np.dtype) else joined.array
     columns.setdefault(
         INPUT_KEY,

@@ -14,6 +14,8 @@ import torch
 
 from crlseq import __version__
 from crlseq.analysis.dag import Dag, find_dag
+from crlseq.analysis.ensemble import read_model, seed_agreement
+from crlseq.analysis.explained import effect_explained, variance_explained
 from crlseq.analysis.interventions import find_interventions
 from crlseq.analysis.prediction import evaluate_held_out
 from crlseq.analysis.programs import find_programs
@@ -42,9 +44,10 @@ def tables_of(
     program_rows = program_table(data.genes, programs.loading, programs.total_effect)
     support = np.full(dag.weights.shape, np.nan)
     target_support = np.full(len(found.target), np.nan)
-    if discovery is not None and discovery.stability is not None:
-        support = discovery.stability.edge.numpy()
-        target_support[discovery.environments] = discovery.stability.target.numpy()
+    stability = None if discovery is None else discovery.stability
+    if discovery is not None and stability is not None:
+        support = stability.edge.numpy()
+        target_support[discovery.environments] = stability.target.numpy()
     intervention_rows = intervention_table(
         data.perturbation_names,
         found.target,
@@ -74,7 +77,17 @@ def tables_of(
         "conditions": _condition_rows(data),
         "notes": list(data.notes),
         "n_latents": len(programs.scale),
-        "programs": _program_rows(program_rows, intervention_rows, programs.scale, programs.center),
+        "programs": _program_rows(
+            program_rows,
+            intervention_rows,
+            {
+                "scale": programs.scale,
+                "center": programs.center,
+                "variance_explained": variance_explained(fitted.model, data),
+                "effect_explained": effect_explained(fitted.model, data, found.target),
+                "stability": np.full(len(programs.scale), np.nan) if stability is None else stability.program.numpy(),
+            },
+        ),
         "adjacency": dag.weights.tolist(),
         "identification": asdict(dag.identification),
         "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
@@ -83,14 +96,19 @@ def tables_of(
             "best_epoch": fitted.best_epoch,
             "stopped_early": fitted.stopped_early,
             "bandwidth": fitted.bandwidth,
+            "kept_seed": fitted.seed,
         },
         "metrics": _metrics(evaluation, intervention_rows, dag),
     }
+    agreement = None
+    if fitted.others:
+        kept, *others = (read_model(model.cpu(), data) for model in (fitted.model, *fitted.others))
+        agreement = seed_agreement(kept, others, intervention_rows, edges)
     history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"]).astype(
         {"epoch": int, "total": float}
     )
     weights = ({name: value.cpu() for name, value in fitted.model.state_dict().items()}, fitted.architecture)
-    return Run(info, program_rows, intervention_rows, edges, history, evaluation, weights=weights)
+    return Run(info, program_rows, intervention_rows, edges, history, evaluation, weights=weights, ensemble=agreement)
 
 
 def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:
@@ -103,16 +121,17 @@ def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:
 
 
 def _program_rows(
-    programs: pd.DataFrame, interventions: pd.DataFrame, scale: np.ndarray, center: np.ndarray, top: int = 10
+    programs: pd.DataFrame, interventions: pd.DataFrame, numbers: dict[str, np.ndarray], top: int = 10
 ) -> list[dict[str, Any]]:
-    labels = program_labels(interventions, len(scale))
+    """Name, label, drivers and genes of each program, and its `numbers` (p,) by name; None for NaN."""
+    labels = program_labels(interventions, len(numbers["scale"]))
     genes = programs[programs["rank"] <= top].groupby("program")["gene"].agg(", ".join)
     rows = []
     for k, label in enumerate(labels):
         drivers = interventions.loc[interventions["program"] == f"P{k}", "perturbation"]
         rows.append({
             "name": f"P{k}", "label": label, "drivers": ", ".join(map(str, drivers)), "genes": genes[f"P{k}"],
-            "scale": float(scale[k]), "center": float(center[k]),
+            **{name: None if np.isnan(values[k]) else float(values[k]) for name, values in numbers.items()},
         })  # fmt: skip
     return rows
 

@@ -28,6 +28,7 @@ from crlseq.tables import read_csv, to_csv
 if TYPE_CHECKING:
     import anndata as ad
 
+    from crlseq.describe import Program
     from crlseq.extrapolation import Extrapolation
     from crlseq.model.discrepancy_vae import DiscrepancyVAE
 
@@ -46,6 +47,12 @@ COLUMNS: dict[str, dict[str, type]] = {
     },
 }  # fmt: skip
 TABLES = tuple(COLUMNS)
+ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
+ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
+# Columns that runs of earlier versions lack.
+LATER: dict[str, dict[str, type]] = {
+    "evaluation": {f"{metric}_{name}": float for metric in ("pearson_delta", "l2") for name in ("training", "mean")}
+}
 INFO = {
     "config",
     "input",
@@ -88,6 +95,8 @@ class Run:
         State and architecture of the model; None: read from the folder when first needed.
     splits
         Split of each cell by its name; None: likewise.
+    ensemble
+        ``kind, source, target, agreement, mean, sd``: what models of other seeds agree on; None for one seed.
     map
         From gene vectors to perturbations never seen, where the fit was given embeddings; None: likewise.
     """
@@ -102,6 +111,7 @@ class Run:
     weights: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, repr=False)
     splits: pd.Series | None = field(default=None, repr=False)
     map: Extrapolation | None = field(default=None, repr=False)
+    ensemble: pd.DataFrame | None = field(default=None, repr=False)
 
     @cached_property
     def dag(self) -> nx.DiGraph[str]:
@@ -155,6 +165,20 @@ class Run:
             if reach.has_edge(a, b) or support[i, j] >= MIN_SUPPORT
         ]
         return pd.DataFrame(rows, columns=["ancestor", "descendant", "declared", "support"])
+
+    @cached_property
+    def described(self) -> dict[str, Program]:
+        """Every program by its name: drivers, genes, what lies up- and downstream; see `crlseq.describe.Program`."""
+        from crlseq.describe import describe_programs
+
+        return {program.name: program for program in describe_programs(self)}
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """One row a program: ``program, title, n_drivers, up, down, upstream, downstream`` and what it explains."""
+        from crlseq.describe import summary_table
+
+        return summary_table(list(self.described.values()))
 
     def latents(self, source: str | Path | ad.AnnData) -> np.ndarray:
         """(cells, p) float32 latents, unit variance over the fitted control cells, of any cells with these genes.
@@ -233,6 +257,8 @@ class Run:
         """CSV tables, graph files and ``run.json``."""
         for name, table in self.tables().items():
             (folder / f"{name}.csv").write_bytes(to_csv(table))
+        if self.ensemble is not None:
+            (folder / ENSEMBLE).write_bytes(to_csv(self.ensemble))
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
         text = json.dumps(self.info, indent=1, ensure_ascii=False)
@@ -271,7 +297,11 @@ def load(path: str | Path) -> Run:
             raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
         if missing := INFO - info.keys():
             raise ValueError(f"run.json lacks {min(missing)!r}")
-        tables = {name: read_csv(folder / f"{name}.csv", columns) for name, columns in COLUMNS.items()}
+        tables = {
+            name: read_csv(folder / f"{name}.csv", columns, LATER.get(name, {})) for name, columns in COLUMNS.items()
+        }
+        several = info["config"]["training"].get("ensemble", 1) > 1
+        ensemble = read_csv(folder / ENSEMBLE, ENSEMBLE_COLUMNS) if several else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
@@ -283,4 +313,5 @@ def load(path: str | Path) -> Run:
         tables["history"],
         tables["evaluation"],
         folder,
+        ensemble=ensemble,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from crlseq.errors import InputError
 from crlseq.files import sync
-from crlseq.run import TABLES
+from crlseq.run import ENSEMBLE, TABLES
 
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
 RUN_FILES = frozenset(
@@ -27,6 +27,7 @@ RUN_FILES = frozenset(
         "report.html",
         "dag.graphml",
         "dag.json",
+        ENSEMBLE,
     }
     | {f"{name}.csv" for name in TABLES}
 )

@@ -35,8 +35,8 @@ def _defused(column: pd.Series) -> pd.Series:
     return column.astype(str).str.replace(FORMULA, "'", regex=True).where(column.notna())
 
 
-def read_csv(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
-    """A table that `to_csv` wrote, with at least these columns.
+def read_csv(path: Path, columns: Mapping[str, type], later: Mapping[str, type] | None = None) -> pd.DataFrame:
+    """A table that `to_csv` wrote, with at least these columns; it may have the later ones.
 
     Raises
     ------
@@ -44,8 +44,9 @@ def read_csv(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
         If it cannot be read, a column is missing, or a value is of another kind.
     """
     # A gene may be called NA: only empty fields are missing values, and only in columns of numbers.
-    empty = {name: [""] for name, kind in columns.items() if kind is float}
-    table = pd.read_csv(path, dtype=columns, keep_default_na=False, na_values=empty, float_precision="round_trip")
+    kinds = {**columns, **(later or {})}
+    empty = {name: [""] for name, kind in kinds.items() if kind is float}
+    table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, float_precision="round_trip")
     if missing := [name for name in columns if name not in table]:
         raise ValueError(f"{path.name} has no column {missing[0]!r}")
     for name in table.select_dtypes(object):

@@ -3,7 +3,7 @@
     python scripts/benchmark_ranks.py --screen screen.h5ad [--density 0.4 --perturbed 15000]
     torchrun --standalone --nproc-per-node 2 scripts/benchmark_ranks.py --screen screen.h5ad
 
-A screen of Norman's size is made where --screen has none. Every process computes on one thread. A cell is one perturbed
+A screen of Norman's size is made where --screen has none. Every process computes on one thread, or as many as asked. A cell is one perturbed
 cell with its control partner; an epoch's time includes its validation.
 """
 
@@ -50,15 +50,17 @@ def main() -> None:
     parser.add_argument("--n-latents", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=4, help="the first warms up")
     parser.add_argument("--perturbations-per-step", type=int)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ensemble", type=int, default=1, help="seeds trained at once")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     with joined() as ranks:
         if ranks.rank == 0 and not args.screen.exists():
             make_screen(args.perturbed, 8_907, 5_000, 105, args.density).write_h5ad(args.screen)
         ranks.from_first(None)
         config = make_config(
             method="gradient", n_top_genes="all", epochs=args.epochs, patience=1.0,
-            perturbations_per_step=args.perturbations_per_step,
+            perturbations_per_step=args.perturbations_per_step, ensemble=args.ensemble,
         )  # fmt: skip
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         data = read_data(args.screen, config.data, 0)

@@ -1,9 +1,8 @@
-"""AnnData keys, graph files and the report: what scanpy, networkx and a browser get."""
+"""AnnData keys and graph files: what scanpy and networkx get."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import anndata as ad
@@ -15,7 +14,6 @@ import pandas as pd
 import pytest
 
 from crlseq.export import dag_graph, dag_json, edge_table, graphml, program_labels, program_table
-from crlseq.report import write_report
 from crlseq.run import Run
 from tests.support import invoke
 
@@ -154,38 +152,6 @@ def test_program_labels_by_hand() -> None:
     assert program_labels(table, 3) == ["b, c, a +1", "no driver", "no driver"]
 
 
-def test_report_escapes_names(finished: Run, tmp_path: Path) -> None:
-    evil = "<img src=x onerror=alert(1)>"
-    programs, interventions = finished.programs.copy(), finished.interventions.copy()
-    programs.loc[programs["rank"] == 1, "gene"] = evil
-    interventions.loc[0, "perturbation"] = evil
-    evaluation = finished.evaluation.copy()
-    evaluation.loc[0, "condition"] = evil
-    info = json.loads(json.dumps(finished.info))
-    info["notes"] = [evil]
-    info["programs"][0]["label"] = evil
-    info["input"]["path"] = evil
-    write_report(Run(info, programs, interventions, finished.edges, finished.history, evaluation), tmp_path / "x.html")
-    page = (tmp_path / "x.html").read_text()
-    assert "<img" not in page
-    assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 7
-
-
-def test_report_is_one_self_contained_page(run_folder: Path, finished: Run) -> None:
-    page = (run_folder / "report.html").read_text()
-    assert not re.search(r"(?:src|href)=", page)
-    assert "http" not in page
-    assert "<script" not in page
-    for name in finished.program_names:
-        assert f"<h3>{name}</h3>" in page
-    assert page.count(finished.info["identification"]["reason"]) == 2
-    assert "counts: all values are whole numbers" in page
-    assert " at 0x" not in page
-    points = re.findall(r'points="([^"]+)"', page)
-    assert len(points) == 2
-    assert all(len(line.split()) == 3 for line in points)
-
-
 @pytest.mark.parametrize("part", ["h5ad", "graphml", "json", "csv"])
 def test_export_writes_each_part_again(run_folder: Path, tmp_path: Path, part: str) -> None:
     path = tmp_path / "sub" / f"out.{part}"
@@ -231,10 +197,3 @@ def test_export_that_cannot_be_written(run_folder: Path, tmp_path: Path) -> None
     assert (tmp_path / "file").read_text() == "mine"
     nothing = invoke("export", run_folder)
     assert nothing.code == 2
-
-
-def test_report_command(run_folder: Path, tmp_path: Path) -> None:
-    assert invoke("report", run_folder, "--output", tmp_path / "page.html").code == 0
-    assert (tmp_path / "page.html").read_bytes() == (run_folder / "report.html").read_bytes()
-    answer = invoke("report", run_folder, "--output", tmp_path / "page.html" / "page.html")
-    assert answer.code == 3

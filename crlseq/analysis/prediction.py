@@ -13,9 +13,9 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import mmd_of_distances, squared_distances
+from crlseq.training.residuals import controls_by_batch, mean_effect
 
-SOURCE_CELLS = 1000
-COMPARED_CELLS = 500
+COMPARED_CELLS = 500  # of a condition, and controls; more sharpen a comparison less than they cost
 
 
 @torch.no_grad()
@@ -43,14 +43,18 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
 
     Columns ``condition``, ``split``, ``n_cells``, ``mmd2`` (unbiased, bandwidth = median squared distance of
     the condition's cells to real controls, the same for every model), ``mmd2_no_change`` (real control cells in
-    place of virtual ones), ``pearson_delta``, ``l2``, ``l2_no_change``. Every change is taken against the mean
+    place of virtual ones), ``pearson_delta``, ``l2``, ``l2_no_change``; the last two also with the ending
+    ``_training`` (the training effect of the condition itself, or the sum of its parts' where it was not fitted) and
+    ``_mean`` (the mean training effect of all conditions) in place of the model. Every change is taken against the mean
     of real control cells.
     """
     tested = bool((data.split == splits.TEST).any())
     code = splits.TEST if tested else splits.VALIDATION
-    controls = data.cells(0, splits.TRAIN, splits.VALIDATION, splits.TEST)
+    controls = data.control_pool(splits.TRAIN, splits.VALIDATION, splits.TEST)
     held_out = data.cells_by_condition(code)
     table = data.perturbation_table()
+    train = _training_effects(data)
+    average = np.mean(list(train.values()), axis=0) if train else np.zeros(data.n_genes)
     known: dict[tuple[int, ...], _Controls] = {}
     rows = []
     for c in range(1, len(data.conditions)):
@@ -60,12 +64,15 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
         batches = tuple(np.unique(data.batch[cells]).tolist())
         if batches not in known:
             known[batches] = _controls(data, controls, batches, seed)
-        control, some, within_control = known[batches]
+        control, within_control = known[batches]
         few = np.random.default_rng([seed, 6, c]).permutation(len(cells))[:COMPARED_CELLS]
         measured = data.dense(cells)
         virtual = virtual_cells(model, control, table[c], seed)
         mean, virtual_mean, measured_mean = (x.mean(0, dtype=float) for x in (control, virtual, measured))
-        mmd2, mmd2_no_change = _discrepancies(virtual[some], control[some], within_control, measured[few])
+        mmd2, mmd2_no_change = _discrepancies(virtual, control, within_control, measured[few])
+        parts = data.conditions[c]
+        trained = train[parts] if parts in train else sum(train.get((part,), 0 * average) for part in parts)
+        simple = {name: mean + change for name, change in (("training", trained), ("mean", average))}
         rows.append({
             "condition": data.condition_names[c],
             "split": splits.SPLITS[code],
@@ -75,16 +82,27 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
             "pearson_delta": pearson_delta(virtual_mean, measured_mean, mean),
             "l2": l2_distance(virtual_mean, measured_mean),
             "l2_no_change": l2_distance(mean, measured_mean),
+            **{f"pearson_delta_{name}": pearson_delta(x, measured_mean, mean) for name, x in simple.items()},
+            **{f"l2_{name}": l2_distance(x, measured_mean) for name, x in simple.items()},
         })  # fmt: skip
     columns = ["condition", "split", "n_cells", "mmd2", "mmd2_no_change", "pearson_delta", "l2", "l2_no_change"]
+    columns += [f"{metric}_{name}" for metric in ("pearson_delta", "l2") for name in ("training", "mean")]
     return pd.DataFrame(rows, columns=columns)
 
 
+def _training_effects(data: PerturbSeqData) -> dict[tuple[int, ...], np.ndarray]:
+    """Mean change (G,) of the training cells of every fitted condition against controls of the same batches."""
+    cells = data.cells_by_condition(splits.TRAIN)
+    controls = controls_by_batch(data, cells[0])
+    fitted = [c for c in range(1, len(cells)) if len(cells[c]) > 1]
+    # In float32: with very many conditions they are a matrix of their own.
+    return {data.conditions[c]: mean_effect(data, cells[c], controls)[0].astype(np.float32) for c in fitted}
+
+
 class _Controls(NamedTuple):
-    """Control cells (n, G), those of them that are compared, and the squared distances among these."""
+    """Control cells (n, G) and their squared distances (n, n)."""
 
     cells: np.ndarray
-    compared: np.ndarray
     within: torch.Tensor
 
 
@@ -93,10 +111,10 @@ def _controls(data: PerturbSeqData, controls: np.ndarray, batches: tuple[int, ..
     rng = np.random.default_rng([seed, 6])
     alike = controls[np.isin(data.batch[controls], batches)]
     source = alike if len(alike) >= 2 else controls
-    source = np.sort(rng.choice(source, min(SOURCE_CELLS, len(source)), replace=False))
-    cells, compared = data.dense(source), rng.permutation(len(source))[:COMPARED_CELLS]
-    x = torch.from_numpy(cells[compared])
-    return _Controls(cells, compared, squared_distances(x, x).double())
+    source = np.sort(rng.choice(source, min(COMPARED_CELLS, len(source)), replace=False))
+    cells = data.dense(source)
+    x = torch.from_numpy(cells)
+    return _Controls(cells, squared_distances(x, x).double())
 
 
 def _discrepancies(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from crlseq import __version__, interrupts
-from crlseq.cli import benchmark, check, evaluate, export, fit, inspect, predict, prepare, report, simulate
+from crlseq.cli import benchmark, check, evaluate, export, fit, inspect, plot, predict, prepare, report, simulate
 from crlseq.cli.output import say
 from crlseq.errors import CrlseqError
 
@@ -49,6 +49,7 @@ app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("report")(report.report)
+app.command("plot")(plot.plot)
 app.command("simulate")(simulate.simulate)
 app.command("benchmark")(benchmark.benchmark)
 

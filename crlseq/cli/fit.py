@@ -67,6 +67,10 @@ def fit(
     epochs: Annotated[int | None, _option("Passes over the cells, at most. [100]", TRAINING)] = None,
     batch_size: Annotated[int | None, _option("Perturbed cells of one condition in a step.", TRAINING)] = None,
     seed: Annotated[int | None, _option("Seed of everything random. [0]", TRAINING)] = None,
+    ensemble: Annotated[
+        int | None,
+        _option("Models of consecutive seeds, trained at once; ensemble.csv says what they agree on.", TRAINING),
+    ] = None,
     dtype: Annotated[
         str | None, _option("float32 or float64. [float32; float64 with the preset paper]", TRAINING)
     ] = None,
@@ -89,7 +93,7 @@ def fit(
             hold_out=tuple(hold_out) if hold_out else None, hold_out_cells=hold_out_cells, combinations=combinations,
             embeddings=None if embeddings is None else str(embeddings), streamed=streamed,
             method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, bootstrap=_number_or_word(bootstrap),
-            epochs=epochs, batch_size=batch_size, seed=seed, dtype=dtype, device=device, threads=threads,
+            epochs=epochs, batch_size=batch_size, seed=seed, ensemble=ensemble, dtype=dtype, device=device, threads=threads,
         )  # fmt: skip
         from crlseq.fitting import fit as fit_screen
         from crlseq.fitting import take_part

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from crlseq.cli.output import say, show_json, show_table, show_text
 
 if TYPE_CHECKING:
+    from crlseq.describe import Program
     from crlseq.run import Run
 
 
@@ -41,8 +42,11 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     """What was fitted, how well, and whether to believe the graph."""
     import pandas as pd
 
+    from crlseq.describe import verdicts
+
     found = _load(run)
     info, metrics = found.info, found.info["metrics"]
+    _, better, converged = verdicts(found)
     n, kept = info["training"]["epochs_run"], info["training"]["best_epoch"] + 1
     epochs = (
         f"{n} epochs, weights of epoch {kept} kept" if n else "no epochs, the linear model as the likelihood gives it"
@@ -58,15 +62,14 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
         "graph": f"{info['identification']['verdict']}: {info['identification']['reason']}",
         "likelihood": _likelihood(info["discovery"]),
         "training": f"{epochs}, {info['seconds']} s on {info['device']}",
+        "converged": f"{converged.answer}: {converged.reason}",
         "preset": f"{info['config']['preset']}, seed {info['seed']}, crlseq {info['version']}",
     }
     if "mmd2" in metrics:
-        delta = metrics["pearson_delta"]
         rows["held out"] = (
-            f"on {metrics['evaluated_on']} cells: MMD2 {metrics['mmd2']:.4f} (no change: {metrics['mmd2_no_change']:.4f}), "
-            f"L2 {metrics['l2']:.3f} (no change: {metrics['l2_no_change']:.3f})"
-            + (f", Pearson delta {delta:.3f}" if delta is not None else "")
+            f"on {metrics['evaluated_on']} cells: MMD2 {metrics['mmd2']:.4f} (no change: {metrics['mmd2_no_change']:.4f})"
         )
+        rows["baselines"] = f"{better.answer}: {better.reason}"
     if json:
         show_json({**rows, "notes": info["notes"], "metrics": metrics, "identification": info["identification"]})
         return
@@ -95,23 +98,90 @@ def programs(
     json: AsJson = False,
 ) -> None:
     """Top genes of each program: loading directly, and through the DAG as well."""
-    from crlseq.errors import InputError
-
     found = _load(run)
-    names = found.program_names
-    if program is not None and program not in names:
-        raise InputError(f"There is no program {program!r} in {run}.", f"Programs are {names[0]} to {names[-1]}.")
+    if program is not None:
+        _described(found, program)
     table = found.programs[found.programs["rank"] <= top]
     if program is not None:
         table = table[table["program"] == program]
     if json or not sys.stdout.isatty():
         show_table(table, "", json)
         return
-    for row in found.info["programs"]:
-        if program in (None, row["name"]):
-            part = table[table["program"] == row["name"]].drop(columns="program")
-            show_table(part, f"{row['name']}  {row['label']}")
+    for name, told in found.described.items():
+        if program in (None, name):
+            part = table[table["program"] == name].drop(columns="program")
+            show_text("\n".join(_heading(told)))
+            show_table(part, "")
             show_text("")
+    say(f"One of them with its perturbations: crlseq inspect program {run} {program or found.program_names[0]}")
+
+
+@app.command()
+def program(
+    run: RunFolder,
+    name: Annotated[str, typer.Argument(help="The program, such as P3.", show_default=False)],
+    top: Annotated[int, typer.Option(help="Genes that rise, and genes that fall.", min=1)] = 15,
+    json: AsJson = False,
+) -> None:
+    """One program: what drives it, which genes rise and fall with it, what lies up- and downstream.
+
+    Into a pipe one table, whose first column says whether a row is a driver, a gene that rises (up) or falls (down).
+    """
+    import pandas as pd
+
+    found = _described(_load(run), name)
+    parts = {"driver": found.drivers, "up": found.up.head(top), "down": found.down.head(top)}
+    if json:
+        show_json({
+            "program": found.name, "label": found.label, "title": found.title,
+            "drivers": found.drivers.to_dict("records"),
+            "up": parts["up"].to_dict("records"), "down": parts["down"].to_dict("records"),
+            "upstream": found.upstream, "downstream": found.downstream,
+            "parents": found.parents, "children": found.children,
+            "variance_explained": found.variance_explained, "effect_explained": found.effect_explained,
+            "stability": found.stability,
+        })  # fmt: skip
+        return
+    if not sys.stdout.isatty():
+        rows = [
+            part.rename(columns={"perturbation": "name", "gene": "name"}).assign(what=what)
+            for what, part in parts.items()
+            if len(part)
+        ]
+        columns = ["what", "name", "weight", "shift", "support", "fdr", "n_cells", "loading", "total_effect"]
+        table = pd.concat(rows).reindex(columns=columns)
+        show_table(table.astype({"n_cells": "Int64"}), "")
+        return
+    show_text("\n".join([*_heading(found), ""]))
+    show_table(found.drivers, "Perturbations that target it (shift in standard deviations of the program)")
+    show_table(parts["up"], "Genes that rise with it")
+    show_table(parts["down"], "Genes that fall with it")
+
+
+def _described(run: Run, name: str) -> Program:
+    from crlseq.errors import InputError
+
+    if name not in run.described:
+        names = run.program_names
+        raise InputError(f"There is no program {name!r} in {run.path}.", f"Programs are {names[0]} to {names[-1]}.")
+    return run.described[name]
+
+
+def _heading(program: Program) -> list[str]:
+    """A program in a few lines: title, what it explains, what is up- and downstream."""
+    from crlseq.describe import numbers_in_words
+
+    lines = [f"{program.name}  {program.title}"]
+    if numbers := numbers_in_words(program):
+        lines.append("    " + ", ".join(numbers))
+    for what, names, edges in (
+        ("upstream", program.upstream, program.parents),
+        ("downstream", program.downstream, program.children),
+    ):
+        if names:
+            told = [f"{name} ({edges[name]:+.2f})" if name in edges else name for name in names]
+            lines.append(f"    {what}: {', '.join(told)}")
+    return lines
 
 
 @app.command()

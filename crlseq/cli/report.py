@@ -13,14 +13,21 @@ from crlseq.cli.output import say
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file. [RUN/report.html]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an --output that exists.")] = False,
 ) -> None:
-    """Write the report of a run as one HTML page."""
-    from crlseq.files import written_whole
+    """Write the report of a run as one HTML page.
+
+    Tables that `crlseq evaluate RUN --output RUN/NAME.csv` left in the run's folder are in it.
+    """
+    from crlseq.errors import InputError
     from crlseq.report import write_report
     from crlseq.run import load
 
-    target = output or run / "report.html"
     found = load(run)
-    with written_whole(target) as beside:
-        write_report(found, beside)
+    if output is not None and output.is_dir():
+        raise InputError(f"{output} is a folder.", "Name a file to write.")
+    if output is not None and output.exists() and not force:
+        raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
+    target = output or run / "report.html"
+    write_report(found, target)
     say(f"report: {target}")

@@ -30,7 +30,7 @@ from crlseq.data.streamed import StreamedExpression
 from crlseq.errors import InputError
 
 ROWS = 4096  # cells taken at once where all are gone through
-CONTROL_POOL = 16_384
+CONTROL_POOL = 16_384  # which stay in memory: at 500 values a cell, 65 MB
 IN_MEMORY = 0.25  # share of the machine's memory up to which a store is loaded whole
 
 
@@ -97,10 +97,11 @@ class PerturbSeqData:
         chosen = chosen[np.argsort(self.condition[chosen], kind="stable")]
         return np.split(chosen, np.searchsorted(self.condition[chosen], np.arange(1, len(self.conditions))))
 
-    def control_pool(self, code: int) -> np.ndarray:
-        """Controls of a split that partners are drawn from: of a shuffled screen at most `CONTROL_POOL`."""
-        controls = self.cells(0, code)
-        return controls[:CONTROL_POOL] if self.shuffled else controls
+    def control_pool(self, *codes: int) -> np.ndarray:
+        """Controls of these splits to draw from again and again: of a shuffled screen `CONTROL_POOL` a split at most."""
+        if not self.shuffled:
+            return self.cells(0, *codes)
+        return np.sort(np.concatenate([self.cells(0, code)[:CONTROL_POOL] for code in codes]))
 
     def blocks(self, index: np.ndarray) -> Iterator[tuple[slice, sp.csr_matrix | np.ndarray]]:
         """Rows of `index`, some at a time, with their places in it."""
@@ -175,13 +176,13 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         n_values = int(scanned.detected[record.columns(screen.genes, screen.source)].sum())
         if shuffled and _is_streamed(config, n_values):
             assert isinstance(screen.matrix, StoredMatrix)
-            pools = [
+            held = [
                 np.flatnonzero((labels.condition == 0) & (split == c))[:CONTROL_POOL]
-                for c in (splits.TRAIN, splits.VALIDATION)
+                for c in range(1, len(splits.SPLITS))
             ]
             sparse = is_sparse(n_values, (screen.n_cells, len(record.genes)))
             x: sp.csr_matrix | np.ndarray | StreamedExpression = StreamedExpression(
-                screen.matrix, record, record.places(screen.genes), sparse, np.sort(np.concatenate(pools))
+                screen.matrix, record, record.places(screen.genes), sparse, np.sort(np.concatenate(held))
             )
         else:
             x = load(screen, record, n_values)

@@ -18,6 +18,7 @@ from crlseq.errors import InputError
 MAX_LOG = 30.0  # log1p of the largest count a screen could hold is 20 or so
 ROWS = 4096  # cells normalised at once
 N_CELLS_FOR_GENES = 50_000  # highly variable genes are chosen on at most so many cells
+N_VALUES_FOR_GENES = 25_000_000  # that hold about so many values: scanpy takes them twice, 400 MB
 TRANSFORMED_SHARE = 0.05  # share of negative values among the non-zero ones above which they are meant
 
 
@@ -85,8 +86,7 @@ class Preprocessing:
         """Normalised cells (n, all genes): log1p(count / total * target_sum) for counts, unchanged otherwise."""
         if self.target_sum is None:
             return counts
-        factor = self.target_sum / np.maximum(np.asarray(counts.sum(1)).ravel(), 1e-300)
-        values = np.repeat(factor, np.diff(counts.indptr))
+        values = np.repeat(self._factor(counts), np.diff(counts.indptr))
         np.log1p(np.multiply(values, counts.data, out=values), out=values)
         return sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
 
@@ -96,17 +96,28 @@ class Preprocessing:
         Parameters
         ----------
         counts
-            Canonical float64 cells (n, all genes).
+            Canonical cells (n, all genes), of any kind of numbers.
         place
             (all genes,) int32 column of each fitted gene, -1 of the others; see `places`.
         """
-        cells, column = self.apply(counts), place[counts.indices]
-        shape = (cells.shape[0], len(self.genes))
-        if len(self.genes) == len(place):
-            return sp.csr_matrix((cells.data.astype(np.float32), column, cells.indptr), shape=shape)
-        kept = column >= 0
-        start = np.concatenate([[0], kept.cumsum(dtype=np.int64)])[cells.indptr]
-        return sp.csr_matrix((cells.data[kept].astype(np.float32), column[kept], start), shape=shape)
+        shape = (counts.shape[0], len(self.genes))
+        column, values = place[counts.indices], counts.data
+        start: np.ndarray = counts.indptr
+        if len(self.genes) < len(place):
+            kept = np.flatnonzero(column >= 0)
+            column, values, start = column[kept], values[kept], np.searchsorted(kept, start)
+        if self.target_sum is not None:
+            factor = np.repeat(self._factor(counts), np.diff(start))
+            values = np.log1p(np.multiply(factor, values, out=factor), out=factor)
+        return sp.csr_matrix((values.astype(np.float32), column, start), shape=shape)
+
+    def _factor(self, counts: sp.csr_matrix) -> np.ndarray:
+        """What the counts of each cell (n,) are multiplied with."""
+        assert self.target_sum is not None
+        ends = np.append(counts.data, 0)  # where the last cells are empty
+        totals = np.add.reduceat(ends, counts.indptr[:-1], dtype=np.float64) if counts.shape[0] else np.zeros(0)
+        totals[np.diff(counts.indptr) == 0] = 0.0
+        return np.asarray(self.target_sum / np.maximum(totals, 1e-300))
 
     def places(self, genes: pd.Index) -> np.ndarray:
         """(all genes,) int32 column of each fitted gene, in the file's order; -1 of the others."""
@@ -220,7 +231,7 @@ def plan_preprocessing(
     elif n_top_genes == "all" or len(expressed) <= int(n_top_genes):
         chosen, choice = expressed, f"all {len(expressed)} genes with a value"
     else:
-        chosen = expressed[_highly_variable(screen, record, used, expressed, int(n_top_genes), seed)]
+        chosen = expressed[_highly_variable(screen, record, scanned, used, expressed, int(n_top_genes), seed)]
         choice = f"{len(chosen)} most variable of {len(expressed)} genes"
     if len(chosen) < 2:
         raise InputError(
@@ -246,13 +257,20 @@ def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> 
 
 
 def _highly_variable(
-    screen: Screen, record: Preprocessing, used: np.ndarray, columns: np.ndarray, n_top: int, seed: int
+    screen: Screen,
+    record: Preprocessing,
+    scanned: Scan,
+    used: np.ndarray,
+    columns: np.ndarray,
+    n_top: int,
+    seed: int,
 ) -> np.ndarray:
     import scanpy as sc  # late: seconds to import
 
     cells = np.flatnonzero(used)
-    if len(cells) > N_CELLS_FOR_GENES:
-        cells = np.sort(np.random.default_rng(seed).choice(cells, N_CELLS_FOR_GENES, replace=False))
+    most = min(N_CELLS_FOR_GENES, N_VALUES_FOR_GENES * screen.n_cells // scanned.n_nonzero)
+    if len(cells) > most:
+        cells = np.sort(np.random.default_rng(seed).choice(cells, most, replace=False))
     parts = []
     with readable(screen.source, "the matrix"):
         for i in range(0, len(cells), ROWS):

@@ -156,7 +156,7 @@ class ShardedVector:
     def _chunk(self, number: int) -> np.ndarray:
         in_shard = self.shard // self.chunk
         shard, place = divmod(number, in_shard)
-        path = self.folder / "c" / str(shard)
+        path = f"{self.folder}/c/{shard}"
         try:
             handle = os.open(path, os.O_RDONLY)
             try:
@@ -167,12 +167,15 @@ class ShardedVector:
                 offset, size = map(int, self.places[shard][place])
                 if offset == NEVER_WRITTEN:
                     return np.zeros(self.chunk, dtype=self.dtype)
-                decoded = np.frombuffer(BLOSC.decode(os.pread(handle, size, offset)), dtype=self.dtype)
+                packed = os.pread(handle, size, offset)
+                if len(packed) != size or int.from_bytes(packed[12:16], "little") != size:  # as the chunk says itself
+                    raise ValueError("a chunk is cut short")
+                decoded = np.frombuffer(BLOSC.decode(packed), dtype=self.dtype)
             finally:
                 os.close(handle)
             if len(decoded) != self.chunk:
-                raise ValueError("the chunk is too short")
-        except (OSError, ValueError, RuntimeError, IndexError) as error:
+                raise ValueError("a chunk has another size")
+        except (OSError, ValueError, RuntimeError, IndexError, OverflowError) as error:
             raise InputError(f"The store is damaged: {path} cannot be read ({error}).", RESTORE) from error
         return decoded
 

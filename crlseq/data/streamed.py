@@ -60,7 +60,5 @@ class StreamedExpression:
     def _read(self, cells: np.ndarray) -> sp.csr_matrix:
         parts = []
         for i in range(0, max(len(cells), 1), ROWS):
-            block = self.matrix[cells[i : i + ROWS]]
-            block.data = block.data.astype(np.float64)
-            parts.append(self.record.expression(block, self.place))
+            parts.append(self.record.expression(self.matrix[cells[i : i + ROWS]], self.place))
         return parts[0] if len(parts) == 1 else sp.csr_matrix(sp.vstack(parts, format="csr"))

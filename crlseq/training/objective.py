@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +123,12 @@ class Objective:
         if anchor is not None:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
             self.anchor_variance = torch.from_numpy(anchor.variance).to(self.device, self.dtype)
+
+    def of(self, model: DiscrepancyVAE) -> Objective:
+        """The same of another model, which shares the screen."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def prepare(self, batch: BatchIndex, own: np.ndarray | None = None) -> Step:
         """What a batch asks of the screen and not of the model: it can be done ahead, in another thread.

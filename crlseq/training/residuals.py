@@ -45,7 +45,7 @@ class Missed:
 def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> None:
     """Write what the latents miss of single perturbations into `model`; 0 for those without cells of their own."""
     cells = data.cells_by_condition(splits.TRAIN)
-    by_batch = _controls_by_batch(data, cells[0])
+    by_batch = controls_by_batch(data, cells[0])
     rng = np.random.default_rng([seed, 8])
     some = np.sort(rng.choice(cells[0], min(SOURCE_CELLS, len(cells[0])), replace=False))
     weight = model.encoder.hidden.weight
@@ -54,7 +54,7 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
     for c, parts in enumerate(data.conditions):
         if len(parts) != 1 or len(cells[c]) < MIN_CELLS:
             continue
-        effect, own, controls = _mean_effect(data, cells[c], by_batch)
+        effect, own, controls = mean_effect(data, cells[c], by_batch)
         output = model(control, torch.tensor([[parts[0]]], device=weight.device))
         through = (output.virtual - control).mean((0, 1)).cpu().double().numpy()
         perturbations.append(parts[0])
@@ -129,7 +129,7 @@ def shrink(effect: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return shrunk, squared
 
 
-def _controls_by_batch(data: PerturbSeqData, controls: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray, int]]:
+def controls_by_batch(data: PerturbSeqData, controls: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray, int]]:
     """Mean, variance and number of the controls of each batch; of all controls under -1."""
     found = {-1: (*_moments(data, controls), len(controls))}
     for b in np.unique(data.batch[controls]):
@@ -139,7 +139,7 @@ def _controls_by_batch(data: PerturbSeqData, controls: np.ndarray) -> dict[int, 
     return found
 
 
-def _mean_effect(
+def mean_effect(
     data: PerturbSeqData, cells: np.ndarray, controls: dict[int, tuple[np.ndarray, np.ndarray, int]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean of cells minus that of controls of the same batches; squared errors of the cells and of the controls; (G,)."""

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from crlseq.config import Config, ModelConfig, TrainingConfig
 from crlseq.data import splits
 from crlseq.data.batches import BatchIndex, ControlPartners, epoch_batches
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.errors import ConvergenceError, InputError
+from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.losses import median_bandwidth, weighted_total
+from crlseq.model.losses import median_bandwidth
 from crlseq.training.checkpoint import Keeper, load_checkpoint
 from crlseq.training.distributed import ALONE, Ranks
-from crlseq.training.objective import Objective
+from crlseq.training.learner import Learner
+from crlseq.training.objective import Objective, Step
 from crlseq.training.residuals import measure_missed
-from crlseq.training.schedules import final_weights, schedule, settled
-from crlseq.training.threads import ahead
+from crlseq.training.schedules import schedule
+from crlseq.training.threads import ahead, in_parallel
 from crlseq.training.warm_start import Anchor, WarmStart, warm_start
 
 CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result
-SLOWER, MAX_SLOWER = 0.25, 5  # of the learning rate where a loss is not finite, and how often
-EXPLODED = 1e12
 BANDWIDTH_CELLS = 1000
 VALIDATION_BATCH, VALIDATION_CONDITIONS = 64, 16  # cells of a condition, and conditions, scored at once
 
@@ -43,7 +41,10 @@ History = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted model: the kept weights, the losses of every epoch, and how it ended."""
+    """A fitted model: the kept weights, the losses of every epoch, and how it ended.
+
+    Of an ensemble it is the one that validated best, of ``seed``; ``others`` are those of the other seeds.
+    """
 
     model: DiscrepancyVAE
     architecture: dict[str, Any]
@@ -51,6 +52,8 @@ class Fit:
     best_epoch: int
     bandwidth: float
     stopped_early: bool
+    seed: int
+    others: tuple[DiscrepancyVAE, ...] = ()
 
 
 def resolve_device(asked: str) -> torch.device:
@@ -151,33 +154,19 @@ def fit_model(
         If the checkpoint is damaged or belongs to another fit.
     """
     training, first_rank = config.training, ranks.rank == 0
-    device = resolve_device(training.device)
-    dtype = getattr(torch, training.dtype)
-    torch.manual_seed(training.seed)
     architecture = ranks.from_first(
         architecture_of(config.model, data.n_genes, n_latents, len(data.perturbation_names), start)
     )
-    # Built in float32 on the CPU whatever the device, so that one seed starts everywhere from one model.
-    model = DiscrepancyVAE(**architecture).to(dtype)
     bandwidth = ranks.from_first(_bandwidth(config.model, data, training.seed))
-    _start_noise(model, data)
-    anchor = None if start is None else warm_start(model, data, start)
-    if ranks.size > 1:
-        anchor = _start_from_first(model, anchor, ranks)
-    model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=True)
-    objective = Objective(model, data, config.model, bandwidth, anchor)
-
+    learners = _learners(data, config, architecture, bandwidth, start, ranks)
+    objective = learners[0].objective
     train_cells = data.cells_by_condition(splits.TRAIN)
     n_epochs = 0 if config.model.method == "linear" else resolve_epochs(training, train_cells)
     in_step = resolve_step(training, train_cells)
     partners = ControlPartners(data.control_pool(splits.TRAIN), data.batch)
     validation = _validation_batches(data, training.seed)
-    history: History = []
-    first, best_epoch, best_loss = 0, -1, math.inf
-    best_state = copy.deepcopy(model.state_dict())
-    slower = 0  # how often the learning rate was lowered
-    saved = None
+    n_judged = sum(len(batch.condition) for batch in validation)
+    first, saved = 0, None
     if first_rank and checkpoint is not None and checkpoint.exists():
         saved = load_checkpoint(checkpoint)
         if saved.get("identity") != identity:
@@ -187,85 +176,94 @@ def fit_model(
             )
     saved = ranks.from_first(saved)
     if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        history, first = saved["history"], saved["epoch"] + 1
-        best_epoch, best_loss, best_state = saved["best_epoch"], saved["best_loss"], saved["best_state"]
-        slower = saved["slower"]
-        for record in history:
+        first = saved["epoch"] + 1
+        for learner, state in zip(learners, saved["learners"], strict=True):
+            learner.load(state)
+        for record in learners[0].history:
             on_epoch(record, n_epochs)
 
-    stopped_early, epoch = False, first
+    def steps(batches: list[BatchIndex]) -> Iterator[tuple[Step, BatchIndex]]:
+        return zip(ahead(lambda b: objective.prepare(b, ranks.own(b.mask)), batches), batches, strict=True)
+
+    # Several models share what a step asks of the screen, and the threads: each is computed on one.
+    alone = len(learners) == 1 or ranks.size > 1 or objective.device.type != "cpu"
+    threads = 1 if alone else torch.get_num_threads()
     with Keeper(checkpoint if first_rank else None) as keeper:
 
         def keep(epoch: int, write: bool) -> None:
-            keeper.keep({
-                "identity": identity, "epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "history": history, "best_epoch": best_epoch, "best_loss": best_loss, "best_state": best_state, "slower": slower,
-            }, write)  # fmt: skip
+            states = [learner.state() for learner in learners]
+            keeper.keep({"identity": identity, "epoch": epoch, "learners": states}, write)
 
         keep(first - 1, write=False)
-        written = time.monotonic()
+        written, epoch = time.monotonic(), first
         while epoch < n_epochs:
             # Asked before an epoch and not after it, so that a fit resumed behind its last epoch stops as well.
-            if stopped_early := _exhausted(epoch - 1, best_epoch, n_epochs, training):
+            active = [learner for learner in learners if not learner.exhausted(epoch - 1, n_epochs)]
+            if not active:
                 break
-            weights = schedule(epoch, n_epochs, config.model, training)
-            model.temperature.fill_(weights.temperature)
-            for group in optimizer.param_groups:
-                group["lr"] = weights.learning_rate * SLOWER**slower
             # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
             rng = np.random.default_rng([training.seed, 1, epoch])
-            generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+            noise = int(rng.integers(2**62))
+            for i, learner in enumerate(learners):
+                learner.begin(schedule(epoch, n_epochs, config.model, training), noise + i)
             batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
-            sums: dict[str, Tensor] = {}
-            for step in ahead(lambda b: objective.prepare(b, ranks.own(b.mask)), batches):
-                terms = objective(step, generator)
-                total = weighted_total(terms, weights.of_terms(objective.anchored))
-                optimizer.zero_grad(set_to_none=True)
-                total.backward()  # type: ignore[no-untyped-call]
-                ranks.add_up([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-                if training.gradient_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_norm)
-                optimizer.step()
-                for name, value in {**terms, "total": total}.items():  # added up on the device: no step waits
-                    sums[name] = sums.get(name, 0.0) + value.detach().double() / len(batches)
-            ranks.add_up(list(sums.values()))
-            record = {"epoch": float(epoch), **{name: value.item() for name, value in sums.items()}}
-            record |= _validate(objective, validation, config.model, training.seed, ranks)
-            record["temperature"] = weights.temperature
-            if not all(math.isfinite(value) and abs(value) < EXPLODED for value in record.values()):
-                if slower == MAX_SLOWER:
-                    raise ConvergenceError(
-                        f"The loss is not finite in epoch {epoch + 1}, with a learning rate {SLOWER**-slower:.0f} times smaller "
-                        "as well.",
-                        "Lower the learning rate, or look for extreme values in the file.",
-                    )
-                # Back to the last whole epoch, whose copy the next attempt must not change.
-                slower += 1
-                good = copy.deepcopy(keeper.state)
-                model.load_state_dict(good["model"])
-                optimizer.load_state_dict(good["optimizer"])
-                on_retry(f"the loss is not finite in epoch {epoch + 1}: again with a quarter of the learning rate")
+            for step, _ in steps(batches):
+                list(in_parallel(methodcaller("learn", step, len(batches)), active, threads))
+            for step, batch in steps(validation):
+                list(in_parallel(methodcaller("validate", step, len(batch.condition) / n_judged), active, threads))
+            exploded = [learner for learner in active if not learner.end(epoch, n_epochs)]
+            if exploded:
+                for learner in exploded:
+                    learner.slow_down(epoch)
+                # The copy that is kept must outlast another attempt.
+                for learner, state in zip(learners, copy.deepcopy(keeper.state["learners"]), strict=True):
+                    learner.load(state)
+                on_retry(f"The loss is not finite in epoch {epoch + 1}: again with a quarter of the learning rate.")
                 continue
-            history.append(record)
-            on_epoch(record, n_epochs)
-            # Without validation cells the last weights are kept: a training loss may not choose.
-            judged = record.get("validation_total", -float(epoch))
-            if settled(epoch, n_epochs, training) and judged < best_loss:
-                best_epoch, best_loss, best_state = epoch, judged, copy.deepcopy(model.state_dict())
-            last = epoch + 1 == n_epochs or _exhausted(epoch, best_epoch, n_epochs, training)
+            on_epoch(active[0].history[-1], n_epochs)
+            last = epoch + 1 == n_epochs or all(learner.exhausted(epoch, n_epochs) for learner in learners)
             due = last or epoch == first or time.monotonic() - written > CHECKPOINT_SECONDS
             keep(epoch, write=due)
             written = time.monotonic() if due else written
             epoch += 1
-    if best_epoch < 0:
-        best_epoch, best_state = len(history) - 1, model.state_dict()
-    model.load_state_dict(best_state)
-    model.eval()
-    if first_rank and model.log_noise is not None:
-        measure_missed(model, data, training.seed)
-    return Fit(model, architecture, history, best_epoch, bandwidth, stopped_early)
+    for learner in learners:
+        learner.keep_best()
+    kept = min(learners, key=lambda learner: learner.best_loss)
+    if first_rank and kept.model.log_noise is not None:
+        measure_missed(kept.model, data, training.seed)
+    return Fit(
+        kept.model, architecture, kept.history, kept.best_epoch, bandwidth,
+        stopped_early=len(kept.history) < n_epochs,
+        seed=training.seed + learners.index(kept),
+        others=tuple(learner.model for learner in learners if learner is not kept),
+    )  # fmt: skip
+
+
+def _learners(
+    data: PerturbSeqData,
+    config: Config,
+    architecture: dict[str, Any],
+    bandwidth: float,
+    start: WarmStart | None,
+    ranks: Ranks,
+) -> list[Learner]:
+    """Models of consecutive seeds, which share their objective's view of the screen."""
+    training, found = config.training, []
+    device, dtype = resolve_device(training.device), getattr(torch, training.dtype)
+    objective = None
+    for i in range(training.ensemble):
+        torch.manual_seed(training.seed + i)
+        # Built in float32 on the CPU whatever the device, so that one seed starts everywhere from one model.
+        model = DiscrepancyVAE(**architecture).to(dtype)
+        _start_noise(model, data)
+        anchor = None if start is None else warm_start(model, data, start)
+        if ranks.size > 1:
+            anchor = _start_from_first(model, anchor, ranks)
+        model.to(device)
+        if objective is None:
+            objective = Objective(model, data, config.model, bandwidth, anchor)
+        found.append(Learner(objective.of(model), config, ranks))
+    return found
 
 
 def _start_from_first(model: DiscrepancyVAE, anchor: Anchor | None, ranks: Ranks) -> Anchor | None:
@@ -279,38 +277,12 @@ def _start_from_first(model: DiscrepancyVAE, anchor: Anchor | None, ranks: Ranks
     return None if parts is None else Anchor(parts[0].numpy(), parts[1].numpy())
 
 
-def _exhausted(epoch: int, best_epoch: int, n_epochs: int, training: TrainingConfig) -> bool:
-    """Whether the patience had run out after `epoch`."""
-    return training.patience is not None and 0 <= best_epoch <= epoch - training.patience * n_epochs
-
-
 def _validation_batches(data: PerturbSeqData, seed: int) -> list[BatchIndex]:
     """The same pairs of cells in every epoch; none if no condition has validation cells."""
     cells = data.cells_by_condition(splits.VALIDATION)
     controls = data.control_pool(splits.VALIDATION if len(cells[0]) else splits.TRAIN)
     partners, rng = ControlPartners(controls, data.batch), np.random.default_rng([seed, 3])
     return epoch_batches(cells, partners, VALIDATION_BATCH, VALIDATION_CONDITIONS, rng, data.shuffled)
-
-
-@torch.no_grad()
-def _validate(
-    objective: Objective, batches: list[BatchIndex], config: ModelConfig, seed: int, ranks: Ranks
-) -> dict[str, float]:
-    """Mean terms over validation batches, weighted as at the end of training so that epochs compare."""
-    if not batches:
-        return {}
-    generator = torch.Generator(objective.device).manual_seed(seed)
-    found = [objective(step, generator) for step in ahead(lambda b: objective.prepare(b, ranks.own(b.mask)), batches)]
-    sizes = np.array([len(batch.condition) for batch in batches]) / sum(len(batch.condition) for batch in batches)
-    means = torch.tensor(
-        [sum(size * terms[name].item() for size, terms in zip(sizes, found, strict=True)) for name in found[0]],
-        dtype=torch.float64,
-    )
-    ranks.add_up([means])
-    record = {f"validation_{name}": value for name, value in zip(found[0], means.tolist(), strict=True)}
-    final = final_weights(config, objective.anchored)
-    record["validation_total"] = sum(weight * record[f"validation_{name}"] for name, weight in final.items() if weight)
-    return record
 
 
 def _bandwidth(config: ModelConfig, data: PerturbSeqData, seed: int) -> float:

@@ -89,6 +89,37 @@ def test_programs_options(finished: Run, run_folder: Path) -> None:
     assert invoke("inspect", "programs", run_folder, "--top", 0).code == 2
 
 
+def test_one_program_into_a_pipe(finished: Run, run_folder: Path) -> None:
+    shown = table(invoke("inspect", "program", run_folder, "P1", "--top", 4))
+    told = finished.described["P1"]
+    assert shown["what"].tolist() == ["driver"] * len(told.drivers) + ["up"] * 4 + ["down"] * 4
+    drivers, genes = shown[shown["what"] == "driver"], shown[shown["what"] != "driver"]
+    assert drivers["name"].tolist() == told.drivers["perturbation"].tolist()
+    assert drivers["shift"].astype(float).tolist() == told.drivers["shift"].tolist()
+    assert drivers["n_cells"].astype(int).tolist() == told.drivers["n_cells"].tolist()
+    assert genes["name"].tolist() == [*told.up["gene"][:4], *told.down["gene"][:4]]
+    assert genes["total_effect"].astype(float).tolist() == [
+        *told.up["total_effect"][:4],
+        *told.down["total_effect"][:4],
+    ]
+
+
+def test_one_program_as_json_and_on_a_terminal(finished: Run, run_folder: Path) -> None:
+    told = finished.described["P0"]
+    answer = invoke("inspect", "program", run_folder, "P0", "--json")
+    found = json.loads(answer.out)
+    assert answer.err == ""
+    assert (found["program"], found["title"], found["children"]) == ("P0", told.title, told.children)
+    assert [row["gene"] for row in found["up"]] == told.up["gene"][:15].tolist()
+    assert found["effect_explained"] == told.effect_explained and 0 < found["stability"] <= 1
+    code, text = on_terminal("inspect", "program", run_folder, "P0")
+    assert code == 0 and "\t" not in text
+    assert f"P0  {told.title}" in text and "of the effects of perturbations" in text
+    assert f"downstream: {', '.join(f'{name} ({weight:+.2f})' for name, weight in told.children.items())}" in text
+    wrong = invoke("inspect", "program", run_folder, "P9")
+    assert (wrong.code, wrong.out) == (3, "") and "P0 to P2" in wrong.err
+
+
 def test_interventions_are_sorted_by_program_and_those_without_a_claim_come_last(run_folder: Path) -> None:
     shown = table(invoke("inspect", "interventions", run_folder))
     programs = shown["program"].tolist()
@@ -301,12 +332,18 @@ def test_help_imports_nothing_heavy() -> None:
         assert shown.stdout.splitlines()[-1] == "HEAVY []", shown.stdout[-300:] + shown.stderr
 
 
-def test_inspect_needs_no_torch(run_folder: Path) -> None:
+def test_inspect_and_report_need_no_torch(run_folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom crlseq.cli.app import main\nsys.argv = ['crlseq', *sys.argv[1:]]\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\nassert not {'torch', 'scanpy', 'anndata'} & sys.modules.keys()"
+        "try:\n    main()\nexcept SystemExit:\n    pass\nassert not {'torch', 'scanpy', 'anndata', 'matplotlib'} & sys.modules.keys()"
     )
-    for words in (["inspect", str(run_folder)], ["inspect", "dag", str(run_folder)]):
+    folder = str(run_folder)
+    for words in (
+        ["inspect", folder],
+        ["inspect", "dag", folder],
+        ["inspect", "program", folder, "P0"],
+        ["report", folder, "--output", str(tmp_path / "x.html")],
+    ):
         shown = subprocess.run(
             [sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment(), timeout=60
         )

@@ -170,3 +170,22 @@ def test_the_command_that_check_gives(
     run = crlseq.load(tmp_path / "a screen-run")
     assert len(run.interventions) == found["n_singles"] == (7 if separator else 9)
     assert run.info["config"]["data"]["batch_key"] == "batch"
+
+
+def test_an_ensemble_says_what_its_seeds_agree_on(screen_file: Path, tmp_path: Path) -> None:
+    words = ["fit", screen_file, "--n-latents", 2, "--ensemble", 3, "--epochs", 2]
+    answer = invoke(*words, "--method", "gradient", "--output", tmp_path / "RUN")
+    assert answer.code == 0, answer.err
+    run = crlseq.load(tmp_path / "RUN")
+    assert run.ensemble is not None
+    counts = run.ensemble["kind"].value_counts()
+    assert counts["program"] == 2 and counts["intervention"] == (run.interventions["program"] != "").sum() > 0
+    assert run.ensemble["agreement"].between(0, 1).all()
+    assert run.info["training"]["kept_seed"] in (0, 1, 2)
+
+    answer = invoke(*words, "--method", "linear", "--output", tmp_path / "other")
+    assert answer.code == 2 and not (tmp_path / "other").exists()
+
+
+def test_one_seed_has_no_ensemble(run_folder: Path) -> None:
+    assert crlseq.load(run_folder).ensemble is None and not (run_folder / "ensemble.csv").exists()

@@ -21,6 +21,7 @@ from crlseq.errors import ConvergenceError, InputError
 from crlseq.fitting import Progress
 from crlseq.training import trainer
 from crlseq.training.checkpoint import load_checkpoint, mend_checkpoint, previous_of, save_checkpoint
+from crlseq.training.learner import MAX_SLOWER, Learner
 from tests.cli.test_repeat import results
 from tests.support import check_refusal, command, environment, invoke
 
@@ -109,7 +110,7 @@ def test_an_interrupt_writes_the_last_whole_epoch(screen_file: Path, tmp_path: P
         crlseq.fit(screen_file, tmp_path / "RUN", progress=Progress(epoch=interrupt), **GRADIENT)
     saved = load_checkpoint(tmp_path / "RUN.partial" / "resume.pt")
     assert saved["epoch"] == epoch - 1
-    assert [record["epoch"] for record in saved["history"]] == list(range(epoch))
+    assert [record["epoch"] for record in saved["learners"][0]["history"]] == list(range(epoch))
     whole = crlseq.fit(screen_file, tmp_path / "whole", **GRADIENT)
     run = crlseq.fit(screen_file, tmp_path / "RUN", resume=True, **GRADIENT)
     assert run.path is not None and whole.path is not None
@@ -212,36 +213,39 @@ def test_a_move_that_fails_brings_the_old_run_back(
 # --- losses
 
 
+def explode(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> list[int]:
+    """Validation that finds NaN in some of the epochs that are tried; a list that grows with them."""
+    end, seen = Learner.end, list[int]()
+
+    def exploding(self: Learner, epoch: int, n_epochs: int) -> bool:
+        seen.append(epoch)
+        if when(len(seen)):
+            self.validation_terms = dict.fromkeys(self.validation_terms, float("nan"))
+        return end(self, epoch, n_epochs)
+
+    monkeypatch.setattr(Learner, "end", exploding)
+    return seen
+
+
 def test_a_loss_that_explodes_once_is_done_again_with_smaller_steps(
     screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validate, seen = trainer._validate, []
-
-    def once(*arguments: Any) -> dict[str, float]:
-        seen.append(1)
-        return validate(*arguments) | ({"validation_total": float("nan")} if len(seen) == 2 else {})
-
-    monkeypatch.setattr(trainer, "_validate", once)
+    seen = explode(monkeypatch, lambda n: n == 2)
     notes: list[str] = []
     run = crlseq.fit(screen_file, tmp_path / "RUN", progress=Progress(note=notes.append), **GRADIENT)
-    assert notes == ["the loss is not finite in epoch 2: again with a quarter of the learning rate"]
+    assert notes == ["The loss is not finite in epoch 2: again with a quarter of the learning rate."]
     assert run.history["epoch"].tolist() == [0, 1, 2] and len(seen) == 4
     assert np.isfinite(run.history.to_numpy()).all()
-    assert load_checkpoint(run.path / "resume.pt")["slower"] == 1  # type: ignore[operator]
+    assert load_checkpoint(run.path / "resume.pt")["learners"][0]["slower"] == 1  # type: ignore[operator]
 
 
 def test_a_hopeless_fit_keeps_its_history(screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    validate, seen = trainer._validate, []
-
-    def later(*arguments: Any) -> dict[str, float]:
-        seen.append(1)
-        return validate(*arguments) | ({"validation_total": float("inf")} if len(seen) > 1 else {})
-
-    monkeypatch.setattr(trainer, "_validate", later)
+    seen = explode(monkeypatch, lambda n: n > 1)
     with pytest.raises(ConvergenceError, match=r"epoch 2, with a learning rate 1024 times smaller as well"):
         crlseq.fit(screen_file, tmp_path / "RUN", **GRADIENT)
-    assert len(seen) == 1 + 1 + trainer.MAX_SLOWER
-    assert len(load_checkpoint(tmp_path / "RUN.partial" / "resume.pt")["history"]) == 1
+    assert len(seen) == 1 + 1 + MAX_SLOWER
+    saved = load_checkpoint(tmp_path / "RUN.partial" / "resume.pt")
+    assert len(saved["learners"][0]["history"]) == 1
 
 
 # --- signals at any moment, to the whole command

@@ -10,6 +10,7 @@ from crlseq.data.dataset import read_data
 from crlseq.data.simulate import simulate
 from crlseq.errors import ConvergenceError, InputError
 from crlseq.training import trainer
+from crlseq.training.threads import on_threads
 from crlseq.training.trainer import fit_model, resolve_device, resolve_epochs, resolve_step
 
 
@@ -159,3 +160,52 @@ def test_cuda_that_is_not_there_is_refused():
 def test_cuda_follows_the_cpu(data):
     cpu, cuda = (fit_model(data, make_config(epochs=3, dtype="float64", device=d), 3) for d in ("cpu", "cuda"))
     assert abs(cpu.history[0]["reconstruction"] - cuda.history[0]["reconstruction"]) < 0.1
+
+
+def trained(fitted):
+    """Models by seed, without what is measured of the kept one alone."""
+    models = list(fitted.others)
+    models.insert(fitted.seed, fitted.model)
+    return [{name: value for name, value in model.state_dict().items() if "." in name} for model in models]
+
+
+def equal(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_ensemble_trains_each_seed_as_if_it_were_alone(data, threads):
+    config = make_config(epochs=3, ensemble=3)
+    with on_threads(threads):
+        together = fit_model(data, config, 3)
+    models = trained(together)
+    assert equal(models[0], trained(fit_model(data, make_config(epochs=3), 3))[0])
+    assert not equal(models[0], models[1]) and not equal(models[1], models[2])
+    assert together.history[together.best_epoch]["validation_total"] == min(
+        record["validation_total"] for record in together.history if record["epoch"] >= 1
+    )
+
+
+def test_the_seed_that_validates_best_is_kept(data):
+    losses = {}
+    for n in (1, 2, 3, 4):
+        fitted = fit_model(data, make_config(epochs=3, ensemble=n), 3)
+        losses[n] = fitted.history[fitted.best_epoch]["validation_total"]
+        assert 0 <= fitted.seed < n and len(fitted.others) == n - 1
+    # One more seed is kept if it is better, and changes nothing if it is not.
+    assert losses[1] >= losses[2] >= losses[3] >= losses[4]
+    assert losses[4] < losses[1]
+
+
+def test_a_stopped_ensemble_goes_on_to_the_same_models(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    config = make_config(epochs=4, ensemble=2)
+
+    def stop(record, n_epochs):
+        if record["epoch"] == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        fit_model(data, config, 3, tmp_path / "resume.pt", "id", stop)
+    resumed, whole = fit_model(data, config, 3, tmp_path / "resume.pt", "id"), fit_model(data, config, 3)
+    assert all(equal(a, b) for a, b in zip(trained(resumed), trained(whole), strict=True))

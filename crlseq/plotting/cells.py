@@ -1,0 +1,133 @@
+"""Cells in the plane of two programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from crlseq.data.perturbations import read_perturbations
+from crlseq.describe import short
+from crlseq.errors import InputError, UsageError
+from crlseq.plotting.style import DISTINCT, MARKS, SOFT, TEXT, axes_of, bare, finish
+from crlseq.run import Run
+
+CELLS = 20_000  # drawn at most, evenly spaced in the file
+COLOURED = 3  # perturbations a program, if none were named
+FEW = 400  # of a perturbation
+SHOWN = 0.005  # of the cells beyond either end of the axes: outliers would press the rest together
+
+
+def embedding(
+    run: Run,
+    *,
+    programs: Sequence[str] | None = None,
+    perturbations: Sequence[str] | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Cells by their latents in two programs: controls grey, some perturbations in colour, their means as large marks.
+
+    Parameters
+    ----------
+    programs
+        Two programs, such as ``("P0", "P3")``; None takes the two that explain most of the perturbations' effects.
+    perturbations
+        Labels of conditions to colour, eight at most; None takes the strongest ones that target these programs.
+    ax, show
+        See `crlseq.pl.dag`.
+
+    Raises
+    ------
+    UsageError
+        If programs or perturbations are not there, or too many.
+    InputError
+        If the run has no folder, a single program, or its ``crlseq.h5ad`` cannot be read.
+    """
+    pair = _pair(run, programs)
+    chosen = _perturbations(run, pair, perturbations)
+    labels, latents, control = _cells(run)
+    x, y = latents[:, run.program_names.index(pair[0])], latents[:, run.program_names.index(pair[1])]
+    ax = axes_of(ax, 6.2, 4.8)
+    ax.scatter(x[labels == control], y[labels == control], s=4, color="#b9bfc5", linewidths=0, rasterized=True)
+    looks = {control: (SOFT, "o"), **dict(zip(chosen, zip(DISTINCT, MARKS, strict=True), strict=False))}
+    means = []
+    for name, (colour, mark) in looks.items():
+        own = np.flatnonzero(labels == name)
+        if not len(own):
+            continue
+        if name != control:
+            few = own[np.linspace(0, len(own) - 1, min(FEW, len(own))).astype(int)]
+            ax.scatter(x[few], y[few], s=9, color=colour, marker=mark, linewidths=0, alpha=0.7, rasterized=True)
+        means.append((name, colour, mark, x[own].mean(), y[own].mean()))
+    for name, colour, mark, a, b in means:  # above all cells
+        ax.scatter([a], [b], s=90, color=colour, marker=mark, edgecolor="white", linewidth=1.2, zorder=4, label=" " + short(name))  # fmt: skip
+    legend = ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    both = np.isin(labels, list(looks))
+    x, y = x[both], y[both]
+    for axis, values in (("x", x), ("y", y)):
+        low, high = np.quantile(values, [SHOWN, 1 - SHOWN])
+        edge = 0.05 * (high - low) or 1.0
+        getattr(ax, f"set_{axis}lim")(low - edge, high + edge)
+    for axis, name in (("x", pair[0]), ("y", pair[1])):
+        title = f"{name}  {short(run.described[name].label, 40)}"
+        getattr(ax, f"set_{axis}label")(title, fontsize=8, **TEXT)
+    ax.tick_params(labelsize=7)
+    ax.set_title("Cells by program (SD of control cells); large marks are means", fontsize=9, loc="left")
+    bare(ax)
+    return finish(ax, show)
+
+
+def _pair(run: Run, programs: Sequence[str] | None) -> tuple[str, str]:
+    names = run.program_names
+    if programs is None:
+        if len(names) < 2:
+            raise InputError("This run has one program, and a plane needs two.", "Plot `effects` or `programs`.")
+        explained = np.nan_to_num([run.described[name].effect_explained for name in names], nan=-np.inf)
+        first, second = sorted(np.argsort(-explained, kind="stable")[:2])
+        return names[first], names[second]
+    if len(programs) != 2 or programs[0] == programs[1] or not set(programs) <= set(names):
+        raise UsageError(
+            f"The programs {', '.join(map(repr, programs))} are not two of this run.",
+            f"Programs are {names[0]} to {names[-1]}.",
+        )
+    return programs[0], programs[1]
+
+
+def _perturbations(run: Run, pair: tuple[str, str], asked: Sequence[str] | None) -> list[str]:
+    if asked is None:
+        drivers = [run.described[name].drivers for name in pair]
+        return [
+            str(name) for own in drivers for name in own.loc[own["n_cells"] > 0, "perturbation"][: len(DISTINCT) // 2]
+        ]
+    known = {row["name"] for row in run.info["conditions"]}
+    if unknown := [name for name in asked if name not in known]:
+        raise UsageError(f"There is no perturbation {unknown[0]!r} in this run.", "See `crlseq inspect interventions`.")
+    if len(asked) > len(DISTINCT):
+        raise UsageError(f"{len(asked)} perturbations are too many colours.", f"Give {len(DISTINCT)} at most.")
+    return list(asked)
+
+
+def _cells(run: Run) -> tuple[np.ndarray, np.ndarray, str]:
+    """Condition and latents of cells of the run's h5ad, read without its matrix, and the control's name."""
+    import anndata as ad
+    import h5py
+
+    if run.path is None:
+        raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
+    path = run.path / "crlseq.h5ad"
+    try:
+        with h5py.File(path, "r") as handle:
+            obs, latents = ad.io.read_elem(handle["obs"]), np.asarray(handle["obsm/X_crlseq"])
+    except (OSError, KeyError) as error:
+        raise InputError(f"{path} cannot be read, so that there are no cells to plot.", "Restore it.") from error
+    found = read_perturbations(
+        obs, run.info["perturbation_key"], run.info["control_label"], run.info["config"]["data"]["separator"]
+    )
+    used = np.flatnonzero(found.condition >= 0)
+    some = used[np.linspace(0, len(used) - 1, min(CELLS, len(used))).astype(int)]
+    names = np.asarray(found.condition_names, dtype=object)
+    return names[found.condition[some]], latents[some], str(names[0])

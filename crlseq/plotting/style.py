@@ -1,0 +1,57 @@
+"""What the plots share: colours, axes, and text that is only text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from crlseq.describe import short
+
+# Orange and blue are told apart with every kind of colour vision, and so is each pair of Okabe and Ito's colours.
+UP, DOWN, SOFT, INK = "#b35806", "#2166ac", "#6e7781", "#1b1f24"
+SIGNED = "PuOr_r"  # diverging, as orange and blue
+DISTINCT = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C6D00", "#000000")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+TEXT: dict[str, Any] = {"parse_math": False}  # a dollar sign in a gene's name starts no formula
+
+
+def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
+    """The Axes given, or those of a new figure of that size in inches."""
+    if ax is not None:
+        return ax
+    return plt.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def finish(ax: Axes, show: bool) -> Axes:
+    """Show the figure if asked, and return its Axes."""
+    if show:
+        plt.show()
+    return ax
+
+
+def note(ax: Axes, text: str) -> Axes:
+    """An empty plot that says why it is empty."""
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, text, ha="center", va="center", wrap=True, transform=ax.transAxes, color=SOFT, **TEXT)
+    return ax
+
+
+def bare(ax: Axes) -> None:
+    """Take away the frame above and to the right."""
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def limit_of(values: np.ndarray) -> float:
+    """End of a symmetric colour scale: the largest of |values|; 1 where there are none."""
+    finite = np.abs(values[np.isfinite(values)])
+    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+
+def label_ticks(ax: Axes, axis: str, names: Sequence[str], **look: Any) -> None:
+    """Names at 0, 1, ... of an axis."""
+    getattr(ax, f"set_{axis}ticks")(range(len(names)))
+    getattr(ax, f"set_{axis}ticklabels")([short(name) for name in names], **TEXT, **look)

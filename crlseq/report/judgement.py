@@ -1,0 +1,94 @@
+"""What ``crlseq evaluate RUN --output RUN/NAME.csv`` left in a run folder, for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from crlseq.analysis.baselines import BASELINES
+from crlseq.analysis.comparison import METRICS, MODEL, WORDS, compare, verdict
+from crlseq.describe import Verdict, answer_of
+
+if TYPE_CHECKING:
+    from crlseq.run import Run
+
+SHOWN = {
+    "pearson_delta": "Pearson Δ", "pearson_delta_top_de": "Pearson Δ, 20 top genes", "l2": "L2",
+    "centroid_accuracy": "centroid accuracy", "sign_agreement": "sign agreement", "mmd2": "MMD²",
+}  # fmt: skip
+CARRYING = ("pearson_delta", "l2")  # the metrics of the verdict
+TITLES = {
+    **WORDS, MODEL: "model", "additive": "sum of training effects", "split_half": "(ceiling: the other half of the cells)",
+    "sampling_floor": "(floor: sampling error)",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A table of ``crlseq evaluate``: its file, the verdict, sentences, and means by group of conditions."""
+
+    name: str
+    verdict: Verdict
+    sentences: tuple[str, ...]
+    metrics: dict[str, str]
+    groups: list[dict[str, Any]]
+
+
+def judgements(run: Run) -> list[Judgement]:
+    """The tables in the run's folder, by name; other files there are none of ours and are passed over."""
+    if run.path is None:
+        return []
+    tables = {path.name: _read(path) for path in sorted(run.path.glob("*.csv"))}
+    return [_judge(name, table, int(run.info["seed"])) for name, table in tables.items() if table is not None]
+
+
+def _read(path: Path) -> pd.DataFrame | None:
+    needed = ("condition", "group", "predictor")
+    try:
+        columns = pd.read_csv(path, nrows=0).columns
+        if not {*needed, *CARRYING} <= set(columns):
+            return None
+        kinds = {name: str if name in needed else float for name in columns}
+        numbers = {name: [""] for name in columns if name not in needed}
+        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=numbers)
+    except (OSError, ValueError):
+        return None
+    return table if {MODEL, *BASELINES} <= set(table["predictor"]) else None
+
+
+def _judge(name: str, table: pd.DataFrame, seed: int) -> Judgement:
+    comparisons = compare(table[["condition", "group", "predictor", *CARRYING]], seed)
+    best = comparisons[comparisons["best"] & comparisons["low"].notna()]
+    found: dict[str, list[float]] = {}
+    told, several = [], comparisons["group"].nunique() > 1
+    for row in best.to_dict("records"):
+        low, high = (row["low"], row["high"]) if METRICS[row["metric"]] else (-row["high"], -row["low"])
+        told.append(
+            (f"{row['group']}: " if several else "")
+            + f"{SHOWN[row['metric']]} {row['model']:.3g} against {row['value']:.3g} ({TITLES[row['baseline']]}), "
+            f"better on {row['better']} of {row['n']} conditions"
+        )
+        found.setdefault(SHOWN[row["metric"]], []).append(1.0 if low > 0 else -1.0 if high < 0 else 0.0)
+    # Over several groups of conditions: better only if worse in none.
+    signs = {title: min(own) if min(own) < 0 else max(own) for title, own in found.items()}
+    answer, grade = answer_of(signs) if signs else ("too few conditions to tell", "open")
+    sentences = verdict(comparisons)
+    metrics = {metric: title for metric, title in SHOWN.items() if metric in table}
+    groups = []
+    for group, part in table.groupby("group", sort=False):
+        means = part.groupby("predictor", sort=False)[list(metrics)].mean()
+        rivals = means.loc[[predictor for predictor in means.index if predictor in (MODEL, *BASELINES)]]
+        top = {m: rivals[m].max() if METRICS[m] else rivals[m].min() for m in metrics}
+        rows = [
+            {
+                "title": TITLES.get(str(predictor), str(predictor)),
+                "cells": [(values[m], predictor in rivals.index and values[m] == top[m]) for m in metrics],
+            }
+            for predictor, values in means.iterrows()
+        ]
+        groups.append({"name": group, "n": part["condition"].nunique(), "rows": rows})
+    reason = f"By {name}, against the best baseline by each metric. {'; '.join(told)}."
+    return Judgement(name, Verdict("Better than baselines?", grade, answer, reason), sentences, metrics, groups)

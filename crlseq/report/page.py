@@ -1,0 +1,205 @@
+"""A run as a page: what the template is filled with."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import unicodedata
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from crlseq.describe import Program, numbers_in_words, verdicts
+from crlseq.drawing import HEAD, Drawing, draw, edge_width, heading, legend
+from crlseq.files import written_whole
+from crlseq.layout import Point
+from crlseq.report import charts
+from crlseq.report.judgement import judgements
+
+if TYPE_CHECKING:
+    from crlseq.run import Run
+
+GENES = 8  # of a card, that rise and that fall
+DRIVERS = 8  # of a card
+ROWS = 300  # of a table: the page must open, whatever the screen
+FONT = 12.0
+PAGE = (1200.0, 1200.0)
+
+
+def write_report(run: Run, path: Path) -> None:
+    """Render ``templates/report.html.j2``; every name from the data is escaped. Written beside, then renamed."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("crlseq"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"fixed": _fixed, "signed": _signed, "brief": _brief}
+    page = environment.get_template("report.html.j2").render(_context(run))
+    with written_whole(path) as file:
+        # Half a pair of surrogates, which a name may hold, is no text.
+        file.write_text(page, encoding="utf-8", errors="replace")
+
+
+def _fixed(value: Any, decimals: int = 2) -> str:
+    return "–" if value is None or value != value else f"{value:.{decimals}f}"
+
+
+def _signed(value: Any, decimals: int = 2) -> str:
+    return "–" if value is None or value != value else f"{value:+.{decimals}f}"
+
+
+def _brief(value: Any) -> str:
+    return "–" if value is None or value != value else f"{value:.3g}"
+
+
+def _context(run: Run) -> dict[str, Any]:
+    script = files("crlseq").joinpath("templates/report.js").read_text(encoding="utf-8")
+    order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), _program_number(run.interventions["program"])))
+    interventions = run.interventions.iloc[order]
+    judged = judgements(run)
+    answers = verdicts(run)
+    if judged:  # of all baselines, which a fit does not take the time for
+        answers[1] = judged[0].verdict
+    return {
+        "run": run,
+        "info": run.info,
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "style": Markup(files("crlseq").joinpath("templates/report.css").read_text(encoding="utf-8")),
+        "verdicts": answers,
+        "dag": _dag(run),
+        "programs": [_card(program) for program in run.described.values()],
+        "interventions": interventions[:ROWS].to_dict("records"),
+        "n_interventions": len(interventions),
+        "largest_shift": charts.largest(interventions["shift"]),
+        "map": charts.intervention_map(run),
+        "edges": run.edges[:ROWS].to_dict("records"),
+        "ancestry": run.ancestry[:ROWS].to_dict("records"),
+        "effects": charts.effects(run),
+        "evaluation": run.evaluation[:ROWS].to_dict("records"),
+        "means": _means(run.evaluation),
+        "scatters": charts.scatters(run.evaluation),
+        "judged": judged,
+        "losses": charts.losses(run.history),
+        "config": json.dumps(run.info["config"], indent=1, ensure_ascii=False),
+    }
+
+
+def _program_number(names: pd.Series) -> np.ndarray:
+    return pd.to_numeric(names.str[1:]).fillna(np.inf).to_numpy()
+
+
+def _card(program: Program) -> dict[str, Any]:
+    genes = {"rise": program.up[:GENES], "fall": program.down[:GENES]}
+    return {
+        "program": program,
+        "numbers": numbers_in_words(program),
+        "drivers": program.drivers[:DRIVERS].to_dict("records"),
+        "more_drivers": max(0, len(program.drivers) - DRIVERS),
+        "largest_shift": charts.largest(program.drivers["shift"]),
+        "total": bool(program.downstream),  # else it is the loading
+        "genes": {name: table.to_dict("records") for name, table in genes.items()},
+        "largest": charts.largest(pd.concat([table["loading"] for table in genes.values()])),
+    }
+
+
+def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
+    """Means over conditions, a row a prediction; None where the table lacks it."""
+    rows = []
+    for ending, title in (
+        ("", "model"),
+        ("_training", "training effects (not fitted: the sum of the parts')"),
+        ("_mean", "mean effect of all perturbations"),
+        ("_no_change", "no change"),
+    ):
+        found = {m: evaluation[m + ending].mean() for m in ("pearson_delta", "l2", "mmd2") if m + ending in evaluation}
+        if found and len(evaluation):
+            rows.append({"title": title, **{m: found.get(m) for m in ("pearson_delta", "l2", "mmd2")}})
+    return rows
+
+
+def _dag(run: Run) -> dict[str, Any]:
+    """The drawing as the template puts it into SVG, with what is told of everything in it."""
+    drawing = draw(run, FONT, PAGE, _text_width)
+    programs = run.described
+    nodes = [
+        {
+            "name": node.program.name,
+            "box": node.box,
+            "disc": node.disc,
+            "radius": node.radius,
+            "lines": [(*node.line_at(i, FONT), line) for i, line in enumerate(node.lines)],
+            "about": _about(node.program),
+        }
+        for node in drawing.nodes
+    ]
+    edges = [
+        {
+            "source": edge.source,
+            "target": edge.target,
+            "raises": edge.weight > 0,
+            "width": edge_width(edge.support) * FONT,
+            "points": " ".join(f"{x:.1f},{y:.1f}" for x, y in edge.points),
+            "path": edge_path(edge.points, drawing),
+            "about": f"{edge.source} → {edge.target}\n{programs[edge.source].title} "
+            f"{'raises' if edge.weight > 0 else 'lowers'} {programs[edge.target].title}\n"
+            f"weight {edge.weight:+.2f} (SD of the target for one of the source)"
+            + ("" if np.isnan(edge.support) else f", support {edge.support:.2f}"),
+        }
+        for edge in drawing.edges
+    ]
+    return {
+        "drawing": drawing,
+        "nodes": nodes,
+        "edges": edges,
+        "head": HEAD * FONT,
+        "heading": heading(run),
+        "legend": legend(run),
+    }
+
+
+def edge_path(points: list[Point], drawing: Drawing) -> str:
+    """An edge as an SVG path: curves whose tangents point along the drawing, as the script of the page draws them."""
+    path = f"M{points[0][0]:.1f},{points[0][1]:.1f}"
+    for (a, b), (c, d) in pairwise(points):
+        x, y = (a + c) / 2, (b + d) / 2
+        bend = (a, y, c, y) if drawing.down else (x, b, x, d)
+        path += "C{:.1f},{:.1f} {:.1f},{:.1f} {:.1f},{:.1f}".format(*bend, c, d)
+    return path
+
+
+def _about(program: Program) -> str:
+    lines = [f"{program.name}  {program.title}", ", ".join(numbers_in_words(program))]
+    if len(program.drivers):
+        told = [
+            f"{row['perturbation']} ({_signed(row['shift'], 1)} SD)" for row in program.drivers[:5].to_dict("records")
+        ]
+        lines.append("perturbed by " + ", ".join(told) + (f" and {len(program.drivers) - 5} more" if len(program.drivers) > 5 else ""))  # fmt: skip
+    for what, names in (("upstream", program.upstream), ("downstream", program.downstream)):
+        if names:
+            lines.append(f"{what}: {', '.join(names)}")
+    return "\n".join(line for line in lines if line)
+
+
+def _text_width(text: str, bold: bool) -> float:
+    """No less than what the wide ones among the usual fonts need; which font a browser takes is not known here."""
+    width = 0.0
+    for c in text:
+        if unicodedata.east_asian_width(c) in "WF":
+            width += 1.1
+        elif c in "mwMW@%…—":
+            width += 1.0
+        elif c.isupper() or c.isdigit():
+            width += 0.72
+        else:
+            width += 0.35 if c in " .,:;il|'" else 0.64
+    return FONT * width * (1.1 if bold else 1.0)

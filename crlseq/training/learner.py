@@ -1,0 +1,143 @@
+"""Learner: one model in training, with its optimiser, its losses so far and the weights that validated best."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crlseq.config import Config
+from crlseq.errors import ConvergenceError
+from crlseq.model.losses import weighted_total
+from crlseq.training.distributed import Ranks
+from crlseq.training.objective import Objective, Step
+from crlseq.training.schedules import Weights, final_weights, settled
+
+SLOWER, MAX_SLOWER = 0.25, 5  # of the learning rate where a loss is not finite, and how often
+EXPLODED = 1e12
+
+
+class Learner:
+    """Trains a model on steps that others may train on as well.
+
+    Attributes
+    ----------
+    history
+        A record an epoch: ``epoch``, the terms, ``validation_*`` terms, ``temperature``.
+    best_epoch, best_loss, best_state
+        The settled epoch with the lowest validation loss (-1: none yet), that loss, and its weights.
+    """
+
+    def __init__(self, objective: Objective, config: Config, ranks: Ranks) -> None:
+        self.model, self.objective = objective.model, objective
+        self.config, self.ranks = config, ranks
+        rate = config.training.learning_rate
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=rate, fused=True)
+        self.history: list[dict[str, float]] = []
+        self.best_epoch, self.best_loss = -1, math.inf
+        self.best_state = copy.deepcopy(self.model.state_dict())
+        self.slower = 0  # how often the learning rate was lowered
+
+    def begin(self, weights: Weights, noise: int) -> None:
+        """Start an epoch whose training noise has the seed `noise`."""
+        self.weights, device = weights, self.objective.device
+        self.model.temperature.fill_(weights.temperature)
+        for group in self.optimizer.param_groups:
+            group["lr"] = weights.learning_rate * SLOWER**self.slower
+        self.noise = torch.Generator(device).manual_seed(noise)
+        # The same in every epoch and of every model, so that validation losses compare.
+        self.validation_noise = torch.Generator(device).manual_seed(self.config.training.seed)
+        self.terms: dict[str, Tensor] = {}
+        self.validation_terms: dict[str, float] = {}
+
+    def learn(self, step: Step, n_steps: int) -> None:
+        """One of the epoch's steps of gradient descent."""
+        terms = self.objective(step, self.noise)
+        total = weighted_total(terms, self.weights.of_terms(self.objective.anchored))
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        parameters = list(self.model.parameters())
+        self.ranks.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self.config.training.gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.training.gradient_norm)
+        self.optimizer.step()
+        for name, value in {**terms, "total": total}.items():  # added up on the device: no step waits for a number
+            self.terms[name] = self.terms.get(name, 0.0) + value.detach().double() / n_steps
+
+    @torch.no_grad()
+    def validate(self, step: Step, share: float) -> None:
+        """Terms of validation cells, which are this share of all."""
+        for name, term in self.objective(step, self.validation_noise).items():
+            self.validation_terms[name] = self.validation_terms.get(name, 0.0) + share * term.item()
+
+    def end(self, epoch: int, n_epochs: int) -> bool:
+        """Record an epoch, and keep its weights if they validate best; False, and neither, if a loss is not finite."""
+        record = {"epoch": float(epoch), **self._summed(self.terms)}
+        if self.validation_terms:
+            found = self._summed({name: torch.tensor(value).double() for name, value in self.validation_terms.items()})
+            record |= {f"validation_{name}": value for name, value in found.items()}
+            # Weighted as at the end of training, so that epochs compare.
+            final = final_weights(self.config.model, self.objective.anchored)
+            record["validation_total"] = sum(weight * found[name] for name, weight in final.items() if weight)
+        record["temperature"] = self.weights.temperature
+        if not all(math.isfinite(value) and abs(value) < EXPLODED for value in record.values()):
+            return False
+        self.history.append(record)
+        # Without validation cells the last weights are kept: a training loss may not choose.
+        judged = record.get("validation_total", -float(epoch))
+        if settled(epoch, n_epochs, self.config.training) and judged < self.best_loss:
+            self.best_epoch, self.best_loss = epoch, judged
+            self.best_state = copy.deepcopy(self.model.state_dict())
+        return True
+
+    def slow_down(self, epoch: int) -> None:
+        """A quarter of the learning rate from here on.
+
+        Raises
+        ------
+        ConvergenceError
+            If that was done `MAX_SLOWER` times.
+        """
+        if self.slower == MAX_SLOWER:
+            raise ConvergenceError(
+                f"The loss is not finite in epoch {epoch + 1}, with a learning rate {SLOWER**-MAX_SLOWER:.0f} times smaller as well.",
+                "Lower the learning rate, or look for extreme values in the file.",
+            )
+        self.slower += 1
+
+    def _summed(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over ranks."""
+        values = list(terms.values())
+        self.ranks.add_up(values)
+        return {name: value.item() for name, value in zip(terms, values, strict=True)}
+
+    def exhausted(self, epoch: int, n_epochs: int) -> bool:
+        """Whether the patience had run out after `epoch`."""
+        patience = self.config.training.patience
+        return patience is not None and 0 <= self.best_epoch <= epoch - patience * n_epochs
+
+    def keep_best(self) -> None:
+        """Take the weights that validated best; the last ones if none did."""
+        if self.best_epoch < 0:
+            self.best_epoch, self.best_state = len(self.history) - 1, self.model.state_dict()
+        self.model.load_state_dict(self.best_state)
+        self.model.eval()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that is needed to go on."""
+        return {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "history": self.history,
+            "best_epoch": self.best_epoch, "best_loss": self.best_loss, "best_state": self.best_state,
+            "slower": self.slower,
+        }  # fmt: skip
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Go on from `state`; the learning rate stays as low as it is."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.history, self.best_state = saved["history"], saved["best_state"]
+        self.best_epoch, self.best_loss = saved["best_epoch"], saved["best_loss"]
+        self.slower = max(self.slower, saved["slower"])

@@ -1,0 +1,245 @@
+"""Plots: Axes in and out, labels that never overlap, names that are only names, the command."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.text import Text
+
+import crlseq
+from crlseq import plotting
+from crlseq.errors import InputError, UsageError
+from crlseq.run import Run
+from tests.support import check_refusal, files_below, invoke
+from tests.synthetic import synthetic_run
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+KINDS = ["dag", "programs", "interventions", "history", "effects"]
+EVIL = [
+    "$x_{1$",
+    "a$b$c",
+    "_hidden",
+    "<img src=x>",
+    "line\nbreak\ttab",
+    "x" * 300,
+    "\\frac{1}{0}",
+    "漢字",
+    "",
+    "a\x1b[1m",
+]
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def texts(ax: Axes) -> list[Text]:
+    """Every text with something in it."""
+    ax.figure.canvas.draw()
+    return [text for text in ax.findobj(Text) if text.get_visible() and text.get_text().strip()]
+
+
+def overlaps(ax: Axes) -> list[tuple[str, str]]:
+    """Pairs of texts whose bounding boxes meet."""
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts(ax)]
+    return [(a, b) for (a, box), (b, other) in combinations(boxes, 2) if box.overlaps(other)]
+
+
+def random_dag(p: int, n: int, seed: int) -> list[tuple[int, int]]:
+    rng = np.random.default_rng(seed)
+    pairs = [(a, b) for a in range(p) for b in range(a + 1, p)]
+    return [pairs[i] for i in sorted(rng.choice(len(pairs), n, replace=False))]
+
+
+@pytest.mark.parametrize(("p", "n"), [(30, 33), (30, 70), (12, 14)])
+def test_labels_of_a_dag_never_overlap(p: int, n: int) -> None:
+    names = [f"TNFRSF{10 + k}" for k in range(5 * p)]  # long ones: the labels fill their lines
+    ax = plotting.dag(synthetic_run(p, 5 * p, random_dag(p, n, seed=p + n), names=names))
+    assert overlaps(ax) == []
+    labels = [text for text in texts(ax) if text.get_text() in {f"P{k}" for k in range(p)}]
+    assert len(labels) == p
+    assert min(text.get_fontsize() for text in texts(ax)) >= 7  # legible, in points
+    # All within the figure, which is a page or two wide.
+    figure = ax.figure.get_window_extent()
+    for text in texts(ax):
+        box = text.get_window_extent()
+        assert (
+            figure.x0 - 1 <= box.x0 and box.x1 <= figure.x1 + 1 and figure.y0 - 1 <= box.y0 and box.y1 <= figure.y1 + 1
+        )
+    assert ax.figure.get_size_inches()[0] < 25
+
+
+def test_a_tangle_is_cut_to_its_strongest_edges() -> None:
+    run = synthetic_run(40, 80, random_dag(40, 500, 0), verdict="not identified")
+    edges = run.edges.assign(support=np.linspace(0, 1, 500))
+    ax = plotting.dag(replace(run, edges=edges))
+    assert "500 edges between 40 programs, of which the 150 strongest are drawn" in " ".join(
+        t.get_text() for t in texts(ax)
+    )
+    widths = [patch.get_linewidth() for patch in ax.patches if type(patch).__name__ == "PathPatch"]
+    assert len(widths) == 150
+    assert min(widths) == pytest.approx(8 * (0.08 + 0.36 * edges["support"].nlargest(150).min()))
+
+
+def test_labels_stay_in_their_boxes_and_discs_and_lines_tell_numbers() -> None:
+    run = synthetic_run(3, 9, [(0, 1), (1, 2)])
+    edges = run.edges.assign(support=[0.5, 1.0])
+    ax = plotting.dag(replace(run, edges=edges))
+    ax.figure.canvas.draw()
+    patches = {type(p).__name__: [q for q in ax.patches if type(q) is type(p)] for p in ax.patches}
+    boxes = [p.get_window_extent() for p in patches["FancyBboxPatch"]]
+    labels = [t for t in texts(ax) if t.get_weight() == "bold" or "PERT" in t.get_text()]
+    for text in labels:
+        extent = text.get_window_extent()
+        assert (
+            sum(b.x0 <= extent.x0 and extent.x1 <= b.x1 and b.y0 <= extent.y0 and extent.y1 <= b.y1 for b in boxes) == 1
+        )
+    areas = np.array([circle.radius**2 for circle in patches["Circle"]])
+    explained = np.array([run.described[f"P{k}"].effect_explained for k in range(3)])
+    assert areas / areas.max() == pytest.approx(explained / explained.max(), rel=1e-6)
+    half, full = (line.get_linewidth() for line in patches["PathPatch"])
+    assert half < full
+    raises = [patch.get_facecolor() for patch in patches["Polygon"]]
+    assert raises[0] != raises[1] and [len(p.get_path().vertices) for p in patches["Polygon"]] == [5, 4]  # bar, arrow
+
+
+def test_an_empty_graph_is_drawn_and_says_so() -> None:
+    ax = plotting.dag(synthetic_run(7, 20, verdict="not identified"))
+    words = " ".join(text.get_text() for text in texts(ax))
+    assert "No edge is declared between 7 programs; the graph is not identified." in words
+    assert sum(text.get_weight() == "bold" for text in texts(ax)) == 7
+    assert overlaps(ax) == []
+
+
+def test_a_dag_shrinks_into_the_axes_given() -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4))
+    assert crlseq.pl.dag(synthetic_run(12, 40, random_dag(12, 14, 1)), ax=left) is left
+    assert not right.has_data()
+    assert overlaps(left) == []
+    assert {text.figure for text in texts(left)} == {figure}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_axes_in_and_out(kind: str, finished: Run) -> None:
+    ax = getattr(plotting, kind)(finished)
+    assert isinstance(ax, Axes)
+    _, mine = plt.subplots()
+    n = len(plt.get_fignums())
+    assert getattr(plotting, kind)(finished, ax=mine) is mine
+    assert len(plt.get_fignums()) == n  # no figure of its own beside the axes given
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_are_only_names(kind: str) -> None:
+    run = synthetic_run(4, 10, [(0, 1)], names=EVIL, genes=[*EVIL, "GENE"])
+    ax = getattr(plotting, kind)(run)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        shown = {text.get_text() for text in texts(ax)}
+    if kind in ("interventions", "effects"):
+        assert {"$x_{1$", "a$b$c", "_hidden", "\\frac{1}{0}", "line break tab"} <= shown
+        assert max(map(len, shown)) < 80
+
+
+def test_tables_are_cut_and_say_so() -> None:
+    run = synthetic_run(5, 200)
+    for kind, total in (("interventions", 180), ("effects", 200)):
+        ax = getattr(plotting, kind)(run, top=20)
+        assert len(ax.get_yticklabels()) == 20
+        assert "20 strongest" in ax.get_title(loc="left") and str(total) in ax.get_title(loc="left")
+    ax = plotting.programs(run, n_genes=3)
+    assert len(ax.get_yticklabels()) <= 15
+
+
+def test_the_map_has_the_shifts() -> None:
+    run = synthetic_run(3, 9)
+    image = plotting.interventions(run).images[0].get_array()
+    rows = run.interventions.dropna(subset="shift")
+    assert np.isfinite(image).sum() == len(rows) == (~image.mask).sum()
+    assert sorted(image.compressed()) == pytest.approx(sorted(rows["shift"]))
+
+
+@pytest.mark.parametrize("kind", ["interventions", "history", "effects"])
+def test_nothing_to_show_is_said(kind: str) -> None:
+    run = synthetic_run(2, 4, epochs=0)
+    none = run.interventions.assign(program="", shift=np.nan, energy_distance=np.nan)
+    ax = getattr(plotting, kind)(replace(run, interventions=none))
+    assert any(word in texts(ax)[0].get_text() for word in ("No perturbation", "No network", "No single"))
+
+
+def test_cells(finished: Run) -> None:
+    ax = plotting.embedding(finished)
+    legend = [text.get_text().strip() for text in ax.get_legend().get_texts()]
+    assert legend[0] == "control" and 1 < len(legend) <= 7
+    ax = plotting.embedding(finished, programs=["P2", "P0"], perturbations=["g0", "g1+g2"][:1])
+    assert ax.get_xlabel().startswith("P2") and ax.get_ylabel().startswith("P0")
+    controls = ax.collections[0].get_offsets()
+    assert len(controls) == 200
+    for wrong in (["P0"], ["P0", "P0"], ["P0", "P9"]):
+        with pytest.raises(UsageError, match="not two of this run"):
+            plotting.embedding(finished, programs=wrong)
+    with pytest.raises(UsageError, match="no perturbation 'nobody'"):
+        plotting.embedding(finished, perturbations=["nobody"])
+    with pytest.raises(UsageError, match="too many"):
+        plotting.embedding(finished, perturbations=["g0"] * 9)
+    with pytest.raises(InputError, match="never written"):
+        plotting.embedding(synthetic_run(2, 4))
+    with pytest.raises(InputError, match="one program"):
+        plotting.embedding(synthetic_run(1, 4))
+
+
+# --- the command
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "embedding"])
+def test_plot(run_folder: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "new" / "figure.png"
+    answer = invoke("plot", run_folder, kind, "--output", path, "--dpi", 40)
+    assert (answer.code, answer.out) == (0, ""), answer.err
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert files_below(tmp_path) == {"new", "new/figure.png"}
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_other_formats_keep_text_and_are_the_same_twice(
+    run_folder: Path, tmp_path: Path, suffix: str, start: bytes
+) -> None:
+    for name in ("a", "b"):
+        assert invoke("plot", run_folder, "dag", "--output", tmp_path / f"{name}.{suffix}").code == 0
+    content = (tmp_path / f"a.{suffix}").read_bytes()
+    assert content.startswith(start)
+    assert content == (tmp_path / f"b.{suffix}").read_bytes()
+    if suffix == "svg":
+        assert b">P0<" in content.replace(b"\n", b"").replace(b" ", b"")
+
+
+def test_plot_refuses(run_folder: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there.png"
+    there.write_text("mine")
+    cases: list[tuple[list[object], int, str]] = [
+        ([run_folder, "dag", "--output", tmp_path / "x.bmp"], 2, ".png, .svg or .pdf"),
+        ([run_folder, "dag", "--output", tmp_path / "x"], 2, ".png, .svg or .pdf"),
+        ([run_folder, "history", "--output", tmp_path / "x.png", "--top", 3], 2, "--top"),
+        ([run_folder, "embedding", "--output", tmp_path / "x.png", "--program", "P0"], 2, "not two"),
+        ([run_folder, "dag", "--output", there], 3, "--force"),
+        ([run_folder, "dag", "--output", there / "x.png"], 3, "cannot be written"),
+        ([tmp_path / "none", "dag", "--output", tmp_path / "x.png"], 3, "not a run folder"),
+    ]
+    for words, code, word in cases:
+        answer = invoke("plot", *words)
+        check_refusal(answer.code, answer.out, answer.err, code, word)
+    assert invoke("plot", run_folder, "portrait", "--output", tmp_path / "x.png").code == 2
+    assert files_below(tmp_path) == {"there.png"} and there.read_text() == "mine"
+    assert invoke("plot", run_folder, "dag", "--output", there, "--force").code == 0

@@ -1,0 +1,256 @@
+"""The report as HTML: self-contained, escaped, bounded, and what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import crlseq
+from crlseq.report import write_report
+from crlseq.report.charts import _ticks, effects, intervention_map, losses
+from crlseq.run import Run
+from tests.support import check_refusal, files_below, invoke
+from tests.synthetic import synthetic_run
+
+EVIL = ["<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "\" onmouseover=\"alert(3)", "'`{{ 7*7 }}", "\ud800\x00"]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, ids, links, and the text by the id of its section."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "input", "hr", "path", "rect", "circle", "polyline"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[tuple[str, str | None]] = []
+        self.text: dict[str, str] = {}
+        self.feed(html)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        assert len(values) == len(attrs), tag
+        self.tags.append((tag, values))
+        if tag not in self.VOID:
+            self.open.append((tag, values.get("id")))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop()[0] == tag
+        if tag in ("td", "th"):
+            self.handle_data(" ")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        for tag, name in self.open:
+            if tag in ("section", "article") and name:
+                self.text[name] = self.text.get(name, "") + data
+
+    def attributes(self, name: str) -> list[str]:
+        return [str(values[name]) for _, values in self.tags if name in values]
+
+
+def written(run: Run, folder: Path) -> tuple[str, Page]:
+    write_report(run, folder / "page.html")
+    html = (folder / "page.html").read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def test_one_self_contained_page(run_folder: Path, finished: Run) -> None:
+    html = (run_folder / "report.html").read_text()
+    page = Page(html)
+    assert html.startswith("<!DOCTYPE html>")
+    assert not page.attributes("src")
+    links = page.attributes("href")
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids))
+    assert all(link == "data:," or (link[0] == "#" and link[1:] in ids) for link in links)
+    assert not re.search(r"https?:|@import|url\((?!#)", html)
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert " at 0x" not in html and "nan" not in re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
+    sections = ["summary", "graph", "programs", "interventions", "effects", "held-out", "loss", "run"]
+    assert [name for tag, values in page.tags if tag == "section" for name in [values["id"]]] == sections
+    assert finished.info["identification"]["reason"] in page.text["summary"]
+    assert "counts: all values are whole numbers" in page.text["run"]
+
+
+def test_the_programs_are_told(run_folder: Path, finished: Run) -> None:
+    page = Page((run_folder / "report.html").read_text())
+    for name, program in finished.described.items():
+        card = page.text[name]
+        assert card.startswith(name)
+        for word in (
+            program.title,
+            *program.drivers["perturbation"],
+            *program.up["gene"][:8],
+            *program.down["gene"][:8],
+        ):
+            assert word in card
+        assert f"stability {program.stability:.2f}" in card
+        for other in (*program.upstream, *program.downstream):
+            assert other in card
+
+
+def test_the_graph_is_told(run_folder: Path, finished: Run) -> None:
+    page = Page((run_folder / "report.html").read_text())
+    nodes = [values for tag, values in page.tags if tag == "a" and values.get("class") == "node"]
+    assert [node["data-name"] for node in nodes] == finished.program_names
+    edges = [values for tag, values in page.tags if tag == "path" and "data-source" in values]
+    assert [(edge["data-source"], edge["data-target"]) for edge in edges] == list(finished.dag.edges)
+    for edge, row in zip(edges, finished.edges.to_dict("records"), strict=True):
+        assert f"weight {row['weight']:+.2f}" in str(edge["data-about"])
+        assert f"support {row['support']:.2f}" in str(edge["data-about"])
+        assert edge["marker-end"] == ("url(#raises)" if row["weight"] > 0 else "url(#lowers)")
+
+
+def test_names_stay_text(tmp_path: Path) -> None:
+    run = synthetic_run(3, 12, [(0, 1)], names=[*EVIL, *EVIL, "a", "b"], genes=[*EVIL, "A", "B", "C"])
+    info = json.loads(json.dumps(run.info))
+    info["notes"], info["input"]["path"], info["label_reason"] = EVIL, EVIL[0], EVIL[1]
+    info["config"] = {"preset": EVIL[1], "data": EVIL}
+    info["command"] = EVIL[2]
+    html, page = written(replace(run, info=info), tmp_path)
+    assert {tag for tag, _ in page.tags} & {"img", "iframe", "object", "embed"} == set()
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert not [name for _, values in page.tags for name in values if name.startswith("on")]
+    assert html.count("&lt;img src=x onerror=alert(1)&gt;") >= 8
+    assert "{{ 7*7 }}" in html
+    clean, _ = written(synthetic_run(3, 12, [(0, 1)]), tmp_path)
+    script = re.search(r"<script>.*</script>", clean, re.DOTALL)
+    assert script is not None and script[0] in html  # no name in it
+
+
+def test_the_content_security_policy_is_that_of_the_script(run_folder: Path) -> None:
+    import base64
+    import hashlib
+
+    html = (run_folder / "report.html").read_text()
+    script = html.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in html
+
+
+def test_a_large_screen_still_opens(tmp_path: Path) -> None:
+    """10,000 perturbations and 50 programs: under 5 MB, tables cut and said so."""
+    names = [f"A_PERTURBATION_WITH_A_LONG_NAME_{k}" for k in range(10_000)]
+    edges = [(a, a + step) for a in range(40) for step in (1, 4)]
+    run = synthetic_run(50, 10_000, edges, n_genes=300, epochs=200, names=names)
+    html, page = written(run, tmp_path)
+    assert len(html.encode()) < 2_500_000
+    assert "First 300 of 10000; the rest is in interventions.csv." in page.text["interventions"]
+    assert "The 150 strongest of 9000; the rest is in interventions.csv." in page.text["interventions"]
+    assert "First 300 of 10000; the rest is in evaluation.csv." in page.text["held-out"]
+    assert "First 1000 conditions." in page.text["held-out"]
+    assert "The 40 largest of 10000" in page.text["effects"]
+    assert "more, in interventions.csv" in page.text["P48"]
+    assert len(page.tags) < 30_000
+
+
+def test_without_edges_effects_epochs_or_evaluation(tmp_path: Path) -> None:
+    run = synthetic_run(2, 6, epochs=0, verdict="not identified")
+    none = run.interventions.assign(program="", shift=np.nan, support=np.nan, fdr=0.9)
+    bare = replace(run, interventions=none, evaluation=run.evaluation.iloc[:0])
+    html, page = written(bare, tmp_path)
+    assert "No edge is declared between 2 programs; the graph is not identified." in page.text["graph"]
+    assert html.count("no detectable effect, no claim") == 6
+    assert "None targets it." in page.text["P0"]
+    assert "held-out" not in page.text and "loss" not in page.text
+    assert "there is nothing to map" in page.text["interventions"]
+    assert all(f'href="#{name}"' not in html for name in ("held-out", "loss"))
+    untested = bare.interventions.assign(energy_distance=np.nan, p_value=np.nan, fdr=np.nan)
+    assert (
+        "No single perturbation was tested"
+        in written(replace(bare, interventions=untested), tmp_path)[1].text["effects"]
+    )
+
+
+@pytest.fixture
+def copied(run_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_folder, tmp_path / "RUN"))
+
+
+def test_tables_of_evaluate_are_in_it(copied: Path) -> None:
+    assert invoke("evaluate", copied, "--output", copied / "baselines.csv").code == 0
+    (copied / "notes.csv").write_text("anything,else\n1,2\n")
+    (copied / "broken.csv").write_bytes(b"\xff\xfe\x00condition,group")
+    assert invoke("report", copied).code == 0
+    page = Page((copied / "report.html").read_text())
+    text = " ".join(page.text["held-out"].split())
+    table = pd.read_csv(copied / "baselines.csv")
+    means = table[table["group"] == table["group"].iloc[0]].groupby("predictor")["l2"].mean()
+    assert "crlseq evaluate: baselines.csv" in text
+    for name, title in (("model", "model"), ("ridge", "ridge"), ("additive", "sum of training effects")):
+        assert re.search(rf"{title} [-–.0-9]+ [-–.0-9]+ {means[name]:.3g} ", text), title
+    assert "By baselines.csv, against the best baseline" in page.text["summary"]
+    assert "notes.csv" not in text and "broken.csv" not in text
+    crlseq.load(copied)
+
+
+def test_report_command(run_folder: Path, copied: Path, tmp_path: Path) -> None:
+    assert invoke("report", run_folder, "--output", tmp_path / "new" / "page.html").code == 0
+    assert (tmp_path / "new" / "page.html").read_bytes() == (run_folder / "report.html").read_bytes()
+    (copied / "report.html").write_text("old")
+    answer = invoke("report", copied)
+    assert (answer.code, answer.out) == (0, "")
+    assert (copied / "report.html").read_bytes() == (run_folder / "report.html").read_bytes()
+    before = files_below(tmp_path)
+    for path, words in ((tmp_path / "new" / "page.html", "--force"), (tmp_path / "new", "folder"), (copied / "run.json" / "x.html", "cannot be written")):  # fmt: skip
+        answer = invoke("report", run_folder, "--output", path)
+        check_refusal(answer.code, answer.out, answer.err, 3, words)
+    assert files_below(tmp_path) == before
+    assert invoke("report", run_folder, "--output", tmp_path / "new" / "page.html", "--force").code == 0
+
+
+# --- charts
+
+
+def test_ticks() -> None:
+    assert list(_ticks(0.0, 1.0, False)) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert list(_ticks(-0.03, 0.11, False)) == [-0.05, 0.0, 0.05, 0.1, 0.15]
+    assert list(_ticks(1.0, 100.0, True)) == [20.0, 40.0, 60.0, 80.0, 100.0]
+    assert list(_ticks(1.0, 3.0, True)) == [1.0, 2.0, 3.0]
+
+
+def test_losses() -> None:
+    history = pd.DataFrame({"epoch": [0, 1, 2], "mmd": [3.0, 2.0, 1.0], "graph": [5.0] * 3, "temperature": [1, 2, 3], "total": [4.0, np.nan, 2.0], "validation_total": [5.0, 4.0, 3.0]})  # fmt: skip
+    charts = losses(history)
+    assert [chart["title"] for chart in charts] == ["total", "mmd"]  # one that never changes tells nothing
+    training, validation = charts[0]["lines"]
+    assert (training["name"], len(training["points"]), len(validation["points"])) == ("training", 2, 3)
+    xs, ys = zip(*validation["points"], strict=True)
+    assert list(xs) == sorted(xs) and list(ys) == sorted(ys)  # falls, and y grows downwards
+    assert losses(pd.DataFrame({"epoch": [0], "total": [1.0]}))[0]["lines"][0]["points"]
+
+
+def test_effects_are_in_order_and_place() -> None:
+    run = synthetic_run(2, 20)
+    chart = effects(run)
+    assert chart is not None
+    xs = [row["x"] for row in chart["rows"]]
+    assert xs == sorted(xs, reverse=True)
+    assert [row["found"] for row in chart["rows"]].count(False) == 2
+    assert all(chart["left"] <= x <= chart["width"] for x in xs)
+    assert chart["ticks"][0] == (chart["zero"], "0")
+
+
+def test_the_map_has_a_cell_a_perturbation() -> None:
+    run = synthetic_run(3, 20)
+    shares = {"perturbations": ["PERT0"], "assignment": [[0.5, 0.5, 0.0]]}
+    chart = intervention_map(replace(run, info={**run.info, "discovery": {"bootstrap": shares}}))
+    assert chart is not None
+    assert len(chart["rows"]) == 18
+    row = next(row for row in chart["rows"] if row["name"] == "PERT0")
+    assert [ring["program"] for ring in row["rings"]] == ["P1"]
+    assert max(row["share"] for row in chart["rows"]) == 1

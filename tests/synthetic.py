@@ -1,0 +1,85 @@
+"""Runs with any number of programs and perturbations and any graph, made of numbers alone: no fit, no file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from crlseq.export import edge_table, program_labels, program_table
+from crlseq.run import Run
+
+
+def synthetic_run(
+    n_programs: int,
+    n_perturbations: int,
+    edges: Sequence[tuple[int, int]] = (),
+    n_genes: int = 60,
+    epochs: int = 8,
+    names: Sequence[str] | None = None,
+    genes: Sequence[str] | None = None,
+    verdict: str = "identified",
+) -> Run:
+    """A run in memory; perturbation k targets program k modulo their number, every tenth none."""
+    rng = np.random.default_rng(0)
+    genes = tuple(genes or [f"GENE{i}" for i in range(n_genes)])
+    names = tuple(names or [f"PERT{i}" for i in range(n_perturbations)])
+    loading = rng.normal(size=(n_programs, len(genes)))
+    adjacency = np.zeros((n_programs, n_programs))
+    for i, (a, b) in enumerate(edges):
+        adjacency[a, b] = 0.5 if i % 2 else -0.7
+    silent = np.arange(len(names)) % 10 == 9
+    program = np.array([f"P{k % n_programs}" for k in range(len(names))], dtype=object)
+
+    def claim(values: np.ndarray) -> np.ndarray:
+        return np.where(silent, np.nan, values)
+
+    fdr = np.where(silent, 0.5, 0.002)
+    interventions = pd.DataFrame({
+        "perturbation": pd.Series(names, dtype=object), "program": np.where(silent, "", program),
+        "weight": claim(np.ones(len(names))), "shift": claim(rng.normal(size=len(names)) * 3),
+        "retention": claim(rng.random(len(names))), "n_cells": rng.integers(20, 200, len(names)), "p_value": fdr, "fdr": fdr,
+        "energy_distance": rng.exponential(size=len(names)), "noise_scale": claim(np.ones(len(names))),
+        "support": claim(rng.random(len(names))),
+    })  # fmt: skip
+    table = program_table(genes, loading, loading)
+    labels = program_labels(interventions, n_programs)
+    info_programs = [
+        {
+            "name": f"P{k}", "label": labels[k], "drivers": "", "genes": "", "scale": 1.0, "center": 0.0,
+            "variance_explained": float(rng.random() / n_programs), "effect_explained": float(rng.random() / n_programs),
+            "stability": 0.9,
+        }
+        for k in range(n_programs)
+    ]  # fmt: skip
+    fall = np.exp(-np.arange(epochs) / 2)
+    history = pd.DataFrame({"epoch": range(epochs), "mmd": fall, "total": fall, "validation_total": fall + 0.1})
+    measured = pd.DataFrame({"condition": pd.Series(names, dtype=object), "split": "test", "n_cells": 30})
+    for name, mean in (
+        ("mmd2", 0.1),
+        ("mmd2_no_change", 0.2),
+        ("pearson_delta", 0.6),
+        ("l2", 0.5),
+        ("l2_no_change", 1.0),
+    ):
+        measured[name] = mean + 0.05 * rng.normal(size=len(names))
+    for name in ("training", "mean"):
+        measured[f"pearson_delta_{name}"] = measured["pearson_delta"] - 0.1
+        measured[f"l2_{name}"] = measured["l2"] + 0.1
+    info: dict[str, Any] = {
+        "format": 1, "version": "0.1.0", "seed": 0, "device": "cpu", "threads": 1, "seconds": 1.0, "command": "crlseq fit",
+        "started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:00:01+00:00", "packages": {"python": "3"},
+        "config": {"preset": "default"}, "input": {"path": "screen.h5ad", "sha256": "", "n_cells": 100, "n_genes": len(genes)},
+        "cells": {"train": 80, "validation": 10, "test": 10}, "label_reason": "as asked", "control_label": "control",
+        "perturbation_key": "perturbation", "n_latents": n_programs, "n_latents_reason": "as asked",
+        "preprocessing": {"values": "counts", "reason": "whole numbers", "gene_choice": "all genes"},
+        "notes": [], "programs": info_programs, "adjacency": adjacency.tolist(), "embeddings": None,
+        "identification": {"verdict": verdict, "reason": "Because it is."},
+        "discovery": None, "conditions": [{"name": name, "perturbations": [name]} for name in names],
+        "training": {"epochs_run": epochs, "best_epoch": epochs - 1, "stopped_early": False},
+        "metrics": {"n_detected": int((~silent).sum()), "n_edges": len(edges), "evaluated_on": "test"},
+    }  # fmt: skip
+    edge_rows = edge_table(adjacency, adjacency != 0, np.abs(adjacency), verdict)
+    return Run(info, table, interventions, edge_rows, history, measured)
