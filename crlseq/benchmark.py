@@ -7,7 +7,6 @@ where it stopped when it is run again. What it means is in ``settings.json``; ot
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,10 @@ from crlseq.analysis.calibration import calibration, edge_supports
 from crlseq.analysis.recovery import LATENT_SCORES, empty_graph_scores, random_graph_scores, score_recovery
 from crlseq.data.simulate import CONTROL, simulate
 from crlseq.errors import CrlseqError, InputError, UsageError
+from crlseq.files import written_whole
 from crlseq.fitting import fit
 from crlseq.runfolder import locked
+from crlseq.tables import to_csv
 
 # Options of `crlseq.data.simulate.simulate` where they are not its own: 10 latents, 4 perturbations a latent,
 # 150 cells a perturbation. `n_perturbations` keeps the first so many; `toy` has a simulator of its own.
@@ -123,23 +124,22 @@ def benchmark(
                     if found is not None:  # before the row, which says that all of the fit is there
                         kept = place / "supports"
                         kept.mkdir(exist_ok=True)
-                        _write_whole(kept / f"{scenario}_{seed}_{method}.csv", found.to_csv(index=False).encode())
+                        _write_table(kept / f"{scenario}_{seed}_{method}.csv", found)
                     rows.append(row)
-                    _write_whole(place / "benchmark.csv", _table(rows).to_csv(index=False).encode())
+                    _write_table(place / "benchmark.csv", _table(rows))
                     if method not in BASELINES:
                         note(_in_words(row))
         table = _table(rows)
         summary = summarise(table)
-        _write_whole(place / "summary.csv", summary.to_csv(index=False).encode())
+        _write_table(place / "summary.csv", summary)
         supports = [pd.read_csv(path) for path in sorted((place / "supports").glob("*.csv"))]
         if supports:
             table_of = calibration(pd.concat(supports))
-            _write_whole(place / "calibration.csv", table_of.to_csv(index=False).encode())
+            _write_table(place / "calibration.csv", table_of)
         figure = draw(table)
         for kind in ("png", "svg"):
-            beside = place / f"benchmark.{kind}.tmp"
-            figure.savefig(beside, format=kind, dpi=150)
-            beside.replace(place / f"benchmark.{kind}")
+            with written_whole(place / f"benchmark.{kind}") as beside:
+                figure.savefig(beside, format=kind, dpi=150)
     return summary
 
 
@@ -320,7 +320,8 @@ def _keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Write them, or refuse if other ones are there: the rows of one folder are to be compared."""
     text = json.dumps(settings, indent=1)
     if not path.is_file():
-        _write_whole(path, text.encode())
+        with written_whole(path) as beside:
+            beside.write_text(text, encoding="utf-8")
         return
     try:
         there = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -355,10 +356,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return table.iloc[np.lexsort(keys[::-1])].reset_index(drop=True)
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    with written_whole(path) as beside:
+        beside.write_bytes(to_csv(table))
 
 
 def _in_words(row: Mapping[str, Any]) -> str:

@@ -94,6 +94,7 @@ class Config(_Section):
 
 
 # The published model (SCIENCE section 2): its network, losses, schedules and optimiser.
+MAX_TOML = 1 << 20  # bytes
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     "paper": {
@@ -195,10 +196,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as handle:
-            return tomllib.load(handle)
+            text = handle.read(MAX_TOML + 1)
+        if len(text) > MAX_TOML:
+            raise InputError(f"The configuration {path} has more than {MAX_TOML >> 10} KiB.", "Check the path.")
+        return tomllib.loads(text.decode())
     except OSError as error:
         raise InputError(f"The configuration {path} cannot be read: {error.strerror}.", "Check the path.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"The configuration {path} is not TOML: {error}.", "See https://toml.io for the format."
         ) from None

@@ -6,7 +6,8 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,11 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
+from crlseq.errors import InputError
+
 if TYPE_CHECKING:
     import anndata as ad
+    import h5py
 
 DETECTABLE_FDR = 0.05
 LABEL_DRIVERS = 3
@@ -230,6 +234,15 @@ def _copy_store(source: str | Path, path: Path) -> None:
             matrix.append(screen.matrix[start : start + COPIED_CELLS])
 
 
+@contextmanager
+def _full_disk() -> Iterator[None]:
+    """A disk that is full makes HDF5 raise a RuntimeError, which is an OSError everywhere else."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).partition("\n")[0].rstrip(".")) from error
+
+
 def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[str, Mapping[str, Any]]) -> None:
     """The input with crlseq's keys as an h5ad file.
 
@@ -242,7 +255,7 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
     from crlseq.data.store import read_manifest  # which imports zarr
 
     path.unlink(missing_ok=True)
-    with ad.settings.override(allow_write_nullable_strings=True):
+    with ad.settings.override(allow_write_nullable_strings=True), _full_disk():
         if isinstance(source, ad.AnnData) or not (h5py.is_hdf5(source) or read_manifest(source) is not None):
             adata = _copy(source) if isinstance(source, ad.AnnData) else ad.read_zarr(source)
             set_keys(adata, keys)
@@ -252,13 +265,29 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
             _copy_store(source, path)
         else:
             shutil.copyfile(source, path)
-        with h5py.File(path, "r+") as handle:
-            for slot, values in keys.items():
-                if slot in ("obs", "var"):
-                    table = ad.io.read_elem(handle[slot])
-                    ad.io.write_elem(handle, slot, table.assign(**values), dataset_kwargs={"compression": "gzip"})
-                    continue
-                if slot not in handle:
-                    ad.io.write_elem(handle, slot, {})
-                for name, value in values.items():
-                    ad.io.write_elem(handle[slot], name, value)
+        try:
+            with h5py.File(path, "r+") as handle:
+                for slot, values in keys.items():
+                    _add(handle, slot, values)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # in a part that the fit did not read
+            raise InputError(
+                f"Results cannot be added to a copy of {source}: {error}.", "The file is damaged; write it again."
+            ) from error
+
+
+def _add(handle: h5py.File, slot: str, values: Mapping[str, Any]) -> None:
+    """Add elements to a slot of an h5ad file; columns of a table beside those there, which are not touched."""
+    import anndata as ad
+    import h5py
+
+    if slot not in handle:
+        ad.io.write_elem(handle, slot, {})
+    elif isinstance(handle[slot], h5py.Dataset):  # anndata 0.6 wrote records where groups are now
+        records = handle[slot][()]
+        ad.io.write_elem(handle, slot, {name: records[name] for name in records.dtype.names})
+    for name, value in values.items():
+        ad.io.write_elem(handle[slot], name, value)
+    if slot in ("obs", "var"):
+        columns = [str(name) for name in handle[slot].attrs["column-order"]]
+        order = [*columns, *(name for name in values if name not in columns)]
+        handle[slot].attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())

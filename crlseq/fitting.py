@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from crlseq.report import write_report
 from crlseq.results import tables_of
 from crlseq.run import Run, load
 from crlseq.runfolder import move_into_place, partial_of, refuse_output, working_folder
-from crlseq.training.checkpoint import save_weights
+from crlseq.training.checkpoint import mend_checkpoint, previous_of, save_weights
 from crlseq.training.discovery import discover
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.memory import give_back, keep_blocks, return_blocks
@@ -115,7 +116,7 @@ def fit(
         )
     resolve_device(config.training.device)  # fails before anything is read
     if output is None:
-        return _fit(source, None, None, config, progress, ranks)
+        return _fit(source, None, config, progress, ranks)
     target = Path(output) if Path(output).name not in ("", "..") else Path(output).resolve()
     if resume and (target / "run.json").is_file():
         run = load(target)
@@ -128,7 +129,12 @@ def fit(
         ranks.from_first(None)
         return run
     refuse_output(target, resume, force)
-    return _fit(source, target, partial_of(target), config, progress, ranks, resume)
+    with working_folder(partial_of(target), resume) as folder:
+        if not force and os.path.lexists(target):  # another process has finished it in the meantime
+            raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
+        _fit(source, folder, config, progress, ranks)
+        move_into_place(folder, target)
+    return load(target)
 
 
 def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
@@ -180,21 +186,14 @@ def _threads(data: PerturbSeqData, config: Config) -> int:
     return 1 if config.training.threads is None and data.n_genes < FEW_GENES else torch.get_num_threads()
 
 
-def _fit(
-    source: str | Path | ad.AnnData,
-    target: Path | None,
-    partial: Path | None,
-    config: Config,
-    progress: Progress,
-    ranks: Ranks,
-    resume: bool = False,
-) -> Run:
+def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, progress: Progress, ranks: Ranks) -> Run:
+    """Fit, and write all files of the run into the folder, if there is one."""
     started = datetime.now(UTC)
     training = config.training
     table = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
     progress.stage("reading the screen")
     # A store is compared with its checksums before anything is made of it.
-    digest = _sha256(source)
+    state, digest = _state(source), _sha256(source)
     data = _read(source, config, ranks)
     if table is not None:
         refuse_strangers(table, data.perturbation_names, str(config.data.embeddings))
@@ -207,50 +206,52 @@ def _fit(
     start, n_latents, reason = _start(data, config, projection, tests, progress)
     give_back()
     identity = hashlib.sha256(f"{__version__}\n{digest}\n{n_latents}\n{to_toml(config)}".encode()).hexdigest()
-    with working_folder(partial, resume) as folder:
-        progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
-        ranks.from_first({"input": digest, "n_latents": n_latents})
-        with on_threads(_threads(data, config)):
-            checkpoint = folder and folder / "resume.pt"
-            fitted = fit_model(data, config, n_latents, checkpoint, identity, progress.epoch, start, ranks)
-        give_back()
-        progress.stage("reading off programs, interventions and the DAG")
-        fitted.model.cpu()
-        run = tables_of(fitted, data, config, tests, start)
-        found = None if table is None else _extrapolation(fitted, data, table, progress)
-        info = run.info | {
-            "command": shlex.join(["crlseq", *sys.argv[1:]]) if Path(sys.argv[0]).name.startswith(("crlseq", "scanpy-crlseq", "__main__")) else "crlseq.fit",
-            "input": {
-                "path": "in memory" if isinstance(source, ad.AnnData) else str(Path(source).resolve()),
-                "sha256": digest,
-                "n_cells": int(data.x.shape[0]),
-                "n_genes": data.preprocessing.n_genes_in_file,
-            },
-            "embeddings": None if found is None else found.summary(),
-            "n_latents_reason": reason,
-            "started": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "processes": ranks.size,
-            "seconds": round((datetime.now(UTC) - started).total_seconds(), 2),
-        }  # fmt: skip
-        run = Run(
-            info, run.programs, run.interventions, run.edges, run.history, run.evaluation,
-            weights=run.weights, splits=pd.Series(np.array(splits.SPLITS)[data.split], index=data.cell_names),
-            map=found, ensemble=run.ensemble,
-        )  # fmt: skip
-        if folder is None or target is None:
-            return run
-        progress.stage("writing")
-        run.write_tables(folder)
-        assert run.weights is not None
-        save_weights(folder / "model.safetensors", *run.weights)
-        run.write_h5ad(source, folder / "crlseq.h5ad")
-        if found is not None:
-            found.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
-        write_report(run, folder / "report.html")
-    assert partial is not None
-    move_into_place(partial, target)
-    return load(target)
+    progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
+    ranks.from_first({"input": digest, "n_latents": n_latents})
+    with on_threads(_threads(data, config)):
+        checkpoint = folder and folder / "resume.pt"
+        if checkpoint is not None and mend_checkpoint(checkpoint):
+            progress.note("The last checkpoint is damaged: going on from the one before.")
+        fitted = fit_model(data, config, n_latents, checkpoint, identity, progress.epoch, start, ranks, progress.note)
+    give_back()
+    progress.stage("reading off programs, interventions and the DAG")
+    fitted.model.cpu()
+    run = tables_of(fitted, data, config, tests, start)
+    found = None if table is None else _extrapolation(fitted, data, table, progress)
+    info = run.info | {
+        "command": shlex.join(["crlseq", *sys.argv[1:]]) if Path(sys.argv[0]).name.startswith(("crlseq", "scanpy-crlseq", "__main__")) else "crlseq.fit",
+        "input": {
+            "path": "in memory" if isinstance(source, ad.AnnData) else str(Path(source).resolve()),
+            "sha256": digest,
+            "n_cells": int(data.x.shape[0]),
+            "n_genes": data.preprocessing.n_genes_in_file,
+        },
+        "embeddings": None if found is None else found.summary(),
+        "n_latents_reason": reason,
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processes": ranks.size,
+        "seconds": round((datetime.now(UTC) - started).total_seconds(), 2),
+    }  # fmt: skip
+    run = Run(
+        info, run.programs, run.interventions, run.edges, run.history, run.evaluation,
+        weights=run.weights, splits=pd.Series(np.array(splits.SPLITS)[data.split], index=data.cell_names),
+        map=found, ensemble=run.ensemble,
+    )  # fmt: skip
+    if folder is None:
+        return run
+    progress.stage("writing")
+    run.write_tables(folder)
+    assert run.weights is not None
+    save_weights(folder / "model.safetensors", *run.weights)
+    run.write_h5ad(source, folder / "crlseq.h5ad")
+    if _state(source) != state and _sha256(source) != digest:
+        raise InputError(f"{source} was changed while it was fitted.", "Fit a file again that nobody writes to.")
+    if found is not None:
+        found.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
+    write_report(run, folder / "report.html")
+    previous_of(folder / "resume.pt").unlink(missing_ok=True)
+    return run
 
 
 def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings, progress: Progress) -> Extrapolation:
@@ -289,6 +290,16 @@ def _start(
     discovery = discover(data, effect, config.model, config.training.seed, progress.stage, progress.note)
     reason = "as asked" if discovery.choice is None else discovery.choice.reason
     return WarmStart(discovery, ~np.isnan(tests["p_value"]), projection), len(discovery.adjacency), reason
+
+
+def _state(source: str | Path | ad.AnnData) -> list[tuple[str, int, int, int, int]]:
+    """What differs if a file was written to or replaced; nothing for an AnnData in memory."""
+    if isinstance(source, ad.AnnData):
+        return []
+    path = Path(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    about = [(str(file), file.stat()) for file in files if file.exists()]
+    return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in about]
 
 
 def _sha256(source: str | Path | ad.AnnData) -> str:

@@ -15,9 +15,7 @@ is not in them, nor what a combination does beyond the model.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +33,7 @@ from crlseq.data.matrix import Screen, open_screen, readable
 from crlseq.data.perturbations import read_perturbations
 from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError, UsageError
+from crlseq.files import written_whole
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import NEGATIVE_SLOPE, Mechanism
 from crlseq.requests import understand
@@ -383,13 +382,5 @@ def write_prediction(prediction: ad.AnnData, output: Path) -> None:
     InputError
         If it cannot be written.
     """
-    beside = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(output) as beside:
         prediction.write_h5ad(beside)
-        beside.replace(output)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error}.", "Check the path and its permissions.") from error
-    finally:
-        with suppress(OSError):  # a path that cannot be written cannot be cleaned up either
-            beside.unlink(missing_ok=True)

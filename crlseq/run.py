@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,8 @@ from crlseq.export import (
     set_keys,
     write_annotated,
 )
+from crlseq.files import refuse_links_outside
+from crlseq.tables import read_csv, to_csv
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -65,6 +67,7 @@ INFO = {
     "training",
 }
 FORMAT = 1
+MAX_JSON = 256 << 20  # bytes; that of a genome-wide screen has some 10 MiB
 MIN_SUPPORT = 0.1  # ancestry below it is not listed
 
 
@@ -123,17 +126,9 @@ class Run:
     @cached_property
     def model(self) -> DiscrepancyVAE:
         """The fitted model, in evaluation mode on the CPU."""
-        from crlseq.model.discrepancy_vae import DiscrepancyVAE
-        from crlseq.training.checkpoint import load_weights
+        from crlseq.training.checkpoint import build, load_model
 
-        if self.weights is not None:
-            state, architecture = self.weights
-        else:
-            state, architecture = load_weights(self._folder() / "model.safetensors")
-        model = DiscrepancyVAE(**architecture).to(state["scm.graph"].dtype)
-        # Runs of earlier versions have not measured all of what the latents miss.
-        model.load_state_dict({**{name: value for name, value in model.named_buffers() if "." not in name}, **state})
-        return model.eval()
+        return load_model(self._folder() / "model.safetensors") if self.weights is None else build(*self.weights)
 
     @cached_property
     def extrapolation(self) -> Extrapolation | None:
@@ -261,12 +256,14 @@ class Run:
     def write_tables(self, folder: Path) -> None:
         """CSV tables, graph files and ``run.json``."""
         for name, table in self.tables().items():
-            table.to_csv(folder / f"{name}.csv", index=False)
+            (folder / f"{name}.csv").write_bytes(to_csv(table))
         if self.ensemble is not None:
-            self.ensemble.to_csv(folder / ENSEMBLE, index=False)
+            (folder / ENSEMBLE).write_bytes(to_csv(self.ensemble))
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
-        (folder / "run.json").write_text(json.dumps(self.info, indent=1, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(self.info, indent=1, ensure_ascii=False)
+        # The path of the input need not be valid text.
+        (folder / "run.json").write_bytes(text.encode("utf-8", errors="backslashreplace"))
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables by the names of their files."""
@@ -281,7 +278,7 @@ def load(path: str | Path) -> Run:
     Raises
     ------
     InputError
-        If it is not one, is unfinished, damaged, or written by a newer crlseq.
+        If it is not one, is unfinished, damaged, written by a newer crlseq, or has a link that leads out of it.
     """
     folder = Path(path)
     if not (folder / "run.json").is_file():
@@ -291,17 +288,20 @@ def load(path: str | Path) -> Run:
         raise InputError(
             f"{folder} is not a run folder: it has no run.json.", "Give the folder that `crlseq fit --output` wrote."
         )
+    refuse_links_outside(folder)
     try:
+        if (folder / "run.json").stat().st_size > MAX_JSON:
+            raise ValueError(f"run.json has more than {MAX_JSON >> 20} MiB")
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if info["format"] > FORMAT:
             raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
         if missing := INFO - info.keys():
             raise ValueError(f"run.json lacks {min(missing)!r}")
         tables = {
-            name: _read_table(folder / f"{name}.csv", columns, LATER.get(name, {})) for name, columns in COLUMNS.items()
+            name: read_csv(folder / f"{name}.csv", columns, LATER.get(name, {})) for name, columns in COLUMNS.items()
         }
         several = info["config"]["training"].get("ensemble", 1) > 1
-        ensemble = _read_table(folder / ENSEMBLE, ENSEMBLE_COLUMNS, {}) if several else None
+        ensemble = read_csv(folder / ENSEMBLE, ENSEMBLE_COLUMNS) if several else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
@@ -315,13 +315,3 @@ def load(path: str | Path) -> Run:
         folder,
         ensemble=ensemble,
     )
-
-
-def _read_table(path: Path, columns: Mapping[str, type], later: Mapping[str, type]) -> pd.DataFrame:
-    kinds = {**columns, **later}
-    # A gene may be called NA: only empty fields are missing values, and only in columns of numbers.
-    empty = {name: [""] for name, kind in kinds.items() if kind is float}
-    table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, float_precision="round_trip")
-    if missing := [name for name in columns if name not in table]:
-        raise ValueError(f"{path.name} has no column {missing[0]!r}")
-    return table

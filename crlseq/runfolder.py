@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from crlseq.errors import InputError
+from crlseq.files import sync
 from crlseq.run import ENSEMBLE, TABLES
 
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
@@ -17,6 +19,8 @@ RUN_FILES = frozenset(
     {
         "lock",
         "resume.pt",
+        "resume.previous.pt",
+        "embeddings.h5ad",
         "run.json",
         "model.safetensors",
         "crlseq.h5ad",
@@ -27,6 +31,8 @@ RUN_FILES = frozenset(
     }
     | {f"{name}.csv" for name in TABLES}
 )
+
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without locks answer
 
 
 def partial_of(target: Path) -> Path:
@@ -69,7 +75,7 @@ def refuse_output(target: Path, resume: bool, force: bool) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    return file.name.removesuffix(".tmp") in RUN_FILES and not file.is_dir()
+    return file.name.removesuffix(".tmp") in RUN_FILES and not file.is_dir() and not file.is_symlink()
 
 
 @contextmanager
@@ -81,37 +87,34 @@ def locked(folder: Path) -> Iterator[None]:
     InputError
         If another process holds it.
     """
-    with (folder / "lock").open("w") as lock:
+    path = folder / "lock"
+    with path.open("w") as lock:
+        held = True
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
-                f"Another crlseq is writing to {folder}.", "Wait for it, or choose another --output."
-            ) from None
+            held = False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        # The file may be one that another process has just removed.
+        if not held or not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            raise InputError(f"Another crlseq is writing to {folder}.", "Wait for it, or choose another --output.")
         try:
             yield
         finally:
-            (folder / "lock").unlink()
+            path.unlink(missing_ok=True)  # all of the folder may be gone
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to: renamed at the end, removed after an error."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        if beside.exists():
-            beside.unlink()
+def working_folder(partial: Path, resume: bool) -> Iterator[Path]:
+    """The folder that becomes the run, locked against a second process; gone at the end if nothing was put into it.
 
-
-@contextmanager
-def working_folder(partial: Path | None, resume: bool) -> Iterator[Path | None]:
-    """The folder that becomes the run, locked against a second process."""
-    if partial is None:
-        yield None
-        return
+    Raises
+    ------
+    InputError
+        If another process writes to it, or it cannot be written.
+    """
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial):
@@ -124,14 +127,25 @@ def working_folder(partial: Path | None, resume: bool) -> Iterator[Path | None]:
         raise InputError(
             f"{partial} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
         ) from error
+    finally:
+        with suppress(OSError):  # what is there is to be resumed
+            partial.rmdir()
 
 
 def move_into_place(partial: Path, target: Path) -> None:
-    """Rename; what lay at `target` is removed after that."""
+    """Rename a locked folder; what lay at `target` is removed after that, and comes back if it cannot be done."""
+    for file in partial.iterdir():
+        sync(file)
+    (partial / "lock").unlink(missing_ok=True)
     old = target.with_name(f"{target.name}.replaced-{os.getpid()}")
-    if target.exists():
-        os.replace(target, old)
-    os.replace(partial, target)
+    try:
+        if target.exists():
+            os.replace(target, old)
+        os.replace(partial, target)
+    except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(target):
+            os.replace(old, target)
+        raise
     if old.is_symlink():
         old.unlink()
     shutil.rmtree(old, ignore_errors=True)

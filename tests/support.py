@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -74,7 +73,6 @@ def invoke(*words: object) -> Answer:
     from crlseq.cli.app import main
 
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
-    handler = signal.getsignal(signal.SIGTERM)
     argv = ["crlseq", *map(str, words)]
     with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ), redirect_stdout(out), redirect_stderr(err):
         try:
@@ -82,8 +80,6 @@ def invoke(*words: object) -> Answer:
             code: object = 0
         except SystemExit as done:
             code = done.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
     texts = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
     assert isinstance(code, int | None)
     return Answer(code or 0, *texts)

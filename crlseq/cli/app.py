@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from io import TextIOWrapper
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from crlseq import __version__
+from crlseq import __version__, interrupts
 from crlseq.cli import benchmark, check, evaluate, export, fit, inspect, plot, predict, prepare, report, simulate
 from crlseq.cli.output import say
 from crlseq.errors import CrlseqError
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="crlseq",
@@ -57,46 +54,55 @@ app.command("simulate")(simulate.simulate)
 app.command("benchmark")(benchmark.benchmark)
 
 
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+FAREWELL = "Interrupted. An unfinished fit goes on with the same command and --resume."
 
 
 def main() -> None:
     """Entry point of ``crlseq``, ``scanpy crlseq`` and ``python -m crlseq``."""
-    signal.signal(signal.SIGTERM, _interrupt)
     # Before torch loads: threads that spin while they wait make a fit ten times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
+    with interrupts.watched(FAREWELL):
+        sys.exit(_run())
+
+
+def _run() -> int:
+    """Run the command, say what went wrong, and give the exit code."""
     try:
         # Not standalone: click would turn an interrupt into exit code 1.
         code = app(prog_name="crlseq", standalone_mode=False)
-        if code == INTERRUPTED:  # which click makes of an interrupt
+        if code == interrupts.INTERRUPTED:  # which click makes of an interrupt
             raise KeyboardInterrupt
-        sys.exit(code if isinstance(code, int) else 0)
-    except CrlseqError as error:
-        _fail(error.message, error.hint, error.exit_code, error)
+        return code if isinstance(code, int) else 0
     except typer.Exit as done:
-        sys.exit(done.exit_code)
+        return done.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        say("Interrupted. An unfinished fit goes on with the same command and --resume.")
-        sys.exit(INTERRUPTED)
+        say(FAREWELL)
+        return interrupts.INTERRUPTED
     except Exception as error:
+        known = getattr(error, "exit_code", None) == interrupts.INTERRUPTED
+        if interrupts.received() and not known:  # a library made another exception of it
+            say(FAREWELL)
+            return interrupts.INTERRUPTED
+        if isinstance(error, CrlseqError):
+            return _fail(error.message, error.hint, error.exit_code)
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors, which it formats itself
             error.show()
-            sys.exit(int(error.exit_code))
-        _fail(
-            f"A fault in crlseq: {type(error).__name__}: {error}",
-            "Run again with `crlseq --debug ...` and report it.",
-            1,
-            error,
-        )
+            return int(error.exit_code)
+        if isinstance(error, MemoryError):
+            return _fail(
+                "There is not enough memory.", "Fit fewer genes with --n-top-genes, or use a larger machine.", 3
+            )
+        message = f"A fault in crlseq: {type(error).__name__}: {error}"
+        return _fail(message, "Run again with `crlseq --debug ...` and report it.", 1)
 
 
-def _fail(message: str, hint: str, code: int, error: BaseException) -> None:
+def _fail(message: str, hint: str, code: int) -> int:
+    """Say what went wrong; called where an exception is handled, which ``--debug`` lets through."""
     if os.environ.get("CRLSEQ_DEBUG"):
-        raise error
+        raise
     say(f"crlseq: {message}")
     if hint:
         say(f"  {hint}")
-    sys.exit(code)
+    return code

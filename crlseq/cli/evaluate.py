@@ -65,7 +65,9 @@ def evaluate(
         raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
     from crlseq.analysis.comparison import limits
     from crlseq.analysis.evaluation import evaluate as judge
+    from crlseq.files import written_whole
     from crlseq.run import load
+    from crlseq.tables import to_csv
 
     fitted = load(run)
     if cross_validate:
@@ -78,13 +80,8 @@ def evaluate(
     for note in found.notes:
         say(note)
     if output is not None:
-        beside = output.with_name(output.name + ".tmp")
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            found.conditions.to_csv(beside, index=False)
-            beside.replace(output)
-        except OSError as error:
-            raise InputError(f"{output} cannot be written: {error}.", "Choose another --output.") from error
+        with written_whole(output) as beside:
+            beside.write_bytes(to_csv(found.conditions))
     if as_json:
         show_json({
             "verdict": list(found.verdict), "notes": list(found.notes), "summary": found.summary.to_dict("records"),

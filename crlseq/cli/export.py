@@ -23,7 +23,9 @@ def export(
 ) -> None:
     """Write parts of a run again: h5ad, GraphML, JSON, CSV."""
     from crlseq.errors import InputError, UsageError
+    from crlseq.files import written_whole
     from crlseq.run import load
+    from crlseq.tables import to_csv
 
     found = load(run)
     asked = {"h5ad": h5ad, "graphml": graphml, "json": dag_json, "csv": csv}
@@ -35,33 +37,24 @@ def export(
             raise InputError(f"{path} is a folder.", "Name a file to write.")
         if path.exists() and not force:
             raise InputError(f"{path} exists.", "Choose another path, or replace it with --force.")
-    try:
-        for name, path in wanted.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if name == "csv":
-                path.mkdir(exist_ok=True)
-                for table, rows in found.tables().items():
-                    rows.to_csv(path / f"{table}.csv", index=False)
-            else:
-                _write_file(found, name, path)
-            say(f"{name}: {path}")
-    except OSError as error:
-        raise InputError(f"The export cannot be written: {error}.", "Check the path and its permissions.") from error
+    for name, path in wanted.items():
+        if name == "csv":
+            for table, rows in found.tables().items():
+                with written_whole(path / f"{table}.csv") as beside:
+                    beside.write_bytes(to_csv(rows))
+        else:
+            with written_whole(path) as beside:
+                _write(found, name, beside)
+        say(f"{name}: {path}")
     if {"graphml", "json", "csv"} & set(wanted):
         say(f"The graph is {found.info['identification']['verdict']}: {found.info['identification']['reason']}")
 
 
-def _write_file(run: Run, name: str, path: Path) -> None:
-    """Written beside and renamed, so that a reader never sees half a file."""
+def _write(run: Run, name: str, path: Path) -> None:
     from crlseq.export import dag_json, graphml
 
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        if name == "h5ad":
-            assert run.path is not None
-            run.write_h5ad(run.path / "crlseq.h5ad", beside)
-        else:
-            beside.write_bytes(graphml(run.dag) if name == "graphml" else dag_json(run.dag).encode())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    if name == "h5ad":
+        assert run.path is not None
+        run.write_h5ad(run.path / "crlseq.h5ad", path)
+    else:
+        path.write_bytes(graphml(run.dag) if name == "graphml" else dag_json(run.dag).encode())

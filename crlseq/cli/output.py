@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,18 @@ if TYPE_CHECKING:
 messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
+# What moves a cursor, changes a title or turns the direction of writing: C0 but for tab and line feed, C1, and bidi.
+CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """The text with control characters written out as ``\\x1b``: a name from a file must not steer the terminal."""
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def say(text: str) -> None:
-    """One plain line to stderr; names in it are not markup."""
-    messages.print(text, markup=False)
+    """One plain line to stderr; names in it are neither markup nor control sequences."""
+    messages.print(visible(text), markup=False)
 
 
 def show_table(table: pd.DataFrame, title: str, as_json: bool = False, decimals: int = 3) -> None:
@@ -41,22 +51,23 @@ def show_table(table: pd.DataFrame, title: str, as_json: bool = False, decimals:
         # Words of a name below one another keep columns of numbers narrow.
         shown.add_column(Text(str(name).replace("_", "\n")), justify="right" if number else "left", overflow="fold")
     for row in table.itertuples(index=False):
-        shown.add_row(*(Text(_cell(value, decimals)) for value in row))
+        shown.add_row(*(Text(visible(_cell(value, decimals))) for value in row))
     console = Console(emoji=False)
     if title:
-        console.print(Text(title, style="bold"))
+        console.print(Text(visible(title), style="bold"))
     console.print(shown)
 
 
 def show_json(value: Any) -> None:
     """JSON to stdout and nothing else there; NaN becomes null."""
-    show_text(json.dumps(_without_nan(value), indent=1, ensure_ascii=False))
+    text = json.dumps(_without_nan(value), indent=1, ensure_ascii=False)
+    show_text(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def show_text(text: str) -> None:
     """Lines to stdout; a reader that has seen enough, such as ``head``, ends the command without a fault."""
     try:
-        print(text, flush=True)
+        print(visible(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit from None

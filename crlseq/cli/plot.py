@@ -57,7 +57,7 @@ def plot(
 
     mpl.use("Agg")
     from crlseq import plotting
-    from crlseq.runfolder import written_whole
+    from crlseq.files import written_whole
 
     axes = getattr(plotting, kind.value)(found, **options)
     # Text stays text, and equal runs give equal files.

@@ -29,9 +29,5 @@ def report(
     if output is not None and output.exists() and not force:
         raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
     target = output or run / "report.html"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_report(found, target)
-    except OSError as error:
-        raise InputError(f"{target} cannot be written: {error.strerror}.", "Choose another --output.") from error
+    write_report(found, target)
     say(f"report: {target}")

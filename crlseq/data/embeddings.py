@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from crlseq.data.matrix import readable
+from crlseq.data.matrix import open_store, readable
 from crlseq.errors import InputError
 
 HINT = "Give a CSV with a gene's name and then its numbers in each line, or an h5ad with genes as observations."
@@ -56,7 +56,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
 
 
 def _from_h5ad(path: Path) -> tuple[pd.Index, np.ndarray]:
-    with readable(str(path), "the embeddings"):
+    with open_store(path), readable(str(path), "the embeddings"):
         table = ad.read_h5ad(path)
         x = table.X
         if x is None and len(table.obsm) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,10 @@ import zarr
 
 from crlseq.data.store import StoredMatrix, read_manifest
 from crlseq.errors import CrlseqError, InputError
+from crlseq.files import refuse_links_outside
 
+EXPANSION, SMALL = 1100, 1 << 26  # deflate's limit is 1,032; and bytes that do no harm
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
 BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
 
 
@@ -70,6 +74,7 @@ def as_csr(block: Any) -> sp.csr_matrix:
     if not sp.issparse(block):
         block = np.asarray(block, dtype=np.float64)
     csr: sp.csr_matrix = sp.csr_matrix(block, dtype=np.float64, copy=True)
+    csr.check_format(full_check=True)  # compiled code would follow an index out of the matrix
     csr.sum_duplicates()
     csr.eliminate_zeros()
     return csr
@@ -85,7 +90,7 @@ def readable(source: str, what: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # h5py, zarr and anndata raise almost every type for damaged files
-        detail = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        detail = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")[:200]
         raise InputError(
             f"{source}: {what} cannot be read ({detail}).",
             "The file may be cut short or damaged; check that `anndata.read_h5ad` opens it.",
@@ -111,8 +116,9 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
     """
     if isinstance(source, ad.AnnData):
         adata, name = source, "the AnnData"
-        matrix = adata.X if layer is None else _named_layer(dict(adata.layers), layer, name)
-        yield _checked(adata.obs, adata.var, _row_sliceable(matrix, name), tuple(adata.layers), name)
+        with readable(name, "the matrix"):  # which may be backed by a file
+            matrix = _row_sliceable(adata.X if layer is None else _named_layer(dict(adata.layers), layer, name), name)
+        yield _checked(adata.obs, adata.var, matrix, tuple(adata.layers), name)
         return
     path = Path(source)
     if not path.exists():
@@ -120,22 +126,26 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
     with open_store(path) as store:
         name = str(path)
         with readable(name, "the table of cells or genes"):
+            for part in ("obs", "var"):
+                _refuse_claims(store[part], path)
             obs, var = ad.io.read_elem(store["obs"]), ad.io.read_elem(store["var"])
-        layers = tuple(sorted(store["layers"])) if "layers" in store else ()
+        with readable(name, "the list of layers"):
+            layers = tuple(sorted(store["layers"])) if "layers" in store else ()
         if layer is None and read_manifest(path) is not None:
             with readable(name, "the matrix"):
                 matrix = StoredMatrix(path)
             yield _checked(obs, var, matrix, layers, name)
             return
-        if layer is None:
-            if "X" not in store:
-                raise InputError(
-                    f"{name} has no matrix X.", f"Name a layer with --layer; there are: {_listed(layers)}."
-                )
-            element = store["X"]
-        else:
-            element = _named_layer({key: store["layers"][key] for key in layers}, layer, name)
         with readable(name, "the matrix"):
+            if layer is None:
+                if "X" not in store:
+                    raise InputError(
+                        f"{name} has no matrix X.", f"Name a layer with --layer; there are: {_listed(layers)}."
+                    )
+                element = store["X"]
+            else:
+                element = _named_layer({key: store["layers"][key] for key in layers}, layer, name)
+            _refuse_claims(element, path)
             matrix = _row_sliceable(element, name)
         yield _checked(obs, var, matrix, layers, name)
 
@@ -149,6 +159,8 @@ def open_store(path: Path) -> Iterator[Any]:
             store = zarr.open_group(str(path), mode="r")
         if "obs" not in store or "var" not in store:
             raise InputError(f"{path} is not an AnnData zarr store: it has no obs and var.", hint)
+        if path.is_dir():
+            refuse_links_outside(path)
         yield store
         return
     try:
@@ -161,9 +173,53 @@ def open_store(path: Path) -> Iterator[Any]:
     if handle is None:
         raise InputError(f"{path} is not an h5ad file.", hint)
     with handle:
-        if "obs" not in handle or "var" not in handle:
+        with readable(str(path), "the file"):
+            whole = "obs" in handle and "var" in handle
+        if not whole:
             raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
+        with readable(str(path), "the file"):
+            _refuse_other_files(handle, path)
+            for slot in ("obsm", "varm", "uns"):  # results are added there, long after this
+                there = handle.get(slot, {})
+                if isinstance(there, h5py.Dataset) and there.dtype.names is None:
+                    raise InputError(f"{path} has a value in the place of {slot}.", "It is damaged; write it again.")
         yield handle
+
+
+def _refuse_other_files(handle: h5py.File, path: Path) -> None:
+    """HDF5 can take data from any other file that the user may read; what a stranger sent must not."""
+
+    def look(name: str, item: Any) -> None:
+        outside = False
+        if isinstance(item, h5py.Dataset):
+            outside = bool(item.external) or (
+                item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())
+            )
+        elif isinstance(item, h5py.Group):
+            outside = any(isinstance(item.get(child, getlink=True), h5py.ExternalLink) for child in item)
+        if outside:
+            raise InputError(
+                f"{path} takes {name!r} from another file.",
+                "Write it again with anndata, which puts everything into one.",
+            )
+
+    look("/", handle)
+    handle.visititems(look)
+
+
+def _refuse_claims(element: Any, path: Path) -> None:
+    """Refuse a file that says it holds more than `EXPANSION` times its size, before room is made for it."""
+    arrays: list[Any] = [element] if hasattr(element, "nbytes") else []
+    if isinstance(element, h5py.Group):
+        element.visititems(lambda name, item: arrays.append(item) if isinstance(item, h5py.Dataset) else None)
+    elif isinstance(element, zarr.Group):
+        arrays += [item for _, item in element.members(max_depth=None) if isinstance(item, zarr.Array)]
+    size = sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    claimed = sum(int(array.nbytes) for array in arrays)
+    if claimed > EXPANSION * size + SMALL:
+        raise InputError(
+            f"{path} has {size} bytes and claims to hold {claimed}.", "It is damaged; copy or download it again."
+        )
 
 
 def _row_sliceable(element: Any, source: str) -> Any:
@@ -172,11 +228,11 @@ def _row_sliceable(element: Any, source: str) -> Any:
     if isinstance(element, (h5py.Group, zarr.Group)):
         dataset = ad.io.sparse_dataset(element)
         # Rows of a CSC matrix cannot be sliced from disk at a bearable speed.
-        element = dataset if dataset.format == "csr" else dataset.to_memory().tocsr()
+        element = dataset if dataset.format == "csr" else _to_csr(dataset.to_memory())
     # What remains is an AnnData's: in memory, or backed by a data set or a sparse data set.
     elif hasattr(element, "format"):
         if element.format != "csr":
-            element = (element.to_memory() if hasattr(element, "to_memory") else element).tocsr()
+            element = _to_csr(element.to_memory() if hasattr(element, "to_memory") else element)
     elif not isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)):
         element = np.asarray(element)
     if len(element.shape) != 2:
@@ -184,6 +240,12 @@ def _row_sliceable(element: Any, source: str) -> Any:
             f"{source}: the matrix has {len(element.shape)} dimensions instead of 2.", "Expected cells x genes."
         )
     return element
+
+
+def _to_csr(matrix: Any) -> Any:
+    if hasattr(matrix, "check_format"):
+        matrix.check_format(full_check=True)
+    return matrix.tocsr()
 
 
 def _named_layer(layers: dict[str, Any], layer: str, source: str) -> Any:
@@ -213,6 +275,12 @@ def _checked(obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: s
             raise InputError(
                 f"{source}: the {kind} name {first!r} occurs more than once.",
                 f"Use `adata.{call}_names_make_unique()`.",
+            )
+        odd = next((name for name in map(str, index) if NO_TEXT.search(name)), None)
+        if odd is not None:
+            raise InputError(
+                f"{source}: the {kind} name {odd!r} is no valid text.",
+                "Rename it; names are UTF-8 without NUL.",
             )
     return Screen(obs, var, genes, matrix, layers, source)
 

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from crlseq.data.matrix import NO_TEXT
 from crlseq.errors import InputError
 
 Ints = NDArray[np.int64]
@@ -312,7 +313,7 @@ def _text(value: Hashable) -> str:
         value = value.decode("utf-8", errors="replace")
     if isinstance(value, float) and value.is_integer():  # integers with missing values among them are read as floats
         value = int(value)
-    return str(value).strip()
+    return NO_TEXT.sub("\ufffd", str(value)).strip()
 
 
 def _is_never(part: str) -> bool:

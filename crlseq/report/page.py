@@ -18,10 +18,10 @@ from markupsafe import Markup
 
 from crlseq.describe import Program, numbers_in_words, verdicts
 from crlseq.drawing import HEAD, Drawing, draw, edge_width, heading, legend
+from crlseq.files import written_whole
 from crlseq.layout import Point
 from crlseq.report import charts
 from crlseq.report.judgement import judgements
-from crlseq.runfolder import written_whole
 
 if TYPE_CHECKING:
     from crlseq.run import Run

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from crlseq.errors import InputError
+from crlseq.errors import ConvergenceError, InputError
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+
+CHECKSUM = 32  # bytes at the end of a checkpoint
 
 
 def save_weights(path: Path, state: dict[str, Tensor], architecture: dict[str, Any]) -> None:
@@ -20,36 +27,62 @@ def save_weights(path: Path, state: dict[str, Tensor], architecture: dict[str, A
     One key of metadata: safetensors writes several in an order that changes from run to run.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, path, metadata={"architecture": json.dumps(architecture, sort_keys=True)})
+    path.write_bytes(save(tensors, metadata={"architecture": json.dumps(architecture, sort_keys=True)}))
 
 
-def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State and architecture from `save_weights`.
+def load_model(path: Path) -> DiscrepancyVAE:
+    """The model from `save_weights`, in evaluation mode on the CPU.
 
     Raises
     ------
     InputError
         If the file is missing or damaged.
     """
-    from safetensors import safe_open
-
     try:
         with safe_open(path, framework="pt") as handle:
             architecture = json.loads((handle.metadata() or {})["architecture"])
-        return load_file(path), architecture
-    except Exception as error:  # safetensors raises its own type, OSError or KeyError
+        state = load_file(path)
+        with torch.device("meta"):  # before room is made for what the architecture claims
+            expected = DiscrepancyVAE(**architecture).state_dict()
+        if odd := [name for name in state if name not in expected or state[name].shape != expected[name].shape]:
+            raise ValueError(f"{odd[0]} has not the shape that it should have")
+        return build(state, architecture)
+    except Exception as error:  # safetensors raises its own type, torch and JSON many
+        detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
-            f"The weights {path} cannot be read: {error}.", "Fit again, or restore the run folder."
+            f"The weights {path} cannot be read: {detail}.", "Fit again, or restore the run folder."
         ) from error
 
 
+def build(state: dict[str, Tensor], architecture: dict[str, Any]) -> DiscrepancyVAE:
+    """A model with these weights, in evaluation mode."""
+    model = DiscrepancyVAE(**architecture).to(state["scm.graph"].dtype)
+    # Runs of earlier versions have not measured all of what the latents miss.
+    model.load_state_dict({**{name: value for name, value in model.named_buffers() if "." not in name}, **state})
+    return model.eval()
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Everything that is needed to go on: tensors, numbers, strings, lists and dicts of them."""
+    """Everything that is needed to go on: tensors, numbers, strings, lists and dicts of them; SHA-256 at the end.
+
+    The checkpoint that was there stays beside as `previous_of`.
+    """
+    buffer = io.BytesIO()  # torch tells of a full disk in an error of its own
+    torch.save(state, buffer)
+    content = buffer.getvalue()
     beside = path.with_name(path.name + ".tmp")
-    torch.save(state, beside)
-    with beside.open("rb") as handle:
+    with beside.open("wb") as handle:
+        handle.write(content + hashlib.sha256(content).digest())
+        handle.flush()
         os.fsync(handle.fileno())
+    if path.exists():
+        os.replace(path, previous_of(path))
     os.replace(beside, path)
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before the last one lies."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -58,12 +91,61 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises
     ------
     InputError
-        If the file is damaged or holds anything but tensors and primitives.
+        If the file is cut short, changed, or holds anything but tensors and primitives.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+        if hashlib.sha256(content[:-CHECKSUM]).digest() != content[-CHECKSUM:]:
+            raise ValueError("its checksum is another")
+        state = torch.load(io.BytesIO(content[:-CHECKSUM]), map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or "identity" not in state:
             raise ValueError("it holds no checkpoint")
         return state
     except Exception as error:  # torch raises pickle, zip and runtime errors
         raise InputError(f"The checkpoint {path} cannot be read.", "Start over with --force.") from error
+
+
+def mend_checkpoint(path: Path) -> bool:
+    """Put the previous checkpoint in the place of one that is damaged or missing; whether that was done."""
+    previous = previous_of(path)
+    if not previous.exists():
+        return False
+    try:
+        load_checkpoint(path)
+    except InputError:
+        load_checkpoint(previous)
+        os.replace(previous, path)
+        return True
+    return False
+
+
+class Keeper:
+    """What a fit goes on from after the last whole epoch: in memory always, on disk now and then and when it ends early.
+
+    Parameters
+    ----------
+    path
+        Where to write checkpoints; None for nowhere.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.state, self.written = path, dict[str, Any](), True
+
+    def keep(self, state: dict[str, Any], write: bool) -> None:
+        """Keep a copy, and write it."""
+        self.state, self.written = copy.deepcopy(state), False
+        if write:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is kept, unless it is written or there is no place for it."""
+        if self.path is not None and not self.written:
+            save_checkpoint(self.path, self.state)
+        self.written = True
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt | ConvergenceError):
+            self.write()

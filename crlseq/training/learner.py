@@ -16,6 +16,9 @@ from crlseq.training.distributed import Ranks
 from crlseq.training.objective import Objective, Step
 from crlseq.training.schedules import Weights, final_weights, settled
 
+SLOWER, MAX_SLOWER = 0.25, 5  # of the learning rate where a loss is not finite, and how often
+EXPLODED = 1e12
+
 
 class Learner:
     """Trains a model on steps that others may train on as well.
@@ -36,13 +39,14 @@ class Learner:
         self.history: list[dict[str, float]] = []
         self.best_epoch, self.best_loss = -1, math.inf
         self.best_state = copy.deepcopy(self.model.state_dict())
+        self.slower = 0  # how often the learning rate was lowered
 
     def begin(self, weights: Weights, noise: int) -> None:
         """Start an epoch whose training noise has the seed `noise`."""
         self.weights, device = weights, self.objective.device
         self.model.temperature.fill_(weights.temperature)
         for group in self.optimizer.param_groups:
-            group["lr"] = weights.learning_rate
+            group["lr"] = weights.learning_rate * SLOWER**self.slower
         self.noise = torch.Generator(device).manual_seed(noise)
         # The same in every epoch and of every model, so that validation losses compare.
         self.validation_noise = torch.Generator(device).manual_seed(self.config.training.seed)
@@ -69,14 +73,8 @@ class Learner:
         for name, term in self.objective(step, self.validation_noise).items():
             self.validation_terms[name] = self.validation_terms.get(name, 0.0) + share * term.item()
 
-    def end(self, epoch: int, n_epochs: int) -> None:
-        """Record an epoch, and keep its weights if they validate best.
-
-        Raises
-        ------
-        ConvergenceError
-            If a loss is not finite.
-        """
+    def end(self, epoch: int, n_epochs: int) -> bool:
+        """Record an epoch, and keep its weights if they validate best; False, and neither, if a loss is not finite."""
         record = {"epoch": float(epoch), **self._summed(self.terms)}
         if self.validation_terms:
             found = self._summed({name: torch.tensor(value).double() for name, value in self.validation_terms.items()})
@@ -85,17 +83,30 @@ class Learner:
             final = final_weights(self.config.model, self.objective.anchored)
             record["validation_total"] = sum(weight * found[name] for name, weight in final.items() if weight)
         record["temperature"] = self.weights.temperature
-        if not all(math.isfinite(value) for value in record.values()):
-            raise ConvergenceError(
-                f"The loss is not finite in epoch {epoch + 1}.",
-                "Lower the learning rate, or look for extreme values in the file.",
-            )
+        if not all(math.isfinite(value) and abs(value) < EXPLODED for value in record.values()):
+            return False
         self.history.append(record)
         # Without validation cells the last weights are kept: a training loss may not choose.
         judged = record.get("validation_total", -float(epoch))
         if settled(epoch, n_epochs, self.config.training) and judged < self.best_loss:
             self.best_epoch, self.best_loss = epoch, judged
             self.best_state = copy.deepcopy(self.model.state_dict())
+        return True
+
+    def slow_down(self, epoch: int) -> None:
+        """A quarter of the learning rate from here on.
+
+        Raises
+        ------
+        ConvergenceError
+            If that was done `MAX_SLOWER` times.
+        """
+        if self.slower == MAX_SLOWER:
+            raise ConvergenceError(
+                f"The loss is not finite in epoch {epoch + 1}, with a learning rate {SLOWER**-MAX_SLOWER:.0f} times smaller as well.",
+                "Lower the learning rate, or look for extreme values in the file.",
+            )
+        self.slower += 1
 
     def _summed(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """Sums over ranks."""
@@ -120,11 +131,13 @@ class Learner:
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "history": self.history,
             "best_epoch": self.best_epoch, "best_loss": self.best_loss, "best_state": self.best_state,
+            "slower": self.slower,
         }  # fmt: skip
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Go on from `state`; the learning rate stays as low as it is."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.history, self.best_state = saved["history"], saved["best_state"]
         self.best_epoch, self.best_loss = saved["best_epoch"], saved["best_loss"]
+        self.slower = max(self.slower, saved["slower"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth
-from crlseq.training.checkpoint import load_checkpoint, save_checkpoint
+from crlseq.training.checkpoint import Keeper, load_checkpoint
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.learner import Learner
 from crlseq.training.objective import Objective, Step
@@ -122,6 +123,7 @@ def fit_model(
     on_epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None,
     start: WarmStart | None = None,
     ranks: Ranks = ALONE,
+    on_retry: Callable[[str], None] = lambda text: None,
 ) -> Fit:
     """Minimise the weighted loss terms by Adam; early stopping and the kept weights go by validation.
 
@@ -140,10 +142,14 @@ def fit_model(
     start
         Latents, targets and graph to start from; None starts from random weights and learns them by gradient.
 
+    on_retry
+        Told in words when an epoch is done again, since a loss was not finite: from the weights before it, with a
+        quarter of the learning rate from there on, at most `MAX_SLOWER` times in a fit.
+
     Raises
     ------
     ConvergenceError
-        If a loss is not finite.
+        If a loss is still not finite.
     InputError
         If the checkpoint is damaged or belongs to another fit.
     """
@@ -179,34 +185,47 @@ def fit_model(
     def steps(batches: list[BatchIndex]) -> Iterator[tuple[Step, BatchIndex]]:
         return zip(ahead(lambda b: objective.prepare(b, ranks.own(b.mask)), batches), batches, strict=True)
 
-    written = time.monotonic()
     # Several models share what a step asks of the screen, and the threads: each is computed on one.
     alone = len(learners) == 1 or ranks.size > 1 or objective.device.type != "cpu"
     threads = 1 if alone else torch.get_num_threads()
-    for epoch in range(first, n_epochs):
-        # Asked before an epoch and not after it, so that a fit resumed behind its last epoch stops as well.
-        active = [learner for learner in learners if not learner.exhausted(epoch - 1, n_epochs)]
-        if not active:
-            break
-        # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
-        rng = np.random.default_rng([training.seed, 1, epoch])
-        noise = int(rng.integers(2**62))
-        for i, learner in enumerate(learners):
-            learner.begin(schedule(epoch, n_epochs, config.model, training), noise + i)
-        batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
-        for step, _ in steps(batches):
-            list(in_parallel(methodcaller("learn", step, len(batches)), active, threads))
-        for step, batch in steps(validation):
-            list(in_parallel(methodcaller("validate", step, len(batch.condition) / n_judged), active, threads))
-        for learner in active:
-            learner.end(epoch, n_epochs)
-        on_epoch(active[0].history[-1], n_epochs)
-        last = epoch + 1 == n_epochs or all(learner.exhausted(epoch, n_epochs) for learner in learners)
-        due = last or epoch == first or time.monotonic() - written > CHECKPOINT_SECONDS
-        if first_rank and checkpoint is not None and due:
+    with Keeper(checkpoint if first_rank else None) as keeper:
+
+        def keep(epoch: int, write: bool) -> None:
             states = [learner.state() for learner in learners]
-            save_checkpoint(checkpoint, {"identity": identity, "epoch": epoch, "learners": states})
-            written = time.monotonic()
+            keeper.keep({"identity": identity, "epoch": epoch, "learners": states}, write)
+
+        keep(first - 1, write=False)
+        written, epoch = time.monotonic(), first
+        while epoch < n_epochs:
+            # Asked before an epoch and not after it, so that a fit resumed behind its last epoch stops as well.
+            active = [learner for learner in learners if not learner.exhausted(epoch - 1, n_epochs)]
+            if not active:
+                break
+            # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
+            rng = np.random.default_rng([training.seed, 1, epoch])
+            noise = int(rng.integers(2**62))
+            for i, learner in enumerate(learners):
+                learner.begin(schedule(epoch, n_epochs, config.model, training), noise + i)
+            batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
+            for step, _ in steps(batches):
+                list(in_parallel(methodcaller("learn", step, len(batches)), active, threads))
+            for step, batch in steps(validation):
+                list(in_parallel(methodcaller("validate", step, len(batch.condition) / n_judged), active, threads))
+            exploded = [learner for learner in active if not learner.end(epoch, n_epochs)]
+            if exploded:
+                for learner in exploded:
+                    learner.slow_down(epoch)
+                # The copy that is kept must outlast another attempt.
+                for learner, state in zip(learners, copy.deepcopy(keeper.state["learners"]), strict=True):
+                    learner.load(state)
+                on_retry(f"The loss is not finite in epoch {epoch + 1}: again with a quarter of the learning rate.")
+                continue
+            on_epoch(active[0].history[-1], n_epochs)
+            last = epoch + 1 == n_epochs or all(learner.exhausted(epoch, n_epochs) for learner in learners)
+            due = last or epoch == first or time.monotonic() - written > CHECKPOINT_SECONDS
+            keep(epoch, write=due)
+            written = time.monotonic() if due else written
+            epoch += 1
     for learner in learners:
         learner.keep_best()
     kept = min(learners, key=lambda learner: learner.best_loss)

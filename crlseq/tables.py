@@ -1,0 +1,54 @@
+"""Tables as CSV: numbers to the last digit, and names that no spreadsheet takes for a formula.
+
+A text that begins with one of ``= + - @``, a tab or a line break would be run by spreadsheets as a formula, so it is
+written with an apostrophe before it. To be told from the first, a text that begins with apostrophes and then one of
+these gets one more. `read_csv` takes it off again; with pandas alone::
+
+    names.str.replace(r"^'(?='*[=+@\t\r\n-])", "", regex=True)
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+FORMULA = r"^(?='*[=+@\t\r\n-])"
+DEFUSED = r"^'(?='*[=+@\t\r\n-])"
+
+
+def to_csv(table: pd.DataFrame) -> bytes:
+    """The table as UTF-8 with a header and without the index; missing numbers are empty fields."""
+    text = table.select_dtypes(exclude="number").columns
+    safe = table.assign(**{name: _defused(table[name]) for name in text})
+    # Python before 3.13 leaves a lone carriage return unquoted, which every reader takes for the end of a line.
+    returns = any(safe[name].str.contains("\r", regex=False).any() for name in text)
+    written: str = safe.to_csv(
+        index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+    )
+    return written.encode()
+
+
+def _defused(column: pd.Series) -> pd.Series:
+    return column.astype(str).str.replace(FORMULA, "'", regex=True).where(column.notna())
+
+
+def read_csv(path: Path, columns: Mapping[str, type], later: Mapping[str, type] | None = None) -> pd.DataFrame:
+    """A table that `to_csv` wrote, with at least these columns; it may have the later ones.
+
+    Raises
+    ------
+    OSError, ValueError
+        If it cannot be read, a column is missing, or a value is of another kind.
+    """
+    # A gene may be called NA: only empty fields are missing values, and only in columns of numbers.
+    kinds = {**columns, **(later or {})}
+    empty = {name: [""] for name, kind in kinds.items() if kind is float}
+    table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, float_precision="round_trip")
+    if missing := [name for name in columns if name not in table]:
+        raise ValueError(f"{path.name} has no column {missing[0]!r}")
+    for name in table.select_dtypes(object):
+        table[name] = table[name].str.replace(DEFUSED, "", regex=True)
+    return table

@@ -1,0 +1,175 @@
+"""Generated and damaged files: read as they should be or refused in one sentence; the long form is ``scripts/soak``."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from crlseq.config import DataConfig
+from crlseq.data.dataset import read_data
+from crlseq.errors import InputError
+from tests.faults.isolated import isolated
+from tests.faults.outcomes import Outcome, fitted, read
+from tests.faults.screens import Damage, Recipe, bases, categories_beside, damage, damages, make, recipes, write
+from tests.support import fit_file, invoke, small_screen
+
+SLICE: dict[str, Any] = {
+    "deadline": None, "derandomize": True, "database": None, "phases": [Phase.generate],
+    "suppress_health_check": list(HealthCheck),
+}  # fmt: skip
+ROUTES = ["file", "file", "file", "memory", "view", "backed", "masked"]
+
+
+def of_recipe(recipe: Recipe, route: str, folder: Path, fit: bool = False) -> Outcome:
+    """What becomes of a generated screen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = folder / "screen.h5ad"
+        in_file = route in ("file", "backed")
+        try:
+            made = write(recipe, path) if in_file else make(recipe)
+        except (TypeError, ValueError, NotImplementedError) as error:  # scipy or anndata does not take it
+            return {"outcome": "not made", "detail": str(error)[:100]}
+        if in_file:
+            if fit:
+                return fitted(path)
+            if route == "file":
+                return read(path, made)
+            return read(ad.read_h5ad(path, backed="r"), made)
+        adata = made.adata
+        if route == "view":
+            adata = adata[np.ones(adata.n_obs, dtype=bool)]
+        elif route == "masked" and isinstance(adata.X, np.ndarray) and adata.X.size:
+            adata.X = np.ma.masked_array(adata.X, mask=np.arange(adata.X.size).reshape(adata.X.shape) == 1)
+            found = read(adata)
+            assert found["outcome"] == "refused", found
+            return found
+        return read(adata, made)
+
+
+def of_damage(recipe: Damage, files: list[Path], folder: Path, fit: bool = False) -> Outcome:
+    """What becomes of a damaged file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = folder / "screen.h5ad"
+        damage(recipe, files, path)
+        return fitted(path) if fit else read(path)
+
+
+def no_fault(function: Callable[[], Outcome], what: object) -> None:
+    found = isolated(function)
+    assert found["outcome"] != "fault", f"{what}\n{found['detail']}"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bases(tmp_path_factory.mktemp("bases"))
+
+
+def test_generated(tmp_path: Path) -> None:
+    @settings(max_examples=40, **SLICE)
+    @given(recipes(), st.sampled_from(ROUTES))
+    def check(recipe: Recipe, route: str) -> None:
+        no_fault(lambda: of_recipe(recipe, route, tmp_path), (recipe, route))
+
+    check()
+
+
+def test_damaged(tmp_path: Path, sound: list[Path]) -> None:
+    @settings(max_examples=60, **SLICE)
+    @given(damages(len(sound)))
+    def check(recipe: Damage) -> None:
+        no_fault(lambda: of_damage(recipe, sound, tmp_path), recipe)
+
+    check()
+
+
+# --- what was found by the long form, and mended
+
+
+def refused(path: Path, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        read_data(path, DataConfig(), 0)
+    assert invoke("check", path).code == 3
+
+
+def test_a_link_to_itself_in_the_place_of_the_matrix(screen_file: Path, tmp_path: Path) -> None:
+    shutil.copy(screen_file, tmp_path / "odd.h5ad")
+    with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
+        del handle["X"]
+        handle["X"] = h5py.SoftLink("/X")
+    refused(tmp_path / "odd.h5ad", "too many links")
+
+
+@pytest.mark.parametrize("index", [2**31 - 1, -1, 40])
+@pytest.mark.parametrize("kind", [sp.csr_matrix, sp.csc_matrix])
+def test_indices_out_of_the_matrix(tmp_path: Path, kind: Any, index: int) -> None:
+    """The largest made numpy ask for 16 GiB, and compiled code follows them anywhere."""
+    adata = small_screen()
+    adata.X = kind(adata.X)
+    adata.write_h5ad(tmp_path / "odd.h5ad")
+    with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
+        handle["X/indices"][7] = index if kind is sp.csr_matrix or index != 40 else 280
+    refused(tmp_path / "odd.h5ad", "the matrix cannot be read")
+
+
+@pytest.mark.parametrize("slot", ["layers", "uns", "obsm"])
+def test_a_number_in_the_place_of_a_group(screen_file: Path, tmp_path: Path, slot: str) -> None:
+    shutil.copy(screen_file, tmp_path / "odd.h5ad")
+    with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
+        del handle[slot]
+        handle[slot] = 5
+    refused(tmp_path / "odd.h5ad", slot)
+
+
+def test_bytes_that_are_no_text_in_another_column_are_left_as_they_are(tmp_path: Path) -> None:
+    """The table was written anew once, and anndata could not open it any more."""
+    small_screen().write_h5ad(tmp_path / "screen.h5ad")
+    with h5py.File(tmp_path / "screen.h5ad", "r+") as handle:
+        handle["obs/bytes"] = np.array([b"\xff", b"a"] * 140)
+        handle["obs/bytes"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        handle["obs"].attrs["column-order"] = np.array([*handle["obs"].attrs["column-order"], "bytes"], dtype=object)
+    fit_file(tmp_path / "screen.h5ad")
+    obs = ad.read_h5ad(tmp_path / "RUN" / "crlseq.h5ad").obs
+    assert obs["bytes"].tolist() == [b"\xff", b"a"] * 140
+    assert list(obs)[-2:] == ["bytes", "crlseq_split"]
+
+
+def test_backed_without_a_matrix(tmp_path: Path) -> None:
+    adata = small_screen()
+    adata.X = None
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    with pytest.raises(InputError, match="the matrix cannot be read"):
+        read_data(ad.read_h5ad(tmp_path / "screen.h5ad", backed="r"), DataConfig(), 0)
+
+
+@pytest.mark.parametrize("name", ["a\udcff", "a\0b"])
+def test_names_that_are_no_text(name: str) -> None:
+    adata = small_screen()
+    adata.var_names = [name, *adata.var_names[1:]]
+    with pytest.raises(InputError, match="is no valid text"):
+        read_data(adata, DataConfig(), 0)
+
+
+def test_the_h5ad_of_anndata_0_7_is_read(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small_screen().write_h5ad(tmp_path / "screen.h5ad")
+        expected = read_data(tmp_path / "screen.h5ad", DataConfig(), 0)
+        categories_beside(tmp_path / "screen.h5ad")
+        found = read_data(tmp_path / "screen.h5ad", DataConfig(), 0)
+    assert found.condition_names == expected.condition_names
+    np.testing.assert_array_equal(found.condition, expected.condition)

@@ -1,0 +1,272 @@
+"""Places that cannot be written or change meanwhile, damaged checkpoints, losses that explode: nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import crlseq
+from crlseq.errors import ConvergenceError, InputError
+from crlseq.fitting import Progress
+from crlseq.training import trainer
+from crlseq.training.checkpoint import load_checkpoint, mend_checkpoint, previous_of, save_checkpoint
+from crlseq.training.learner import MAX_SLOWER, Learner
+from tests.cli.test_repeat import results
+from tests.support import check_refusal, command, environment, invoke
+
+GRADIENT: dict[str, Any] = {"method": "gradient", "n_latents": 2, "epochs": 3, "batch_size": 16}
+
+
+class StopError(Exception):
+    """Stands for a kill."""
+
+
+def at_stage(word: str, action: Callable[[], Any]) -> Progress:
+    """Progress that acts when a stage begins."""
+    return Progress(stage=lambda text: action() if text.startswith(word) else None)
+
+
+# --- checkpoints
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path: Path) -> Path:
+    path = tmp_path / "resume.pt"
+    rng = torch.Generator().manual_seed(0)
+    for epoch in (1, 2):
+        save_checkpoint(path, {"identity": "x", "epoch": epoch, "model": torch.randn(5000, generator=rng)})
+    return path
+
+
+def test_a_checkpoint_cut_anywhere_gives_way_to_the_one_before(two_checkpoints: Path) -> None:
+    content, before = two_checkpoints.read_bytes(), previous_of(two_checkpoints).read_bytes()
+    assert load_checkpoint(two_checkpoints)["epoch"] == 2 and not mend_checkpoint(two_checkpoints)
+    cuts = [*range(0, len(content), 4096), len(content) - 1]
+    assert len(cuts) > 5
+    for cut in cuts:
+        two_checkpoints.write_bytes(content[:cut])
+        previous_of(two_checkpoints).write_bytes(before)
+        with pytest.raises(InputError, match="cannot be read"):
+            load_checkpoint(two_checkpoints)
+        assert mend_checkpoint(two_checkpoints)
+        assert load_checkpoint(two_checkpoints)["epoch"] == 1
+
+
+def test_a_flipped_bit_is_seen(two_checkpoints: Path) -> None:
+    content = two_checkpoints.read_bytes()
+    for at in np.random.default_rng(0).integers(len(content), size=50):
+        two_checkpoints.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        with pytest.raises(InputError, match="cannot be read"):
+            load_checkpoint(two_checkpoints)
+
+
+def test_a_process_killed_between_two_renames_left_the_one_before(two_checkpoints: Path) -> None:
+    two_checkpoints.unlink()
+    assert mend_checkpoint(two_checkpoints)
+    assert load_checkpoint(two_checkpoints)["epoch"] == 1
+
+
+def test_a_fit_goes_on_from_the_checkpoint_before(
+    screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    whole = crlseq.fit(screen_file, tmp_path / "whole", **GRADIENT)
+    assert whole.path is not None
+
+    def stop(record: dict[str, float], n_epochs: int) -> None:
+        if record["epoch"] == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        crlseq.fit(screen_file, tmp_path / "RUN", progress=Progress(epoch=stop), **GRADIENT)
+    (tmp_path / "RUN.partial" / "resume.pt").write_bytes(b"cut")
+    notes: list[str] = []
+    run = crlseq.fit(screen_file, tmp_path / "RUN", resume=True, progress=Progress(note=notes.append), **GRADIENT)
+    assert run.path is not None
+    assert notes == ["The last checkpoint is damaged: going on from the one before."]
+    assert results(run.path) == results(whole.path)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_interrupt_writes_the_last_whole_epoch(screen_file: Path, tmp_path: Path, epoch: int) -> None:
+    """Before the first epoch as well; checkpoints on time are five seconds apart, which these epochs do not last."""
+
+    def interrupt(record: dict[str, float], n_epochs: int) -> None:
+        if record["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        crlseq.fit(screen_file, tmp_path / "RUN", progress=Progress(epoch=interrupt), **GRADIENT)
+    saved = load_checkpoint(tmp_path / "RUN.partial" / "resume.pt")
+    assert saved["epoch"] == epoch - 1
+    assert [record["epoch"] for record in saved["learners"][0]["history"]] == list(range(epoch))
+    whole = crlseq.fit(screen_file, tmp_path / "whole", **GRADIENT)
+    run = crlseq.fit(screen_file, tmp_path / "RUN", resume=True, **GRADIENT)
+    assert run.path is not None and whole.path is not None
+    assert results(run.path) == results(whole.path)
+
+
+# --- places
+
+
+def test_two_processes_on_one_output(screen_file: Path, tmp_path: Path) -> None:
+    """The second is refused while the first still reads; nothing of the first is touched."""
+    answers = []
+
+    def second() -> None:
+        for option in ([], ["--force"], ["--resume"]):
+            answers.append(invoke("fit", screen_file, "--output", tmp_path / "RUN", *option))
+
+    crlseq.fit(screen_file, tmp_path / "RUN", progress=at_stage("reading the screen", second), **GRADIENT)
+    assert [answer.code for answer in answers] == [3, 3, 3]
+    assert "unfinished run" in answers[0].err
+    assert all("Another crlseq is writing" in answer.err for answer in answers[1:])
+
+
+def test_an_output_that_another_process_finished_meanwhile(
+    screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crlseq import fitting
+
+    monkeypatch.setattr(fitting, "refuse_output", lambda target, resume, force: (tmp_path / "RUN").mkdir())
+    with pytest.raises(InputError, match="exists"):
+        crlseq.fit(screen_file, tmp_path / "RUN", **GRADIENT)
+    assert [path.name for path in tmp_path.iterdir()] == ["RUN"]
+
+
+def test_an_output_removed_meanwhile(screen_file: Path, tmp_path: Path) -> None:
+    remove = at_stage("writing", lambda: shutil.rmtree(tmp_path / "RUN.partial"))
+    with pytest.raises(InputError, match=r"RUN\.partial cannot be written: No such file"):
+        crlseq.fit(screen_file, tmp_path / "RUN", progress=remove, **GRADIENT)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_input_changed_meanwhile(screen_file: Path, tmp_path: Path, replaced: bool) -> None:
+    source = tmp_path / "screen.h5ad"
+    shutil.copy(screen_file, source)
+
+    def change() -> None:
+        if replaced:
+            shutil.copy(source, tmp_path / "other")
+        with h5py.File(tmp_path / "other" if replaced else source, "r+") as handle:
+            handle["X/data"][0] += 1
+        if replaced:
+            (tmp_path / "other").replace(source)
+
+    with pytest.raises(InputError, match="was changed while it was fitted"):
+        crlseq.fit(source, tmp_path / "RUN", progress=at_stage("fitting", change), **GRADIENT)
+    assert not (tmp_path / "RUN").exists()
+
+
+def test_an_input_touched_meanwhile_is_the_same(screen_file: Path, tmp_path: Path) -> None:
+    shutil.copy(screen_file, tmp_path / "screen.h5ad")
+    touch = at_stage("fitting", (tmp_path / "screen.h5ad").touch)
+    crlseq.fit(tmp_path / "screen.h5ad", tmp_path / "RUN", progress=touch, **GRADIENT)
+
+
+@pytest.mark.parametrize("limit", [20_000, 400_000])
+def test_a_full_disk(screen_file: Path, tmp_path: Path, limit: int) -> None:
+    """Files may not grow beyond a limit, at a checkpoint or in the copy of the cells; with room the fit goes on."""
+    words = ["fit", screen_file, "--output", tmp_path / "RUN", "--method", "gradient", "--epochs", 2]
+    full = subprocess.run(
+        command(*words), capture_output=True, text=True, env=environment(), timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    lines = [line for line in full.stderr.splitlines() if line.startswith(("crlseq:", "  Check"))]
+    check_refusal(full.returncode, full.stdout, "\n".join(lines), 3, "cannot be written", "Check the disk")
+    assert not (tmp_path / "RUN").exists()
+    assert invoke(*words, *(["--resume"] if (tmp_path / "RUN.partial").exists() else [])).code == 0
+
+
+def test_a_move_that_fails_brings_the_old_run_back(
+    screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crlseq import runfolder
+
+    first = crlseq.fit(screen_file, tmp_path / "RUN", **GRADIENT)
+    replace = runfolder.os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(source).name == "RUN.partial":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runfolder.os, "replace", fails)
+        with pytest.raises(KeyboardInterrupt):
+            crlseq.fit(screen_file, tmp_path / "RUN", **GRADIENT, seed=1, force=True)
+    assert crlseq.load(tmp_path / "RUN").info["seed"] == first.info["seed"] == 0
+
+
+# --- losses
+
+
+def explode(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> list[int]:
+    """Validation that finds NaN in some of the epochs that are tried; a list that grows with them."""
+    end, seen = Learner.end, list[int]()
+
+    def exploding(self: Learner, epoch: int, n_epochs: int) -> bool:
+        seen.append(epoch)
+        if when(len(seen)):
+            self.validation_terms = dict.fromkeys(self.validation_terms, float("nan"))
+        return end(self, epoch, n_epochs)
+
+    monkeypatch.setattr(Learner, "end", exploding)
+    return seen
+
+
+def test_a_loss_that_explodes_once_is_done_again_with_smaller_steps(
+    screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = explode(monkeypatch, lambda n: n == 2)
+    notes: list[str] = []
+    run = crlseq.fit(screen_file, tmp_path / "RUN", progress=Progress(note=notes.append), **GRADIENT)
+    assert notes == ["The loss is not finite in epoch 2: again with a quarter of the learning rate."]
+    assert run.history["epoch"].tolist() == [0, 1, 2] and len(seen) == 4
+    assert np.isfinite(run.history.to_numpy()).all()
+    assert load_checkpoint(run.path / "resume.pt")["learners"][0]["slower"] == 1  # type: ignore[operator]
+
+
+def test_a_hopeless_fit_keeps_its_history(screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = explode(monkeypatch, lambda n: n > 1)
+    with pytest.raises(ConvergenceError, match=r"epoch 2, with a learning rate 1024 times smaller as well"):
+        crlseq.fit(screen_file, tmp_path / "RUN", **GRADIENT)
+    assert len(seen) == 1 + 1 + MAX_SLOWER
+    saved = load_checkpoint(tmp_path / "RUN.partial" / "resume.pt")
+    assert len(saved["learners"][0]["history"]) == 1
+
+
+# --- signals at any moment, to the whole command
+
+
+def test_signals_at_any_moment_of_a_fit(screen_file: Path, tmp_path: Path) -> None:
+    """Two in a row, each later into the fit; then it goes on to the end of an undisturbed one."""
+    words = ["--method", "gradient", "--epochs", 12, "--batch-size", 16, "--n-latents", 2]
+    assert invoke("fit", screen_file, "--output", tmp_path / "whole", *words).code == 0
+    fit = ["fit", screen_file, "--output", tmp_path / "RUN", *words, "--resume"]
+    for number, line in ((signal.SIGTERM, "• testing"), (signal.SIGKILL, "  epoch 1/")):
+        with subprocess.Popen(command(*fit), stderr=subprocess.PIPE, text=True, env=environment()) as process:
+            assert process.stderr is not None
+            for said in process.stderr:
+                if said.startswith(line):
+                    break
+            process.send_signal(number)
+            rest = process.stderr.read()
+        assert process.returncode == (-9 if number == signal.SIGKILL else 130), rest
+        assert "Traceback" not in rest
+        assert not (tmp_path / "RUN").exists()
+    assert invoke(*fit).code == 0
+    assert results(tmp_path / "RUN") == results(tmp_path / "whole")
+    assert json.loads((tmp_path / "RUN" / "run.json").read_text())["training"]["epochs_run"] == 12
