@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,14 @@ addEventListener("load", () => {
 def browse(path: Path, *flags: str) -> tuple[str, list[str]]:
     """The DOM after the page has run, and what stood on the console."""
     assert BROWSER is not None
+    profile = tempfile.mkdtemp()  # not beside the page, which may lie in a run folder that others look at
     words = [
         BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-        "--enable-logging=stderr", f"--user-data-dir={path.parent / 'profile'}", "--virtual-time-budget=2000", "--window-size=1200,900",
+        "--enable-logging=stderr", f"--user-data-dir={profile}", "--virtual-time-budget=2000", "--window-size=1200,900",
         *flags, "--dump-dom", path.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, errors="replace")
+    shutil.rmtree(profile, ignore_errors=True)
     assert done.returncode == 0, done.stderr
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
