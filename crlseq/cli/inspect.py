@@ -131,9 +131,7 @@ def _enriched(found: Run, gene_sets: Path, program: str | None, top: int, json: 
     if json or not sys.stdout.isatty():
         show_table(table, "", json)
         return
-    table["gene_set"] = table["gene_set"].where(
-        table["description"] == "", table["gene_set"] + " " + table["description"]
-    )
+    table = table.assign(gene_set=(table["gene_set"] + " " + table["description"]).str.rstrip())
     for (name, test), part in table.groupby(["program", "test"], sort=False):
         columns = ["gene_set", "direction", "size", "overlap", "score", "p_value", "fdr"]
         show_table(
