@@ -16,6 +16,7 @@ __all__ = [
     "Run",
     "__version__",
     "cross_validate",
+    "enrich",
     "evaluate",
     "fit",
     "load",
@@ -26,6 +27,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from crlseq import plotting as pl
+    from crlseq.analysis.enrichment import enrich
     from crlseq.analysis.evaluation import evaluate
     from crlseq.crossvalidation import cross_validate
     from crlseq.data.simulate import simulate
@@ -39,6 +41,7 @@ _HOME = {
     "CrlseqError": "crlseq.errors",
     "Run": "crlseq.run",
     "cross_validate": "crlseq.crossvalidation",
+    "enrich": "crlseq.analysis.enrichment",
     "evaluate": "crlseq.analysis.evaluation",
     "fit": "crlseq.fitting",
     "load": "crlseq.run",

@@ -94,13 +94,19 @@ def _likelihood(discovery: dict[str, Any] | None) -> str:
 def programs(
     run: RunFolder,
     program: Annotated[str | None, typer.Option(help="One program, such as P3.")] = None,
-    top: Annotated[int, typer.Option(help="Genes a program.", min=1)] = 20,
+    top: Annotated[int, typer.Option(help="Genes a program; with --gene-sets, sets a program and test.", min=1)] = 20,
+    gene_sets: Annotated[
+        Path | None, typer.Option(help="Instead of genes, the gene sets of this gmt file that are enriched.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Top genes of each program: loading directly, and through the DAG as well."""
+    """Top genes of each program: loading directly, and through the DAG as well. With --gene-sets, what they are known for."""
     found = _load(run)
     if program is not None:
         _described(found, program)
+    if gene_sets is not None:
+        _enriched(found, gene_sets, program, top, json)
+        return
     table = found.programs[found.programs["rank"] <= top]
     if program is not None:
         table = table[table["program"] == program]
@@ -114,6 +120,26 @@ def programs(
             show_table(part, "")
             show_text("")
     say(f"One of them with its perturbations: crlseq inspect program {run} {program or found.program_names[0]}")
+
+
+def _enriched(found: Run, gene_sets: Path, program: str | None, top: int, json: bool) -> None:
+    from crlseq.analysis.enrichment import enrich
+
+    table = enrich(found, gene_sets).groupby(["program", "test"], sort=False).head(top)
+    if program is not None:
+        table = table[table["program"] == program]
+    if json or not sys.stdout.isatty():
+        show_table(table, "", json)
+        return
+    table = table.assign(gene_set=(table["gene_set"] + " " + table["description"]).str.rstrip())
+    for (name, test), part in table.groupby(["program", "test"], sort=False):
+        columns = ["gene_set", "direction", "size", "overlap", "score", "p_value", "fdr"]
+        show_table(
+            part[columns[:1] + columns[2:] if test == "drivers" else columns],
+            f"{name}  {found.described[str(name)].label}: {test}",
+        )
+        show_text("")
+    say("The genes of each, and all digits: into a pipe, or with --json.")
 
 
 @app.command()

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from crlseq.analysis import enrichment
 from crlseq.describe import Program, numbers_in_words, verdicts
 from crlseq.drawing import HEAD, Drawing, draw, edge_width, heading, legend
 from crlseq.files import written_whole
@@ -28,13 +29,22 @@ if TYPE_CHECKING:
 
 GENES = 8  # of a card, that rise and that fall
 DRIVERS = 8  # of a card
+SETS = 4  # of a card and test
+TESTS = {
+    enrichment.OVER_REPRESENTATION: "by its top genes",
+    enrichment.RANK: "by the ranking of all genes",
+    enrichment.DRIVERS: "by its perturbations",
+}
 ROWS = 300  # of a table: the page must open, whatever the screen
 FONT = 12.0
 PAGE = (1200.0, 1200.0)
 
 
-def write_report(run: Run, path: Path) -> None:
-    """Render ``templates/report.html.j2``; every name from the data is escaped. Written beside, then renamed."""
+def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> None:
+    """Render ``templates/report.html.j2``; every name from the data is escaped. Written beside, then renamed.
+
+    With what `crlseq.enrich` found, a program's card has its gene sets.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("crlseq"),
         autoescape=True,
@@ -43,7 +53,7 @@ def write_report(run: Run, path: Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"fixed": _fixed, "signed": _signed, "brief": _brief}
-    page = environment.get_template("report.html.j2").render(_context(run))
+    page = environment.get_template("report.html.j2").render(_context(run, enriched))
     with written_whole(path) as file:
         # Half a pair of surrogates, which a name may hold, is no text.
         file.write_text(page, encoding="utf-8", errors="replace")
@@ -61,7 +71,7 @@ def _brief(value: Any) -> str:
     return "–" if value is None or value != value else f"{value:.3g}"
 
 
-def _context(run: Run) -> dict[str, Any]:
+def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
     script = files("crlseq").joinpath("templates/report.js").read_text(encoding="utf-8")
     order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), _program_number(run.interventions["program"])))
     interventions = run.interventions.iloc[order]
@@ -77,7 +87,9 @@ def _context(run: Run) -> dict[str, Any]:
         "style": Markup(files("crlseq").joinpath("templates/report.css").read_text(encoding="utf-8")),
         "verdicts": answers,
         "dag": _dag(run),
-        "programs": [_card(program) for program in run.described.values()],
+        "programs": [_card(program, enriched) for program in run.described.values()],
+        "enriched": enriched is not None,
+        "n_fitted_genes": run.programs["gene"].nunique(),
         "interventions": interventions[:ROWS].to_dict("records"),
         "n_interventions": len(interventions),
         "largest_shift": charts.largest(interventions["shift"]),
@@ -98,7 +110,7 @@ def _program_number(names: pd.Series) -> np.ndarray:
     return pd.to_numeric(names.str[1:]).fillna(np.inf).to_numpy()
 
 
-def _card(program: Program) -> dict[str, Any]:
+def _card(program: Program, enriched: pd.DataFrame | None) -> dict[str, Any]:
     genes = {"rise": program.up[:GENES], "fall": program.down[:GENES]}
     return {
         "program": program,
@@ -109,7 +121,13 @@ def _card(program: Program) -> dict[str, Any]:
         "total": bool(program.downstream),  # else it is the loading
         "genes": {name: table.to_dict("records") for name, table in genes.items()},
         "largest": charts.largest(pd.concat([table["loading"] for table in genes.values()])),
+        "sets": None if enriched is None else _sets(enriched[enriched["program"] == program.name]),
     }
+
+
+def _sets(enriched: pd.DataFrame) -> dict[str, Any]:
+    """The first sets of each test, as `crlseq.enrich` orders them."""
+    return {TESTS[str(test)]: part[:SETS].to_dict("records") for test, part in enriched.groupby("test", sort=False)}
 
 
 def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
