@@ -140,10 +140,11 @@ def discover(
     environment = _environments(data, chosen)
     train = torch.from_numpy(data.split == splits.TRAIN) & (environment >= 0)
     stage("finding components and the number of programs")
-    y = torch.from_numpy(whitened_components(data, COMPONENTS, seed)).double()
+    n_components = COMPONENTS if config.n_latents == "auto" else max(COMPONENTS, config.n_latents + 10)
+    y = torch.from_numpy(whitened_components(data, n_components, seed)).double()
     p, choice, reason = _number(y[train], environment[train], config, len(chosen), seed)
     note(f"{p} programs: {reason}")
-    if p + 10 > COMPONENTS:
+    if p + 10 > n_components:
         y = torch.from_numpy(whitened_components(data, p + 10, seed)).double()
     threads = torch.get_num_threads()
     with on_threads(1 if p < MANY_LATENTS else threads):
