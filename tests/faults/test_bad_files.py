@@ -114,6 +114,29 @@ def test_a_link_to_itself_in_the_place_of_the_matrix(screen_file: Path, tmp_path
     refused(tmp_path / "odd.h5ad", "too many links")
 
 
+@pytest.mark.parametrize("place", ["obs/again", "uns/a/b", "layers/counts"])
+@pytest.mark.parametrize("link", ["/", "."])
+def test_a_group_within_itself(screen_file: Path, tmp_path: Path, place: str, link: str) -> None:
+    """Reading went round until Python's stack was full, for up to half a minute."""
+    shutil.copy(screen_file, tmp_path / "odd.h5ad")
+    with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
+        inside = handle.require_group(place.rpartition("/")[0])
+        handle[place] = h5py.SoftLink(link) if link == "/" else inside
+    refused(tmp_path / "odd.h5ad", f"{place.rpartition('/')[2]}' that lies within itself")
+
+
+def test_links_that_lead_nowhere_or_twice_to_one_group_are_left_alone(screen_file: Path, tmp_path: Path) -> None:
+    shutil.copy(screen_file, tmp_path / "odd.h5ad")
+    with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
+        handle["uns/nowhere"] = h5py.SoftLink("/gone")
+        handle["uns/round"] = h5py.SoftLink("/uns/round")
+        handle["uns/var"] = handle["var"]
+        handle["uns/var too"] = h5py.SoftLink("/var")
+    expected, found = (read_data(p, DataConfig(), 0) for p in (screen_file, tmp_path / "odd.h5ad"))
+    assert found.genes == expected.genes
+    np.testing.assert_array_equal(found.condition, expected.condition)
+
+
 @pytest.mark.parametrize("index", [2**31 - 1, -1, 40])
 @pytest.mark.parametrize("kind", [sp.csr_matrix, sp.csc_matrix])
 def test_indices_out_of_the_matrix(tmp_path: Path, kind: Any, index: int) -> None:
