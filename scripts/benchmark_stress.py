@@ -177,6 +177,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--stress", nargs="+", default=list(STRESSES), choices=list(STRESSES), metavar="NAME", help=f"which [all]: {', '.join(STRESSES)}")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="screens of each level [3]")
     parser.add_argument("--method", default="straighten", choices=["straighten", "linear"], help="[straighten]")
+    parser.add_argument("--bootstrap", type=int, metavar="N", help="replicates of each fit [20]")
     parser.add_argument("--epochs", type=int, metavar="N", help="targets and graph do not depend on it [100]")
     parser.add_argument("--threads", type=int, metavar="N")
     given = parser.parse_args(words)
@@ -193,7 +194,7 @@ def main(words: Sequence[str] | None = None) -> None:
         screen = make(level, seed)
         options = {
             "perturbation_key": "perturbation", "n_latents": SCREEN["n_latents"], "method": given.method,
-            "epochs": given.epochs, "threads": given.threads, "seed": seed, **told,
+            "bootstrap": given.bootstrap, "epochs": given.epochs, "threads": given.threads, "seed": seed, **told,
         }  # fmt: skip
         started = time.perf_counter()
         row: dict[str, Any] = {"stress": stress, "level": level, "seed": seed, "error": None}

@@ -74,8 +74,7 @@ def as_csr(block: Any) -> sp.csr_matrix:
     if not sp.issparse(block):
         block = np.asarray(block, dtype=np.float64)
     csr: sp.csr_matrix = sp.csr_matrix(block, dtype=np.float64, copy=True)
-    csr.check_format(full_check=True)  # compiled code would follow an index out of the matrix
-    csr.sum_duplicates()
+    within(csr).sum_duplicates()
     csr.eliminate_zeros()
     return csr
 
@@ -250,11 +249,12 @@ def _row_sliceable(element: Any, source: str) -> Any:
     if isinstance(element, (h5py.Group, zarr.Group)):
         dataset = ad.io.sparse_dataset(element)
         # Rows of a CSC matrix cannot be sliced from disk at a bearable speed.
-        element = dataset if dataset.format == "csr" else _to_csr(dataset.to_memory())
+        element = dataset if dataset.format == "csr" else within(dataset.to_memory()).tocsr()
     # What remains is an AnnData's: in memory, or backed by a data set or a sparse data set.
     elif hasattr(element, "format"):
         if element.format != "csr":
-            element = _to_csr(element.to_memory() if hasattr(element, "to_memory") else element)
+            element = within(element.to_memory() if hasattr(element, "to_memory") else element).tocsr()
+        within(element)
     elif not isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)):
         element = np.asarray(element)
     if len(element.shape) != 2:
@@ -264,10 +264,17 @@ def _row_sliceable(element: Any, source: str) -> Any:
     return element
 
 
-def _to_csr(matrix: Any) -> Any:
+def within(matrix: Any) -> Any:
+    """The matrix; scipy's compiled code would follow indices and row pointers of a sparse one out of its memory.
+
+    Raises
+    ------
+    ValueError
+        If they lead there.
+    """
     if hasattr(matrix, "check_format"):
         matrix.check_format(full_check=True)
-    return matrix.tocsr()
+    return matrix
 
 
 def _named_layer(layers: dict[str, Any], layer: str, source: str) -> Any:
