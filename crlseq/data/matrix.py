@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
+from crlseq.data.hdf5 import refuse_traps
 from crlseq.data.store import StoredMatrix, read_manifest
 from crlseq.errors import CrlseqError, InputError
 from crlseq.files import refuse_links_outside
@@ -177,55 +178,12 @@ def open_store(path: Path) -> Iterator[Any]:
         if not whole:
             raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
         with readable(str(path), "the file"):
-            _refuse_odd_links(handle, path)
+            refuse_traps(handle, path)
             for slot in ("obsm", "varm", "uns"):  # results are added there, long after this
                 there = handle.get(slot, {})
                 if isinstance(there, h5py.Dataset) and there.dtype.names is None:
                     raise InputError(f"{path} has a value in the place of {slot}.", "It is damaged; write it again.")
         yield handle
-
-
-def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
-    """HDF5 can take data from any other file that the user may read; what a stranger sent must not.
-
-    Nor may a group lie within itself: readers go round and round in it.
-    """
-    around: set[int] = set()  # addresses of the groups that we are in
-    seen: set[int] = set()
-
-    def look(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            if item.external or (item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())):
-                raise _from_outside(path, name)
-            return
-        if not isinstance(item, h5py.Group):
-            return
-        address = h5py.h5o.get_info(item.id).addr
-        if address in around:
-            raise InputError(
-                f"{path} has a group {name!r} that lies within itself.", "It is damaged; write it again with anndata."
-            )
-        if address in seen:
-            return
-        seen.add(address)
-        around.add(address)
-        for child in item:
-            link = item.get(child, getlink=True)
-            if isinstance(link, h5py.ExternalLink):
-                raise _from_outside(path, name)
-            inner = None
-            with suppress(KeyError, OSError, RuntimeError) if isinstance(link, h5py.SoftLink) else nullcontext():
-                inner = item[child]  # a soft link may lead nowhere
-            look(f"{name}/{child}".lstrip("/"), inner)
-        around.remove(address)
-
-    look("/", handle)
-
-
-def _from_outside(path: Path, name: str) -> InputError:
-    return InputError(
-        f"{path} takes {name!r} from another file.", "Write it again with anndata, which puts everything into one."
-    )
 
 
 def _refuse_claims(element: Any, path: Path) -> None:

@@ -257,3 +257,21 @@ def test_the_h5ad_of_anndata_0_7_is_read(tmp_path: Path) -> None:
         found = read_data(tmp_path / "screen.h5ad", DataConfig(), 0)
     assert found.condition_names == expected.condition_names
     np.testing.assert_array_equal(found.condition, expected.condition)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_heap_of_texts_that_never_ends(screen_file: Path, tmp_path: Path, index: int) -> None:
+    """HDF5 steps through it by the sizes of its objects: a size of 0 held it for ever, and so did one that overflows."""
+    content = bytearray(screen_file.read_bytes())
+    start = content.find(b"GCOL\1")
+    assert start > 0
+    # The first object: its index, and a size that makes the step 0.
+    content[start + 16 : start + 18] = index.to_bytes(2, "little")
+    content[start + 24 : start + 32] = (2**64 - 16 if index else 0).to_bytes(8, "little")
+    (tmp_path / "odd.h5ad").write_bytes(content)
+
+    def read_it() -> Outcome:
+        refused(tmp_path / "odd.h5ad", "has a heap of texts that never ends")
+        return {"outcome": "refused"}
+
+    no_fault(read_it, index)
