@@ -121,7 +121,7 @@ def signals(count: int, number: int, folder: Path) -> int:
     screen, store, run, wholes = folder / "screen.h5ad", folder / "store", folder / "RUN", folder / "wholes"
     wholes.mkdir()
     clear_screen().write_h5ad(screen)
-    options = ["--epochs", 30, "--batch-size", 16, "--n-latents", 3, "--bootstrap", 2, "--output"]
+    options = ["--epochs", 10, "--batch-size", 32, "--n-latents", 3, "--bootstrap", 2, "--output"]
     wanted: dict[str, list[Any]] = {
         "fit": ["fit", screen, *options, "OUT", "--resume"],
         "fit of a store": ["fit", store, "--streamed", *options, "OUT", "--resume"],
