@@ -43,6 +43,7 @@ RESTARTS, FOLDS = 6, 5
 MANY_LATENTS, FEW_RESTARTS, FEW_FOLDS = 20, 1, 2  # fewer where each is dear
 ATTEMPTS = 3  # trainings of the straightening network where the first ones do not describe the cells
 PARTITION_STEPS = 60
+CHUNK = 100_000  # cells
 REPLICATES = 20
 DECLARED_SUPPORT = 0.5  # an edge that just passes its likelihood ratio is found in half of the replicates
 
@@ -102,7 +103,10 @@ class Discovery:
 
 @dataclass(frozen=True)
 class _Coordinates:
-    """Cells (N, .) in the coordinates of the likelihood, posterior variances if straightened, and environments (N,)."""
+    """Cells (N, .) in the coordinates of the likelihood, posterior variances if straightened, and environments (N,).
+
+    Values are as they were computed: those of the whole screen are never copied to float64.
+    """
 
     values: Tensor
     variances: Tensor | None
@@ -111,7 +115,7 @@ class _Coordinates:
 
     def of_fit(self) -> tuple[Tensor, Tensor | None, Tensor]:
         variances = None if self.variances is None else self.variances[self.train]
-        return self.values[self.train], variances, self.environment[self.train]
+        return self.values[self.train].double(), variances, self.environment[self.train]
 
 
 def discover(
@@ -141,11 +145,11 @@ def discover(
     train = torch.from_numpy(data.split == splits.TRAIN) & (environment >= 0)
     stage("finding components and the number of programs")
     n_components = COMPONENTS if config.n_latents == "auto" else max(COMPONENTS, config.n_latents + 10)
-    y = torch.from_numpy(whitened_components(data, n_components, seed)).double()
+    y = torch.from_numpy(whitened_components(data, n_components, seed))
     p, choice, reason = _number(y[train], environment[train], config, len(chosen), seed)
     note(f"{p} programs: {reason}")
     if p + 10 > n_components:
-        y = torch.from_numpy(whitened_components(data, p + 10, seed)).double()
+        y = torch.from_numpy(whitened_components(data, p + 10, seed))
     threads = torch.get_num_threads()
     with on_threads(1 if p < MANY_LATENTS else threads):
         return _discover(data, effect, chosen, (y, environment, train), choice, p, config, seed, threads, stage)
@@ -179,7 +183,7 @@ def _discover(
         if comparison.kind == "shift" and config.equations != "linear" and kind in (None, "shift"):
             stage("trying nonlinear equations")
             test = torch.from_numpy(data.split == splits.VALIDATION) & (environment >= 0)
-            flat = y[:, :p]
+            flat = y[:, :p].double()
             preference = prefers_nonlinear(
                 (flat[train], environment[train]), (flat[test], environment[test]), seed=seed
             )
@@ -254,7 +258,7 @@ def _straightened(
     """One training from a solution in the first components; None if free latents have a misfit of `worst` or more."""
     train, environment = cells.train, cells.environment
     directions = starting_directions(start, environment_moments(y[train], environment[train]))
-    straightener = Straightener(y[train], environment[train], directions, seed)
+    straightener = Straightener(y[train].double(), environment[train], directions, seed)
     for free in FREE:
         straightener.train(free)
     free_fit = straightener.fit_prior("hard", fresh=True)
@@ -316,7 +320,8 @@ def _finish(
     order = _order(comparison.edges.adjacency)
     place = torch.argsort(order)
     index, (directions, noise) = _fitted_cells(data), solution.directions()
-    latents = (cells.values[index] - named["offset"][0]) @ directions
+    some = torch.split(torch.from_numpy(index), CHUNK)
+    latents = torch.cat([(cells.values[rows].double() - named["offset"][0]) @ directions for rows in some])
     if cells.variances is not None:
         noise = (directions**2 * cells.variances[cells.train].mean(0)[:, None]).sum(0)
     target, shift, log_scale, retention = np.full(k, -1), np.zeros(k), np.zeros(k), np.ones(k)
