@@ -14,8 +14,11 @@ Other values: principal components.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from threading import Lock
 
 import numpy as np
+import scipy.linalg
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.threads import in_parallel
 
 Floats = NDArray[np.float64]
 Scores = NDArray[np.float32]  # of all cells: what is held of a screen of any size
@@ -115,15 +119,23 @@ def count_components(
     q = len(found)
     scores = np.empty((len(cells), q), dtype=np.float32)
     information, sums, products = np.zeros(x.shape[1]), np.zeros(q), np.zeros((q, q))
-    for rows in _chunks(len(cells)):
-        part = torch.from_numpy(counts(cells[rows])[:, genes].astype(np.float32).toarray())
+    one_reader = Lock()
+
+    def score(rows: slice) -> tuple[Tensor, Tensor]:
+        with one_reader:
+            own = counts(cells[rows])
+        part = torch.from_numpy(own[:, genes].astype(np.float32).toarray())
         # Any start leads to the same end, for the likelihood is concave; this one halves the way.
         start = _residuals(part, intercept, alpha) @ guess
         v, s = _score(part, start, _log_size(part, intercept), found, intercept, prior, alpha, MAX_STEPS, rough)
+        return v, _moments(part, s + intercept + v @ found, alpha)[0].double().sum(0)
+
+    chunks, threads = list(_chunks(len(cells))), torch.get_num_threads()
+    for rows, (v, weight) in zip(chunks, in_parallel(score, chunks, threads), strict=True):
         scores[rows] = v.numpy()
         sums += v.double().sum(0).numpy()
         products += (v.double().T @ v.double()).numpy()
-        information += _moments(part, s + intercept + v @ found, alpha)[0].double().sum(0).numpy() / len(cells)
+        information += weight.numpy() / len(cells)
     loadings = found.double().numpy()
     # Whitening: v L with L L' the mean information of a cell about v, its intercept profiled out.
     centred = loadings - (loadings @ information)[:, None] / information.sum()
@@ -216,8 +228,11 @@ def _fit_loadings(x: Tensor, axes: Floats, alpha: float) -> tuple[Tensor, Tensor
     v, loadings = (z - z.mean(0)) @ start, (start / weight[:, None]).T.contiguous()
     for i in range(ROUNDS):
         prior = 1 / (v**2).mean(0).clamp_min(1e-3)
-        for rows in _chunks(n):
-            v[rows], s[rows] = _score(x[rows], v[rows], s[rows], loadings, b, prior, alpha, 2 if i == 0 else 1)
+        steps = partial(_score, loadings=loadings, b=b, prior=prior, alpha=alpha, steps=2 if i == 0 else 1)
+        chunks = list(_chunks(n))
+        moved = in_parallel(lambda rows: steps(x[rows], v[rows], s[rows]), chunks, torch.get_num_threads())  # noqa: B023
+        for rows, new in zip(chunks, moved, strict=True):
+            v[rows], s[rows] = new
         mean = v.mean(0)
         b, v = b + mean @ loadings, v - mean
         q = len(loadings)
@@ -260,7 +275,8 @@ def _score(
     factor = x.new_empty(len(x), q + 1, q + 1)
     active, stale = torch.arange(len(x)), torch.ones(len(x), dtype=torch.bool)
     for i in range(steps):
-        w, score = _moments(x[active], state[active] @ design + b, alpha)
+        own = x if len(active) == len(x) else x[active]
+        w, score = _moments(own, state[active] @ design + b, alpha)
         renewed = active[stale]
         if len(renewed):
             roughly = rough is not None and i < ROUGH_STEPS
@@ -341,7 +357,9 @@ def _principal_axes(values: Floats, n_components: int) -> tuple[Floats, Floats]:
     """Mean (features,) and first principal axes (features, n_components)."""
     center = values.mean(0)
     centred = values - center
-    return center, np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :n_components]
+    n = centred.shape[1]
+    axes = scipy.linalg.eigh(centred.T @ centred, subset_by_index=(max(0, n - n_components), n - 1))[1]
+    return center, axes[:, ::-1]
 
 
 def _chunks(n: int) -> Iterator[slice]:

@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +31,10 @@ from crlseq.model.equations import Preference, prefers_nonlinear
 from crlseq.model.kinds import KindComparison, Verdict, compare_kinds, describes, require_description
 from crlseq.model.linear import Kind, Solution, fit_linear
 from crlseq.model.moments import environment_moments, fold_moments, noise_level
+from crlseq.threads import in_parallel, on_threads
 from crlseq.training.n_latents import LatentChoice, choose_n_latents
 from crlseq.training.stability import Stability, bootstrap
 from crlseq.training.straighten import CAUSAL, FREE, Straightener, starting_directions
-from crlseq.training.threads import on_threads
 
 STRAIGHT = 1.05  # misfit up to which moments count as described; where mixing is linear it is 1.00 to 1.03
 CHANCE = 3.0  # standard deviations of chance that come on top
@@ -103,10 +105,7 @@ class Discovery:
 
 @dataclass(frozen=True)
 class _Coordinates:
-    """Cells (N, .) in the coordinates of the likelihood, posterior variances if straightened, and environments (N,).
-
-    Values are as they were computed: those of the whole screen are never copied to float64.
-    """
+    """Cells (N, .) in the coordinates of the likelihood, posterior variances if straightened, and environments (N,)."""
 
     values: Tensor
     variances: Tensor | None
@@ -175,8 +174,10 @@ def _discover(
     values, _, environments = cells.of_fit()
     moments = environment_moments(values, environments)
     restarts = RESTARTS if p < MANY_LATENTS else FEW_RESTARTS
-    dense = reassign_targets(fit_linear(moments, p, "hard", restarts, seed, MIN_NOISE * noise_level(moments)))
-    comparison = _compare(dense, cells, kind, seed)
+    each = partial(in_parallel, threads=threads)
+    floor = MIN_NOISE * noise_level(moments)
+    dense = reassign_targets(fit_linear(moments, p, "hard", restarts, seed, floor, each=each))
+    comparison = _compare(dense, cells, kind, seed, each)
     straightened = False
     excess, error = misfit(dense)
     if excess > STRAIGHT + CHANCE * error and config.method == "straighten":
@@ -221,11 +222,13 @@ def _number(
     return min(choice.n_latents, n_environments), choice, choice.reason
 
 
-def _compare(dense: Solution, cells: _Coordinates, kind: Kind | None, seed: int) -> KindComparison:
+def _compare(
+    dense: Solution, cells: _Coordinates, kind: Kind | None, seed: int, each: Callable[..., Iterable[Any]] = map
+) -> KindComparison:
     generator = torch.Generator().manual_seed(seed)
     values, variances, environment = cells.of_fit()
     n_folds = FOLDS if dense.model.p < MANY_LATENTS else FEW_FOLDS
-    return compare_kinds(dense, fold_moments(values, environment, variances, n_folds, generator), kind)
+    return compare_kinds(dense, fold_moments(values, environment, variances, n_folds, generator), kind, each)
 
 
 def _straighten(
@@ -320,7 +323,7 @@ def _finish(
     order = _order(comparison.edges.adjacency)
     place = torch.argsort(order)
     index, (directions, noise) = _fitted_cells(data), solution.directions()
-    some = torch.split(torch.from_numpy(index), CHUNK)
+    some = torch.split(torch.from_numpy(index), CHUNK)  # no float64 copy of the whole screen
     latents = torch.cat([(cells.values[rows].double() - named["offset"][0]) @ directions for rows in some])
     if cells.variances is not None:
         noise = (directions**2 * cells.variances[cells.train].mean(0)[:, None]).sum(0)
