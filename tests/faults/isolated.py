@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS, MEMORY = 30, 16 << 30
-PATIENCE = 8  # seconds of the clock for each of the processor, since the machine may be busy with other things
+PATIENCE = 40  # seconds of the clock for each of the processor, since the machine may be busy with other things
 
 
 def preload(function: Callable[[], object]) -> None:
