@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 OVER_REPRESENTATION, RANK, DRIVERS = "over-representation", "rank", "drivers"
 MIN_SIZE, MAX_SIZE = 5, 500  # fitted genes of a set that is tested
 MIN_PERTURBATIONS, MIN_DRIVERS = 3, 2  # of a set, and of a program; with fewer nothing could be told
+SMALLEST = 1e-4  # share of the largest loading that the ranking counts any gene with
 TOP_SHARE, TOP_MOST = 0.1, 100  # of the genes that rise, and of those that fall, by |loading|
 _COLUMNS = [
     "program", "test", "direction", "gene_set", "description", "size", "overlap", "score", "p_value", "fdr", "genes",
@@ -186,7 +187,10 @@ def _ranked(genes: np.ndarray, member: sparse.csr_array, loading: np.ndarray, se
         if not sets or row.min() == row.max():
             continue  # nothing to test, or no ranking
         order = np.argsort(-row, kind="stable")
-        ranking = pd.Series(row[order], index=[f"G{j}" for j in order])
+        # Sets of genes that do not move at all have no running sum, and gseapy no answer to them.
+        floor = SMALLEST * np.abs(row).max()
+        value = np.where(np.abs(row) < floor, np.where(row < 0, -floor, floor), row)
+        ranking = pd.Series(value[order], index=[f"G{j}" for j in order])
         with redirect_stderr(StringIO()):  # it warns of ties, whose order is that of the genes here
             found = gseapy.prerank(
                 ranking, sets, min_size=1, max_size=len(genes), method="multilevel", ascending=None, threads=1,
