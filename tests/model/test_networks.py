@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.extension import extended
 from crlseq.model.networks import Encoder, GeneSetLayer
 
 MEMBERS = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0]], dtype=torch.bool)  # the last two genes are in no set
@@ -60,3 +62,16 @@ def test_training_leaves_the_mask(leak: float) -> None:
     moved = made.hidden.weight.detach() != before
     assert moved[MEMBERS].all()
     assert bool(moved[~MEMBERS].any()) == (leak > 0)
+
+
+def test_a_model_with_unseen_perturbations_reads_the_same_sets() -> None:
+    torch.manual_seed(0)
+    model = DiscrepancyVAE(5, 3, 4, n_hidden=8, n_gene_sets=2, leak=0.1).double()
+    assert isinstance(model.encoder.hidden, GeneSetLayer)
+    model.encoder.hidden.assign(MEMBERS)
+    zeros = torch.zeros(2, 5, dtype=torch.float64)
+    new, x = extended(model, torch.ones(2, 3, dtype=torch.float64), zeros, zeros), torch.randn(7, 5).double()
+    for ours, theirs in zip(new.encoder(x), model.encoder(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    moved = new(x[None], torch.tensor([[4, 5, 6]])).latents - new(x[None], torch.tensor([[-1, -1, -1]])).latents
+    assert bool((moved.abs() > 0.1).all())  # perturbation 4 to 6: each latent is shifted
