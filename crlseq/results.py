@@ -75,7 +75,7 @@ def tables_of(
         "preprocessing": asdict(data.preprocessing),
         "cells": {name: int((data.split == code).sum()) for code, name in enumerate(splits.SPLITS)},
         "conditions": _condition_rows(data),
-        "notes": list(data.notes),
+        "notes": [*data.notes, *fitted.notes],
         "n_latents": len(programs.scale),
         "programs": _program_rows(
             program_rows,
@@ -97,6 +97,7 @@ def tables_of(
             "stopped_early": fitted.stopped_early,
             "bandwidth": fitted.bandwidth,
             "kept_seed": fitted.seed,
+            "parts_of_steps": fitted.parts,
         },
         "metrics": _metrics(evaluation, intervention_rows, dag),
     }

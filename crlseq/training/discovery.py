@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from crlseq.model.linear import Kind, Solution, fit_linear
 from crlseq.model.moments import environment_moments, fold_moments, noise_level
 from crlseq.training.n_latents import LatentChoice, choose_n_latents
 from crlseq.training.stability import Stability, bootstrap
+from crlseq.training.stages import kept
 from crlseq.training.straighten import CAUSAL, FREE, Straightener, starting_directions
 from crlseq.training.threads import on_threads
 
@@ -100,6 +102,7 @@ class Discovery:
     choice: LatentChoice | None
 
 
+@kept
 @dataclass(frozen=True)
 class _Coordinates:
     """Cells (N, .) in the coordinates of the likelihood, posterior variances if straightened, and environments (N,)."""
@@ -121,6 +124,7 @@ def discover(
     seed: int,
     stage: Callable[[str], None] = lambda text: None,
     note: Callable[[str], None] = lambda text: None,
+    keep: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make(),
 ) -> Discovery:
     """Targets, interventions and graph of a screen, from its single perturbations with an effect.
 
@@ -130,6 +134,8 @@ def discover(
         (K,) size of each perturbation's effect; 0 without one, and for perturbations that only occur in combinations.
     stage, note
         Told what is being done, and what was found.
+    keep
+        Gives what a stage finds, found now or in an earlier attempt (`crlseq.training.stages`).
 
     Raises
     ------
@@ -141,14 +147,14 @@ def discover(
     train = torch.from_numpy(data.split == splits.TRAIN) & (environment >= 0)
     stage("finding components and the number of programs")
     n_components = COMPONENTS if config.n_latents == "auto" else max(COMPONENTS, config.n_latents + 10)
-    y = torch.from_numpy(whitened_components(data, n_components, seed)).double()
-    p, choice, reason = _number(y[train], environment[train], config, len(chosen), seed)
+    y = torch.from_numpy(keep("components", lambda: whitened_components(data, n_components, seed))).double()
+    p, choice, reason = keep("number", lambda: _number(y[train], environment[train], config, len(chosen), seed))
     note(f"{p} programs: {reason}")
     if p + 10 > n_components:
-        y = torch.from_numpy(whitened_components(data, p + 10, seed)).double()
+        y = torch.from_numpy(keep("more components", lambda: whitened_components(data, p + 10, seed))).double()
     threads = torch.get_num_threads()
     with on_threads(1 if p < MANY_LATENTS else threads):
-        return _discover(data, effect, chosen, (y, environment, train), choice, p, config, seed, threads, stage)
+        return _discover(data, effect, chosen, (y, environment, train), choice, p, config, seed, threads, stage, keep)
 
 
 def _discover(
@@ -162,17 +168,19 @@ def _discover(
     seed: int,
     threads: int,
     stage: Callable[[str], None],
+    keep: Callable[[str, Callable[[], Any]], Any],
 ) -> Discovery:
     """`discover` once components, environments, training cells and the number of latents are known."""
     y, environment, train = components
     stage("fitting the interventional likelihood")
     kind: Kind | None = None if config.intervention == "auto" else config.intervention
-    cells = _Coordinates(y[:, : p + 10 if p > 10 else 20], None, environment, train)
+    cells = plain = _Coordinates(y[:, : p + 10 if p > 10 else 20], None, environment, train)
     values, _, environments = cells.of_fit()
     moments = environment_moments(values, environments)
     restarts = RESTARTS if p < MANY_LATENTS else FEW_RESTARTS
-    dense = reassign_targets(fit_linear(moments, p, "hard", restarts, seed, MIN_NOISE * noise_level(moments)))
-    comparison = _compare(dense, cells, kind, seed)
+    floor = MIN_NOISE * noise_level(moments)
+    dense = keep("likelihood", lambda: reassign_targets(fit_linear(moments, p, "hard", restarts, seed, floor)))
+    comparison = linear = keep("kinds", lambda: _compare(dense, cells, kind, seed))
     straightened = False
     excess, error = misfit(dense)
     if excess > STRAIGHT + CHANCE * error and config.method == "straighten":
@@ -180,13 +188,12 @@ def _discover(
             stage("trying nonlinear equations")
             test = torch.from_numpy(data.split == splits.VALIDATION) & (environment >= 0)
             flat = y[:, :p]
-            preference = prefers_nonlinear(
-                (flat[train], environment[train]), (flat[test], environment[test]), seed=seed
-            )
+            sides = [(flat[part], environment[part]) for part in (train, test)]
+            preference = keep("equations", lambda: prefers_nonlinear(sides[0], sides[1], seed=seed))
             if preference.chosen:
                 return _finish_nonlinear(data, chosen, preference, flat, choice)
         stage("straightening the latents")
-        better = _straighten(y, cells, dense, comparison, kind, seed)
+        better = keep("straightened", lambda: _straighten(y, plain, dense, linear, kind, seed))
         if better is not None:
             cells, comparison = better
             straightened = True
@@ -197,7 +204,8 @@ def _discover(
         n_bootstrap = REPLICATES if p < MANY_LATENTS else 0
     if n_bootstrap:
         stage(f"bootstrapping {n_bootstrap} times")
-        stability = bootstrap(*cells.of_fit(), comparison.edges, n_bootstrap, seed, threads)
+        fitted, n, edges = cells.of_fit(), n_bootstrap, comparison.edges
+        stability = keep("bootstrap", lambda: bootstrap(*fitted, edges, n, seed, threads))
         comparison = _supported(comparison, stability)
     return _finish(data, chosen, effect, comparison, cells, straightened, stability, choice)
 
