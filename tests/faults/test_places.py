@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,134 @@ def test_an_input_touched_meanwhile_is_the_same(screen_file: Path, tmp_path: Pat
     shutil.copy(screen_file, tmp_path / "screen.h5ad")
     touch = at_stage("fitting", (tmp_path / "screen.h5ad").touch)
     crlseq.fit(tmp_path / "screen.h5ad", tmp_path / "RUN", progress=touch, **GRADIENT)
+
+
+def test_an_output_removed_between_two_checkpoints(
+    screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+
+    def remove(record: dict[str, float], n_epochs: int) -> None:
+        if record["epoch"] == 1:
+            shutil.rmtree(tmp_path / "RUN.partial")
+
+    with pytest.raises(InputError, match=r"RUN\.partial cannot be written: No such file"):
+        crlseq.fit(screen_file, tmp_path / "RUN", progress=Progress(epoch=remove), **GRADIENT)
+    assert list(tmp_path.iterdir()) == []
+
+
+# What a user without rights meets; root may write everywhere, so as root the commands run as nobody.
+NOBODY = 65534
+
+
+@pytest.fixture
+def without_rights(run_folder: Path, screen_file: Path) -> Iterator[tuple[Path, Path, Path]]:
+    """A folder that may be read and not written, with a screen and a run, and one that may not be searched."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        place = Path(name)
+        (place / "closed").mkdir()
+        shutil.copy(screen_file, place / "screen.h5ad")
+        shutil.copytree(run_folder, place / "RUN")
+        for path in place.rglob("*"):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        (place / "closed").chmod(0o000)
+        place.chmod(0o555)
+        yield place / "screen.h5ad", place / "RUN", place / "closed"
+        place.chmod(0o755)
+        (place / "closed").chmod(0o755)
+        (place / "RUN").chmod(0o755)
+
+
+def as_user(*words: object) -> subprocess.CompletedProcess[str]:
+    user = NOBODY if os.geteuid() == 0 else None
+    return subprocess.run(
+        command(*words), capture_output=True, text=True, env=environment(HOME="/nonexistent", MPLCONFIGDIR="/tmp"),
+        timeout=120, user=user, group=user, extra_groups=None if user is None else [], cwd="/tmp",
+    )  # fmt: skip
+
+
+def test_places_without_permission(without_rights: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    screen, run, closed = without_rights
+    if as_user("--version").returncode:
+        pytest.skip("another user may not run this Python")
+    virtual = ["predict", run, "-p", "g0+g1", "--output"]
+    cannot = [
+        ["fit", screen, "--output", screen.parent / "OTHER", "--epochs", 1],
+        ["fit", screen, "--output", run, "--force", "--epochs", 1],
+        ["fit", screen, "--output", closed / "RUN", "--epochs", 1],
+        ["prepare", screen, "--output", screen.parent / "store.zarr"],
+        [*virtual, screen.parent / "virtual.h5ad"],
+        [*virtual, closed / "virtual.h5ad"],
+        ["export", run, "--graphml", screen.parent / "dag.graphml"],
+        ["evaluate", run, "--output", screen.parent / "found.csv"],
+        ["report", run],
+        ["plot", "dag", run, "--output", screen.parent / "dag.png"],
+    ]
+    for words in cannot:
+        done = as_user(*words)
+        lines = [line for line in done.stderr.splitlines() if line.startswith(("crlseq:", "  C"))]
+        assert "Traceback" not in done.stderr
+        check_refusal(done.returncode, "", "\n".join(lines), 3, "cannot be written")
+    assert {path.name for path in screen.parent.iterdir()} == {"closed", "RUN", "screen.h5ad"}
+    assert as_user("inspect", "programs", run).returncode == 0  # what may be read is read
+    for path in (closed / "screen.h5ad", screen):
+        screen.chmod(0o000)
+        done = as_user("fit", path, "--output", "/tmp/never", "--quiet")
+        check_refusal(done.returncode, done.stdout, done.stderr, 3, "Check")
+        assert not Path("/tmp/never.partial").exists()
+
+
+def test_a_clock_that_is_set_back(screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By years, in the middle of a fit, of which the files' times tell nothing true."""
+    from datetime import UTC, datetime, timedelta
+
+    from crlseq import fitting
+
+    class Clock(datetime):
+        now_at = datetime(2026, 1, 1, tzinfo=UTC)
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            cls.now_at -= timedelta(days=1000)
+            return cls.now_at
+
+    source = tmp_path / "screen.h5ad"
+    shutil.copy(screen_file, source)
+    monkeypatch.setattr(fitting, "datetime", Clock)
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    back = at_stage("fitting", lambda: os.utime(source, (0, 0)))
+    run = crlseq.fit(source, tmp_path / "RUN", progress=back, **GRADIENT)
+    assert run.path is not None
+    assert 0 <= run.info["seconds"] < 3600
+    assert run.info["finished"] < run.info["started"]
+    monkeypatch.undo()
+    whole = crlseq.fit(screen_file, tmp_path / "whole", **GRADIENT)
+    assert whole.path is not None and results(run.path) == results(whole.path)
+
+
+def test_a_disk_that_is_full_for_every_command(run_folder: Path, screen_file: Path, tmp_path: Path) -> None:
+    """Files may not grow: nothing half-written is left, and what was there stays."""
+    shutil.copytree(run_folder, tmp_path / "RUN")
+    run, out = tmp_path / "RUN", tmp_path / "out"
+    page = (run / "report.html").read_bytes()
+    out.mkdir()
+    for words in (
+        ["predict", run, "-p", "g0+g1", "--output", out / "virtual.h5ad"],
+        ["export", run, "--h5ad", out / "cells.h5ad"],
+        ["export", run, "--csv", out / "tables"],
+        ["report", run],
+        ["plot", "dag", run, "--output", out / "dag.png"],
+        ["prepare", screen_file, "--output", out / "store.zarr"],
+    ):
+        full = subprocess.run(
+            command(*words), capture_output=True, text=True, env=environment(), timeout=120,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+        )  # fmt: skip
+        lines = [line for line in full.stderr.splitlines() if line.startswith(("crlseq:", "  C"))]
+        check_refusal(full.returncode, full.stdout, "\n".join(lines), 3, "cannot be written")
+        assert "Traceback" not in full.stderr
+    assert {path.name for path in out.rglob("*") if path.is_file()} <= {"lock"}
+    assert (run / "report.html").read_bytes() == page
 
 
 @pytest.mark.parametrize("limit", [20_000, 400_000])
