@@ -118,8 +118,10 @@ def fit(
             "Leave --ensemble or --method linear out.",
         )
     resolve_device(config.training.device)  # fails before anything is read
+    threads = config.training.threads or torch.get_num_threads()
     if output is None:
-        return _fit(source, None, config, progress, ranks)
+        with on_threads(threads):
+            return _fit(source, None, config, progress, ranks)
     target = Path(output) if Path(output).name not in ("", "..") else Path(output).resolve()
     if resume and (target / "run.json").is_file():
         run = load(target)
@@ -135,7 +137,8 @@ def fit(
     with working_folder(partial_of(target), resume) as folder:
         if not force and os.path.lexists(target):  # another process has finished it in the meantime
             raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
-        _fit(source, folder, config, progress, ranks)
+        with on_threads(threads):
+            _fit(source, folder, config, progress, ranks)
         move_into_place(folder, target)
     return load(target)
 
@@ -153,6 +156,11 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
         If the loss is not finite.
     """
     resolve_device(config.training.device)
+    with on_threads(config.training.threads or torch.get_num_threads()):
+        _take_part(source, config, ranks)
+
+
+def _take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
     data, digest = _read(source, config, ranks), digest_of(source)
     told = ranks.from_first(None)
     if told is None:  # there is nothing to fit
@@ -166,8 +174,6 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
 
 
 def _read(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) -> PerturbSeqData:
-    if config.training.threads is not None:
-        torch.set_num_threads(config.training.threads)
     threads = torch.get_num_threads()
     data = read_data(source, config.data, config.training.seed)
     if isinstance(data.x, StreamedExpression):
