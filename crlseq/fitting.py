@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,6 +41,7 @@ from crlseq.training.checkpoint import mend_checkpoint, previous_of, save_weight
 from crlseq.training.discovery import discover
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.memory import give_back, keep_blocks, return_blocks
+from crlseq.training.stages import Stages
 from crlseq.training.trainer import Fit, fit_model, resolve_device, resolve_step
 from crlseq.training.warm_start import WarmStart
 
@@ -115,8 +118,10 @@ def fit(
             "Leave --ensemble or --method linear out.",
         )
     resolve_device(config.training.device)  # fails before anything is read
+    threads = config.training.threads or torch.get_num_threads()
     if output is None:
-        return _fit(source, None, config, progress, ranks)
+        with on_threads(threads):
+            return _fit(source, None, config, progress, ranks)
     target = Path(output) if Path(output).name not in ("", "..") else Path(output).resolve()
     if resume and (target / "run.json").is_file():
         run = load(target)
@@ -132,7 +137,8 @@ def fit(
     with working_folder(partial_of(target), resume) as folder:
         if not force and os.path.lexists(target):  # another process has finished it in the meantime
             raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
-        _fit(source, folder, config, progress, ranks)
+        with on_threads(threads):
+            _fit(source, folder, config, progress, ranks)
         move_into_place(folder, target)
     return load(target)
 
@@ -150,7 +156,12 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
         If the loss is not finite.
     """
     resolve_device(config.training.device)
-    data, digest = _read(source, config, ranks), _sha256(source)
+    with on_threads(config.training.threads or torch.get_num_threads()):
+        _take_part(source, config, ranks)
+
+
+def _take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
+    data, digest = _read(source, config, ranks), digest_of(source)
     told = ranks.from_first(None)
     if told is None:  # there is nothing to fit
         return
@@ -163,8 +174,6 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
 
 
 def _read(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) -> PerturbSeqData:
-    if config.training.threads is not None:
-        torch.set_num_threads(config.training.threads)
     threads = torch.get_num_threads()
     data = read_data(source, config.data, config.training.seed)
     if isinstance(data.x, StreamedExpression):
@@ -188,12 +197,12 @@ def _threads(data: PerturbSeqData, config: Config) -> int:
 
 def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, progress: Progress, ranks: Ranks) -> Run:
     """Fit, and write all files of the run into the folder, if there is one."""
-    started = datetime.now(UTC)
+    started, clock = datetime.now(UTC), time.monotonic()  # the date may be set back meanwhile
     training = config.training
     table = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
     progress.stage("reading the screen")
     # A store is compared with its checksums before anything is made of it.
-    state, digest = _state(source), _sha256(source)
+    state, digest = _state(source), digest_of(source)
     data = _read(source, config, ranks)
     if table is not None:
         refuse_strangers(table, data.perturbation_names, str(config.data.embeddings))
@@ -202,10 +211,12 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     give_back()
     progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, training.seed)
-    tests = effect_tests(data, projection.scores, training.seed)
-    start, n_latents, reason = _start(data, config, projection, tests, progress)
+    of_fit = f"{__version__}\n{digest or _content(data)}\n{to_toml(config)}"
+    stages = Stages(folder, hashlib.sha256(of_fit.encode()).hexdigest())
+    tests = stages.result("effects", lambda: effect_tests(data, projection.scores, training.seed))
+    start, n_latents, reason = _start(data, config, projection, tests, progress, stages)
     give_back()
-    identity = hashlib.sha256(f"{__version__}\n{digest}\n{n_latents}\n{to_toml(config)}".encode()).hexdigest()
+    identity = hashlib.sha256(f"{of_fit}\n{n_latents}".encode()).hexdigest()
     progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
     ranks.from_first({"input": digest, "n_latents": n_latents})
     with on_threads(_threads(data, config)):
@@ -231,7 +242,8 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": ranks.size,
-        "seconds": round((datetime.now(UTC) - started).total_seconds(), 2),
+        "machine": {"system": platform.system(), "architecture": platform.machine(), "cores": os.cpu_count()},
+        "seconds": round(time.monotonic() - clock, 2),
     }  # fmt: skip
     run = Run(
         info, run.programs, run.interventions, run.edges, run.history, run.evaluation,
@@ -245,12 +257,13 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     assert run.weights is not None
     save_weights(folder / "model.safetensors", *run.weights)
     run.write_h5ad(source, folder / "crlseq.h5ad")
-    if _state(source) != state and _sha256(source) != digest:
+    if _state(source) != state and digest_of(source) != digest:
         raise InputError(f"{source} was changed while it was fitted.", "Fit a file again that nobody writes to.")
     if found is not None:
         found.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
     write_report(run, folder / "report.html")
     previous_of(folder / "resume.pt").unlink(missing_ok=True)
+    stages.forget()
     return run
 
 
@@ -266,7 +279,12 @@ def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings, progres
 
 
 def _start(
-    data: PerturbSeqData, config: Config, projection: Projection, tests: dict[str, np.ndarray], progress: Progress
+    data: PerturbSeqData,
+    config: Config,
+    projection: Projection,
+    tests: dict[str, np.ndarray],
+    progress: Progress,
+    stages: Stages,
 ) -> tuple[WarmStart | None, int, str]:
     """What the fit starts from (None: random weights), the number of programs, and why that many."""
     asked, k = config.model.n_latents, len(data.perturbation_names)
@@ -287,7 +305,7 @@ def _start(
                 "Each program needs a perturbation of its own: ask for fewer programs.",
             )
         return None, asked, "as asked"
-    discovery = discover(data, effect, config.model, config.training.seed, progress.stage, progress.note)
+    discovery = discover(data, effect, config.model, config.training.seed, progress.stage, progress.note, stages.result)
     reason = "as asked" if discovery.choice is None else discovery.choice.reason
     return WarmStart(discovery, ~np.isnan(tests["p_value"]), projection), len(discovery.adjacency), reason
 
@@ -302,7 +320,17 @@ def _state(source: str | Path | ad.AnnData) -> list[tuple[str, int, int, int, in
     return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in about]
 
 
-def _sha256(source: str | Path | ad.AnnData) -> str:
+def _content(data: PerturbSeqData) -> str:
+    """Digest of cells in memory, as they are fitted."""
+    x = data.x
+    parts = [x] if isinstance(x, np.ndarray) else [getattr(x, name) for name in ("data", "indices", "indptr")]
+    digest = hashlib.sha256("\n".join([*data.genes, *data.condition_names]).encode(errors="surrogatepass"))
+    for part in (*parts, data.condition, data.split, data.batch):
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def digest_of(source: str | Path | ad.AnnData) -> str:
     """Digest of the input's bytes; of all files of a zarr store by path; empty for an AnnData in memory.
 
     Raises

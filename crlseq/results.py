@@ -24,7 +24,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.export import DETECTABLE_FDR, edge_table, intervention_table, program_labels, program_table
 from crlseq.run import FORMAT, Run
-from crlseq.training.discovery import Discovery
+from crlseq.training.findings import Discovery
 from crlseq.training.trainer import Fit, resolve_device
 from crlseq.training.warm_start import WarmStart
 
@@ -75,7 +75,7 @@ def tables_of(
         "preprocessing": asdict(data.preprocessing),
         "cells": {name: int((data.split == code).sum()) for code, name in enumerate(splits.SPLITS)},
         "conditions": _condition_rows(data),
-        "notes": list(data.notes),
+        "notes": [*data.notes, *fitted.notes],
         "n_latents": len(programs.scale),
         "programs": _program_rows(
             program_rows,
@@ -97,6 +97,7 @@ def tables_of(
             "stopped_early": fitted.stopped_early,
             "bandwidth": fitted.bandwidth,
             "kept_seed": fitted.seed,
+            "parts_of_steps": fitted.parts,
         },
         "metrics": _metrics(evaluation, intervention_rows, dag),
     }

@@ -25,6 +25,7 @@ def export(
     from crlseq.errors import InputError, UsageError
     from crlseq.files import written_whole
     from crlseq.run import load
+    from crlseq.runfolder import refuse_part_of_run
     from crlseq.tables import to_csv
 
     found = load(run)
@@ -35,6 +36,7 @@ def export(
     for name, path in wanted.items():
         if path.is_dir() and name != "csv":
             raise InputError(f"{path} is a folder.", "Name a file to write.")
+        refuse_part_of_run(path)
         if path.exists() and not force:
             raise InputError(f"{path} exists.", "Choose another path, or replace it with --force.")
     for name, path in wanted.items():
