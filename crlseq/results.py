@@ -37,8 +37,10 @@ def tables_of(
     """Tables of a fit; ``info`` lacks what only the whole job knows (input, times, command)."""
     discovery = None if start is None else start.discovery
     programs = find_programs(fitted.model, data)
-    # Without a detectable effect there is no claim, whatever a network learned; the published model claims all.
-    silent = (tests["fdr"] > DETECTABLE_FDR) & (config.model.method != "gradient")
+    # Without a detectable effect there is no claim, whatever a network learned, nor where there are cells and no
+    # controls to compare them with; the published model claims all.
+    untold = np.isnan(tests["p_value"]) & (tests["n_cells"] > 0)
+    silent = ((tests["fdr"] > DETECTABLE_FDR) | untold) & (config.model.method != "gradient")
     found = find_interventions(fitted.model, programs, ~silent)
     dag = find_dag(fitted.model, programs, config.model, discovery)
     program_rows = program_table(data.genes, programs.loading, programs.total_effect)

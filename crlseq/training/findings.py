@@ -93,10 +93,13 @@ class Coordinates:
 
 
 def environments_of(data: PerturbSeqData, chosen: np.ndarray) -> Tensor:
-    """(cells,) environment of each cell: 0 control, i + 1 the single perturbation ``chosen[i]``, -1 for others."""
+    """(cells,) environment of each cell: 0 control, i + 1 the single perturbation ``chosen[i]``, -1 for others.
+
+    A cell whose batch has no controls is one of the others.
+    """
     number: dict[tuple[int, ...], int] = {(): 0} | {(int(k),): i + 1 for i, k in enumerate(chosen)}
     of_condition = np.array([*(number.get(parts, -1) for parts in data.conditions), -1])
-    return torch.from_numpy(of_condition[data.condition])
+    return torch.from_numpy(np.where(data.comparable(), of_condition[data.condition], -1))
 
 
 def _order(adjacency: Tensor) -> Tensor:
