@@ -113,7 +113,7 @@ def signals(count: int, number: int, folder: Path) -> int:
     wanted: dict[str, list[Any]] = {
         "fit": [*fit, "OUT", "--resume"],
         "predict": ["predict", run, "-p", "g0+g1", "--force", "--output", "OUT"],
-        "export": ["export", run, "--force", "--h5ad", "OUT"],
+        "export": ["export", run, "--force", "--format", "h5ad", "--output", "OUT"],
         "report": ["report", run, "--output", "OUT"],
     }
     spawn(*fit, run).check_returncode()
