@@ -188,7 +188,8 @@ def anndata_keys(
         "var": {"crlseq_fitted": fitted},
         "uns": {
             "crlseq": {
-                "params": _flat(info["config"]) | {"reference": info["control_label"], "use_raw": False},
+                "params": _flat(info["config"])
+                | {"reference": info["control_label"], "groupby": info["perturbation_key"], "use_raw": False},
                 "program_names": np.array(names, dtype=str),
                 "program_labels": np.array([program["label"] for program in info["programs"]], dtype=str),
                 "adjacency": edges_weights.reshape(p, p),

@@ -122,9 +122,9 @@ def dot(graph: nx.DiGraph[str]) -> bytes:
 
 
 def _quoted(*lines: str) -> str:
-    """A string of the DOT language, where a backslash begins an escape and nothing else does but the quote."""
+    """Lines as a string of the DOT language, in which backslashes, quotes and what looks like an HTML entity mean more."""
     safe = (plain_text(line).replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") for line in lines)
-    return '"' + "\\n".join(safe) + '"'
+    return '"' + "\\n".join(re.sub(r"&(?=#?\w+;)", "&amp;", line) for line in safe) + '"'
 
 
 def network_table(run: Run) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -96,17 +97,11 @@ def test_cytoscape(run_folder: Path, finished: Run, tmp_path: Path, odd_dag: nx.
     assert back.edges["P0", "P1"]["interaction"] == "causes" and back.edges["P0", "P1"]["id"] == "P0->P1"
 
 
-def test_graphml_of_a_run(run_folder: Path, finished: Run, tmp_path: Path) -> None:
-    back = nx.read_graphml(exported(run_folder, "graphml", tmp_path / "dag.graphml"))
-    assert nx.utils.graphs_equal(back, finished.dag)
-
-
 def test_graphviz(run_folder: Path, finished: Run, tmp_path: Path, odd_dag: nx.DiGraph[str]) -> None:
     pydot = pytest.importorskip("pydot", reason="pydot is not installed")
     (written,) = pydot.graph_from_dot_file(exported(run_folder, "dot", tmp_path / "dag.dot"))
-    assert sorted(node.get_name().strip('"') for node in written.get_nodes() if node.get_name() != "node") == [
-        *finished.program_names
-    ]
+    names = [node.get_name().strip('"') for node in written.get_nodes()]
+    assert [name for name in names if name not in ("graph", "node")] == finished.program_names
     (graph,) = pydot.graph_from_dot_data(dot(odd_dag).decode())
     back = nx.nx_pydot.from_pydot(graph)
     edges = {(a.strip('"'), b.strip('"')): about["label"].strip('"') for a, b, about in back.edges(data=True)}
@@ -115,7 +110,14 @@ def test_graphviz(run_folder: Path, finished: Run, tmp_path: Path, odd_dag: nx.D
     assert heads == [None, "tee"]
     label = next(node for node in graph.get_nodes() if node.get_name() == '"P0"').get_label()
     # Escapes as Graphviz reads them: a quote, a backslash, a line break.
-    inner = label[1:-1].replace("\\\\", "\0").replace('\\"', '"').replace("\\n", "\n").replace("\0", "\\")
+    inner = (
+        label[1:-1]
+        .replace("\\\\", "\0")
+        .replace('\\"', '"')
+        .replace("\\n", "\n")
+        .replace("\0", "\\")
+        .replace("&amp;", "&")
+    )
     assert inner == "P0\n" + EVIL.replace("\n", " ")
 
 
@@ -134,7 +136,8 @@ def test_decoupler(run_folder: Path, annotated: ad.AnnData, tmp_path: Path) -> N
     assert list(net.columns) == ["source", "target", "weight"] and not net.duplicated(["source", "target"]).any()
     # A cell that is a program's loadings scores highest for that program.
     wide = net.pivot(index="source", columns="target", values="weight").fillna(0.0)
-    scores, p_values = dc.mt.ulm(wide, net=net, tmin=1)
+    noise = np.random.default_rng(0).normal(scale=wide.to_numpy().std() / 5, size=wide.shape)
+    scores, p_values = dc.mt.ulm(wide + noise, net=net, tmin=1)
     assert (scores.to_numpy().argmax(1) == np.arange(3)).all()
     assert (np.diag(p_values.loc[wide.index, wide.index]) < 1e-6).all()
     dc.mt.ulm(annotated, net=net, tmin=1)
@@ -157,14 +160,14 @@ def test_gene_sets_for_gseapy(run_folder: Path, finished: Run, tmp_path: Path) -
         str(rankings / "P0.rnk"), {own: sets[own]}, min_size=1, permutation_num=20, outdir=None, no_plot=True, seed=0
     ).res2d
     assert np.sign(float(found["ES"].iloc[0])) == (1 if own.endswith("up") else -1)
-    table = pd.read_csv(rankings / "P1.rnk", sep="\t", header=None)
+    table = pd.read_csv(rankings / "P1.rnk", sep="\t", header=None, float_precision="round_trip")
     assert table[1].is_monotonic_decreasing
     np.testing.assert_array_equal(table[1], loading["P1"][table[0]].to_numpy())
 
 
 def test_names_with_tabs_stay_in_their_fields(tmp_path: Path) -> None:
     run = synthetic_run(2, 4, names=["a\tb", "c", "d", "e"], genes=["g\t1", "g\n2", "g3", "g4", "g5", "g6"])
-    run = Run(**{**vars(run), "path": tmp_path})
+    run = replace(run, path=tmp_path)
     write(run, "gmt", tmp_path / "x.gmt")
     lines = (tmp_path / "x.gmt").read_text().splitlines()
     assert [len(line.split("\t")) for line in lines] == [3] * len(lines)  # a tenth of 6 genes is one
@@ -271,16 +274,17 @@ def test_pertpy_counts_perturbations(guided_folder: Path, tmp_path: Path) -> Non
     assert set(adata.obs["nperts"]) == {0, 1, 2}
 
 
-def test_triples_are_beyond_gears(tmp_path: Path) -> None:
-    adata = small_screen()
-    labels = adata.obs["perturbation"].astype(str).to_numpy()
-    labels[100:112] = "g0+g1+g2"
-    adata.obs["perturbation"] = labels
-    fit_h5ad(adata, tmp_path)
-    answer = invoke("export", tmp_path / "RUN", "--format", "gears", "--output", tmp_path / "gears.h5ad")
-    assert "12 cells carry more than two perturbations" in answer.err
+def test_triples_are_beyond_gears(guided_folder: Path, tmp_path: Path) -> None:
+    adata = ad.read_h5ad(guided_folder / "crlseq.h5ad")
+    labels = adata.obs["crlseq_perturbation"].astype(str).to_numpy()
+    labels[-12:] = "G0+G1+G2"
+    adata.obs["crlseq_perturbation"] = labels
+    del adata.var["gene_symbol"], adata.obs["cell_type"]
+    adata.write_h5ad(tmp_path / "crlseq.h5ad")
+    notes = write(replace(crlseq.load(guided_folder), path=tmp_path), "gears", tmp_path / "gears.h5ad")
+    assert any("12 cells carry more than two perturbations" in note for note in notes)
     back = ad.read_h5ad(tmp_path / "gears.h5ad")
-    assert back.n_obs == adata.n_obs - 12
+    assert back.n_obs == adata.n_obs - 12 - 12  # and as many that are ambiguous
     assert back.var["gene_name"].tolist() == list(adata.var_names) and (back.obs["cell_type"] == "cell").all()
 
 
@@ -320,7 +324,7 @@ def test_multiqc_custom_content(run_folder: Path, finished: Run, tmp_path: Path)
 def test_a_run_that_lies_nowhere(screen: ad.AnnData, tmp_path: Path) -> None:
     with pytest.raises(crlseq.CrlseqError, match="never written"):
         write(synthetic_run(2, 4), "dot", tmp_path / "x")
-    found: Any = Run(**{**vars(synthetic_run(2, 4)), "path": tmp_path})
+    found: Any = replace(synthetic_run(2, 4), path=tmp_path)
     with pytest.raises(crlseq.CrlseqError, match="no format 'docx'"):
         write(found, "docx", tmp_path / "x")
     with pytest.raises(crlseq.CrlseqError, match=r"no .*crlseq\.h5ad"):

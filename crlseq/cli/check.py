@@ -14,7 +14,7 @@ FEW, MANY = 8, 30
 
 
 def check(
-    file: Annotated[Path, typer.Argument(help="An .h5ad file or a zarr store.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="An .h5ad or .h5mu file, or a zarr store.", show_default=False)],
     perturbation_key: Annotated[
         str | None, typer.Option(help="Column of obs with the perturbations. [detected]")
     ] = None,

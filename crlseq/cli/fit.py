@@ -18,7 +18,10 @@ def _option(text: str, panel: str, *names: str) -> Any:
 
 def fit(
     file: Annotated[
-        Path, typer.Argument(help="The screen: an .h5ad file, a zarr store, or what prepare wrote.", show_default=False)
+        Path,
+        typer.Argument(
+            help="The screen: an .h5ad or .h5mu file, a zarr store, or what prepare wrote.", show_default=False
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to write.", show_default=False)],
     preset: Annotated[str | None, typer.Option(help="default, or paper (the published model exactly).")] = None,
