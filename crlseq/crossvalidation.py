@@ -176,7 +176,8 @@ def fold_config(run: Run, labels: Perturbations) -> Config:
     """The run's configuration for cells that are all to be fitted, with the labels read as they were."""
     config = Config.model_validate(run.info["config"])
     data = config.data.model_copy(update={
-        "perturbation_key": run.info["perturbation_key"], "control_label": run.info["control_label"],
+        "perturbation_key": run.info["perturbation_key"], "guide_key": None, "guide_counts": None, "guide_map": None,
+        "control_label": run.info["control_label"],
         "separator": labels.separator or "", "min_cells": MIN_HELD_OUT, "hold_out": (), "hold_out_cells": 0.0,
         "combinations": True,
         "embeddings": None if run.info.get("embeddings") is None or run.path is None else str(run.path / EMBEDDINGS),

@@ -21,6 +21,7 @@ import torch
 
 from crlseq import __version__
 from crlseq.analysis.effects import effect_tests
+from crlseq.analysis.responders import find_responders, left_out
 from crlseq.config import Config, make_config, to_toml
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
@@ -29,7 +30,7 @@ from crlseq.data.projection import Projection, principal_components
 from crlseq.data.store import read_manifest, verify
 from crlseq.data.streamed import StreamedExpression
 from crlseq.errors import InputError, UsageError
-from crlseq.export import DETECTABLE_FDR
+from crlseq.export import DETECTABLE_FDR, SPLIT
 from crlseq.extrapolation import FILE as EMBEDDINGS
 from crlseq.extrapolation import Extrapolation, fit_extrapolation, refuse_strangers
 from crlseq.report import write_report
@@ -170,13 +171,18 @@ def _take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
             f"{source} is not the same file for rank {ranks.rank} as for rank 0.", "Give all machines the same file."
         )
     with on_threads(_threads(data, config)):
-        fit_model(data, config, told["n_latents"], ranks=ranks)
+        fit_model(left_out(data, told["escaped"].numpy()), config, told["n_latents"], ranks=ranks)
 
 
 def _read(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) -> PerturbSeqData:
     threads = torch.get_num_threads()
     data = read_data(source, config.data, config.training.seed)
     if isinstance(data.x, StreamedExpression):
+        if config.data.responders:
+            raise UsageError(
+                "--responders leaves out single cells, which a store that is read in runs cannot.",
+                "Load the store whole with --in-memory, or leave --responders out.",
+            )
         return_blocks()
     else:
         keep_blocks()
@@ -214,11 +220,17 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     of_fit = f"{__version__}\n{digest or _content(data)}\n{to_toml(config)}"
     stages = Stages(folder, hashlib.sha256(of_fit.encode()).hexdigest())
     tests = stages.result("effects", lambda: effect_tests(data, projection.scores, training.seed))
+    responders, escaped = None, np.zeros(0, dtype=np.int64)
+    if config.data.responders:
+        responders = find_responders(data, projection.scores, tests["fdr"])
+        escaped = responders.escaped
+        data = left_out(data, escaped, responders.in_words())
+        progress.note(responders.in_words())
     start, n_latents, reason = _start(data, config, projection, tests, progress, stages)
     give_back()
     identity = hashlib.sha256(f"{of_fit}\n{n_latents}".encode()).hexdigest()
     progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
-    ranks.from_first({"input": digest, "n_latents": n_latents})
+    ranks.from_first({"input": digest, "n_latents": n_latents, "escaped": torch.from_numpy(escaped)})
     with on_threads(_threads(data, config)):
         checkpoint = folder and folder / "resume.pt"
         if checkpoint is not None and mend_checkpoint(checkpoint):
@@ -238,6 +250,7 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
             "n_genes": data.preprocessing.n_genes_in_file,
         },
         "embeddings": None if found is None else found.summary(),
+        "responders": None if responders is None else responders.record(),
         "n_latents_reason": reason,
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -245,10 +258,15 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
         "machine": {"system": platform.system(), "architecture": platform.machine(), "cores": os.cpu_count()},
         "seconds": round(time.monotonic() - clock, 2),
     }  # fmt: skip
+    split = pd.Categorical(np.array(splits.SPLITS)[data.split], dtype=SPLIT)
+    cells = pd.DataFrame({"crlseq_split": split}, index=data.cell_names)
+    if data.guides is not None:
+        cells["crlseq_perturbation"] = data.guides.labels
+    if responders is not None:
+        cells["crlseq_responder"] = responders.posterior
     run = Run(
         info, run.programs, run.interventions, run.edges, run.history, run.evaluation,
-        weights=run.weights, splits=pd.Series(np.array(splits.SPLITS)[data.split], index=data.cell_names),
-        map=found, ensemble=run.ensemble,
+        weights=run.weights, cells=cells, map=found, ensemble=run.ensemble,
     )  # fmt: skip
     if folder is None:
         return run

@@ -74,6 +74,7 @@ def tables_of(
         "perturbation_key": data.labels.key,
         "control_label": data.labels.control_label,
         "label_reason": data.labels.reason,
+        "guides": None if data.guides is None else data.guides.record,
         "preprocessing": asdict(data.preprocessing),
         "cells": {name: int((data.split == code).sum()) for code, name in enumerate(splits.SPLITS)},
         "conditions": _condition_rows(data),
