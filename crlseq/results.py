@@ -97,6 +97,7 @@ def tables_of(
             "stopped_early": fitted.stopped_early,
             "bandwidth": fitted.bandwidth,
             "kept_seed": fitted.seed,
+            "seed_losses": list(fitted.seed_losses),
         },
         "metrics": _metrics(evaluation, intervention_rows, dag),
     }

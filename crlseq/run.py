@@ -13,6 +13,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
+from crlseq import __version__
 from crlseq.errors import InputError
 from crlseq.export import (
     anndata_keys,
@@ -278,7 +279,8 @@ def load(path: str | Path) -> Run:
     Raises
     ------
     InputError
-        If it is not one, is unfinished, damaged, written by a newer crlseq, or has a link that leads out of it.
+        If it is not one, is unfinished, damaged, written by a newer crlseq or by one whose runs are no longer read, or
+        has a link that leads out of it.
     """
     folder = Path(path)
     if not (folder / "run.json").is_file():
@@ -289,12 +291,16 @@ def load(path: str | Path) -> Run:
             f"{folder} is not a run folder: it has no run.json.", "Give the folder that `crlseq fit --output` wrote."
         )
     refuse_links_outside(folder)
+    writer = __version__
     try:
         if (folder / "run.json").stat().st_size > MAX_JSON:
             raise ValueError(f"run.json has more than {MAX_JSON >> 20} MiB")
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if info["format"] > FORMAT:
             raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
+        writer = str(info["version"])
+        if info["format"] < FORMAT:
+            raise ValueError(f"its format is {info['format']}, and {FORMAT} is read")
         if missing := INFO - info.keys():
             raise ValueError(f"run.json lacks {min(missing)!r}")
         tables = {
@@ -304,6 +310,11 @@ def load(path: str | Path) -> Run:
         ensemble = read_csv(folder / ENSEMBLE, ENSEMBLE_COLUMNS) if several else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        if writer != __version__:
+            raise InputError(
+                f"{folder} was written by crlseq {writer[:20]}, whose runs {__version__} does not read: {detail}.",
+                "Fit again with the command in its run.json, or read it with that version.",
+            ) from error
         raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
     return Run(
         info,

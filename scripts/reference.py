@@ -1,6 +1,6 @@
 """The command reference, docs/commands.md, as the program itself tells it.
 
-    .venv/bin/python scripts/reference.py
+.venv/bin/python scripts/reference.py
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ History = list[dict[str, float]]
 class Fit:
     """A fitted model: the kept weights, the losses of every epoch, and how it ended.
 
-    Of an ensemble it is the one that validated best, of ``seed``; ``others`` are those of the other seeds.
+    Of an ensemble it is the one that validated best, of ``seed``; ``others`` are those of the other seeds, and
+    ``seed_losses`` the lowest validation loss of each seed, None where no cells validated.
     """
 
     model: DiscrepancyVAE
@@ -54,6 +55,7 @@ class Fit:
     stopped_early: bool
     seed: int
     others: tuple[DiscrepancyVAE, ...] = ()
+    seed_losses: tuple[float | None, ...] = ()
 
 
 def resolve_device(asked: str) -> torch.device:
@@ -236,6 +238,9 @@ def fit_model(
         stopped_early=len(kept.history) < n_epochs,
         seed=training.seed + learners.index(kept),
         others=tuple(learner.model for learner in learners if learner is not kept),
+        seed_losses=tuple(
+            learner.history[learner.best_epoch].get("validation_total") for learner in learners if learner.history
+        ),
     )  # fmt: skip
 
 
