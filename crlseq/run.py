@@ -209,13 +209,29 @@ class Run:
         return latents.astype(np.float32)
 
     def predict(self, perturbations: str | Sequence[str], **options: Any) -> ad.AnnData:
-        """Virtual cells under fitted perturbations and combinations of them; see `crlseq.prediction.predict`."""
+        """Virtual cells under fitted perturbations and combinations of them; see `crlseq.prediction.predict`.
+
+        Examples
+        --------
+        >>> import crlseq
+        >>> virtual = crlseq.load("RUN").predict(["g0", "g0+g1"], n_cells=50)
+        >>> virtual.shape, virtual.varm["crlseq_effect"].shape
+        ((100, 40), (40, 2))
+        """
         from crlseq.prediction import predict
 
         return predict(self, perturbations, **options)
 
     def annotate(self, adata: ad.AnnData) -> ad.AnnData:
-        """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes."""
+        """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes.
+
+        Examples
+        --------
+        >>> import anndata, crlseq
+        >>> adata = crlseq.load("RUN").annotate(anndata.read_h5ad("screen.h5ad"))
+        >>> adata.obsm["X_crlseq"].shape, adata.varm["crlseq_programs"].shape
+        ((740, 3), (40, 3))
+        """
         set_keys(adata, self._keys(adata, adata.obs_names, adata.var_names))
         return adata
 
@@ -281,6 +297,13 @@ def load(path: str | Path) -> Run:
     InputError
         If it is not one, is unfinished, damaged, written by a newer crlseq or by one whose runs are no longer read, or
         has a link that leads out of it.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> run = crlseq.load("RUN")
+    >>> sorted(run.dag.nodes), sorted(run.described)
+    (['P0', 'P1', 'P2'], ['P0', 'P1', 'P2'])
     """
     folder = Path(path)
     if not (folder / "run.json").is_file():
