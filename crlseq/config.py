@@ -149,6 +149,12 @@ def make_config(preset: str | None = None, file: Mapping[str, Any] | None = None
     ------
     UsageError
         For an unknown name or a value out of range.
+
+    Examples
+    --------
+    >>> from crlseq.config import make_config
+    >>> make_config("paper", n_latents=8).model.n_latents, make_config().model.n_latents
+    (8, 'auto')
     """
     file = dict(file or {})
     preset = str(preset or file.pop("preset", "default"))

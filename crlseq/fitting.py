@@ -105,6 +105,15 @@ def fit(
         If options contradict each other or are out of range, or steps are too small for so many processes.
     ConvergenceError
         If the loss is not finite.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> run = crlseq.fit("screen.h5ad", method="linear", n_latents=3, bootstrap=0)
+    >>> run.program_names, run.path
+    (['P0', 'P1', 'P2'], None)
+    >>> list(run.interventions)[:4]
+    ['perturbation', 'program', 'weight', 'shift']
     """
     progress = progress or Progress()
     if config is None:

@@ -101,6 +101,7 @@ def tables_of(
             "bandwidth": fitted.bandwidth,
             "kept_seed": fitted.seed,
             "parts_of_steps": fitted.parts,
+            "seed_losses": list(fitted.seed_losses),
         },
         "metrics": _metrics(evaluation, intervention_rows, dag),
     }

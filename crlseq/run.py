@@ -13,6 +13,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
+from crlseq import __version__
 from crlseq.errors import InputError
 from crlseq.export import (
     CELL_COLUMNS,
@@ -210,13 +211,29 @@ class Run:
         return latents.astype(np.float32)
 
     def predict(self, perturbations: str | Sequence[str], **options: Any) -> ad.AnnData:
-        """Virtual cells under fitted perturbations and combinations of them; see `crlseq.prediction.predict`."""
+        """Virtual cells under fitted perturbations and combinations of them; see `crlseq.prediction.predict`.
+
+        Examples
+        --------
+        >>> import crlseq
+        >>> virtual = crlseq.load("RUN").predict(["g0", "g0+g1"], n_cells=50)
+        >>> virtual.shape, virtual.varm["crlseq_effect"].shape
+        ((100, 40), (40, 2))
+        """
         from crlseq.prediction import predict
 
         return predict(self, perturbations, **options)
 
     def annotate(self, adata: ad.AnnData) -> ad.AnnData:
-        """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes."""
+        """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes.
+
+        Examples
+        --------
+        >>> import anndata, crlseq
+        >>> adata = crlseq.load("RUN").annotate(anndata.read_h5ad("screen.h5ad"))
+        >>> adata.obsm["X_crlseq"].shape, adata.varm["crlseq_programs"].shape
+        ((740, 3), (40, 3))
+        """
         set_keys(adata, self._keys(adata, adata.obs_names, adata.var_names))
         return adata
 
@@ -281,7 +298,15 @@ def load(path: str | Path) -> Run:
     Raises
     ------
     InputError
-        If it is not one, is unfinished, damaged, written by a newer crlseq, or has a link that leads out of it.
+        If it is not one, is unfinished, damaged, written by a newer crlseq or by one whose runs are no longer read, or
+        has a link that leads out of it.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> run = crlseq.load("RUN")
+    >>> sorted(run.dag.nodes), sorted(run.described)
+    (['P0', 'P1', 'P2'], ['P0', 'P1', 'P2'])
     """
     folder = Path(path)
     if not (folder / "run.json").is_file():
@@ -292,12 +317,16 @@ def load(path: str | Path) -> Run:
             f"{folder} is not a run folder: it has no run.json.", "Give the folder that `crlseq fit --output` wrote."
         )
     refuse_links_outside(folder)
+    writer = __version__
     try:
         if (folder / "run.json").stat().st_size > MAX_JSON:
             raise ValueError(f"run.json has more than {MAX_JSON >> 20} MiB")
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if info["format"] > FORMAT:
             raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
+        writer = str(info["version"])
+        if info["format"] < FORMAT:
+            raise ValueError(f"its format is {info['format']}, and {FORMAT} is read")
         if missing := INFO - info.keys():
             raise ValueError(f"run.json lacks {min(missing)!r}")
         tables = {
@@ -307,6 +336,11 @@ def load(path: str | Path) -> Run:
         ensemble = read_csv(folder / ENSEMBLE, ENSEMBLE_COLUMNS) if several else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        if writer != __version__:
+            raise InputError(
+                f"{folder} was written by crlseq {writer[:20]}, whose runs {__version__} does not read: {detail}.",
+                "Fit again with the command in its run.json, or read it with that version.",
+            ) from error
         raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
     return Run(
         info,

@@ -44,8 +44,9 @@ History = list[dict[str, float]]
 class Fit:
     """A fitted model: the kept weights, the losses of every epoch, and how it ended.
 
-    Of an ensemble it is the one that validated best, of ``seed``; ``others`` are those of the other seeds. ``notes``
-    tell what had to be done again.
+    Of an ensemble it is the one that validated best, of ``seed``; ``others`` are those of the other seeds, and
+    ``seed_losses`` the lowest validation loss of each seed, None where no cells validated. ``notes`` tell what had to be
+    done again.
     """
 
     model: DiscrepancyVAE
@@ -58,6 +59,7 @@ class Fit:
     others: tuple[DiscrepancyVAE, ...] = ()
     parts: int = 1  # that steps were computed in at the end, as memory had run out
     notes: tuple[str, ...] = ()
+    seed_losses: tuple[float | None, ...] = ()
 
 
 def resolve_device(asked: str) -> torch.device:
@@ -251,6 +253,9 @@ def fit_model(
         others=tuple(learner.model for learner in learners if learner is not kept),
         parts=parts.n,
         notes=tuple(notes),
+        seed_losses=tuple(
+            learner.history[learner.best_epoch].get("validation_total") for learner in learners if learner.history
+        ),
     )  # fmt: skip
 
 

@@ -189,6 +189,16 @@ def test_history_fits_a_terminal(run_folder: Path) -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_a_wide_table_on_a_narrow_terminal_breaks_no_word(run_folder: Path, finished: Run) -> None:
+    code, text = on_terminal("inspect", "interventions", run_folder, columns=60)
+    assert code == 0
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 60
+    words = set(text.split())
+    assert {"perturbation", "retention", "distance", "support", *finished.interventions["perturbation"]} <= words
+    assert [line.split()[0] for line in lines if line.startswith("g0 ")] == ["g0"] * 2  # the name leads both blocks
+
+
 def test_check_on_a_terminal(screen_file: Path) -> None:
     code, text = on_terminal("check", screen_file, columns=80)
     assert code == 0
