@@ -28,7 +28,7 @@ from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.embeddings import Embeddings, read_embeddings
 from crlseq.data.genesets import GeneSets, fitted_sets
 from crlseq.data.projection import Projection, principal_components
-from crlseq.data.store import read_manifest, verify
+from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.data.streamed import StreamedExpression
 from crlseq.describe import sets_in_words
 from crlseq.errors import InputError, UsageError
@@ -219,7 +219,7 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     table = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
     progress.stage("reading the screen")
     # A store is compared with its checksums before anything is made of it.
-    state, digest = _state(source), digest_of(source)
+    state, digest = state_of(source), digest_of(source)
     data = _read(source, config, ranks)
     if table is not None:
         refuse_strangers(table, data.perturbation_names, str(config.data.embeddings))
@@ -229,7 +229,7 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     give_back()
     progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, training.seed)
-    of_fit = f"{__version__}\n{digest or _content(data)}\n{to_toml(config)}"
+    of_fit = f"{__version__}\n{digest or content_of(data)}\n{to_toml(config)}"
     stages = Stages(folder, hashlib.sha256(of_fit.encode()).hexdigest())
     tests = stages.result("effects", lambda: effect_tests(data, projection.scores, training.seed))
     responders, escaped = None, np.zeros(0, dtype=np.int64)
@@ -295,7 +295,7 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     assert run.weights is not None
     save_weights(folder / "model.safetensors", *run.weights)
     run.write_h5ad(source, folder / "crlseq.h5ad")
-    if _state(source) != state and digest_of(source) != digest:
+    if state_of(source) != state and digest_of(source) != digest:
         raise InputError(f"{source} was changed while it was fitted.", "Fit a file again that nobody writes to.")
     if found is not None:
         found.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
@@ -358,51 +358,3 @@ def _start(
     discovery = discover(data, effect, config.model, config.training.seed, progress.stage, progress.note, stages.result)
     reason = "as asked" if discovery.choice is None else discovery.choice.reason
     return WarmStart(discovery, ~np.isnan(tests["p_value"]), projection), len(discovery.adjacency), reason
-
-
-def _state(source: str | Path | ad.AnnData) -> list[tuple[str, int, int, int, int]]:
-    """What differs if a file was written to or replaced; nothing for an AnnData in memory."""
-    if isinstance(source, ad.AnnData):
-        return []
-    path = Path(source)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    about = [(str(file), file.stat()) for file in files if file.exists()]
-    return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in about]
-
-
-def _content(data: PerturbSeqData) -> str:
-    """Digest of cells in memory, as they are fitted."""
-    x = data.x
-    parts = [x] if isinstance(x, np.ndarray) else [getattr(x, name) for name in ("data", "indices", "indptr")]
-    digest = hashlib.sha256("\n".join([*data.genes, *data.condition_names]).encode(errors="surrogatepass"))
-    for part in (*parts, data.condition, data.split, data.batch):
-        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def digest_of(source: str | Path | ad.AnnData) -> str:
-    """Digest of the input's bytes; of all files of a zarr store by path; empty for an AnnData in memory.
-
-    Raises
-    ------
-    InputError
-        If a file cannot be read, or a prepared store is not what was written.
-    """
-    if isinstance(source, ad.AnnData):
-        return ""
-    path = Path(source)
-    if read_manifest(path) is not None:
-        return verify(path)
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        if path.is_dir():
-            digest.update(str(file.relative_to(path)).encode())
-        try:
-            with file.open("rb") as handle:
-                while piece := handle.read(1 << 22):
-                    digest.update(piece)
-        except FileNotFoundError:
-            raise InputError(f"There is no file {path}.", "Check the path.") from None
-        except OSError as error:
-            raise InputError(f"{file} cannot be read: {error.strerror}.", "Check its permissions.") from None
-    return digest.hexdigest()
