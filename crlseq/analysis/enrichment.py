@@ -77,6 +77,14 @@ def enrich(
         If the file cannot be read or is malformed, or no set can be tested.
     UsageError
         If gseapy is not installed, or a size is out of range.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> sets = {"first": [f"gene{i}" for i in range(10)], "last": [f"gene{i}" for i in range(30, 40)]}
+    >>> found = crlseq.enrich(crlseq.load("RUN"), sets)
+    >>> sorted(set(found["gene_set"])), sorted(set(found["test"]))
+    (['first', 'last'], ['over-representation', 'rank'])
     """
     if find_spec("gseapy") is None:
         raise UsageError("Enrichment needs gseapy, which is not installed.", "pip install 'crlseq[enrich]'.")

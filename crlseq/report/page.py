@@ -36,6 +36,7 @@ TESTS = {
     enrichment.RANK: "by the ranking of all genes",
     enrichment.DRIVERS: "by its perturbations",
 }
+AGREED = 0.9  # correlation of loadings from which programs of two seeds count as the same
 ROWS = 300  # of a table: the page must open, whatever the screen
 FONT = 12.0
 PAGE = (1200.0, 1200.0)
@@ -61,11 +62,15 @@ def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> 
 
 
 def _fixed(value: Any, decimals: int = 2) -> str:
-    return "–" if value is None or value != value else f"{value:.{decimals}f}"
+    return "–" if value is None or value != value else f"{_rounded(value, decimals):.{decimals}f}"
 
 
 def _signed(value: Any, decimals: int = 2) -> str:
-    return "–" if value is None or value != value else f"{value:+.{decimals}f}"
+    return "–" if value is None or value != value else f"{_rounded(value, decimals):+.{decimals}f}"
+
+
+def _rounded(value: float, decimals: int) -> float:
+    return round(value, decimals) + 0.0  # no minus before a zero
 
 
 def _brief(value: Any) -> str:
@@ -103,6 +108,7 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "means": _means(run.evaluation),
         "scatters": charts.scatters(run.evaluation),
         "judged": judged,
+        "seeds": _seeds(run),
         "losses": charts.losses(run.history),
         "config": json.dumps(run.info["config"], indent=1, ensure_ascii=False),
     }
@@ -147,6 +153,28 @@ def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
         if found and len(evaluation):
             rows.append({"title": title, **{m: found.get(m) for m in ("pearson_delta", "l2", "mmd2")}})
     return rows
+
+
+def _seeds(run: Run) -> dict[str, Any] | None:
+    """What the models of other seeds agree on, and their losses; None for a single seed."""
+    if run.ensemble is None:
+        return None
+    kinds = {str(kind): part.drop(columns="kind") for kind, part in run.ensemble.groupby("kind", sort=False)}
+    losses = [loss for loss in run.info["training"].get("seed_losses", []) if loss is not None]
+    first = int(run.info["seed"])
+    return {
+        "n": int(run.info["config"]["training"]["ensemble"]),
+        "first": first,
+        "kept": run.info["training"]["kept_seed"],
+        "losses": (min(losses), max(losses)) if losses else None,
+        "given": run.info["discovery"] is not None,
+        "agreed": [
+            (kind, int((part["agreement"] >= (AGREED if kind == "program" else 1.0)).sum()), len(part))
+            for kind, part in kinds.items()
+        ],
+        "tables": {kind: part[:ROWS].to_dict("records") for kind, part in kinds.items()},
+        "n_rows": {kind: len(part) for kind, part in kinds.items()},
+    }
 
 
 def _dag(run: Run) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from crlseq.data.projection import Projection
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.networks import GeneSetLayer
 from crlseq.model.scm import MAX_LOG_SCALE, NEGATIVE_SLOPE
-from crlseq.training.discovery import Discovery
+from crlseq.training.findings import Discovery
 from crlseq.training.set_start import start_from_sets
 
 RIDGE = 1e-6  # of the regressions, relative
