@@ -127,7 +127,7 @@ def signals(count: int, number: int, folder: Path) -> int:
         "fit of a store": ["fit", store, "--streamed", *options, "OUT", "--resume"],
         "prepare": ["prepare", screen, "--resume", "--output", "OUT"],
         "predict": ["predict", run, "-p", "g0+g1", "--force", "--output", "OUT"],
-        "export": ["export", run, "--force", "--h5ad", "OUT"],
+        "export": ["export", run, "--force", "--format", "h5ad", "--output", "OUT"],
         "report": ["report", run, "--output", "OUT"],
     }
     for words in (["prepare", screen, "--output", store], ["fit", screen, *options, run]):

@@ -15,8 +15,9 @@ import scipy.sparse as sp
 
 from crlseq.config import DataConfig
 from crlseq.data import splits
+from crlseq.data.guides import Guides, read_labels
 from crlseq.data.matrix import Screen, open_screen, scan
-from crlseq.data.perturbations import Perturbations, read_perturbations
+from crlseq.data.perturbations import Perturbations
 from crlseq.data.preprocess import (
     Preprocessing,
     is_sparse,
@@ -58,6 +59,8 @@ class PerturbSeqData:
         (cells,) counts of each cell over all genes of the file; None for values that are no counts.
     notes
         Sentences about what was left out and why.
+    guides
+        What guides were read as, where the configuration names any.
     shuffled
         Whether the cells of each condition lie together in random order, as in a prepared store.
     """
@@ -75,6 +78,7 @@ class PerturbSeqData:
     preprocessing: Preprocessing
     labels: Perturbations
     notes: tuple[str, ...]
+    guides: Guides | None = None
     shuffled: bool = False
 
     @property
@@ -162,7 +166,7 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
     if manifest is not None:
         config = _as_prepared(config, manifest)
     with open_screen(source, config.layer) as screen:
-        labels = read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator)
+        labels, guides = read_labels(screen, source, config)
         shuffled = manifest is not None and _is_sorted(labels.condition)
         selection = select_conditions(labels, config)
         batch, batch_names = _batches(screen, config.batch_key, labels.condition >= 0)
@@ -194,7 +198,7 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         else:
             x = load(screen, record, n_values)
         cell_names = screen.obs.index.astype(str)
-    notes = list(selection.notes)
+    notes = [*([] if guides is None else [guides.reason]), *selection.notes]
     if record.n_silent_genes:
         notes.append(
             f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are left out."
@@ -224,13 +228,14 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         preprocessing=record,
         labels=labels,
         notes=tuple(notes),
+        guides=guides,
         shuffled=shuffled,
     )
 
 
 def _as_prepared(config: DataConfig, manifest: Manifest) -> DataConfig:
     """Labels are read as when the store was prepared, unless something else is asked for."""
-    asked = (config.perturbation_key, config.control_label, config.separator)
+    asked = (config.perturbation_key, config.guide_key, config.guide_counts, config.control_label, config.separator)
     if any(value is not None for value in asked):
         return config
     names = ("perturbation_key", "control_label", "separator")

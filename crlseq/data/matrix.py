@@ -24,6 +24,7 @@ from crlseq.files import refuse_links_outside
 
 EXPANSION, SMALL = 1100, 1 << 26  # deflate's limit is 1,032; and bytes that do no harm
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
+EXPRESSION = "rna"  # modality of a MuData file that is the screen
 BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
 
 
@@ -104,7 +105,7 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
     Parameters
     ----------
     source
-        Path of a ``.h5ad`` file or ``.zarr`` folder or zip, or an AnnData.
+        Path of a ``.h5ad`` file, a ``.h5mu`` file with a modality ``rna``, or a ``.zarr`` folder or zip; or an AnnData.
     layer
         Name of the layer to use; None for ``X``.
 
@@ -152,8 +153,8 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
 
 @contextmanager
 def open_store(path: Path) -> Iterator[Any]:
-    """An h5ad file or zarr store as a mapping of its elements, which `anndata.io.read_elem` reads."""
-    hint = "crlseq reads .h5ad files and .zarr stores as anndata writes them."
+    """An h5ad file, the modality ``rna`` of an h5mu file, or a zarr store, as a mapping for `anndata.io.read_elem`."""
+    hint = "crlseq reads .h5ad files and .zarr stores as anndata writes them, and .h5mu files as mudata does."
     if path.is_dir() or zipfile.is_zipfile(path):
         with readable(str(path), "the zarr store"):
             store = zarr.open_group(str(path), mode="r")
@@ -179,11 +180,23 @@ def open_store(path: Path) -> Iterator[Any]:
             raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
         with readable(str(path), "the file"):
             refuse_traps(handle, path)
+            if handle.attrs.get("encoding-type") == "MuData":
+                handle = _expression_modality(handle, path)
             for slot in ("obsm", "varm", "uns"):  # results are added there, long after this
                 there = handle.get(slot, {})
                 if isinstance(there, h5py.Dataset) and there.dtype.names is None:
                     raise InputError(f"{path} has a value in the place of {slot}.", "It is damaged; write it again.")
         yield handle
+
+
+def _expression_modality(handle: h5py.File, path: Path) -> Any:
+    modalities = handle.get("mod", {})
+    if EXPRESSION not in modalities or not {"obs", "var"} <= modalities[EXPRESSION].keys():
+        raise InputError(
+            f"{path} has no modality {EXPRESSION!r} with cells and genes.",
+            f"Name the one with the expression {EXPRESSION!r}; there are: {_listed(modalities)}.",
+        )
+    return modalities[EXPRESSION]
 
 
 def _refuse_claims(element: Any, path: Path) -> None:
