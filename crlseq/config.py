@@ -30,6 +30,11 @@ class DataConfig(_Section):
     perturbation_key: str | None = None  # None: detected
     control_label: str | None = None  # None: detected
     separator: str | None = None  # None: detected; "" for labels that are never combinations
+    guide_key: str | None = None  # column of guide names, read as perturbations (`crlseq.data.guides`)
+    guide_counts: str | None = None  # guide counts in obsm, or a modality of a MuData file
+    guide_map: str | None = None  # table of guides and genes; None: by their names
+    guide_min_umis: int = Field(default=5, ge=1)
+    guide_min_share: float = Field(default=0.8, gt=0.5, le=1.0)
     batch_key: str | None = None
     layer: str | None = None  # None: X
     values: Literal["auto", "counts", "log", "continuous"] = "auto"
@@ -39,6 +44,7 @@ class DataConfig(_Section):
     hold_out: tuple[str, ...] = ()  # conditions kept out of the fit
     hold_out_cells: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of every condition kept for testing
     validation_cells: float = Field(default=0.1, gt=0.0, lt=0.5)  # share of every condition for early stopping
+    responders: bool = False  # leave out cells that escaped their perturbation (`crlseq.analysis.responders`)
     embeddings: str | None = None  # table of gene vectors, from which perturbations never seen are extrapolated
     streamed: bool | None = None  # a prepared store: read as training goes, or loaded; None: by its size
     combinations: bool = True  # False: fit on single perturbations alone, hold every combination out

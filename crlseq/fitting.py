@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +21,7 @@ import torch
 
 from crlseq import __version__
 from crlseq.analysis.effects import effect_tests
+from crlseq.analysis.responders import find_responders, left_out
 from crlseq.config import Config, make_config, to_toml
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
@@ -27,7 +30,7 @@ from crlseq.data.projection import Projection, principal_components
 from crlseq.data.store import read_manifest, verify
 from crlseq.data.streamed import StreamedExpression
 from crlseq.errors import InputError, UsageError
-from crlseq.export import DETECTABLE_FDR
+from crlseq.export import DETECTABLE_FDR, SPLIT
 from crlseq.extrapolation import FILE as EMBEDDINGS
 from crlseq.extrapolation import Extrapolation, fit_extrapolation, refuse_strangers
 from crlseq.report import write_report
@@ -39,6 +42,7 @@ from crlseq.training.checkpoint import mend_checkpoint, previous_of, save_weight
 from crlseq.training.discovery import discover
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.memory import give_back, keep_blocks, return_blocks
+from crlseq.training.stages import Stages
 from crlseq.training.trainer import Fit, fit_model, resolve_device, resolve_step
 from crlseq.training.warm_start import WarmStart
 
@@ -124,8 +128,10 @@ def fit(
             "Leave --ensemble or --method linear out.",
         )
     resolve_device(config.training.device)  # fails before anything is read
+    threads = config.training.threads or torch.get_num_threads()
     if output is None:
-        return _fit(source, None, config, progress, ranks)
+        with on_threads(threads):
+            return _fit(source, None, config, progress, ranks)
     target = Path(output) if Path(output).name not in ("", "..") else Path(output).resolve()
     if resume and (target / "run.json").is_file():
         run = load(target)
@@ -141,7 +147,8 @@ def fit(
     with working_folder(partial_of(target), resume) as folder:
         if not force and os.path.lexists(target):  # another process has finished it in the meantime
             raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
-        _fit(source, folder, config, progress, ranks)
+        with on_threads(threads):
+            _fit(source, folder, config, progress, ranks)
         move_into_place(folder, target)
     return load(target)
 
@@ -159,7 +166,12 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
         If the loss is not finite.
     """
     resolve_device(config.training.device)
-    data, digest = _read(source, config, ranks), _sha256(source)
+    with on_threads(config.training.threads or torch.get_num_threads()):
+        _take_part(source, config, ranks)
+
+
+def _take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
+    data, digest = _read(source, config, ranks), digest_of(source)
     told = ranks.from_first(None)
     if told is None:  # there is nothing to fit
         return
@@ -168,15 +180,18 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
             f"{source} is not the same file for rank {ranks.rank} as for rank 0.", "Give all machines the same file."
         )
     with on_threads(_threads(data, config)):
-        fit_model(data, config, told["n_latents"], ranks=ranks)
+        fit_model(left_out(data, told["escaped"].numpy()), config, told["n_latents"], ranks=ranks)
 
 
 def _read(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) -> PerturbSeqData:
-    if config.training.threads is not None:
-        torch.set_num_threads(config.training.threads)
     threads = torch.get_num_threads()
     data = read_data(source, config.data, config.training.seed)
     if isinstance(data.x, StreamedExpression):
+        if config.data.responders:
+            raise UsageError(
+                "--responders leaves out single cells, which a store that is read in runs cannot.",
+                "Load the store whole with --in-memory, or leave --responders out.",
+            )
         return_blocks()
     else:
         keep_blocks()
@@ -197,12 +212,12 @@ def _threads(data: PerturbSeqData, config: Config) -> int:
 
 def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, progress: Progress, ranks: Ranks) -> Run:
     """Fit, and write all files of the run into the folder, if there is one."""
-    started = datetime.now(UTC)
+    started, clock = datetime.now(UTC), time.monotonic()  # the date may be set back meanwhile
     training = config.training
     table = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
     progress.stage("reading the screen")
     # A store is compared with its checksums before anything is made of it.
-    state, digest = _state(source), _sha256(source)
+    state, digest = _state(source), digest_of(source)
     data = _read(source, config, ranks)
     if table is not None:
         refuse_strangers(table, data.perturbation_names, str(config.data.embeddings))
@@ -211,12 +226,20 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     give_back()
     progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, training.seed)
-    tests = effect_tests(data, projection.scores, training.seed)
-    start, n_latents, reason = _start(data, config, projection, tests, progress)
+    of_fit = f"{__version__}\n{digest or _content(data)}\n{to_toml(config)}"
+    stages = Stages(folder, hashlib.sha256(of_fit.encode()).hexdigest())
+    tests = stages.result("effects", lambda: effect_tests(data, projection.scores, training.seed))
+    responders, escaped = None, np.zeros(0, dtype=np.int64)
+    if config.data.responders:
+        responders = find_responders(data, projection.scores, tests["fdr"])
+        escaped = responders.escaped
+        data = left_out(data, escaped, responders.in_words())
+        progress.note(responders.in_words())
+    start, n_latents, reason = _start(data, config, projection, tests, progress, stages)
     give_back()
-    identity = hashlib.sha256(f"{__version__}\n{digest}\n{n_latents}\n{to_toml(config)}".encode()).hexdigest()
+    identity = hashlib.sha256(f"{of_fit}\n{n_latents}".encode()).hexdigest()
     progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
-    ranks.from_first({"input": digest, "n_latents": n_latents})
+    ranks.from_first({"input": digest, "n_latents": n_latents, "escaped": torch.from_numpy(escaped)})
     with on_threads(_threads(data, config)):
         checkpoint = folder and folder / "resume.pt"
         if checkpoint is not None and mend_checkpoint(checkpoint):
@@ -236,16 +259,23 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
             "n_genes": data.preprocessing.n_genes_in_file,
         },
         "embeddings": None if found is None else found.summary(),
+        "responders": None if responders is None else responders.record(),
         "n_latents_reason": reason,
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": ranks.size,
-        "seconds": round((datetime.now(UTC) - started).total_seconds(), 2),
+        "machine": {"system": platform.system(), "architecture": platform.machine(), "cores": os.cpu_count()},
+        "seconds": round(time.monotonic() - clock, 2),
     }  # fmt: skip
+    split = pd.Categorical(np.array(splits.SPLITS)[data.split], dtype=SPLIT)
+    cells = pd.DataFrame({"crlseq_split": split}, index=data.cell_names)
+    if data.guides is not None:
+        cells["crlseq_perturbation"] = data.guides.labels
+    if responders is not None:
+        cells["crlseq_responder"] = responders.posterior
     run = Run(
         info, run.programs, run.interventions, run.edges, run.history, run.evaluation,
-        weights=run.weights, splits=pd.Series(np.array(splits.SPLITS)[data.split], index=data.cell_names),
-        map=found, ensemble=run.ensemble,
+        weights=run.weights, cells=cells, map=found, ensemble=run.ensemble,
     )  # fmt: skip
     if folder is None:
         return run
@@ -254,12 +284,13 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     assert run.weights is not None
     save_weights(folder / "model.safetensors", *run.weights)
     run.write_h5ad(source, folder / "crlseq.h5ad")
-    if _state(source) != state and _sha256(source) != digest:
+    if _state(source) != state and digest_of(source) != digest:
         raise InputError(f"{source} was changed while it was fitted.", "Fit a file again that nobody writes to.")
     if found is not None:
         found.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
     write_report(run, folder / "report.html")
     previous_of(folder / "resume.pt").unlink(missing_ok=True)
+    stages.forget()
     return run
 
 
@@ -275,7 +306,12 @@ def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings, progres
 
 
 def _start(
-    data: PerturbSeqData, config: Config, projection: Projection, tests: dict[str, np.ndarray], progress: Progress
+    data: PerturbSeqData,
+    config: Config,
+    projection: Projection,
+    tests: dict[str, np.ndarray],
+    progress: Progress,
+    stages: Stages,
 ) -> tuple[WarmStart | None, int, str]:
     """What the fit starts from (None: random weights), the number of programs, and why that many."""
     asked, k = config.model.n_latents, len(data.perturbation_names)
@@ -296,7 +332,7 @@ def _start(
                 "Each program needs a perturbation of its own: ask for fewer programs.",
             )
         return None, asked, "as asked"
-    discovery = discover(data, effect, config.model, config.training.seed, progress.stage, progress.note)
+    discovery = discover(data, effect, config.model, config.training.seed, progress.stage, progress.note, stages.result)
     reason = "as asked" if discovery.choice is None else discovery.choice.reason
     return WarmStart(discovery, ~np.isnan(tests["p_value"]), projection), len(discovery.adjacency), reason
 
@@ -311,7 +347,17 @@ def _state(source: str | Path | ad.AnnData) -> list[tuple[str, int, int, int, in
     return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in about]
 
 
-def _sha256(source: str | Path | ad.AnnData) -> str:
+def _content(data: PerturbSeqData) -> str:
+    """Digest of cells in memory, as they are fitted."""
+    x = data.x
+    parts = [x] if isinstance(x, np.ndarray) else [getattr(x, name) for name in ("data", "indices", "indptr")]
+    digest = hashlib.sha256("\n".join([*data.genes, *data.condition_names]).encode(errors="surrogatepass"))
+    for part in (*parts, data.condition, data.split, data.batch):
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def digest_of(source: str | Path | ad.AnnData) -> str:
     """Digest of the input's bytes; of all files of a zarr store by path; empty for an AnnData in memory.
 
     Raises

@@ -24,7 +24,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.export import DETECTABLE_FDR, edge_table, intervention_table, program_labels, program_table
 from crlseq.run import FORMAT, Run
-from crlseq.training.discovery import Discovery
+from crlseq.training.findings import Discovery
 from crlseq.training.trainer import Fit, resolve_device
 from crlseq.training.warm_start import WarmStart
 
@@ -37,8 +37,10 @@ def tables_of(
     """Tables of a fit; ``info`` lacks what only the whole job knows (input, times, command)."""
     discovery = None if start is None else start.discovery
     programs = find_programs(fitted.model, data)
-    # Without a detectable effect there is no claim, whatever a network learned; the published model claims all.
-    silent = (tests["fdr"] > DETECTABLE_FDR) & (config.model.method != "gradient")
+    # Without a detectable effect there is no claim, whatever a network learned, nor where there are cells and no
+    # controls to compare them with; the published model claims all.
+    untold = np.isnan(tests["p_value"]) & (tests["n_cells"] > 0)
+    silent = ((tests["fdr"] > DETECTABLE_FDR) | untold) & (config.model.method != "gradient")
     found = find_interventions(fitted.model, programs, ~silent)
     dag = find_dag(fitted.model, programs, config.model, discovery)
     program_rows = program_table(data.genes, programs.loading, programs.total_effect)
@@ -72,10 +74,11 @@ def tables_of(
         "perturbation_key": data.labels.key,
         "control_label": data.labels.control_label,
         "label_reason": data.labels.reason,
+        "guides": None if data.guides is None else data.guides.record,
         "preprocessing": asdict(data.preprocessing),
         "cells": {name: int((data.split == code).sum()) for code, name in enumerate(splits.SPLITS)},
         "conditions": _condition_rows(data),
-        "notes": list(data.notes),
+        "notes": [*data.notes, *fitted.notes],
         "n_latents": len(programs.scale),
         "programs": _program_rows(
             program_rows,
@@ -97,6 +100,7 @@ def tables_of(
             "stopped_early": fitted.stopped_early,
             "bandwidth": fitted.bandwidth,
             "kept_seed": fitted.seed,
+            "parts_of_steps": fitted.parts,
             "seed_losses": list(fitted.seed_losses),
         },
         "metrics": _metrics(evaluation, intervention_rows, dag),

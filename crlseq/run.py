@@ -16,6 +16,8 @@ import pandas as pd
 from crlseq import __version__
 from crlseq.errors import InputError
 from crlseq.export import (
+    CELL_COLUMNS,
+    SPLIT,
     anndata_keys,
     dag_graph,
     dag_json,
@@ -94,8 +96,8 @@ class Run:
         The folder, None for a run that was not written.
     weights
         State and architecture of the model; None: read from the folder when first needed.
-    splits
-        Split of each cell by its name; None: likewise.
+    cells
+        `crlseq.export.CELL_COLUMNS` by the name of the cell; None: likewise.
     ensemble
         ``kind, source, target, agreement, mean, sd``: what models of other seeds agree on; None for one seed.
     map
@@ -110,7 +112,7 @@ class Run:
     evaluation: pd.DataFrame
     path: Path | None = None
     weights: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, repr=False)
-    splits: pd.Series | None = field(default=None, repr=False)
+    cells: pd.DataFrame | None = field(default=None, repr=False)
     map: Extrapolation | None = field(default=None, repr=False)
     ensemble: pd.DataFrame | None = field(default=None, repr=False)
 
@@ -244,26 +246,27 @@ class Run:
         write_annotated(source, path, self._keys(source, cells, genes))
 
     def _keys(self, source: str | Path | ad.AnnData, cells: pd.Index, genes: pd.Index) -> dict[str, dict[str, Any]]:
-        split = self._splits().reindex(cells.astype(str)).fillna("unused").to_numpy()
+        known = self._cells().reindex(cells.astype(str))
+        known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(SPLIT)
         return anndata_keys(
-            self.info, self.programs, self.interventions, self.adjacency, genes, self.latents(source), split
+            self.info, self.programs, self.interventions, self.adjacency, genes, self.latents(source), known
         )
 
-    def _splits(self) -> pd.Series:
-        if self.splits is not None:
-            return self.splits
+    def _cells(self) -> pd.DataFrame:
+        if self.cells is not None:
+            return self.cells
         import anndata as ad
         import h5py
 
         path = self._folder() / "crlseq.h5ad"
         try:
             with h5py.File(path, "r") as handle:
-                column: pd.Series = ad.io.read_elem(handle["obs"])["crlseq_split"]
+                obs: pd.DataFrame = ad.io.read_elem(handle["obs"])
+            return obs[["crlseq_split", *(name for name in CELL_COLUMNS[1:] if name in obs)]].copy()
         except (OSError, KeyError) as error:
             raise InputError(
                 f"{path} cannot be read, so the split of cells is unknown.", "Restore it, or fit again."
             ) from error
-        return column.astype(str)
 
     def _folder(self) -> Path:
         if self.path is None:

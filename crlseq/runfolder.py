@@ -75,7 +75,21 @@ def refuse_output(target: Path, resume: bool, force: bool) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    return file.name.removesuffix(".tmp") in RUN_FILES and not file.is_dir() and not file.is_symlink()
+    from crlseq.training.stages import STAGES, file_of
+
+    ours = RUN_FILES | {file_of(stage) for stage in STAGES}
+    return file.name.removesuffix(".tmp") in ours and not file.is_dir() and not file.is_symlink()
+
+
+def refuse_part_of_run(path: Path) -> None:
+    """Refuse to replace a file of a finished run by what a later command makes.
+
+    Raises
+    ------
+    InputError
+    """
+    if path.name in RUN_FILES and (path.resolve().parent / "run.json").is_file():
+        raise InputError(f"{path} is a part of the run, which is left as it was fitted.", "Choose another --output.")
 
 
 @contextmanager

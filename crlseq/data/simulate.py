@@ -60,6 +60,7 @@ def simulate(
     noise: Noise = "counts",
     depth: float = 5000.0,
     n_doubles: int = 0,
+    escapers: float = 0.0,
     n_batches: int = 1,
     batch_scale: float = 0.0,
     seed: int = 0,
@@ -98,6 +99,9 @@ def simulate(
         Median of the expected counts per cell; unused for Gaussian values.
     n_doubles
         Combinations of two perturbations, drawn without repetition, named ``gA+gB``.
+    escapers
+        Share of perturbed cells that the perturbation does nothing to, such as those with an in-frame repair: their
+        latents are drawn as control cells' are.
     n_batches, batch_scale
         Cells fall into batches at random; ``batch_scale`` is the standard deviation of the batches' effects on
         genes, in units of the signal's.
@@ -108,7 +112,8 @@ def simulate(
     -------
     anndata.AnnData
         Cells x genes: ``X`` CSR float32 counts or dense float32 values; ``obs["perturbation"]`` (categorical,
-        ``control`` among them), ``obs["batch"]`` if there are several; ``obsm["true_latents"]`` (cells, p);
+        ``control`` among them), ``obs["batch"]`` if there are several, ``obs["escaped"]`` (bool) if any did;
+        ``obsm["true_latents"]`` (cells, p);
         ``uns["truth"]`` with ``adjacency`` (p, p), ``target`` (single perturbation -> ``latent``),
         ``orientation`` and ``note``.
 
@@ -139,6 +144,7 @@ def simulate(
         amounts={
             "expected_parents": expected_parents,
             "n_doubles": n_doubles,
+            "escapers": escapers,
             "batch_scale": batch_scale,
             "seed": seed,
         },
@@ -156,6 +162,8 @@ def simulate(
             f"expected_parents = {expected_parents:g} asks for more edges than a DAG of {n_latents} latents can have"
             f" (at most {(n_latents - 1) / 2:g} per latent)."
         )
+    if escapers > 1:
+        raise ValueError(f"escapers is a share of the cells, not {escapers:g}.")
     n_single = n_latents * perturbations_per_latent
     if n_doubles > n_single * (n_single - 1) // 2:
         raise ValueError(f"n_doubles = {n_doubles} is more than the pairs of {n_single} perturbations.")
@@ -171,6 +179,10 @@ def simulate(
             for n, members in zip(sizes, conditions, strict=True)
         ]
     )
+    escaped = np.zeros(len(latents), dtype=bool)
+    if escapers:  # without them nothing is drawn: one seed, one screen
+        escaped[n_control:] = rng.random(len(latents) - n_control) < escapers
+        latents[escaped] = _draw_latents(int(escaped.sum()), adjacency, order, effects, (), equations, rng)
     signal = _draw_mixing(n_latents, n_genes, mixing, rng)(latents)
     signal /= signal.std() or 1.0
     batch = rng.integers(n_batches, size=len(latents)) if n_batches > 1 else np.zeros(len(latents), np.int64)
@@ -182,6 +194,8 @@ def simulate(
     obs: dict[str, Any] = {"perturbation": pd.Categorical(np.repeat(np.array(labels, dtype=object), sizes))}
     if n_batches > 1:
         obs["batch"] = pd.Categorical([f"b{i}" for i in batch], categories=[f"b{i}" for i in range(n_batches)])
+    if escapers:
+        obs["escaped"] = escaped
     data = anndata.AnnData(
         values,
         obs=pd.DataFrame(obs, index=pd.Index([f"c{i}" for i in range(len(latents))], dtype=object)),

@@ -24,7 +24,8 @@ from crlseq.threads import ahead, in_parallel
 from crlseq.training.checkpoint import Keeper, load_checkpoint
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.learner import Learner
-from crlseq.training.objective import Objective, Step
+from crlseq.training.objective import Objective
+from crlseq.training.parts import Parts, Work
 from crlseq.training.residuals import measure_missed
 from crlseq.training.schedules import schedule
 from crlseq.training.warm_start import Anchor, WarmStart, warm_start
@@ -44,7 +45,8 @@ class Fit:
     """A fitted model: the kept weights, the losses of every epoch, and how it ended.
 
     Of an ensemble it is the one that validated best, of ``seed``; ``others`` are those of the other seeds, and
-    ``seed_losses`` the lowest validation loss of each seed, None where no cells validated.
+    ``seed_losses`` the lowest validation loss of each seed, None where no cells validated. ``notes`` tell what had to be
+    done again.
     """
 
     model: DiscrepancyVAE
@@ -55,6 +57,8 @@ class Fit:
     stopped_early: bool
     seed: int
     others: tuple[DiscrepancyVAE, ...] = ()
+    parts: int = 1  # that steps were computed in at the end, as memory had run out
+    notes: tuple[str, ...] = ()
     seed_losses: tuple[float | None, ...] = ()
 
 
@@ -146,14 +150,15 @@ def fit_model(
 
     on_retry
         Told in words when an epoch is done again, since a loss was not finite: from the weights before it, with a
-        quarter of the learning rate from there on, at most `MAX_SLOWER` times in a fit.
+        quarter of the learning rate from there on, at most `MAX_SLOWER` times in a fit; and when steps are computed in
+        more parts, since memory had run out.
 
     Raises
     ------
     ConvergenceError
         If a loss is still not finite.
     InputError
-        If the checkpoint is damaged or belongs to another fit.
+        If the checkpoint is damaged or belongs to another fit, or memory does not suffice for one perturbation.
     """
     training, first_rank = config.training, ranks.rank == 0
     architecture = ranks.from_first(
@@ -161,7 +166,13 @@ def fit_model(
     )
     bandwidth = ranks.from_first(_bandwidth(config.model, data, training.seed))
     learners = _learners(data, config, architecture, bandwidth, start, ranks)
-    objective = learners[0].objective
+    notes: list[str] = []
+
+    def told(text: str) -> None:
+        notes.append(text)
+        on_retry(text)
+
+    parts = Parts(learners[0].objective, ranks, told)
     train_cells = data.cells_by_condition(splits.TRAIN)
     n_epochs = 0 if config.model.method == "linear" else resolve_epochs(training, train_cells)
     in_step = resolve_step(training, train_cells)
@@ -178,23 +189,25 @@ def fit_model(
             )
     saved = ranks.from_first(saved)
     if saved is not None:
-        first = saved["epoch"] + 1
+        first, parts.n = saved["epoch"] + 1, saved["parts"]
+        notes += saved["notes"]
         for learner, state in zip(learners, saved["learners"], strict=True):
             learner.load(state)
         for record in learners[0].history:
             on_epoch(record, n_epochs)
 
-    def steps(batches: list[BatchIndex]) -> Iterator[tuple[Step, BatchIndex]]:
-        return zip(ahead(lambda b: objective.prepare(b, ranks.own(b.mask)), batches), batches, strict=True)
+    def steps(batches: list[BatchIndex]) -> Iterator[tuple[Work, BatchIndex]]:
+        return zip(ahead(parts.prepare, batches), batches, strict=True)
 
     # Several models share what a step asks of the screen, and the threads: each is computed on one.
-    alone = len(learners) == 1 or ranks.size > 1 or objective.device.type != "cpu"
+    alone = len(learners) == 1 or ranks.size > 1 or parts.objective.device.type != "cpu"
     threads = 1 if alone else torch.get_num_threads()
     with Keeper(checkpoint if first_rank else None) as keeper:
 
         def keep(epoch: int, write: bool) -> None:
             states = [learner.state() for learner in learners]
-            keeper.keep({"identity": identity, "epoch": epoch, "learners": states}, write)
+            state = {"identity": identity, "epoch": epoch, "learners": states, "parts": parts.n, "notes": notes}
+            keeper.keep(state, write)
 
         keep(first - 1, write=False)
         written, epoch = time.monotonic(), first
@@ -209,10 +222,10 @@ def fit_model(
             for i, learner in enumerate(learners):
                 learner.begin(schedule(epoch, n_epochs, config.model, training), noise + i)
             batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
-            for step, _ in steps(batches):
-                list(in_parallel(methodcaller("learn", step, len(batches)), active, threads))
-            for step, batch in steps(validation):
-                list(in_parallel(methodcaller("validate", step, len(batch.condition) / n_judged), active, threads))
+            for work, _ in steps(batches):
+                list(in_parallel(methodcaller("learn", work, len(batches)), active, threads))
+            for work, batch in steps(validation):
+                list(in_parallel(methodcaller("validate", work, len(batch.condition) / n_judged), active, threads))
             exploded = [learner for learner in active if not learner.end(epoch, n_epochs)]
             if exploded:
                 for learner in exploded:
@@ -220,7 +233,7 @@ def fit_model(
                 # The copy that is kept must outlast another attempt.
                 for learner, state in zip(learners, copy.deepcopy(keeper.state["learners"]), strict=True):
                     learner.load(state)
-                on_retry(f"The loss is not finite in epoch {epoch + 1}: again with a quarter of the learning rate.")
+                told(f"The loss is not finite in epoch {epoch + 1}: again with a quarter of the learning rate.")
                 continue
             on_epoch(active[0].history[-1], n_epochs)
             last = epoch + 1 == n_epochs or all(learner.exhausted(epoch, n_epochs) for learner in learners)
@@ -238,6 +251,8 @@ def fit_model(
         stopped_early=len(kept.history) < n_epochs,
         seed=training.seed + learners.index(kept),
         others=tuple(learner.model for learner in learners if learner is not kept),
+        parts=parts.n,
+        notes=tuple(notes),
         seed_losses=tuple(
             learner.history[learner.best_epoch].get("validation_total") for learner in learners if learner.history
         ),

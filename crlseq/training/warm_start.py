@@ -19,7 +19,7 @@ from crlseq.data.dataset import ROWS, PerturbSeqData
 from crlseq.data.projection import Projection
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import MAX_LOG_SCALE, NEGATIVE_SLOPE
-from crlseq.training.discovery import Discovery
+from crlseq.training.findings import Discovery
 
 RIDGE = 1e-6  # of the regressions, relative
 MIN_VARIANCE = 1e-2  # of an anchor: latents have unit noise, and none is read off a cell without error

@@ -19,6 +19,7 @@ import pytest
 
 import crlseq
 from crlseq.run import Run
+from crlseq.tables import EXACT
 from tests.support import Answer, command, dense, environment, invoke, small_screen, spawn
 
 TABLES = ["programs", "interventions", "dag", "history"]
@@ -47,7 +48,7 @@ def on_terminal(*words: object, columns: int = 100) -> tuple[int, str]:
 
 def table(answer: Answer) -> pd.DataFrame:
     assert answer.code == 0, answer.err
-    return pd.read_csv(io.StringIO(answer.out), sep="\t", keep_default_na=False, float_precision="round_trip")
+    return pd.read_csv(io.StringIO(answer.out), sep="\t", keep_default_na=False, **EXACT)
 
 
 @pytest.mark.parametrize("name", TABLES)
