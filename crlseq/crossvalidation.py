@@ -37,6 +37,7 @@ from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.errors import InputError, UsageError
 from crlseq.extrapolation import FILE as EMBEDDINGS
 from crlseq.fitting import Progress, fit
+from crlseq.run import GENE_SETS
 
 if TYPE_CHECKING:
     from crlseq.run import Run
@@ -181,6 +182,7 @@ def fold_config(run: Run, labels: Perturbations) -> Config:
         "separator": labels.separator or "", "min_cells": MIN_HELD_OUT, "hold_out": (), "hold_out_cells": 0.0,
         "combinations": True,
         "embeddings": None if run.info.get("embeddings") is None or run.path is None else str(run.path / EMBEDDINGS),
+        "gene_sets": None if config.data.gene_sets is None or run.path is None else str(run.path / GENE_SETS),
     })  # fmt: skip
     return config.model_copy(update={"data": data})
 

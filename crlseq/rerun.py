@@ -87,7 +87,8 @@ def rerun(path: Path, output: Path, data: Path | None = None, progress: Any = No
     InputError
         If the run or its input cannot be read, or the input is another.
     """
-    from crlseq.fitting import digest_of, fit
+    from crlseq.data.source import digest_of
+    from crlseq.fitting import fit
 
     run = load(path)
     try:

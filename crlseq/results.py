@@ -17,11 +17,13 @@ from crlseq.analysis.dag import Dag, find_dag
 from crlseq.analysis.ensemble import read_model, seed_agreement
 from crlseq.analysis.explained import effect_explained, variance_explained
 from crlseq.analysis.interventions import find_interventions
+from crlseq.analysis.pathways import explained_by_sets, pathway_table
 from crlseq.analysis.prediction import evaluate_held_out
 from crlseq.analysis.programs import find_programs
 from crlseq.config import Config
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.genesets import GeneSets
 from crlseq.export import DETECTABLE_FDR, edge_table, intervention_table, program_labels, program_table
 from crlseq.run import FORMAT, Run
 from crlseq.training.findings import Discovery
@@ -32,7 +34,12 @@ PACKAGES = ("torch", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-le
 
 
 def tables_of(
-    fitted: Fit, data: PerturbSeqData, config: Config, tests: dict[str, np.ndarray], start: WarmStart | None
+    fitted: Fit,
+    data: PerturbSeqData,
+    config: Config,
+    tests: dict[str, np.ndarray],
+    start: WarmStart | None,
+    sets: GeneSets | None = None,
 ) -> Run:
     """Tables of a fit; ``info`` lacks what only the whole job knows (input, times, command)."""
     discovery = None if start is None else start.discovery
@@ -62,6 +69,7 @@ def tables_of(
     )
     edges = edge_table(dag.weights, dag.declared, support, dag.identification.verdict)
     evaluation = evaluate_held_out(fitted.model, data, config.training.seed)
+    pathways = None if sets is None else pathway_table(fitted.model, data, programs, sets)
     info = {
         "format": FORMAT,
         "version": __version__,
@@ -103,6 +111,7 @@ def tables_of(
             "parts_of_steps": fitted.parts,
             "seed_losses": list(fitted.seed_losses),
         },
+        "gene_sets": None if sets is None else _set_row(fitted, data, start, sets),
         "metrics": _metrics(evaluation, intervention_rows, dag),
     }
     agreement = None
@@ -113,7 +122,25 @@ def tables_of(
         {"epoch": int, "total": float}
     )
     weights = ({name: value.cpu() for name, value in fitted.model.state_dict().items()}, fitted.architecture)
-    return Run(info, program_rows, intervention_rows, edges, history, evaluation, weights=weights, ensemble=agreement)
+    return Run(
+        info, program_rows, intervention_rows, edges, history, evaluation,
+        weights=weights, ensemble=agreement, pathways=pathways,
+    )  # fmt: skip
+
+
+def _set_row(fitted: Fit, data: PerturbSeqData, start: WarmStart | None, sets: GeneSets) -> dict[str, Any]:
+    """What ``run.json`` says of the sets that the encoder reads."""
+    row: dict[str, Any] = {
+        "n_sets": len(sets.names),
+        "n_small": sets.n_small,
+        "n_same": len(sets.lines) - len(sets.names),
+    }
+    row["n_genes"] = int(sets.members.any(0).sum())
+    if start is not None:
+        shares = explained_by_sets(fitted.model, data, start)
+        for name, values in zip(("explained", "explained_by_all_genes"), shares, strict=True):
+            row[name] = [None if np.isnan(value) else float(value) for value in values]
+    return row
 
 
 def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:

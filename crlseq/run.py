@@ -51,6 +51,10 @@ COLUMNS: dict[str, dict[str, type]] = {
 }  # fmt: skip
 TABLES = tuple(COLUMNS)
 ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
+PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
+PATHWAY_COLUMNS = {
+    "program": str, "gene_set": str, "description": str, "weight": float, "rank": int, "n_genes": int, "same_genes": str,
+}  # fmt: skip
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
 # Columns that runs of earlier versions lack.
 LATER: dict[str, dict[str, type]] = {
@@ -100,6 +104,8 @@ class Run:
         `crlseq.export.CELL_COLUMNS` by the name of the cell; None: likewise.
     ensemble
         ``kind, source, target, agreement, mean, sd``: what models of other seeds agree on; None for one seed.
+    pathways
+        ``program, gene_set, weight, ...``: what the encoder reads each program from; None where it reads all genes.
     map
         From gene vectors to perturbations never seen, where the fit was given embeddings; None: likewise.
     """
@@ -115,6 +121,7 @@ class Run:
     cells: pd.DataFrame | None = field(default=None, repr=False)
     map: Extrapolation | None = field(default=None, repr=False)
     ensemble: pd.DataFrame | None = field(default=None, repr=False)
+    pathways: pd.DataFrame | None = field(default=None, repr=False)
 
     @cached_property
     def dag(self) -> nx.DiGraph[str]:
@@ -279,6 +286,8 @@ class Run:
             (folder / f"{name}.csv").write_bytes(to_csv(table))
         if self.ensemble is not None:
             (folder / ENSEMBLE).write_bytes(to_csv(self.ensemble))
+        if self.pathways is not None:
+            (folder / PATHWAYS).write_bytes(to_csv(self.pathways))
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
         text = json.dumps(self.info, indent=1, ensure_ascii=False)
@@ -334,6 +343,7 @@ def load(path: str | Path) -> Run:
         }
         several = info["config"]["training"].get("ensemble", 1) > 1
         ensemble = read_csv(folder / ENSEMBLE, ENSEMBLE_COLUMNS) if several else None
+        pathways = read_csv(folder / PATHWAYS, PATHWAY_COLUMNS) if info.get("gene_sets") else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         if writer != __version__:
@@ -351,4 +361,5 @@ def load(path: str | Path) -> Run:
         tables["evaluation"],
         folder,
         ensemble=ensemble,
+        pathways=pathways,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from crlseq.errors import InputError
 from crlseq.files import sync
-from crlseq.run import ENSEMBLE, TABLES
+from crlseq.run import ENSEMBLE, GENE_SETS, PATHWAYS, TABLES
 
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
 RUN_FILES = frozenset(
@@ -28,6 +28,8 @@ RUN_FILES = frozenset(
         "dag.graphml",
         "dag.json",
         ENSEMBLE,
+        GENE_SETS,
+        PATHWAYS,
     }
     | {f"{name}.csv" for name in TABLES}
 )

@@ -58,6 +58,8 @@ class DiscrepancyVAE(nn.Module):
         See `Decoder`.
     noise
         ``gaussian`` (a learned variance a gene, abducted) or ``none`` (published).
+    n_gene_sets, leak
+        Of an encoder that reads gene sets, see `GeneSetLayer`; 0 for one that reads all genes.
     """
 
     def __init__(
@@ -71,9 +73,11 @@ class DiscrepancyVAE(nn.Module):
         causal: bool = True,
         output_activation: str = "identity",
         noise: str = "gaussian",
+        n_gene_sets: int = 0,
+        leak: float = 0.0,
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(n_genes, n_hidden, n_latents)
+        self.encoder = Encoder(n_genes, n_hidden, n_latents, n_gene_sets, leak)
         self.intervention_encoder = InterventionEncoder(n_perturbations, n_hidden, n_latents)
         self.scm = LatentSCM(n_latents, n_perturbations, intervention, equations, causal)
         self.decoder = Decoder(n_latents, n_hidden, n_genes, output_activation)

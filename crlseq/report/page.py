@@ -17,7 +17,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from crlseq.analysis import enrichment
-from crlseq.describe import Program, numbers_in_words, verdicts
+from crlseq.describe import Program, numbers_in_words, sets_in_words, verdicts
 from crlseq.drawing import HEAD, Drawing, draw, edge_width, heading, legend
 from crlseq.files import written_whole
 from crlseq.layout import Point
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 GENES = 8  # of a card, that rise and that fall
 DRIVERS = 8  # of a card
 SETS = 4  # of a card and test
+PATHWAYS = 6  # of a card, that the encoder reads
 TESTS = {
     enrichment.OVER_REPRESENTATION: "by its top genes",
     enrichment.RANK: "by the ranking of all genes",
@@ -94,6 +95,7 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "dag": _dag(run),
         "programs": [_card(program, enriched) for program in run.described.values()],
         "enriched": enriched is not None,
+        "read_from_sets": sets_in_words(run.info),
         "n_fitted_genes": run.programs["gene"].nunique(),
         "interventions": interventions[:ROWS].to_dict("records"),
         "n_interventions": len(interventions),
@@ -127,6 +129,8 @@ def _card(program: Program, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "total": bool(program.downstream),  # else it is the loading
         "genes": {name: table.to_dict("records") for name, table in genes.items()},
         "largest": charts.largest(pd.concat([table["loading"] for table in genes.values()])),
+        "pathways": program.pathways[:PATHWAYS].to_dict("records"),
+        "largest_pathway": charts.largest(program.pathways["weight"].astype(float)),
         "sets": None if enriched is None else _sets(enriched[enriched["program"] == program.name]),
     }
 

@@ -20,6 +20,7 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth
+from crlseq.model.networks import GeneSetLayer
 from crlseq.threads import ahead, in_parallel
 from crlseq.training.checkpoint import Keeper, load_checkpoint
 from crlseq.training.distributed import ALONE, Ranks
@@ -78,7 +79,12 @@ def resolve_device(asked: str) -> torch.device:
 
 
 def architecture_of(
-    config: ModelConfig, n_genes: int, n_latents: int, n_perturbations: int, start: WarmStart | None = None
+    config: ModelConfig,
+    n_genes: int,
+    n_latents: int,
+    n_perturbations: int,
+    start: WarmStart | None = None,
+    n_gene_sets: int = 0,
 ) -> dict[str, Any]:
     """Arguments of `DiscrepancyVAE` for a configuration; what it leaves open comes from the start."""
     intervention: str = "soft" if config.intervention == "auto" else config.intervention
@@ -95,6 +101,8 @@ def architecture_of(
         "causal": config.causal_layer,
         "output_activation": config.output_activation,
         "noise": config.noise,
+        "n_gene_sets": n_gene_sets,
+        "leak": config.gene_set_leak,
     }
 
 
@@ -128,6 +136,7 @@ def fit_model(
     identity: str = "",
     on_epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None,
     start: WarmStart | None = None,
+    gene_sets: np.ndarray | None = None,
     ranks: Ranks = ALONE,
     on_retry: Callable[[str], None] = lambda text: None,
 ) -> Fit:
@@ -147,7 +156,8 @@ def fit_model(
         number of epochs.
     start
         Latents, targets and graph to start from; None starts from random weights and learns them by gradient.
-
+    gene_sets
+        (S, G) bool members of the sets that the encoder reads; None for one that reads all genes.
     on_retry
         Told in words when an epoch is done again, since a loss was not finite: from the weights before it, with a
         quarter of the learning rate from there on, at most `MAX_SLOWER` times in a fit; and when steps are computed in
@@ -161,11 +171,12 @@ def fit_model(
         If the checkpoint is damaged or belongs to another fit, or memory does not suffice for one perturbation.
     """
     training, first_rank = config.training, ranks.rank == 0
+    n_sets = 0 if gene_sets is None else len(gene_sets)
     architecture = ranks.from_first(
-        architecture_of(config.model, data.n_genes, n_latents, len(data.perturbation_names), start)
+        architecture_of(config.model, data.n_genes, n_latents, len(data.perturbation_names), start, n_sets)
     )
     bandwidth = ranks.from_first(_bandwidth(config.model, data, training.seed))
-    learners = _learners(data, config, architecture, bandwidth, start, ranks)
+    learners = _learners(data, config, architecture, bandwidth, start, gene_sets, ranks)
     notes: list[str] = []
 
     def told(text: str) -> None:
@@ -265,6 +276,7 @@ def _learners(
     architecture: dict[str, Any],
     bandwidth: float,
     start: WarmStart | None,
+    gene_sets: np.ndarray | None,
     ranks: Ranks,
 ) -> list[Learner]:
     """Models of consecutive seeds, which share their objective's view of the screen."""
@@ -276,6 +288,8 @@ def _learners(
         # Built in float32 on the CPU whatever the device, so that one seed starts everywhere from one model.
         model = DiscrepancyVAE(**architecture).to(dtype)
         _start_noise(model, data)
+        if gene_sets is not None and isinstance(model.encoder.hidden, GeneSetLayer):
+            model.encoder.hidden.assign(torch.from_numpy(gene_sets))
         anchor = None if start is None else warm_start(model, data, start)
         if ranks.size > 1:
             anchor = _start_from_first(model, anchor, ranks)
