@@ -18,7 +18,7 @@ import pytest
 import crlseq
 from crlseq.data.store import MANIFEST
 from crlseq.export import CELL_COLUMNS
-from crlseq.run import Run
+from crlseq.run import GENE_SETS, PATHWAY_COLUMNS, PATHWAYS, Run
 from tests.support import FAST, ROOT
 
 DOCS = ROOT / "docs"
@@ -87,7 +87,9 @@ def folders(run_folder: Path, wide_run: Run) -> list[Path]:
 
 
 def test_every_file_of_a_run_is_described(folders: list[Path]) -> None:
-    assert set(table("The run folder")) == {path.name for folder in folders for path in folder.iterdir()}
+    there = {path.name for folder in folders for path in folder.iterdir()}
+    assert set(table("The run folder")) == there | {PATHWAYS, GENE_SETS}
+    assert table("pathways.csv") == list(PATHWAY_COLUMNS)
 
 
 @pytest.mark.parametrize("name", ["programs", "interventions", "dag", "history", "evaluation", "ensemble"])
@@ -98,7 +100,7 @@ def test_every_column_is_described(folders: list[Path], name: str) -> None:
 
 # Described as a whole: what is within has names from the data, or a page of its own.
 WHOLE = {
-    *("config", "packages", "guides", "responders", "conditions[].cells"),
+    *("config", "packages", "guides", "responders", "gene_sets", "conditions[].cells"),
     *("discovery.held_out", "discovery.n_latents_curve"),
 }
 
