@@ -17,7 +17,8 @@ import pytest
 
 import crlseq
 from crlseq.data.store import MANIFEST
-from crlseq.run import Run
+from crlseq.export import CELL_COLUMNS
+from crlseq.run import GENE_SETS, PATHWAY_COLUMNS, PATHWAYS, Run
 from tests.support import FAST, ROOT
 
 DOCS = ROOT / "docs"
@@ -86,7 +87,9 @@ def folders(run_folder: Path, wide_run: Run) -> list[Path]:
 
 
 def test_every_file_of_a_run_is_described(folders: list[Path]) -> None:
-    assert set(table("The run folder")) == {path.name for folder in folders for path in folder.iterdir()}
+    there = {path.name for folder in folders for path in folder.iterdir()}
+    assert set(table("The run folder")) == there | {PATHWAYS, GENE_SETS}
+    assert table("pathways.csv") == list(PATHWAY_COLUMNS)
 
 
 @pytest.mark.parametrize("name", ["programs", "interventions", "dag", "history", "evaluation", "ensemble"])
@@ -95,9 +98,16 @@ def test_every_column_is_described(folders: list[Path], name: str) -> None:
     assert set(table(f"{name}.csv")) == {column for path in paths for column in pd.read_csv(path)}
 
 
+# Described as a whole: what is within has names from the data, or a page of its own.
+WHOLE = {
+    *("config", "packages", "guides", "responders", "gene_sets", "conditions[].cells"),
+    *("discovery.held_out", "discovery.n_latents_curve"),
+}
+
+
 def keys(value: Any, name: str = "") -> Iterator[str]:
     """Names of what is within: ``a.b`` of dictionaries, ``a[].b`` of lists of dictionaries."""
-    if name in ("config", "packages", "discovery.held_out", "discovery.n_latents_curve", "conditions[].cells"):
+    if name in WHOLE:
         yield name
     elif isinstance(value, dict) and value:
         if name in ("discovery", "discovery.bootstrap", "embeddings"):  # may be null
@@ -132,7 +142,9 @@ def element_names(adata: ad.AnnData) -> set[str]:
 
 def test_every_anndata_key_is_described(run_folder: Path, screen_file: Path) -> None:
     added = element_names(ad.read_h5ad(run_folder / "crlseq.h5ad")) - element_names(ad.read_h5ad(screen_file))
-    assert set(table("AnnData keys")) == added
+    optional = {'obs["crlseq_perturbation"]', 'obs["crlseq_responder"]'}
+    assert set(table("AnnData keys")) == added | optional
+    assert {f'obs["{name}"]' for name in CELL_COLUMNS} == {key for key in added if key.startswith("obs")} | optional
 
 
 def test_predictions_and_judgements_are_described(finished: Run) -> None:
