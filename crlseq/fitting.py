@@ -214,7 +214,11 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     of_fit = f"{__version__}\n{digest or _content(data)}\n{to_toml(config)}"
     stages = Stages(folder, hashlib.sha256(of_fit.encode()).hexdigest())
     tests = stages.result("effects", lambda: effect_tests(data, projection.scores, training.seed))
-    start, n_latents, reason = _start(data, config, projection, tests, progress, stages)
+    try:
+        start, n_latents, reason = _start(data, config, projection, tests, progress, stages)
+    except InputError:  # there is nothing to go on with
+        stages.forget()
+        raise
     give_back()
     identity = hashlib.sha256(f"{of_fit}\n{n_latents}".encode()).hexdigest()
     progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
