@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from crlseq.training import trainer
 from crlseq.training.checkpoint import load_checkpoint, mend_checkpoint, previous_of, save_checkpoint
 from crlseq.training.learner import MAX_SLOWER, Learner
 from tests.cli.test_repeat import results
-from tests.support import Answer, check_refusal, command, environment, invoke
+from tests.support import check_refusal, command, environment, invoke
 
 GRADIENT: dict[str, Any] = {"method": "gradient", "n_latents": 2, "epochs": 3, "batch_size": 16}
 
@@ -193,78 +191,6 @@ def test_an_output_removed_between_two_checkpoints(
     assert list(tmp_path.iterdir()) == []
 
 
-# Several commands in one child, which imports once.
-COMMANDS = """
-import json, sys
-from dataclasses import astuple
-from tests.support import invoke
-print(json.dumps([astuple(invoke(*words)) for words in json.load(sys.stdin)]))
-"""
-
-
-def in_a_child(commands: list[list[Any]], prepare: Callable[[], None]) -> list[Answer]:
-    """What the commands answer in a process that was prepared before it began."""
-    asked = json.dumps([list(map(str, words)) for words in commands])
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS], input=asked, capture_output=True, text=True, env=environment(), timeout=300,
-        preexec_fn=prepare,
-    )  # fmt: skip
-    return [Answer(*answer) for answer in json.loads(done.stdout)]
-
-
-def check_cannot_be_written(answer: Answer) -> None:
-    assert "Traceback" not in answer.err
-    lines = [line for line in answer.err.splitlines() if line.startswith(("crlseq:", "  C"))]
-    check_refusal(answer.code, answer.out, "\n".join(lines), 3, "cannot be written")
-
-
-def without_rights() -> None:
-    """Have the permissions of files hold, as they do not for root."""
-    for capability in (1, 2) if os.geteuid() == 0 else ():  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH of capability.h
-        if ctypes.CDLL(None).prctl(24, capability, 0, 0, 0):  # PR_CAPBSET_DROP
-            raise PermissionError
-
-
-@pytest.fixture
-def guarded(run_folder: Path, screen_file: Path, tmp_path: Path) -> Iterator[Path]:
-    """A folder that may be read and not written, with ``screen.h5ad``, ``RUN``, and ``closed``, which nobody may enter."""
-    place = tmp_path / "guarded"
-    (place / "closed").mkdir(parents=True)
-    shutil.copy(screen_file, place / "screen.h5ad")
-    shutil.copytree(run_folder, place / "RUN")
-    folders = {place / "RUN": 0o555, place / "closed": 0o000, place: 0o555}
-    for path, mode in folders.items():
-        path.chmod(mode)
-    yield place
-    for path in (place, *folders):
-        path.chmod(0o755)
-
-
-def test_places_without_permission(guarded: Path, tmp_path: Path) -> None:
-    screen, run = guarded / "screen.h5ad", guarded / "RUN"
-    fit, virtual = ["fit", screen, "--epochs", 1, "--output"], ["predict", run, "-p", "g0+g1", "--output"]
-    cannot = [
-        [*fit, guarded / "OTHER"],
-        [*fit, run, "--force"],
-        [*fit, guarded / "closed" / "RUN"],
-        ["prepare", screen, "--output", guarded / "store.zarr"],
-        [*virtual, guarded / "virtual.h5ad"],
-        [*virtual, guarded / "closed" / "virtual.h5ad"],
-        ["export", run, "--graphml", guarded / "dag.graphml"],
-        ["report", run],
-        ["plot", "dag", run, "--output", guarded / "dag.png"],
-    ]
-    for answer in in_a_child(cannot, without_rights):
-        check_cannot_be_written(answer)
-    assert {path.name for path in guarded.iterdir()} == {"closed", "RUN", "screen.h5ad"}
-    screen.chmod(0o000)
-    sources = (guarded / "closed" / "screen.h5ad", screen)
-    unreadable = [["fit", source, "--output", tmp_path / "NEVER", "--quiet"] for source in sources]
-    for answer in in_a_child(unreadable, without_rights):
-        check_refusal(answer.code, answer.out, answer.err, 3, "Check")
-    assert [path.name for path in tmp_path.iterdir()] == ["guarded"]
-
-
 def test_a_clock_that_is_set_back(screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By years, in the middle of a fit, of which the files' times tell nothing true."""
     from datetime import UTC, datetime, timedelta
@@ -291,26 +217,6 @@ def test_a_clock_that_is_set_back(screen_file: Path, tmp_path: Path, monkeypatch
     monkeypatch.undo()
     whole = crlseq.fit(screen_file, tmp_path / "whole", **GRADIENT)
     assert whole.path is not None and results(run.path) == results(whole.path)
-
-
-def test_a_disk_that_is_full_for_every_command(run_folder: Path, screen_file: Path, tmp_path: Path) -> None:
-    """Files may not grow: nothing half-written is left, and what was there stays."""
-    shutil.copytree(run_folder, tmp_path / "RUN")
-    run, out = tmp_path / "RUN", tmp_path / "out"
-    page = (run / "report.html").read_bytes()
-    out.mkdir()
-    commands = [
-        ["predict", run, "-p", "g0+g1", "--output", out / "virtual.h5ad"],
-        ["export", run, "--h5ad", out / "cells.h5ad"],
-        ["report", run],
-        ["plot", "dag", run, "--output", out / "dag.png"],
-        ["prepare", screen_file, "--output", out / "store.zarr"],
-    ]
-    limit = (8192, 8192)
-    for answer in in_a_child(commands, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)):
-        check_cannot_be_written(answer)
-    assert {path.name for path in out.rglob("*") if path.is_file()} <= {"lock"}
-    assert (run / "report.html").read_bytes() == page
 
 
 @pytest.mark.parametrize("limit", [20_000, 400_000])
