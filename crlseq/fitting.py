@@ -238,7 +238,11 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
         escaped = responders.escaped
         data = left_out(data, escaped, responders.in_words())
         progress.note(responders.in_words())
-    start, n_latents, reason = _start(data, config, projection, tests, progress, stages)
+    try:
+        start, n_latents, reason = _start(data, config, projection, tests, progress, stages)
+    except InputError:  # there is nothing to go on with
+        stages.forget()
+        raise
     give_back()
     of_sets = "" if sets is None else sets.digest()
     identity = hashlib.sha256(f"{of_fit}\n{n_latents}\n{of_sets}".encode()).hexdigest()

@@ -56,6 +56,6 @@ def read_csv(path: Path, columns: Mapping[str, type], later: Mapping[str, type] 
     table: pd.DataFrame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, **EXACT)
     if missing := [name for name in columns if name not in table]:
         raise ValueError(f"{path.name} has no column {missing[0]!r}")
-    for name in table.select_dtypes(object):
+    for name in table.select_dtypes(exclude=["number", "bool"]):
         table[name] = table[name].str.replace(DEFUSED, "", regex=True)
     return table
