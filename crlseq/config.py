@@ -46,6 +46,7 @@ class DataConfig(_Section):
     validation_cells: float = Field(default=0.1, gt=0.0, lt=0.5)  # share of every condition for early stopping
     responders: bool = False  # leave out cells that escaped their perturbation (`crlseq.analysis.responders`)
     embeddings: str | None = None  # table of gene vectors, from which perturbations never seen are extrapolated
+    gene_sets: str | None = None  # gmt file of the sets that the encoder reads
     streamed: bool | None = None  # a prepared store: read as training goes, or loaded; None: by its size
     combinations: bool = True  # False: fit on single perturbations alone, hold every combination out
 
@@ -59,6 +60,7 @@ class ModelConfig(_Section):
     intervention: Literal["auto", "shift", "hard", "soft"] = "auto"
     equations: Literal["auto", "linear", "nonlinear"] = "auto"
     causal_layer: bool = True  # False: the paper's ablation with u = z + shifts
+    gene_set_leak: float = Field(default=0.0, ge=0.0, lt=1.0)  # what genes outside a set count for its activity
     output_activation: Literal["identity", "leaky_relu"] = "identity"
     noise: Literal["gaussian", "none"] = "gaussian"  # gaussian: per-gene noise, learned, and abducted with z
     mmd_weight: float = Field(default=10.0, ge=0.0)  # 0: the ablation without MMD
@@ -149,6 +151,12 @@ def make_config(preset: str | None = None, file: Mapping[str, Any] | None = None
     ------
     UsageError
         For an unknown name or a value out of range.
+
+    Examples
+    --------
+    >>> from crlseq.config import make_config
+    >>> make_config("paper", n_latents=8).model.n_latents, make_config().model.n_latents
+    (8, 'auto')
     """
     file = dict(file or {})
     preset = str(preset or file.pop("preset", "default"))

@@ -13,6 +13,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
+from crlseq import __version__
 from crlseq.errors import InputError
 from crlseq.export import (
     CELL_COLUMNS,
@@ -50,6 +51,10 @@ COLUMNS: dict[str, dict[str, type]] = {
 }  # fmt: skip
 TABLES = tuple(COLUMNS)
 ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
+PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
+PATHWAY_COLUMNS = {
+    "program": str, "gene_set": str, "description": str, "weight": float, "rank": int, "n_genes": int, "same_genes": str,
+}  # fmt: skip
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
 # Columns that runs of earlier versions lack.
 LATER: dict[str, dict[str, type]] = {
@@ -99,6 +104,8 @@ class Run:
         `crlseq.export.CELL_COLUMNS` by the name of the cell; None: likewise.
     ensemble
         ``kind, source, target, agreement, mean, sd``: what models of other seeds agree on; None for one seed.
+    pathways
+        ``program, gene_set, weight, ...``: what the encoder reads each program from; None where it reads all genes.
     map
         From gene vectors to perturbations never seen, where the fit was given embeddings; None: likewise.
     """
@@ -114,6 +121,7 @@ class Run:
     cells: pd.DataFrame | None = field(default=None, repr=False)
     map: Extrapolation | None = field(default=None, repr=False)
     ensemble: pd.DataFrame | None = field(default=None, repr=False)
+    pathways: pd.DataFrame | None = field(default=None, repr=False)
 
     @cached_property
     def dag(self) -> nx.DiGraph[str]:
@@ -210,13 +218,29 @@ class Run:
         return latents.astype(np.float32)
 
     def predict(self, perturbations: str | Sequence[str], **options: Any) -> ad.AnnData:
-        """Virtual cells under fitted perturbations and combinations of them; see `crlseq.prediction.predict`."""
+        """Virtual cells under fitted perturbations and combinations of them; see `crlseq.prediction.predict`.
+
+        Examples
+        --------
+        >>> import crlseq
+        >>> virtual = crlseq.load("RUN").predict(["g0", "g0+g1"], n_cells=50)
+        >>> virtual.shape, virtual.varm["crlseq_effect"].shape
+        ((100, 40), (40, 2))
+        """
         from crlseq.prediction import predict
 
         return predict(self, perturbations, **options)
 
     def annotate(self, adata: ad.AnnData) -> ad.AnnData:
-        """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes."""
+        """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes.
+
+        Examples
+        --------
+        >>> import anndata, crlseq
+        >>> adata = crlseq.load("RUN").annotate(anndata.read_h5ad("screen.h5ad"))
+        >>> adata.obsm["X_crlseq"].shape, adata.varm["crlseq_programs"].shape
+        ((740, 3), (40, 3))
+        """
         set_keys(adata, self._keys(adata, adata.obs_names, adata.var_names))
         return adata
 
@@ -262,6 +286,8 @@ class Run:
             (folder / f"{name}.csv").write_bytes(to_csv(table))
         if self.ensemble is not None:
             (folder / ENSEMBLE).write_bytes(to_csv(self.ensemble))
+        if self.pathways is not None:
+            (folder / PATHWAYS).write_bytes(to_csv(self.pathways))
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
         text = json.dumps(self.info, indent=1, ensure_ascii=False)
@@ -281,7 +307,15 @@ def load(path: str | Path) -> Run:
     Raises
     ------
     InputError
-        If it is not one, is unfinished, damaged, written by a newer crlseq, or has a link that leads out of it.
+        If it is not one, is unfinished, damaged, written by a newer crlseq or by one whose runs are no longer read, or
+        has a link that leads out of it.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> run = crlseq.load("RUN")
+    >>> sorted(run.dag.nodes), sorted(run.described)
+    (['P0', 'P1', 'P2'], ['P0', 'P1', 'P2'])
     """
     folder = Path(path)
     if not (folder / "run.json").is_file():
@@ -292,12 +326,16 @@ def load(path: str | Path) -> Run:
             f"{folder} is not a run folder: it has no run.json.", "Give the folder that `crlseq fit --output` wrote."
         )
     refuse_links_outside(folder)
+    writer = __version__
     try:
         if (folder / "run.json").stat().st_size > MAX_JSON:
             raise ValueError(f"run.json has more than {MAX_JSON >> 20} MiB")
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if info["format"] > FORMAT:
             raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
+        writer = str(info["version"])
+        if info["format"] < FORMAT:
+            raise ValueError(f"its format is {info['format']}, and {FORMAT} is read")
         if missing := INFO - info.keys():
             raise ValueError(f"run.json lacks {min(missing)!r}")
         tables = {
@@ -305,8 +343,14 @@ def load(path: str | Path) -> Run:
         }
         several = info["config"]["training"].get("ensemble", 1) > 1
         ensemble = read_csv(folder / ENSEMBLE, ENSEMBLE_COLUMNS) if several else None
+        pathways = read_csv(folder / PATHWAYS, PATHWAY_COLUMNS) if info.get("gene_sets") else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        if writer != __version__:
+            raise InputError(
+                f"{folder} was written by crlseq {writer[:20]}, whose runs {__version__} does not read: {detail}.",
+                "Fit again with the command in its run.json, or read it with that version.",
+            ) from error
         raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
     return Run(
         info,
@@ -317,4 +361,5 @@ def load(path: str | Path) -> Run:
         tables["evaluation"],
         folder,
         ensemble=ensemble,
+        pathways=pathways,
     )

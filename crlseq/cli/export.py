@@ -52,6 +52,7 @@ def export(
     from crlseq.errors import InputError, UsageError
     from crlseq.interchange import FORMATS, write
     from crlseq.run import load
+    from crlseq.runfolder import refuse_part_of_run
 
     if (name is None) != (output is None):
         raise UsageError("--format and --output belong together.", f"Formats are {', '.join(FORMATS)}.")
@@ -64,6 +65,7 @@ def export(
     for what, path in wanted.items():
         if path.is_dir() and not FORMATS[what].is_folder:
             raise InputError(f"{path} is a folder.", "Name a file to write.")
+        refuse_part_of_run(path)
         if path.exists() and not force:
             raise InputError(f"{path} exists.", "Choose another path, or replace it with --force.")
     for what, path in wanted.items():

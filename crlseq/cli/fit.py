@@ -73,6 +73,10 @@ def fit(
         str | None,
         _option("straighten (likelihood, then networks), linear (likelihood alone, seconds) or gradient.", MODEL),
     ] = None,
+    gene_sets: Annotated[
+        Path | None,
+        _option("A gmt file: the encoder reads its gene sets, and each program is a combination of them.", MODEL),
+    ] = None,
     n_latents: Annotated[str | None, _option("Number of programs, or auto.", MODEL)] = None,
     intervention: Annotated[str | None, _option("auto (from the data), shift, hard or soft.", MODEL)] = None,
     equations: Annotated[str | None, _option("auto (from the data), linear or nonlinear.", MODEL)] = None,
@@ -110,6 +114,7 @@ def fit(
             layer=layer, values=values, n_top_genes=_number_or_word(n_top_genes), genes=_gene_list(genes), min_cells=min_cells,
             hold_out=tuple(hold_out) if hold_out else None, hold_out_cells=hold_out_cells, combinations=combinations,
             embeddings=None if embeddings is None else str(embeddings), streamed=streamed,
+            gene_sets=None if gene_sets is None else str(gene_sets),
             method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, bootstrap=_number_or_word(bootstrap),
             epochs=epochs, batch_size=batch_size, seed=seed, ensemble=ensemble, dtype=dtype, device=device, threads=threads,
         )  # fmt: skip

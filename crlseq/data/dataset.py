@@ -95,6 +95,13 @@ class PerturbSeqData:
         """Ascending indices of a condition's cells in the given splits."""
         return np.flatnonzero((self.condition == condition) & np.isin(self.split, codes))
 
+    def comparable(self) -> np.ndarray:
+        """(cells,) bool: whether controls to train on share a cell's batch.
+
+        What a batch without any does to its cells cannot be told from what their perturbations do.
+        """
+        return np.isin(self.batch, self.batch[self.cells(0, splits.TRAIN)])
+
     def cells_by_condition(self, *codes: int) -> list[np.ndarray]:
         """`cells` of every condition in one pass."""
         chosen = np.flatnonzero(np.isin(self.split, codes) & (self.condition >= 0))
@@ -196,7 +203,7 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         notes.append(
             f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are left out."
         )
-    notes += _lonely_batches(batch, batch_names, labels.condition, split)
+    notes += _lonely_batches(batch, batch_names, labels, split)
     kept = np.flatnonzero(selection.fitted | selection.held_out)
     parts = sorted({part for c in np.flatnonzero(selection.fitted) for part in labels.conditions[c]})
     renumbered = {part: i for i, part in enumerate(parts)}
@@ -324,13 +331,20 @@ def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.
     return codes.astype(np.int64), tuple(map(str, names))
 
 
-def _lonely_batches(batch: np.ndarray, names: tuple[str, ...], condition: np.ndarray, split: np.ndarray) -> list[str]:
-    controls = np.bincount(batch[(condition == 0) & (split == splits.TRAIN)], minlength=len(names))
-    perturbed = np.bincount(batch[(condition > 0) & (split == splits.TRAIN)], minlength=len(names))
-    lonely = [names[b] for b in np.flatnonzero((controls == 0) & (perturbed > 0))]
-    if not lonely:
+def _lonely_batches(batch: np.ndarray, names: tuple[str, ...], labels: Perturbations, split: np.ndarray) -> list[str]:
+    train = split == splits.TRAIN
+    controls = np.unique(batch[train & (labels.condition == 0)])
+    perturbed = train & (labels.condition > 0)
+    lonely = np.setdiff1d(batch[perturbed], controls)
+    if not len(lonely):
         return []
-    return [f"Batches without control cells take controls of every batch: {_few(lonely)}."]
+    alone = np.setdiff1d(labels.condition[perturbed], labels.condition[perturbed & np.isin(batch, controls)])
+    without = [labels.condition_names[c] for c in alone]
+    return [
+        f"Batches without control cells: {_few([names[b] for b in lonely])}. What such a batch does cannot be told from"
+        " what perturbations do: its cells take no part in finding targets and graph"
+        + (f", and perturbations that have no others get no target: {_few(without)}." if without else ".")
+    ]
 
 
 def _few(names: Sequence[str], most: int = 8) -> str:

@@ -17,6 +17,7 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
+from crlseq.data.hdf5 import refuse_traps
 from crlseq.data.store import StoredMatrix, read_manifest
 from crlseq.errors import CrlseqError, InputError
 from crlseq.files import refuse_links_outside
@@ -75,8 +76,7 @@ def as_csr(block: Any) -> sp.csr_matrix:
     if not sp.issparse(block):
         block = np.asarray(block, dtype=np.float64)
     csr: sp.csr_matrix = sp.csr_matrix(block, dtype=np.float64, copy=True)
-    csr.check_format(full_check=True)  # compiled code would follow an index out of the matrix
-    csr.sum_duplicates()
+    within(csr).sum_duplicates()
     csr.eliminate_zeros()
     return csr
 
@@ -179,7 +179,7 @@ def open_store(path: Path) -> Iterator[Any]:
         if not whole:
             raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
         with readable(str(path), "the file"):
-            _refuse_other_files(handle, path)
+            refuse_traps(handle, path)
             if handle.attrs.get("encoding-type") == "MuData":
                 handle = _expression_modality(handle, path)
             for slot in ("obsm", "varm", "uns"):  # results are added there, long after this
@@ -197,27 +197,6 @@ def _expression_modality(handle: h5py.File, path: Path) -> Any:
             f"Name the one with the expression {EXPRESSION!r}; there are: {_listed(modalities)}.",
         )
     return modalities[EXPRESSION]
-
-
-def _refuse_other_files(handle: h5py.File, path: Path) -> None:
-    """HDF5 can take data from any other file that the user may read; what a stranger sent must not."""
-
-    def look(name: str, item: Any) -> None:
-        outside = False
-        if isinstance(item, h5py.Dataset):
-            outside = bool(item.external) or (
-                item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())
-            )
-        elif isinstance(item, h5py.Group):
-            outside = any(isinstance(item.get(child, getlink=True), h5py.ExternalLink) for child in item)
-        if outside:
-            raise InputError(
-                f"{path} takes {name!r} from another file.",
-                "Write it again with anndata, which puts everything into one.",
-            )
-
-    look("/", handle)
-    handle.visititems(look)
 
 
 def _refuse_claims(element: Any, path: Path) -> None:
@@ -241,11 +220,12 @@ def _row_sliceable(element: Any, source: str) -> Any:
     if isinstance(element, (h5py.Group, zarr.Group)):
         dataset = ad.io.sparse_dataset(element)
         # Rows of a CSC matrix cannot be sliced from disk at a bearable speed.
-        element = dataset if dataset.format == "csr" else _to_csr(dataset.to_memory())
+        element = dataset if dataset.format == "csr" else within(dataset.to_memory()).tocsr()
     # What remains is an AnnData's: in memory, or backed by a data set or a sparse data set.
     elif hasattr(element, "format"):
         if element.format != "csr":
-            element = _to_csr(element.to_memory() if hasattr(element, "to_memory") else element)
+            element = within(element.to_memory() if hasattr(element, "to_memory") else element).tocsr()
+        within(element)
     elif not isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)):
         element = np.asarray(element)
     if len(element.shape) != 2:
@@ -255,10 +235,17 @@ def _row_sliceable(element: Any, source: str) -> Any:
     return element
 
 
-def _to_csr(matrix: Any) -> Any:
+def within(matrix: Any) -> Any:
+    """The matrix; scipy's compiled code would follow indices and row pointers of a sparse one out of its memory.
+
+    Raises
+    ------
+    ValueError
+        If they lead there.
+    """
     if hasattr(matrix, "check_format"):
         matrix.check_format(full_check=True)
-    return matrix.tocsr()
+    return matrix
 
 
 def _named_layer(layers: dict[str, Any], layer: str, source: str) -> Any:

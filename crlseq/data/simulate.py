@@ -122,6 +122,15 @@ def simulate(
     ValueError
         If a size is not positive, a kind is unknown, more edges than the complete DAG or more doubles than
         pairs are asked for, or a number is negative or not finite.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> adata = crlseq.simulate(n_latents=3, n_genes=50, cells_per_perturbation=20, n_control=60, seed=1)
+    >>> adata.shape, adata.obs["perturbation"].nunique()
+    ((300, 50), 13)
+    >>> adata.uns["truth"]["adjacency"].shape, adata.obsm["true_latents"].shape
+    ((3, 3), (300, 3))
     """
     _check(
         sizes={

@@ -58,6 +58,8 @@ class DiscrepancyVAE(nn.Module):
         See `Decoder`.
     noise
         ``gaussian`` (a learned variance a gene, abducted) or ``none`` (published).
+    n_gene_sets, leak
+        Of an encoder that reads gene sets, see `GeneSetLayer`; 0 for one that reads all genes.
     """
 
     def __init__(
@@ -71,9 +73,11 @@ class DiscrepancyVAE(nn.Module):
         causal: bool = True,
         output_activation: str = "identity",
         noise: str = "gaussian",
+        n_gene_sets: int = 0,
+        leak: float = 0.0,
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(n_genes, n_hidden, n_latents)
+        self.encoder = Encoder(n_genes, n_hidden, n_latents, n_gene_sets, leak)
         self.intervention_encoder = InterventionEncoder(n_perturbations, n_hidden, n_latents)
         self.scm = LatentSCM(n_latents, n_perturbations, intervention, equations, causal)
         self.decoder = Decoder(n_latents, n_hidden, n_genes, output_activation)
@@ -110,13 +114,22 @@ class DiscrepancyVAE(nn.Module):
         """
         mean, variance = self.encoder(control)
         z = mean if eps is None else mean + variance.sqrt() * eps
-        weights = self.target_weights(perturbations)  # (C, M, p)
-        latents = self.scm(z, self.scm.mechanism(perturbations, weights))
+        latents = self.intervene(z, perturbations)
         # Decoded in one product, whose gradient by the weights is one as well.
         reconstruction, virtual = self.decoder(torch.stack([self.scm(z), latents]))
-        if self.log_noise is not None:
-            virtual = virtual + (control - reconstruction) + self.missed(perturbations)[:, None]
+        virtual = self.carried(virtual, control - reconstruction, perturbations)
         return ModelOutput(virtual, reconstruction, mean, variance, latents)
+
+    def intervene(self, z: Tensor, perturbations: Tensor) -> Tensor:
+        """Noise z (C, B, p) to the latents of its cells under conditions (C, M), filled up with -1."""
+        latents: Tensor = self.scm(z, self.scm.mechanism(perturbations, self.target_weights(perturbations)))
+        return latents
+
+    def carried(self, decoded: Tensor, rest: Tensor, perturbations: Tensor) -> Tensor:
+        """Decoded latents (C, B, G) with what a control cell's own latents left over, and what conditions do besides."""
+        if self.log_noise is None:
+            return decoded
+        return decoded + rest + self.missed(perturbations)[:, None]
 
     def missed(self, perturbations: Tensor) -> Tensor:
         """(C, M) perturbations, filled up with -1, to the effects (C, G) that go past the latents."""
