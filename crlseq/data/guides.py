@@ -89,19 +89,13 @@ def read_labels(
     UsageError
         If more than one place was named to read them from.
     """
-    asked = {
-        "--perturbation-key": config.perturbation_key,
-        "--guide-key": config.guide_key,
-        "--guide-counts": config.guide_counts,
-    }
-    given = [option for option, value in asked.items() if value is not None]
+    places = ("perturbation_key", "guide_key", "guide_counts")
+    given = [f"--{name.replace('_', '-')}" for name in places if getattr(config, name) is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} were both given.", "Give the one that holds the perturbations.")
     if config.guide_key is None and config.guide_counts is None:
         if config.guide_map is not None:
-            raise UsageError(
-                "--guide-map says nothing without guides.", "Name them with --guide-key or --guide-counts."
-            )
+            raise UsageError("--guide-map needs guides.", "Name them with --guide-key or --guide-counts.")
         labels = read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator)
         return labels, None
     guides = _from_column(screen, config) if config.guide_key is not None else _from_counts(screen, source, config)
@@ -217,8 +211,7 @@ def _genes(names: Iterable[str], config: DataConfig) -> tuple[dict[str, str], st
 
 
 def _from_column(screen: Screen, config: DataConfig) -> Guides:
-    key = config.guide_key
-    assert key is not None
+    assert (key := config.guide_key) is not None
     if key not in screen.obs:
         columns = ", ".join(repr(str(column)) for column in screen.obs.columns[:MOST_NAMES])
         raise InputError(f"The cells have no column {key!r} for --guide-key.", f"Columns: {columns or 'none'}.")
@@ -231,10 +224,9 @@ def _from_column(screen: Screen, config: DataConfig) -> Guides:
     written = []
     for text, own, sure in zip(texts, parts, known, strict=True):
         unsure = [part for part in own if part not in sure] or ([] if own else [text])
+        targets = sorted({genes[part] for part in sure} - {control})
         # "unassigned" stays, and is dropped and counted by it.
-        written.append(
-            unsure[0] if unsure else mark.join(sorted({genes[part] for part in sure} - {control})) or control
-        )
+        written.append(unsure[0] if unsure else mark.join(targets) or control)
     labels = pd.Categorical(np.append(np.array(written, dtype=object), np.nan)[codes])
     where = f"Guides are named in column {key!r}"
     return _guides(labels, control, genes, rule, where, {"column": key})
@@ -256,9 +248,8 @@ def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataCo
     targets = sorted(set(genes.values()) - {control})
     number = {control: 0} | {gene: i for i, gene in enumerate(targets, 1)}
     column = np.array([number[genes[name]] for name in names], dtype=np.int64)
-    by_gene = counts @ sp.csr_matrix(
-        (np.ones(len(names)), (np.arange(len(names)), column)), shape=(len(names), len(number))
-    )
+    member = sp.csr_matrix((np.ones(len(names)), (np.arange(len(names)), column)), (len(names), len(number)))
+    by_gene = counts @ member
     first, second = assign(sp.csr_matrix(by_gene), config.guide_min_umis, config.guide_min_share)
     pairs = (first >= 0) & (second >= 0)
     if not config.combinations:  # two genes in a cell of a screen with one guide a cell: a doublet
@@ -269,20 +260,21 @@ def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataCo
         both = sorted({int(first[cell]), int(second[cell])} - {0})
         written[cell] = mark.join(targets[i - 1] for i in both) or control
     about = {
-        where[0]: key, "min_umis": config.guide_min_umis, "min_share": config.guide_min_share,
+        where: key,
+        "min_umis": config.guide_min_umis,
+        "min_share": config.guide_min_share,
         "cells_with_two": int(pairs.sum()),
-    }  # fmt: skip
-    text = (
-        f"Guides are counted in {where[0]} {key!r}; a cell has the gene with {config.guide_min_umis} UMIs or more and "
-        f"{config.guide_min_share:g} of all, or two genes that have as much together"
+    }
+    two = (
+        " (doublets, if each cell was given one guide: --no-combinations leaves them out)"
+        if config.combinations
+        else ""
     )
-    if not config.combinations:
-        text += ", and cells with two are left out (--no-combinations)"
-    elif pairs.any():
-        text += (
-            f" ({int(pairs.sum())} cells, which are doublets if each cell was given one guide: --no-combinations "
-            "leaves them out)"
-        )
+    text = (
+        f"Guides are counted in {where} {key!r}; a cell has the gene with {config.guide_min_umis} UMIs or more and "
+        f"{config.guide_min_share:g} of all, and {int(pairs.sum())} cells two genes that have as much together"
+        f"{two or ', which are left out'}"
+    )
     return _guides(pd.Categorical(written), control, genes, rule, text, about)
 
 
@@ -328,9 +320,7 @@ def assign(counts: sp.csr_matrix, min_umis: int, min_share: float) -> tuple[np.n
     return first, second
 
 
-def guide_counts(
-    screen: Screen, source: str | Path | ad.AnnData, key: str
-) -> tuple[sp.csr_matrix, list[str], tuple[str]]:
+def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> tuple[sp.csr_matrix, list[str], str]:
     """Counts (cells, guides), names of guides, and whether they are of ``obsm`` or a ``modality``.
 
     Raises
@@ -341,11 +331,11 @@ def guide_counts(
     if isinstance(source, ad.AnnData):
         if key not in source.obsm:
             raise _no_counts(screen.source, key, list(source.obsm))
-        return *_table_of(source.obsm[key], key), ("obsm",)
+        return *_table_of(source.obsm[key], key), "obsm"
     with open_store(Path(source)) as store, readable(screen.source, f"the guide counts {key!r}"):
         there = list(store["obsm"]) if "obsm" in store else []
         if key in there:
-            return *_table_of(ad.io.read_elem(store["obsm"][key]), key), ("obsm",)
+            return *_table_of(ad.io.read_elem(store["obsm"][key]), key), "obsm"
         modalities = store.parent if store.name == "/mod/rna" else {}
         if key not in modalities or key == "rna":
             raise _no_counts(screen.source, key, [*there, *(name for name in modalities if name != "rna")])
@@ -355,7 +345,7 @@ def guide_counts(
     # Cells that the modality lacks have no guide.
     place = cells.get_indexer(screen.obs.index.astype(str))
     padded = sp.csr_matrix(sp.vstack([counts, sp.csr_matrix((1, counts.shape[1]))], format="csr"))
-    return sp.csr_matrix(padded[place]), list(names), ("modality",)
+    return sp.csr_matrix(padded[place]), list(names), "modality"
 
 
 def _no_counts(source: str, key: str, there: list[str]) -> InputError:
