@@ -52,6 +52,7 @@ class ModelConfig(_Section):
     n_hidden: int = Field(default=128, ge=1)
     intervention: Literal["auto", "shift", "hard", "soft"] = "auto"
     equations: Literal["auto", "linear", "nonlinear"] = "auto"
+    decoder: Literal["dense", "sparse"] = "dense"  # sparse: a program moves few genes, under a spike-and-slab lasso
     causal_layer: bool = True  # False: the paper's ablation with u = z + shifts
     output_activation: Literal["identity", "leaky_relu"] = "identity"
     noise: Literal["gaussian", "none"] = "gaussian"  # gaussian: per-gene noise, learned, and abducted with z

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from crlseq.model.networks import Decoder, Encoder, InterventionEncoder
 from crlseq.model.scm import LatentSCM, Mechanism
+from crlseq.model.sparse_decoder import SparseDecoder
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class DiscrepancyVAE(nn.Module):
         See `Decoder`.
     noise
         ``gaussian`` (a learned variance a gene, abducted) or ``none`` (published).
+    decoder
+        ``dense`` or ``sparse``: see `Decoder` and `SparseDecoder`, whose output is the identity.
     """
 
     def __init__(
@@ -71,12 +74,17 @@ class DiscrepancyVAE(nn.Module):
         causal: bool = True,
         output_activation: str = "identity",
         noise: str = "gaussian",
+        decoder: str = "dense",
     ) -> None:
         super().__init__()
         self.encoder = Encoder(n_genes, n_hidden, n_latents)
         self.intervention_encoder = InterventionEncoder(n_perturbations, n_hidden, n_latents)
         self.scm = LatentSCM(n_latents, n_perturbations, intervention, equations, causal)
-        self.decoder = Decoder(n_latents, n_hidden, n_genes, output_activation)
+        self.decoder: Decoder | SparseDecoder
+        if decoder == "sparse":
+            self.decoder = SparseDecoder(n_latents, n_hidden, n_genes)
+        else:
+            self.decoder = Decoder(n_latents, n_hidden, n_genes, output_activation)
         self.log_noise = nn.Parameter(torch.zeros(n_genes)) if noise == "gaussian" else None  # log variance
         # What the latents miss, measured after the fit: effects (K, G) of single perturbations, one (G,) of being
         # perturbed at all, which a combination has once, and their standard errors.

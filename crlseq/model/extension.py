@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.sparse_decoder import SparseDecoder
 
 LARGE = 40.0  # sigmoid(40) is 1 in float64, sigmoid(-40) is 4e-18
 
@@ -31,6 +32,7 @@ def extended(model: DiscrepancyVAE, shift: Tensor, residual: Tensor, residual_er
     new = DiscrepancyVAE(
         g, p, k + n * p, model.encoder.hidden.out_features, "soft", scm.equations, True,
         model.decoder.output_activation, "none" if model.log_noise is None else "gaussian",
+        "sparse" if isinstance(model.decoder, SparseDecoder) else "dense",
     ).to(model.residual.dtype)  # fmt: skip
     first = torch.zeros((n, p, 1), dtype=residual.dtype)
     first[:, 0] = 1

@@ -89,6 +89,7 @@ def architecture_of(
         "causal": config.causal_layer,
         "output_activation": config.output_activation,
         "noise": config.noise,
+        "decoder": config.decoder,
     }
 
 
@@ -205,7 +206,7 @@ def fit_model(
             rng = np.random.default_rng([training.seed, 1, epoch])
             noise = int(rng.integers(2**62))
             for i, learner in enumerate(learners):
-                learner.begin(schedule(epoch, n_epochs, config.model, training), noise + i)
+                learner.begin(epoch, n_epochs, schedule(epoch, n_epochs, config.model, training), noise + i)
             batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
             for step, _ in steps(batches):
                 list(in_parallel(methodcaller("learn", step, len(batches)), active, threads))
