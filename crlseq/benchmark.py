@@ -41,8 +41,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "shallow": {"mixing": "network", "cells_per_perturbation": 50, "depth": 2000.0},
     "linear-shift": {"intervention": "shift"},
     "linear-soft": {"intervention": "soft"},
+    "sparse-counts": {"loading_density": 0.15},
 }
-METHODS: dict[str, dict[str, Any]] = {"default": {}, "linear": {"method": "linear"}, "paper": {"preset": "paper"}}
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {}, "sparse": {"decoder": "sparse"}, "linear": {"method": "linear"}, "paper": {"preset": "paper"},
+}  # fmt: skip
 BASELINES = ("random", "empty")
 
 SCORES = (
@@ -53,7 +56,7 @@ COLUMNS = ("scenario", "seed", "method", *SCORES, "n_edges", "n_latents", "verdi
 SUMMARISED = (*SCORES, "n_edges", "n_latents", "seconds")
 SHOWN = {"ancestor_f1": "Ancestor F1", "target_accuracy": "Target accuracy", "shd": "SHD", "mcc": "MCC"}
 MARKS = {  # Okabe and Ito's colours, which colour-blind readers tell apart, and a shape each
-    "default": ("#0072B2", "o"), "linear": ("#009E73", "D"), "paper": ("#D55E00", "s"),
+    "default": ("#0072B2", "o"), "sparse": ("#CC79A7", "P"), "linear": ("#009E73", "D"), "paper": ("#D55E00", "s"),
     "random": ("#777777", "^"), "empty": ("#333333", "v"),
 }  # fmt: skip
 

@@ -106,7 +106,9 @@ def fit_masks(
         for k, units in enumerate(own):
             others = ((weight @ gram[:, units]) * shape[:, units]).sum(1) - w[:, k] * curvature[:, k]
             z = linear[:, k] - others
-            size = (z.abs() - prior.rate(w[:, k], share[k])).clamp_min(0) / curvature[:, k]
+            # A mask of 0 is judged by where it would go: its own slope would keep it where it is.
+            far = torch.where(w[:, k] == 0, (z.abs() - prior.slab) / curvature[:, k], w[:, k])
+            size = (z.abs() - prior.rate(far, share[k])).clamp_min(0) / curvature[:, k]
             w[:, k] = torch.where(z.abs() > threshold[:, k], z.sign() * size, torch.zeros_like(z))
             weight[:, units] = w[:, k, None] * shape[:, units]
         share = prior.shares(w, share)

@@ -17,6 +17,7 @@ from crlseq.data.batches import BatchIndex
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import weighted_total
 from crlseq.model.rows import SparseRows
+from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.objective import CellSource, Objective
 from crlseq.training.warm_start import Anchor
 
@@ -62,14 +63,19 @@ def batch(rng: np.random.Generator, n_conditions: int, width: int, of: Screen) -
     return BatchIndex(rng.integers(1, len(of.table), n_conditions), np.where(mask, perturbed, 0), control * mask, mask)
 
 
-def model(seed: int, n_genes: int, p: int, k: int, intervention: str, equations: str) -> DiscrepancyVAE:
+def model(
+    seed: int, n_genes: int, p: int, k: int, intervention: str, equations: str, decoder: str = "dense"
+) -> DiscrepancyVAE:
     torch.manual_seed(seed)
-    made = DiscrepancyVAE(n_genes, p, k, 8, intervention, equations)
+    made = DiscrepancyVAE(n_genes, p, k, 8, intervention, equations, decoder=decoder)
     with torch.no_grad():
         assert made.log_noise is not None
         made.log_noise.normal_(-1, 1)
         made.scm.shift.normal_(0, 2)
-        made.decoder.output.weight.normal_(0, 0.2)
+        if isinstance(made.decoder, SparseDecoder):
+            made.decoder.output.mask.copy_(torch.randn(n_genes, p) * (torch.rand(n_genes, p) < 0.5))
+        else:
+            made.decoder.output.weight.normal_(0, 0.2)
     return made
 
 
@@ -109,16 +115,16 @@ def difference(found: Any, expected: Any) -> float:
     seed=st.integers(0, 2**16), n_genes=st.integers(3, 90), p=st.integers(1, 5), n_conditions=st.integers(1, 5),
     width=st.integers(2, 20), intervention=st.sampled_from(["soft", "hard", "shift"]),
     equations=st.sampled_from(["linear", "nonlinear"]), sparse=st.booleans(),
-    estimator=st.sampled_from(["unbiased", "biased"]),
+    estimator=st.sampled_from(["unbiased", "biased"]), decoder=st.sampled_from(["dense", "sparse"]),
 )  # fmt: skip
 def test_both_forms_agree(
     seed: int, n_genes: int, p: int, n_conditions: int, width: int,
-    intervention: str, equations: str, sparse: bool, estimator: Any,
+    intervention: str, equations: str, sparse: bool, estimator: Any, decoder: str,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     data = screen(rng, n_genes, p + 1, sparse)
     cells, config = batch(rng, n_conditions, width, data), ModelConfig(mmd_estimator=estimator)
-    made = model(seed, n_genes, p, p + 1, intervention, equations)
+    made = model(seed, n_genes, p, p + 1, intervention, equations, decoder)
     dense = value_and_gradient(made, data, config, False, cells, torch.float64)
     assert difference(value_and_gradient(made, data, config, True, cells, torch.float64), dense) < 1e-9
 
