@@ -34,11 +34,11 @@ from crlseq.report import write_report
 from crlseq.results import tables_of
 from crlseq.run import Run, load
 from crlseq.runfolder import move_into_place, partial_of, refuse_output, working_folder
+from crlseq.threads import on_threads
 from crlseq.training.checkpoint import mend_checkpoint, previous_of, save_weights
 from crlseq.training.discovery import discover
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.memory import give_back, keep_blocks, return_blocks
-from crlseq.training.threads import on_threads
 from crlseq.training.trainer import Fit, fit_model, resolve_device, resolve_step
 from crlseq.training.warm_start import WarmStart
 

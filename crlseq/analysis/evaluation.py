@@ -25,7 +25,7 @@ from crlseq.analysis.comparison import AXIOMS, CEILING, FLOOR, METRICS, MODEL, c
 from crlseq.analysis.counterfactual import counterfactual_quality
 from crlseq.analysis.effects import benjamini_hochberg
 from crlseq.analysis.judged import Cells, Judged, read_cells
-from crlseq.analysis.prediction import virtual_cells
+from crlseq.analysis.prediction import COMPARED_CELLS, SOURCE_CELLS, virtual_cells
 from crlseq.analysis.truth import known_recovery
 from crlseq.data.batches import ControlPartners
 from crlseq.errors import InputError
@@ -34,9 +34,7 @@ from crlseq.model.losses import median_bandwidth
 if TYPE_CHECKING:
     from crlseq.run import Run
 
-SOURCE_CELLS = 500  # controls of each batch that virtual cells are made of
 JUDGED_CELLS = 200  # whose counterfactuals are judged
-COMPARED_CELLS = 250  # a side, in distances between cells
 HALVES = 5  # random divisions of the measured cells of a condition
 TOP_EXPRESSED, TOP_DE, DE_FDR = 1000, 20, 0.05
 SHARED_NOISE = 0.1  # share of the measured changes that is the controls' sampling error, from which on it is told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +16,10 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import mmd_of_distances, squared_distances
 from crlseq.training.residuals import controls_by_batch, mean_effect
 
-COMPARED_CELLS = 500  # of a condition, and controls; more sharpen a comparison less than they cost
+SOURCE_CELLS = 500  # controls of a condition's batches that virtual cells are made of
+COMPARED_CELLS = 250  # a side, in distances between cells; more sharpen a comparison less than they cost
 
 
-@torch.no_grad()
 def virtual_cells(model: DiscrepancyVAE, control: np.ndarray, perturbations: np.ndarray, seed: int) -> np.ndarray:
     """(n, G) control cells as they would be under a condition: abduction, action, prediction.
 
@@ -29,13 +30,26 @@ def virtual_cells(model: DiscrepancyVAE, control: np.ndarray, perturbations: np.
     perturbations
         (M,) single perturbations, filled up with -1.
     """
+    return abducted(model, control, seed)(perturbations)
+
+
+@torch.no_grad()
+def abducted(model: DiscrepancyVAE, control: np.ndarray, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """`virtual_cells` of the same controls under any condition: they are encoded once."""
     weight = model.encoder.hidden.weight
     x = torch.from_numpy(control).to(weight.device, weight.dtype)[None]
     generator = torch.Generator(weight.device).manual_seed(seed)
-    shape = (1, len(control), model.scm.graph.shape[0])
-    eps = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
-    output = model(x, torch.from_numpy(perturbations).to(weight.device)[None], eps)
-    return np.asarray(output.virtual[0].cpu().numpy().astype(control.dtype))
+    mean, variance = model.encoder(x)
+    z = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    rest = x - model.decoder(model.scm(z))
+
+    @torch.no_grad()
+    def under(perturbations: np.ndarray) -> np.ndarray:
+        condition = torch.from_numpy(perturbations).to(weight.device)[None]
+        virtual = model.carried(model.decoder(model.intervene(z, condition)), rest, condition)
+        return np.asarray(virtual[0].cpu().numpy().astype(control.dtype))
+
+    return under
 
 
 def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> pd.DataFrame:
@@ -63,13 +77,14 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
             continue
         batches = tuple(np.unique(data.batch[cells]).tolist())
         if batches not in known:
-            known[batches] = _controls(data, controls, batches, seed)
-        control, within_control = known[batches]
+            known[batches] = _controls(model, data, controls, batches, seed)
+        control, within_control, act = known[batches]
         few = np.random.default_rng([seed, 6, c]).permutation(len(cells))[:COMPARED_CELLS]
         measured = data.dense(cells)
-        virtual = virtual_cells(model, control, table[c], seed)
+        virtual = act(table[c])
         mean, virtual_mean, measured_mean = (x.mean(0, dtype=float) for x in (control, virtual, measured))
-        mmd2, mmd2_no_change = _discrepancies(virtual, control, within_control, measured[few])
+        some = _compared(len(control))
+        mmd2, mmd2_no_change = _discrepancies(virtual[some], control[some], within_control, measured[few])
         parts = data.conditions[c]
         trained = train[parts] if parts in train else sum(train.get((part,), 0 * average) for part in parts)
         simple = {name: mean + change for name, change in (("training", trained), ("mean", average))}
@@ -100,21 +115,29 @@ def _training_effects(data: PerturbSeqData) -> dict[tuple[int, ...], np.ndarray]
 
 
 class _Controls(NamedTuple):
-    """Control cells (n, G) and their squared distances (n, n)."""
+    """Control cells (n, G), the squared distances of those compared, and what makes virtual cells of all."""
 
     cells: np.ndarray
     within: torch.Tensor
+    act: Callable[[np.ndarray], np.ndarray]
 
 
-def _controls(data: PerturbSeqData, controls: np.ndarray, batches: tuple[int, ...], seed: int) -> _Controls:
+def _compared(n: int) -> np.ndarray:
+    """Which of n cells are compared."""
+    return np.linspace(0, n - 1, min(n, COMPARED_CELLS)).astype(int)
+
+
+def _controls(
+    model: DiscrepancyVAE, data: PerturbSeqData, controls: np.ndarray, batches: tuple[int, ...], seed: int
+) -> _Controls:
     """Controls of the given batches; of all where these have none. The same for every condition of the batches."""
     rng = np.random.default_rng([seed, 6])
     alike = controls[np.isin(data.batch[controls], batches)]
     source = alike if len(alike) >= 2 else controls
-    source = np.sort(rng.choice(source, min(COMPARED_CELLS, len(source)), replace=False))
+    source = np.sort(rng.choice(source, min(SOURCE_CELLS, len(source)), replace=False))
     cells = data.dense(source)
-    x = torch.from_numpy(cells)
-    return _Controls(cells, squared_distances(x, x).double())
+    x = torch.from_numpy(cells[_compared(len(cells))])
+    return _Controls(cells, squared_distances(x, x).double(), abducted(model, cells, seed))
 
 
 def _discrepancies(

@@ -14,8 +14,11 @@ Other values: principal components.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from threading import Lock
 
 import numpy as np
+import scipy.linalg
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
@@ -23,14 +26,18 @@ from torch import Tensor
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.threads import in_parallel
 
 Floats = NDArray[np.float64]
 Scores = NDArray[np.float32]  # of all cells: what is held of a screen of any size
+Information = Callable[[Tensor], Tensor]
 CHUNK = 1024
 ROUNDS = 4  # alternations between cells and genes
 MAX_STEPS = 20  # scoring steps of a cell once the genes are known; it takes about 6
 TOLERANCE = 1e-3  # of a component's own deviation
 STALE = 0.1  # likewise: a step after which a cell's information is computed anew
+INFORMATION_RANK = 64  # of what cells' informations differ by; the rest is left out of the first steps
+ROUGH_STEPS = 4  # so many
 MAX_LOADING_CELLS = 10_000  # loadings are estimated on at most so many cells
 MAX_GENES = 1_000  # and on the genes that vary most beyond counting noise: the cost grows with genes and not with news
 RIDGE_GENES = 1e-5  # per cell
@@ -106,18 +113,29 @@ def count_components(
     dense = torch.from_numpy(x.toarray()).float()
     found, intercept, prior, v = _fit_loadings(dense, axes, alpha)
     guess = _regress(_residuals(dense, intercept, alpha), v)
+    some = slice(CHUNK)
+    weights = _moments(dense[some], _log_size(dense[some], intercept) + intercept + v[some] @ found, alpha)[0]
+    rough = _low_rank_information(found, weights, prior)
     q = len(found)
     scores = np.empty((len(cells), q), dtype=np.float32)
     information, sums, products = np.zeros(x.shape[1]), np.zeros(q), np.zeros((q, q))
-    for rows in _chunks(len(cells)):
-        part = torch.from_numpy(counts(cells[rows])[:, genes].astype(np.float32).toarray())
+    one_reader = Lock()
+
+    def score(rows: slice) -> tuple[Tensor, Tensor]:
+        with one_reader:
+            own = counts(cells[rows])
+        part = torch.from_numpy(own[:, genes].astype(np.float32).toarray())
         # Any start leads to the same end, for the likelihood is concave; this one halves the way.
         start = _residuals(part, intercept, alpha) @ guess
-        v, s = _score(part, start, _log_size(part, intercept), found, intercept, prior, alpha, MAX_STEPS)
+        v, s = _score(part, start, _log_size(part, intercept), found, intercept, prior, alpha, MAX_STEPS, rough)
+        return v, _moments(part, s + intercept + v @ found, alpha)[0].double().sum(0)
+
+    chunks, threads = list(_chunks(len(cells))), torch.get_num_threads()
+    for rows, (v, weight) in zip(chunks, in_parallel(score, chunks, threads), strict=True):
         scores[rows] = v.numpy()
         sums += v.double().sum(0).numpy()
         products += (v.double().T @ v.double()).numpy()
-        information += _moments(part, s + intercept + v @ found, alpha)[0].double().sum(0).numpy() / len(cells)
+        information += weight.numpy() / len(cells)
     loadings = found.double().numpy()
     # Whitening: v L with L L' the mean information of a cell about v, its intercept profiled out.
     centred = loadings - (loadings @ information)[:, None] / information.sum()
@@ -210,8 +228,11 @@ def _fit_loadings(x: Tensor, axes: Floats, alpha: float) -> tuple[Tensor, Tensor
     v, loadings = (z - z.mean(0)) @ start, (start / weight[:, None]).T.contiguous()
     for i in range(ROUNDS):
         prior = 1 / (v**2).mean(0).clamp_min(1e-3)
-        for rows in _chunks(n):
-            v[rows], s[rows] = _score(x[rows], v[rows], s[rows], loadings, b, prior, alpha, 2 if i == 0 else 1)
+        steps = partial(_score, loadings=loadings, b=b, prior=prior, alpha=alpha, steps=2 if i == 0 else 1)
+        chunks = list(_chunks(n))
+        moved = in_parallel(lambda rows: steps(x[rows], v[rows], s[rows]), chunks, torch.get_num_threads())  # noqa: B023
+        for rows, new in zip(chunks, moved, strict=True):
+            v[rows], s[rows] = new
         mean = v.mean(0)
         b, v = b + mean @ loadings, v - mean
         q = len(loadings)
@@ -230,29 +251,39 @@ def _fit_loadings(x: Tensor, axes: Floats, alpha: float) -> tuple[Tensor, Tensor
 
 
 def _score(
-    x: Tensor, v: Tensor, s: Tensor, loadings: Tensor, b: Tensor, prior: Tensor, alpha: float, steps: int
+    x: Tensor,
+    v: Tensor,
+    s: Tensor,
+    loadings: Tensor,
+    b: Tensor,
+    prior: Tensor,
+    alpha: float,
+    steps: int,
+    rough: Information | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fisher scoring of cells: components (n, q) and intercepts (n, 1).
 
     A cell's information matrix is what costs. It is renewed after a step of more than `STALE`; a smaller step leaves
-    it as it is, and cells that no longer move drop out. Where this ends, the gradient is 0: that is exact.
+    it as it is, and cells that no longer move drop out. The first steps may do with a `rough` one. Where this ends,
+    the gradient is 0: that is exact.
     """
     q, g = loadings.shape
-    design = torch.cat([loadings, torch.ones(1, g)])  # (q + 1, g)
-    pairs = torch.triu_indices(q + 1, q + 1)
-    products = (design[pairs[0]] * design[pairs[1]]).T.contiguous()
+    design, exact = torch.cat([loadings, torch.ones(1, g)]), _information(loadings)
     penalty = torch.cat([prior, prior.new_zeros(1)])
     limit = 3 / float(prior.min()) ** 0.5
     state = torch.cat([v, s], 1)
     factor = x.new_empty(len(x), q + 1, q + 1)
     active, stale = torch.arange(len(x)), torch.ones(len(x), dtype=torch.bool)
-    for _ in range(steps):
-        w, score = _moments(x[active], state[active] @ design + b, alpha)
+    for i in range(steps):
+        own = x if len(active) == len(x) else x[active]
+        w, score = _moments(own, state[active] @ design + b, alpha)
         renewed = active[stale]
         if len(renewed):
-            h = _unpacked(w[stale] @ products, q + 1) + torch.diag(penalty + 1e-6)
-            h.diagonal(dim1=1, dim2=2).mul_(1 + 1e-5)  # float32: what a step aims at does not depend on it
-            factor[renewed] = torch.linalg.cholesky(h)
+            roughly = rough is not None and i < ROUGH_STEPS
+            root, failed = _root((rough if roughly else exact)(w[stale]), penalty)  # type: ignore[misc]
+            if roughly and bool(failed.any()):
+                root[failed > 0] = _root(exact(w[stale][failed > 0]), penalty)[0]
+            factor[renewed] = root
         gradient = score @ design.T - state[active] * penalty
         step = torch.cholesky_solve(gradient[..., None], factor[active])[..., 0].clamp(-limit, limit)
         state[active] += step
@@ -262,6 +293,49 @@ def _score(
         if not len(active):
             break
     return state[:, :q], state[:, q:]
+
+
+def _information(loadings: Tensor) -> Information:
+    """Working weights (n, genes) to the upper triangles (n, (q + 1)(q + 2) / 2) of cells' information matrices."""
+    design = torch.cat([loadings, torch.ones(1, loadings.shape[1])])  # (q + 1, genes)
+    one, other = torch.triu_indices(len(design), len(design))
+    products = (design[one] * design[other]).T.contiguous()
+    return lambda w: w @ products
+
+
+def _low_rank_information(loadings: Tensor, weights: Tensor, prior: Tensor) -> Information:
+    """`_information` but for what cells differ in little, for a fraction of its cost.
+
+    Principal components of the cells' information matrices, in the metric of their mean, so that an error counts by
+    what it makes of a step.
+
+    Parameters
+    ----------
+    weights
+        (n, genes) working weights of some cells.
+    """
+    design = torch.cat([loadings, torch.ones(1, loadings.shape[1])])
+    one, other = torch.triu_indices(len(design), len(design))
+    twice = torch.where(one == other, 1.0, 2.0**0.5)  # of a matrix's norm an entry off the diagonal counts twice
+    mean = (design * weights.mean(0)) @ design.T + torch.diag(torch.cat([prior, prior.new_zeros(1)]))
+    root = torch.linalg.cholesky(mean)
+    white = torch.linalg.solve_triangular(root, design, upper=False)
+    products = (white[one] * white[other]).T * twice
+    seen = weights @ products
+    center = seen.mean(0)
+    axes = torch.linalg.eigh((seen - center).T @ (seen - center))[1][:, -INFORMATION_RANK:]
+    rows = torch.cat([center[None], axes.T])  # back from white triangles
+    back = (root @ _unpacked(rows / twice, len(design)) @ root.T)[:, one, other]
+    project, offset = products @ axes, center @ axes
+    return lambda w: torch.addmm(back[0], torch.addmm(-offset, w, project), back[1:])
+
+
+def _root(upper: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of information matrices with the prior's precision, and which of them have none."""
+    h = _unpacked(upper, len(penalty)) + torch.diag(penalty + 1e-6)
+    h.diagonal(dim1=1, dim2=2).mul_(1 + 1e-5)  # float32: what a step aims at does not depend on it
+    root, failed = torch.linalg.cholesky_ex(h)
+    return root, failed
 
 
 def _unpacked(upper: Tensor, n: int) -> Tensor:
@@ -283,7 +357,9 @@ def _principal_axes(values: Floats, n_components: int) -> tuple[Floats, Floats]:
     """Mean (features,) and first principal axes (features, n_components)."""
     center = values.mean(0)
     centred = values - center
-    return center, np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :n_components]
+    n = centred.shape[1]
+    axes = scipy.linalg.eigh(centred.T @ centred, subset_by_index=(max(0, n - n_components), n - 1))[1]
+    return center, axes[:, ::-1]
 
 
 def _chunks(n: int) -> Iterator[slice]:

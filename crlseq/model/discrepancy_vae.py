@@ -118,13 +118,22 @@ class DiscrepancyVAE(nn.Module):
         """
         mean, variance = self.encoder(control)
         z = mean if eps is None else mean + variance.sqrt() * eps
-        weights = self.target_weights(perturbations)  # (C, M, p)
-        latents = self.scm(z, self.scm.mechanism(perturbations, weights))
+        latents = self.intervene(z, perturbations)
         # Decoded in one product, whose gradient by the weights is one as well.
         reconstruction, virtual = self.decoder(torch.stack([self.scm(z), latents]))
-        if self.log_noise is not None:
-            virtual = virtual + (control - reconstruction) + self.missed(perturbations)[:, None]
+        virtual = self.carried(virtual, control - reconstruction, perturbations)
         return ModelOutput(virtual, reconstruction, mean, variance, latents)
+
+    def intervene(self, z: Tensor, perturbations: Tensor) -> Tensor:
+        """Noise z (C, B, p) to the latents of its cells under conditions (C, M), filled up with -1."""
+        latents: Tensor = self.scm(z, self.scm.mechanism(perturbations, self.target_weights(perturbations)))
+        return latents
+
+    def carried(self, decoded: Tensor, rest: Tensor, perturbations: Tensor) -> Tensor:
+        """Decoded latents (C, B, G) with what a control cell's own latents left over, and what conditions do besides."""
+        if self.log_noise is None:
+            return decoded
+        return decoded + rest + self.missed(perturbations)[:, None]
 
     def missed(self, perturbations: Tensor) -> Tensor:
         """(C, M) perturbations, filled up with -1, to the effects (C, G) that go past the latents."""

@@ -9,8 +9,9 @@ by the better one of the first two: interventions must be seen to cut or weaken 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +44,12 @@ class KindComparison:
     error: float
 
 
-def compare_kinds(dense: Solution, folds: list[tuple[Moments, Moments]], kind: Kind | None = None) -> KindComparison:
+def compare_kinds(
+    dense: Solution,
+    folds: list[tuple[Moments, Moments]],
+    kind: Kind | None = None,
+    each: Callable[..., Iterable[Any]] = map,
+) -> KindComparison:
     """Choose between shift, hard and soft interventions, and whether there is a graph to tell.
 
     Soft over hard, which is nested in it, by the likelihood ratio over the dispersion on the cells of the fit:
@@ -58,6 +64,8 @@ def compare_kinds(dense: Solution, folds: list[tuple[Moments, Moments]], kind: K
         Moments of the other cells and of the held-out ones, of the same environments.
     kind
         ``shift``, ``hard`` or ``soft`` to take that kind; the verdict still comes from the data.
+    each
+        `map`, or what does the same in parallel.
     """
     hard = select_edges(dense)
     chosen: Kind = "hard"
@@ -69,13 +77,16 @@ def compare_kinds(dense: Solution, folds: list[tuple[Moments, Moments]], kind: K
         models["soft"] = edges.solution
     models["no edges"] = _without_edges(hard.solution, "hard", REFIT_STEPS)
     models["shift"] = _without_edges(models["no edges"], "shift", FOLD_STEPS)
-    each = {name: _held_out(models[name], folds) for name in dict.fromkeys((chosen, "no edges", "shift"))}
+    names = list(dict.fromkeys((chosen, "no edges", "shift")))
+    by_fold = each(lambda case: _held_out(*case), [(models[name], *fold) for name in names for fold in folds])
+    values = torch.stack(list(by_fold)).view(len(names), len(folds), -1).sum(1)
+    losses = dict(zip(names, values, strict=True))
     cells = sum(float(test.counts.sum()) for _, test in folds)
     # Scales are parameters too: where interventions leave them alone, mere shifts predict better than free scales do.
-    rival = min(("no edges", "shift"), key=lambda name: float(each[name].sum()))
-    gained = each[rival] - each[chosen]
+    rival = min(("no edges", "shift"), key=lambda name: float(losses[name].sum()))
+    gained = losses[rival] - losses[chosen]
     gain, error = float(gained.sum()), float(gained.std() * math.sqrt(len(gained)))
-    held_out = {name: float(values.sum()) / cells for name, values in each.items()}
+    held_out = {name: float(values.sum()) / cells for name, values in losses.items()}
     decisive = gain > DECISIVE * error and bool(edges.adjacency.any())
     if decisive and kind != "shift":
         verdict: Verdict = "identified" if chosen == "hard" else "ancestry only"
@@ -155,12 +166,10 @@ def _without_edges(solution: Solution, kind: Kind, steps: int) -> Solution:
     return model.solve(start, solution.targets, allowed_edges(old.p, "shift"), steps)
 
 
-def _held_out(solution: Solution, folds: list[tuple[Moments, Moments]]) -> Tensor:
-    """Negative log-likelihood (C,) of each environment's cells, every one under a fit to the other folds."""
-    old, total = solution.model, torch.zeros(len(solution.model.moments.counts), dtype=DTYPE)
-    for train, test in folds:
-        model = LinearModel(train, old.p, old.kind, old.floor, old.fit_noise)
-        fitted = model.solve(solution.theta, solution.targets, solution.mask, steps=FOLD_STEPS)
-        value = model.per_environment(fitted.theta, fitted.targets, test)[0] * test.counts
-        total += torch.where(test.counts > 0, value, 0.0)
-    return total
+def _held_out(solution: Solution, train: Moments, test: Moments) -> Tensor:
+    """Negative log-likelihood (C,) of each environment's cells of a fold, under a fit to the other folds."""
+    old = solution.model
+    model = LinearModel(train, old.p, old.kind, old.floor, old.fit_noise)
+    fitted = model.solve(solution.theta, solution.targets, solution.mask, steps=FOLD_STEPS)
+    value = model.per_environment(fitted.theta, fitted.targets, test)[0] * test.counts
+    return torch.where(test.counts > 0, value, 0.0)

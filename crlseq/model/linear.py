@@ -17,8 +17,9 @@ an acyclicity term: under hard interventions it is identified, and `crlseq.model
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -370,14 +371,20 @@ def fit_linear(
     fit_noise: bool = True,
     targets: Tensor | None = None,
     steps: int = 100,
+    each: Callable[..., Iterable[Any]] = map,
 ) -> Solution:
     """Best of several restarts, with a dense graph (``shift``: with none, since the data do not identify it).
 
     ``targets`` (R, K) are the partitions to start from; by default the ``restarts`` best of `propose_targets`.
+    ``each`` is `map`, or does the same in parallel.
     """
     model = LinearModel(moments, n_latents, kind, noise_floor, fit_noise)
     if targets is None:
         targets = propose_targets(moments, n_latents, restarts, torch.Generator().manual_seed(seed))
-    mask = allowed_edges(n_latents, kind).expand(len(targets), -1, -1)
-    raced = model.solve(model.start(targets), targets, mask, min(RACE, steps)).best()
+    mask = allowed_edges(n_latents, kind)
+
+    def race(some: Tensor) -> Solution:
+        return model.solve(model.start(some), some, mask.expand(len(some), -1, -1), min(RACE, steps)).best()
+
+    raced = min(each(race, torch.tensor_split(targets, min(2, len(targets)))), key=lambda s: float(s.nll[0]))
     return model.solve(raced.theta, raced.targets, raced.mask, steps)

@@ -50,6 +50,14 @@ class Decoder(nn.Module):
         x: Tensor = self.output(self.features(u))
         return F.leaky_relu(x, NEGATIVE_SLOPE) if self.output_activation == "leaky_relu" else x
 
+    def mean(self, u: Tensor) -> Tensor:
+        """(..., B, p) latents to the mean (..., G) of the expression of B cells; of a linear output, that of its mean."""
+        if self.output_activation == "identity":
+            mean: Tensor = self.output(self.features(u).mean(-2))
+            return mean
+        mean = self(u).mean(-2)
+        return mean
+
     def features(self, u: Tensor) -> Tensor:
         """(..., p) latents to (..., H) what the output layer reads."""
         return F.leaky_relu(self.hidden(u), NEGATIVE_SLOPE)

@@ -75,7 +75,7 @@ class LatentSCM(nn.Module):
         super().__init__()
         self.intervention = intervention
         self.equations = equations
-        self.graph = nn.Parameter(0.1 * torch.randn(n_latents, n_latents), requires_grad=causal)
+        self.graph = nn.Parameter(torch.empty(n_latents, n_latents).normal_(std=0.1), requires_grad=causal)
         if not causal:
             nn.init.zeros_(self.graph)
         self.intercept: Tensor

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from crlseq.model.moments import DTYPE, Moments
 
+RACE_ROUNDS = 5  # after which tries are far enough apart to go on with the best alone
+LEFT_OF_RACE = 4  # one in so many
+
 
 def propose_targets(
     moments: Moments, n_latents: int, n: int, generator: torch.Generator, tries: int = 256, rounds: int = 30
@@ -32,7 +35,9 @@ def propose_targets(
         i = torch.multinomial(left, 1, generator=generator)[:, 0]
         lines[:, j] = shifts[i] / length[i, None].sqrt().clamp_min(1e-9)
         left = torch.minimum(left, (length - (lines[:, j] @ shifts.T) ** 2).clamp_min(1e-9))
-    lines, labels, cost = _k_lines(shifts, lines, rounds)
+    lines, labels, cost = _k_lines(shifts, lines, RACE_ROUNDS)
+    ahead = cost.argsort(stable=True)[: max(n, -(-tries // LEFT_OF_RACE))]
+    lines, labels, cost = _k_lines(shifts, lines[ahead], rounds)
     failed = 0
     for _ in range(4 * n_latents):  # two lines on one latent and one line on two: move a line, keep what is better
         best = int(cost.argmin())

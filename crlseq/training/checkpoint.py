@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from crlseq.errors import ConvergenceError, InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
@@ -30,6 +31,13 @@ def save_weights(path: Path, state: dict[str, Tensor], architecture: dict[str, A
     path.write_bytes(save(tensors, metadata={"architecture": json.dumps(architecture, sort_keys=True)}))
 
 
+class _NoDraws(TorchFunctionMode):
+    """Random starts are left out: torch loads its compiler, which takes seconds, to draw numbers that nothing holds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (Tensor.uniform_, Tensor.normal_) else func(*args, **(kwargs or {}))
+
+
 def load_model(path: Path) -> DiscrepancyVAE:
     """The model from `save_weights`, in evaluation mode on the CPU.
 
@@ -42,7 +50,7 @@ def load_model(path: Path) -> DiscrepancyVAE:
         with safe_open(path, framework="pt") as handle:
             architecture = json.loads((handle.metadata() or {})["architecture"])
         state = load_file(path)
-        with torch.device("meta"):  # before room is made for what the architecture claims
+        with torch.device("meta"), _NoDraws():  # before room is made for what the architecture claims
             expected = DiscrepancyVAE(**architecture).state_dict()
         if odd := [name for name in state if name not in expected or state[name].shape != expected[name].shape]:
             raise ValueError(f"{odd[0]} has not the shape that it should have")

@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +31,10 @@ from crlseq.model.equations import Preference, prefers_nonlinear
 from crlseq.model.kinds import KindComparison, Verdict, compare_kinds, describes, require_description
 from crlseq.model.linear import Kind, Solution, fit_linear
 from crlseq.model.moments import environment_moments, fold_moments, noise_level
+from crlseq.threads import in_parallel, on_threads
 from crlseq.training.n_latents import LatentChoice, choose_n_latents
 from crlseq.training.stability import Stability, bootstrap
 from crlseq.training.straighten import CAUSAL, FREE, Straightener, starting_directions
-from crlseq.training.threads import on_threads
 
 STRAIGHT = 1.05  # misfit up to which moments count as described; where mixing is linear it is 1.00 to 1.03
 CHANCE = 3.0  # standard deviations of chance that come on top
@@ -43,6 +45,7 @@ RESTARTS, FOLDS = 6, 5
 MANY_LATENTS, FEW_RESTARTS, FEW_FOLDS = 20, 1, 2  # fewer where each is dear
 ATTEMPTS = 3  # trainings of the straightening network where the first ones do not describe the cells
 PARTITION_STEPS = 60
+CHUNK = 100_000  # cells
 REPLICATES = 20
 DECLARED_SUPPORT = 0.5  # an edge that just passes its likelihood ratio is found in half of the replicates
 
@@ -111,7 +114,7 @@ class _Coordinates:
 
     def of_fit(self) -> tuple[Tensor, Tensor | None, Tensor]:
         variances = None if self.variances is None else self.variances[self.train]
-        return self.values[self.train], variances, self.environment[self.train]
+        return self.values[self.train].double(), variances, self.environment[self.train]
 
 
 def discover(
@@ -141,11 +144,11 @@ def discover(
     train = torch.from_numpy(data.split == splits.TRAIN) & (environment >= 0)
     stage("finding components and the number of programs")
     n_components = COMPONENTS if config.n_latents == "auto" else max(COMPONENTS, config.n_latents + 10)
-    y = torch.from_numpy(whitened_components(data, n_components, seed)).double()
+    y = torch.from_numpy(whitened_components(data, n_components, seed))
     p, choice, reason = _number(y[train], environment[train], config, len(chosen), seed)
     note(f"{p} programs: {reason}")
     if p + 10 > n_components:
-        y = torch.from_numpy(whitened_components(data, p + 10, seed)).double()
+        y = torch.from_numpy(whitened_components(data, p + 10, seed))
     threads = torch.get_num_threads()
     with on_threads(1 if p < MANY_LATENTS else threads):
         return _discover(data, effect, chosen, (y, environment, train), choice, p, config, seed, threads, stage)
@@ -171,15 +174,17 @@ def _discover(
     values, _, environments = cells.of_fit()
     moments = environment_moments(values, environments)
     restarts = RESTARTS if p < MANY_LATENTS else FEW_RESTARTS
-    dense = reassign_targets(fit_linear(moments, p, "hard", restarts, seed, MIN_NOISE * noise_level(moments)))
-    comparison = _compare(dense, cells, kind, seed)
+    each = partial(in_parallel, threads=threads)
+    floor = MIN_NOISE * noise_level(moments)
+    dense = reassign_targets(fit_linear(moments, p, "hard", restarts, seed, floor, each=each))
+    comparison = _compare(dense, cells, kind, seed, each)
     straightened = False
     excess, error = misfit(dense)
     if excess > STRAIGHT + CHANCE * error and config.method == "straighten":
         if comparison.kind == "shift" and config.equations != "linear" and kind in (None, "shift"):
             stage("trying nonlinear equations")
             test = torch.from_numpy(data.split == splits.VALIDATION) & (environment >= 0)
-            flat = y[:, :p]
+            flat = y[:, :p].double()
             preference = prefers_nonlinear(
                 (flat[train], environment[train]), (flat[test], environment[test]), seed=seed
             )
@@ -217,11 +222,13 @@ def _number(
     return min(choice.n_latents, n_environments), choice, choice.reason
 
 
-def _compare(dense: Solution, cells: _Coordinates, kind: Kind | None, seed: int) -> KindComparison:
+def _compare(
+    dense: Solution, cells: _Coordinates, kind: Kind | None, seed: int, each: Callable[..., Iterable[Any]] = map
+) -> KindComparison:
     generator = torch.Generator().manual_seed(seed)
     values, variances, environment = cells.of_fit()
     n_folds = FOLDS if dense.model.p < MANY_LATENTS else FEW_FOLDS
-    return compare_kinds(dense, fold_moments(values, environment, variances, n_folds, generator), kind)
+    return compare_kinds(dense, fold_moments(values, environment, variances, n_folds, generator), kind, each)
 
 
 def _straighten(
@@ -254,7 +261,7 @@ def _straightened(
     """One training from a solution in the first components; None if free latents have a misfit of `worst` or more."""
     train, environment = cells.train, cells.environment
     directions = starting_directions(start, environment_moments(y[train], environment[train]))
-    straightener = Straightener(y[train], environment[train], directions, seed)
+    straightener = Straightener(y[train].double(), environment[train], directions, seed)
     for free in FREE:
         straightener.train(free)
     free_fit = straightener.fit_prior("hard", fresh=True)
@@ -316,7 +323,8 @@ def _finish(
     order = _order(comparison.edges.adjacency)
     place = torch.argsort(order)
     index, (directions, noise) = _fitted_cells(data), solution.directions()
-    latents = (cells.values[index] - named["offset"][0]) @ directions
+    some = torch.split(torch.from_numpy(index), CHUNK)  # no float64 copy of the whole screen
+    latents = torch.cat([(cells.values[rows].double() - named["offset"][0]) @ directions for rows in some])
     if cells.variances is not None:
         noise = (directions**2 * cells.variances[cells.train].mean(0)[:, None]).sum(0)
     target, shift, log_scale, retention = np.full(k, -1), np.zeros(k), np.zeros(k), np.ones(k)

@@ -50,14 +50,16 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
     some = np.sort(rng.choice(cells[0], min(SOURCE_CELLS, len(cells[0])), replace=False))
     weight = model.encoder.hidden.weight
     control = torch.from_numpy(data.dense(some)).to(weight.device, weight.dtype)[None]
+    z = model.encoder(control)[0]
+    before = model.decoder.mean(model.scm(z))[0]
     known = [c for c, parts in enumerate(data.conditions) if len(parts) == 1 and len(cells[c]) >= MIN_CELLS]
     perturbations = [data.conditions[c][0] for c in known]
     # In place: of many perturbations each such array is as large as many cells.
     measured, noise, control_noise = (np.empty((len(known), data.n_genes)) for _ in range(3))
     for k, c in enumerate(known):
         measured[k], noise[k], control_noise[k] = mean_effect(data, cells[c], by_batch)
-        output = model(control, torch.tensor([[perturbations[k]]], device=weight.device))
-        measured[k] -= (output.virtual - control).mean((0, 1)).cpu().double().numpy()
+        latents = model.intervene(z, torch.tensor([[perturbations[k]]], device=weight.device))
+        measured[k] -= (model.decoder.mean(latents)[0] - before).cpu().double().numpy()
     if perturbations:
         missed = missed_effects(measured, noise, control_noise)
         for buffer, values in ((model.residual, missed.own), (model.residual_error, missed.own_error)):

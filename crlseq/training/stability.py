@@ -21,7 +21,7 @@ from crlseq.model.edges import Edges, reachable, select_edges
 from crlseq.model.linear import LinearModel, Solution
 from crlseq.model.moments import DTYPE, Moments
 from crlseq.model.targets import propose_targets
-from crlseq.training.threads import in_parallel
+from crlseq.threads import in_parallel
 
 REFIT_STEPS = 20
 FRESH_STEPS = 20

@@ -31,6 +31,7 @@ from crlseq.model.targets import propose_targets
 
 WIDTH = 128
 BATCH = 256
+CHUNK = 100_000  # cells encoded at a time
 LEARNING_RATE = 3e-3
 REFIT_EVERY = 200  # steps between prior steps; every FRESH-th tries new targets
 FRESH = 5
@@ -147,7 +148,11 @@ class Straightener:
     @torch.no_grad()
     def encode(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior means and variances (N, p), float64, of components (N, q)."""
-        mean, log_variance = self.vae.encode(y.float())
+        means, variances = zip(*(self._encode(rows.float()) for rows in torch.split(y, CHUNK)), strict=True)
+        return torch.cat(means), torch.cat(variances)
+
+    def _encode(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.vae.encode(y)
         return mean.to(DTYPE), log_variance.to(DTYPE).exp()
 
     def moments(self) -> Moments:

@@ -20,13 +20,13 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth
+from crlseq.threads import ahead, in_parallel
 from crlseq.training.checkpoint import Keeper, load_checkpoint
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.learner import Learner
 from crlseq.training.objective import Objective, Step
 from crlseq.training.residuals import measure_missed
 from crlseq.training.schedules import schedule
-from crlseq.training.threads import ahead, in_parallel
 from crlseq.training.warm_start import Anchor, WarmStart, warm_start
 
 CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result

@@ -224,7 +224,9 @@ def test_straightened_latents_take_the_place_of_the_components(
 
     def straighten(y: Any, cells: Any, dense: Any, *rest: Any) -> Any:
         variances = 0.5 * cells.values.new_ones(cells.values.shape)
-        return replace(cells, values=cells.values + 1, variances=variances), module._compare(dense, cells, None, 0)
+        return replace(cells, values=cells.values.double() + 1, variances=variances), module._compare(
+            dense, cells, None, 0
+        )
 
     monkeypatch.setattr(module, "misfit", lambda solution: (2.0, 0.01))
     monkeypatch.setattr(module, "_straighten", straighten)

@@ -9,8 +9,8 @@ from crlseq.data import splits
 from crlseq.data.dataset import read_data
 from crlseq.data.simulate import simulate
 from crlseq.errors import ConvergenceError, InputError
+from crlseq.threads import on_threads
 from crlseq.training import trainer
-from crlseq.training.threads import on_threads
 from crlseq.training.trainer import fit_model, resolve_device, resolve_epochs, resolve_step
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from crlseq.training.threads import ahead, on_threads
+from crlseq.threads import ahead, on_threads
 
 
 @pytest.mark.parametrize("threads", [1, 2])
