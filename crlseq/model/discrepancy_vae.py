@@ -80,11 +80,11 @@ class DiscrepancyVAE(nn.Module):
         self.encoder = Encoder(n_genes, n_hidden, n_latents)
         self.intervention_encoder = InterventionEncoder(n_perturbations, n_hidden, n_latents)
         self.scm = LatentSCM(n_latents, n_perturbations, intervention, equations, causal)
-        self.decoder: Decoder | SparseDecoder
-        if decoder == "sparse":
-            self.decoder = SparseDecoder(n_latents, n_hidden, n_genes)
-        else:
-            self.decoder = Decoder(n_latents, n_hidden, n_genes, output_activation)
+        self.decoder = (
+            SparseDecoder(n_latents, n_hidden, n_genes)
+            if decoder == "sparse"
+            else Decoder(n_latents, n_hidden, n_genes, output_activation)
+        )
         self.log_noise = nn.Parameter(torch.zeros(n_genes)) if noise == "gaussian" else None  # log variance
         # What the latents miss, measured after the fit: effects (K, G) of single perturbations, one (G,) of being
         # perturbed at all, which a combination has once, and their standard errors.

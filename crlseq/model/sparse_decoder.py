@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crlseq.model.scm import NEGATIVE_SLOPE
+from crlseq.model.networks import Decoder
 from crlseq.model.spike_slab import SpikeSlab, fit_masks
 
 FLAT = 1e-6  # standard deviation of a shape that counts as none
@@ -51,7 +51,22 @@ class MaskedLinear(nn.Module):
         return F.linear(h, self.weight, self.bias)
 
 
-class SparseDecoder(nn.Module):
+class ProgramUnits(nn.Module):
+    """Hidden layer whose unit h reads program h % p: (..., p) to (..., H) ``u[h % p] * weight[h] + bias[h]``."""
+
+    def __init__(self, n_latents: int, n_units: int) -> None:
+        super().__init__()
+        self.n_units = n_units
+        # As a linear layer with one input starts.
+        self.weight = nn.Parameter(torch.empty(n_units * n_latents).uniform_(-1, 1))
+        self.bias = nn.Parameter(torch.empty(n_units * n_latents).uniform_(-1, 1))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """See above."""
+        return u.repeat(*(1,) * (u.dim() - 1), self.n_units) * self.weight + self.bias
+
+
+class SparseDecoder(Decoder):
     """Latents to mean expression through masks; see above.
 
     Parameters
@@ -60,26 +75,15 @@ class SparseDecoder(nn.Module):
         Hidden units in all: as many whole units a program, and at least two, which carry a linear map.
     """
 
-    output_activation = "identity"
+    hidden: ProgramUnits  # type: ignore[assignment]
+    output: MaskedLinear  # type: ignore[assignment]
 
     def __init__(self, n_latents: int, n_hidden: int, n_genes: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.n_units = max(2, n_hidden // n_latents)
-        n = self.n_units * n_latents
-        # As a linear layer with one input starts.
-        self.slope = nn.Parameter(torch.empty(n).uniform_(-1, 1))
-        self.offset = nn.Parameter(torch.empty(n).uniform_(-1, 1))
+        self.hidden = ProgramUnits(n_latents, self.n_units)
         self.output = MaskedLinear(n_latents, self.n_units, n_genes)
-
-    def forward(self, u: Tensor) -> Tensor:
-        """(..., p) latents to (..., G) mean expression."""
-        x: Tensor = self.output(self.features(u))
-        return x
-
-    def features(self, u: Tensor) -> Tensor:
-        """(..., p) latents to (..., H) what the output layer reads."""
-        tiled = u.repeat(*(1,) * (u.dim() - 1), self.n_units)
-        return F.leaky_relu(tiled * self.slope + self.offset, NEGATIVE_SLOPE)
+        self.output_activation = "identity"
 
     @torch.no_grad()
     def standardise(self, u: Tensor) -> None:

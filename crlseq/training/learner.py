@@ -54,6 +54,8 @@ class Learner:
             group["lr"] = weights.learning_rate * SLOWER**self.slower
         if self.sparsity is not None:  # a fit that starts sparse stays so
             self.sparsity.begin(epoch, n_epochs, 1.0 if self.objective.anchored else weights.sparsity)
+            if self.ranks.size > 1:  # machines round differently, and a mask is 0 or not
+                self.ranks.spread(self.model.decoder.state_dict().values())
         self.noise = torch.Generator(device).manual_seed(noise)
         # The same in every epoch and of every model, so that validation losses compare.
         self.validation_noise = torch.Generator(device).manual_seed(self.config.training.seed)

@@ -142,8 +142,8 @@ def _start_sparse(decoder: SparseDecoder, scm: LatentSCM, found: Loadings) -> No
     """Every shape a line through pairs of units, as steep as the program's standard deviation over control cells."""
     p = len(found.loading)
     one, scale = np.ones(p), control_deviation(scm).numpy()
-    _write(decoder.slope, np.concatenate([one, -one]))
-    _write(decoder.offset, np.zeros(2 * p))
+    _write(decoder.hidden.weight, np.concatenate([one, -one]))
+    _write(decoder.hidden.bias, np.zeros(2 * p))
     output = decoder.output
     nn.init.zeros_(output.shape)
     line = np.concatenate([one, -one]) / np.tile(scale, 2) / (1 + NEGATIVE_SLOPE)

@@ -38,8 +38,8 @@ def test_a_mask_of_zero_cuts_a_gene_off(decoder: SparseDecoder) -> None:
 @torch.no_grad()
 def test_it_is_the_dense_decoder_with_most_weights_zero(decoder: SparseDecoder) -> None:
     dense = Decoder(P, 12, G).double()
-    dense.hidden.weight.copy_(torch.eye(P).repeat(4, 1) * decoder.slope[:, None])
-    dense.hidden.bias.copy_(decoder.offset)
+    dense.hidden.weight.copy_(torch.eye(P).repeat(4, 1) * decoder.hidden.weight[:, None])
+    dense.hidden.bias.copy_(decoder.hidden.bias)
     dense.output.weight.copy_(decoder.output.weight)
     dense.output.bias.copy_(decoder.output.bias)
     u = latents(6).view(2, 3, P)

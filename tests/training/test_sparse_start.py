@@ -18,8 +18,8 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import LatentSCM
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.discovery import Discovery
-from crlseq.training.learner import Learner
 from crlseq.training.distributed import ALONE
+from crlseq.training.learner import Learner
 from crlseq.training.objective import Objective
 from crlseq.training.sparse_start import condition_prior, control_deviation
 from crlseq.training.trainer import architecture_of, fit_model
@@ -147,7 +147,8 @@ def test_zeros_stay_zero_between_the_fits_of_masks(truth: Truth) -> None:
 
 def test_training_keeps_the_lists(truth: Truth) -> None:
     fitted = fit_model(truth.data, CONFIG, P, start=truth.start)
-    found = (fitted.model.decoder.output.mask != 0).T.numpy()  # type: ignore[union-attr, operator]
+    assert isinstance(fitted.model.decoder, SparseDecoder)
+    found = (fitted.model.decoder.output.mask != 0).T.numpy()
     assert (truth.data.split == splits.TRAIN).any()
     assert (found & truth.loaded).sum() / found.sum() > 0.85
     assert (found & truth.loaded).sum() / truth.loaded.sum() > 0.85
