@@ -22,6 +22,7 @@ from torch import Tensor
 SLAB = 1.0  # a gene of a program moves by about its noise when the program moves by a standard deviation
 SPIKE = 8.0  # times sqrt(n): a spike is an eighth of a standard error wide
 MIN_SHARE = 1e-4  # of eta: a program that has lost all genes may still win one
+INNER = 2  # steps to a mask's mode
 SWEEPS, TOLERANCE = 50, 0.02  # of coordinate ascent; a change of the masks that ends it, in standard errors
 
 
@@ -106,9 +107,10 @@ def fit_masks(
         for k, units in enumerate(own):
             others = ((weight @ gram[:, units]) * shape[:, units]).sum(1) - w[:, k] * curvature[:, k]
             z = linear[:, k] - others
-            # A mask of 0 is judged by where it would go: its own slope would keep it where it is.
-            far = torch.where(w[:, k] == 0, (z.abs() - prior.slab) / curvature[:, k], w[:, k])
-            size = (z.abs() - prior.rate(far, share[k])).clamp_min(0) / curvature[:, k]
+            # The larger mode, from above: at a small mask the spike's slope would keep it where it is.
+            size = (z.abs() - prior.slab).clamp_min(0) / curvature[:, k]
+            for _ in range(INNER):
+                size = (z.abs() - prior.rate(size, share[k])).clamp_min(0) / curvature[:, k]
             w[:, k] = torch.where(z.abs() > threshold[:, k], z.sign() * size, torch.zeros_like(z))
             weight[:, units] = w[:, k, None] * shape[:, units]
         share = prior.shares(w, share)

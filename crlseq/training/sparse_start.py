@@ -37,9 +37,12 @@ class Loadings:
     share: Tensor
 
     def readout(self) -> tuple[np.ndarray, np.ndarray]:
-        """Weights (G, p) of the least-squares latents ``(x - center) D^-1 B' (B D^-1 B')^-1``, and their variances (p,)."""
+        """Weights (G, p) of the least-squares latents ``(x - center) D^-1 B' (B D^-1 B')^-1``, and their variances (p,).
+
+        These are no positive numbers where a program has no genes of its own.
+        """
         precise = self.loading / self.noise
-        covariance = torch.linalg.inv(precise @ self.loading.T)
+        covariance = torch.linalg.inv_ex(precise @ self.loading.T)[0]
         return (precise.T @ covariance).numpy(), covariance.diagonal().numpy()
 
 
@@ -82,7 +85,7 @@ def sparse_loadings(
     loading, noise = (torch.from_numpy(part) for part in start)
     slab, share = SpikeSlab.of(n), torch.full_like(scale, 0.5)
     masks = (loading * scale[:, None] / noise.sqrt()).T
-    u, spread = torch.from_numpy(latents[some]), n * torch.diag(torch.from_numpy(variance))
+    u, spread = torch.from_numpy(latents[some]).to(DTYPE), n * torch.diag(torch.from_numpy(variance).to(DTYPE))
     center = mean_x - member.T @ u / size @ loading
     for _ in range(ITERATIONS):
         if prior is not None:

@@ -25,6 +25,7 @@ from crlseq.training.discovery import Discovery
 from crlseq.training.sparse_start import Loadings, control_deviation, sparse_loadings
 
 RIDGE = 1e-6  # of the regressions, relative
+WORSE = 2.0  # variance of latents that sparse loadings tell, over that of the discovery's, up to which they are taken
 MIN_VARIANCE = 1e-2  # of an anchor: latents have unit noise, and none is read off a cell without error
 
 
@@ -129,9 +130,10 @@ def _sparsify(
     known = np.append(model.intervention_encoder.is_given.numpy(), True)[table].all(1)[data.condition[train]]
     weights = model.target_weights(table)
     found = sparse_loadings(model.scm, data, train[known], u[known], discovery.noise, weights, (loading, noise))
-    if not bool((found.loading != 0).any(1).all()):  # a program without genes cannot be read off them
-        return found, discovery
     axes, variance = found.readout()
+    # All genes tell as much as their components, unless a program has hardly a gene of its own.
+    if not ((variance > 0) & (variance <= WORSE * np.maximum(discovery.noise, MIN_VARIANCE))).all():
+        return found, discovery
     latents = np.empty_like(discovery.latents)
     for rows, x in data.blocks(discovery.index):
         latents[rows] = x @ axes
