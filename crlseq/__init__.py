@@ -1,8 +1,9 @@
 """crlseq: causal gene programs from Perturb-seq screens.
 
 >>> import crlseq
->>> run = crlseq.fit("screen.h5ad", "RUN")  # doctest: +SKIP
->>> run.programs, run.interventions, run.dag  # doctest: +SKIP
+>>> run = crlseq.load("RUN")  # what crlseq.fit("screen.h5ad", "RUN") returns
+>>> run.program_names, run.interventions["perturbation"].tolist()
+(['P0', 'P1', 'P2'], ['g0', 'g1', 'g2', 'g3', 'g4', 'g5', 'g6'])
 """
 
 from __future__ import annotations

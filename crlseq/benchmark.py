@@ -33,7 +33,7 @@ from crlseq.errors import CrlseqError, InputError, UsageError
 from crlseq.files import written_whole
 from crlseq.fitting import fit
 from crlseq.runfolder import locked
-from crlseq.tables import to_csv
+from crlseq.tables import EXACT, to_csv
 
 # Options of `crlseq.data.simulate.simulate` where they are not its own: 10 latents, 4 perturbations a latent,
 # 150 cells a perturbation. `n_perturbations` keeps the first so many; `toy` has a simulator of its own.
@@ -354,7 +354,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        table = pd.read_csv(path, float_precision="round_trip", dtype={"verdict": object, "error": object})
+        table: pd.DataFrame = pd.read_csv(path, dtype={"verdict": object, "error": object}, **EXACT)
         if tuple(table.columns) != COLUMNS:
             raise ValueError("its columns are others")
     except (OSError, ValueError) as error:

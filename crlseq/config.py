@@ -30,6 +30,11 @@ class DataConfig(_Section):
     perturbation_key: str | None = None  # None: detected
     control_label: str | None = None  # None: detected
     separator: str | None = None  # None: detected; "" for labels that are never combinations
+    guide_key: str | None = None  # column of guide names, read as perturbations (`crlseq.data.guides`)
+    guide_counts: str | None = None  # guide counts in obsm, or a modality of a MuData file
+    guide_map: str | None = None  # table of guides and genes; None: by their names
+    guide_min_umis: int = Field(default=5, ge=1)
+    guide_min_share: float = Field(default=0.8, gt=0.5, le=1.0)
     batch_key: str | None = None
     layer: str | None = None  # None: X
     values: Literal["auto", "counts", "log", "continuous"] = "auto"
@@ -39,7 +44,9 @@ class DataConfig(_Section):
     hold_out: tuple[str, ...] = ()  # conditions kept out of the fit
     hold_out_cells: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of every condition kept for testing
     validation_cells: float = Field(default=0.1, gt=0.0, lt=0.5)  # share of every condition for early stopping
+    responders: bool = False  # leave out cells that escaped their perturbation (`crlseq.analysis.responders`)
     embeddings: str | None = None  # table of gene vectors, from which perturbations never seen are extrapolated
+    gene_sets: str | None = None  # gmt file of the sets that the encoder reads
     streamed: bool | None = None  # a prepared store: read as training goes, or loaded; None: by its size
     combinations: bool = True  # False: fit on single perturbations alone, hold every combination out
 
@@ -54,6 +61,7 @@ class ModelConfig(_Section):
     equations: Literal["auto", "linear", "nonlinear"] = "auto"
     decoder: Literal["dense", "sparse"] = "dense"  # sparse: a program moves few genes, under a spike-and-slab lasso
     causal_layer: bool = True  # False: the paper's ablation with u = z + shifts
+    gene_set_leak: float = Field(default=0.0, ge=0.0, lt=1.0)  # what genes outside a set count for its activity
     output_activation: Literal["identity", "leaky_relu"] = "identity"
     noise: Literal["gaussian", "none"] = "gaussian"  # gaussian: per-gene noise, learned, and abducted with z
     mmd_weight: float = Field(default=10.0, ge=0.0)  # 0: the ablation without MMD
@@ -144,6 +152,12 @@ def make_config(preset: str | None = None, file: Mapping[str, Any] | None = None
     ------
     UsageError
         For an unknown name or a value out of range.
+
+    Examples
+    --------
+    >>> from crlseq.config import make_config
+    >>> make_config("paper", n_latents=8).model.n_latents, make_config().model.n_latents
+    (8, 'auto')
     """
     file = dict(file or {})
     preset = str(preset or file.pop("preset", "default"))

@@ -32,10 +32,12 @@ from crlseq.analysis.comparison import AXIOMS, METRICS, compare, summarise, verd
 from crlseq.analysis.evaluation import Evaluation, evaluate
 from crlseq.config import Config
 from crlseq.data.dataset import select_conditions
+from crlseq.data.matrix import within
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.errors import InputError, UsageError
 from crlseq.extrapolation import FILE as EMBEDDINGS
 from crlseq.fitting import Progress, fit
+from crlseq.run import GENE_SETS
 
 if TYPE_CHECKING:
     from crlseq.run import Run
@@ -175,10 +177,12 @@ def fold_config(run: Run, labels: Perturbations) -> Config:
     """The run's configuration for cells that are all to be fitted, with the labels read as they were."""
     config = Config.model_validate(run.info["config"])
     data = config.data.model_copy(update={
-        "perturbation_key": run.info["perturbation_key"], "control_label": run.info["control_label"],
+        "perturbation_key": run.info["perturbation_key"], "guide_key": None, "guide_counts": None, "guide_map": None,
+        "control_label": run.info["control_label"],
         "separator": labels.separator or "", "min_cells": MIN_HELD_OUT, "hold_out": (), "hold_out_cells": 0.0,
         "combinations": True,
         "embeddings": None if run.info.get("embeddings") is None or run.path is None else str(run.path / EMBEDDINGS),
+        "gene_sets": None if config.data.gene_sets is None or run.path is None else str(run.path / GENE_SETS),
     })  # fmt: skip
     return config.model_copy(update={"data": data})
 
@@ -190,6 +194,9 @@ def _read(run: Run) -> tuple[ad.AnnData, Perturbations]:
     path = run.path / "crlseq.h5ad"
     try:
         screen = ad.read_h5ad(path)
+        # Folds are cut from all of these by compiled code.
+        for matrix in (screen.X, screen.raw and screen.raw.X, *screen.layers.values(), *screen.obsm.values()):
+            within(matrix)
     except Exception as error:  # h5py and anndata raise almost every type for damaged files
         raise InputError(f"{path} cannot be read: {error}.", "Restore it, or fit again.") from error
     for slot, name in (("obs", "crlseq_split"), ("obsm", "X_crlseq"), ("varm", "crlseq_programs"), ("uns", "crlseq")):

@@ -48,6 +48,9 @@ class Program:
         Those among them that a declared edge joins, with its weight.
     variance_explained, effect_explained
         See `crlseq.analysis.explained`; NaN for runs of earlier versions.
+    pathways
+        ``gene_set, description, weight, n_genes``: what the encoder reads it from, by \\|weight\\| (standard deviations of
+        the program by one of the set's activity); empty where the encoder reads all genes.
     stability
         Mean \\|cosine\\| of its loadings with those of bootstrap replicates; NaN without a bootstrap.
     """
@@ -66,6 +69,7 @@ class Program:
     variance_explained: float
     effect_explained: float
     stability: float
+    pathways: pd.DataFrame
 
 
 def describe_programs(run: Run) -> list[Program]:
@@ -76,6 +80,9 @@ def describe_programs(run: Run) -> list[Program]:
     order = np.lexsort((-found["shift"].abs().to_numpy(), ~detected))
     drivers = dict(tuple(found.iloc[order].groupby("program", sort=False)))
     bootstrap = (run.info["discovery"] or {}).get("bootstrap")
+    columns = ["gene_set", "description", "weight", "n_genes"]
+    empty = pd.DataFrame(columns=columns)
+    pathways = {} if run.pathways is None else dict(tuple(run.pathways.groupby("program", sort=False)))
     programs = []
     for k, row in enumerate(run.info["programs"]):
         name = row["name"]
@@ -98,6 +105,7 @@ def describe_programs(run: Run) -> list[Program]:
                 downstream=_sorted(nx.descendants(run.dag, name)),
                 parents={a: run.dag.edges[a, name]["weight"] for a in _sorted(run.dag.predecessors(name))},
                 children={b: run.dag.edges[name, b]["weight"] for b in _sorted(run.dag.successors(name))},
+                pathways=pathways.get(name, empty)[columns].reset_index(drop=True),
                 **numbers,
             )
         )
@@ -230,6 +238,24 @@ def summary_table(programs: list[Program]) -> pd.DataFrame:
 def percent(value: float) -> str:
     """``12.3 %``; a dash for NaN."""
     return "–" if np.isnan(value) else f"{100 * value:.1f} %"
+
+
+def sets_in_words(info: Mapping[str, Any]) -> str:
+    """What the sets that the encoder reads see of the programs; empty where it reads all genes."""
+    row = info.get("gene_sets") or {}
+    told = [
+        f"{program['name']} {percent(own)} ({percent(all_)})"
+        for program, own, all_ in zip(
+            info["programs"], row.get("explained", []), row.get("explained_by_all_genes", []), strict=False
+        )
+        if own is not None and all_ is not None
+    ]
+    if not told:
+        return ""
+    return (
+        "Share of each program's variance over validation cells that the encoder reads from gene sets (in brackets: "
+        f"that all genes tell, linearly): {', '.join(told)}."
+    )
 
 
 def numbers_in_words(program: Program) -> list[str]:

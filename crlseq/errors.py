@@ -12,6 +12,15 @@ class CrlseqError(Exception):
         What is wrong, as one sentence.
     hint
         What the user can do, as one sentence; may be empty.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> try:
+    ...     crlseq.load("elsewhere")
+    ... except crlseq.CrlseqError as error:
+    ...     print(error.message, error.exit_code)
+    elsewhere is not a run folder: it has no run.json. 3
     """
 
     exit_code = 1

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 DETECTABLE_FDR = 0.05
 LABEL_DRIVERS = 3
 PROGRAM_NUMBERS = ("variance_explained", "effect_explained", "stability")  # where a run has them
+SPLIT = pd.CategoricalDtype(["train", "validation", "test", "unused"])
+# Columns of obs: the split; where a fit was asked for them, what guides were read as, and the probability that a cell
+# responds to its perturbation.
+CELL_COLUMNS = ("crlseq_split", "crlseq_perturbation", "crlseq_responder")
 COPIED, COPIED_CELLS = 1 << 16, 8192  # values of a chunk, and cells of a block, of a copied store
 
 
@@ -126,16 +130,17 @@ def dag_graph(
 
 def graphml(graph: nx.DiGraph[str]) -> bytes:
     """GraphML of a DAG; characters that XML cannot hold are replaced."""
-    clean: nx.DiGraph[str] = nx.DiGraph(**{key: _xml_text(value) for key, value in graph.graph.items()})
+    clean: nx.DiGraph[str] = nx.DiGraph(**{key: plain_text(value) for key, value in graph.graph.items()})
     for node, values in graph.nodes(data=True):
-        clean.add_node(node, **{key: _xml_text(value) for key, value in values.items()})
+        clean.add_node(node, **{key: plain_text(value) for key, value in values.items()})
     clean.add_edges_from(graph.edges(data=True))
     buffer = io.BytesIO()
     nx.write_graphml(clean, buffer)
     return buffer.getvalue()
 
 
-def _xml_text(value: Any) -> Any:
+def plain_text(value: Any) -> Any:
+    """A string with what XML cannot hold replaced; anything else as it is."""
     if not isinstance(value, str):
         return value
     return re.sub("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", value)
@@ -153,7 +158,7 @@ def anndata_keys(
     edges_weights: np.ndarray,
     var_names: pd.Index,
     latents: np.ndarray,
-    split: np.ndarray,
+    cells: pd.DataFrame,
 ) -> dict[str, dict[str, Any]]:
     """The keys that crlseq adds to an AnnData, by slot.
 
@@ -163,8 +168,8 @@ def anndata_keys(
         (p, p) standardised adjacency, all of it.
     latents
         (cells, p) float32.
-    split
-        (cells,) names of splits.
+    cells
+        What is kept of each cell; see `CELL_COLUMNS`.
     """
     names = [program["name"] for program in info["programs"]]
     p = len(names)
@@ -174,14 +179,25 @@ def anndata_keys(
     order = np.argsort(-wide.to_numpy(), axis=0, kind="stable")
     fields = {name: np.asarray(wide.index, dtype=str)[order[:, k]] for k, name in enumerate(names)}
     scores = {name: wide.to_numpy()[order[:, k], k].astype(np.float32) for k, name in enumerate(names)}
+    # What scanpy's readers of `rank_genes_groups` take besides: log2 fold changes of one standard deviation of the
+    # program, and p-values, which loadings have none of.
+    is_log = info["preprocessing"]["values"] != "continuous"
+    changes = {
+        name: (column / np.log(2) if is_log else np.full_like(column, np.nan)) for name, column in scores.items()
+    }
+    untested = {name: np.full_like(column, np.nan) for name, column in scores.items()}
     return {
         "obsm": {"X_crlseq": np.ascontiguousarray(latents, dtype=np.float32)},
         "varm": {"crlseq_programs": np.ascontiguousarray(loadings.fillna(0.0).to_numpy(np.float32))},
-        "obs": {"crlseq_split": pd.Categorical(split, categories=["train", "validation", "test", "unused"])},
+        "obs": {
+            str(name): pd.Categorical(column) if column.dtype == "category" else column.to_numpy()
+            for name, column in cells.items()
+        },
         "var": {"crlseq_fitted": fitted},
         "uns": {
             "crlseq": {
-                "params": _flat(info["config"]),
+                "params": _flat(info["config"])
+                | {"reference": info["control_label"], "groupby": info["perturbation_key"], "use_raw": False},
                 "program_names": np.array(names, dtype=str),
                 "program_labels": np.array([program["label"] for program in info["programs"]], dtype=str),
                 "adjacency": edges_weights.reshape(p, p),
@@ -190,6 +206,9 @@ def anndata_keys(
                 "identified_reason": info["identification"]["reason"],
                 "names": _records(fields),
                 "scores": _records(scores),
+                "logfoldchanges": _records(changes),
+                "pvals": _records(untested),
+                "pvals_adj": _records(untested),
                 "run_json": json.dumps(info, ensure_ascii=False),
             }
         },
@@ -242,6 +261,24 @@ def _copy_store(source: str | Path, path: Path) -> None:
             matrix.append(screen.matrix[start : start + COPIED_CELLS])
 
 
+def _copy_file(source: str | Path, path: Path) -> None:
+    """An h5ad file, or of an h5mu file the modality with the expression."""
+    import h5py
+
+    from crlseq.data.matrix import EXPRESSION
+
+    with h5py.File(source, "r") as handle:
+        if handle.attrs.get("encoding-type") != "MuData":
+            shutil.copyfile(source, path)
+            return
+        modality = handle["mod"][EXPRESSION]
+        with h5py.File(path, "w") as new:
+            for name in modality:
+                modality.copy(name, new)
+            for name, value in modality.attrs.items():
+                new.attrs[name] = value
+
+
 @contextmanager
 def _full_disk() -> Iterator[None]:
     """A disk that is full makes HDF5 raise a RuntimeError, which is an OSError everywhere else."""
@@ -272,7 +309,7 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
         if read_manifest(source) is not None:
             _copy_store(source, path)
         else:
-            shutil.copyfile(source, path)
+            _copy_file(source, path)
         try:
             with h5py.File(path, "r+") as handle:
                 for slot, values in keys.items():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,26 +21,30 @@ import torch
 
 from crlseq import __version__
 from crlseq.analysis.effects import effect_tests
+from crlseq.analysis.responders import find_responders, left_out
 from crlseq.config import Config, make_config, to_toml
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.embeddings import Embeddings, read_embeddings
+from crlseq.data.genesets import GeneSets, fitted_sets
 from crlseq.data.projection import Projection, principal_components
-from crlseq.data.store import read_manifest, verify
+from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.data.streamed import StreamedExpression
+from crlseq.describe import sets_in_words
 from crlseq.errors import InputError, UsageError
-from crlseq.export import DETECTABLE_FDR
+from crlseq.export import DETECTABLE_FDR, SPLIT
 from crlseq.extrapolation import FILE as EMBEDDINGS
 from crlseq.extrapolation import Extrapolation, fit_extrapolation, refuse_strangers
 from crlseq.report import write_report
 from crlseq.results import tables_of
-from crlseq.run import Run, load
+from crlseq.run import GENE_SETS, Run, load
 from crlseq.runfolder import move_into_place, partial_of, refuse_output, working_folder
 from crlseq.threads import on_threads
 from crlseq.training.checkpoint import mend_checkpoint, previous_of, save_weights
 from crlseq.training.discovery import discover
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.memory import give_back, keep_blocks, return_blocks
+from crlseq.training.stages import Stages
 from crlseq.training.trainer import Fit, fit_model, resolve_device, resolve_step
 from crlseq.training.warm_start import WarmStart
 
@@ -101,6 +107,15 @@ def fit(
         If options contradict each other or are out of range, or steps are too small for so many processes.
     ConvergenceError
         If the loss is not finite.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> run = crlseq.fit("screen.h5ad", method="linear", n_latents=3, bootstrap=0)
+    >>> run.program_names, run.path
+    (['P0', 'P1', 'P2'], None)
+    >>> list(run.interventions)[:4]
+    ['perturbation', 'program', 'weight', 'shift']
     """
     progress = progress or Progress()
     if config is None:
@@ -122,8 +137,10 @@ def fit(
             "Leave --decoder sparse or the preset paper out.",
         )
     resolve_device(config.training.device)  # fails before anything is read
+    threads = config.training.threads or torch.get_num_threads()
     if output is None:
-        return _fit(source, None, config, progress, ranks)
+        with on_threads(threads):
+            return _fit(source, None, config, progress, ranks)
     target = Path(output) if Path(output).name not in ("", "..") else Path(output).resolve()
     if resume and (target / "run.json").is_file():
         run = load(target)
@@ -139,7 +156,8 @@ def fit(
     with working_folder(partial_of(target), resume) as folder:
         if not force and os.path.lexists(target):  # another process has finished it in the meantime
             raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
-        _fit(source, folder, config, progress, ranks)
+        with on_threads(threads):
+            _fit(source, folder, config, progress, ranks)
         move_into_place(folder, target)
     return load(target)
 
@@ -157,7 +175,12 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
         If the loss is not finite.
     """
     resolve_device(config.training.device)
-    data, digest = _read(source, config, ranks), _sha256(source)
+    with on_threads(config.training.threads or torch.get_num_threads()):
+        _take_part(source, config, ranks)
+
+
+def _take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
+    data, digest = _read(source, config, ranks), digest_of(source)
     told = ranks.from_first(None)
     if told is None:  # there is nothing to fit
         return
@@ -166,15 +189,18 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
             f"{source} is not the same file for rank {ranks.rank} as for rank 0.", "Give all machines the same file."
         )
     with on_threads(_threads(data, config)):
-        fit_model(data, config, told["n_latents"], ranks=ranks)
+        fit_model(left_out(data, told["escaped"].numpy()), config, told["n_latents"], ranks=ranks)
 
 
 def _read(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) -> PerturbSeqData:
-    if config.training.threads is not None:
-        torch.set_num_threads(config.training.threads)
     threads = torch.get_num_threads()
     data = read_data(source, config.data, config.training.seed)
     if isinstance(data.x, StreamedExpression):
+        if config.data.responders:
+            raise UsageError(
+                "--responders leaves out single cells, which a store that is read in runs cannot.",
+                "Load the store whole with --in-memory, or leave --responders out.",
+            )
         return_blocks()
     else:
         keep_blocks()
@@ -195,35 +221,52 @@ def _threads(data: PerturbSeqData, config: Config) -> int:
 
 def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, progress: Progress, ranks: Ranks) -> Run:
     """Fit, and write all files of the run into the folder, if there is one."""
-    started = datetime.now(UTC)
+    started, clock = datetime.now(UTC), time.monotonic()  # the date may be set back meanwhile
     training = config.training
     table = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
     progress.stage("reading the screen")
     # A store is compared with its checksums before anything is made of it.
-    state, digest = _state(source), _sha256(source)
+    state, digest = state_of(source), digest_of(source)
     data = _read(source, config, ranks)
     if table is not None:
         refuse_strangers(table, data.perturbation_names, str(config.data.embeddings))
     for note in data.notes:
         progress.note(note)
+    sets = _gene_sets(config, folder, data, progress)
     give_back()
     progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, training.seed)
-    tests = effect_tests(data, projection.scores, training.seed)
-    start, n_latents, reason = _start(data, config, projection, tests, progress)
+    of_fit = f"{__version__}\n{digest or content_of(data)}\n{to_toml(config)}"
+    stages = Stages(folder, hashlib.sha256(of_fit.encode()).hexdigest())
+    tests = stages.result("effects", lambda: effect_tests(data, projection.scores, training.seed))
+    responders, escaped = None, np.zeros(0, dtype=np.int64)
+    if config.data.responders:
+        responders = find_responders(data, projection.scores, tests["fdr"])
+        escaped = responders.escaped
+        data = left_out(data, escaped, responders.in_words())
+        progress.note(responders.in_words())
+    start, n_latents, reason = _start(data, config, projection, tests, progress, stages)
     give_back()
-    identity = hashlib.sha256(f"{__version__}\n{digest}\n{n_latents}\n{to_toml(config)}".encode()).hexdigest()
+    of_sets = "" if sets is None else sets.digest()
+    identity = hashlib.sha256(f"{of_fit}\n{n_latents}\n{of_sets}".encode()).hexdigest()
     progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
-    ranks.from_first({"input": digest, "n_latents": n_latents})
+    ranks.from_first({"input": digest, "n_latents": n_latents, "escaped": torch.from_numpy(escaped)})
+    if sets is not None and folder is not None and not (folder / GENE_SETS).exists():
+        sets.write(folder / GENE_SETS)
     with on_threads(_threads(data, config)):
         checkpoint = folder and folder / "resume.pt"
         if checkpoint is not None and mend_checkpoint(checkpoint):
             progress.note("The last checkpoint is damaged: going on from the one before.")
-        fitted = fit_model(data, config, n_latents, checkpoint, identity, progress.epoch, start, ranks, progress.note)
+        members = None if sets is None else sets.members
+        fitted = fit_model(
+            data, config, n_latents, checkpoint, identity, progress.epoch, start, members, ranks, progress.note
+        )
     give_back()
     progress.stage("reading off programs, interventions and the DAG")
     fitted.model.cpu()
-    run = tables_of(fitted, data, config, tests, start)
+    run = tables_of(fitted, data, config, tests, start, sets)
+    if words := sets_in_words(run.info):
+        progress.note(words)
     found = None if table is None else _extrapolation(fitted, data, table, progress)
     info = run.info | {
         "command": shlex.join(["crlseq", *sys.argv[1:]]) if Path(sys.argv[0]).name.startswith(("crlseq", "scanpy-crlseq", "__main__")) else "crlseq.fit",
@@ -234,16 +277,23 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
             "n_genes": data.preprocessing.n_genes_in_file,
         },
         "embeddings": None if found is None else found.summary(),
+        "responders": None if responders is None else responders.record(),
         "n_latents_reason": reason,
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": ranks.size,
-        "seconds": round((datetime.now(UTC) - started).total_seconds(), 2),
+        "machine": {"system": platform.system(), "architecture": platform.machine(), "cores": os.cpu_count()},
+        "seconds": round(time.monotonic() - clock, 2),
     }  # fmt: skip
+    split = pd.Categorical(np.array(splits.SPLITS)[data.split], dtype=SPLIT)
+    cells = pd.DataFrame({"crlseq_split": split}, index=data.cell_names)
+    if data.guides is not None:
+        cells["crlseq_perturbation"] = data.guides.labels
+    if responders is not None:
+        cells["crlseq_responder"] = responders.posterior
     run = Run(
         info, run.programs, run.interventions, run.edges, run.history, run.evaluation,
-        weights=run.weights, splits=pd.Series(np.array(splits.SPLITS)[data.split], index=data.cell_names),
-        map=found, ensemble=run.ensemble,
+        weights=run.weights, cells=cells, map=found, ensemble=run.ensemble, pathways=run.pathways,
     )  # fmt: skip
     if folder is None:
         return run
@@ -252,13 +302,26 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     assert run.weights is not None
     save_weights(folder / "model.safetensors", *run.weights)
     run.write_h5ad(source, folder / "crlseq.h5ad")
-    if _state(source) != state and _sha256(source) != digest:
+    if state_of(source) != state and digest_of(source) != digest:
         raise InputError(f"{source} was changed while it was fitted.", "Fit a file again that nobody writes to.")
     if found is not None:
         found.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
     write_report(run, folder / "report.html")
     previous_of(folder / "resume.pt").unlink(missing_ok=True)
+    stages.forget()
     return run
+
+
+def _gene_sets(config: Config, folder: Path | None, data: PerturbSeqData, progress: Progress) -> GeneSets | None:
+    """The sets that the encoder reads; a fit that goes on does without the file, by the copy in its folder."""
+    if config.data.gene_sets is None:
+        return None
+    path = Path(config.data.gene_sets)
+    if folder is not None and (folder / GENE_SETS).exists() and not path.exists():
+        path = folder / GENE_SETS
+    sets = fitted_sets(path, data.genes)
+    progress.note(sets.in_words())
+    return sets
 
 
 def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings, progress: Progress) -> Extrapolation:
@@ -273,7 +336,12 @@ def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings, progres
 
 
 def _start(
-    data: PerturbSeqData, config: Config, projection: Projection, tests: dict[str, np.ndarray], progress: Progress
+    data: PerturbSeqData,
+    config: Config,
+    projection: Projection,
+    tests: dict[str, np.ndarray],
+    progress: Progress,
+    stages: Stages,
 ) -> tuple[WarmStart | None, int, str]:
     """What the fit starts from (None: random weights), the number of programs, and why that many."""
     asked, k = config.model.n_latents, len(data.perturbation_names)
@@ -294,44 +362,6 @@ def _start(
                 "Each program needs a perturbation of its own: ask for fewer programs.",
             )
         return None, asked, "as asked"
-    discovery = discover(data, effect, config.model, config.training.seed, progress.stage, progress.note)
+    discovery = discover(data, effect, config.model, config.training.seed, progress.stage, progress.note, stages.result)
     reason = "as asked" if discovery.choice is None else discovery.choice.reason
     return WarmStart(discovery, ~np.isnan(tests["p_value"]), projection), len(discovery.adjacency), reason
-
-
-def _state(source: str | Path | ad.AnnData) -> list[tuple[str, int, int, int, int]]:
-    """What differs if a file was written to or replaced; nothing for an AnnData in memory."""
-    if isinstance(source, ad.AnnData):
-        return []
-    path = Path(source)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    about = [(str(file), file.stat()) for file in files if file.exists()]
-    return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in about]
-
-
-def _sha256(source: str | Path | ad.AnnData) -> str:
-    """Digest of the input's bytes; of all files of a zarr store by path; empty for an AnnData in memory.
-
-    Raises
-    ------
-    InputError
-        If a file cannot be read, or a prepared store is not what was written.
-    """
-    if isinstance(source, ad.AnnData):
-        return ""
-    path = Path(source)
-    if read_manifest(path) is not None:
-        return verify(path)
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        if path.is_dir():
-            digest.update(str(file.relative_to(path)).encode())
-        try:
-            with file.open("rb") as handle:
-                while piece := handle.read(1 << 22):
-                    digest.update(piece)
-        except FileNotFoundError:
-            raise InputError(f"There is no file {path}.", "Check the path.") from None
-        except OSError as error:
-            raise InputError(f"{file} cannot be read: {error.strerror}.", "Check its permissions.") from None
-    return digest.hexdigest()

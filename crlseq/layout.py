@@ -240,7 +240,25 @@ def _places(
             fitted = isotonic_regression(wish - offsets[i], weights=weight).x
             place |= dict(zip(columns[i], fitted + offsets[i], strict=True))
     low = min((place[node] - across[node] / 2 for node in place), default=0.0)
-    return {node: float(value - low) for node, value in place.items()}
+    return _closed_up(columns, links, across, {node: float(value - low) for node, value in place.items()})
+
+
+def _closed_up(
+    columns: list[list[_Node]],
+    links: list[tuple[_Node, _Node]],
+    across: Mapping[_Node, float],
+    place: dict[_Node, float],
+) -> dict[_Node, float]:
+    """Parts that no edge joins, moved together as far as boxes allow: no wish of step 4 keeps them near one another."""
+    before = {b: a for column in columns for a, b in pairwise(column)}
+    for part in sorted(nx.connected_components(nx.Graph(links)), key=lambda own: min(place[node] for node in own)):
+        room = [
+            place[node] - across[node] / 2 - (place[other] + across[other] / 2 + GAP if other else 0.0)
+            for node in part
+            if (other := before.get(node)) not in part
+        ]
+        place |= {node: place[node] - min(room) for node in part}
+    return place
 
 
 def _ports(

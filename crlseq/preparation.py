@@ -89,6 +89,13 @@ def prepare(
     ------
     InputError
         If a file cannot be used, files do not match, or the output cannot be written.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> done = crlseq.prepare(["screen.h5ad"], "STORE")
+    >>> done.n_cells, done.n_genes, done.values
+    (740, 40, 'counts')
     """
     options = config or DataConfig()
     target, paths = Path(output), [Path(source) for source in sources]

@@ -17,15 +17,17 @@ from crlseq.analysis.dag import Dag, find_dag
 from crlseq.analysis.ensemble import read_model, seed_agreement
 from crlseq.analysis.explained import effect_explained, variance_explained
 from crlseq.analysis.interventions import find_interventions
+from crlseq.analysis.pathways import explained_by_sets, pathway_table
 from crlseq.analysis.prediction import evaluate_held_out
 from crlseq.analysis.programs import find_programs
 from crlseq.config import Config
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.genesets import GeneSets
 from crlseq.export import DETECTABLE_FDR, edge_table, intervention_table, program_labels, program_table
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.run import FORMAT, Run
-from crlseq.training.discovery import Discovery
+from crlseq.training.findings import Discovery
 from crlseq.training.trainer import Fit, resolve_device
 from crlseq.training.warm_start import WarmStart
 
@@ -33,13 +35,20 @@ PACKAGES = ("torch", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-le
 
 
 def tables_of(
-    fitted: Fit, data: PerturbSeqData, config: Config, tests: dict[str, np.ndarray], start: WarmStart | None
+    fitted: Fit,
+    data: PerturbSeqData,
+    config: Config,
+    tests: dict[str, np.ndarray],
+    start: WarmStart | None,
+    sets: GeneSets | None = None,
 ) -> Run:
     """Tables of a fit; ``info`` lacks what only the whole job knows (input, times, command)."""
     discovery = None if start is None else start.discovery
     programs = find_programs(fitted.model, data)
-    # Without a detectable effect there is no claim, whatever a network learned; the published model claims all.
-    silent = (tests["fdr"] > DETECTABLE_FDR) & (config.model.method != "gradient")
+    # Without a detectable effect there is no claim, whatever a network learned, nor where there are cells and no
+    # controls to compare them with; the published model claims all.
+    untold = np.isnan(tests["p_value"]) & (tests["n_cells"] > 0)
+    silent = ((tests["fdr"] > DETECTABLE_FDR) | untold) & (config.model.method != "gradient")
     found = find_interventions(fitted.model, programs, ~silent)
     dag = find_dag(fitted.model, programs, config.model, discovery)
     decoder = fitted.model.decoder
@@ -64,6 +73,7 @@ def tables_of(
     )
     edges = edge_table(dag.weights, dag.declared, support, dag.identification.verdict)
     evaluation = evaluate_held_out(fitted.model, data, config.training.seed)
+    pathways = None if sets is None else pathway_table(fitted.model, data, programs, sets)
     info = {
         "format": FORMAT,
         "version": __version__,
@@ -76,10 +86,11 @@ def tables_of(
         "perturbation_key": data.labels.key,
         "control_label": data.labels.control_label,
         "label_reason": data.labels.reason,
+        "guides": None if data.guides is None else data.guides.record,
         "preprocessing": asdict(data.preprocessing),
         "cells": {name: int((data.split == code).sum()) for code, name in enumerate(splits.SPLITS)},
         "conditions": _condition_rows(data),
-        "notes": list(data.notes),
+        "notes": [*data.notes, *fitted.notes],
         "n_latents": len(programs.scale),
         "programs": _program_rows(
             program_rows,
@@ -102,7 +113,10 @@ def tables_of(
             "stopped_early": fitted.stopped_early,
             "bandwidth": fitted.bandwidth,
             "kept_seed": fitted.seed,
+            "parts_of_steps": fitted.parts,
+            "seed_losses": list(fitted.seed_losses),
         },
+        "gene_sets": None if sets is None else _set_row(fitted, data, start, sets),
         "metrics": _metrics(evaluation, intervention_rows, dag),
     }
     agreement = None
@@ -113,7 +127,25 @@ def tables_of(
         {"epoch": int, "total": float}
     )
     weights = ({name: value.cpu() for name, value in fitted.model.state_dict().items()}, fitted.architecture)
-    return Run(info, program_rows, intervention_rows, edges, history, evaluation, weights=weights, ensemble=agreement)
+    return Run(
+        info, program_rows, intervention_rows, edges, history, evaluation,
+        weights=weights, ensemble=agreement, pathways=pathways,
+    )  # fmt: skip
+
+
+def _set_row(fitted: Fit, data: PerturbSeqData, start: WarmStart | None, sets: GeneSets) -> dict[str, Any]:
+    """What ``run.json`` says of the sets that the encoder reads."""
+    row: dict[str, Any] = {
+        "n_sets": len(sets.names),
+        "n_small": sets.n_small,
+        "n_same": len(sets.lines) - len(sets.names),
+    }
+    row["n_genes"] = int(sets.members.any(0).sum())
+    if start is not None:
+        shares = explained_by_sets(fitted.model, data, start)
+        for name, values in zip(("explained", "explained_by_all_genes"), shares, strict=True):
+            row[name] = [None if np.isnan(value) else float(value) for value in values]
+    return row
 
 
 def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:

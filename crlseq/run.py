@@ -13,8 +13,11 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
+from crlseq import __version__
 from crlseq.errors import InputError
 from crlseq.export import (
+    CELL_COLUMNS,
+    SPLIT,
     anndata_keys,
     dag_graph,
     dag_json,
@@ -48,6 +51,10 @@ COLUMNS: dict[str, dict[str, type]] = {
 }  # fmt: skip
 TABLES = tuple(COLUMNS)
 ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
+PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
+PATHWAY_COLUMNS = {
+    "program": str, "gene_set": str, "description": str, "weight": float, "rank": int, "n_genes": int, "same_genes": str,
+}  # fmt: skip
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
 # Columns that runs of earlier versions, and some others, lack.
 LATER: dict[str, dict[str, type]] = {
@@ -94,10 +101,12 @@ class Run:
         The folder, None for a run that was not written.
     weights
         State and architecture of the model; None: read from the folder when first needed.
-    splits
-        Split of each cell by its name; None: likewise.
+    cells
+        `crlseq.export.CELL_COLUMNS` by the name of the cell; None: likewise.
     ensemble
         ``kind, source, target, agreement, mean, sd``: what models of other seeds agree on; None for one seed.
+    pathways
+        ``program, gene_set, weight, ...``: what the encoder reads each program from; None where it reads all genes.
     map
         From gene vectors to perturbations never seen, where the fit was given embeddings; None: likewise.
     """
@@ -110,9 +119,10 @@ class Run:
     evaluation: pd.DataFrame
     path: Path | None = None
     weights: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, repr=False)
-    splits: pd.Series | None = field(default=None, repr=False)
+    cells: pd.DataFrame | None = field(default=None, repr=False)
     map: Extrapolation | None = field(default=None, repr=False)
     ensemble: pd.DataFrame | None = field(default=None, repr=False)
+    pathways: pd.DataFrame | None = field(default=None, repr=False)
 
     @cached_property
     def dag(self) -> nx.DiGraph[str]:
@@ -209,13 +219,29 @@ class Run:
         return latents.astype(np.float32)
 
     def predict(self, perturbations: str | Sequence[str], **options: Any) -> ad.AnnData:
-        """Virtual cells under fitted perturbations and combinations of them; see `crlseq.prediction.predict`."""
+        """Virtual cells under fitted perturbations and combinations of them; see `crlseq.prediction.predict`.
+
+        Examples
+        --------
+        >>> import crlseq
+        >>> virtual = crlseq.load("RUN").predict(["g0", "g0+g1"], n_cells=50)
+        >>> virtual.shape, virtual.varm["crlseq_effect"].shape
+        ((100, 40), (40, 2))
+        """
         from crlseq.prediction import predict
 
         return predict(self, perturbations, **options)
 
     def annotate(self, adata: ad.AnnData) -> ad.AnnData:
-        """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes."""
+        """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes.
+
+        Examples
+        --------
+        >>> import anndata, crlseq
+        >>> adata = crlseq.load("RUN").annotate(anndata.read_h5ad("screen.h5ad"))
+        >>> adata.obsm["X_crlseq"].shape, adata.varm["crlseq_programs"].shape
+        ((740, 3), (40, 3))
+        """
         set_keys(adata, self._keys(adata, adata.obs_names, adata.var_names))
         return adata
 
@@ -228,26 +254,27 @@ class Run:
         write_annotated(source, path, self._keys(source, cells, genes))
 
     def _keys(self, source: str | Path | ad.AnnData, cells: pd.Index, genes: pd.Index) -> dict[str, dict[str, Any]]:
-        split = self._splits().reindex(cells.astype(str)).fillna("unused").to_numpy()
+        known = self._cells().reindex(cells.astype(str))
+        known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(SPLIT)
         return anndata_keys(
-            self.info, self.programs, self.interventions, self.adjacency, genes, self.latents(source), split
+            self.info, self.programs, self.interventions, self.adjacency, genes, self.latents(source), known
         )
 
-    def _splits(self) -> pd.Series:
-        if self.splits is not None:
-            return self.splits
+    def _cells(self) -> pd.DataFrame:
+        if self.cells is not None:
+            return self.cells
         import anndata as ad
         import h5py
 
         path = self._folder() / "crlseq.h5ad"
         try:
             with h5py.File(path, "r") as handle:
-                column: pd.Series = ad.io.read_elem(handle["obs"])["crlseq_split"]
+                obs: pd.DataFrame = ad.io.read_elem(handle["obs"])
+            return obs[["crlseq_split", *(name for name in CELL_COLUMNS[1:] if name in obs)]].copy()
         except (OSError, KeyError) as error:
             raise InputError(
                 f"{path} cannot be read, so the split of cells is unknown.", "Restore it, or fit again."
             ) from error
-        return column.astype(str)
 
     def _folder(self) -> Path:
         if self.path is None:
@@ -260,6 +287,8 @@ class Run:
             (folder / f"{name}.csv").write_bytes(to_csv(table))
         if self.ensemble is not None:
             (folder / ENSEMBLE).write_bytes(to_csv(self.ensemble))
+        if self.pathways is not None:
+            (folder / PATHWAYS).write_bytes(to_csv(self.pathways))
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
         text = json.dumps(self.info, indent=1, ensure_ascii=False)
@@ -279,7 +308,15 @@ def load(path: str | Path) -> Run:
     Raises
     ------
     InputError
-        If it is not one, is unfinished, damaged, written by a newer crlseq, or has a link that leads out of it.
+        If it is not one, is unfinished, damaged, written by a newer crlseq or by one whose runs are no longer read, or
+        has a link that leads out of it.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> run = crlseq.load("RUN")
+    >>> sorted(run.dag.nodes), sorted(run.described)
+    (['P0', 'P1', 'P2'], ['P0', 'P1', 'P2'])
     """
     folder = Path(path)
     if not (folder / "run.json").is_file():
@@ -290,12 +327,16 @@ def load(path: str | Path) -> Run:
             f"{folder} is not a run folder: it has no run.json.", "Give the folder that `crlseq fit --output` wrote."
         )
     refuse_links_outside(folder)
+    writer = __version__
     try:
         if (folder / "run.json").stat().st_size > MAX_JSON:
             raise ValueError(f"run.json has more than {MAX_JSON >> 20} MiB")
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if info["format"] > FORMAT:
             raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
+        writer = str(info["version"])
+        if info["format"] < FORMAT:
+            raise ValueError(f"its format is {info['format']}, and {FORMAT} is read")
         if missing := INFO - info.keys():
             raise ValueError(f"run.json lacks {min(missing)!r}")
         tables = {
@@ -303,8 +344,14 @@ def load(path: str | Path) -> Run:
         }
         several = info["config"]["training"].get("ensemble", 1) > 1
         ensemble = read_csv(folder / ENSEMBLE, ENSEMBLE_COLUMNS) if several else None
+        pathways = read_csv(folder / PATHWAYS, PATHWAY_COLUMNS) if info.get("gene_sets") else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        if writer != __version__:
+            raise InputError(
+                f"{folder} was written by crlseq {writer[:20]}, whose runs {__version__} does not read: {detail}.",
+                "Fit again with the command in its run.json, or read it with that version.",
+            ) from error
         raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
     return Run(
         info,
@@ -315,4 +362,5 @@ def load(path: str | Path) -> Run:
         tables["evaluation"],
         folder,
         ensemble=ensemble,
+        pathways=pathways,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from crlseq.errors import InputError
 from crlseq.files import sync
-from crlseq.run import ENSEMBLE, TABLES
+from crlseq.run import ENSEMBLE, GENE_SETS, PATHWAYS, TABLES
 
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
 RUN_FILES = frozenset(
@@ -28,6 +28,8 @@ RUN_FILES = frozenset(
         "dag.graphml",
         "dag.json",
         ENSEMBLE,
+        GENE_SETS,
+        PATHWAYS,
     }
     | {f"{name}.csv" for name in TABLES}
 )
@@ -75,7 +77,21 @@ def refuse_output(target: Path, resume: bool, force: bool) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    return file.name.removesuffix(".tmp") in RUN_FILES and not file.is_dir() and not file.is_symlink()
+    from crlseq.training.stages import STAGES, file_of
+
+    ours = RUN_FILES | {file_of(stage) for stage in STAGES}
+    return file.name.removesuffix(".tmp") in ours and not file.is_dir() and not file.is_symlink()
+
+
+def refuse_part_of_run(path: Path) -> None:
+    """Refuse to replace a file of a finished run by what a later command makes.
+
+    Raises
+    ------
+    InputError
+    """
+    if path.name in RUN_FILES and (path.resolve().parent / "run.json").is_file():
+        raise InputError(f"{path} is a part of the run, which is left as it was fitted.", "Choose another --output.")
 
 
 @contextmanager

@@ -12,11 +12,16 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 FORMULA = r"^(?='*[=+@\t\r\n-])"
 DEFUSED = r"^'(?='*[=+@\t\r\n-])"
+# From pandas 3.1 on numbers are read to the last digit without being asked for.
+EXACT: dict[str, Any] = (
+    {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
+)
 
 
 def to_csv(table: pd.DataFrame) -> bytes:
@@ -48,7 +53,7 @@ def read_csv(path: Path, columns: Mapping[str, type], later: Mapping[str, type] 
     # A gene may be called NA: only empty fields are missing values, and only in columns of numbers.
     kinds = {**columns, **(later or {})}
     empty = {name: [""] for name, kind in kinds.items() if kind is float}
-    table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, float_precision="round_trip")
+    table: pd.DataFrame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, **EXACT)
     if missing := [name for name in columns if name not in table]:
         raise ValueError(f"{path.name} has no column {missing[0]!r}")
     for name in table.select_dtypes(object):

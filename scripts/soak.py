@@ -17,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from tests.cli.test_repeat import results
-from tests.faults.isolated import isolated
+from tests.faults.isolated import isolated, preload
+from tests.faults.outcomes import fitted, read
 from tests.faults.screens import bases, damages, recipes
 from tests.faults.test_bad_files import ROUTES, SLICE, of_damage, of_recipe
-from tests.support import clear_screen, command, environment, spawn
+from tests.support import clear_screen, command, environment
 
 FIT_EVERY = 10
 
@@ -69,6 +71,10 @@ class Tally:
 def generated(count: int, number: int, folder: Path) -> int:
     """Generated screens."""
     tally = Tally()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sound = bases(folder)[0]
+    preload(lambda: (fitted(sound), read(sound)))
 
     @seed(number)
     @settings(max_examples=count, **{**SLICE, "derandomize": False})
@@ -87,6 +93,7 @@ def damaged(count: int, number: int, folder: Path) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         files = bases(folder)
+    preload(lambda: (fitted(files[0]), read(files[0])))
 
     @seed(number)
     @settings(max_examples=count, **{**SLICE, "derandomize": False})
@@ -99,56 +106,78 @@ def damaged(count: int, number: int, folder: Path) -> int:
     return tally.close("damaged")
 
 
+SHARES = {"fit": 0.3, "fit of a store": 0.25, "prepare": 0.15, "predict": 0.1, "export": 0.1, "report": 0.1}
+SPAWN_EVERY = 10
+
+
 def signals(count: int, number: int, folder: Path) -> int:
-    """SIGKILL, SIGTERM and SIGINT at random moments of fit, predict, export and report; then they go on to the same end.
+    """SIGKILL, SIGTERM and SIGINT at random moments of the commands that write; then they go on to the same end.
 
     An output that is there after a signal is the undisturbed one to the byte; SIGTERM and SIGINT end a command within
-    five seconds with 130, unless it was done, or had not yet begun to watch for them.
+    five seconds with 130, unless it was done, or had not yet begun to watch for them. Commands run in forks of this
+    process, so that the moments fall into their work and not into imports; every tenth in a process of its own.
     """
     rng = np.random.default_rng(number)
-    screen = folder / "screen.h5ad"
+    screen, store, run, wholes = folder / "screen.h5ad", folder / "store", folder / "RUN", folder / "wholes"
+    wholes.mkdir()
     clear_screen().write_h5ad(screen)
-    run, wholes = folder / "RUN", folder / "wholes"
-    fit = ["fit", screen, "--epochs", 30, "--batch-size", 16, "--n-latents", 3, "--bootstrap", 2, "--output"]
+    options = ["--epochs", 10, "--batch-size", 32, "--n-latents", 3, "--bootstrap", 2, "--output"]
     wanted: dict[str, list[Any]] = {
-        "fit": [*fit, "OUT", "--resume"],
+        "fit": ["fit", screen, *options, "OUT", "--resume"],
+        "fit of a store": ["fit", store, "--streamed", *options, "OUT", "--resume"],
+        "prepare": ["prepare", screen, "--resume", "--output", "OUT"],
         "predict": ["predict", run, "-p", "g0+g1", "--force", "--output", "OUT"],
-        "export": ["export", run, "--force", "--h5ad", "OUT"],
+        "export": ["export", run, "--force", "--format", "h5ad", "--output", "OUT"],
         "report": ["report", run, "--output", "OUT"],
     }
-    spawn(*fit, run).check_returncode()
+    for words in (["prepare", screen, "--output", store], ["fit", screen, *options, run]):
+        preload(lambda words=words: _run(list(map(str, words))))
+        assert (store if words[0] == "prepare" else run).exists()
     contents, seconds = {}, {}
     for name, words in wanted.items():
-        started = time.monotonic()
-        spawn(*[wholes / name if word == "OUT" else word for word in words]).check_returncode()
-        seconds[name] = time.monotonic() - started
+        begun = time.monotonic()
+        code, err = Started([wholes / name if word == "OUT" else word for word in words], folder, fork=True).ended()
+        assert code == 0, err
+        seconds[name] = time.monotonic() - begun
         contents[name] = _content(wholes / name)
     tally: Counter[str] = Counter()
     slowest = 0.0
     for i in range(count):
-        name = list(wanted)[int(rng.choice(4, p=[0.7, 0.1, 0.1, 0.1]))]
+        name = str(rng.choice(list(SHARES), p=list(SHARES.values())))
         out = folder / f"out{i}"
         words = [out if word == "OUT" else word for word in wanted[name]]
         kind = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT][int(rng.integers(3))]
-        moment = rng.uniform(0.3, seconds[name])
-        with subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True, env=environment()) as process:
-            time.sleep(moment)
-            sent = time.monotonic()
-            process.send_signal(kind)
-            _, err = process.communicate()
-            took = time.monotonic() - sent
-        told = (
-            process.returncode in (0, 130, -kind) and "Traceback" not in err and (took < 5 or process.returncode == 0)
-        )
+        fork = i % SPAWN_EVERY > 0
+        moment = rng.uniform(0, seconds[name] + 6.0 * (not fork))  # imports take some seconds
+        process = Started(words, folder, fork)
+        time.sleep(moment)
+        sent = time.monotonic()
+        process.send(kind)
+        code, err = process.ended()
+        took = time.monotonic() - sent
+        # Five seconds, and on a busy machine as many times more as there are processes to a core.
+        limit = 5 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+        told = code in (0, 130, -kind) and "Traceback" not in err and (took < limit or code == 0)
         half = (out.exists() and _content(out) != contents[name]) or not told
-        slowest = max(slowest, took if kind != signal.SIGKILL and process.returncode else 0)
-        after = spawn(*words)
-        same = after.returncode == 0 and _content(out) == contents[name]
+        slowest = max(slowest, took if kind != signal.SIGKILL and code else 0)
+        after, said = Started(words, folder, fork).ended()
+        same = after == 0 and _content(out) == contents[name]
         fault = half or not same
-        tally["fault" if fault else f"{name} survived"] += 1
+        met = "met" if code else "done before"
+        tally["fault" if fault else f"{name} {kind.name} {met}"] += 1
+        if os.environ.get("SOAK_DETAILS"):
+            print(
+                i,
+                name,
+                kind.name,
+                f"after {moment:.2f} s of {seconds[name]:.2f} s: exit {code} in {took:.1f} s",
+                flush=True,
+            )
         if fault:
             print(
-                f"FAULT {name} {kind.name} after {moment:.2f} s: exit {process.returncode} in {took:.1f} s\n{err}\n{after.stderr}"
+                f"FAULT {name} {kind.name} after {moment:.2f} s of {seconds[name]:.2f} s: exit {code} in {took:.1f} s, then {after},"
+                f" same {same}\n{err}\n{said}",
+                flush=True,
             )
         for left in (out, out.with_name(out.name + ".partial")):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
@@ -157,10 +186,57 @@ def signals(count: int, number: int, folder: Path) -> int:
     return int(tally["fault"] > 0)
 
 
+class Started:
+    """A command that runs in a fork of this process, or in a new one."""
+
+    def __init__(self, words: Sequence[object], folder: Path, fork: bool) -> None:
+        self.err = folder / "stderr"
+        sys.stdout.flush()
+        with self.err.open("wb") as err:
+            if not fork:
+                self.pid = subprocess.Popen(command(*words), stdout=err, stderr=err, env=environment()).pid
+                return
+            self.pid = os.fork()
+            if self.pid == 0:
+                os.dup2(err.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                os._exit(_run(list(map(str, words))))
+
+    def send(self, number: int) -> None:
+        """Send a signal; nobody has waited yet, so that the process is there, dead or alive."""
+        os.kill(self.pid, number)
+
+    def ended(self) -> tuple[int, str]:
+        """Exit code, or minus the signal that ended it, and what was said."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self.err.read_text(errors="replace")
+
+
+def _run(words: list[str]) -> int:
+    """``crlseq WORDS`` in this process, which is a fork and does nothing else."""
+    from crlseq.cli.app import main as crlseq
+
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", errors="replace") for n in (1, 2))
+    sys.argv = ["crlseq", *words]
+    try:
+        crlseq()
+        return 0
+    except SystemExit as done:
+        return int(done.code or 0)
+    except KeyboardInterrupt:  # before the command had begun to watch
+        return 130
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stderr.flush()
+
+
 def _content(path: Path) -> object:
-    """What must be the same: the results of a run, the numbers of an h5ad, the bytes of a page."""
-    if path.is_dir():
+    """What must be the same: the results of a run, the numbers of an h5ad, every byte of a store or a page."""
+    if (path / "run.json").exists():
         return results(path)
+    if path.is_dir():
+        return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
     if h5py.is_hdf5(path):
         adata = ad.read_h5ad(path)
         return [

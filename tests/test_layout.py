@@ -96,6 +96,22 @@ def test_a_tree_and_a_ladder_have_no_crossings() -> None:
     assert drawn_crossings(laid_out(4, [(0, 2), (0, 3), (1, 2), (1, 3)])) <= 1
 
 
+def test_parts_without_an_edge_between_them_stand_close() -> None:
+    edges = [(0, 6), (0, 7), (0, 9), (1, 4), (2, 9), (3, 5), (5, 8), (6, 9)]
+    layout = laid_out(10, edges)
+    assert not layout.down
+    lowest = max(y for (a, b), line in zip(edges, layout.edges, strict=True) if 9 in (a, b) for _, y in line)
+    parts = [[0, 2, 6, 7, 9], [1, 4], [3, 5, 8]]
+    ends = [
+        (min(box.y - box.height / 2 for box in own), max(box.y + box.height / 2 for box in own))
+        for own in ([layout.boxes[f"P{i}"] for i in part] for part in parts)
+    ]
+    ends[0] = (ends[0][0], max(ends[0][1], lowest + 6))  # half of a lane
+    ends.sort()
+    for (_, bottom), (top, _) in pairwise(ends):
+        assert top - bottom == pytest.approx(17.0, abs=6.0)  # the gap between boxes, which differ in size by 6
+
+
 def test_the_shape_follows_the_page_and_the_text() -> None:
     chain = [(i, i + 1) for i in range(5)]
     assert not laid_out(6, chain, (2000.0, 300.0)).down

@@ -239,6 +239,25 @@ def test_newer_format(copy: Path) -> None:
         crlseq.load(copy)
 
 
+def test_older_runs(copy: Path) -> None:
+    """What an earlier version did not write yet is done without; what can no longer be read is refused with a hint."""
+    found = pd.read_csv(copy / "evaluation.csv")
+    later = [name for name in found if name.endswith(("_training", "_mean"))]
+    found.drop(columns=later).to_csv(copy / "evaluation.csv", index=False)
+    path = copy / "run.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps({**info, "version": "0.0.9"}))
+    assert len(later) == 4 and not set(later) & set(crlseq.load(copy).evaluation)
+
+    hint = r"Fit again with the command in its run\.json, or read it with that version\."
+    (copy / "history.csv").write_text("epoch\n0\n")
+    with pytest.raises(InputError, match=rf"crlseq 0\.0\.9, whose runs .* history\.csv has no column 'total'\. {hint}"):
+        crlseq.load(copy)
+    path.write_text(json.dumps({**info, "version": "0.0.1", "format": 0}))
+    with pytest.raises(InputError, match=rf"crlseq 0\.0\.1, whose runs .* its format is 0, and 1 is read\. {hint}"):
+        crlseq.load(copy)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

@@ -9,7 +9,7 @@ import numpy as np
 from crlseq.analysis.programs import Programs
 from crlseq.config import ModelConfig
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.training.discovery import Discovery
+from crlseq.training.findings import Discovery
 
 DECLARED_WEIGHT = 0.1  # one standard deviation of the source moves the target by at least a tenth of its own
 

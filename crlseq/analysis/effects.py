@@ -107,21 +107,22 @@ def effect_tests(data: PerturbSeqData, scores: np.ndarray, seed: int) -> dict[st
     Returns
     -------
     ``energy``, ``p_value``, ``fdr`` and ``n_cells``, each (perturbations,). NaN where a perturbation occurs in
-    combinations alone.
+    combinations alone, or in batches without controls alone.
     """
     cells = data.cells_by_condition(splits.TRAIN, splits.VALIDATION)
+    comparable = data.comparable()
     index = {parts[0]: c for c, parts in enumerate(data.conditions) if len(parts) == 1}
     n = len(data.perturbation_names)
     energy, p_value, n_cells = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64)
 
     def test(k: int) -> tuple[float, float]:
         rng = np.random.default_rng([seed, 5, k])
-        perturbed = _at_most(cells[index[k]], rng)
+        own = cells[index[k]]
+        perturbed = _at_most(own[comparable[own]], rng)
         # Controls of batches that the perturbation never saw say nothing about it.
-        alike = cells[0][np.isin(data.batch[cells[0]], data.batch[perturbed])]
-        control = _at_most(alike if len(alike) >= 2 else cells[0], rng)
+        control = _at_most(cells[0][np.isin(data.batch[cells[0]], data.batch[perturbed])], rng)
         both = np.concatenate([perturbed, control])
-        if min(len(perturbed), len(control)) < 2:
+        if min(int((data.split[some] == splits.TRAIN).sum()) for some in (perturbed, control)) < 2:
             return np.nan, np.nan
         return energy_test(scores[both], np.arange(len(both)) < len(perturbed), data.batch[both], STAGES, rng)
 

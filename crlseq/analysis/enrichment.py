@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse, stats
 
+from crlseq.data.genesets import read_gmt, refuse_unmatched
 from crlseq.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 OVER_REPRESENTATION, RANK, DRIVERS = "over-representation", "rank", "drivers"
 MIN_SIZE, MAX_SIZE = 5, 500  # fitted genes of a set that is tested
 MIN_PERTURBATIONS, MIN_DRIVERS = 3, 2  # of a set, and of a program; with fewer nothing could be told
+SMALLEST = 1e-4  # share of the largest loading that the ranking counts any gene with
 TOP_SHARE, TOP_MOST = 0.1, 100  # of the genes that rise, and of those that fall, by |loading|
-MAX_LINE, MAX_FILE = 4_000_000, 500_000_000  # bytes: ten times what the largest collections take
-_ENSEMBL = re.compile(r"ENS[A-Z]{0,6}G\d{11}")
 _COLUMNS = [
     "program", "test", "direction", "gene_set", "description", "size", "overlap", "score", "p_value", "fdr", "genes",
 ]  # fmt: skip
@@ -69,8 +68,8 @@ def enrich(
         test and p-value. ``direction``: "up" where the set's genes rise with the program, "down" where they fall, empty
         for drivers. ``size`` (int): fitted genes, or perturbations, of the set. ``overlap`` (int) and ``genes``: those of
         them among the top genes, in the leading edge, or among the drivers, the strongest first, joined by ", ".
-        ``score`` (float): overlap over expected overlap, or the normalised enrichment score. ``fdr``:
-        Benjamini-Hochberg over programs, sets and directions of a test.
+        ``score`` (float): overlap over expected overlap, or the normalised enrichment score. ``fdr``: over programs,
+        sets and directions of a test; of ranks by Benjamini and Hochberg, of counts by `discrete_fdr`.
 
     Raises
     ------
@@ -78,21 +77,32 @@ def enrich(
         If the file cannot be read or is malformed, or no set can be tested.
     UsageError
         If gseapy is not installed, or a size is out of range.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> sets = {"first": [f"gene{i}" for i in range(10)], "last": [f"gene{i}" for i in range(30, 40)]}
+    >>> found = crlseq.enrich(crlseq.load("RUN"), sets)
+    >>> sorted(set(found["gene_set"])), sorted(set(found["test"]))
+    (['first', 'last'], ['over-representation', 'rank'])
     """
     if find_spec("gseapy") is None:
         raise UsageError("Enrichment needs gseapy, which is not installed.", "pip install 'crlseq[enrich]'.")
     if not 1 <= min_size <= max_size or (n_top is not None and n_top < 1):
         raise UsageError("A number of genes is out of range.", "Give 1 <= min_size <= max_size and n_top of 1 or more.")
     wide = run.programs.pivot(index="program", columns="gene", values="loading").loc[run.program_names]
-    genes, loading = wide.columns.to_numpy(dtype=object), wide.to_numpy()
+    # A gene without a loading is one that the program does not move.
+    genes, loading = wide.columns.to_numpy(dtype=object), np.nan_to_num(wide.to_numpy())
     perturbations = run.interventions["perturbation"].to_numpy(dtype=object)
     names, by_gene, by_driver = _memberships(gene_sets, genes, perturbations, min_size, max_size)
     n_top = n_top or min(TOP_MOST, max(1, round(TOP_SHARE * len(genes))))
     tops, drivers = [], []
     for index, program in enumerate(run.program_names):
         for direction, sign in (("up", 1.0), ("down", -1.0)):
-            order = np.argsort(-sign * loading[index], kind="stable")[:n_top]
-            tops.append((index, direction, order[sign * loading[index, order] > 0]))
+            value = sign * loading[index]
+            order = np.argsort(-value, kind="stable")
+            last = value[order[min(n_top, len(order)) - 1]]  # with all that are equal to it: their order says nothing
+            tops.append((index, direction, order[(value[order] >= last) & (value[order] > 0)]))
         own = np.flatnonzero(run.interventions["program"] == program)
         if len(own) >= MIN_DRIVERS:
             strength = run.interventions["shift"].abs().to_numpy()[own]
@@ -105,13 +115,21 @@ def enrich(
         ],
         ignore_index=True,
     )
-    found["fdr"] = found.groupby("test")["p_value"].transform(stats.false_discovery_control)
+    found["fdr"] = np.nan
+    for test, part in found.groupby("test"):
+        counted = {OVER_REPRESENTATION: len(genes), DRIVERS: len(perturbations)}.get(str(test))
+        p_value = part["p_value"].to_numpy()
+        found.loc[part.index, "fdr"] = (
+            stats.false_discovery_control(p_value)
+            if counted is None
+            else discrete_fdr(p_value, counted, part["size"].to_numpy(), part["n_chosen"].to_numpy())
+        )
     # What is equally strong comes in the order of the file.
     order = np.lexsort((found["set"], -found["score"].abs(), found["p_value"], found["order"], found["index"]))
     found = found.iloc[order].reset_index(drop=True)
     found["program"] = np.array(run.program_names, dtype=object)[found["index"]]
     found["gene_set"], found["description"] = np.array(names, dtype=object)[found["set"]].T
-    return found[_COLUMNS]
+    return found[_COLUMNS].astype({"size": int, "overlap": int})
 
 
 def _table(test: str, index: int, direction: object, sets: np.ndarray, **columns: object) -> pd.DataFrame:
@@ -125,15 +143,43 @@ def _over_represented(
     """Every choice and set; sets without any of the chosen count among the tests, with a p-value of 1."""
     total, size = len(names), np.diff(member.indptr)
     sets = np.flatnonzero(size)
-    tables = [_table(test, 0, "", sets[:0], size=[], overlap=[], score=[], p_value=[], genes=[])]
+    tables = [_table(test, 0, "", sets[:0], size=[], overlap=[], score=[], p_value=[], genes=[], n_chosen=[])]
     for index, direction, own in chosen if len(sets) else []:
         hits = member[sets][:, own].sorted_indices()
         overlap, m = np.diff(hits.indptr), size[sets]
         told = [", ".join(names[own[hit]]) for hit in np.split(hits.indices, hits.indptr[1:-1])]
         score = overlap * total / (m * max(len(own), 1))
         p_value = stats.hypergeom.sf(overlap - 1, total, m, len(own))
-        tables.append(_table(test, index, direction, sets, size=m, overlap=overlap, score=score, p_value=p_value, genes=told))  # fmt: skip
+        tables.append(_table(test, index, direction, sets, size=m, overlap=overlap, score=score, p_value=p_value, genes=told, n_chosen=len(own)))  # fmt: skip
     return pd.concat(tables[min(1, len(tables) - 1) :], ignore_index=True)
+
+
+def discrete_fdr(p_value: np.ndarray, total: int, size: np.ndarray, n_chosen: np.ndarray) -> np.ndarray:
+    """FDR of hypergeometric tests, that knows which p-values each of them can have at all.
+
+    Doehler, Durand, Roquain, "New FDR bounds for discrete and heterogeneous tests", Electronic Journal of Statistics
+    12, 2018 (procedure HSD). Of n drawn from N, three of which are in a set, no p-value is below that of all three, and
+    such a test adds nothing to the false discoveries at smaller ones. With F_i(t) = P(p_i <= t) under the null, which
+    is at most t, and p_(1) <= p_(2) <= ... the p-values of all tests,
+
+        fdr_(k) = max_{j <= k} (1 / j) sum_i F_i(p_(j)) / (1 - F_i(p_(j))),     at most 1.
+
+    Parameters
+    ----------
+    p_value, size, n_chosen
+        (tests,) ``P(X >= overlap)`` for X ~ hypergeometric(total, size, n_chosen), and its parameters.
+    """
+    level, place, count = np.unique(p_value, return_inverse=True, return_counts=True)
+    sums = np.zeros(len(level))
+    kinds, tests = np.unique(np.stack([size, n_chosen]).astype(int), axis=1, return_counts=True)
+    for m, n, number in zip(*kinds, tests, strict=True):
+        attainable = stats.hypergeom.sf(np.arange(min(m, n), -1, -1) - 1, total, m, n)
+        index = np.searchsorted(attainable, level * (1 + 1e-9), side="right")
+        chance = np.where(index > 0, attainable[index - 1], 0.0)
+        sums += number * np.divide(chance, 1 - chance, out=np.full(len(level), np.inf), where=chance < 1)
+    first = np.cumsum(count) - count + 1  # the place of the first of equal ones
+    found: np.ndarray = np.minimum(np.maximum.accumulate(sums / first), 1.0)[place]
+    return found
 
 
 def _ranked(genes: np.ndarray, member: sparse.csr_array, loading: np.ndarray, seed: int) -> pd.DataFrame:
@@ -142,13 +188,17 @@ def _ranked(genes: np.ndarray, member: sparse.csr_array, loading: np.ndarray, se
     size = np.diff(member.indptr)
     # Numbers for names: gseapy changes the case of symbols.
     rows = np.split(member.indices, member.indptr[1:-1])
-    sets = {f"S{i}": [f"G{j}" for j in row] for i, row in enumerate(rows) if len(row)}
+    # A set of all genes has none that it could rank before.
+    sets = {f"S{i}": [f"G{j}" for j in row] for i, row in enumerate(rows) if 0 < len(row) < len(genes)}
     tables = [_table(RANK, 0, "", size[:0], size=[], overlap=[], score=[], p_value=[], genes=[])]
     for index, row in enumerate(loading):
         if not sets or row.min() == row.max():
             continue  # nothing to test, or no ranking
         order = np.argsort(-row, kind="stable")
-        ranking = pd.Series(row[order], index=[f"G{j}" for j in order])
+        # Sets of genes that do not move at all have no running sum, and gseapy no answer to them.
+        floor = SMALLEST * np.abs(row).max()
+        value = np.where(np.abs(row) < floor, np.where(row < 0, -floor, floor), row)
+        ranking = pd.Series(value[order], index=[f"G{j}" for j in order])
         with redirect_stderr(StringIO()):  # it warns of ties, whose order is that of the genes here
             found = gseapy.prerank(
                 ranking, sets, min_size=1, max_size=len(genes), method="multilevel", ascending=None, threads=1,
@@ -174,7 +224,7 @@ def _memberships(
 ) -> tuple[list[tuple[str, str]], sparse.csr_array, sparse.csr_array]:
     """Names and descriptions of sets, (sets, G) and (sets, perturbations) what is in them; empty rows are not tested."""
     is_file = isinstance(gene_sets, str | os.PathLike)
-    rows = _read_gmt(Path(gene_sets)) if is_file else ((name, "", list(own)) for name, own in gene_sets.items())  # type: ignore[arg-type, union-attr]
+    rows = read_gmt(Path(gene_sets)) if is_file else ((name, "", list(own)) for name, own in gene_sets.items())  # type: ignore[arg-type, union-attr]
     gene, perturbation = ({name: j for j, name in enumerate(all_)} for all_ in (genes, perturbations))
     names, seen, common = list[tuple[str, str]](), list[str](), False
     by_gene, by_driver = list[list[int]](), list[list[int]]()
@@ -189,14 +239,7 @@ def _memberships(
             by_gene.append(found)
             by_driver.append(driving)
     source = str(gene_sets) if is_file else "gene_sets"
-    if not seen:
-        raise InputError(f"There is no gene set in {source}.", "Give a gmt file: a gene set a line.")
-    if not common:
-        raise InputError(
-            f"No gene set of {source} holds a gene that was fitted: its genes are {_naming(seen)}, those of the run "
-            f"{_naming(genes)}.",
-            "Give gene sets with the names of the run's genes, or fit the screen with theirs.",
-        )
+    refuse_unmatched(source, seen, common, genes)
     if not names:
         raise InputError(
             f"No gene set of {source} holds {smallest} to {largest} of the {len(genes)} fitted genes.",
@@ -209,42 +252,3 @@ def _matrix(rows: list[list[int]], width: int) -> sparse.csr_array:
     starts = np.cumsum([0, *map(len, rows)])
     columns = np.concatenate([np.array(row, dtype=int) for row in rows])
     return sparse.csr_array((np.ones(len(columns), dtype=bool), columns, starts), shape=(len(rows), width))
-
-
-def _read_gmt(path: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Name, description (unless it is a link) and genes of each line; one line is in memory at a time."""
-    at, read = dict[str, int](), 0
-    number = 0
-    try:
-        with path.open("rb") as file:
-            while line := file.readline(MAX_LINE + 1):
-                number, read = number + 1, read + len(line)
-                where = f"Line {number} of {path}"
-                if len(line) > MAX_LINE or read > MAX_FILE:
-                    raise InputError(f"{where} is beyond the size of a gmt file.", f"Give one of at most {MAX_FILE:,} bytes, {MAX_LINE:,} a line.")  # fmt: skip
-                if not line.strip():
-                    continue
-                name, *rest = (part.strip() for part in line.decode("utf-8-sig").split("\t"))
-                if not name or len(rest) < 2:
-                    raise InputError(f"{where} is not a gene set in gmt format.", "A line holds a name, a description and genes, with tabs between them.")  # fmt: skip
-                if name in at:
-                    raise InputError(f"{where} repeats the name of the gene set in line {at[name]}.", "Give each gene set a name of its own.")  # fmt: skip
-                at[name] = number
-                description, *genes = rest
-                yield name, "" if description.startswith(("http:", "https:")) else description, [*filter(None, genes)]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.", "Give a gmt file.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"Line {number} of {path} is not UTF-8 text.", "Give a gmt file, unpacked.") from error
-
-
-def _naming(genes: Sequence[str] | np.ndarray) -> str:
-    """``Ensembl identifiers (such as ENSG00000115415)``."""
-    some = sorted({str(gene) for gene in genes[:200]})
-    counts = {
-        "Ensembl identifiers": sum(bool(_ENSEMBL.match(gene)) for gene in some),
-        "Entrez identifiers": sum(gene.isdecimal() for gene in some),
-        "symbols in capitals": sum(gene.isupper() and not _ENSEMBL.match(gene) for gene in some),
-    }
-    kind = max(counts, key=lambda name: counts[name])
-    return f"{kind if 2 * counts[kind] > len(some) else 'symbols'} (such as {some[0][:40]})"

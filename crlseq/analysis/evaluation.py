@@ -93,6 +93,13 @@ def evaluate(
     ------
     InputError
         If there are no cells to judge by, or no controls, or the genes or values are others than the fit's.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> judged = crlseq.evaluate(crlseq.load("RUN"))
+    >>> judged.conditions["predictor"].unique().tolist()[:4]
+    ['model', 'no_change', 'mean', 'additive']
     """
     judged = read_cells(run, data, held_out_controls)
     seed = int(run.info["seed"])

@@ -62,15 +62,15 @@ def find_programs(model: DiscrepancyVAE, data: PerturbSeqData) -> Programs:
     some = controls[np.linspace(0, len(controls) - 1, min(JACOBIAN_CELLS, len(controls))).astype(int)]
     u = torch.from_numpy(encode(model, data, some)).to(weight.device, weight.dtype)
     z = model.scm.abduct(u).detach()
-    direct = _mean_jacobian(model.decoder, u)
-    total = _mean_jacobian(lambda noise: model.decoder(model.scm(noise)), z)
+    direct = mean_jacobian(model.decoder, u)
+    total = mean_jacobian(lambda noise: model.decoder(model.scm(noise)), z)
     # Sign: the greater part of the squared loadings is positive.
     sign = np.where((direct * np.abs(direct)).sum(1) < 0, -1.0, 1.0)
     scale = scale * sign
     return Programs(direct * scale[:, None], total * scale[:, None], scale, raw.mean(0))
 
 
-def _mean_jacobian(function: Callable[[Tensor], Tensor], points: Tensor) -> np.ndarray:
+def mean_jacobian(function: Callable[[Tensor], Tensor], points: Tensor) -> np.ndarray:
     """Mean over rows of `points` (n, p) of d function / d point, (p, G)."""
     rows = []
     for k in range(points.shape[1]):

@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 from crlseq import __version__, interrupts
-from crlseq.cli import benchmark, check, evaluate, export, fit, inspect, plot, predict, prepare, report, simulate
+from crlseq.cli import (
+    benchmark,
+    check,
+    evaluate,
+    export,
+    fit,
+    inspect,
+    plot,
+    predict,
+    prepare,
+    report,
+    rerun,
+    simulate,
+)
 from crlseq.cli.output import say
 from crlseq.errors import CrlseqError
 
@@ -49,6 +62,7 @@ app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("report")(report.report)
+app.command("rerun")(rerun.rerun)
 app.command("plot")(plot.plot)
 app.command("simulate")(simulate.simulate)
 app.command("benchmark")(benchmark.benchmark)
@@ -90,7 +104,9 @@ def _run() -> int:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors, which it formats itself
             error.show()
             return int(error.exit_code)
-        if isinstance(error, MemoryError):
+        from crlseq.training.memory import out_of_memory
+
+        if out_of_memory(error):
             return _fail(
                 "There is not enough memory.", "Fit fewer genes with --n-top-genes, or use a larger machine.", 3
             )

@@ -14,13 +14,23 @@ FEW, MANY = 8, 30
 
 
 def check(
-    file: Annotated[Path, typer.Argument(help="An .h5ad file or a zarr store.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="An .h5ad or .h5mu file, or a zarr store.", show_default=False)],
     perturbation_key: Annotated[
         str | None, typer.Option(help="Column of obs with the perturbations. [detected]")
     ] = None,
     control_label: Annotated[str | None, typer.Option(help="Label of control cells. [detected]")] = None,
     separator: Annotated[
         str | None, typer.Option(help="Between the parts of a combination; '' for none. [detected]")
+    ] = None,
+    guide_key: Annotated[str | None, typer.Option(help="Column of guides, read as the genes they target.")] = None,
+    guide_counts: Annotated[
+        str | None, typer.Option(help="Guide counts to assign cells by: a table in obsm, or a modality of an .h5mu.")
+    ] = None,
+    guide_map: Annotated[Path | None, typer.Option(help="Table of guides and genes. [by the names of guides]")] = None,
+    guide_min_umis: Annotated[int | None, typer.Option(help="Fewest UMIs of a gene that a cell has. [5]")] = None,
+    guide_min_share: Annotated[float | None, typer.Option(help="Their smallest share of a cell's UMIs. [0.8]")] = None,
+    combinations: Annotated[
+        bool | None, typer.Option("--combinations/--no-combinations", help="Fit on combinations too, or hold them out.")
     ] = None,
     batch_key: Annotated[str | None, typer.Option(help="Column of experimental batches.")] = None,
     layer: Annotated[str | None, typer.Option(help="Layer to use instead of X.")] = None,
@@ -35,6 +45,8 @@ def check(
 
     config = make_config(
         perturbation_key=perturbation_key, control_label=control_label, separator=separator, batch_key=batch_key,
+        guide_key=guide_key, guide_counts=guide_counts, guide_map=None if guide_map is None else str(guide_map),
+        guide_min_umis=guide_min_umis, guide_min_share=guide_min_share, combinations=combinations,
         layer=layer, values=values, min_cells=min_cells,
     )  # fmt: skip
     found = describe(file, config.data)
@@ -83,6 +95,14 @@ def _show(found: dict[str, Any]) -> None:
         columns["separator"] = [value if value is not None else "–" for value in columns["separator"]]
         show_text("")
         show_table(columns, "Columns that could hold the perturbations")
+    if found.get("guides"):
+        guides: dict[str, list[str]] = {}
+        for guide, gene in found["guides"]["genes"].items():
+            guides.setdefault(gene, []).append(guide)
+        rows = {gene: _few(own) for gene, own in list(guides.items())[:MANY]}
+        title = "Guides of each perturbation" + (f" (the first {MANY} of {len(guides)})" if len(guides) > MANY else "")
+        show_text("")
+        show_table(pd.DataFrame({"perturbation": list(rows), "guides": list(rows.values())}), title)
     if "cells_per_condition" in found:
         cells = found["cells_per_condition"]
         ordered = sorted(cells, key=lambda name: (-cells[name], name))

@@ -61,6 +61,10 @@ def evaluate(
         raise UsageError("--splits says what --cross-validate holds out.", "Give both.")
     if output is not None and output.is_dir():
         raise InputError(f"{output} is a folder.", "Name a file to write.")
+    from crlseq.runfolder import refuse_part_of_run
+
+    if output is not None:
+        refuse_part_of_run(output)
     if output is not None and output.exists() and not force:
         raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
     from crlseq.analysis.comparison import limits

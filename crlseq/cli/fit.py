@@ -9,7 +9,7 @@ import typer
 
 from crlseq.cli.output import FitProgress, say
 
-DATA, MODEL, TRAINING = "Data", "Model", "Training"
+DATA, GUIDES, MODEL, TRAINING = "Data", "Guides", "Model", "Training"
 
 
 def _option(text: str, panel: str, *names: str) -> Any:
@@ -18,7 +18,10 @@ def _option(text: str, panel: str, *names: str) -> Any:
 
 def fit(
     file: Annotated[
-        Path, typer.Argument(help="The screen: an .h5ad file, a zarr store, or what prepare wrote.", show_default=False)
+        Path,
+        typer.Argument(
+            help="The screen: an .h5ad or .h5mu file, a zarr store, or what prepare wrote.", show_default=False
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to write.", show_default=False)],
     preset: Annotated[str | None, typer.Option(help="default, or paper (the published model exactly).")] = None,
@@ -27,6 +30,19 @@ def fit(
     control_label: Annotated[str | None, _option("Label of control cells. [detected]", DATA)] = None,
     separator: Annotated[
         str | None, _option("Between the parts of a combination; '' for none. [detected]", DATA)
+    ] = None,
+    guide_key: Annotated[
+        str | None, _option("Column of guides (STAT1g2), read as the genes they target.", GUIDES)
+    ] = None,
+    guide_counts: Annotated[
+        str | None, _option("Guide counts to assign cells by: a table in obsm, or a modality of an .h5mu.", GUIDES)
+    ] = None,
+    guide_map: Annotated[Path | None, _option("Table of guides and genes. [by the names of guides]", GUIDES)] = None,
+    guide_min_umis: Annotated[int | None, _option("Fewest UMIs of a gene that a cell has. [5]", GUIDES)] = None,
+    guide_min_share: Annotated[float | None, _option("Their smallest share of a cell's UMIs. [0.8]", GUIDES)] = None,
+    responders: Annotated[
+        bool | None,
+        _option("Leave out cells that look unperturbed; effects come out larger.", DATA, "--responders/--all-cells"),
     ] = None,
     batch_key: Annotated[
         str | None, _option("Column of experimental batches; controls come from the same batch.", DATA)
@@ -56,6 +72,10 @@ def fit(
     method: Annotated[
         str | None,
         _option("straighten (likelihood, then networks), linear (likelihood alone, seconds) or gradient.", MODEL),
+    ] = None,
+    gene_sets: Annotated[
+        Path | None,
+        _option("A gmt file: the encoder reads its gene sets, and each program is a combination of them.", MODEL),
     ] = None,
     n_latents: Annotated[str | None, _option("Number of programs, or auto.", MODEL)] = None,
     intervention: Annotated[str | None, _option("auto (from the data), shift, hard or soft.", MODEL)] = None,
@@ -90,10 +110,13 @@ def fit(
             preset,
             read_toml(config) if config else None,
             perturbation_key=perturbation_key, control_label=control_label, separator=separator, batch_key=batch_key,
+            guide_key=guide_key, guide_counts=guide_counts, guide_map=None if guide_map is None else str(guide_map),
+            guide_min_umis=guide_min_umis, guide_min_share=guide_min_share, responders=responders,
             layer=layer, values=values, n_top_genes=_number_or_word(n_top_genes), genes=_gene_list(genes), min_cells=min_cells,
             hold_out=tuple(hold_out) if hold_out else None, hold_out_cells=hold_out_cells, combinations=combinations,
             embeddings=None if embeddings is None else str(embeddings), streamed=streamed,
-            method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, decoder=decoder, bootstrap=_number_or_word(bootstrap),
+            gene_sets=None if gene_sets is None else str(gene_sets), decoder=decoder,
+            method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, bootstrap=_number_or_word(bootstrap),
             epochs=epochs, batch_size=batch_size, seed=seed, ensemble=ensemble, dtype=dtype, device=device, threads=threads,
         )  # fmt: skip
         from crlseq.fitting import fit as fit_screen

@@ -12,6 +12,8 @@ from typer.core import TyperGroup
 from crlseq.cli.output import say, show_json, show_table, show_text
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from crlseq.describe import Program
     from crlseq.run import Run
 
@@ -45,7 +47,7 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     """What was fitted, how well, and whether to believe the graph."""
     import pandas as pd
 
-    from crlseq.describe import verdicts
+    from crlseq.describe import sets_in_words, verdicts
 
     found = _load(run)
     info, metrics = found.info, found.info["metrics"]
@@ -68,6 +70,9 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
         "converged": f"{converged.answer}: {converged.reason}",
         "preset": f"{info['config']['preset']}, seed {info['seed']}, crlseq {info['version']}",
     }
+    if sets := info.get("gene_sets"):
+        rows["encoder"] = f"{sets['n_sets']} gene sets of {info['config']['data']['gene_sets']}"
+        rows["sets explain"] = sets_in_words(info)
     if "mmd2" in metrics:
         rows["held out"] = (
             f"on {metrics['evaluated_on']} cells: MMD2 {metrics['mmd2']:.4f} (no change: {metrics['mmd2_no_change']:.4f})"
@@ -136,7 +141,7 @@ def _enriched(found: Run, gene_sets: Path, program: str | None, top: int, json: 
     if json or not sys.stdout.isatty():
         show_table(table, "", json)
         return
-    table = table.assign(gene_set=(table["gene_set"] + " " + table["description"]).str.rstrip())
+    table = table.assign(gene_set=_named(table))
     for (name, test), part in table.groupby(["program", "test"], sort=False):
         columns = ["gene_set", "direction", "size", "overlap", "score", "p_value", "fdr"]
         show_table(
@@ -145,6 +150,11 @@ def _enriched(found: Run, gene_sets: Path, program: str | None, top: int, json: 
         )
         show_text("")
     say("The genes of each, and all digits: into a pipe, or with --json.")
+
+
+def _named(sets: pd.DataFrame) -> pd.Series:
+    """Names and descriptions of gene sets in one column."""
+    return (sets["gene_set"] + " " + sets["description"]).str.rstrip()
 
 
 @app.command()
@@ -156,18 +166,21 @@ def program(
 ) -> None:
     """One program: what drives it, which genes rise and fall with it, what lies up- and downstream.
 
-    Into a pipe one table, whose first column says whether a row is a driver, a gene that rises (up) or falls (down).
+    Into a pipe one table, whose first column says whether a row is a driver, a gene that rises (up) or falls (down), or a
+    gene set that the encoder reads it from.
     """
     import pandas as pd
 
     found = _described(_load(run), name)
     parts = {"driver": found.drivers, "up": found.up.head(top), "down": found.down.head(top)}
+    sets = found.pathways.head(top)
     if json:
         show_json({
             "program": found.name, "label": found.label, "title": found.title,
             "drivers": found.drivers.to_dict("records"),
             "up": parts["up"].to_dict("records"), "down": parts["down"].to_dict("records"),
-            "anchors": found.anchors, "upstream": found.upstream, "downstream": found.downstream,
+            "gene_sets": sets.to_dict("records"), "anchors": found.anchors,
+            "upstream": found.upstream, "downstream": found.downstream,
             "parents": found.parents, "children": found.children,
             "variance_explained": found.variance_explained, "effect_explained": found.effect_explained,
             "stability": found.stability,
@@ -175,8 +188,8 @@ def program(
         return
     if not sys.stdout.isatty():
         rows = [
-            part.rename(columns={"perturbation": "name", "gene": "name"}).assign(what=what)
-            for what, part in parts.items()
+            part.rename(columns={"perturbation": "name", "gene": "name", "gene_set": "name"}).assign(what=what)
+            for what, part in {**parts, "gene set": sets}.items()
             if len(part)
         ]
         columns = ["what", "name", "weight", "shift", "support", "fdr", "n_cells", "loading", "total_effect"]
@@ -187,6 +200,9 @@ def program(
     show_table(found.drivers, "Perturbations that target it (shift in standard deviations of the program)")
     show_table(parts["up"], "Genes that rise with it")
     show_table(parts["down"], "Genes that fall with it")
+    if len(sets):
+        named = sets.assign(gene_set=_named(sets))[["gene_set", "weight", "n_genes"]]
+        show_table(named, "Gene sets that the encoder reads it from")
 
 
 def _described(run: Run, name: str) -> Program:

@@ -10,13 +10,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from crlseq.fitting import Progress
 
+GAP = 2  # blanks between the columns of a table
 messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
@@ -42,20 +46,38 @@ def show_table(table: pd.DataFrame, title: str, as_json: bool = False, decimals:
     if not sys.stdout.isatty():
         show_text(table.to_csv(sep="\t", index=False).rstrip("\n"))
         return
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
     numeric = [kind.kind in "iuf" for kind in table.dtypes]
-    for name, number in zip(table.columns, numeric, strict=True):
-        # Words of a name below one another keep columns of numbers narrow.
-        shown.add_column(Text(str(name).replace("_", "\n")), justify="right" if number else "left", overflow="fold")
-    for row in table.itertuples(index=False):
-        shown.add_row(*(Text(visible(_cell(value, decimals))) for value in row))
+    cells = [[visible(_cell(value, decimals)) for value in row] for row in table.itertuples(index=False)]
+    # Words of a name below one another keep columns of numbers narrow.
+    columns = [(str(name).replace("_", "\n"), number) for name, number in zip(table.columns, numeric, strict=True)]
     console = Console(emoji=False)
     if title:
         console.print(Text(visible(title), style="bold"))
-    console.print(shown)
+    for i, block in enumerate(_blocks(columns, cells, console.width)):
+        if i:
+            console.print()
+        shown = Table(header_style="bold", box=None, padding=(0, GAP, 0, 0))
+        for k, least in block:
+            name, number = columns[k]
+            shown.add_column(Text(name), justify="right" if number else "left", overflow="fold", min_width=least)
+        for row in cells:
+            shown.add_row(*(Text(row[k]) for k, _ in block))
+        console.print(shown)
+
+
+def _blocks(columns: list[tuple[str, bool]], cells: list[list[str]], width: int) -> list[list[tuple[int, int]]]:
+    """Columns that stand side by side without breaking a word, the first in every block; each with its least width."""
+    least = []
+    for k, (name, number) in enumerate(columns):
+        texts = [*name.split("\n"), *(row[k] for row in cells)]
+        words = texts if number else [word for text in texts for word in text.split()]
+        least.append(min(max(map(cell_len, words), default=1), width // 2 if k else width // 3))
+    blocks = [[(0, least[0])]]
+    for k in range(1, len(columns)):
+        if sum(n + GAP for _, n in blocks[-1]) + least[k] > width and len(blocks[-1]) > 1:
+            blocks.append([(0, least[0])])
+        blocks[-1].append((k, least[k]))
+    return blocks
 
 
 def show_json(value: Any) -> None:

@@ -26,10 +26,13 @@ def report(
     from crlseq.errors import InputError
     from crlseq.report import write_report
     from crlseq.run import load
+    from crlseq.runfolder import refuse_part_of_run
 
     found = load(run)
     if output is not None and output.is_dir():
         raise InputError(f"{output} is a folder.", "Name a file to write.")
+    if output is not None and output.name != "report.html":
+        refuse_part_of_run(output)
     if output is not None and output.exists() and not force:
         raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
     enriched = enrich(found, gene_sets) if gene_sets is not None else None

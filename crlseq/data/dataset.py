@@ -15,8 +15,9 @@ import scipy.sparse as sp
 
 from crlseq.config import DataConfig
 from crlseq.data import splits
+from crlseq.data.guides import Guides, read_labels
 from crlseq.data.matrix import Screen, open_screen, scan
-from crlseq.data.perturbations import Perturbations, read_perturbations
+from crlseq.data.perturbations import Perturbations
 from crlseq.data.preprocess import (
     Preprocessing,
     is_sparse,
@@ -58,6 +59,8 @@ class PerturbSeqData:
         (cells,) counts of each cell over all genes of the file; None for values that are no counts.
     notes
         Sentences about what was left out and why.
+    guides
+        What guides were read as, where the configuration names any.
     shuffled
         Whether the cells of each condition lie together in random order, as in a prepared store.
     """
@@ -75,6 +78,7 @@ class PerturbSeqData:
     preprocessing: Preprocessing
     labels: Perturbations
     notes: tuple[str, ...]
+    guides: Guides | None = None
     shuffled: bool = False
 
     @property
@@ -90,6 +94,13 @@ class PerturbSeqData:
     def cells(self, condition: int, *codes: int) -> np.ndarray:
         """Ascending indices of a condition's cells in the given splits."""
         return np.flatnonzero((self.condition == condition) & np.isin(self.split, codes))
+
+    def comparable(self) -> np.ndarray:
+        """(cells,) bool: whether controls to train on share a cell's batch.
+
+        What a batch without any does to its cells cannot be told from what their perturbations do.
+        """
+        return np.isin(self.batch, self.batch[self.cells(0, splits.TRAIN)])
 
     def cells_by_condition(self, *codes: int) -> list[np.ndarray]:
         """`cells` of every condition in one pass."""
@@ -155,7 +166,7 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
     if manifest is not None:
         config = _as_prepared(config, manifest)
     with open_screen(source, config.layer) as screen:
-        labels = read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator)
+        labels, guides = read_labels(screen, source, config)
         shuffled = manifest is not None and _is_sorted(labels.condition)
         selection = select_conditions(labels, config)
         batch, batch_names = _batches(screen, config.batch_key, labels.condition >= 0)
@@ -187,12 +198,12 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         else:
             x = load(screen, record, n_values)
         cell_names = screen.obs.index.astype(str)
-    notes = list(selection.notes)
+    notes = [*([] if guides is None else [guides.reason]), *selection.notes]
     if record.n_silent_genes:
         notes.append(
             f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are left out."
         )
-    notes += _lonely_batches(batch, batch_names, labels.condition, split)
+    notes += _lonely_batches(batch, batch_names, labels, split)
     kept = np.flatnonzero(selection.fitted | selection.held_out)
     parts = sorted({part for c in np.flatnonzero(selection.fitted) for part in labels.conditions[c]})
     renumbered = {part: i for i, part in enumerate(parts)}
@@ -217,13 +228,14 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         preprocessing=record,
         labels=labels,
         notes=tuple(notes),
+        guides=guides,
         shuffled=shuffled,
     )
 
 
 def _as_prepared(config: DataConfig, manifest: Manifest) -> DataConfig:
     """Labels are read as when the store was prepared, unless something else is asked for."""
-    asked = (config.perturbation_key, config.control_label, config.separator)
+    asked = (config.perturbation_key, config.guide_key, config.guide_counts, config.control_label, config.separator)
     if any(value is not None for value in asked):
         return config
     names = ("perturbation_key", "control_label", "separator")
@@ -319,13 +331,20 @@ def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.
     return codes.astype(np.int64), tuple(map(str, names))
 
 
-def _lonely_batches(batch: np.ndarray, names: tuple[str, ...], condition: np.ndarray, split: np.ndarray) -> list[str]:
-    controls = np.bincount(batch[(condition == 0) & (split == splits.TRAIN)], minlength=len(names))
-    perturbed = np.bincount(batch[(condition > 0) & (split == splits.TRAIN)], minlength=len(names))
-    lonely = [names[b] for b in np.flatnonzero((controls == 0) & (perturbed > 0))]
-    if not lonely:
+def _lonely_batches(batch: np.ndarray, names: tuple[str, ...], labels: Perturbations, split: np.ndarray) -> list[str]:
+    train = split == splits.TRAIN
+    controls = np.unique(batch[train & (labels.condition == 0)])
+    perturbed = train & (labels.condition > 0)
+    lonely = np.setdiff1d(batch[perturbed], controls)
+    if not len(lonely):
         return []
-    return [f"Batches without control cells take controls of every batch: {_few(lonely)}."]
+    alone = np.setdiff1d(labels.condition[perturbed], labels.condition[perturbed & np.isin(batch, controls)])
+    without = [labels.condition_names[c] for c in alone]
+    return [
+        f"Batches without control cells: {_few([names[b] for b in lonely])}. What such a batch does cannot be told from"
+        " what perturbations do: its cells take no part in finding targets and graph"
+        + (f", and perturbations that have no others get no target: {_few(without)}." if without else ".")
+    ]
 
 
 def _few(names: Sequence[str], most: int = 8) -> str:

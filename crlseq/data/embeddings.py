@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from crlseq.data.matrix import open_store, readable
+from crlseq.data.matrix import open_store, readable, within
 from crlseq.errors import InputError
 
 HINT = "Give a CSV with a gene's name and then its numbers in each line, or an h5ad with genes as observations."
@@ -63,7 +63,7 @@ def _from_h5ad(path: Path) -> tuple[pd.Index, np.ndarray]:
             x = next(iter(table.obsm.values()))
         if x is None:
             raise InputError(f"The embeddings {path} have no X.", HINT)
-        values = np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=float)
+        values = np.asarray(within(x).toarray() if hasattr(x, "toarray") else x, dtype=float)
     return pd.Index(table.obs_names.astype(str).str.strip()), values
 
 

@@ -12,8 +12,9 @@ import pandas as pd
 
 from crlseq.config import DataConfig
 from crlseq.data.dataset import select_conditions
+from crlseq.data.guides import GUIDE_LABELS, read_labels
 from crlseq.data.matrix import Screen, open_screen, scan
-from crlseq.data.perturbations import Perturbations, candidates, read_perturbations
+from crlseq.data.perturbations import Perturbations, candidates
 from crlseq.data.preprocess import kind_of_values, refuse_silent_cells
 from crlseq.data.store import read_manifest, verify
 from crlseq.errors import InputError
@@ -58,11 +59,11 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             for c in candidates(screen.obs)
         ]  # fmt: skip
         found["batches"] = _batch_columns(screen)
-        labels = _attempt(
-            found,
-            lambda: read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator),
-        )
-        if labels is not None:
+        read = _attempt(found, lambda: read_labels(screen, source, config))
+        labels: Perturbations | None = None
+        if read is not None:
+            labels, guides = read
+            found["guides"] = None if guides is None else guides.record
             found |= _describe_labels(labels, screen, config)
             selection = _attempt(found, lambda: select_conditions(labels, config))
             if selection is not None:
@@ -72,6 +73,7 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
                 if scanned is not None and found.get("values", "continuous") != "continuous":
                     _attempt(found, lambda: refuse_silent_cells(screen, scanned, used))
         if not found["problems"]:
+            assert labels is not None
             found["command"] = _command(screen, labels, config)
         return found
 
@@ -121,10 +123,21 @@ def _batch_columns(screen: Screen) -> list[dict[str, Any]]:
 
 def _command(screen: Screen, labels: Perturbations, config: DataConfig) -> str:
     name = Path(screen.source).stem if Path(screen.source).suffix else "screen"
-    words = ["crlseq", "fit", screen.source, "--perturbation-key", labels.key, "--control-label", labels.control_label]
-    separator = labels.separator if labels.separator is not None else config.separator
+    words, default = ["crlseq", "fit", screen.source], DataConfig()
+    control, separator = config.control_label, config.separator
+    if labels.key == GUIDE_LABELS:
+        for option in ("guide_key", "guide_counts", "guide_map", "guide_min_umis", "guide_min_share"):
+            if getattr(config, option) != getattr(default, option):
+                words += [f"--{option.replace('_', '-')}", str(getattr(config, option))]
+    else:
+        words += ["--perturbation-key", labels.key]
+        control, separator = labels.control_label, labels.separator if labels.separator is not None else separator
+    if control is not None:
+        words += ["--control-label", control]
     if separator is not None:
         words += ["--separator", separator]
+    if not config.combinations:
+        words += ["--no-combinations"]
     for option in ("layer", "batch_key"):
         value = getattr(config, option)
         if value is not None:

@@ -17,12 +17,14 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
+from crlseq.data.hdf5 import refuse_traps
 from crlseq.data.store import StoredMatrix, read_manifest
 from crlseq.errors import CrlseqError, InputError
 from crlseq.files import refuse_links_outside
 
 EXPANSION, SMALL = 1100, 1 << 26  # deflate's limit is 1,032; and bytes that do no harm
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
+EXPRESSION = "rna"  # modality of a MuData file that is the screen
 BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
 
 
@@ -74,8 +76,7 @@ def as_csr(block: Any) -> sp.csr_matrix:
     if not sp.issparse(block):
         block = np.asarray(block, dtype=np.float64)
     csr: sp.csr_matrix = sp.csr_matrix(block, dtype=np.float64, copy=True)
-    csr.check_format(full_check=True)  # compiled code would follow an index out of the matrix
-    csr.sum_duplicates()
+    within(csr).sum_duplicates()
     csr.eliminate_zeros()
     return csr
 
@@ -104,7 +105,7 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
     Parameters
     ----------
     source
-        Path of a ``.h5ad`` file or ``.zarr`` folder or zip, or an AnnData.
+        Path of a ``.h5ad`` file, a ``.h5mu`` file with a modality ``rna``, or a ``.zarr`` folder or zip; or an AnnData.
     layer
         Name of the layer to use; None for ``X``.
 
@@ -152,8 +153,8 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
 
 @contextmanager
 def open_store(path: Path) -> Iterator[Any]:
-    """An h5ad file or zarr store as a mapping of its elements, which `anndata.io.read_elem` reads."""
-    hint = "crlseq reads .h5ad files and .zarr stores as anndata writes them."
+    """An h5ad file, the modality ``rna`` of an h5mu file, or a zarr store, as a mapping for `anndata.io.read_elem`."""
+    hint = "crlseq reads .h5ad files and .zarr stores as anndata writes them, and .h5mu files as mudata does."
     if path.is_dir() or zipfile.is_zipfile(path):
         with readable(str(path), "the zarr store"):
             store = zarr.open_group(str(path), mode="r")
@@ -178,7 +179,9 @@ def open_store(path: Path) -> Iterator[Any]:
         if not whole:
             raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
         with readable(str(path), "the file"):
-            _refuse_other_files(handle, path)
+            refuse_traps(handle, path)
+            if handle.attrs.get("encoding-type") == "MuData":
+                handle = _expression_modality(handle, path)
             for slot in ("obsm", "varm", "uns"):  # results are added there, long after this
                 there = handle.get(slot, {})
                 if isinstance(there, h5py.Dataset) and there.dtype.names is None:
@@ -186,25 +189,14 @@ def open_store(path: Path) -> Iterator[Any]:
         yield handle
 
 
-def _refuse_other_files(handle: h5py.File, path: Path) -> None:
-    """HDF5 can take data from any other file that the user may read; what a stranger sent must not."""
-
-    def look(name: str, item: Any) -> None:
-        outside = False
-        if isinstance(item, h5py.Dataset):
-            outside = bool(item.external) or (
-                item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())
-            )
-        elif isinstance(item, h5py.Group):
-            outside = any(isinstance(item.get(child, getlink=True), h5py.ExternalLink) for child in item)
-        if outside:
-            raise InputError(
-                f"{path} takes {name!r} from another file.",
-                "Write it again with anndata, which puts everything into one.",
-            )
-
-    look("/", handle)
-    handle.visititems(look)
+def _expression_modality(handle: h5py.File, path: Path) -> Any:
+    modalities = handle.get("mod", {})
+    if EXPRESSION not in modalities or not {"obs", "var"} <= modalities[EXPRESSION].keys():
+        raise InputError(
+            f"{path} has no modality {EXPRESSION!r} with cells and genes.",
+            f"Name the one with the expression {EXPRESSION!r}; there are: {_listed(modalities)}.",
+        )
+    return modalities[EXPRESSION]
 
 
 def _refuse_claims(element: Any, path: Path) -> None:
@@ -228,11 +220,12 @@ def _row_sliceable(element: Any, source: str) -> Any:
     if isinstance(element, (h5py.Group, zarr.Group)):
         dataset = ad.io.sparse_dataset(element)
         # Rows of a CSC matrix cannot be sliced from disk at a bearable speed.
-        element = dataset if dataset.format == "csr" else _to_csr(dataset.to_memory())
+        element = dataset if dataset.format == "csr" else within(dataset.to_memory()).tocsr()
     # What remains is an AnnData's: in memory, or backed by a data set or a sparse data set.
     elif hasattr(element, "format"):
         if element.format != "csr":
-            element = _to_csr(element.to_memory() if hasattr(element, "to_memory") else element)
+            element = within(element.to_memory() if hasattr(element, "to_memory") else element).tocsr()
+        within(element)
     elif not isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)):
         element = np.asarray(element)
     if len(element.shape) != 2:
@@ -242,10 +235,17 @@ def _row_sliceable(element: Any, source: str) -> Any:
     return element
 
 
-def _to_csr(matrix: Any) -> Any:
+def within(matrix: Any) -> Any:
+    """The matrix; scipy's compiled code would follow indices and row pointers of a sparse one out of its memory.
+
+    Raises
+    ------
+    ValueError
+        If they lead there.
+    """
     if hasattr(matrix, "check_format"):
         matrix.check_format(full_check=True)
-    return matrix.tocsr()
+    return matrix
 
 
 def _named_layer(layers: dict[str, Any], layer: str, source: str) -> Any:

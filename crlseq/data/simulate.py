@@ -60,6 +60,7 @@ def simulate(
     noise: Noise = "counts",
     depth: float = 5000.0,
     n_doubles: int = 0,
+    escapers: float = 0.0,
     n_batches: int = 1,
     batch_scale: float = 0.0,
     loading_density: float = 1.0,
@@ -100,6 +101,9 @@ def simulate(
         Median of the expected counts per cell; unused for Gaussian values.
     n_doubles
         Combinations of two perturbations, drawn without repetition, named ``gA+gB``.
+    escapers
+        Share of perturbed cells that the perturbation does nothing to, such as those with an in-frame repair: their
+        latents are drawn as control cells' are.
     n_batches, batch_scale
         Cells fall into batches at random; ``batch_scale`` is the standard deviation of the batches' effects on
         genes, in units of the signal's.
@@ -112,7 +116,8 @@ def simulate(
     -------
     anndata.AnnData
         Cells x genes: ``X`` CSR float32 counts or dense float32 values; ``obs["perturbation"]`` (categorical,
-        ``control`` among them), ``obs["batch"]`` if there are several; ``obsm["true_latents"]`` (cells, p);
+        ``control`` among them), ``obs["batch"]`` if there are several, ``obs["escaped"]`` (bool) if any did;
+        ``obsm["true_latents"]`` (cells, p);
         ``uns["truth"]`` with ``adjacency`` (p, p), ``target`` (single perturbation -> ``latent``),
         ``loaded`` (p, n_genes) bool where ``loading_density`` < 1, ``orientation`` and ``note``.
 
@@ -121,6 +126,15 @@ def simulate(
     ValueError
         If a size is not positive, a kind is unknown, more edges than the complete DAG or more doubles than
         pairs are asked for, or a number is negative or not finite.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> adata = crlseq.simulate(n_latents=3, n_genes=50, cells_per_perturbation=20, n_control=60, seed=1)
+    >>> adata.shape, adata.obs["perturbation"].nunique()
+    ((300, 50), 13)
+    >>> adata.uns["truth"]["adjacency"].shape, adata.obsm["true_latents"].shape
+    ((3, 3), (300, 3))
     """
     _check(
         sizes={
@@ -134,6 +148,7 @@ def simulate(
         amounts={
             "expected_parents": expected_parents,
             "n_doubles": n_doubles,
+            "escapers": escapers,
             "batch_scale": batch_scale,
             "seed": seed,
         },
@@ -153,6 +168,8 @@ def simulate(
         )
     if not 0 < loading_density <= 1:
         raise ValueError(f"loading_density must be above 0 and at most 1, not {loading_density}.")
+    if escapers > 1:
+        raise ValueError(f"escapers is a share of the cells, not {escapers:g}.")
     n_single = n_latents * perturbations_per_latent
     if n_doubles > n_single * (n_single - 1) // 2:
         raise ValueError(f"n_doubles = {n_doubles} is more than the pairs of {n_single} perturbations.")
@@ -168,6 +185,10 @@ def simulate(
             for n, members in zip(sizes, conditions, strict=True)
         ]
     )
+    escaped = np.zeros(len(latents), dtype=bool)
+    if escapers:  # without them nothing is drawn: one seed, one screen
+        escaped[n_control:] = rng.random(len(latents) - n_control) < escapers
+        latents[escaped] = _draw_latents(int(escaped.sum()), adjacency, order, effects, (), equations, rng)
     loaded = rng.random((n_latents, n_genes)) < loading_density if loading_density < 1 else None
     signal = _draw_mixing(n_latents, n_genes, mixing, loaded, rng)(latents)
     signal /= signal.std() or 1.0
@@ -180,6 +201,8 @@ def simulate(
     obs: dict[str, Any] = {"perturbation": pd.Categorical(np.repeat(np.array(labels, dtype=object), sizes))}
     if n_batches > 1:
         obs["batch"] = pd.Categorical([f"b{i}" for i in batch], categories=[f"b{i}" for i in range(n_batches)])
+    if escapers:
+        obs["escaped"] = escaped
     data = anndata.AnnData(
         values,
         obs=pd.DataFrame(obs, index=pd.Index([f"c{i}" for i in range(len(latents))], dtype=object)),

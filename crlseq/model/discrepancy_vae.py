@@ -59,6 +59,8 @@ class DiscrepancyVAE(nn.Module):
         See `Decoder`.
     noise
         ``gaussian`` (a learned variance a gene, abducted) or ``none`` (published).
+    n_gene_sets, leak
+        Of an encoder that reads gene sets, see `GeneSetLayer`; 0 for one that reads all genes.
     decoder
         ``dense`` or ``sparse``: see `Decoder` and `SparseDecoder`, whose output is the identity.
     """
@@ -74,10 +76,12 @@ class DiscrepancyVAE(nn.Module):
         causal: bool = True,
         output_activation: str = "identity",
         noise: str = "gaussian",
+        n_gene_sets: int = 0,
+        leak: float = 0.0,
         decoder: str = "dense",
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(n_genes, n_hidden, n_latents)
+        self.encoder = Encoder(n_genes, n_hidden, n_latents, n_gene_sets, leak)
         self.intervention_encoder = InterventionEncoder(n_perturbations, n_hidden, n_latents)
         self.scm = LatentSCM(n_latents, n_perturbations, intervention, equations, causal)
         self.decoder = (

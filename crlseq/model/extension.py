@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.networks import GeneSetLayer
 from crlseq.model.sparse_decoder import SparseDecoder
 
 LARGE = 40.0  # sigmoid(40) is 1 in float64, sigmoid(-40) is 4e-18
@@ -29,9 +30,11 @@ def extended(model: DiscrepancyVAE, shift: Tensor, residual: Tensor, residual_er
     scm, encoder = model.scm, model.intervention_encoder
     n, p = shift.shape
     k, g = model.residual.shape
+    hidden = model.encoder.hidden
+    n_gene_sets, leak = (hidden.out_features, hidden.leak) if isinstance(hidden, GeneSetLayer) else (0, 0.0)
     new = DiscrepancyVAE(
-        g, p, k + n * p, model.encoder.hidden.out_features, "soft", scm.equations, True,
-        model.decoder.output_activation, "none" if model.log_noise is None else "gaussian",
+        g, p, k + n * p, encoder.embedding.shape[1], "soft", scm.equations, True,
+        model.decoder.output_activation, "none" if model.log_noise is None else "gaussian", n_gene_sets, leak,
         "sparse" if isinstance(model.decoder, SparseDecoder) else "dense",
     ).to(model.residual.dtype)  # fmt: skip
     first = torch.zeros((n, p, 1), dtype=residual.dtype)

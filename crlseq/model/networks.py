@@ -9,17 +9,57 @@ from torch.nn import functional as F
 from crlseq.model.scm import NEGATIVE_SLOPE
 
 
+class GeneSetLayer(nn.Module):
+    """Activities of gene sets: a linear layer whose unit s reads the genes of set s, W = V * (M + leak (1 - M)).
+
+    De la Fuente, Lehmann, Ruiz-Arenas, Voges, Marin-Goni, Martinez-de-Morentin, Gomez-Cabrero, Ochoa, Tegner, Lagani,
+    Hernaez, "Interpretable causal representation learning for biological data in the pathway space", ICLR 2025. M (S, G)
+    bool says which genes are in which set; with a leak of 0 a unit reads its own genes alone.
+    """
+
+    members: Tensor
+
+    def __init__(self, n_genes: int, n_sets: int, leak: float) -> None:
+        super().__init__()
+        self.out_features, self.leak = n_sets, leak
+        self.free = nn.Parameter(torch.zeros(n_genes, n_sets).T)  # V, gene by gene in memory as in `Encoder`
+        self.bias = nn.Parameter(torch.zeros(n_sets))
+        self.register_buffer("members", torch.zeros(n_genes, n_sets, dtype=torch.bool).T)
+
+    @property
+    def weight(self) -> Tensor:
+        """W (S, G)."""
+        return self.free * torch.where(self.members, 1.0, self.leak).to(self.free.dtype)
+
+    @torch.no_grad()
+    def assign(self, members: Tensor) -> None:
+        """Set M, and start the weights of each unit as `nn.Linear` does with so many inputs."""
+        self.members.copy_(members)
+        bound = members.sum(1, keepdim=True).clamp_min(1).to(self.free.dtype).rsqrt()
+        self.free.uniform_(-1, 1).mul_(bound)
+        self.bias.uniform_(-1, 1).mul_(bound[:, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., G) expression to (..., S)."""
+        return F.linear(x, self.weight, self.bias)
+
+
 class Encoder(nn.Module):
     """Expression to the posterior of the exogenous noise: q(z | x) = N(mean, diag(variance)).
 
-    h = LeakyReLU(x W1 + b1); mean = h Wm + bm; variance = softplus(h Wv + bv).
+    h = LeakyReLU(x W1 + b1); mean = h Wm + bm; variance = softplus(h Wv + bv). With gene sets the hidden units are
+    their activities (`GeneSetLayer`).
     """
 
-    def __init__(self, n_genes: int, n_hidden: int, n_latents: int) -> None:
+    def __init__(self, n_genes: int, n_hidden: int, n_latents: int, n_gene_sets: int = 0, leak: float = 0.0) -> None:
         super().__init__()
-        self.hidden = nn.Linear(n_genes, n_hidden)
-        # Gene by gene in memory: products with sparse rows read, and their gradients write, whole rows of (G, H).
-        self.hidden.weight = nn.Parameter(self.hidden.weight.detach().T.contiguous().T)
+        self.hidden: nn.Linear | GeneSetLayer
+        if n_gene_sets:
+            self.hidden, n_hidden = GeneSetLayer(n_genes, n_gene_sets, leak), n_gene_sets
+        else:
+            self.hidden = nn.Linear(n_genes, n_hidden)
+            # Gene by gene in memory: products with sparse rows read, and their gradients write, whole rows of (G, H).
+            self.hidden.weight = nn.Parameter(self.hidden.weight.detach().T.contiguous().T)
         self.mean = nn.Linear(n_hidden, n_latents)
         self.variance = nn.Linear(n_hidden, n_latents)
 

@@ -44,6 +44,13 @@ def embedding(
         If programs or perturbations are not there, or too many.
     InputError
         If the run has no folder, a single program, or its ``crlseq.h5ad`` cannot be read.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> ax = crlseq.pl.embedding(crlseq.load("RUN"), programs=["P0", "P1"], perturbations=["g0"])
+    >>> [text.get_text().strip() for text in ax.get_legend().get_texts()]
+    ['control', 'g0']
     """
     pair = _pair(run, programs)
     chosen = _perturbations(run, pair, perturbations)

@@ -22,6 +22,12 @@ def effects(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bool = F
         Perturbations at most, those with the largest distances; the title says how many were left out.
     ax, show
         See `crlseq.pl.dag`.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> crlseq.pl.effects(crlseq.load("RUN")).get_xlabel()
+    'energy distance from control cells'
     """
     tested = run.interventions[run.interventions["energy_distance"].notna()]
     table = tested.sort_values("energy_distance", ascending=False, kind="stable")[:top]
@@ -52,7 +58,14 @@ def effects(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bool = F
 
 
 def history(run: Run, *, ax: Axes | None = None, show: bool = False) -> Axes:
-    """Training and validation loss by epoch, and the epoch whose weights were kept; see `crlseq.pl.dag` for arguments."""
+    """Training and validation loss by epoch, and the epoch whose weights were kept; see `crlseq.pl.dag` for arguments.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> crlseq.pl.history(crlseq.load("RUN")).get_xlabel()
+    'epoch'
+    """
     if run.history.empty:
         return finish(note(axes_of(ax, 4, 2), "No network was trained: there is no loss by epoch."), show)
     ax = axes_of(ax, 5.2, 3.2)

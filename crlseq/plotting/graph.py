@@ -34,6 +34,11 @@ def dag(run: Run, *, ax: Axes | None = None, show: bool = False) -> Axes:
         Where to draw; everything is shrunk to fit. None makes a figure in which the text has eight points.
     show
         Whether to show the figure.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> crlseq.pl.dag(crlseq.load("RUN")).figure.savefig("dag.png")
     """
     drawing = draw(run, FONT, PAGE, _text_width)
     width = max(drawing.width, 300.0)

@@ -21,6 +21,13 @@ def programs(run: Run, *, n_genes: int | None = None, ax: Axes | None = None, sh
         Genes a program, by \\|loading\\|; None takes as many as make 60 rows, between 2 and 10.
     ax, show
         See `crlseq.pl.dag`.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> ax = crlseq.pl.programs(crlseq.load("RUN"), n_genes=3)
+    >>> [label.get_text() for label in ax.get_xticklabels()]
+    ['P0', 'P1', 'P2']
     """
     names = run.program_names
     n = n_genes or int(np.clip(ROWS // len(names), 2, 10))
@@ -51,6 +58,11 @@ def interventions(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bo
         Perturbations at most, those with the largest \\|shift\\|; the title says how many were left out.
     ax, show
         See `crlseq.pl.dag`.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> crlseq.pl.interventions(crlseq.load("RUN"), top=5).figure.savefig("interventions.png")
     """
     rows, left_out = strongest(run, top)
     names = run.program_names

@@ -17,7 +17,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from crlseq.analysis import enrichment
-from crlseq.describe import Program, numbers_in_words, verdicts
+from crlseq.describe import Program, numbers_in_words, sets_in_words, verdicts
 from crlseq.drawing import HEAD, Drawing, draw, edge_width, heading, legend
 from crlseq.files import written_whole
 from crlseq.layout import Point
@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 GENES = 8  # of a card, that rise and that fall
 DRIVERS = 8  # of a card
 SETS = 4  # of a card and test
+PATHWAYS = 6  # of a card, that the encoder reads
 TESTS = {
     enrichment.OVER_REPRESENTATION: "by its top genes",
     enrichment.RANK: "by the ranking of all genes",
     enrichment.DRIVERS: "by its perturbations",
 }
+AGREED = 0.9  # correlation of loadings from which programs of two seeds count as the same
 ROWS = 300  # of a table: the page must open, whatever the screen
 FONT = 12.0
 PAGE = (1200.0, 1200.0)
@@ -60,11 +62,15 @@ def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> 
 
 
 def _fixed(value: Any, decimals: int = 2) -> str:
-    return "–" if value is None or value != value else f"{value:.{decimals}f}"
+    return "–" if value is None or value != value else f"{_rounded(value, decimals):.{decimals}f}"
 
 
 def _signed(value: Any, decimals: int = 2) -> str:
-    return "–" if value is None or value != value else f"{value:+.{decimals}f}"
+    return "–" if value is None or value != value else f"{_rounded(value, decimals):+.{decimals}f}"
+
+
+def _rounded(value: float, decimals: int) -> float:
+    return round(value, decimals) + 0.0  # no minus before a zero
 
 
 def _brief(value: Any) -> str:
@@ -89,6 +95,7 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "dag": _dag(run),
         "programs": [_card(program, enriched) for program in run.described.values()],
         "enriched": enriched is not None,
+        "read_from_sets": sets_in_words(run.info),
         "n_fitted_genes": run.programs["gene"].nunique(),
         "interventions": interventions[:ROWS].to_dict("records"),
         "n_interventions": len(interventions),
@@ -101,6 +108,7 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "means": _means(run.evaluation),
         "scatters": charts.scatters(run.evaluation),
         "judged": judged,
+        "seeds": _seeds(run),
         "losses": charts.losses(run.history),
         "config": json.dumps(run.info["config"], indent=1, ensure_ascii=False),
     }
@@ -121,6 +129,8 @@ def _card(program: Program, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "total": bool(program.downstream),  # else it is the loading
         "genes": {name: table.to_dict("records") for name, table in genes.items()},
         "largest": charts.largest(pd.concat([table["loading"] for table in genes.values()])),
+        "pathways": program.pathways[:PATHWAYS].to_dict("records"),
+        "largest_pathway": charts.largest(program.pathways["weight"].astype(float)),
         "sets": None if enriched is None else _sets(enriched[enriched["program"] == program.name]),
     }
 
@@ -143,6 +153,28 @@ def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
         if found and len(evaluation):
             rows.append({"title": title, **{m: found.get(m) for m in ("pearson_delta", "l2", "mmd2")}})
     return rows
+
+
+def _seeds(run: Run) -> dict[str, Any] | None:
+    """What the models of other seeds agree on, and their losses; None for a single seed."""
+    if run.ensemble is None:
+        return None
+    kinds = {str(kind): part.drop(columns="kind") for kind, part in run.ensemble.groupby("kind", sort=False)}
+    losses = [loss for loss in run.info["training"].get("seed_losses", []) if loss is not None]
+    first = int(run.info["seed"])
+    return {
+        "n": int(run.info["config"]["training"]["ensemble"]),
+        "first": first,
+        "kept": run.info["training"]["kept_seed"],
+        "losses": (min(losses), max(losses)) if losses else None,
+        "given": run.info["discovery"] is not None,
+        "agreed": [
+            (kind, int((part["agreement"] >= (AGREED if kind == "program" else 1.0)).sum()), len(part))
+            for kind, part in kinds.items()
+        ],
+        "tables": {kind: part[:ROWS].to_dict("records") for kind, part in kinds.items()},
+        "n_rows": {kind: len(part) for kind, part in kinds.items()},
+    }
 
 
 def _dag(run: Run) -> dict[str, Any]:

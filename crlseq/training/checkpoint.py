@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from crlseq.errors import ConvergenceError, InputError
+from crlseq.errors import CrlseqError, InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 
 CHECKSUM = 32  # bytes at the end of a checkpoint
@@ -155,5 +155,5 @@ class Keeper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt | ConvergenceError):
+        if kind is not None and issubclass(kind, KeyboardInterrupt | CrlseqError | MemoryError):
             self.write()

@@ -27,6 +27,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from crlseq.errors import CrlseqError
+from crlseq.interrupts import INTERRUPTED
 
 # torch is imported where there are ranks: a wrong option is refused without waiting for it.
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 STEP_TIMEOUT = timedelta(minutes=10)  # for what all ranks do at the same time
 WAIT_TIMEOUT = timedelta(days=2)  # for what the first rank does alone: discovery, analysis
-INTERRUPTED = 130
 
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ from crlseq.model.losses import weighted_total
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.distributed import Ranks
 from crlseq.training.objective import Objective, Step
+from crlseq.training.parts import Work
 from crlseq.training.schedules import Weights, final_weights, settled
 from crlseq.training.sparsity import Sparsity
 
@@ -56,18 +57,28 @@ class Learner:
             self.sparsity.begin(epoch, n_epochs, 1.0 if self.objective.anchored else weights.sparsity)
             if self.ranks.size > 1:  # machines round differently, and a mask is 0 or not
                 self.ranks.spread(self.model.decoder.state_dict().values())
+            self.sparsity.mark()
         self.noise = torch.Generator(device).manual_seed(noise)
         # The same in every epoch and of every model, so that validation losses compare.
         self.validation_noise = torch.Generator(device).manual_seed(self.config.training.seed)
         self.terms: dict[str, Tensor] = {}
         self.validation_terms: dict[str, float] = {}
 
-    def learn(self, step: Step, n_steps: int) -> None:
+    def learn(self, work: Work, n_steps: int) -> None:
         """One of the epoch's steps of gradient descent."""
-        terms = self.objective(step, self.noise)
-        total = weighted_total(terms, self.weights.of_terms(self.objective.anchored))
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
+        drawn = self.noise.get_state()
+
+        def begin() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+
+        def descend(step: Step) -> dict[str, Tensor]:
+            self.noise.set_state(drawn)  # the noise is drawn for the whole batch
+            terms = self.objective(step, self.noise)
+            total = weighted_total(terms, self.weights.of_terms(self.objective.anchored))
+            total.backward()  # type: ignore[no-untyped-call]
+            return {name: value.detach() for name, value in {**terms, "total": total}.items()}
+
+        terms = work.terms(begin, descend)
         parameters = list(self.model.parameters())
         self.ranks.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.config.training.gradient_norm is not None:
@@ -75,13 +86,19 @@ class Learner:
         self.optimizer.step()
         if self.sparsity is not None:
             self.sparsity.hold()
-        for name, value in {**terms, "total": total}.items():  # added up on the device: no step waits for a number
-            self.terms[name] = self.terms.get(name, 0.0) + value.detach().double() / n_steps
+        for name, value in terms.items():  # added up on the device: no step waits for a number
+            self.terms[name] = self.terms.get(name, 0.0) + value.double() / n_steps
 
     @torch.no_grad()
-    def validate(self, step: Step, share: float) -> None:
+    def validate(self, work: Work, share: float) -> None:
         """Terms of validation cells, which are this share of all."""
-        for name, term in self.objective(step, self.validation_noise).items():
+        drawn = self.validation_noise.get_state()
+
+        def judge(step: Step) -> dict[str, Tensor]:
+            self.validation_noise.set_state(drawn)
+            return self.objective(step, self.validation_noise)
+
+        for name, term in work.terms(lambda: None, judge).items():
             self.validation_terms[name] = self.validation_terms.get(name, 0.0) + share * term.item()
 
     def end(self, epoch: int, n_epochs: int) -> bool:

@@ -39,3 +39,10 @@ def _set(parameter: int, value: int) -> None:
         ctypes.CDLL(None).mallopt(parameter, value)
     except (AttributeError, OSError, TypeError):  # another C library
         return
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a device: torch tells of it in errors of its own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -41,11 +41,15 @@ class Sparsity:
         self.decoder.standardise(self.model.scm(self.z))
         if epoch % max(1, n_epochs // TIMES) == 0:
             self._fit_masks(self.full.annealed(sparsity))
+
+    @torch.no_grad()
+    def mark(self) -> None:
+        """Remember which masks are 0."""
         self.support = (self.decoder.output.mask != 0).to(self.decoder.output.mask)
 
     @torch.no_grad()
     def hold(self) -> None:
-        """After a step of gradient descent: masks of 0 stay so."""
+        """After a step of gradient descent: masks that were 0 stay so."""
         self.decoder.output.mask.mul_(self.support)
 
     def _fit_masks(self, prior: SpikeSlab) -> None:

@@ -20,11 +20,13 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth
+from crlseq.model.networks import GeneSetLayer
 from crlseq.threads import ahead, in_parallel
 from crlseq.training.checkpoint import Keeper, load_checkpoint
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.learner import Learner
-from crlseq.training.objective import Objective, Step
+from crlseq.training.objective import Objective
+from crlseq.training.parts import Parts, Work
 from crlseq.training.residuals import measure_missed
 from crlseq.training.schedules import schedule
 from crlseq.training.warm_start import Anchor, WarmStart, warm_start
@@ -43,7 +45,9 @@ History = list[dict[str, float]]
 class Fit:
     """A fitted model: the kept weights, the losses of every epoch, and how it ended.
 
-    Of an ensemble it is the one that validated best, of ``seed``; ``others`` are those of the other seeds.
+    Of an ensemble it is the one that validated best, of ``seed``; ``others`` are those of the other seeds, and
+    ``seed_losses`` the lowest validation loss of each seed, None where no cells validated. ``notes`` tell what had to be
+    done again.
     """
 
     model: DiscrepancyVAE
@@ -54,6 +58,9 @@ class Fit:
     stopped_early: bool
     seed: int
     others: tuple[DiscrepancyVAE, ...] = ()
+    parts: int = 1  # that steps were computed in at the end, as memory had run out
+    notes: tuple[str, ...] = ()
+    seed_losses: tuple[float | None, ...] = ()
 
 
 def resolve_device(asked: str) -> torch.device:
@@ -72,7 +79,12 @@ def resolve_device(asked: str) -> torch.device:
 
 
 def architecture_of(
-    config: ModelConfig, n_genes: int, n_latents: int, n_perturbations: int, start: WarmStart | None = None
+    config: ModelConfig,
+    n_genes: int,
+    n_latents: int,
+    n_perturbations: int,
+    start: WarmStart | None = None,
+    n_gene_sets: int = 0,
 ) -> dict[str, Any]:
     """Arguments of `DiscrepancyVAE` for a configuration; what it leaves open comes from the start."""
     intervention: str = "soft" if config.intervention == "auto" else config.intervention
@@ -89,6 +101,8 @@ def architecture_of(
         "causal": config.causal_layer,
         "output_activation": config.output_activation,
         "noise": config.noise,
+        "n_gene_sets": n_gene_sets,
+        "leak": config.gene_set_leak,
         "decoder": config.decoder,
     }
 
@@ -123,6 +137,7 @@ def fit_model(
     identity: str = "",
     on_epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None,
     start: WarmStart | None = None,
+    gene_sets: np.ndarray | None = None,
     ranks: Ranks = ALONE,
     on_retry: Callable[[str], None] = lambda text: None,
 ) -> Fit:
@@ -142,25 +157,34 @@ def fit_model(
         number of epochs.
     start
         Latents, targets and graph to start from; None starts from random weights and learns them by gradient.
-
+    gene_sets
+        (S, G) bool members of the sets that the encoder reads; None for one that reads all genes.
     on_retry
         Told in words when an epoch is done again, since a loss was not finite: from the weights before it, with a
-        quarter of the learning rate from there on, at most `MAX_SLOWER` times in a fit.
+        quarter of the learning rate from there on, at most `MAX_SLOWER` times in a fit; and when steps are computed in
+        more parts, since memory had run out.
 
     Raises
     ------
     ConvergenceError
         If a loss is still not finite.
     InputError
-        If the checkpoint is damaged or belongs to another fit.
+        If the checkpoint is damaged or belongs to another fit, or memory does not suffice for one perturbation.
     """
     training, first_rank = config.training, ranks.rank == 0
+    n_sets = 0 if gene_sets is None else len(gene_sets)
     architecture = ranks.from_first(
-        architecture_of(config.model, data.n_genes, n_latents, len(data.perturbation_names), start)
+        architecture_of(config.model, data.n_genes, n_latents, len(data.perturbation_names), start, n_sets)
     )
     bandwidth = ranks.from_first(_bandwidth(config.model, data, training.seed))
-    learners = _learners(data, config, architecture, bandwidth, start, ranks)
-    objective = learners[0].objective
+    learners = _learners(data, config, architecture, bandwidth, start, gene_sets, ranks)
+    notes: list[str] = []
+
+    def told(text: str) -> None:
+        notes.append(text)
+        on_retry(text)
+
+    parts = Parts(learners[0].objective, ranks, told)
     train_cells = data.cells_by_condition(splits.TRAIN)
     n_epochs = 0 if config.model.method == "linear" else resolve_epochs(training, train_cells)
     in_step = resolve_step(training, train_cells)
@@ -177,23 +201,25 @@ def fit_model(
             )
     saved = ranks.from_first(saved)
     if saved is not None:
-        first = saved["epoch"] + 1
+        first, parts.n = saved["epoch"] + 1, saved["parts"]
+        notes += saved["notes"]
         for learner, state in zip(learners, saved["learners"], strict=True):
             learner.load(state)
         for record in learners[0].history:
             on_epoch(record, n_epochs)
 
-    def steps(batches: list[BatchIndex]) -> Iterator[tuple[Step, BatchIndex]]:
-        return zip(ahead(lambda b: objective.prepare(b, ranks.own(b.mask)), batches), batches, strict=True)
+    def steps(batches: list[BatchIndex]) -> Iterator[tuple[Work, BatchIndex]]:
+        return zip(ahead(parts.prepare, batches), batches, strict=True)
 
     # Several models share what a step asks of the screen, and the threads: each is computed on one.
-    alone = len(learners) == 1 or ranks.size > 1 or objective.device.type != "cpu"
+    alone = len(learners) == 1 or ranks.size > 1 or parts.objective.device.type != "cpu"
     threads = 1 if alone else torch.get_num_threads()
     with Keeper(checkpoint if first_rank else None) as keeper:
 
         def keep(epoch: int, write: bool) -> None:
             states = [learner.state() for learner in learners]
-            keeper.keep({"identity": identity, "epoch": epoch, "learners": states}, write)
+            state = {"identity": identity, "epoch": epoch, "learners": states, "parts": parts.n, "notes": notes}
+            keeper.keep(state, write)
 
         keep(first - 1, write=False)
         written, epoch = time.monotonic(), first
@@ -208,10 +234,10 @@ def fit_model(
             for i, learner in enumerate(learners):
                 learner.begin(epoch, n_epochs, schedule(epoch, n_epochs, config.model, training), noise + i)
             batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
-            for step, _ in steps(batches):
-                list(in_parallel(methodcaller("learn", step, len(batches)), active, threads))
-            for step, batch in steps(validation):
-                list(in_parallel(methodcaller("validate", step, len(batch.condition) / n_judged), active, threads))
+            for work, _ in steps(batches):
+                list(in_parallel(methodcaller("learn", work, len(batches)), active, threads))
+            for work, batch in steps(validation):
+                list(in_parallel(methodcaller("validate", work, len(batch.condition) / n_judged), active, threads))
             exploded = [learner for learner in active if not learner.end(epoch, n_epochs)]
             if exploded:
                 for learner in exploded:
@@ -219,7 +245,7 @@ def fit_model(
                 # The copy that is kept must outlast another attempt.
                 for learner, state in zip(learners, copy.deepcopy(keeper.state["learners"]), strict=True):
                     learner.load(state)
-                on_retry(f"The loss is not finite in epoch {epoch + 1}: again with a quarter of the learning rate.")
+                told(f"The loss is not finite in epoch {epoch + 1}: again with a quarter of the learning rate.")
                 continue
             on_epoch(active[0].history[-1], n_epochs)
             last = epoch + 1 == n_epochs or all(learner.exhausted(epoch, n_epochs) for learner in learners)
@@ -237,6 +263,11 @@ def fit_model(
         stopped_early=len(kept.history) < n_epochs,
         seed=training.seed + learners.index(kept),
         others=tuple(learner.model for learner in learners if learner is not kept),
+        parts=parts.n,
+        notes=tuple(notes),
+        seed_losses=tuple(
+            learner.history[learner.best_epoch].get("validation_total") for learner in learners if learner.history
+        ),
     )  # fmt: skip
 
 
@@ -246,6 +277,7 @@ def _learners(
     architecture: dict[str, Any],
     bandwidth: float,
     start: WarmStart | None,
+    gene_sets: np.ndarray | None,
     ranks: Ranks,
 ) -> list[Learner]:
     """Models of consecutive seeds, which share their objective's view of the screen."""
@@ -257,6 +289,8 @@ def _learners(
         # Built in float32 on the CPU whatever the device, so that one seed starts everywhere from one model.
         model = DiscrepancyVAE(**architecture).to(dtype)
         _start_noise(model, data)
+        if gene_sets is not None and isinstance(model.encoder.hidden, GeneSetLayer):
+            model.encoder.hidden.assign(torch.from_numpy(gene_sets))
         anchor = None if start is None else warm_start(model, data, start)
         if ranks.size > 1:
             anchor = _start_from_first(model, anchor, ranks)

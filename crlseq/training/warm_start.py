@@ -3,7 +3,8 @@
 A leaky ReLU of slope c satisfies relu(v) - relu(-v) = (1 + c) v, so that 2 p hidden units carry a linear map. The
 encoder regresses the latents that the likelihood found on expression, the decoder expression on the latents, and the
 structural model holds the graph, targets and interventions that were found. Without a training step this is the
-linear method; training adds what is not linear.
+linear method; training adds what is not linear. An encoder that reads gene sets cannot be exact: see
+`crlseq.training.set_start`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from crlseq.data.dataset import ROWS, PerturbSeqData
 from crlseq.data.projection import Projection
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.kinds import DESCRIBED
+from crlseq.model.networks import GeneSetLayer
 from crlseq.model.scm import MAX_LOG_SCALE, NEGATIVE_SLOPE, LatentSCM
 from crlseq.model.sparse_decoder import SparseDecoder
-from crlseq.training.discovery import Discovery
+from crlseq.training.findings import Discovery
+from crlseq.training.set_start import start_from_sets
 from crlseq.training.sparse_start import Loadings, control_deviation, sparse_loadings
 
 RIDGE = 1e-6  # of the regressions, relative
@@ -63,16 +66,19 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
         found, discovery = _sparsify(model, discovery, data, k, train)
     u = discovery.latents[k[train]]
     z = model.scm.abduct(torch.from_numpy(u).to(model.scm.graph.dtype)).double().numpy()
-    slope, offset = _regress(projection.scores, z, train)
-    axes = projection.axes @ slope  # (G, p): z = (x - center) @ axes + offset
-    p, h = z.shape[1], model.encoder.hidden
-    _write(h.weight, np.concatenate([axes.T, -axes.T]))
-    constant = offset - projection.center @ axes
-    _write(h.bias, np.concatenate([constant, -constant]))
-    _linear_output(model.encoder.mean, np.eye(p), np.zeros(p))
+    p, measured = z.shape[1], np.maximum(discovery.noise, MIN_VARIANCE)
+    known = measured
+    if isinstance(model.encoder.hidden, GeneSetLayer):
+        known = np.maximum(measured, start_from_sets(model.encoder, data, train, z))
+    else:
+        slope, offset = regress(projection.scores, z, train)
+        axes = projection.axes @ slope  # (G, p): z = (x - center) @ axes + offset
+        _write(model.encoder.hidden.weight, np.concatenate([axes.T, -axes.T]))
+        constant = offset - projection.center @ axes
+        _write(model.encoder.hidden.bias, np.concatenate([constant, -constant]))
+        _linear_output(model.encoder.mean, np.eye(p), np.zeros(p))
     nn.init.zeros_(model.encoder.variance.weight)
-    measured = np.maximum(discovery.noise, MIN_VARIANCE)
-    _write(model.encoder.variance.bias, np.log(np.expm1(np.minimum(measured, 1.0))))
+    _write(model.encoder.variance.bias, np.log(np.expm1(np.minimum(known, 1.0))))
 
     if isinstance(model.decoder, SparseDecoder):
         assert found is not None
@@ -168,7 +174,7 @@ def _decode(u: np.ndarray, data: PerturbSeqData, cells: np.ndarray) -> tuple[np.
     return loadings, mean_x - mean_u @ loadings, square - mean_x**2 - explained
 
 
-def _regress(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def regress(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Slope (q, p) and offset (p,) of y (n, p) on rows of x (cells, q), which are taken some at a time."""
     mean_x, mean_y = x[rows].mean(0, dtype=np.float64), y.mean(0)
     gram, cross = np.zeros((x.shape[1], x.shape[1])), np.zeros((x.shape[1], y.shape[1]))

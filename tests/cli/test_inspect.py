@@ -19,6 +19,7 @@ import pytest
 
 import crlseq
 from crlseq.run import Run
+from crlseq.tables import EXACT
 from tests.support import Answer, command, dense, environment, invoke, small_screen, spawn
 
 TABLES = ["programs", "interventions", "dag", "history"]
@@ -47,7 +48,7 @@ def on_terminal(*words: object, columns: int = 100) -> tuple[int, str]:
 
 def table(answer: Answer) -> pd.DataFrame:
     assert answer.code == 0, answer.err
-    return pd.read_csv(io.StringIO(answer.out), sep="\t", keep_default_na=False, float_precision="round_trip")
+    return pd.read_csv(io.StringIO(answer.out), sep="\t", keep_default_na=False, **EXACT)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -186,6 +187,16 @@ def test_history_fits_a_terminal(run_folder: Path) -> None:
     # Training and validation, one below the other.
     assert len([line for line in text.splitlines() if re.match(r" +\d+ ", line)]) == 2 * 3
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_wide_table_on_a_narrow_terminal_breaks_no_word(run_folder: Path, finished: Run) -> None:
+    code, text = on_terminal("inspect", "interventions", run_folder, columns=60)
+    assert code == 0
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 60
+    words = set(text.split())
+    assert {"perturbation", "retention", "distance", "support", *finished.interventions["perturbation"]} <= words
+    assert [line.split()[0] for line in lines if line.startswith("g0 ")] == ["g0"] * 2  # the name leads both blocks
 
 
 def test_check_on_a_terminal(screen_file: Path) -> None:

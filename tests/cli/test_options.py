@@ -115,6 +115,27 @@ def test_batches_with_controls_in_one_only(tmp_path: Path) -> None:
     assert any("Batches without control cells" in note and "b" in note for note in run.info["notes"])
 
 
+def test_perturbations_in_batches_without_controls_get_no_target() -> None:
+    """What the batch does was taken for their effect."""
+    adata = small_screen(cells_per_perturbation=60, n_control=260, depth=2000.0)
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    labels[np.flatnonzero(labels == "control")[:60]] = "nothing"
+    adata.obs["perturbation"] = labels
+    second = np.isin(labels, ["g0", "nothing"]) | ((labels == "g1") & (np.arange(len(labels)) % 2 == 0))
+    adata.obs["lane"] = np.where(second, "b", "a")
+    x = dense(adata)
+    x[np.ix_(second, range(10))] *= 8
+    adata.X = x.astype(np.float32)
+    run = crlseq.fit(adata, batch_key="lane", method="linear", bootstrap=0, n_latents=2, threads=1)
+    table = run.interventions.set_index("perturbation")
+    alone = ["g0", "nothing"]
+    assert table.loc[alone, "p_value"].isna().all() and (table.loc[alone, "n_cells"] > 50).all()
+    assert (table.loc[alone, "program"].fillna("") == "").all()
+    assert table.drop(index=alone)["p_value"].max() < 0.01
+    assert (table.drop(index=alone)["program"] != "").all()
+    assert any(note.startswith("Batches without control cells: b.") and "no target: g0, nothing." in note for note in run.info["notes"])  # fmt: skip
+
+
 def test_min_cells(tmp_path: Path) -> None:
     adata = small_screen()
     some = np.flatnonzero(adata.obs["perturbation"] == "g2")

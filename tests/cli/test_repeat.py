@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
+import numpy as np
 import pytest
 
 import crlseq
 from crlseq.errors import InputError
-from tests.support import environment, invoke, spawn
+from tests.support import dense, environment, invoke, relabelled, spawn
 
 SAME = [
     "model.safetensors",
@@ -53,6 +55,68 @@ def test_one_seed_one_result_whatever_the_hash_seed(screen_file: Path, tmp_path:
     assert other.path is not None
     assert results(other.path)["model.safetensors"] != found[0]["model.safetensors"]
     assert results(other.path)["programs.csv"] != found[0]["programs.csv"]
+
+
+def test_one_result_in_every_locale_and_folder(tmp_path: Path) -> None:
+    """Names beyond ASCII, written and read where the locale has ASCII alone; commas for points; another dotted i."""
+    adata = relabelled(g0="İ-ı-ß", g1="β/γ")
+    adata.var_names = [f"GENE-ı{i}é" for i in range(adata.n_vars)]
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    found = []
+    for i, changes in enumerate((
+        {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"},
+        {**ascii_alone, "PYTHONHASHSEED": "1", "TZ": "Pacific/Kiritimati"},
+        {"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"},
+        {"LC_ALL": "de_DE.UTF-8", "LC_NUMERIC": "de_DE.UTF-8"},
+    )):  # fmt: skip
+        place = tmp_path / f"folder {i}"
+        place.mkdir()
+        words = ["--method", "gradient", "--epochs", 2, "--n-latents", 2, "--hold-out-cells", 0.3]
+        done = spawn("fit", "../screen.h5ad", "--output", "RUN", *words, cwd=place, **changes)
+        assert done.returncode == 0, done.stderr
+        done = spawn("predict", "RUN", "-p", "g2+g3", "--output", "virtual.h5ad", cwd=place, **changes)
+        assert done.returncode == 0, done.stderr
+        done = spawn("evaluate", "RUN", "--output", "found.csv", cwd=place, **changes)
+        assert done.returncode == 0, done.stderr
+        virtual = ad.read_h5ad(place / "virtual.h5ad")
+        found.append((results(place / "RUN"), (place / "found.csv").read_bytes(), dense(virtual).tobytes()))
+        assert list(virtual.var_names) == list(adata.var_names)
+    assert all(one == found[0] for one in found[1:])
+    assert "İ-ı-ß".encode() in found[0][0]["interventions.csv"]
+
+
+def test_thread_counts_change_rounding_alone(screen_file: Path, tmp_path: Path) -> None:
+    """In float64 to 1e-6 of the largest value of a table's column."""
+    options: dict[str, Any] = {"epochs": 3, "bootstrap": 2, "n_latents": 3, "dtype": "float64", "seed": 3}
+    one, two = (crlseq.fit(screen_file, tmp_path / str(n), threads=n, **options) for n in (1, 2))
+    assert (one.info["threads"], two.info["threads"]) == (1, 2)
+    for name, table in one.tables().items():
+        other = two.tables()[name]
+        words = [column for column, kind in table.dtypes.items() if kind.kind == "O"]
+        assert table[words].equals(other[words])
+        for column in table.columns.drop(words):
+            size = np.nanmax(np.abs(table[column]), initial=1e-30)
+            np.testing.assert_allclose(
+                other[column] / size, table[column] / size, atol=1e-6, err_msg=f"{name} {column}"
+            )
+
+
+def test_threads_of_a_fit_are_its_own(screen_file: Path, tmp_path: Path) -> None:
+    """What is asked for is not left behind; what scanpy's numba leaves behind changes nothing that is asked for."""
+    import scanpy as sc
+    import torch
+
+    options: dict[str, Any] = {"method": "gradient", "epochs": 2, "n_latents": 2, "threads": 1}
+    before = crlseq.fit(screen_file, tmp_path / "before", **options)
+    torch.set_num_threads(2)
+    sc.pp.normalize_total(crlseq.simulate(n_latents=2, n_genes=30, n_control=50))
+    found = torch.get_num_threads()
+    after = crlseq.fit(screen_file, tmp_path / "after", **options)
+    assert torch.get_num_threads() == found == 2
+    assert before.path is not None and after.path is not None
+    assert results(before.path) == results(after.path)
+    assert after.info["threads"] == 1
 
 
 # The default method: what the likelihood finds is found again when a fit goes on.

@@ -183,7 +183,9 @@ def test_whole_stores_verify(store: Path) -> None:
     assert set(manifest.files) == on_disk - {MANIFEST}
 
 
-@pytest.mark.parametrize("name", ["X/data/c/3", "X/indices/c/0", "X/indptr/c/0", "zarr.json", "obs/_index/c/0"])
+@pytest.mark.parametrize(
+    "name", ["X/data/c/3", "X/indices/c/0", "X/indptr/c/0", "zarr.json", "obs/perturbation/codes/c/0"]
+)
 def test_a_missing_file_is_named(copy: Path, name: str) -> None:
     (copy / name).unlink()
     with pytest.raises(InputError, match=f"{name} is missing"):

@@ -184,7 +184,7 @@ def make(recipe: Recipe) -> Made:
     obs[recipe.column] = _column(LABELS[recipe.labels](texts), obs.index)
     var = pd.DataFrame(index=[f"gene{i}" for i in range(g)])
     adata = ad.AnnData(matrix(x, recipe.format, rng), obs, var)
-    for extra in recipe.extras:
+    for extra in sorted(recipe.extras, key="no X".__eq__):  # last, since raw is a copy
         _add(adata, extra, rng)
     column = obs[recipe.column]
     labels = [None if pd.isna(v) else v.decode() if isinstance(v, bytes) else str(v) for v in column]

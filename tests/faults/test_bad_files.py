@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 from crlseq.config import DataConfig
 from crlseq.data.dataset import read_data
+from crlseq.data.embeddings import read_embeddings
 from crlseq.errors import InputError
 from tests.faults.isolated import isolated
 from tests.faults.outcomes import Outcome, fitted, read
 from tests.faults.screens import Damage, Recipe, bases, categories_beside, damage, damages, make, recipes, write
-from tests.support import fit_file, invoke, small_screen
+from tests.support import check_refusal, fit_file, invoke, small_screen
 
 SLICE: dict[str, Any] = {
     "deadline": None, "derandomize": True, "database": None, "phases": [Phase.generate],
@@ -114,6 +115,29 @@ def test_a_link_to_itself_in_the_place_of_the_matrix(screen_file: Path, tmp_path
     refused(tmp_path / "odd.h5ad", "too many links")
 
 
+@pytest.mark.parametrize("place", ["obs/again", "uns/a/b", "layers/counts"])
+@pytest.mark.parametrize("link", ["/", "."])
+def test_a_group_within_itself(screen_file: Path, tmp_path: Path, place: str, link: str) -> None:
+    """Reading went round until Python's stack was full, for up to half a minute."""
+    shutil.copy(screen_file, tmp_path / "odd.h5ad")
+    with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
+        inside = handle.require_group(place.rpartition("/")[0])
+        handle[place] = h5py.SoftLink(link) if link == "/" else inside
+    refused(tmp_path / "odd.h5ad", f"{place.rpartition('/')[2]}' that lies within itself")
+
+
+def test_links_that_lead_nowhere_or_twice_to_one_group_are_left_alone(screen_file: Path, tmp_path: Path) -> None:
+    shutil.copy(screen_file, tmp_path / "odd.h5ad")
+    with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
+        handle["uns/nowhere"] = h5py.SoftLink("/gone")
+        handle["uns/round"] = h5py.SoftLink("/uns/round")
+        handle["uns/var"] = handle["var"]
+        handle["uns/var too"] = h5py.SoftLink("/var")
+    expected, found = (read_data(p, DataConfig(), 0) for p in (screen_file, tmp_path / "odd.h5ad"))
+    assert found.genes == expected.genes
+    np.testing.assert_array_equal(found.condition, expected.condition)
+
+
 @pytest.mark.parametrize("index", [2**31 - 1, -1, 40])
 @pytest.mark.parametrize("kind", [sp.csr_matrix, sp.csc_matrix])
 def test_indices_out_of_the_matrix(tmp_path: Path, kind: Any, index: int) -> None:
@@ -124,6 +148,66 @@ def test_indices_out_of_the_matrix(tmp_path: Path, kind: Any, index: int) -> Non
     with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
         handle["X/indices"][7] = index if kind is sp.csr_matrix or index != 40 else 280
     refused(tmp_path / "odd.h5ad", "the matrix cannot be read")
+
+
+def out_of_bounds(kind: Any, place: str) -> Any:
+    """A matrix of 280 x 40 whose row pointers fall, or whose indices lead out of it, made past scipy's own checks."""
+    matrix = kind(small_screen().X)
+    if place == "pointers":
+        matrix.indptr[5] = matrix.indptr[-1]
+    else:
+        matrix.indices[7] = 10**8
+    return matrix
+
+
+@pytest.mark.parametrize("place", ["pointers", "indices"])
+@pytest.mark.parametrize("kind", [sp.csr_matrix, sp.csc_matrix])
+def test_a_matrix_in_memory_that_leads_out_of_it(kind: Any, place: str) -> None:
+    adata = small_screen()
+    adata.X = out_of_bounds(kind, place)
+    with pytest.raises(InputError, match="the matrix cannot be read"):
+        read_data(adata, DataConfig(), 0)
+
+
+@pytest.mark.parametrize("place", ["X", "obsm"])
+def test_embeddings_whose_indices_lead_out_of_them(tmp_path: Path, place: str) -> None:
+    """Making them dense wrote wherever the indices pointed."""
+    table = ad.AnnData(obs=small_screen().var)
+    vectors = sp.csr_matrix(np.eye(40, 40, dtype=np.float32))
+    if place == "X":
+        table = ad.AnnData(vectors, obs=table.obs)
+    else:
+        table.obsm["vectors"] = vectors
+    table.write_h5ad(tmp_path / "vectors.h5ad")
+    with h5py.File(tmp_path / "vectors.h5ad", "r+") as handle:
+        handle["X/indices" if place == "X" else "obsm/vectors/indices"][7] = 10**8
+
+    def read_them() -> Outcome:
+        with pytest.raises(InputError, match="the embeddings cannot be read"):
+            read_embeddings(tmp_path / "vectors.h5ad")
+        return {"outcome": "refused"}
+
+    no_fault(read_them, place)
+
+
+@pytest.mark.parametrize("place", ["raw/X", "layers/more"])
+def test_folds_of_a_run_with_a_damaged_matrix_beside_x(linear_folder: Path, tmp_path: Path, place: str) -> None:
+    """Cutting folds wrote wherever the row pointers said."""
+    folder = tmp_path / "RUN"
+    shutil.copytree(linear_folder, folder)
+    adata = ad.read_h5ad(folder / "crlseq.h5ad")
+    adata.raw = adata.copy()
+    adata.layers["more"] = adata.X.copy()
+    adata.write_h5ad(folder / "crlseq.h5ad")
+    with h5py.File(folder / "crlseq.h5ad", "r+") as handle:
+        handle[place + "/indptr"][5] = handle[place + "/indptr"][-1]
+
+    def cross_validate() -> Outcome:
+        answer = invoke("evaluate", folder, "--cross-validate", "--folds", 2)
+        check_refusal(answer.code, answer.out, answer.err, 3, "crlseq.h5ad cannot be read")
+        return {"outcome": "refused"}
+
+    no_fault(cross_validate, place)
 
 
 @pytest.mark.parametrize("slot", ["layers", "uns", "obsm"])
@@ -173,3 +257,21 @@ def test_the_h5ad_of_anndata_0_7_is_read(tmp_path: Path) -> None:
         found = read_data(tmp_path / "screen.h5ad", DataConfig(), 0)
     assert found.condition_names == expected.condition_names
     np.testing.assert_array_equal(found.condition, expected.condition)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_heap_of_texts_that_never_ends(screen_file: Path, tmp_path: Path, index: int) -> None:
+    """HDF5 steps through it by the sizes of its objects: a size of 0 held it for ever, and so did one that overflows."""
+    content = bytearray(screen_file.read_bytes())
+    start = content.find(b"GCOL\1")
+    assert start > 0
+    # The first object: its index, and a size that makes the step 0.
+    content[start + 16 : start + 18] = index.to_bytes(2, "little")
+    content[start + 24 : start + 32] = (2**64 - 16 if index else 0).to_bytes(8, "little")
+    (tmp_path / "odd.h5ad").write_bytes(content)
+
+    def read_it() -> Outcome:
+        refused(tmp_path / "odd.h5ad", "has a heap of texts that never ends")
+        return {"outcome": "refused"}
+
+    no_fault(read_it, index)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,127 @@ def test_an_input_touched_meanwhile_is_the_same(screen_file: Path, tmp_path: Pat
     shutil.copy(screen_file, tmp_path / "screen.h5ad")
     touch = at_stage("fitting", (tmp_path / "screen.h5ad").touch)
     crlseq.fit(tmp_path / "screen.h5ad", tmp_path / "RUN", progress=touch, **GRADIENT)
+
+
+def test_an_output_removed_between_two_checkpoints(
+    screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+
+    def remove(record: dict[str, float], n_epochs: int) -> None:
+        if record["epoch"] == 1:
+            shutil.rmtree(tmp_path / "RUN.partial")
+
+    with pytest.raises(InputError, match=r"RUN\.partial cannot be written: No such file"):
+        crlseq.fit(screen_file, tmp_path / "RUN", progress=Progress(epoch=remove), **GRADIENT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def without_rights(*words: object) -> subprocess.CompletedProcess[str]:
+    """A command that the permissions of files hold for, as they do not for root."""
+
+    def drop() -> None:
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH of capability.h
+            if os.geteuid() == 0 and ctypes.CDLL(None).prctl(24, capability, 0, 0, 0):  # PR_CAPBSET_DROP
+                raise PermissionError
+
+    return subprocess.run(
+        command(*words), capture_output=True, text=True, env=environment(), timeout=120, preexec_fn=drop
+    )  # fmt: skip
+
+
+@pytest.fixture
+def guarded(run_folder: Path, screen_file: Path, tmp_path: Path) -> Iterator[Path]:
+    """A folder that may be read and not written, with ``screen.h5ad``, ``RUN``, and ``closed``, which nobody may enter."""
+    place = tmp_path / "guarded"
+    (place / "closed").mkdir(parents=True)
+    shutil.copy(screen_file, place / "screen.h5ad")
+    shutil.copytree(run_folder, place / "RUN")
+    folders = {place / "RUN": 0o555, place / "closed": 0o000, place: 0o555}
+    for path, mode in folders.items():
+        path.chmod(mode)
+    yield place
+    for path in (place, *folders):
+        path.chmod(0o755)
+
+
+def test_places_without_permission(guarded: Path, tmp_path: Path) -> None:
+    screen, run = guarded / "screen.h5ad", guarded / "RUN"
+    fit, virtual = ["fit", screen, "--epochs", 1, "--output"], ["predict", run, "-p", "g0+g1", "--output"]
+    cannot = [
+        [*fit, guarded / "OTHER"],
+        [*fit, run, "--force"],
+        [*fit, guarded / "closed" / "RUN"],
+        ["prepare", screen, "--output", guarded / "store.zarr"],
+        [*virtual, guarded / "virtual.h5ad"],
+        [*virtual, guarded / "closed" / "virtual.h5ad"],
+        ["export", run, "--graphml", guarded / "dag.graphml"],
+        ["report", run],
+        ["plot", "dag", run, "--output", guarded / "dag.png"],
+    ]
+    for words in cannot:
+        done = without_rights(*words)
+        assert "Traceback" not in done.stderr
+        lines = [line for line in done.stderr.splitlines() if line.startswith(("crlseq:", "  C"))]
+        check_refusal(done.returncode, "", "\n".join(lines), 3, "cannot be written")
+    assert {path.name for path in guarded.iterdir()} == {"closed", "RUN", "screen.h5ad"}
+    screen.chmod(0o000)
+    for source in (guarded / "closed" / "screen.h5ad", screen):
+        done = without_rights("fit", source, "--output", tmp_path / "NEVER", "--quiet")
+        check_refusal(done.returncode, done.stdout, done.stderr, 3, "Check")
+    assert [path.name for path in tmp_path.iterdir()] == ["guarded"]
+
+
+def test_a_clock_that_is_set_back(screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By years, in the middle of a fit, of which the files' times tell nothing true."""
+    from datetime import UTC, datetime, timedelta
+
+    from crlseq import fitting
+
+    class Clock(datetime):
+        now_at = datetime(2026, 1, 1, tzinfo=UTC)
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            cls.now_at -= timedelta(days=1000)
+            return cls.now_at
+
+    source = tmp_path / "screen.h5ad"
+    shutil.copy(screen_file, source)
+    monkeypatch.setattr(fitting, "datetime", Clock)
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    back = at_stage("fitting", lambda: os.utime(source, (0, 0)))
+    run = crlseq.fit(source, tmp_path / "RUN", progress=back, **GRADIENT)
+    assert run.path is not None
+    assert 0 <= run.info["seconds"] < 3600
+    assert run.info["finished"] < run.info["started"]
+    monkeypatch.undo()
+    whole = crlseq.fit(screen_file, tmp_path / "whole", **GRADIENT)
+    assert whole.path is not None and results(run.path) == results(whole.path)
+
+
+def test_a_disk_that_is_full_for_every_command(run_folder: Path, screen_file: Path, tmp_path: Path) -> None:
+    """Files may not grow: nothing half-written is left, and what was there stays."""
+    shutil.copytree(run_folder, tmp_path / "RUN")
+    run, out = tmp_path / "RUN", tmp_path / "out"
+    page = (run / "report.html").read_bytes()
+    out.mkdir()
+    for words in (
+        ["predict", run, "-p", "g0+g1", "--output", out / "virtual.h5ad"],
+        ["export", run, "--h5ad", out / "cells.h5ad"],
+        ["report", run],
+        ["plot", "dag", run, "--output", out / "dag.png"],
+        ["prepare", screen_file, "--output", out / "store.zarr"],
+    ):
+        full = subprocess.run(
+            command(*words), capture_output=True, text=True, env=environment(), timeout=120,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+        )  # fmt: skip
+        lines = [line for line in full.stderr.splitlines() if line.startswith(("crlseq:", "  C"))]
+        check_refusal(full.returncode, full.stdout, "\n".join(lines), 3, "cannot be written")
+        assert "Traceback" not in full.stderr
+    assert {path.name for path in out.rglob("*") if path.is_file()} <= {"lock"}
+    assert (run / "report.html").read_bytes() == page
 
 
 @pytest.mark.parametrize("limit", [20_000, 400_000])

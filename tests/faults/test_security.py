@@ -72,7 +72,11 @@ def test_pickles_in_a_run_folder(run_folder: Path, tmp_path: Path, name: str) ->
         copy = tmp_path / f"RUN{i}"
         shutil.copytree(run_folder, copy)
         (copy / name).write_bytes(make(mark))
-        words = [["inspect", copy], ["report", copy], ["export", copy, "--h5ad", tmp_path / f"{i}.h5ad"]]
+        words = [
+            ["inspect", copy],
+            ["report", copy],
+            ["export", copy, "--format", "h5ad", "--output", tmp_path / f"{i}.h5ad"],
+        ]
         for word in words[: 1 if name.endswith(".json") else 3]:
             answer = invoke(*word)
             assert answer.code in (0, 3) and "Traceback" not in answer.err
@@ -154,11 +158,11 @@ def test_a_run_folder_with_a_link_out_of_it(run_folder: Path, tmp_path: Path) ->
     assert crlseq.load(tmp_path / "link").program_names == crlseq.load(run_folder).program_names
 
 
-@pytest.mark.parametrize("option", ["--graphml", "--json"])
-def test_a_link_at_an_output_is_replaced_and_not_followed(run_folder: Path, tmp_path: Path, option: str) -> None:
+@pytest.mark.parametrize("name", ["graphml", "json"])
+def test_a_link_at_an_output_is_replaced_and_not_followed(run_folder: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "out").symlink_to("precious")
-    assert invoke("export", run_folder, option, tmp_path / "out", "--force").code == 0
+    assert invoke("export", run_folder, "--format", name, "--output", tmp_path / "out", "--force").code == 0
     assert not (tmp_path / "out").is_symlink()
     assert (tmp_path / "precious").read_text() == "precious"
     assert {file.name for file in tmp_path.iterdir()} == {"out", "precious"}

@@ -216,6 +216,25 @@ def test_report_command(run_folder: Path, copied: Path, tmp_path: Path) -> None:
 # --- charts
 
 
+def test_agreement_of_seeds(tmp_path: Path) -> None:
+    run = synthetic_run(2, 4, [(0, 1)])
+    assert "seeds" not in written(run, tmp_path)[1].text
+    rows = [
+        ("program", "P0", "", 0.95, np.nan, np.nan), ("program", "P1", "", 0.4, np.nan, np.nan),
+        ("intervention", "PERT0", "P0", 1.0, -1.234, 0.056), ("intervention", "PERT1", "P1", 0.5, 2.0, 0.5),
+        ("edge", "P0", "P1", 1.0, -0.7, 0.01),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["kind", "source", "target", "agreement", "mean", "sd"])
+    training = {**run.info["training"], "kept_seed": 1, "seed_losses": [0.25, -0.00004, None]}
+    info = {**run.info, "config": {"preset": "default", "training": {"ensemble": 3}}, "training": training}
+    text = written(replace(run, info=info, ensemble=table), tmp_path)[1].text["seeds"]
+    assert "3 models of seeds 0 to 2; that of seed 1 validated best" in text
+    assert "between 0.0000 and 0.2500" in text  # not -0.0000
+    assert "1 of 2 programs have" in text and "1 of 2 perturbations move" in text and "1 of 1 edges are" in text
+    assert re.search(r"PERT0\s+P0\s+1\.00\s+-1\.23\s+0\.06", text)
+    assert "the likelihood found" not in text  # of a graph that each seed learned for itself
+
+
 def test_ticks() -> None:
     assert list(_ticks(0.0, 1.0, False)) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert list(_ticks(-0.03, 0.11, False)) == [-0.05, 0.0, 0.05, 0.1, 0.15]

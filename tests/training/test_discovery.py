@@ -16,7 +16,8 @@ from crlseq.errors import InputError
 from crlseq.model.linear import fit_linear
 from crlseq.model.moments import environment_moments
 from crlseq.training import discovery as module
-from crlseq.training.discovery import Discovery, discover
+from crlseq.training.discovery import discover
+from crlseq.training.findings import Discovery
 
 SIZES: dict[str, Any] = {
     "n_latents": 4,
@@ -240,8 +241,8 @@ def test_straightened_latents_take_the_place_of_the_components(
 def attempts(screen: Screen, monkeypatch: pytest.MonkeyPatch, misfits: list[float | None]) -> tuple[Any, list[Any]]:
     """What `_straighten` keeps if its trainings end with these misfits (None: latents no better), and their starts."""
     y = torch.from_numpy(module.whitened_components(screen.data, module.COMPONENTS, 0)).double()
-    environment = module._environments(screen.data, np.arange(12))
-    cells = module._Coordinates(
+    environment = module.environments_of(screen.data, np.arange(12))
+    cells = module.Coordinates(
         y[:, :10], None, environment, torch.from_numpy(screen.data.split == 1) & (environment >= 0)
     )
     values, _, numbers = cells.of_fit()

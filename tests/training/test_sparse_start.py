@@ -17,8 +17,8 @@ from crlseq.data.simulate import simulate
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import LatentSCM
 from crlseq.model.sparse_decoder import SparseDecoder
-from crlseq.training.discovery import Discovery
 from crlseq.training.distributed import ALONE
+from crlseq.training.findings import Discovery
 from crlseq.training.learner import Learner
 from crlseq.training.objective import Objective
 from crlseq.training.sparse_start import condition_prior, control_deviation
@@ -134,6 +134,7 @@ def test_zeros_stay_zero_between_the_fits_of_masks(truth: Truth) -> None:
     learner = Learner(Objective(model, truth.data, CONFIG.model, 1.0, anchor), CONFIG, ALONE)
     assert learner.sparsity is not None
     learner.sparsity.begin(0, 1, 1.0)
+    learner.sparsity.mark()
     zero, before = decoder.output.mask == 0, decoder.output.mask.detach().clone()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     for _ in range(3):

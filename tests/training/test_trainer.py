@@ -192,6 +192,7 @@ def test_the_seed_that_validates_best_is_kept(data):
         fitted = fit_model(data, make_config(epochs=3, ensemble=n), 3)
         losses[n] = fitted.history[fitted.best_epoch]["validation_total"]
         assert 0 <= fitted.seed < n and len(fitted.others) == n - 1
+        assert len(fitted.seed_losses) == n and min(fitted.seed_losses) == losses[n] == fitted.seed_losses[fitted.seed]
     # One more seed is kept if it is better, and changes nothing if it is not.
     assert losses[1] >= losses[2] >= losses[3] >= losses[4]
     assert losses[4] < losses[1]

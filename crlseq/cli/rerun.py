@@ -1,0 +1,53 @@
+"""``crlseq rerun``: a run once more from its ``run.json``, and what differs."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crlseq.cli.output import FitProgress, say, show_json
+
+
+def rerun(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(help="Where the run's input lies now. [where it lay]", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Keep the second run there.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="What differs as JSON to stdout.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that lies at --output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The outcome alone.")] = False,
+) -> None:
+    """Fit again as run.json says, and report the first difference: exit code 0 if there is none, 4 if there is."""
+    from dataclasses import asdict
+
+    from crlseq.rerun import rerun as repeat
+
+    progress = FitProgress(quiet)
+    with tempfile.TemporaryDirectory(prefix="crlseq-") as folder:
+        try:
+            found = repeat(run, output or Path(folder) / "RUN", data, progress.callbacks(), force)
+        finally:
+            progress.close()
+    if as_json:
+        show_json({
+            "identical": not found.differences, "differences": [asdict(one) for one in found.differences],
+            "causes": list(found.causes),
+        })  # fmt: skip
+    if not found.differences:
+        say("Identical: losses, weights, tables, graph and latents.")
+        return
+    first, *others = found.differences
+    say(f"Different. First in {first}.")
+    if others:
+        say(f"Then in {', '.join(one.file for one in others)}.")
+    if found.causes:
+        say(f"Probable causes: {'; '.join(found.causes)}.")
+    else:
+        say("Versions, threads and machine are recorded as the same.")
+    raise typer.Exit(4)

@@ -1,0 +1,176 @@
+"""Gene sets: read from gmt files, and matched with the genes that are fitted."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crlseq.errors import InputError
+
+MIN_FITTED = 5  # fitted genes of a set whose activity is told from a single gene's
+MAX_LINE, MAX_FILE = 4_000_000, 500_000_000  # bytes: ten times what the largest collections take
+MAX_ENTRIES = 200_000_000  # sets times genes of an encoder: 3 GB while it is trained
+GZIP = b"\x1f\x8b"
+_ENSEMBL = re.compile(r"ENS[A-Z]{0,6}G\d{11}")
+
+
+@dataclass(frozen=True)
+class GeneSets:
+    """The sets that an encoder reads.
+
+    Attributes
+    ----------
+    names
+        A unit each: the first set in the file with these fitted genes.
+    same
+        Other sets with the same fitted genes, which no data tell from the first; joined by "; ".
+    members
+        (sets, G) bool.
+    lines
+        Name, description and all genes of every set in `names` and `same`, as in the file.
+    n_small
+        How many sets were left out, with fewer than `MIN_FITTED` fitted genes.
+    """
+
+    names: tuple[str, ...]
+    same: tuple[str, ...]
+    members: NDArray[np.bool_]
+    lines: tuple[tuple[str, str, tuple[str, ...]], ...]
+    n_small: int
+
+    def in_words(self) -> str:
+        """``Encoder: 87 gene sets, which hold 210 of 299 fitted genes; left out: ...``"""
+        held, n_same = int(self.members.any(0).sum()), len(self.lines) - len(self.names)
+        left = [f"{self.n_small} with fewer than {MIN_FITTED} fitted genes"] if self.n_small else []
+        left += [f"{n_same} with the same fitted genes as another"] if n_same else []
+        return (
+            f"The encoder reads {len(self.names)} gene sets, which hold {held} of {self.members.shape[1]} fitted genes."
+            + (f" Left out: {' and '.join(left)}." if left else "")
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of which genes each unit reads."""
+        found = hashlib.sha256("\n".join(self.names).encode(errors="surrogatepass"))
+        found.update(np.packbits(self.members).tobytes())
+        return found.hexdigest()
+
+    def write(self, path: Path) -> None:
+        """As a gmt file, from which `fitted_sets` makes the same units again."""
+        text = "".join("\t".join([name, about, *genes]) + "\n" for name, about, genes in self.lines)
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_text(text, encoding="utf-8", newline="\n")
+        beside.replace(path)
+
+
+def fitted_sets(path: Path, genes: Sequence[str]) -> GeneSets:
+    """Sets of a gmt file with at least `MIN_FITTED` of the fitted genes, in the order of the file.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read or is malformed, no set has enough of the genes, or there are too many sets.
+    """
+    place = {name: j for j, name in enumerate(genes)}
+    units = dict[tuple[int, ...], list[tuple[str, str, tuple[str, ...]]]]()
+    seen, n_small, common = list[str](), 0, False
+    for name, about, own in read_gmt(path):
+        seen += own[: max(0, 200 - len(seen))]
+        found = tuple(sorted({place[gene] for gene in own if gene in place}))
+        common = common or bool(found)
+        if len(found) < MIN_FITTED:
+            n_small += 1
+            continue
+        units.setdefault(found, []).append((name, about, tuple(own)))
+        if len(units) * len(genes) > MAX_ENTRIES:
+            raise InputError(
+                f"The encoder cannot read more than {MAX_ENTRIES // len(genes)} gene sets of {len(genes)} genes; {path} has more.",
+                "Give a smaller collection, or fit fewer genes.",
+            )
+    refuse_unmatched(str(path), seen, common, genes)
+    if not units:
+        raise InputError(
+            f"No gene set of {path} holds {MIN_FITTED} or more of the {len(genes)} fitted genes.",
+            "Fit more genes, or give other gene sets.",
+        )
+    members = np.zeros((len(units), len(genes)), dtype=bool)
+    for row, found in zip(members, units, strict=True):
+        row[list(found)] = True
+    return GeneSets(
+        names=tuple(lines[0][0] for lines in units.values()),
+        same=tuple("; ".join(name for name, _, _ in lines[1:]) for lines in units.values()),
+        members=members,
+        lines=tuple(line for lines in units.values() for line in lines),
+        n_small=n_small,
+    )
+
+
+def refuse_unmatched(source: str, seen: Sequence[str], common: bool, genes: Sequence[str] | np.ndarray) -> None:
+    """Refuse sets without genes, or with none in `common` with those that were fitted; `seen` are the first ones.
+
+    Raises
+    ------
+    InputError
+    """
+    if not seen:
+        raise InputError(f"There is no gene set in {source}.", "Give a gmt file: a gene set a line.")
+    if not common:
+        raise InputError(
+            f"No gene set of {source} holds a gene that was fitted: its genes are {_naming(seen)}, those of the run "
+            f"{_naming(genes)}.",
+            "Give gene sets with the names of the run's genes, or fit the screen with theirs.",
+        )
+
+
+def read_gmt(path: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Name, description (unless it is a link) and genes of each line; one line is in memory at a time.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, is packed or no text, or a line is malformed, too long or repeats a name.
+    """
+    at, read = dict[str, int](), 0
+    number = 0
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number, read = number + 1, read + len(line)
+                where = f"Line {number} of {path}"
+                if number == 1 and line.startswith(GZIP):
+                    raise InputError(f"{path} is packed with gzip.", "Unpack it first: gunzip.")
+                if len(line) > MAX_LINE or read > MAX_FILE:
+                    raise InputError(f"{where} is beyond the size of a gmt file.", f"Give one of at most {MAX_FILE:,} bytes, {MAX_LINE:,} a line.")  # fmt: skip
+                if not line.strip():
+                    continue
+                if b"\0" in line:
+                    raise InputError(f"{where} is no text.", "Give a gmt file, unpacked.")
+                name, *rest = (part.strip() for part in line.decode("utf-8-sig").split("\t"))
+                if not name or len(rest) < 2 or "\r" in line.decode("utf-8-sig").strip():
+                    raise InputError(f"{where} is not a gene set in gmt format.", "A line holds a name, a description and genes, with tabs between them.")  # fmt: skip
+                if name in at:
+                    raise InputError(f"{where} repeats the name of the gene set in line {at[name]}.", "Give each gene set a name of its own.")  # fmt: skip
+                at[name] = number
+                description, *genes = rest
+                yield name, "" if description.startswith(("http:", "https:")) else description, [*filter(None, genes)]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.", "Give a gmt file.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"Line {number} of {path} is not UTF-8 text.", "Give a gmt file, unpacked.") from error
+
+
+def _naming(genes: Sequence[str] | np.ndarray) -> str:
+    """``Ensembl identifiers (such as ENSG00000115415)``."""
+    some = sorted({str(gene) for gene in genes[:200]})
+    counts = {
+        "Ensembl identifiers": sum(bool(_ENSEMBL.match(gene)) for gene in some),
+        "Entrez identifiers": sum(gene.isdecimal() for gene in some),
+        "symbols in capitals": sum(gene.isupper() and not _ENSEMBL.match(gene) for gene in some),
+    }
+    kind = max(counts, key=lambda name: counts[name])
+    return f"{kind if 2 * counts[kind] > len(some) else 'symbols'} (such as {some[0][:40]})"

@@ -1,0 +1,410 @@
+"""Guides -> perturbations: which gene a guide is of, and which guides a cell carries.
+
+*Genes of guides.* A table (``--guide-map``) says it, or the names do: one style of writing is chosen for all of them,
+the one of `STYLES` that fits most, and a name that it does not fit is a gene of its own. Guides whose gene is a known
+control label, or the given one, are control guides.
+
+*Guides of cells.* A column names them (several joined by ``|``, ``;`` or ``,``, or by ``--separator``), or they are
+counted. Of a cell's counts, guides of one gene are summed; with the largest two sums a >= b of a total N, the cell
+
+- is not assigned if a < ``min_umis``;
+- has the first gene if a >= ``min_share`` N;
+- has both if b >= ``min_umis`` and a + b >= ``min_share`` N;
+- is ambiguous (``multiple``) otherwise.
+
+The defaults, 5 UMIs and a share of 0.8, are those of sceptre's assignment by the largest count (Barry et al. 2024,
+Genome Biology 25:124), which takes single guides. What results is a column of labels as in any other screen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from crlseq.config import DataConfig
+from crlseq.data.matrix import Screen, as_csr, open_store, readable
+from crlseq.data.perturbations import CONTROL_LABELS, NEVER_PERTURBATIONS, Perturbations, read_perturbations
+from crlseq.errors import InputError, UsageError
+
+GUIDE_LABELS = "crlseq_perturbation"  # column of obs with what guides were read as
+CONTROL = "control"
+JOINED, BETWEEN_GUIDES = "+", re.compile(r"\s*[|;,]+\s*")
+AMBIGUOUS, UNASSIGNED = "multiple", "unassigned"
+CONTROL_GUIDES = CONTROL_LABELS | frozenset(
+    {"neg", "negctrl", "non-target", "nontarget", "scramble", "scrambled", "safe-targeting", "safe_targeting"}
+    | {"no_site", "no-site", "one_non-gene_site", "one_intergenic_site"}
+)
+# How libraries write a gene and its guide; a prefix such as "sg" is taken off first.
+_PREFIX = re.compile(r"^(?:sgRNA|gRNA|sg)[_\-. ](?=.)|^sg(?=[A-Z])")
+STYLES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("GENE_+_POSITION", re.compile(r"(.+?)_[+-]_\d+(?:\..*)?")),
+    ("GENE_SEQUENCE", re.compile(r"(.+)[_\-.:][ACGT]{17,}")),
+    ("GENE_g1", re.compile(r"(.+)[_\-. ](?:sgRNA|gRNA|guide|sg|g|cr)[_\-. ]?\d+", re.IGNORECASE)),
+    ("GENEg1", re.compile(r"(.+?)(?:sg|g)\d+")),
+    ("GENE_1", re.compile(r"(.+)[_\-.]\d+")),
+)
+_NUMBERED = re.compile(r"(.{4,}?|.+?(?=[_\-. ]))[_\-. ]?\d+")  # "ctrl3", "NT_3", and not "NT3"
+MOST_NAMES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Guides:
+    """What guides say of every cell.
+
+    Attributes
+    ----------
+    labels
+        (cells,) categorical: the control label, ``A``, ``A+B``, or why a cell has none.
+    control_label
+        Label of cells with control guides alone.
+    reason
+        What was read, and how, in a sentence or two.
+    record
+        The same for ``run.json``: thresholds, the rule, ``genes`` by guide, and ``cells`` by label.
+    """
+
+    labels: pd.Categorical
+    control_label: str
+    reason: str
+    record: dict[str, Any]
+
+
+def read_labels(
+    screen: Screen, source: str | Path | ad.AnnData, config: DataConfig
+) -> tuple[Perturbations, Guides | None]:
+    """Perturbations of all cells, from guides if the configuration names any.
+
+    Raises
+    ------
+    InputError
+        If guides or labels cannot be read.
+    UsageError
+        If more than one place was named to read them from.
+    """
+    asked = {
+        "--perturbation-key": config.perturbation_key,
+        "--guide-key": config.guide_key,
+        "--guide-counts": config.guide_counts,
+    }
+    given = [option for option, value in asked.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} were both given.", "Give the one that holds the perturbations.")
+    if config.guide_key is None and config.guide_counts is None:
+        if config.guide_map is not None:
+            raise UsageError(
+                "--guide-map says nothing without guides.", "Name them with --guide-key or --guide-counts."
+            )
+        labels = read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator)
+        return labels, None
+    guides = _from_column(screen, config) if config.guide_key is not None else _from_counts(screen, source, config)
+    table = pd.DataFrame({GUIDE_LABELS: guides.labels}, index=screen.obs.index)
+    labels = read_perturbations(table, GUIDE_LABELS, guides.control_label, config.separator)
+    return replace(labels, reason=guides.reason), guides
+
+
+def genes_of_guides(
+    names: Iterable[str], control_label: str | None = None, table: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], str]:
+    """Gene of each guide, and by which rule.
+
+    Parameters
+    ----------
+    control_label
+        Gene, or name, of control guides; None: any of `CONTROL_GUIDES`.
+    table
+        Gene by guide, in place of the rule.
+
+    Returns
+    -------
+    Genes by guide, sorted; control guides have the control label (``control`` where none was given). The rule: a name
+    of `STYLES`, ``sgGENE`` for a prefix alone, or ``table``.
+
+    Raises
+    ------
+    InputError
+        If a guide is not in the table, or no style fits half of the names.
+    """
+    guides = sorted(set(names))
+    if table is not None:
+        missing = [guide for guide in guides if guide not in table]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(guides)} guides are not in the guide map, first {missing[0]!r}.",
+                "Add a line for each: the guide, a tab, its gene.",
+            )
+        parsed, rule = {guide: table[guide] for guide in guides}, "table"
+    else:
+        parsed, rule = _by_style(guides, control_label)
+    control = control_label or CONTROL
+    return {g: control if _is_control(g, parsed[g], control_label) else parsed[g] for g in guides}, rule
+
+
+def _by_style(guides: Sequence[str], control_label: str | None) -> tuple[dict[str, str], str]:
+    short = {guide: _PREFIX.sub("", guide) for guide in guides}
+    fits = {name: {g: m[1] for g in guides if (m := style.fullmatch(short[g]))} for name, style in STYLES}
+    fits["sgGENE"] = {g: short[g] for g in guides if short[g] != g}
+    rule = max(fits, key=lambda name: len(fits[name]))  # the first of equals
+    named = [g for g in guides if not _is_control(g, fits[rule].get(g, short[g]), control_label)]
+    if 2 * sum(g in fits[rule] for g in named) < len(named):
+        first = next(g for g in named if g not in fits[rule])
+        raise InputError(
+            f"The names of the {len(guides)} guides do not say which genes they are of, such as {first!r}.",
+            "Give a table of guides and genes with --guide-map; if the names are genes, use --perturbation-key.",
+        )
+    return {g: fits[rule].get(g, short[g]) for g in guides}, rule
+
+
+def _is_control(guide: str, gene: str, control_label: str | None) -> bool:
+    if control_label is not None:
+        return control_label in (guide, gene)
+    numbered = _NUMBERED.fullmatch(gene)
+    return gene.casefold() in CONTROL_GUIDES or (numbered is not None and numbered[1].casefold() in CONTROL_GUIDES)
+
+
+def read_guide_map(path: str | Path) -> dict[str, str]:
+    """Gene by guide from a table with a guide and its gene a line, tabs or commas between; a header is passed over.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, a line has not two fields, or a guide is given two genes.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The guide map {path} cannot be read: {error}.", "Give a text file.") from None
+    genes: dict[str, str] = {}
+    mark = "\t" if any("\t" in line for line in lines) else ","
+    for number, line in enumerate(lines, 1):
+        fields = [field.strip().strip('"') for field in line.split(mark)]
+        if not line.strip() or line.startswith("#"):
+            continue
+        if len(fields) < 2 or not all(fields[:2]):
+            raise InputError(
+                f"Line {number} of the guide map {path} has no guide and gene.", "Write a guide, a tab and its gene."
+            )
+        guide, gene = fields[:2]
+        if not genes and number == 1 and gene.casefold() in ("gene", "target", "target_gene", "gene_name", "symbol"):
+            continue
+        if genes.setdefault(guide, gene) != gene:
+            raise InputError(
+                f"Line {number} of the guide map {path} gives {guide!r} a second gene.", "Give each guide one gene."
+            )
+    if not genes:
+        raise InputError(f"The guide map {path} is empty.", "Write a guide, a tab and its gene a line.")
+    return genes
+
+
+def _genes(names: Iterable[str], config: DataConfig) -> tuple[dict[str, str], str]:
+    table = None if config.guide_map is None else read_guide_map(config.guide_map)
+    genes, rule = genes_of_guides(names, config.control_label, table)
+    mark = config.separator or JOINED
+    torn = next((gene for gene in genes.values() if mark in gene), None)
+    if torn is not None:
+        raise InputError(
+            f"The gene {torn!r} of a guide holds {mark!r}, which joins the genes of a combination.",
+            "Name another mark with --separator, or rename the gene in a --guide-map.",
+        )
+    return genes, rule
+
+
+def _from_column(screen: Screen, config: DataConfig) -> Guides:
+    key = config.guide_key
+    assert key is not None
+    if key not in screen.obs:
+        columns = ", ".join(repr(str(column)) for column in screen.obs.columns[:MOST_NAMES])
+        raise InputError(f"The cells have no column {key!r} for --guide-key.", f"Columns: {columns or 'none'}.")
+    column = screen.obs[key].astype(object)
+    codes, texts = pd.factorize(column.map(lambda value: str(value).strip(), na_action="ignore"))
+    parts = [_split(text, config.separator) for text in texts]
+    known = [[part for part in own if part.casefold() not in NEVER_PERTURBATIONS] for own in parts]
+    genes, rule = _genes((part for own in known for part in own), config)
+    control, mark = config.control_label or CONTROL, config.separator or JOINED
+    written = []
+    for text, own, sure in zip(texts, parts, known, strict=True):
+        unsure = [part for part in own if part not in sure] or ([] if own else [text])
+        # "unassigned" stays, and is dropped and counted by it.
+        written.append(
+            unsure[0] if unsure else mark.join(sorted({genes[part] for part in sure} - {control})) or control
+        )
+    labels = pd.Categorical(np.append(np.array(written, dtype=object), np.nan)[codes])
+    where = f"Guides are named in column {key!r}"
+    return _guides(labels, control, genes, rule, where, {"column": key})
+
+
+def _split(text: str, separator: str | None) -> list[str]:
+    if separator == "":
+        return [text] if text else []
+    pieces = BETWEEN_GUIDES.split(text) if separator is None else text.split(separator.strip() or separator)
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataConfig) -> Guides:
+    key = config.guide_counts
+    assert key is not None
+    counts, names, where = guide_counts(screen, source, key)
+    genes, rule = _genes(names, config)
+    control = config.control_label or CONTROL
+    targets = sorted(set(genes.values()) - {control})
+    number = {control: 0} | {gene: i for i, gene in enumerate(targets, 1)}
+    column = np.array([number[genes[name]] for name in names], dtype=np.int64)
+    by_gene = counts @ sp.csr_matrix(
+        (np.ones(len(names)), (np.arange(len(names)), column)), shape=(len(names), len(number))
+    )
+    first, second = assign(sp.csr_matrix(by_gene), config.guide_min_umis, config.guide_min_share)
+    pairs = (first >= 0) & (second >= 0)
+    if not config.combinations:  # two genes in a cell of a screen with one guide a cell: a doublet
+        first = np.where(pairs, MANY, first)
+    mark = config.separator or JOINED
+    written = np.array([*number, AMBIGUOUS, UNASSIGNED], dtype=object)[first]
+    for cell in np.flatnonzero(pairs & (first >= 0)):
+        both = sorted({int(first[cell]), int(second[cell])} - {0})
+        written[cell] = mark.join(targets[i - 1] for i in both) or control
+    about = {
+        where[0]: key, "min_umis": config.guide_min_umis, "min_share": config.guide_min_share,
+        "cells_with_two": int(pairs.sum()),
+    }  # fmt: skip
+    text = (
+        f"Guides are counted in {where[0]} {key!r}; a cell has the gene with {config.guide_min_umis} UMIs or more and "
+        f"{config.guide_min_share:g} of all, or two genes that have as much together"
+    )
+    if not config.combinations:
+        text += ", and cells with two are left out (--no-combinations)"
+    elif pairs.any():
+        text += (
+            f" ({int(pairs.sum())} cells, which are doublets if each cell was given one guide: --no-combinations "
+            "leaves them out)"
+        )
+    return _guides(pd.Categorical(written), control, genes, rule, text, about)
+
+
+MANY, NONE = -2, -1  # places of the last two labels
+
+
+def assign(counts: sp.csr_matrix, min_umis: int, min_share: float) -> tuple[np.ndarray, np.ndarray]:
+    """First and second gene (cells,) of each cell by the rule at the head of this file.
+
+    Parameters
+    ----------
+    counts
+        (cells, genes) UMIs, guides of a gene summed.
+
+    Returns
+    -------
+    Columns of `counts`; the first is -1 where a cell has too few UMIs and -2 where it is ambiguous, the second -1 where
+    there is none.
+    """
+    n = counts.shape[0]
+    first, second = np.full(n, NONE), np.full(n, NONE)
+    total = np.asarray(counts.sum(1), dtype=float).ravel()
+    rows = np.repeat(np.arange(n), np.diff(counts.indptr))
+    order = np.lexsort((counts.indices, -counts.data, rows))  # equal counts in the order of the columns
+    value, column = counts.data[order], counts.indices[order]
+    size, start = np.diff(counts.indptr), counts.indptr[:-1]
+
+    def ranked(rank: int) -> tuple[np.ndarray, np.ndarray]:
+        there = size > rank
+        at = np.where(there, start + rank, 0)
+        if not len(value):
+            return np.zeros(n), np.full(n, NONE)
+        return np.where(there, value[at], 0.0), np.where(there, column[at], NONE)
+
+    (a, gene_a), (b, gene_b) = ranked(0), ranked(1)
+    enough = a >= min_umis
+    tolerance = 1e-9 * np.maximum(total, 1.0)  # 0.8 of 15 is 12
+    single = enough & (a >= min_share * total - tolerance)
+    double = enough & ~single & (b >= min_umis) & (a + b >= min_share * total - tolerance)
+    first[enough] = MANY
+    first[single | double] = gene_a[single | double]
+    second[double] = gene_b[double]
+    return first, second
+
+
+def guide_counts(
+    screen: Screen, source: str | Path | ad.AnnData, key: str
+) -> tuple[sp.csr_matrix, list[str], tuple[str]]:
+    """Counts (cells, guides), names of guides, and whether they are of ``obsm`` or a ``modality``.
+
+    Raises
+    ------
+    InputError
+        If there is nothing of that name, guides have no names, or values are no counts.
+    """
+    if isinstance(source, ad.AnnData):
+        if key not in source.obsm:
+            raise _no_counts(screen.source, key, list(source.obsm))
+        return *_table_of(source.obsm[key], key), ("obsm",)
+    with open_store(Path(source)) as store, readable(screen.source, f"the guide counts {key!r}"):
+        there = list(store["obsm"]) if "obsm" in store else []
+        if key in there:
+            return *_table_of(ad.io.read_elem(store["obsm"][key]), key), ("obsm",)
+        modalities = store.parent if store.name == "/mod/rna" else {}
+        if key not in modalities or key == "rna":
+            raise _no_counts(screen.source, key, [*there, *(name for name in modalities if name != "rna")])
+        guides = modalities[key]
+        cells, names = (ad.io.read_elem(guides[part]).index.astype(str) for part in ("obs", "var"))
+        counts = _as_counts(ad.io.read_elem(guides["X"]), key)
+    # Cells that the modality lacks have no guide.
+    place = cells.get_indexer(screen.obs.index.astype(str))
+    padded = sp.csr_matrix(sp.vstack([counts, sp.csr_matrix((1, counts.shape[1]))], format="csr"))
+    return sp.csr_matrix(padded[place]), list(names), ("modality",)
+
+
+def _no_counts(source: str, key: str, there: list[str]) -> InputError:
+    listed = ", ".join(map(repr, sorted(there)[:MOST_NAMES])) or "none"
+    return InputError(
+        f"{source} has no guide counts {key!r}.", f"Name a table of obsm or a modality of an .h5mu file: {listed}."
+    )
+
+
+def _table_of(element: Any, key: str) -> tuple[sp.csr_matrix, list[str]]:
+    if not isinstance(element, pd.DataFrame):
+        raise InputError(
+            f"The guide counts obsm[{key!r}] do not name their guides.",
+            "Store them as a DataFrame with guides as columns, or as a modality of a MuData file.",
+        )
+    return _as_counts(element.to_numpy(), key), [str(name) for name in element.columns]
+
+
+def _as_counts(values: Any, key: str) -> sp.csr_matrix:
+    try:
+        counts = as_csr(values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The guide counts {key!r} are no numbers.", "Give UMI counts.") from error
+    bad = (~np.isfinite(counts.data)) | (counts.data < 0) | (counts.data != np.rint(counts.data))
+    if bad.any():
+        raise InputError(
+            f"The guide counts {key!r} hold {counts.data[np.flatnonzero(bad)[0]]:g}, which is no count.",
+            "Give raw UMI counts.",
+        )
+    return counts
+
+
+def _guides(
+    labels: pd.Categorical, control: str, genes: dict[str, str], rule: str, where: str, about: dict[str, Any]
+) -> Guides:
+    """With words: the rule, an example, and how many guides are of how many genes and of the control."""
+    perturbing = [guide for guide, gene in genes.items() if gene != control]
+    example = next((g for g in perturbing if genes[g] != g), None)
+    how = "as the guide map says" if rule == "table" else f"written {rule}"
+    such = "" if example is None else f", {example!r} is {genes[example]!r}"
+    n_genes = len({genes[guide] for guide in perturbing})
+    reason = (
+        f"{where}. They are {how}{such}: {len(perturbing)} guides of {n_genes} genes and "
+        f"{len(genes) - len(perturbing)} control guides."
+    )
+    cells = labels.value_counts()
+    unnamed = int((labels.codes < 0).sum())
+    record: dict[str, Any] = {
+        **about, "rule": rule, "control_label": control, "genes": genes,
+        "cells": {str(label): int(n) for label, n in cells.items() if n} | ({"missing": unnamed} if unnamed else {}),
+    }  # fmt: skip
+    return Guides(labels, control, reason, record)

@@ -1,0 +1,94 @@
+"""What an HDF5 file may hold and a reader must not follow: other files, circles, and heaps that never end."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from crlseq.errors import InputError
+
+HEAP = b"GCOL\1"  # signature and version
+HEAP_SIZE, OBJECT = struct.Struct("<8xQ"), struct.Struct("<H6xQ")  # index and size of an object
+
+
+def refuse_traps(handle: h5py.File, path: Path) -> None:
+    """Refuse a file before anything in it is followed.
+
+    Raises
+    ------
+    InputError
+        If it takes data from other files, if a group lies within itself, or if a heap never ends.
+    """
+    if handle.id.get_create_plist().get_sizes() == (8, 8):  # as everybody writes them
+        _refuse_endless_heaps(path)
+    _refuse_odd_links(handle, path)
+
+
+def _refuse_endless_heaps(path: Path) -> None:
+    """HDF5 steps through a global heap, which holds texts, by the sizes of its objects: by 0 it goes on for ever.
+
+    An object takes its header (16 bytes) and its size in multiples of 8; free space, index 0, its size alone
+    (HDF5 File Format Specification, III.E).
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.find(HEAP)
+        while start >= 0:
+            size = HEAP_SIZE.unpack_from(content, start)[0] if start + HEAP_SIZE.size <= len(content) else 0
+            place, end = start + HEAP_SIZE.size, min(start + size, len(content))
+            while place + OBJECT.size <= end:
+                index, length = OBJECT.unpack_from(content, place)
+                step = (OBJECT.size + (length + 7) // 8 * 8 if index else length) % 2**64
+                if step == 0:
+                    raise InputError(
+                        f"{path} has a heap of texts that never ends.", "It is damaged; copy or download it again."
+                    )
+                place += step
+            start = content.find(HEAP, start + 1)
+
+
+def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
+    """HDF5 can take data from any other file that the user may read; what a stranger sent must not.
+
+    Nor may a group lie within itself: readers go round and round in it.
+    """
+    around: set[int] = set()  # addresses of the groups that we are in
+    seen: set[int] = set()
+
+    def look(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            if item.external or (item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())):
+                raise _from_outside(path, name)
+            return
+        if not isinstance(item, h5py.Group):
+            return
+        address = h5py.h5o.get_info(item.id).addr
+        if address in around:
+            raise InputError(
+                f"{path} has a group {name!r} that lies within itself.", "It is damaged; write it again with anndata."
+            )
+        if address in seen:
+            return
+        seen.add(address)
+        around.add(address)
+        for child in item:
+            link = item.get(child, getlink=True)
+            if isinstance(link, h5py.ExternalLink):
+                raise _from_outside(path, name)
+            inner = None
+            with suppress(KeyError, OSError, RuntimeError) if isinstance(link, h5py.SoftLink) else nullcontext():
+                inner = item[child]  # a soft link may lead nowhere
+            look(f"{name}/{child}".lstrip("/"), inner)
+        around.remove(address)
+
+    look("/", handle)
+
+
+def _from_outside(path: Path, name: str) -> InputError:
+    return InputError(
+        f"{path} takes {name!r} from another file.", "Write it again with anndata, which puts everything into one."
+    )

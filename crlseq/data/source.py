@@ -1,0 +1,61 @@
+"""What tells one input from another: digests of its bytes, and what changes when a file is written to."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+
+from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.store import read_manifest, verify
+from crlseq.errors import InputError
+
+
+def state_of(source: str | Path | ad.AnnData) -> list[tuple[str, int, int, int, int]]:
+    """What differs if a file was written to or replaced; nothing for an AnnData in memory."""
+    if isinstance(source, ad.AnnData):
+        return []
+    path = Path(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    about = [(str(file), file.stat()) for file in files if file.exists()]
+    return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in about]
+
+
+def content_of(data: PerturbSeqData) -> str:
+    """Digest of cells in memory, as they are fitted."""
+    x = data.x
+    parts = [x] if isinstance(x, np.ndarray) else [getattr(x, name) for name in ("data", "indices", "indptr")]
+    digest = hashlib.sha256("\n".join([*data.genes, *data.condition_names]).encode(errors="surrogatepass"))
+    for part in (*parts, data.condition, data.split, data.batch):
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def digest_of(source: str | Path | ad.AnnData) -> str:
+    """Digest of the input's bytes; of all files of a zarr store by path; empty for an AnnData in memory.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read, or a prepared store is not what was written.
+    """
+    if isinstance(source, ad.AnnData):
+        return ""
+    path = Path(source)
+    if read_manifest(path) is not None:
+        return verify(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(str(file.relative_to(path)).encode())
+        try:
+            with file.open("rb") as handle:
+                while piece := handle.read(1 << 22):
+                    digest.update(piece)
+        except FileNotFoundError:
+            raise InputError(f"There is no file {path}.", "Check the path.") from None
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror}.", "Check its permissions.") from None
+    return digest.hexdigest()

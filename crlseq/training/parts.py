@@ -1,0 +1,124 @@
+"""Steps that are computed in parts once memory has run out.
+
+The terms of a part are its share of the step's (`crlseq.training.objective`), so that the gradients of the parts add up
+to those of the step: the same batch, the same noise and the same optimisation, to rounding, in less memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crlseq.data.batches import BatchIndex
+from crlseq.errors import InputError
+from crlseq.training.distributed import Ranks, deal
+from crlseq.training.memory import out_of_memory
+from crlseq.training.objective import Objective, Step
+
+Terms = dict[str, Tensor]
+
+
+class Parts:
+    """Into how many parts steps are divided: one, and twice as many whenever memory runs out.
+
+    Parameters
+    ----------
+    tell
+        Told in words when there are more.
+    """
+
+    def __init__(self, objective: Objective, ranks: Ranks, tell: Callable[[str], None]) -> None:
+        self.objective, self.ranks, self.tell = objective, ranks, tell
+        self.n = 1
+        self._lock = threading.Lock()  # models of an ensemble are trained at the same time
+
+    def prepare(self, batch: BatchIndex) -> Work:
+        """What is asked of the screen for a batch: at once where it is computed whole, else part by part as it is used."""
+        if self.n > 1:
+            return Work(self, batch, None)
+        try:
+            return Work(self, batch, self.objective.prepare(batch, self.ranks.own(batch.mask)))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        self.divide(1, batch)
+        return Work(self, batch, None)
+
+    def of(self, batch: BatchIndex, n: int) -> list[np.ndarray | None]:
+        """The conditions of each part, of those that this rank computes; one that is None stands for all."""
+        own = self.ranks.own(batch.mask)
+        if n == 1:
+            return [own]
+        own = np.arange(len(batch.mask)) if own is None else own
+        return [own[part] for part in deal(batch.mask[own].sum(1), min(n, max(len(own), 1)))]
+
+    def divide(self, n: int, batch: BatchIndex) -> None:
+        """Twice as many parts as the `n` that memory did not suffice for, unless another has done so.
+
+        Raises
+        ------
+        InputError
+            If a part is a single condition already.
+        """
+        with self._lock:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if self.n > n:
+                return
+            own = self.ranks.own(batch.mask)
+            if n >= len(batch.mask if own is None else own):
+                raise InputError(
+                    "There is not enough memory for a step of one perturbation.",
+                    "Lower --batch-size or --n-top-genes, or use a larger machine; then fit again, or --resume there.",
+                )
+            self.n = 2 * n
+            self.tell(
+                f"There is not enough memory for a step: from here on each is computed in {self.n} parts, with the same"
+                " result but for rounding."
+            )
+
+
+class Work:
+    """A batch whose terms are to be computed, whole or in parts; several models may do so."""
+
+    def __init__(self, parts: Parts, batch: BatchIndex, whole: Step | None) -> None:
+        self.parts, self.batch, self.whole = parts, batch, whole
+
+    def terms(self, begin: Callable[[], None], of: Callable[[Step], Terms]) -> Terms:
+        """The sums over parts of what ``of(part)`` gives; where memory runs out from ``begin()`` on, in smaller parts.
+
+        Raises
+        ------
+        InputError
+            If they cannot be smaller.
+        """
+        while True:
+            n = self.parts.n
+            try:
+                begin()
+                return _sum(of(step) for step in self._steps(n))
+            except Exception as error:  # which holds what was computed until the block ends
+                if not out_of_memory(error):
+                    raise
+            begin()
+            self.whole = None
+            self.parts.divide(n, self.batch)
+
+    def _steps(self, n: int) -> Iterator[Step]:
+        whole = self.whole
+        if n == 1 and whole is not None:
+            yield whole
+            return
+        for own in self.parts.of(self.batch, n):
+            yield self.parts.objective.prepare(self.batch, own)
+
+
+def _sum(found: Iterator[Terms]) -> Terms:
+    total = next(found)
+    for terms in found:
+        total = {name: total[name] + value for name, value in terms.items()}
+    return total

@@ -1,0 +1,193 @@
+"""What an interrupted discovery has found is kept: a fit goes on behind its last finished stage, to the same bytes."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import crlseq
+from crlseq.fitting import Progress
+from crlseq.training import discovery
+from crlseq.training.checkpoint import save_checkpoint
+from crlseq.training.n_latents import LatentChoice
+from crlseq.training.stages import STAGES, Stages, file_of, packed, unpacked
+from tests.cli.test_repeat import results
+from tests.support import RUN_FILES
+
+FIT: dict[str, Any] = {"epochs": 1, "bootstrap": 2, "equations": "linear"}
+# What each stage calls.
+CALLS = {
+    "whitened_components": "components", "_number": "number", "fit_linear": "likelihood", "_compare": "kinds",
+    "_straighten": "straightened", "bootstrap": "bootstrap",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _straightened() -> Iterator[None]:
+    """Every fit straightens, in few steps, and keeps what comes of it."""
+    once = discovery._straightened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(discovery, "STRAIGHT", -math.inf)
+        patch.setattr(discovery, "FREE", (replace(discovery.FREE[0], steps=20), replace(discovery.FREE[1], steps=20)))
+        patch.setattr(discovery, "CAUSAL", replace(discovery.CAUSAL, steps=20))
+        patch.setattr(
+            discovery,
+            "_straighten",
+            lambda y, cells, start, linear, kind, seed: once(y, cells, start, math.inf, kind, seed),
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a fit that nobody interrupted."""
+    path = crlseq.fit(screen_file, tmp_path_factory.mktemp("whole") / "RUN", **FIT).path
+    assert path is not None
+    return path
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that grows with the stages that are computed."""
+    made: list[str] = []
+
+    def counting(name: str, stage: str) -> Callable[..., Any]:
+        function = getattr(discovery, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            made.append(stage)
+            return function(*arguments, **options)
+
+        return call
+
+    for name, stage in CALLS.items():
+        monkeypatch.setattr(discovery, name, counting(name, stage))
+    return made
+
+
+def interrupted(screen_file: Path, folder: Path, stage: str) -> set[str]:
+    """The stages that are on disk after a fit that was interrupted at the beginning of one."""
+
+    def interrupt(text: str) -> None:
+        if text.startswith(stage):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        crlseq.fit(screen_file, folder, progress=Progress(stage=interrupt), **FIT)
+    left = {path.name for path in folder.with_name(f"{folder.name}.partial").iterdir()}
+    return {name for name in STAGES if file_of(name) in left}
+
+
+@pytest.mark.parametrize(
+    ("stage", "done"),
+    [
+        ("fitting the interventional", {"effects", "components", "number"}),
+        ("bootstrapping", {"effects", "components", "number", "likelihood", "kinds", "straightened"}),
+        ("reading off", {"effects", "components", "number", "likelihood", "kinds", "straightened", "bootstrap"}),
+    ],
+)
+def test_goes_on_behind_the_last_stage(
+    screen_file: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, done: set[str]
+) -> None:
+    assert interrupted(screen_file, tmp_path / "RUN", stage) == done
+    made = counted(monkeypatch)
+    run = crlseq.fit(screen_file, tmp_path / "RUN", resume=True, **FIT)
+    assert set(made) == {*CALLS.values()} - done
+    assert results(tmp_path / "RUN") == results(whole)
+    assert run.info["discovery"] == crlseq.load(whole).info["discovery"]
+    assert run.info["discovery"]["straightened"]
+    assert {path.name for path in (tmp_path / "RUN").iterdir()} == RUN_FILES
+
+
+class Planted:
+    """Runs as it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return exec, ("raise SystemExit('planted')",)
+
+
+def test_damaged_foreign_and_planted_results_are_computed_again(
+    screen_file: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(screen_file, tmp_path / "RUN", "bootstrapping")
+    at = {stage: tmp_path / "RUN.partial" / file_of(stage) for stage in STAGES}
+    content = at["components"].read_bytes()
+    at["components"].write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    at["number"].unlink()
+    save_checkpoint(at["number"], {"identity": "of another fit", "found": 1})
+    at["likelihood"].write_bytes(at["likelihood"].read_bytes()[:-1])
+    at["kinds"].write_bytes(pickle.dumps(Planted()))
+    at["straightened"].unlink()
+    save_checkpoint(at["straightened"], {"identity": "x", "found": Planted()})
+    made = counted(monkeypatch)
+    crlseq.fit(screen_file, tmp_path / "RUN", resume=True, **FIT)
+    assert set(made) == {*CALLS.values()}
+    assert results(tmp_path / "RUN") == results(whole)
+
+
+def test_other_cells_in_memory_are_another_fit(tmp_path: Path, screen: Any) -> None:
+    """A file is told by its digest; cells in memory by their values and labels."""
+    screen = screen.copy()
+    options = {**FIT, "method": "linear"}
+    with pytest.raises(KeyboardInterrupt):
+        crlseq.fit(screen, tmp_path / "RUN", progress=Progress(stage=_stop_at_reading_off), **options)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "RUN.partial").glob("stage-*")}
+    screen.X[0, 0] += 1
+    with pytest.raises(KeyboardInterrupt):
+        crlseq.fit(screen, tmp_path / "RUN", resume=True, progress=Progress(stage=_stop_at_reading_off), **options)
+    after = {path.name: path.read_bytes() for path in (tmp_path / "RUN.partial").glob("stage-*")}
+    assert before.keys() == after.keys() and len(before) >= 4
+    assert all(before[name] != after[name] for name in before)
+
+
+def _stop_at_reading_off(text: str) -> None:
+    if text.startswith("reading off"):
+        raise KeyboardInterrupt
+
+
+# --- what is packed
+
+
+def test_comes_back_as_it_was(tmp_path: Path) -> None:
+    stages = Stages(tmp_path, "one")
+    matrix = torch.arange(6.0).reshape(2, 3).T  # not contiguous
+    value = (
+        1,
+        "α",
+        None,
+        True,
+        [0.1, math.inf],
+        {3: matrix, "x": np.arange(3)},
+        LatentChoice(2, [{"p": 1.0}], "as seen"),
+    )
+    found = [stages.result("number", lambda: value), stages.result("number", lambda: ())]
+    assert found[0] is value
+    *plain, table, choice = found[1]
+    assert plain == [*value[:5]] and type(found[1]) is tuple and choice == value[-1]
+    assert torch.equal(table[3], matrix) and table[3].stride() == matrix.stride()
+    np.testing.assert_array_equal(table["x"], np.arange(3))
+    assert table["x"].dtype == np.arange(3).dtype
+    assert Stages(tmp_path, "another").result("number", lambda: 7) == 7
+    stages.forget()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_else_is_packed() -> None:
+    with pytest.raises(TypeError, match="Path is nothing"):
+        packed([Path("x")])
+    for odd in ({"kind": "Path", "value": {}}, {"kind": "LatentChoice", "value": {}}, {"value": 3}):
+        with pytest.raises((KeyError, TypeError)):
+            unpacked(odd)
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    assert Stages(None).result("number", lambda: 3) == 3
+    with pytest.raises(ValueError, match="not in"):
+        Stages(Path()).result("nothing", lambda: 3)

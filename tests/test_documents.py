@@ -1,0 +1,172 @@
+"""Pages under docs/ against the program: commands, files and columns, links, and the notebook."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+import crlseq
+from crlseq.data.store import MANIFEST
+from crlseq.run import Run
+from tests.support import FAST, ROOT
+
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def test_the_command_reference_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("crlseq_reference", ROOT / "scripts" / "reference.py")
+    assert spec is not None and spec.loader is not None
+    script: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = script.reference()
+    assert "`--hold-out-cells`" in page and "## crlseq inspect program\n" in page
+    assert (DOCS / "commands.md").read_text(encoding="utf-8") == page, (
+        "The program's options have changed: run .venv/bin/python scripts/reference.py"
+    )
+
+
+# --- links
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings of a page as GitHub turns them into anchors."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+# --- docs/formats.md
+
+
+def table(heading: str) -> list[str]:
+    """What stands in backticks in the first column of the tables below a heading of the page, before the next one."""
+    page = (DOCS / "formats.md").read_text(encoding="utf-8")
+    body = re.split(r"^#+ ", page.split(f" {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    cells = [line.split("|")[1] for line in body.splitlines() if line.startswith("| `")]
+    return [name for cell in cells for name in re.findall("`([^`]+)`", cell)]
+
+
+@pytest.fixture(scope="module")
+def wide_run(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with an ensemble and embeddings."""
+    folder = tmp_path_factory.mktemp("wide")
+    vectors = pd.DataFrame(np.random.default_rng(0).normal(size=(8, 3)), index=[f"g{i}" for i in range(8)])
+    vectors.to_csv(folder / "vectors.csv")
+    return crlseq.fit(screen_file, folder / "RUN", ensemble=2, embeddings=str(folder / "vectors.csv"), **FAST)
+
+
+@pytest.fixture(scope="module")
+def folders(run_folder: Path, wide_run: Run) -> list[Path]:
+    assert wide_run.path is not None
+    return [run_folder, wide_run.path]
+
+
+def test_every_file_of_a_run_is_described(folders: list[Path]) -> None:
+    assert set(table("The run folder")) == {path.name for folder in folders for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["programs", "interventions", "dag", "history", "evaluation", "ensemble"])
+def test_every_column_is_described(folders: list[Path], name: str) -> None:
+    paths = [path for folder in folders if (path := folder / f"{name}.csv").exists()]
+    assert set(table(f"{name}.csv")) == {column for path in paths for column in pd.read_csv(path)}
+
+
+def keys(value: Any, name: str = "") -> Iterator[str]:
+    """Names of what is within: ``a.b`` of dictionaries, ``a[].b`` of lists of dictionaries."""
+    if name in ("config", "packages", "discovery.held_out", "discovery.n_latents_curve", "conditions[].cells"):
+        yield name
+    elif isinstance(value, dict) and value:
+        if name in ("discovery", "discovery.bootstrap", "embeddings"):  # may be null
+            yield name
+        for key, own in value.items():
+            yield from keys(own, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for own in value:
+            yield from keys(own, f"{name}[]")
+    else:
+        yield name
+
+
+def test_every_key_of_run_json_is_described(folders: list[Path]) -> None:
+    found = {key for folder in folders for key in keys(json.loads((folder / "run.json").read_text()))}
+    assert set(table("run.json")) == found
+
+
+def test_every_attribute_of_the_graph_is_described(run_folder: Path) -> None:
+    graph = json.loads((run_folder / "dag.json").read_text())
+    found = set(graph["graph"]).union(*graph["nodes"], *graph["edges"]) - {"id", "source", "target"}
+    assert set(table("dag.json")) == found
+    namespace = "{http://graphml.graphdrawing.org/xmlns}key"
+    assert {key.get("attr.name") for key in ElementTree.parse(run_folder / "dag.graphml").iter(namespace)} == found
+
+
+def element_names(adata: ad.AnnData) -> set[str]:
+    """``slot["key"]`` of all slots; of crlseq's part of uns what is in it."""
+    names = {f'{slot}["{key}"]' for slot in ("obs", "var", "obsm", "varm", "uns") for key in getattr(adata, slot)}
+    return (names - {'uns["crlseq"]'}) | {f'uns["crlseq"]["{key}"]' for key in adata.uns.get("crlseq", {})}
+
+
+def test_every_anndata_key_is_described(run_folder: Path, screen_file: Path) -> None:
+    added = element_names(ad.read_h5ad(run_folder / "crlseq.h5ad")) - element_names(ad.read_h5ad(screen_file))
+    assert set(table("AnnData keys")) == added
+
+
+def test_predictions_and_judgements_are_described(finished: Run) -> None:
+    found = element_names(finished.predict("g0", n_cells=4, counterfactual=True))
+    assert set(table("crlseq predict")) == found
+    assert set(table("crlseq evaluate")) == set(crlseq.evaluate(finished).conditions)
+    pytest.importorskip("gseapy")
+    sets = {"set": [f"gene{i}" for i in range(10)]}
+    assert table("crlseq inspect programs --gene-sets") == list(crlseq.enrich(finished, sets))
+
+
+def test_the_manifest_of_a_store_is_described(screen_file: Path, tmp_path: Path) -> None:
+    crlseq.prepare([screen_file], tmp_path / "STORE")
+    assert table("crlseq.json") == list(json.loads((tmp_path / "STORE" / MANIFEST).read_text()))
+
+
+# --- docs/tutorial.ipynb
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    path = DOCS / "tutorial.ipynb"
+    assert path.stat().st_size < 300_000
+    stored = nbformat.read(path, as_version=4)
+    nbformat.validate(stored)
+    code = [cell for cell in stored.cells if cell.cell_type == "code"]
+    assert all(cell.outputs or cell.source.lstrip().startswith("import") for cell in code)
+    again = nbformat.from_dict(json.loads(json.dumps(stored)))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # A cell that raises ends the run in an error.
+    nbclient.NotebookClient(
+        again, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    kinds = [[output.output_type for output in cell.outputs] for cell in again.cells if cell.cell_type == "code"]
+    assert kinds == [[output.output_type for output in cell.outputs] for cell in code]
+    assert (tmp_path / "RUN" / "report.html").is_file()
