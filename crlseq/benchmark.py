@@ -21,7 +21,13 @@ from matplotlib.figure import Figure
 
 from crlseq import __version__
 from crlseq.analysis.calibration import calibration, edge_supports
-from crlseq.analysis.recovery import LATENT_SCORES, empty_graph_scores, random_graph_scores, score_recovery
+from crlseq.analysis.recovery import (
+    LATENT_SCORES,
+    empty_graph_scores,
+    gene_list_scores,
+    random_graph_scores,
+    score_recovery,
+)
 from crlseq.data.simulate import CONTROL, simulate
 from crlseq.errors import CrlseqError, InputError, UsageError
 from crlseq.files import written_whole
@@ -41,19 +47,23 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "shallow": {"mixing": "network", "cells_per_perturbation": 50, "depth": 2000.0},
     "linear-shift": {"intervention": "shift"},
     "linear-soft": {"intervention": "soft"},
+    "sparse-counts": {"loading_density": 0.15},
 }
-METHODS: dict[str, dict[str, Any]] = {"default": {}, "linear": {"method": "linear"}, "paper": {"preset": "paper"}}
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {}, "sparse": {"decoder": "sparse"}, "linear": {"method": "linear"}, "paper": {"preset": "paper"},
+}  # fmt: skip
 BASELINES = ("random", "empty")
 
 SCORES = (
     *("target_accuracy", "ari", *LATENT_SCORES, "ancestor_f1", "ancestor_precision", "ancestor_recall"),
     *("shd", "edge_f1", "edge_precision", "edge_recall"),
+    *("list_precision", "list_recall", "program_length"),
 )
 COLUMNS = ("scenario", "seed", "method", *SCORES, "n_edges", "n_latents", "verdict", "seconds", "error")
 SUMMARISED = (*SCORES, "n_edges", "n_latents", "seconds")
 SHOWN = {"ancestor_f1": "Ancestor F1", "target_accuracy": "Target accuracy", "shd": "SHD", "mcc": "MCC"}
 MARKS = {  # Okabe and Ito's colours, which colour-blind readers tell apart, and a shape each
-    "default": ("#0072B2", "o"), "linear": ("#009E73", "D"), "paper": ("#D55E00", "s"),
+    "default": ("#0072B2", "o"), "sparse": ("#CC79A7", "P"), "linear": ("#009E73", "D"), "paper": ("#D55E00", "s"),
     "random": ("#777777", "^"), "empty": ("#333333", "v"),
 }  # fmt: skip
 
@@ -205,6 +215,10 @@ def _fitted(scenario: str, seed: int, method: str, screen: ad.AnnData, settings:
     except CrlseqError as error:
         return {"seconds": round(time.perf_counter() - started, 2), "error": str(error)}
     scores: dict[str, Any] = score_recovery(run.interventions, run.edges, truth, latents, screen.obsm["true_latents"])
+    lists = truth
+    if "loaded" in truth:
+        lists = {**truth, "loaded": pd.DataFrame(truth["loaded"], columns=screen.var_names)}
+    scores |= gene_list_scores(run.programs, run.interventions, lists)
     bootstrap = (run.info["discovery"] or {}).get("bootstrap")
     if bootstrap is not None:
         scores["supports"] = edge_supports(bootstrap["edge"], run.interventions, truth)

@@ -59,6 +59,7 @@ class ModelConfig(_Section):
     n_hidden: int = Field(default=128, ge=1)
     intervention: Literal["auto", "shift", "hard", "soft"] = "auto"
     equations: Literal["auto", "linear", "nonlinear"] = "auto"
+    decoder: Literal["dense", "sparse"] = "dense"  # sparse: a program moves few genes, under a spike-and-slab lasso
     causal_layer: bool = True  # False: the paper's ablation with u = z + shifts
     gene_set_leak: float = Field(default=0.0, ge=0.0, lt=1.0)  # what genes outside a set count for its activity
     output_activation: Literal["identity", "leaky_relu"] = "identity"

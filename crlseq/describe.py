@@ -39,6 +39,9 @@ class Program:
     up, down
         ``gene, loading, total_effect``: genes that rise and fall with the program, by |loading|. Changes of log expression
         when the program rises by a standard deviation: directly, and with all that follows through the DAG.
+    anchors
+        Genes of this program alone, by |loading|, where the decoder is sparse; None where it is dense, and every gene is
+        loaded on every program.
     upstream, downstream
         Programs from which a declared path leads here, and to which one leads.
     parents, children
@@ -58,6 +61,7 @@ class Program:
     drivers: pd.DataFrame
     up: pd.DataFrame
     down: pd.DataFrame
+    anchors: tuple[str, ...] | None
     upstream: tuple[str, ...]
     downstream: tuple[str, ...]
     parents: dict[str, float]
@@ -83,7 +87,8 @@ def describe_programs(run: Run) -> list[Program]:
     for k, row in enumerate(run.info["programs"]):
         name = row["name"]
         own = drivers.get(name, found.iloc[:0])[["perturbation", "weight", "shift", "support", "fdr", "n_cells"]]
-        loadings = genes[name][["gene", "loading", "total_effect"]]
+        table = genes[name]
+        loadings = table.loc[table["loading"] != 0, ["gene", "loading", "total_effect"]]
         numbers = {key: float("nan") if row.get(key) is None else float(row[key]) for key in PROGRAM_NUMBERS}
         if bootstrap and row.get("stability") is None:
             numbers["stability"] = float(bootstrap["program"][k])
@@ -95,6 +100,7 @@ def describe_programs(run: Run) -> list[Program]:
                 drivers=own.reset_index(drop=True),
                 up=loadings[loadings["loading"] > 0].reset_index(drop=True),
                 down=loadings[loadings["loading"] < 0].reset_index(drop=True),
+                anchors=tuple(table.loc[table["anchor"], "gene"]) if "anchor" in table else None,
                 upstream=_sorted(nx.ancestors(run.dag, name)),
                 downstream=_sorted(nx.descendants(run.dag, name)),
                 parents={a: run.dag.edges[a, name]["weight"] for a in _sorted(run.dag.predecessors(name))},
@@ -261,6 +267,8 @@ def numbers_in_words(program: Program) -> list[str]:
         words.append(f"{percent(program.variance_explained)} of the variance of control cells")
     if not np.isnan(program.stability):
         words.append(f"stability {program.stability:.2f}")
+    if program.anchors is not None:
+        words.append(f"{len(program.up) + len(program.down)} genes, {len(program.anchors)} of them of no other program")
     return words
 
 

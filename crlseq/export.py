@@ -36,18 +36,26 @@ def program_names(n: int) -> list[str]:
     return [f"P{k}" for k in range(n)]
 
 
-def program_table(genes: tuple[str, ...], loading: np.ndarray, total_effect: np.ndarray) -> pd.DataFrame:
-    """``program, gene, loading, total_effect, rank``; loadings (p, G); rank 1 is the largest |loading|."""
+def program_table(
+    genes: tuple[str, ...], loading: np.ndarray, total_effect: np.ndarray, sparse: bool = False
+) -> pd.DataFrame:
+    """``program, gene, loading, total_effect, rank``; loadings (p, G); rank 1 is the largest |loading|.
+
+    Of a sparse decoder also ``anchor``: whether the gene is loaded on this program and on no other.
+    """
     order = np.argsort(-np.abs(loading), axis=1, kind="stable")
     p, n = loading.shape
     rows = np.repeat(np.arange(p), n)
     columns = order.ravel()
+    loaded = loading != 0
+    anchor = {"anchor": (loaded & (loaded.sum(0) == 1))[rows, columns]} if sparse else {}
     return pd.DataFrame({
         "program": np.repeat(program_names(p), n),
         "gene": np.asarray(genes, dtype=object)[columns],
         "loading": loading[rows, columns],
         "total_effect": total_effect[rows, columns],
         "rank": np.tile(np.arange(1, n + 1), p),
+        **anchor,
     })  # fmt: skip
 
 

@@ -129,6 +129,13 @@ def fit(
             "The linear method trains no model whose seeds could be compared.",
             "Leave --ensemble or --method linear out.",
         )
+    if config.model.decoder == "sparse" and (config.model.noise, config.model.output_activation) != (
+        "gaussian", "identity",
+    ):  # fmt: skip
+        raise UsageError(
+            "The sparse decoder needs noise = gaussian and output_activation = identity.",
+            "Leave --decoder sparse or the preset paper out.",
+        )
     resolve_device(config.training.device)  # fails before anything is read
     threads = config.training.threads or torch.get_num_threads()
     if output is None:

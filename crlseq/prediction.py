@@ -25,7 +25,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from crlseq.analysis.counterfactual import counterfactual_quality
 from crlseq.data.alignment import align
@@ -35,7 +34,7 @@ from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError, UsageError
 from crlseq.files import written_whole
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.scm import NEGATIVE_SLOPE, Mechanism
+from crlseq.model.scm import Mechanism
 from crlseq.requests import understand
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ def _mean_decoded(model: DiscrepancyVAE, u: Tensor, share: Tensor) -> Tensor:
     """(G,) weighted mean over cells of the decoded latents u (1, n, p); ``share`` (n,) sums to 1."""
     decoder = model.decoder
     if decoder.output_activation == "identity":  # the mean passes through a linear layer: no cell is decoded
-        features: Tensor = decoder.output(share @ F.leaky_relu(decoder.hidden(u[0]), NEGATIVE_SLOPE))
+        features: Tensor = decoder.output(share @ decoder.features(u[0]))
         return features
     decoded: Tensor = share @ decoder(u[0])
     return decoded

@@ -25,6 +25,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.genesets import GeneSets
 from crlseq.export import DETECTABLE_FDR, edge_table, intervention_table, program_labels, program_table
+from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.run import FORMAT, Run
 from crlseq.training.findings import Discovery
 from crlseq.training.trainer import Fit, resolve_device
@@ -50,7 +51,10 @@ def tables_of(
     silent = ((tests["fdr"] > DETECTABLE_FDR) | untold) & (config.model.method != "gradient")
     found = find_interventions(fitted.model, programs, ~silent)
     dag = find_dag(fitted.model, programs, config.model, discovery)
-    program_rows = program_table(data.genes, programs.loading, programs.total_effect)
+    decoder = fitted.model.decoder
+    program_rows = program_table(
+        data.genes, programs.loading, programs.total_effect, isinstance(decoder, SparseDecoder)
+    )
     support = np.full(dag.weights.shape, np.nan)
     target_support = np.full(len(found.target), np.nan)
     stability = None if discovery is None else discovery.stability
@@ -102,6 +106,7 @@ def tables_of(
         "adjacency": dag.weights.tolist(),
         "identification": asdict(dag.identification),
         "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
+        "sparsity": _sparsity_row(decoder, program_rows) if isinstance(decoder, SparseDecoder) else None,
         "training": {
             "epochs_run": len(fitted.history),
             "best_epoch": fitted.best_epoch,
@@ -157,12 +162,12 @@ def _program_rows(
 ) -> list[dict[str, Any]]:
     """Name, label, drivers and genes of each program, and its `numbers` (p,) by name; None for NaN."""
     labels = program_labels(interventions, len(numbers["scale"]))
-    genes = programs[programs["rank"] <= top].groupby("program")["gene"].agg(", ".join)
+    genes = programs[(programs["rank"] <= top) & (programs["loading"] != 0)].groupby("program")["gene"].agg(", ".join)
     rows = []
     for k, label in enumerate(labels):
         drivers = interventions.loc[interventions["program"] == f"P{k}", "perturbation"]
         rows.append({
-            "name": f"P{k}", "label": label, "drivers": ", ".join(map(str, drivers)), "genes": genes[f"P{k}"],
+            "name": f"P{k}", "label": label, "drivers": ", ".join(map(str, drivers)), "genes": genes.get(f"P{k}", ""),
             **{name: None if np.isnan(values[k]) else float(values[k]) for name, values in numbers.items()},
         })  # fmt: skip
     return rows
@@ -207,6 +212,16 @@ def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict
             "shift_error": [None if np.isnan(value) else value for value in stability.shift_error.tolist()],
         }
     return row
+
+
+def _sparsity_row(decoder: SparseDecoder, programs: pd.DataFrame) -> dict[str, Any]:
+    """Share of the slab, genes and anchors of each program, in order."""
+    by_program = programs.groupby("program", sort=False)
+    return {
+        "share": decoder.output.share.tolist(),
+        "genes": by_program["loading"].agg(lambda values: int((values != 0).sum())).tolist(),
+        "anchors": by_program["anchor"].sum().tolist(),
+    }
 
 
 def _packages() -> dict[str, str]:

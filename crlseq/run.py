@@ -56,9 +56,10 @@ PATHWAY_COLUMNS = {
     "program": str, "gene_set": str, "description": str, "weight": float, "rank": int, "n_genes": int, "same_genes": str,
 }  # fmt: skip
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
-# Columns that runs of earlier versions lack.
+# Columns that runs of earlier versions, and some others, lack.
 LATER: dict[str, dict[str, type]] = {
-    "evaluation": {f"{metric}_{name}": float for metric in ("pearson_delta", "l2") for name in ("training", "mean")}
+    "programs": {"anchor": bool},
+    "evaluation": {f"{metric}_{name}": float for metric in ("pearson_delta", "l2") for name in ("training", "mean")},
 }
 INFO = {
     "config",
@@ -87,7 +88,7 @@ class Run:
     info
         Contents of ``run.json``.
     programs
-        ``program, gene, loading, total_effect, rank``.
+        ``program, gene, loading, total_effect, rank``; of a sparse decoder also ``anchor``.
     interventions
         ``perturbation, program, weight, shift, retention, n_cells, p_value, fdr, ...``; one row a perturbation.
     edges

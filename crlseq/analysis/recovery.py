@@ -67,6 +67,31 @@ def score_recovery(
     return scores | graph_scores(found, adjacency, n_unmatched)
 
 
+def gene_list_scores(programs: pd.DataFrame, interventions: pd.DataFrame, truth: Mapping[str, Any]) -> dict[str, float]:
+    """Gene lists of programs against those that made the cells: ``list_precision, list_recall, program_length``.
+
+    A program's list are the genes with a loading other than 0; programs are matched to true latents as in
+    `score_recovery`, and precision and recall are of all lists together; NaN where no program is matched.
+
+    Parameters
+    ----------
+    programs, interventions
+        Columns ``program, gene, loading`` and ``perturbation, program``.
+    truth
+        With ``loaded``: genes as columns and latents as rows, bool; without it the length is all that is told.
+    """
+    listed = programs[programs["loading"] != 0].groupby("program")["gene"].agg(set)
+    scores = {"list_precision": float("nan"), "list_recall": float("nan")}
+    if "loaded" in truth:
+        loaded, targets = truth["loaded"], truth["target"]["latent"].astype(int)
+        latent_of, _ = match_programs(claims_of(interventions, targets.index), targets.to_numpy(), len(loaded))
+        true = {name: set(loaded.columns[loaded.iloc[latent]]) for name, latent in latent_of.items()}
+        both = sum(len(true[name] & listed.get(name, set())) for name in true)
+        n_listed, n_true = sum(len(listed.get(name, set())) for name in true), sum(map(len, true.values()))
+        scores = {"list_precision": both / n_listed, "list_recall": both / n_true} if n_listed and n_true else scores
+    return {**scores, "program_length": float(listed.map(len).sum() / programs["program"].nunique())}
+
+
 def match_programs(
     claims: list[str | None], targets: NDArray[np.integer[Any]], n_latents: int
 ) -> tuple[dict[str, int], float]:

@@ -80,6 +80,7 @@ def fit(
     n_latents: Annotated[str | None, _option("Number of programs, or auto.", MODEL)] = None,
     intervention: Annotated[str | None, _option("auto (from the data), shift, hard or soft.", MODEL)] = None,
     equations: Annotated[str | None, _option("auto (from the data), linear or nonlinear.", MODEL)] = None,
+    decoder: Annotated[str | None, _option("dense, or sparse: programs that are short lists of genes.", MODEL)] = None,
     bootstrap: Annotated[
         str | None,
         _option("Replicates that say how sure edges and targets are, or auto (20 with few programs).", MODEL),
@@ -114,7 +115,7 @@ def fit(
             layer=layer, values=values, n_top_genes=_number_or_word(n_top_genes), genes=_gene_list(genes), min_cells=min_cells,
             hold_out=tuple(hold_out) if hold_out else None, hold_out_cells=hold_out_cells, combinations=combinations,
             embeddings=None if embeddings is None else str(embeddings), streamed=streamed,
-            gene_sets=None if gene_sets is None else str(gene_sets),
+            gene_sets=None if gene_sets is None else str(gene_sets), decoder=decoder,
             method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, bootstrap=_number_or_word(bootstrap),
             epochs=epochs, batch_size=batch_size, seed=seed, ensemble=ensemble, dtype=dtype, device=device, threads=threads,
         )  # fmt: skip

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from crlseq.run import Run
 
 
+ANCHORS = 10  # that are named
+
+
 class _SummaryByDefault(TyperGroup):
     """``crlseq inspect RUN`` is ``crlseq inspect summary RUN``."""
 
@@ -113,6 +116,8 @@ def programs(
         _enriched(found, gene_sets, program, top, json)
         return
     table = found.programs[found.programs["rank"] <= top]
+    if "anchor" in table:  # a sparse program ends
+        table = table[table["loading"] != 0]
     if program is not None:
         table = table[table["program"] == program]
     if json or not sys.stdout.isatty():
@@ -174,7 +179,7 @@ def program(
             "program": found.name, "label": found.label, "title": found.title,
             "drivers": found.drivers.to_dict("records"),
             "up": parts["up"].to_dict("records"), "down": parts["down"].to_dict("records"),
-            "gene_sets": sets.to_dict("records"),
+            "gene_sets": sets.to_dict("records"), "anchors": found.anchors,
             "upstream": found.upstream, "downstream": found.downstream,
             "parents": found.parents, "children": found.children,
             "variance_explained": found.variance_explained, "effect_explained": found.effect_explained,
@@ -223,6 +228,9 @@ def _heading(program: Program) -> list[str]:
         if names:
             told = [f"{name} ({edges[name]:+.2f})" if name in edges else name for name in names]
             lines.append(f"    {what}: {', '.join(told)}")
+    if program.anchors:
+        more = f" +{len(program.anchors) - ANCHORS}" if len(program.anchors) > ANCHORS else ""
+        lines.append(f"    anchors: {', '.join(program.anchors[:ANCHORS])}{more}")
     return lines
 
 

@@ -27,6 +27,7 @@ def simulate(
     escapers: Annotated[float, typer.Option(help="Share of perturbed cells without the perturbation's effect.")] = 0.0,
     n_batches: Annotated[int, typer.Option(help="Experimental batches.")] = 1,
     batch_scale: Annotated[float, typer.Option(help="Size of batch effects.")] = 0.0,
+    loading_density: Annotated[float, typer.Option(help="Share of the genes that a latent moves.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
@@ -40,7 +41,8 @@ def simulate(
         "n_latents": n_latents, "perturbations_per_latent": perturbations_per_latent, "n_genes": n_genes,
         "cells_per_perturbation": cells_per_perturbation, "n_control": n_control, "expected_parents": expected_parents,
         "equations": equations, "intervention": intervention, "mixing": mixing, "noise": noise, "depth": depth,
-        "n_doubles": n_doubles, "escapers": escapers, "n_batches": n_batches, "batch_scale": batch_scale, "seed": seed,
+        "n_doubles": n_doubles, "escapers": escapers, "n_batches": n_batches, "batch_scale": batch_scale,
+        "loading_density": loading_density, "seed": seed,
     }  # fmt: skip
     try:
         adata = simulate_screen(**options)

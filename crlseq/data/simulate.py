@@ -63,6 +63,7 @@ def simulate(
     escapers: float = 0.0,
     n_batches: int = 1,
     batch_scale: float = 0.0,
+    loading_density: float = 1.0,
     seed: int = 0,
 ) -> anndata.AnnData:
     """Simulate a Perturb-seq screen whose latent DAG and intervention targets are known.
@@ -78,7 +79,8 @@ def simulate(
     is a random permutation of the latents, and each pair is joined with the same probability.
 
     The signal is ``e = u W`` (linear) or ``e = LeakyReLU0.2(u W1 + b1) W2`` (network, ``4 n_latents`` hidden units),
-    scaled to unit standard deviation. Gaussian values are ``e + 0.3 N(0, 1)``; counts are negative binomial with
+    scaled to unit standard deviation. With ``loading_density`` < 1 each latent moves that share of the genes, drawn at
+    random, and with the network mixing each has hidden units of its own, so that it moves no other gene. Gaussian values are ``e + 0.3 N(0, 1)``; counts are negative binomial with
     mean ``d * softmax(b + 0.35 e)`` and variance ``mean + 0.2 mean^2``, ``b`` normal with standard deviation 1.2,
     ``d`` log-normal about ``depth``.
 
@@ -105,6 +107,8 @@ def simulate(
     n_batches, batch_scale
         Cells fall into batches at random; ``batch_scale`` is the standard deviation of the batches' effects on
         genes, in units of the signal's.
+    loading_density
+        Share of the genes that a latent moves, in (0, 1].
     seed
         Seed of ``numpy.random.default_rng``.
 
@@ -115,7 +119,7 @@ def simulate(
         ``control`` among them), ``obs["batch"]`` if there are several, ``obs["escaped"]`` (bool) if any did;
         ``obsm["true_latents"]`` (cells, p);
         ``uns["truth"]`` with ``adjacency`` (p, p), ``target`` (single perturbation -> ``latent``),
-        ``orientation`` and ``note``.
+        ``loaded`` (p, n_genes) bool where ``loading_density`` < 1, ``orientation`` and ``note``.
 
     Raises
     ------
@@ -162,6 +166,8 @@ def simulate(
             f"expected_parents = {expected_parents:g} asks for more edges than a DAG of {n_latents} latents can have"
             f" (at most {(n_latents - 1) / 2:g} per latent)."
         )
+    if not 0 < loading_density <= 1:
+        raise ValueError(f"loading_density must be above 0 and at most 1, not {loading_density}.")
     if escapers > 1:
         raise ValueError(f"escapers is a share of the cells, not {escapers:g}.")
     n_single = n_latents * perturbations_per_latent
@@ -183,7 +189,8 @@ def simulate(
     if escapers:  # without them nothing is drawn: one seed, one screen
         escaped[n_control:] = rng.random(len(latents) - n_control) < escapers
         latents[escaped] = _draw_latents(int(escaped.sum()), adjacency, order, effects, (), equations, rng)
-    signal = _draw_mixing(n_latents, n_genes, mixing, rng)(latents)
+    loaded = rng.random((n_latents, n_genes)) < loading_density if loading_density < 1 else None
+    signal = _draw_mixing(n_latents, n_genes, mixing, loaded, rng)(latents)
     signal /= signal.std() or 1.0
     batch = rng.integers(n_batches, size=len(latents)) if n_batches > 1 else np.zeros(len(latents), np.int64)
     if n_batches > 1:
@@ -210,6 +217,8 @@ def simulate(
         "note": f"{equations} structural equations, {intervention} interventions, {mixing} mixing of {n_latents} latents"
         f" into {n_genes} genes, {noise} noise, seed {seed}",
     }
+    if loaded is not None:
+        data.uns["truth"]["loaded"] = loaded
     return data
 
 
@@ -277,16 +286,23 @@ def _draw_latents(
     return latents
 
 
-def _draw_mixing(p: int, n_genes: int, mixing: Mixing, rng: np.random.Generator) -> Callable[[Floats], Floats]:
-    """The map from latents (n, p) to signal (n, n_genes)."""
+def _draw_mixing(
+    p: int, n_genes: int, mixing: Mixing, loaded: NDArray[np.bool_] | None, rng: np.random.Generator
+) -> Callable[[Floats], Floats]:
+    """The map from latents (n, p) to signal (n, n_genes); each latent moves the genes that are ``loaded`` (p, n_genes)."""
     if mixing == "linear":
         loadings = rng.standard_normal((p, n_genes)) / np.sqrt(p)
+        if loaded is not None:
+            loadings *= loaded
         return lambda latents: latents @ loadings
     hidden = 4 * p
     first, last = (
         rng.standard_normal((p, hidden)) / np.sqrt(p),
         rng.standard_normal((hidden, n_genes)) / np.sqrt(hidden),
     )
+    if loaded is not None:  # unit h reads latent h % p alone, as strongly as another does all
+        first = np.tile(np.eye(p), 4) * (first * np.sqrt(p))
+        last *= np.tile(loaded, (4, 1))
     offset = 0.5 * rng.standard_normal(hidden)
 
     def network(latents: Floats) -> Floats:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from crlseq.model.networks import Decoder, Encoder, InterventionEncoder
 from crlseq.model.scm import LatentSCM, Mechanism
+from crlseq.model.sparse_decoder import SparseDecoder
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class DiscrepancyVAE(nn.Module):
         ``gaussian`` (a learned variance a gene, abducted) or ``none`` (published).
     n_gene_sets, leak
         Of an encoder that reads gene sets, see `GeneSetLayer`; 0 for one that reads all genes.
+    decoder
+        ``dense`` or ``sparse``: see `Decoder` and `SparseDecoder`, whose output is the identity.
     """
 
     def __init__(
@@ -75,12 +78,17 @@ class DiscrepancyVAE(nn.Module):
         noise: str = "gaussian",
         n_gene_sets: int = 0,
         leak: float = 0.0,
+        decoder: str = "dense",
     ) -> None:
         super().__init__()
         self.encoder = Encoder(n_genes, n_hidden, n_latents, n_gene_sets, leak)
         self.intervention_encoder = InterventionEncoder(n_perturbations, n_hidden, n_latents)
         self.scm = LatentSCM(n_latents, n_perturbations, intervention, equations, causal)
-        self.decoder = Decoder(n_latents, n_hidden, n_genes, output_activation)
+        self.decoder = (
+            SparseDecoder(n_latents, n_hidden, n_genes)
+            if decoder == "sparse"
+            else Decoder(n_latents, n_hidden, n_genes, output_activation)
+        )
         self.log_noise = nn.Parameter(torch.zeros(n_genes)) if noise == "gaussian" else None  # log variance
         # What the latents miss, measured after the fit: effects (K, G) of single perturbations, one (G,) of being
         # perturbed at all, which a combination has once, and their standard errors.

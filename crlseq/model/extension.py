@@ -7,6 +7,7 @@ from torch import Tensor
 
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.networks import GeneSetLayer
+from crlseq.model.sparse_decoder import SparseDecoder
 
 LARGE = 40.0  # sigmoid(40) is 1 in float64, sigmoid(-40) is 4e-18
 
@@ -34,6 +35,7 @@ def extended(model: DiscrepancyVAE, shift: Tensor, residual: Tensor, residual_er
     new = DiscrepancyVAE(
         g, p, k + n * p, encoder.embedding.shape[1], "soft", scm.equations, True,
         model.decoder.output_activation, "none" if model.log_noise is None else "gaussian", n_gene_sets, leak,
+        "sparse" if isinstance(model.decoder, SparseDecoder) else "dense",
     ).to(model.residual.dtype)  # fmt: skip
     first = torch.zeros((n, p, 1), dtype=residual.dtype)
     first[:, 0] = 1

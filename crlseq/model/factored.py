@@ -153,11 +153,12 @@ def factored_terms(
     eps
         Standard normal draws (C, B, p) of the control and of the perturbed cells.
     """
-    scm, encoder, output, mask = model.scm, model.encoder, model.decoder.output, cells.mask
-    n_genes = len(output.weight)
+    scm, encoder, mask = model.scm, model.encoder, cells.mask
+    weight, bias = model.decoder.output.weight, model.decoder.output.bias
+    n_genes = len(weight)
     assert model.log_noise is not None
     mean, variance = encoder.posterior(product(cells.rows, encoder.hidden.weight.T) + encoder.hidden.bias)
-    y, gram = _Decoder.apply(output.weight, cells)  # type: ignore[no-untyped-call]
+    y, gram = _Decoder.apply(weight, cells)  # type: ignore[no-untyped-call]
     means, variances, noise = (torch.stack(both) for both in (cells.by_pair(mean), cells.by_pair(variance), eps))
     z = means + variances.sqrt() * noise
     u = scm(z)
@@ -169,7 +170,7 @@ def factored_terms(
     own = model.divergence(u[1], mechanism, noise[1], variances[1])
     kl = (mean_over_cells(divergence, mask) + mean_over_cells(own, mask)) / 2 / n_genes
 
-    squares = torch.exp(-model.log_noise) @ _squares(h, cells, output)
+    squares = torch.exp(-model.log_noise) @ _squares(h, cells, weight, bias)
     constant = model.log_noise.sum() + n_genes * math.log(2 * math.pi)
     reconstruction = 0.5 * (squares / 2 + constant) / n_genes
 
@@ -186,12 +187,12 @@ def factored_terms(
     return terms, (means[0], means[1])
 
 
-def _squares(h: Tensor, cells: StepCells, output: torch.nn.Linear) -> Tensor:
+def _squares(h: Tensor, cells: StepCells, weight: Tensor, output_bias: Tensor) -> Tensor:
     """(G,) squared residuals by gene, mean over pairs, summed over controls and perturbed cells."""
     first, second = cells.moments
-    bias = output.bias.double()
+    bias = output_bias.double()
     about_bias = ((second - 2 * bias * first) / cells.n_pairs + 2 * bias**2).to(h.dtype)
-    explained: Tensor = _Explained.apply(h, output.weight, output.bias, cells)  # type: ignore[no-untyped-call]
+    explained: Tensor = _Explained.apply(h, weight, output_bias, cells)  # type: ignore[no-untyped-call]
     return about_bias + explained
 
 

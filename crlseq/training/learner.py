@@ -12,10 +12,12 @@ from torch import Tensor
 from crlseq.config import Config
 from crlseq.errors import ConvergenceError
 from crlseq.model.losses import weighted_total
+from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.distributed import Ranks
 from crlseq.training.objective import Objective, Step
 from crlseq.training.parts import Work
 from crlseq.training.schedules import Weights, final_weights, settled
+from crlseq.training.sparsity import Sparsity
 
 SLOWER, MAX_SLOWER = 0.25, 5  # of the learning rate where a loss is not finite, and how often
 EXPLODED = 1e12
@@ -41,13 +43,21 @@ class Learner:
         self.best_epoch, self.best_loss = -1, math.inf
         self.best_state = copy.deepcopy(self.model.state_dict())
         self.slower = 0  # how often the learning rate was lowered
+        self.sparsity: Sparsity | None = None
+        if isinstance(self.model.decoder, SparseDecoder):
+            self.sparsity = Sparsity(objective)
 
-    def begin(self, weights: Weights, noise: int) -> None:
+    def begin(self, epoch: int, n_epochs: int, weights: Weights, noise: int) -> None:
         """Start an epoch whose training noise has the seed `noise`."""
         self.weights, device = weights, self.objective.device
         self.model.temperature.fill_(weights.temperature)
         for group in self.optimizer.param_groups:
             group["lr"] = weights.learning_rate * SLOWER**self.slower
+        if self.sparsity is not None:  # a fit that starts sparse stays so
+            self.sparsity.begin(epoch, n_epochs, 1.0 if self.objective.anchored else weights.sparsity)
+            if self.ranks.size > 1:  # machines round differently, and a mask is 0 or not
+                self.ranks.spread(self.model.decoder.state_dict().values())
+            self.sparsity.mark()
         self.noise = torch.Generator(device).manual_seed(noise)
         # The same in every epoch and of every model, so that validation losses compare.
         self.validation_noise = torch.Generator(device).manual_seed(self.config.training.seed)
@@ -74,6 +84,8 @@ class Learner:
         if self.config.training.gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.config.training.gradient_norm)
         self.optimizer.step()
+        if self.sparsity is not None:
+            self.sparsity.hold()
         for name, value in terms.items():  # added up on the device: no step waits for a number
             self.terms[name] = self.terms.get(name, 0.0) + value.double() / n_steps
 

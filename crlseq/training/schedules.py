@@ -24,6 +24,7 @@ class Weights:
     graph: float
     temperature: float
     learning_rate: float
+    sparsity: float  # of the way from a slab to the spike of a sparse decoder, in logarithms of the rate
 
     def of_terms(self, anchored: bool = False) -> dict[str, float]:
         """Weights by name of the loss term."""
@@ -33,7 +34,7 @@ class Weights:
 
 def final_weights(model: ModelConfig, anchored: bool = False) -> dict[str, float]:
     """Weights of the terms at the end of every schedule."""
-    end = Weights(model.mmd_weight, 1.0, model.kl_weight, model.graph_weight, model.max_temperature, 0.0)
+    end = Weights(model.mmd_weight, 1.0, model.kl_weight, model.graph_weight, model.max_temperature, 0.0, 1.0)
     return end.of_terms(anchored)
 
 
@@ -43,7 +44,7 @@ def schedule(epoch: int, n_epochs: int, model: ModelConfig, training: TrainingCo
     ``published``: MMD 0 for 5 epochs, then linear up to half time; KL 0 for 10 epochs, then linear to the
     end; temperature 1 for 5 epochs, then linear to the end; constant learning rate (Zhang et al. 2023).
 
-    ``scaled``: MMD and KL grow linearly over the first tenth, the temperature over the first fifth; the
+    ``scaled``: MMD and KL grow linearly over the first tenth, temperature and sparsity over the first fifth; the
     learning rate is constant for half of the time and then falls linearly. From the first fifth on the
     objective is settled, whatever the number of epochs, and validation losses of epochs compare.
     """
@@ -62,6 +63,7 @@ def schedule(epoch: int, n_epochs: int, model: ModelConfig, training: TrainingCo
         graph=model.graph_weight,
         temperature=1 + (model.max_temperature - 1) * heat,
         learning_rate=training.learning_rate * rate,
+        sparsity=1.0 if training.schedule == "published" else heat,
     )
 
 

@@ -103,6 +103,7 @@ def architecture_of(
         "noise": config.noise,
         "n_gene_sets": n_gene_sets,
         "leak": config.gene_set_leak,
+        "decoder": config.decoder,
     }
 
 
@@ -231,7 +232,7 @@ def fit_model(
             rng = np.random.default_rng([training.seed, 1, epoch])
             noise = int(rng.integers(2**62))
             for i, learner in enumerate(learners):
-                learner.begin(schedule(epoch, n_epochs, config.model, training), noise + i)
+                learner.begin(epoch, n_epochs, schedule(epoch, n_epochs, config.model, training), noise + i)
             batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
             for work, _ in steps(batches):
                 list(in_parallel(methodcaller("learn", work, len(batches)), active, threads))

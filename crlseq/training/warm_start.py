@@ -9,7 +9,7 @@ linear method; training adds what is not linear. An encoder that reads gene sets
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,12 +19,16 @@ from crlseq.data import splits
 from crlseq.data.dataset import ROWS, PerturbSeqData
 from crlseq.data.projection import Projection
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.kinds import DESCRIBED
 from crlseq.model.networks import GeneSetLayer
-from crlseq.model.scm import MAX_LOG_SCALE, NEGATIVE_SLOPE
+from crlseq.model.scm import MAX_LOG_SCALE, NEGATIVE_SLOPE, LatentSCM
+from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.findings import Discovery
 from crlseq.training.set_start import start_from_sets
+from crlseq.training.sparse_start import Loadings, control_deviation, sparse_loadings
 
 RIDGE = 1e-6  # of the regressions, relative
+WORSE = 2.0  # variance of latents that sparse loadings tell, over that of the discovery's, up to which they are taken
 MIN_VARIANCE = 1e-2  # of an anchor: latents have unit noise, and none is read off a cell without error
 
 
@@ -57,6 +61,9 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
     k = np.full(len(data.split), -1)
     k[discovery.index] = np.arange(len(discovery.index))
     train = np.flatnonzero((data.split == splits.TRAIN) & (k >= 0))
+    found = None
+    if isinstance(model.decoder, SparseDecoder):
+        found, discovery = _sparsify(model, discovery, data, k, train)
     u = discovery.latents[k[train]]
     z = model.scm.abduct(torch.from_numpy(u).to(model.scm.graph.dtype)).double().numpy()
     p, measured = z.shape[1], np.maximum(discovery.noise, MIN_VARIANCE)
@@ -73,16 +80,21 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
     nn.init.zeros_(model.encoder.variance.weight)
     _write(model.encoder.variance.bias, np.log(np.expm1(np.minimum(known, 1.0))))
 
-    eye = np.eye(p)
-    _write(model.decoder.hidden.weight, np.concatenate([eye, -eye]))
-    _write(model.decoder.hidden.bias, np.zeros(2 * p))
-    loadings, center, noise = _decode(u, data, train)
-    _linear_output(model.decoder.output, loadings.T, center)
+    if isinstance(model.decoder, SparseDecoder):
+        assert found is not None
+        _start_sparse(model.decoder, model.scm, found)
+        noise = found.noise.numpy()
+    else:
+        loadings, center, noise = _decode(u, data, train)
+        eye = np.eye(p)
+        _write(model.decoder.hidden.weight, np.concatenate([eye, -eye]))
+        _write(model.decoder.hidden.bias, np.zeros(2 * p))
+        _linear_output(model.decoder.output, loadings.T, center)
     if model.log_noise is not None:
         _write(model.log_noise, np.log(np.maximum(noise, max(1e-2 * float(noise.mean()), 1e-8))))
-    found = np.zeros((len(data.split), p), dtype=np.float32)
-    found[discovery.index] = model.scm.abduct(torch.from_numpy(discovery.latents).to(model.scm.graph.dtype)).numpy()
-    return Anchor(found, measured)
+    noises = np.zeros((len(data.split), p), dtype=np.float32)
+    noises[discovery.index] = model.scm.abduct(torch.from_numpy(discovery.latents).to(model.scm.graph.dtype)).numpy()
+    return Anchor(noises, measured)
 
 
 def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) -> None:
@@ -100,6 +112,53 @@ def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) 
     if scm.intervention == "soft":
         kept = np.clip(discovery.retention, 1e-3, 1 - 1e-3)
         _write(scm.retention_logit, np.where(found, np.log(kept / (1 - kept)), scm.retention_logit.double().numpy()))
+
+
+def _sparsify(
+    model: DiscrepancyVAE, discovery: Discovery, data: PerturbSeqData, place: np.ndarray, train: np.ndarray
+) -> tuple[Loadings, Discovery]:
+    """Sparse loadings, and the discovery with the latents that all genes tell through them.
+
+    Where the structural model does not describe the latents, or they are not linear in expression, these stay as they are.
+
+    Parameters
+    ----------
+    place, train
+        (cells,) rows of the discovery's latents, and cells that it was fitted to.
+    """
+    table, u = torch.from_numpy(data.perturbation_table()), discovery.latents[place[train]]
+    loading, _, noise = _decode(u, data, train)
+    if discovery.equations != "linear" or discovery.straightened or not discovery.dispersion <= DESCRIBED:
+        # Straightened latents are posterior means; the others are estimates, whose moments hold their error.
+        variance = discovery.noise if discovery.straightened else np.zeros(u.shape[1])
+        return sparse_loadings(model.scm, data, train, u, variance, None, (loading, noise)), discovery
+    # What perturbations without a given target do is not known yet.
+    known = np.append(model.intervention_encoder.is_given.numpy(), True)[table].all(1)[data.condition[train]]
+    weights = model.target_weights(table)
+    found = sparse_loadings(model.scm, data, train[known], u[known], discovery.noise, weights, (loading, noise))
+    axes, variance = found.readout()
+    # All genes tell as much as their components, unless a program has hardly a gene of its own.
+    if not ((variance > 0) & (variance <= WORSE * np.maximum(discovery.noise, MIN_VARIANCE))).all():
+        return found, discovery
+    latents = np.empty_like(discovery.latents)
+    for rows, x in data.blocks(discovery.index):
+        latents[rows] = x @ axes
+    return found, replace(discovery, latents=latents - found.center.numpy() @ axes, noise=variance)
+
+
+def _start_sparse(decoder: SparseDecoder, scm: LatentSCM, found: Loadings) -> None:
+    """Every shape a line through pairs of units, as steep as the program's standard deviation over control cells."""
+    p = len(found.loading)
+    one, scale = np.ones(p), control_deviation(scm).numpy()
+    _write(decoder.hidden.weight, np.concatenate([one, -one]))
+    _write(decoder.hidden.bias, np.zeros(2 * p))
+    output = decoder.output
+    nn.init.zeros_(output.shape)
+    line = np.concatenate([one, -one]) / np.tile(scale, 2) / (1 + NEGATIVE_SLOPE)
+    output.shape[:, : 2 * p] = torch.from_numpy(line)
+    _write(output.mask, found.loading.T.numpy() * scale)
+    _write(output.bias, found.center.numpy())
+    output.share.copy_(found.share)
 
 
 def _decode(u: np.ndarray, data: PerturbSeqData, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from crlseq.analysis.recovery import (
     closure,
     empty_graph_scores,
+    gene_list_scores,
     graph_scores,
     match_programs,
     mean_correlation,
@@ -168,3 +169,17 @@ def test_a_perturbation_left_out_of_the_fit_counts_as_wrong():
     known = truth(graph(2, (0, 1)), 0, 1, 1)
     table = interventions("P0", "P1", "P1").iloc[:2]
     assert score_recovery(table, edges(), known)["target_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_gene_lists_by_hand() -> None:
+    """P0 is latent 1 and lists a, b of b, c; P1 is latent 0 and lists c of a, c: two of three are right, two of four found."""
+    programs = pd.DataFrame({
+        "program": ["P0"] * 3 + ["P1"] * 3, "gene": list("abc") * 2, "loading": [0.1, -2.0, 0.0, 0.0, 0.0, 1.0],
+    })  # fmt: skip
+    interventions = pd.DataFrame({"perturbation": ["x", "y"], "program": ["P1", "P0"]})
+    target = pd.DataFrame({"latent": [0, 1]}, index=["x", "y"])
+    loaded = pd.DataFrame([[True, False, True], [False, True, True]], columns=list("abc"))
+    found = gene_list_scores(programs, interventions, {"target": target, "loaded": loaded})
+    assert found == pytest.approx({"list_precision": 2 / 3, "list_recall": 2 / 4, "program_length": 1.5})
+    without = gene_list_scores(programs, interventions, {"target": target})
+    assert np.isnan(without["list_precision"]) and without["program_length"] == 1.5

@@ -203,6 +203,8 @@ def test_batches_shift_genes() -> None:
         ("expected_parents", float("nan"), "expected_parents must be a finite number"),
         ("depth", 0.0, "depth must be a positive number"),
         ("batch_scale", -0.1, "batch_scale must be"),
+        ("loading_density", 0.0, "loading_density must be above 0"),
+        ("loading_density", 1.5, "loading_density must be above 0"),
         ("n_doubles", 16, "more than the pairs of 6 perturbations"),
         ("seed", -1, "seed must be"),
         ("mixing", "cubic", "mixing must be one of linear, network"),
@@ -214,6 +216,28 @@ def test_batches_shift_genes() -> None:
 def test_bad_arguments(argument: str, value: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         simulate(**{**SMALL, argument: value})
+
+
+@pytest.mark.parametrize("mixing", ["linear", "network"])
+def test_latents_move_the_genes_that_are_loaded_on_them_and_no_others(mixing: Any) -> None:
+    rng = np.random.default_rng(0)
+    loaded = rng.random((4, 200)) < 0.3
+    signal = module._draw_mixing(4, 200, mixing, loaded, rng)
+    latents = rng.standard_normal((50, 4))
+    for k in range(4):
+        moved = latents.copy()
+        moved[:, k] += 1
+        assert ((signal(moved) != signal(latents)).any(0) == loaded[k]).all()
+
+
+def test_sparse_loadings_are_part_of_the_truth() -> None:
+    data = simulate(**{**SMALL, "n_genes": 400}, loading_density=0.25, noise="gaussian")
+    loaded = data.uns["truth"]["loaded"]
+    assert loaded.shape == (3, 400)
+    assert loaded.mean() == pytest.approx(0.25, abs=0.04)
+    # Genes that nothing is loaded on have measurement noise alone.
+    assert data.X[:, ~loaded.any(0)].std() == pytest.approx(module.GAUSSIAN_NOISE, rel=0.05)
+    assert "loaded" not in simulate(**SMALL).uns["truth"]
 
 
 def test_one_latent_one_cell() -> None:

@@ -18,6 +18,7 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import weighted_total
 from crlseq.model.networks import GeneSetLayer
 from crlseq.model.rows import SparseRows
+from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.objective import CellSource, Objective
 from crlseq.training.warm_start import Anchor
 
@@ -64,17 +65,27 @@ def batch(rng: np.random.Generator, n_conditions: int, width: int, of: Screen) -
 
 
 def model(
-    seed: int, n_genes: int, p: int, k: int, intervention: str, equations: str, n_gene_sets: int = 0
+    seed: int,
+    n_genes: int,
+    p: int,
+    k: int,
+    intervention: str,
+    equations: str,
+    n_gene_sets: int = 0,
+    decoder: str = "dense",
 ) -> DiscrepancyVAE:
     torch.manual_seed(seed)
-    made = DiscrepancyVAE(n_genes, p, k, 8, intervention, equations, n_gene_sets=n_gene_sets, leak=0.1)
+    made = DiscrepancyVAE(n_genes, p, k, 8, intervention, equations, n_gene_sets=n_gene_sets, leak=0.1, decoder=decoder)
     with torch.no_grad():
         if isinstance(made.encoder.hidden, GeneSetLayer):
             made.encoder.hidden.assign(torch.rand(n_gene_sets, n_genes) < 0.3)
         assert made.log_noise is not None
         made.log_noise.normal_(-1, 1)
         made.scm.shift.normal_(0, 2)
-        made.decoder.output.weight.normal_(0, 0.2)
+        if isinstance(made.decoder, SparseDecoder):
+            made.decoder.output.mask.copy_(torch.randn(n_genes, p) * (torch.rand(n_genes, p) < 0.5))
+        else:
+            made.decoder.output.weight.normal_(0, 0.2)
     return made
 
 
@@ -115,15 +126,16 @@ def difference(found: Any, expected: Any) -> float:
     width=st.integers(2, 20), intervention=st.sampled_from(["soft", "hard", "shift"]),
     equations=st.sampled_from(["linear", "nonlinear"]), sparse=st.booleans(),
     estimator=st.sampled_from(["unbiased", "biased"]), n_gene_sets=st.sampled_from([0, 7]),
+    decoder=st.sampled_from(["dense", "sparse"]),
 )  # fmt: skip
 def test_both_forms_agree(
     seed: int, n_genes: int, p: int, n_conditions: int, width: int,
-    intervention: str, equations: str, sparse: bool, estimator: Any, n_gene_sets: int,
+    intervention: str, equations: str, sparse: bool, estimator: Any, n_gene_sets: int, decoder: str,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     data = screen(rng, n_genes, p + 1, sparse)
     cells, config = batch(rng, n_conditions, width, data), ModelConfig(mmd_estimator=estimator)
-    made = model(seed, n_genes, p, p + 1, intervention, equations, n_gene_sets)
+    made = model(seed, n_genes, p, p + 1, intervention, equations, n_gene_sets, decoder)
     dense = value_and_gradient(made, data, config, False, cells, torch.float64)
     assert difference(value_and_gradient(made, data, config, True, cells, torch.float64), dense) < 1e-9
 
