@@ -211,7 +211,7 @@ def _genes(names: Iterable[str], config: DataConfig) -> tuple[dict[str, str], st
 
 
 def _from_column(screen: Screen, config: DataConfig) -> Guides:
-    assert (key := config.guide_key) is not None
+    key = str(config.guide_key)
     if key not in screen.obs:
         columns = ", ".join(repr(str(column)) for column in screen.obs.columns[:MOST_NAMES])
         raise InputError(f"The cells have no column {key!r} for --guide-key.", f"Columns: {columns or 'none'}.")
