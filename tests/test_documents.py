@@ -144,7 +144,7 @@ def test_every_anndata_key_is_described(run_folder: Path, screen_file: Path) -> 
     added = element_names(ad.read_h5ad(run_folder / "crlseq.h5ad")) - element_names(ad.read_h5ad(screen_file))
     optional = {'obs["crlseq_perturbation"]', 'obs["crlseq_responder"]'}
     assert set(table("AnnData keys")) == added | optional
-    assert {f'obs["{name}"]' for name in CELL_COLUMNS} == {key for key in added if key.startswith("obs")} | optional
+    assert {f'obs["{name}"]' for name in CELL_COLUMNS} == {key for key in added if key.startswith("obs[")} | optional
 
 
 def test_predictions_and_judgements_are_described(finished: Run) -> None:

@@ -23,7 +23,7 @@ from crlseq.model.extension import extended
 from crlseq.run import Run
 from tests.support import check_refusal, invoke, small_screen
 
-LINEAR = {"method": "linear", "n_latents": 3, "bootstrap": 0}
+LINEAR = {"method": "linear", "n_latents": 3, "bootstrap": 0, "intervention": "shift"}
 LOST = ("g4", "g9")
 
 
@@ -129,7 +129,7 @@ def test_an_extended_model_does_what_was_given_and_what_it_did() -> None:
 
 
 def test_a_prediction_is_the_weighted_sum_of_effects(run: Run) -> None:
-    """What leave-one-out chose is what is predicted: with linear equations, the same sum of mean effects."""
+    """What leave-one-out chose is what is predicted: with shifts and linear equations, the same sum of mean effects."""
     table = run.extrapolation
     found = run.predict(["g4", *table.fitted], counterfactual=True)
     effects = np.asarray(found.varm["crlseq_effect"]).T

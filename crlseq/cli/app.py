@@ -25,7 +25,7 @@ from crlseq.cli import (
     simulate,
 )
 from crlseq.cli.output import say
-from crlseq.errors import CrlseqError
+from crlseq.errors import CrlseqError, InputError
 
 app = typer.Typer(
     name="crlseq",
@@ -78,7 +78,13 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     with interrupts.watched(FAREWELL):
-        sys.exit(_run())
+        code = _run()
+        if code == InputError.exit_code and "h5py" in sys.modules:
+            # On a full disk HDF5 cannot finish its file, and crashes when Python ends and closes it.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
 
 
 def _run() -> int:

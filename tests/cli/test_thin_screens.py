@@ -79,7 +79,9 @@ def test_a_sound_answer_or_one_sentence(
     assert "NaN" not in text and "Infinity" not in text and json.loads(text)
 
 
-def test_every_screen_is_answered_or_refused_for_its_own_reason(write: Callable[[ad.AnnData], Path]) -> None:
+def test_every_screen_is_answered_or_refused_for_its_own_reason(
+    write: Callable[[ad.AnnData], Path], tmp_path: Path
+) -> None:
     """More programs than perturbations is the one thing here that no regularisation mends."""
-    answer = invoke("fit", write(twins()), "--output", "RUN-that-is-not-made", "--n-latents", 50)
+    answer = invoke("fit", write(twins()), "--output", tmp_path / "RUN", "--n-latents", 50)
     assert answer.code == 3 and "50 programs were asked for" in answer.err
