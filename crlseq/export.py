@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from crlseq.errors import InputError
+from crlseq.files import UNFINISHED
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -284,7 +285,11 @@ def _full_disk() -> Iterator[None]:
     """A disk that is full makes HDF5 raise a RuntimeError, which is an OSError everywhere else."""
     try:
         yield
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
+        if "errno = " in str(error):  # as HDF5 says it, whose file cannot be closed any more
+            UNFINISHED.set()
+        elif isinstance(error, OSError):
+            raise
         raise OSError(str(error).partition("\n")[0].rstrip(".")) from error
 
 

@@ -6,8 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
 
 from crlseq.errors import InputError
+
+UNFINISHED = Event()  # set where HDF5 could not finish a file
 
 
 @contextmanager

@@ -25,7 +25,8 @@ from crlseq.cli import (
     simulate,
 )
 from crlseq.cli.output import say
-from crlseq.errors import CrlseqError, InputError
+from crlseq.errors import CrlseqError
+from crlseq.files import UNFINISHED
 
 app = typer.Typer(
     name="crlseq",
@@ -79,8 +80,8 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     with interrupts.watched(FAREWELL):
         code = _run()
-        if code == InputError.exit_code and "h5py" in sys.modules:
-            # On a full disk HDF5 cannot finish its file, and crashes when Python ends and closes it.
+        if UNFINISHED.is_set():
+            # HDF5 crashes when Python ends and closes a file for which the disk had no room.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
