@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 
@@ -39,7 +38,12 @@ app.main()
 def interrupted(body: str, number: int, ignored: int | None = None) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command that gets a signal when it says that it is ready."""
     lines = "\n    ".join(body.strip().splitlines())
-    prepare = None if ignored is None else partial(signal.signal, ignored, signal.SIG_IGN)
+
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite itself may run under nohup
+        if ignored is not None:
+            signal.signal(ignored, signal.SIG_IGN)
+
     with subprocess.Popen(
         [sys.executable, "-c", COMMAND.format(body=lines)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), preexec_fn=prepare,
@@ -93,6 +97,7 @@ def test_a_call_that_lets_no_handler_run() -> None:
 
 
 def test_handlers_are_put_back() -> None:
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite itself may run under nohup
     before = [signal.getsignal(number) for number in ENDINGS]
     with interrupts.watched("bye"):
         assert all(signal.getsignal(number) != old for number, old in zip(ENDINGS, before, strict=True))
@@ -102,3 +107,4 @@ def test_handlers_are_put_back() -> None:
     assert [signal.getsignal(number) for number in ENDINGS] == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert signal.set_wakeup_fd(-1) == -1
+    signal.signal(signal.SIGHUP, outside)
