@@ -26,7 +26,7 @@ from torch import Tensor
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.threads import in_parallel
+from crlseq.threads import in_parallel, on_threads
 
 Floats = NDArray[np.float64]
 Scores = NDArray[np.float32]  # of all cells: what is held of a screen of any size
@@ -111,11 +111,13 @@ def count_components(
     x, genes, axes = _select(counts(fitted), n_components)
     alpha = dispersion(x)
     dense = torch.from_numpy(x.toarray()).float()
-    found, intercept, prior, v = _fit_loadings(dense, axes, alpha)
-    guess = _regress(_residuals(dense, intercept, alpha), v)
-    some = slice(CHUNK)
-    weights = _moments(dense[some], _log_size(dense[some], intercept) + intercept + v[some] @ found, alpha)[0]
-    rough = _low_rank_information(found, weights, prior)
+    threads = torch.get_num_threads()
+    with on_threads(1):  # chunks share the threads, and no sum depends on how many there are
+        found, intercept, prior, v = _fit_loadings(dense, axes, alpha, threads)
+        guess = _regress(_residuals(dense, intercept, alpha), v)
+        some = slice(CHUNK)
+        weights = _moments(dense[some], _log_size(dense[some], intercept) + intercept + v[some] @ found, alpha)[0]
+        rough = _low_rank_information(found, weights, prior)
     q = len(found)
     scores = np.empty((len(cells), q), dtype=np.float32)
     information, sums, products = np.zeros(x.shape[1]), np.zeros(q), np.zeros((q, q))
@@ -130,7 +132,7 @@ def count_components(
         v, s = _score(part, start, _log_size(part, intercept), found, intercept, prior, alpha, MAX_STEPS, rough)
         return v, _moments(part, s + intercept + v @ found, alpha)[0].double().sum(0)
 
-    chunks, threads = list(_chunks(len(cells))), torch.get_num_threads()
+    chunks = list(_chunks(len(cells)))
     for rows, (v, weight) in zip(chunks, in_parallel(score, chunks, threads), strict=True):
         scores[rows] = v.numpy()
         sums += v.double().sum(0).numpy()
@@ -217,7 +219,7 @@ def _regress(z: Tensor, v: Tensor) -> Tensor:
     return slope
 
 
-def _fit_loadings(x: Tensor, axes: Floats, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fit_loadings(x: Tensor, axes: Floats, alpha: float, threads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loadings (q, genes), intercepts (genes,), prior precisions (q,) and components (n, q) by alternating scoring."""
     n, g = x.shape
     size = x.sum(1, keepdim=True) / x.sum(1).median()
@@ -230,7 +232,7 @@ def _fit_loadings(x: Tensor, axes: Floats, alpha: float) -> tuple[Tensor, Tensor
         prior = 1 / (v**2).mean(0).clamp_min(1e-3)
         steps = partial(_score, loadings=loadings, b=b, prior=prior, alpha=alpha, steps=2 if i == 0 else 1)
         chunks = list(_chunks(n))
-        moved = in_parallel(lambda rows: steps(x[rows], v[rows], s[rows]), chunks, torch.get_num_threads())  # noqa: B023
+        moved = in_parallel(lambda rows: steps(x[rows], v[rows], s[rows]), chunks, threads)  # noqa: B023
         for rows, new in zip(chunks, moved, strict=True):
             v[rows], s[rows] = new
         mean = v.mean(0)
