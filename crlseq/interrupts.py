@@ -1,8 +1,8 @@
 """Signals that end a command: raised in the main thread until it takes them, and enforced if it cannot.
 
-A `KeyboardInterrupt` may be lost: raised in a destructor or in a callback of a library it is printed and forgotten, and
-a long call into C lets no handler run. So it is raised again every `AGAIN` seconds while nobody deals with it, and after
-`PATIENCE` seconds the process ends where it stands, which costs no more than a kill does: nothing is ever half-written.
+A `KeyboardInterrupt` may be lost: raised in a destructor or in a callback of a library it is forgotten (Python would print a
+traceback, which is left out), and a long call into C lets no handler run. So it is raised again every `AGAIN` seconds while
+nobody deals with it, and after `PATIENCE` seconds the process ends where it stands, which costs no more than a kill does: nothing is ever half-written.
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ def watched(farewell: str) -> Iterator[None]:
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     wakeup = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)  # written to even while C code runs
+    lost, sys.unraisablehook = sys.unraisablehook, _unraisable
     threading.Thread(target=_enforce, args=(reads, farewell.encode() + b"\n"), daemon=True).start()
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(wakeup)
+        sys.unraisablehook = lost
         for number, handler in before.items():
             if signal.getsignal(number) is _handle:  # and not what the block put there
                 signal.signal(number, handler)
@@ -69,6 +71,12 @@ def _handle(number: int, frame: FrameType | None) -> None:
     signal.setitimer(signal.ITIMER_REAL, AGAIN)
     if not _dealt_with():
         raise KeyboardInterrupt
+
+
+def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """Print what cannot be raised, but for an interrupt, which comes again."""
+    if not (_received and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+        sys.__unraisablehook__(unraisable)
 
 
 def _dealt_with() -> bool:

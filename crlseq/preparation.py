@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +32,7 @@ from crlseq.config import DataConfig
 from crlseq.data.matrix import Scan, Screen, open_screen, readable
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.data.preprocess import kind_of_values
-from crlseq.data.store import MANIFEST, Manifest, digest_of
+from crlseq.data.store import MANIFEST, Manifest, digest_of, read_manifest
 from crlseq.data.storewriter import Buckets, MatrixWriter, write_tables
 from crlseq.errors import InputError
 from crlseq.runfolder import locked, move_into_place, partial_of
@@ -76,7 +77,7 @@ def prepare(
     seed
         Of the shuffle.
     resume
-        Go on with an unfinished preparation of the same files and options.
+        Go on with an unfinished preparation of the same files and options; one that is finished is left as it is.
     force
         Replace a store, finished or not, that lies at `output`.
 
@@ -99,21 +100,35 @@ def prepare(
     """
     options = config or DataConfig()
     target, paths = Path(output), [Path(source) for source in sources]
+    partial, identity = partial_of(target), _identity(paths, options, seed)
+    done = read_manifest(target) if resume and not force else None
+    if done is not None:
+        if done.identity != identity:
+            raise InputError(
+                f"The store {target} is finished, but was made of other files or with other options.",
+                "Choose another --output, or replace it with --force.",
+            )
+        note(f"{target} is finished already.")
+        if partial.is_dir():  # stopped after the store was moved into place
+            with suppress(OSError):
+                with locked(partial):
+                    _empty(partial)
+                partial.rmdir()
+        return done
     _refuse_output(target, resume, force)
     stage("reading the tables of cells")
     plan = _plan(paths, options, seed)
     note(plan.labels.reason)
-    partial = partial_of(target)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial):
             if not resume:
                 _empty(partial)
-            progress = _Progress.of(partial / "progress.json", _identity(paths, options, seed))
+            progress = _Progress.of(partial / "progress.json", identity)
             sizes = progress.done["buckets"]
             buckets = Buckets(partial / "buckets", len(plan.obs), len(plan.var), plan.dtype, sizes)
             kind = _distribute(paths, options, plan, buckets, progress, stage)
-            manifest = _write_store(paths, seed, plan, partial, buckets, progress, kind, stage)
+            manifest = _write_store(paths, seed, identity, plan, partial, buckets, progress, kind, stage)
             move_into_place(partial / "store", target)
             _empty(partial)
         partial.rmdir()
@@ -149,9 +164,17 @@ def _empty(partial: Path) -> None:
 
 
 def _identity(paths: Sequence[Path], options: DataConfig, seed: int) -> str:
-    """Of what is prepared; files by name, size and time of change, since reading them all again would take a pass."""
+    """Of what is prepared; files by name, size and time of change, since reading them all again would take a pass.
+
+    Raises
+    ------
+    InputError
+        If there is no such file.
+    """
+    if missing := [path for path in paths if not path.exists()]:
+        raise InputError(f"There is no file {missing[0]}.", "Check the path.")
     stats = [
-        (str(path.resolve()), [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(path)])
+        [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(path)]
         for path in paths
     ]
     return hashlib.sha256(repr((__version__, stats, options.model_dump(mode="json"), seed)).encode()).hexdigest()
@@ -289,7 +312,7 @@ def _dtype(matrix: Any) -> np.dtype[Any]:
 
 
 def _write_store(
-    paths: Sequence[Path], seed: int, plan: _Plan, partial: Path, buckets: Buckets, progress: _Progress, kind: str,
+    paths: Sequence[Path], seed: int, identity: str, plan: _Plan, partial: Path, buckets: Buckets, progress: _Progress, kind: str,
     stage: Callable[[str], None],
 ) -> Manifest:  # fmt: skip
     """Buckets in order into shards, then tables and the manifest."""
@@ -306,7 +329,7 @@ def _write_store(
     files = {str(file.relative_to(store)): digest_of(file) for file in _files(store) if file.name != MANIFEST}
     manifest = Manifest(
         __version__, labels.key, labels.control_label, labels.separator or "", seed, kind, len(plan.obs),
-        len(plan.var), int(writer.start[-1]), tuple(path.name for path in paths), files,
+        len(plan.var), int(writer.start[-1]), tuple(path.name for path in paths), files, identity,
     )  # fmt: skip
     (store / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

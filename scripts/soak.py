@@ -128,7 +128,7 @@ def signals(count: int, number: int, folder: Path) -> int:
         "prepare": ["prepare", screen, "--resume", "--output", "OUT"],
         "predict": ["predict", run, "-p", "g0+g1", "--force", "--output", "OUT"],
         "export": ["export", run, "--force", "--format", "h5ad", "--output", "OUT"],
-        "report": ["report", run, "--output", "OUT"],
+        "report": ["report", run, "--force", "--output", "OUT"],
     }
     for words in (["prepare", screen, "--output", store], ["fit", screen, *options, run]):
         preload(lambda words=words: _run(list(map(str, words))))

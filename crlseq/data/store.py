@@ -37,7 +37,7 @@ RESTORE = "Restore it, or prepare it again."
 class Manifest:
     """How a store was made: ``perturbation_key, control_label, separator`` that its cells are sorted by, and files.
 
-    ``files`` are the SHA-256 digests of all files by their paths within the store; ``values`` is the kind of values.
+    ``identity`` is a digest of what was prepared: inputs by name, size and time of change, options, seed; ``files`` are the SHA-256 digests of all files by their paths within the store; ``values`` is the kind of values.
     """
 
     version: str
@@ -51,6 +51,7 @@ class Manifest:
     n_nonzero: int
     inputs: tuple[str, ...]
     files: dict[str, str]
+    identity: str
 
     def to_json(self) -> str:
         """As it lies at the root of the store."""

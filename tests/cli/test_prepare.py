@@ -166,6 +166,24 @@ def test_an_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(
     assert not (folder / "STORE.partial").exists()
 
 
+def test_resuming_what_is_finished(two_files: tuple[ad.AnnData, list[Path]], folder: Path) -> None:
+    """As a script that is run again does; also where the last attempt ended before it had cleared up."""
+    paths, store = two_files[1], folder / "STORE"
+    prepare(paths, store)
+    before = contents(store)
+    left = folder / "STORE.partial"
+    left.mkdir()
+    (left / "progress.json").write_text("{}")
+    answer = invoke("prepare", *paths, "--output", store, "--resume")
+    assert answer.code == 0 and "finished already" in answer.err
+    assert contents(store) == before and not left.exists()
+    answer = invoke("prepare", *paths, "--output", store, "--seed", 1, "--resume")
+    check_refusal(answer.code, answer.out, answer.err, 3, "with other options", "--force")
+    answer = invoke("prepare", paths[0], "--output", store, "--resume")
+    check_refusal(answer.code, answer.out, answer.err, 3, "other files", "--force")
+    assert contents(store) == before
+
+
 def test_starting_over_and_replacing(two_files: tuple[ad.AnnData, list[Path]], folder: Path) -> None:
     target, paths = folder / "STORE", two_files[1]
     assert invoke("prepare", paths[0], "--output", target).code == 0
