@@ -47,8 +47,12 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]
 
 
 def in_parallel(make: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Iterator[Made]:
-    """``make(item)`` of each item in order, as many at the same time as there are threads, each on one of its own."""
-    if threads == 1:
+    """``make(item)`` of each item in order, as many at the same time as there are threads, each on one of its own.
+
+    A single item is made by the caller, on as many threads as it has.
+    """
+    items = list(items)
+    if threads == 1 or len(items) == 1:
         yield from map(make, items)
         return
     with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool, on_threads(1):

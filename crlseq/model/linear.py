@@ -33,6 +33,7 @@ RIDGE = 1e-4  # on G, per cell: only decides directions that the data leave flat
 RIDGE_SCALE = 2e-5
 LARGE_SHIFT = 5.0  # a shift's prior deviation: a program that control cells do not vary in keeps a scale
 RACE = 15  # steps after which restarts are far enough apart to go on with the best alone
+MOST = 0.9
 MAX_STEP = 1.5  # largest change of a parameter in one step
 FIXED_LOG_NOISE = -20.0
 
@@ -202,16 +203,14 @@ class LinearModel:
         g_edges = ((left.transpose(2, 3) @ by_covariance + s["tau"][..., None] * by_mean[:, :, None]) @ right).sum(1)
         first = ((rr * wide).flatten(2).transpose(1, 2) @ yy.flatten(2)).reshape(r, p, p, n, n).permute(0, 1, 3, 2, 4)
         second = ((ry * wide).flatten(2).transpose(1, 2) @ ry.flatten(2)).reshape(r, p, n, p, n).permute(0, 1, 4, 3, 2)
-        order = (
-            torch.cat([torch.arange(p * p).reshape(p, p), p * p + torch.arange(p * q).reshape(p, q)], 1)
-            .flatten()
-            .argsort()
-        )
-        size = p * n
         gradient = torch.zeros(r, self.size, dtype=DTYPE)
         information = torch.zeros(r, self.size, self.size, dtype=DTYPE)
-        gradient[:, :size] = g_edges.flatten(1)[:, order]
-        information[:, :size, :size] = (first + second).reshape(r, size, size)[:, order][:, :, order]
+        parts = {"G": slice(p), "W": slice(p, n)}  # of y
+        for a, columns in parts.items():
+            gradient[:, at[a]] = g_edges[:, :, columns].flatten(1)
+            for b, others in parts.items():  # where they go, without a copy of what may be gigabytes
+                place = information[:, at[a], at[b]].unflatten(2, (p, -1)).unflatten(1, (p, -1))
+                place.copy_(first[:, :, columns, :, others]).add_(second[:, :, columns, :, others])
 
         def put(a: str, b: str, block: Tensor) -> None:
             information[:, at[a], at[b]] = block
@@ -219,9 +218,8 @@ class LinearModel:
                 information[:, at[b], at[a]] = block.transpose(1, 2)
 
         def put_edges(a: str, block: Tensor) -> None:  # block (R, ·, p, n)
-            ordered = block.flatten(2)[:, :, order]
-            information[:, at[a], :size] = ordered
-            information[:, :size, at[a]] = ordered.transpose(1, 2)
+            for b, columns in parts.items():
+                put(a, b, block[..., columns].flatten(2))
 
         # one parameter a perturbation; x is the target's row of the total loadings, u = L x
         x = s["total"][:, 1:].gather(2, targets[..., None, None].expand(-1, -1, 1, q))[:, :, 0]  # (R, K, q)
@@ -288,6 +286,8 @@ class LinearModel:
         """
         cells, damping = self.moments.counts.sum(), torch.full((len(theta),), 1e-2, dtype=DTYPE)
         moving = torch.nonzero((self.free(mask) > 0).any(0))[:, 0]  # the others would only lengthen the systems
+        if len(moving) > MOST * self.size:  # and few of them by less than a copy costs
+            moving = torch.arange(self.size)
         nll, gradient, information = self.information(theta, targets, mask)
         converged, given_up = torch.zeros(len(theta), dtype=torch.bool), torch.zeros(len(theta), dtype=torch.bool)
         for _ in range(steps):
