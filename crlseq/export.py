@@ -330,7 +330,9 @@ def _add(handle: h5py.File, slot: str, values: Mapping[str, Any]) -> None:
     import anndata as ad
     import h5py
 
-    if slot not in handle:
+    if handle.get(slot) is None:
+        if slot in handle:  # a link that leads nowhere
+            del handle[slot]
         ad.io.write_elem(handle, slot, {})
     elif isinstance(handle[slot], h5py.Dataset):  # anndata 0.6 wrote records where groups are now
         records = handle[slot][()]

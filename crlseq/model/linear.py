@@ -206,10 +206,10 @@ class LinearModel:
         gradient = torch.zeros(r, self.size, dtype=DTYPE)
         information = torch.zeros(r, self.size, self.size, dtype=DTYPE)
         parts = {"G": slice(p), "W": slice(p, n)}  # of y
-        for a, columns in parts.items():
-            gradient[:, at[a]] = g_edges[:, :, columns].flatten(1)
-            for b, others in parts.items():  # where they go, without a copy of what may be gigabytes
-                place = information[:, at[a], at[b]].unflatten(2, (p, -1)).unflatten(1, (p, -1))
+        for name, columns in parts.items():
+            gradient[:, at[name]] = g_edges[:, :, columns].flatten(1)
+            for other, others in parts.items():  # where they go, without a copy of what may be gigabytes
+                place = torch.unflatten(torch.unflatten(information[:, at[name], at[other]], 2, (p, -1)), 1, (p, -1))
                 place.copy_(first[:, :, columns, :, others]).add_(second[:, :, columns, :, others])
 
         def put(a: str, b: str, block: Tensor) -> None:

@@ -219,6 +219,18 @@ def test_a_number_in_the_place_of_a_group(screen_file: Path, tmp_path: Path, slo
     refused(tmp_path / "odd.h5ad", slot)
 
 
+@pytest.mark.parametrize("slot", ["uns", "obsm"])
+def test_a_link_that_leads_nowhere_in_the_place_of_a_group(screen_file: Path, tmp_path: Path, slot: str) -> None:
+    """Nothing that a fit reads: its results take the place, instead of failing when everything is done."""
+    path = tmp_path / "odd.h5ad"
+    shutil.copy(screen_file, path)
+    with h5py.File(path, "r+") as handle:
+        del handle[slot]
+        handle[slot] = h5py.SoftLink("/gone")
+    found = read(path)
+    assert found["outcome"] == "read", found
+
+
 def test_bytes_that_are_no_text_in_another_column_are_left_as_they_are(tmp_path: Path) -> None:
     """The table was written anew once, and anndata could not open it any more."""
     small_screen().write_h5ad(tmp_path / "screen.h5ad")
