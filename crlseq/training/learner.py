@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,8 +38,6 @@ class Learner:
     def __init__(self, objective: Objective, config: Config, ranks: Ranks) -> None:
         self.model, self.objective = objective.model, objective
         self.config, self.ranks = config, ranks
-        rate = config.training.learning_rate
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=rate, fused=True)
         self.history: list[dict[str, float]] = []
         self.best_epoch, self.best_loss = -1, math.inf
         self.best_state = copy.deepcopy(self.model.state_dict())
@@ -46,6 +45,11 @@ class Learner:
         self.sparsity: Sparsity | None = None
         if isinstance(self.model.decoder, SparseDecoder):
             self.sparsity = Sparsity(objective)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Adam:
+        """Made when it is needed: a fit without epochs does not wait for what torch imports for it."""
+        return torch.optim.Adam(self.model.parameters(), lr=self.config.training.learning_rate, fused=True)
 
     def begin(self, epoch: int, n_epochs: int, weights: Weights, noise: int) -> None:
         """Start an epoch whose training noise has the seed `noise`."""

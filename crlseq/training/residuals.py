@@ -24,6 +24,7 @@ import torch
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.threads import in_parallel
 
 SOURCE_CELLS = 500  # controls whose latents carry the effect
 EM_STEPS = 50
@@ -75,8 +76,11 @@ def missed_effects(measured: np.ndarray, noise: np.ndarray, control_noise: np.nd
     common, common_squared = shrink(agreed * mean, np.sqrt(control_noise.mean(0) + spread))
     left = measured - common
     own, squared = np.empty_like(left), np.empty_like(left)
-    for k in range(len(left)):
-        own[k], squared[k] = shrink(left[k], np.sqrt(noise[k] + control_noise[k]))
+    each = in_parallel(
+        lambda k: shrink(left[k], np.sqrt(noise[k] + control_noise[k])), range(len(left)), torch.get_num_threads()
+    )
+    for k, found in enumerate(each):
+        own[k], squared[k] = found
     rest = np.subtract(left, own, out=left)
     mean, _, agreed = _agreement(rest)
     for k in range(len(rest)):

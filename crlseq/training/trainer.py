@@ -221,7 +221,8 @@ def fit_model(
             state = {"identity": identity, "epoch": epoch, "learners": states, "parts": parts.n, "notes": notes}
             keeper.keep(state, write)
 
-        keep(first - 1, write=False)
+        if first < n_epochs:
+            keep(first - 1, write=False)
         written, epoch = time.monotonic(), first
         while epoch < n_epochs:
             # Asked before an epoch and not after it, so that a fit resumed behind its last epoch stops as well.

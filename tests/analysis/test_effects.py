@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crlseq.analysis import effects
 from crlseq.analysis.effects import benjamini_hochberg, energy_test
 
 
@@ -82,3 +83,23 @@ def test_benjamini_hochberg_equals_scipy(values):
     from scipy.stats import false_discovery_control
 
     assert np.allclose(benjamini_hochberg(np.array(values)), false_discovery_control(values))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 0.6, 1.0, 2.0, 8.0])
+def test_permutations_that_nothing_can_reach_are_not_drawn(shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same p-value as if they had been."""
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=(120, 6))
+    scores[:60, 0] += shift
+    perturbed, strata = np.arange(120) < 60, np.repeat([0, 1], 60)[rng.permutation(120)]
+
+    def tested() -> tuple[tuple[float, float], int]:
+        drawn = np.random.default_rng(2)
+        found = effects.energy_test(scores, perturbed, strata, effects.STAGES, drawn)
+        return found, int(drawn.integers(2**62))
+
+    short, state = tested()
+    monkeypatch.setattr(effects, "BEYOND", np.inf)
+    whole, other = tested()
+    assert short == whole
+    assert (state != other) == (shift >= 2.0)  # fewer were drawn
