@@ -12,10 +12,15 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import anndata as ad
 import pytest
+from hypothesis import settings
 
 import crlseq
 from crlseq.run import Run
 from tests.support import clear_screen, invoke
+
+# How long an example takes says nothing on a machine that others use as well.
+settings.register_profile("crlseq", deadline=None)
+settings.load_profile("crlseq")
 
 
 @pytest.hookimpl(tryfirst=True)
