@@ -162,12 +162,12 @@ def test_what_a_fit_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "fit", refusing)
     wanted = {"scenarios": ["linear-counts", "toy"], "seeds": [6], "simulator": TINY, "n_latents": "auto"}
     benchmark(tmp_path / "B", **wanted)
-    assert [options["values"] for options in given] == ["counts"] * 4 + ["continuous"] * 4
-    # The published model takes no number of latents from the data.
-    assert [options["n_latents"] for options in given] == [None, None, None, 10, None, None, None, 5]
-    assert [options.get("method") for options in given[:4]] == [None, None, "linear", None]
-    assert [options.get("preset") for options in given[:4]] == [None, None, None, "paper"]
-    assert [options.get("decoder") for options in given[:4]] == [None, "sparse", None, None]
+    assert [options["values"] for options in given] == ["counts"] * 5 + ["continuous"] * 5
+    # The published model and the sparse VAE take no number of latents from the data.
+    assert [options["n_latents"] for options in given] == [None, None, None, 10, 10, None, None, None, 5, 5]
+    assert [options.get("method") for options in given[:5]] == [None, None, "linear", None, "gradient"]
+    assert [options.get("preset") for options in given[:5]] == [None, None, None, "paper", None]
+    assert [options.get("decoder") for options in given[:5]] == [None, "sparse", None, None, "sparse"]
     assert {options["seed"] for options in given} == {6}
 
 
@@ -272,3 +272,16 @@ def test_supports_of_all_fits_are_kept_and_calibrated(tmp_path: Path) -> None:
         (scenario_screen("linear-counts", seed, **simulator).uns["truth"]["adjacency"] != 0).sum() for seed in (3, 4)
     )
     assert found["true"].sum() == true and len(table) == 6
+
+
+def test_without_interventions(tmp_path: Path) -> None:
+    """The sparse VAE sees no labels: its latents and lists are scored, targets and graph are not."""
+    summary = benchmark(
+        tmp_path / "B", scenarios=["sparse-counts"], seeds=[0], methods=["sparse-vae"],
+        simulator={**TINY, "n_latents": 4}, options={"epochs": 2}, threads=1,
+    )  # fmt: skip
+    row = pd.read_csv(tmp_path / "B" / "benchmark.csv").set_index("method").loc["sparse-vae"]
+    known = ["mcc", "dci_disentanglement", "list_precision", "list_recall", "program_length", "n_latents"]
+    assert row[known].astype(float).notna().all() and row["n_latents"] == 4
+    assert row[["error", "target_accuracy", "ancestor_f1", "shd", "verdict"]].isna().all()
+    assert summary.set_index("method").loc["sparse-vae", "failed"] == 0

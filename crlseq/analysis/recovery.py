@@ -67,27 +67,37 @@ def score_recovery(
     return scores | graph_scores(found, adjacency, n_unmatched)
 
 
-def gene_list_scores(programs: pd.DataFrame, interventions: pd.DataFrame, truth: Mapping[str, Any]) -> dict[str, float]:
+def gene_list_scores(
+    programs: pd.DataFrame,
+    latents: NDArray[np.floating[Any]],
+    true_latents: NDArray[np.floating[Any]],
+    truth: Mapping[str, Any],
+) -> dict[str, float]:
     """Gene lists of programs against those that made the cells: ``list_precision, list_recall, program_length``.
 
     A program's list are the genes with a loading other than 0; programs are matched to true latents as in
-    `score_recovery`, and precision and recall are of all lists together; NaN where no program is matched.
+    `mean_correlation`, and precision and recall are of all lists together; NaN where nothing is listed.
 
     Parameters
     ----------
-    programs, interventions
-        Columns ``program, gene, loading`` and ``perturbation, program``.
+    programs
+        Columns ``program, gene, loading``, programs in the order of the latents.
+    latents, true_latents
+        (cells, q) and (cells, p).
     truth
         With ``loaded``: genes as columns and latents as rows, bool; without it the length is all that is told.
     """
     listed = programs[programs["loading"] != 0].groupby("program")["gene"].agg(set)
     scores = {"list_precision": float("nan"), "list_recall": float("nan")}
     if "loaded" in truth:
-        loaded, targets = truth["loaded"], truth["target"]["latent"].astype(int)
-        latent_of, _ = match_programs(claims_of(interventions, targets.index), targets.to_numpy(), len(loaded))
-        true = {name: set(loaded.columns[loaded.iloc[latent]]) for name, latent in latent_of.items()}
-        both = sum(len(true[name] & listed.get(name, set())) for name in true)
-        n_listed, n_true = sum(len(listed.get(name, set())) for name in true), sum(map(len, true.values()))
+        loaded, names = truth["loaded"], list(dict.fromkeys(programs["program"]))
+        _, (mine, true) = _match_latents(latents, true_latents)
+        pairs = [
+            (listed.get(names[i], set()), set(loaded.columns[loaded.iloc[j]])) for i, j in zip(mine, true, strict=True)
+        ]
+        both, n_listed, n_true = (
+            sum(map(len, sets)) for sets in ((a & b for a, b in pairs), *zip(*pairs, strict=True))
+        )
         scores = {"list_precision": both / n_listed, "list_recall": both / n_true} if n_listed and n_true else scores
     return {**scores, "program_length": float(listed.map(len).sum() / programs["program"].nunique())}
 
@@ -137,9 +147,16 @@ def mean_correlation(latents: NDArray[np.floating[Any]], true_latents: NDArray[n
     Latents (cells, q) are matched one to one to true latents (cells, p) such that the sum of |correlation| is
     largest; a true latent that none is left for counts as 0, and so does a latent that does not vary.
     """
+    correlation, matched = _match_latents(latents, true_latents)
+    return float(correlation[matched].sum() / true_latents.shape[1])
+
+
+def _match_latents(
+    latents: NDArray[np.floating[Any]], true_latents: NDArray[np.floating[Any]]
+) -> tuple[NDArray[np.floating[Any]], tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]]:
+    """|Correlation| (q, p), and the pairs of the matching."""
     correlation = np.abs(_standardised(latents).T @ _standardised(true_latents))
-    rows, columns = linear_sum_assignment(correlation, maximize=True)
-    return float(correlation[rows, columns].sum() / true_latents.shape[1])
+    return correlation, linear_sum_assignment(correlation, maximize=True)
 
 
 def graph_scores(found: Graph, true: Graph, n_unmatched: int = 0) -> dict[str, float]:

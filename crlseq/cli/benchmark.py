@@ -22,7 +22,8 @@ def benchmark(
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0-7 or 0,2,5-6.")] = "0-7",
     method: Annotated[
-        list[str] | None, typer.Option(help="default, linear or paper; may be repeated. All if none is given.")
+        list[str] | None,
+        typer.Option(help="default, sparse, linear, paper or sparse-vae; may be repeated. All if none is given."),
     ] = None,
     n_latents: Annotated[str, typer.Option(help="known: told to the fits; auto: chosen by them.")] = "known",
     epochs: Annotated[

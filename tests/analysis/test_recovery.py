@@ -176,10 +176,10 @@ def test_gene_lists_by_hand() -> None:
     programs = pd.DataFrame({
         "program": ["P0"] * 3 + ["P1"] * 3, "gene": list("abc") * 2, "loading": [0.1, -2.0, 0.0, 0.0, 0.0, 1.0],
     })  # fmt: skip
-    interventions = pd.DataFrame({"perturbation": ["x", "y"], "program": ["P1", "P0"]})
-    target = pd.DataFrame({"latent": [0, 1]}, index=["x", "y"])
+    true_latents = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    latents = np.stack([-2 * true_latents[:, 1], true_latents[:, 0]], 1)
     loaded = pd.DataFrame([[True, False, True], [False, True, True]], columns=list("abc"))
-    found = gene_list_scores(programs, interventions, {"target": target, "loaded": loaded})
+    found = gene_list_scores(programs, latents, true_latents, {"loaded": loaded})
     assert found == pytest.approx({"list_precision": 2 / 3, "list_recall": 2 / 4, "program_length": 1.5})
-    without = gene_list_scores(programs, interventions, {"target": target})
+    without = gene_list_scores(programs, latents, true_latents, {})
     assert np.isnan(without["list_precision"]) and without["program_length"] == 1.5
