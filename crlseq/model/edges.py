@@ -93,8 +93,7 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
 
     def worth(now: Solution) -> tuple[Tensor, Tensor, Tensor]:
         """Covariance (P, p p) of all parameters with the edges, all parameters, which edges are on."""
-        information = now.information[0]
-        root = torch.linalg.cholesky(information + 1e-9 * torch.diag(information.diagonal()))
+        root = _root(now.information[0])
         basis = torch.eye(model.size, p * p, dtype=DTYPE)  # G comes first
         covariance = torch.cholesky_solve(basis, root) / cells * phi
         return covariance, now.theta[0].clone(), now.mask[0].flatten().bool()
@@ -115,9 +114,8 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
                 e = int(torch.where(cyclic, wald, torch.inf).argmin())
             cost += float(wald[e])
             value = value - covariance[:, e] * value[e] / covariance[e, e]
-            covariance = (
-                covariance - covariance[:, e : e + 1] * covariance[e : e + 1] / covariance[e, e]
-            )  # row e of G, G
+            column, row = covariance[:, e].clone(), covariance[e] / covariance[e, e]  # row e of G, G
+            covariance.addr_(column, row, alpha=-1)
             on[e] = False
             gone += 1
         if not gone:
@@ -140,6 +138,20 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
     covariance, value, on = worth(now)
     ratio = _wald(covariance, value, on, 0.0).reshape(p, p)
     return Edges(now, now.adjacency(), ratio, phi, threshold)
+
+
+def _root(information: Tensor) -> Tensor:
+    """Cholesky factor (P, P) of an information, with as much of its diagonal on top as that takes.
+
+    Directions that the data leave flat have an information of 0, which rounding puts on either side of it.
+    """
+    diagonal = torch.diag(information.diagonal())
+    root = diagonal
+    for power in range(-9, 1):
+        root, failed = torch.linalg.cholesky_ex(information + 10.0**power * diagonal)
+        if not failed:
+            break
+    return root
 
 
 def _wald(covariance: Tensor, value: Tensor, on: Tensor, off: float) -> Tensor:
