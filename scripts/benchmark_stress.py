@@ -126,7 +126,12 @@ STRESSES: dict[str, tuple[Sequence[float], Make, dict[str, Any]]] = {
     "none": ([0], lambda level, seed: crlseq.simulate(**SCREEN, seed=seed), {}),
     "batches, named": ([0.5, 1], lambda level, seed: _batched(level, True, seed), BATCH),
     "batches, not named": ([0.25, 0.5, 1], lambda level, seed: _batched(level, True, seed), {}),
-    "batches without controls": ([0.5, 1], lambda level, seed: _batched(level, False, seed), BATCH),
+    # The perturbations of one batch are left out, so that some latents have none: nobody knows how many are left.
+    "batches without controls": (
+        [0.5, 1],
+        lambda level, seed: _batched(level, False, seed),
+        {**BATCH, "n_latents": "auto"},
+    ),
     "wrong labels": ([0.1, 0.2, 0.3], _changed(mislabelled), {}),
     "uneven cell numbers": ([3, 10, 30], _changed(uneven, cells_per_perturbation=200), {}),
     "no effect": ([0.5, 0.8], _changed(without_effect, perturbations_per_latent=2, n_control=9000), {}),

@@ -60,7 +60,7 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
     place of virtual ones), ``pearson_delta``, ``l2``, ``l2_no_change``; the last two also with the ending
     ``_training`` (the training effect of the condition itself, or the sum of its parts' where it was not fitted) and
     ``_mean`` (the mean training effect of all conditions) in place of the model. Every change is taken against the mean
-    of real control cells.
+    of all real control cells of the condition's batches.
     """
     tested = bool((data.split == splits.TEST).any())
     code = splits.TEST if tested else splits.VALIDATION
@@ -78,11 +78,12 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
         batches = tuple(np.unique(data.batch[cells]).tolist())
         if batches not in known:
             known[batches] = _controls(model, data, controls, batches, seed)
-        control, within_control, act = known[batches]
+        control, mean, within_control, act = known[batches]
         few = np.random.default_rng([seed, 6, c]).permutation(len(cells))[:COMPARED_CELLS]
         measured = data.dense(cells)
         virtual = act(table[c])
-        mean, virtual_mean, measured_mean = (x.mean(0, dtype=float) for x in (control, virtual, measured))
+        of_source, virtual_mean, measured_mean = (x.mean(0, dtype=float) for x in (control, virtual, measured))
+        virtual_mean += mean - of_source  # that these controls were drawn and no others is no error of the model
         some = _compared(len(control))
         mmd2, mmd2_no_change = _discrepancies(virtual[some], control[some], within_control, measured[few])
         parts = data.conditions[c]
@@ -115,9 +116,10 @@ def _training_effects(data: PerturbSeqData) -> dict[tuple[int, ...], np.ndarray]
 
 
 class _Controls(NamedTuple):
-    """Control cells (n, G), the squared distances of those compared, and what makes virtual cells of all."""
+    """Some control cells (n, G), the mean (G,) of all, squared distances of those compared, what makes virtual cells."""
 
     cells: np.ndarray
+    mean: np.ndarray
     within: torch.Tensor
     act: Callable[[np.ndarray], np.ndarray]
 
@@ -134,10 +136,11 @@ def _controls(
     rng = np.random.default_rng([seed, 6])
     alike = controls[np.isin(data.batch[controls], batches)]
     source = alike if len(alike) >= 2 else controls
+    mean = data.moments(source)[0]
     source = np.sort(rng.choice(source, min(SOURCE_CELLS, len(source)), replace=False))
     cells = data.dense(source)
     x = torch.from_numpy(cells[_compared(len(cells))])
-    return _Controls(cells, squared_distances(x, x).double(), abducted(model, cells, seed))
+    return _Controls(cells, mean, squared_distances(x, x).double(), abducted(model, cells, seed))
 
 
 def _discrepancies(
