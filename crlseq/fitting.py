@@ -35,6 +35,7 @@ from crlseq.errors import InputError, UsageError
 from crlseq.export import DETECTABLE_FDR, SPLIT
 from crlseq.extrapolation import FILE as EMBEDDINGS
 from crlseq.extrapolation import Extrapolation, fit_extrapolation, refuse_strangers
+from crlseq.files import by_hdf5
 from crlseq.report import write_report
 from crlseq.results import tables_of
 from crlseq.run import GENE_SETS, Run, load
@@ -312,7 +313,8 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     if state_of(source) != state and digest_of(source) != digest:
         raise InputError(f"{source} was changed while it was fitted.", "Fit a file again that nobody writes to.")
     if found is not None:
-        found.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
+        with by_hdf5():
+            found.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
     write_report(run, folder / "report.html")
     previous_of(folder / "resume.pt").unlink(missing_ok=True)
     stages.forget()
