@@ -6,8 +6,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from crlseq.errors import InputError
-from crlseq.files import UNFINISHED
+from crlseq.files import by_hdf5
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -152,6 +151,12 @@ def dag_json(graph: nx.DiGraph[str]) -> str:
     return json.dumps(nx.node_link_data(graph, edges="edges"), indent=1, ensure_ascii=False)
 
 
+def run_json(info: Mapping[str, Any], indent: int | None = None) -> str:
+    """What a run says of itself, as text: the path of the input need not be any, and reads as it was all the same."""
+    text = json.dumps(info, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
 def anndata_keys(
     info: Mapping[str, Any],
     programs: pd.DataFrame,
@@ -210,7 +215,7 @@ def anndata_keys(
                 "logfoldchanges": _records(changes),
                 "pvals": _records(untested),
                 "pvals_adj": _records(untested),
-                "run_json": json.dumps(info, ensure_ascii=False),
+                "run_json": run_json(info),
             }
         },
     }
@@ -280,19 +285,6 @@ def _copy_file(source: str | Path, path: Path) -> None:
                 new.attrs[name] = value
 
 
-@contextmanager
-def _full_disk() -> Iterator[None]:
-    """A disk that is full makes HDF5 raise a RuntimeError, which is an OSError everywhere else."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if "errno = " in str(error):  # as HDF5 says it, whose file cannot be closed any more
-            UNFINISHED.set()
-        elif isinstance(error, OSError):
-            raise
-        raise OSError(str(error).partition("\n")[0].rstrip(".")) from error
-
-
 def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[str, Mapping[str, Any]]) -> None:
     """The input with crlseq's keys as an h5ad file.
 
@@ -305,7 +297,7 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
     from crlseq.data.store import read_manifest  # which imports zarr
 
     path.unlink(missing_ok=True)
-    with ad.settings.override(allow_write_nullable_strings=True), _full_disk():
+    with ad.settings.override(allow_write_nullable_strings=True), by_hdf5():
         if isinstance(source, ad.AnnData) or not (h5py.is_hdf5(source) or read_manifest(source) is not None):
             adata = _copy(source) if isinstance(source, ad.AnnData) else ad.read_zarr(source)
             set_keys(adata, keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from threading import Event
 from crlseq.errors import InputError
 
 UNFINISHED = Event()  # set where HDF5 could not finish a file
+_HDF5 = re.compile(r"errno = (\d+)")  # in what it says of a disk, beside the time, descriptors and addresses
 
 
 @contextmanager
@@ -32,13 +34,38 @@ def written_whole(path: Path) -> Iterator[Path]:
         sync(beside)
         beside.replace(path)
     except (OSError, RuntimeError) as error:  # h5py's at a full disk is a RuntimeError
-        detail = getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(".")
         raise InputError(
-            f"{path} cannot be written: {detail}.", "Check the path, its permissions and the disk."
+            f"{path} cannot be written: {_reason(error)}.", "Check the path, its permissions and the disk."
         ) from error
     finally:
         with suppress(OSError):  # a path that cannot be written cannot be cleaned up either
             beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def by_hdf5() -> Iterator[None]:
+    """A full disk makes HDF5 raise a RuntimeError, which is an OSError everywhere else."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and not of_full_disk(error):
+            raise
+        raise OSError(_reason(error)) from error
+
+
+def of_full_disk(error: BaseException | None) -> bool:
+    """Whether HDF5 says that it could not write, whose file cannot be closed any more either."""
+    found = isinstance(error, OSError | RuntimeError) and _HDF5.search(str(error)) is not None
+    if found:
+        UNFINISHED.set()
+    return found
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    """Why a file could not be written, in words."""
+    if of_full_disk(error) and (said := _HDF5.search(str(error))):
+        return os.strerror(int(said[1]))
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(".")
 
 
 def sync(path: Path) -> None:

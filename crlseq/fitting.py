@@ -26,7 +26,7 @@ from crlseq.config import Config, make_config, to_toml
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.embeddings import Embeddings, read_embeddings
-from crlseq.data.genesets import GeneSets, fitted_sets
+from crlseq.data.genesets import check_gmt, fitted_sets
 from crlseq.data.projection import Projection, principal_components
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.data.streamed import StreamedExpression
@@ -35,6 +35,7 @@ from crlseq.errors import InputError, UsageError
 from crlseq.export import DETECTABLE_FDR, SPLIT
 from crlseq.extrapolation import FILE as EMBEDDINGS
 from crlseq.extrapolation import Extrapolation, fit_extrapolation, refuse_strangers
+from crlseq.files import by_hdf5
 from crlseq.report import write_report
 from crlseq.results import tables_of
 from crlseq.run import GENE_SETS, Run, load
@@ -224,6 +225,7 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     started, clock = datetime.now(UTC), time.monotonic()  # the date may be set back meanwhile
     training = config.training
     table = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
+    gmt = _gmt(config, folder)
     progress.stage("reading the screen")
     # A store is compared with its checksums before anything is made of it.
     state, digest = state_of(source), digest_of(source)
@@ -232,7 +234,9 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
         refuse_strangers(table, data.perturbation_names, str(config.data.embeddings))
     for note in data.notes:
         progress.note(note)
-    sets = _gene_sets(config, folder, data, progress)
+    sets = None if gmt is None else fitted_sets(gmt, data.genes)
+    if sets is not None:
+        progress.note(sets.in_words())
     give_back()
     progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, training.seed)
@@ -309,23 +313,23 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     if state_of(source) != state and digest_of(source) != digest:
         raise InputError(f"{source} was changed while it was fitted.", "Fit a file again that nobody writes to.")
     if found is not None:
-        found.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
+        with by_hdf5():
+            found.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
     write_report(run, folder / "report.html")
     previous_of(folder / "resume.pt").unlink(missing_ok=True)
     stages.forget()
     return run
 
 
-def _gene_sets(config: Config, folder: Path | None, data: PerturbSeqData, progress: Progress) -> GeneSets | None:
-    """The sets that the encoder reads; a fit that goes on does without the file, by the copy in its folder."""
+def _gmt(config: Config, folder: Path | None) -> Path | None:
+    """The file of gene sets, looked through; a fit that goes on does without it, by the copy in its folder."""
     if config.data.gene_sets is None:
         return None
     path = Path(config.data.gene_sets)
     if folder is not None and (folder / GENE_SETS).exists() and not path.exists():
         path = folder / GENE_SETS
-    sets = fitted_sets(path, data.genes)
-    progress.note(sets.in_words())
-    return sets
+    check_gmt(path)
+    return path
 
 
 def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings, progress: Progress) -> Extrapolation:

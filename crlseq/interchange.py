@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,9 +67,17 @@ def write(run: Run, name: str, path: Path) -> list[str]:
 
 
 def _files(path: Path, files: dict[str, bytes]) -> None:
-    for name, content in files.items():
-        with written_whole(path / name) as beside:
-            beside.write_bytes(content)
+    """All of them or none."""
+    there = path.exists()
+    try:
+        with ExitStack() as written:
+            for name, content in files.items():
+                written.enter_context(written_whole(path / name)).write_bytes(content)
+    except InputError:
+        if not there:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _h5ad(run: Run, path: Path) -> list[str]:
@@ -174,13 +183,11 @@ def _rnk(run: Run, path: Path) -> list[str]:
 def _annotated(run: Run) -> ad.AnnData:
     import anndata as ad
 
-    from crlseq.data.matrix import readable
+    from crlseq.data.matrix import open_store, readable
 
     assert run.path is not None
     path = run.path / "crlseq.h5ad"
-    if not path.is_file():
-        raise InputError(f"There is no {path}.", "Restore it, or fit again.")
-    with readable(str(path), "the file"):
+    with open_store(path), readable(str(path), "the file"):
         return ad.read_h5ad(path)
 
 

@@ -14,7 +14,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
+from types import FrameType, TracebackType
+
+from crlseq.files import of_full_disk
 
 INTERRUPTED = 130
 AGAIN, PATIENCE = 0.5, 4.0  # seconds
@@ -52,13 +54,14 @@ def watched(farewell: str) -> Iterator[None]:
     os.set_blocking(writes, False)
     wakeup = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)  # written to even while C code runs
     lost, sys.unraisablehook = sys.unraisablehook, _unraisable
+    uncaught, sys.excepthook = sys.excepthook, _uncaught
     threading.Thread(target=_enforce, args=(reads, farewell.encode() + b"\n"), daemon=True).start()
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(wakeup)
-        sys.unraisablehook = lost
+        sys.unraisablehook, sys.excepthook = lost, uncaught
         for number, handler in before.items():
             if signal.getsignal(number) is _handle:  # and not what the block put there
                 signal.signal(number, handler)
@@ -74,9 +77,16 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """Print what cannot be raised, but for an interrupt, which comes again."""
-    if not (_received and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+    """Print what cannot be raised, but for an interrupt, which comes again, and a full disk, which is told of."""
+    error = unraisable.exc_value
+    if not (_received and isinstance(error, KeyboardInterrupt)) and not of_full_disk(error):
         sys.__unraisablehook__(unraisable)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Cython prints what it cannot raise with its trace as well, as Python does what nobody caught."""
+    if not of_full_disk(error):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _dealt_with() -> bool:

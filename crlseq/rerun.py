@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from crlseq import __version__
 from crlseq.config import Config
+from crlseq.data.matrix import open_store, readable
 from crlseq.errors import InputError
 from crlseq.run import ENSEMBLE, Run, load
 
@@ -214,7 +215,7 @@ def _array_difference(name: str, place: str, a: np.ndarray, b: np.ndarray) -> Di
 
 def _h5ad_difference(name: str, first: Path, again: Path) -> Difference | None:
     """Of what a fit adds to the cells, or of the vectors of an extrapolation, wherever they are arrays."""
-    with h5py.File(first) as one, h5py.File(again) as other:
+    with open_store(first) as one, open_store(again) as other, readable(str(first), "what the fit added"):
         sides = [_arrays(handle) for handle in (one, other)]
         for place in sorted({*sides[0], *sides[1]}):
             if place not in sides[0] or place not in sides[1]:

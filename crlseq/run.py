@@ -22,6 +22,7 @@ from crlseq.export import (
     dag_graph,
     dag_json,
     graphml,
+    run_json,
     set_keys,
     write_annotated,
 )
@@ -264,17 +265,13 @@ class Run:
         if self.cells is not None:
             return self.cells
         import anndata as ad
-        import h5py
+
+        from crlseq.data.matrix import open_store, readable
 
         path = self._folder() / "crlseq.h5ad"
-        try:
-            with h5py.File(path, "r") as handle:
-                obs: pd.DataFrame = ad.io.read_elem(handle["obs"])
+        with open_store(path) as store, readable(str(path), "the split of cells"):
+            obs: pd.DataFrame = ad.io.read_elem(store["obs"])
             return obs[["crlseq_split", *(name for name in CELL_COLUMNS[1:] if name in obs)]].copy()
-        except (OSError, KeyError) as error:
-            raise InputError(
-                f"{path} cannot be read, so the split of cells is unknown.", "Restore it, or fit again."
-            ) from error
 
     def _folder(self) -> Path:
         if self.path is None:
@@ -291,9 +288,7 @@ class Run:
             (folder / PATHWAYS).write_bytes(to_csv(self.pathways))
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
-        text = json.dumps(self.info, indent=1, ensure_ascii=False)
-        # The path of the input need not be valid text.
-        (folder / "run.json").write_bytes(text.encode("utf-8", errors="backslashreplace"))
+        (folder / "run.json").write_text(run_json(self.info, 1), encoding="utf-8", newline="\n")
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables by the names of their files."""

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from crlseq.analysis.recovery import score_recovery
-from crlseq.data.matrix import open_store
+from crlseq.data.matrix import open_store, readable
 from crlseq.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def known_recovery(run: Run, data: str | Path | ad.AnnData | None) -> tuple[dict
 def _read(source: str | Path | ad.AnnData) -> tuple[Any, np.ndarray | None]:
     if isinstance(source, ad.AnnData):
         return source.uns.get("truth"), source.obsm.get("true_latents")
-    with open_store(Path(source)) as store:
+    with open_store(Path(source)) as store, readable(str(source), "the truth"):
         truth, latents = (
             ad.io.read_elem(store[slot][name]) if slot in store and name in store[slot] else None
             for slot, name in PLACES

@@ -91,8 +91,9 @@ def main() -> None:
 def _run() -> int:
     """Run the command, say what went wrong, and give the exit code."""
     try:
-        # Not standalone: click would turn an interrupt into exit code 1.
-        code = app(prog_name="crlseq", standalone_mode=False)
+        # Not standalone: click would turn an interrupt into exit code 1. Not `app` itself: it puts a hook of its own in
+        # the place of the one for exceptions that nobody caught.
+        code = typer.main.get_command(app)(prog_name="crlseq", standalone_mode=False)
         if code == interrupts.INTERRUPTED:  # which click makes of an interrupt
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
@@ -108,7 +109,12 @@ def _run() -> int:
             return interrupts.INTERRUPTED
         if isinstance(error, CrlseqError):
             return _fail(error.message, error.hint, error.exit_code)
+        if isinstance(error, PermissionError) and error.filename:
+            return _fail(f"{error.filename} cannot be used: {error.strerror}.", "Check its permissions.", 3)
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors, which it formats itself
+            said = str(getattr(error, "message", ""))
+            if said.endswith(" is not readable."):  # which is about the file and not about how it was given
+                return _fail(said[0].upper() + said[1:], "Check its permissions.", 3)
             error.show()
             return int(error.exit_code)
         from crlseq.training.memory import out_of_memory

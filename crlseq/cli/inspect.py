@@ -109,6 +109,10 @@ def programs(
     json: AsJson = False,
 ) -> None:
     """Top genes of each program: loading directly, and through the DAG as well. With --gene-sets, what they are known for."""
+    if gene_sets is not None:
+        from crlseq.data.genesets import check_gmt
+
+        check_gmt(gene_sets)
     found = _load(run)
     if program is not None:
         _described(found, program)

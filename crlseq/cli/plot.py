@@ -63,19 +63,13 @@ def plot(
     # Text stays text, and equal runs give equal files.
     suffix = output.suffix.lower()
     stamp: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix, {})
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            written_whole(output) as file,
-            mpl.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "crlseq"}),
-            warnings.catch_warnings(),
-        ):
-            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # shown as a box
-            axes.figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=stamp)
-    except OSError as error:
-        raise InputError(
-            f"{output} cannot be written: {error.strerror or error}.", "Choose another --output."
-        ) from error
+    with (
+        written_whole(output) as file,
+        mpl.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "crlseq"}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # shown as a box
+        axes.figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=stamp)
     say(f"{kind.value}: {output}")
     if kind is Kind.dag:
         say(f"The graph is {found.info['identification']['verdict']}: {found.info['identification']['reason']}")

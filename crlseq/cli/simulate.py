@@ -34,6 +34,7 @@ def simulate(
     """Simulate a Perturb-seq screen; the true graph and targets are in uns["truth"]."""
     from crlseq.data.simulate import simulate as simulate_screen
     from crlseq.errors import InputError, UsageError
+    from crlseq.files import written_whole
 
     if output.exists() and not force:
         raise InputError(f"{output} exists.", "Choose another --output, or replace it with --force.")
@@ -48,11 +49,6 @@ def simulate(
         adata = simulate_screen(**options)
     except ValueError as error:
         raise UsageError(str(error), "See `crlseq simulate --help`.") from None
-    beside = output.with_name(output.name + ".tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(output) as beside:
         adata.write_h5ad(beside, compression="gzip")
-        beside.replace(output)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error}.", "Check the path and its permissions.") from error
     say(f"{adata.n_obs} cells x {adata.n_vars} genes: {output}")

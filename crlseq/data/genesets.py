@@ -164,6 +164,18 @@ def read_gmt(path: Path) -> Iterator[tuple[str, str, list[str]]]:
         raise InputError(f"Line {number} of {path} is not UTF-8 text.", "Give a gmt file, unpacked.") from error
 
 
+def check_gmt(path: Path) -> None:
+    """Read a gmt file for its faults alone, before anything slower is done; not a pipe, which can be read only once.
+
+    Raises
+    ------
+    InputError
+        As `read_gmt`, or if there is no gene set in it.
+    """
+    if not path.is_fifo() and not sum(1 for _ in read_gmt(path)):
+        raise InputError(f"There is no gene set in {path}.", "Give a gmt file: a gene set a line.")
+
+
 def _naming(genes: Sequence[str] | np.ndarray) -> str:
     """``Ensembl identifiers (such as ENSG00000115415)``."""
     some = sorted({str(gene) for gene in genes[:200]})

@@ -122,8 +122,6 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
         yield _checked(adata.obs, adata.var, matrix, tuple(adata.layers), name)
         return
     path = Path(source)
-    if not path.exists():
-        raise InputError(f"There is no file {path}.", "Check the path.")
     with open_store(path) as store:
         name = str(path)
         with readable(name, "the table of cells or genes"):
@@ -155,12 +153,20 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
 def open_store(path: Path) -> Iterator[Any]:
     """An h5ad file, the modality ``rna`` of an h5mu file, or a zarr store, as a mapping for `anndata.io.read_elem`."""
     hint = "crlseq reads .h5ad files and .zarr stores as anndata writes them, and .h5mu files as mudata does."
-    if path.is_dir() or zipfile.is_zipfile(path):
+    try:
+        is_folder = path.is_dir()
+        if not is_folder:
+            path.open("rb").close()
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}.", "Check the path.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from None
+    if is_folder or zipfile.is_zipfile(path):
         with readable(str(path), "the zarr store"):
             store = zarr.open_group(str(path), mode="r")
         if "obs" not in store or "var" not in store:
             raise InputError(f"{path} is not an AnnData zarr store: it has no obs and var.", hint)
-        if path.is_dir():
+        if is_folder:
             refuse_links_outside(path)
         yield store
         return

@@ -14,12 +14,21 @@ from crlseq.errors import InputError
 
 
 def state_of(source: str | Path | ad.AnnData) -> list[tuple[str, int, int, int, int]]:
-    """What differs if a file was written to or replaced; nothing for an AnnData in memory."""
+    """What differs if a file was written to or replaced; nothing for an AnnData in memory.
+
+    Raises
+    ------
+    InputError
+        If a folder on the way may not be searched.
+    """
     if isinstance(source, ad.AnnData):
         return []
     path = Path(source)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    about = [(str(file), file.stat()) for file in files if file.exists()]
+    try:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        about = [(str(file), file.stat()) for file in files if file.exists()]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from None
     return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in about]
 
 

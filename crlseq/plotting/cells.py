@@ -121,16 +121,14 @@ def _perturbations(run: Run, pair: tuple[str, str], asked: Sequence[str] | None)
 def _cells(run: Run) -> tuple[np.ndarray, np.ndarray, str]:
     """Condition and latents of cells of the run's h5ad, read without its matrix, and the control's name."""
     import anndata as ad
-    import h5py
+
+    from crlseq.data.matrix import open_store, readable
 
     if run.path is None:
         raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
     path = run.path / "crlseq.h5ad"
-    try:
-        with h5py.File(path, "r") as handle:
-            obs, latents = ad.io.read_elem(handle["obs"]), np.asarray(handle["obsm/X_crlseq"])
-    except (OSError, KeyError) as error:
-        raise InputError(f"{path} cannot be read, so that there are no cells to plot.", "Restore it.") from error
+    with open_store(path) as store, readable(str(path), "the table of cells"):
+        obs, latents = ad.io.read_elem(store["obs"]), np.asarray(store["obsm/X_crlseq"])
     found = read_perturbations(
         obs, run.info["perturbation_key"], run.info["control_label"], run.info["config"]["data"]["separator"]
     )

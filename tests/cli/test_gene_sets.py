@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import anndata as ad
@@ -171,6 +173,34 @@ def test_bad_files(command: str, kind: str, screen_file: Path, linear_folder: Pa
     answer = asked(command, linear_folder, screen_file, tmp_path / "sets.gmt", tmp_path)
     check_refusal(answer.code, answer.out, answer.err, 3, said)
     assert {file.name for file in tmp_path.iterdir()} <= {"sets.gmt"}
+
+
+@pytest.mark.parametrize("kind", sorted(set(BAD) - {"of other names"}))
+def test_bad_files_are_refused_before_anything_is_read(kind: str, tmp_path: Path) -> None:
+    """Neither screen nor run is there, and the gene sets are what is told of."""
+    content, said = BAD[kind]
+    if content is not None:
+        (tmp_path / "sets.gmt").write_bytes(content)
+    for command in ("fit", "inspect", "report"):
+        answer = asked(command, tmp_path / "RUN", tmp_path / "screen.h5ad", tmp_path / "sets.gmt", tmp_path)
+        check_refusal(answer.code, answer.out, answer.err, 3, said)
+        assert "reading" not in answer.err
+    assert {file.name for file in tmp_path.iterdir()} <= {"sets.gmt"}
+
+
+@pytest.mark.parametrize("command", ["fit", "inspect"])
+def test_gene_sets_through_a_pipe(
+    command: str, gmt: Path, screen_file: Path, linear_folder: Path, tmp_path: Path
+) -> None:
+    """It can be read once."""
+    if command != "fit":
+        pytest.importorskip("gseapy")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(gmt.read_bytes()))
+    writer.start()
+    answer = asked(command, linear_folder, screen_file, tmp_path / "pipe", tmp_path)
+    assert answer.code == 0, answer.err
+    writer.join()
 
 
 def test_a_missing_library_is_named(linear_folder: Path, gmt: Path, monkeypatch: pytest.MonkeyPatch) -> None:

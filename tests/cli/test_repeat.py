@@ -16,7 +16,7 @@ import pytest
 
 import crlseq
 from crlseq.errors import InputError
-from tests.support import environment, invoke, spawn
+from tests.support import environment, invoke, relabelled, spawn
 
 SAME = [
     "model.safetensors",
@@ -54,6 +54,29 @@ def test_one_seed_one_result_whatever_the_hash_seed(screen_file: Path, tmp_path:
     assert other.path is not None
     assert results(other.path)["model.safetensors"] != found[0]["model.safetensors"]
     assert results(other.path)["programs.csv"] != found[0]["programs.csv"]
+
+
+# Commas for points, another dotted i, and text that is ASCII alone, as an old cluster has it.
+LOCALES = {"tr_TR.utf8": "tr_TR.UTF-8", "de_DE.utf8": "de_DE.UTF-8"}
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Pacific/Kiritimati"}
+
+
+def test_one_result_in_every_locale(tmp_path: Path) -> None:
+    """With names of genes, perturbations and files beyond ASCII."""
+    adata = relabelled(g0="İ-ı-ß", g1="β/γ")
+    adata.var_names = [f"GENE-ı{i}é" for i in range(adata.n_vars)]
+    adata.write_h5ad(tmp_path / "Zählung.h5ad")
+    listed = subprocess.run(["locale", "-a"], capture_output=True, text=True) if shutil.which("locale") else None
+    installed = [LOCALES[name] for name in (listed.stdout.split() if listed else ()) if name in LOCALES]
+    found = []
+    for changes in ({"LC_ALL": "C.UTF-8"}, ASCII, *({"LC_ALL": name} for name in installed)):
+        words = ["--method", "linear", "--n-latents", 2, "--bootstrap", 0, "--hold-out-cells", 0.3]
+        folder = tmp_path / f"Lauf-ü-{len(found)}"
+        done = spawn("fit", tmp_path / "Zählung.h5ad", "--output", folder, *words, **changes)
+        assert done.returncode == 0, done.stderr
+        found.append(results(folder))
+    assert all(one == found[0] for one in found[1:])
+    assert "İ-ı-ß".encode() in found[0]["interventions.csv"] and "GENE-ı0é".encode() in found[0]["programs.csv"]
 
 
 def test_thread_counts_change_rounding_alone(screen_file: Path, tmp_path: Path) -> None:

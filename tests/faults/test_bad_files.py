@@ -287,3 +287,35 @@ def test_a_heap_of_texts_that_never_ends(screen_file: Path, tmp_path: Path, inde
         return {"outcome": "refused"}
 
     no_fault(read_it, index)
+
+
+READERS: dict[str, list[Any]] = {
+    "evaluate": ["evaluate", "RUN"],
+    "evaluate folds": ["evaluate", "RUN", "--cross-validate"],
+    "predict": ["predict", "RUN", "-p", "g0", "--output", "virtual.h5ad"],
+    "export": ["export", "RUN", "--format", "h5ad", "--output", "cells.h5ad"],
+    "export of labels": ["export", "RUN", "--format", "gears", "--output", "gears.h5ad"],
+    "embedding": ["plot", "RUN", "embedding", "--output", "cells.png"],
+}
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_a_heap_that_never_ends_within_a_run(
+    command: str, linear_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run folder holds is checked as inputs are."""
+    shutil.copytree(linear_folder, tmp_path / "RUN")
+    content = bytearray((tmp_path / "RUN" / "crlseq.h5ad").read_bytes())
+    start = content.find(b"GCOL\1")
+    content[start + 16 : start + 18] = bytes(2)
+    content[start + 24 : start + 32] = bytes(8)
+    (tmp_path / "RUN" / "crlseq.h5ad").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+
+    def ask() -> Outcome:
+        answer = invoke(*READERS[command])
+        check_refusal(answer.code, answer.out, answer.err, 3, "has a heap of texts that never ends")
+        return {"outcome": "refused"}
+
+    no_fault(ask, command)
+    assert [path.name for path in tmp_path.iterdir()] == ["RUN"]

@@ -33,6 +33,7 @@ addEventListener("load", () => {
   const found = {
     labels: pairs(boxes("#dag text")), programs: pairs(boxes("#dag .node rect")),
     outside: all("#dag .node").filter((n) => { const r = n.querySelector("rect").getBoundingClientRect(); return [...n.querySelectorAll("text")].some((t) => t.getBoundingClientRect().right > r.right + .5); }).length,
+    width: innerWidth, cut: all(".scroll > table").filter((t) => t.offsetWidth > t.parentElement.clientWidth).length,
     wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     images: all("img").length, scripts: all("script").length, handlers: all("*").filter((item) => [...item.attributes].some((a) => a.name.startsWith("on"))).length,
     dark: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
@@ -80,10 +81,17 @@ def browse(path: Path, *flags: str) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-def probe(page: str, path: Path, *flags: str) -> dict[str, Any]:
-    """What `PROBE` finds in a page, whose policy would keep that script out."""
+def probe(page: str, path: Path, *flags: str, width: int | None = None) -> dict[str, Any]:
+    """What `PROBE` finds in a page, whose policy would keep that script out.
+
+    A window has 500 pixels at least, whatever is asked for: a narrower page is shown in a frame.
+    """
     page = re.sub(r"<meta http-equiv=.Content-Security-Policy.*?>", "", page)
-    path.write_text(page.replace("<head>", f"<head>{PROBE}", 1), encoding="utf-8")
+    page = page.replace("<head>", f"<head>{PROBE}", 1)
+    if width is not None:
+        told = "document.title = this.contentDocument.title"
+        page = f'<iframe width="{width}" height="844" style="border: 0" onload="{told}" srcdoc="{html.escape(page)}"></iframe>'
+    path.write_text(page, encoding="utf-8")
     dom, console = browse(path, *flags)
     assert not console, console
     title = re.search(r"<title>(\{.*?\})</title>", dom)
@@ -133,7 +141,8 @@ def test_phone_and_dark_mode(tmp_path: Path) -> None:
     run = replace(run, info={**run.info, "command": "crlseq fit " + "x" * 200})
     write_report(run, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    found = probe(page, tmp_path / "probe.html", "--window-size=390,844", "--blink-settings=preferredColorScheme=0")
+    found = probe(page, tmp_path / "probe.html", "--blink-settings=preferredColorScheme=0", width=390)
+    assert found["width"] == 390 and found["cut"] == 0  # the last column of every table is seen
     assert found["wide"] <= 0  # nothing but the marked parts scrolls sideways
     assert (found["dark"], found["ink"]) == ("rgb(13, 17, 23)", "rgb(230, 237, 243)")
     assert found["labels"] == 0

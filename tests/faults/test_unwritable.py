@@ -1,0 +1,206 @@
+"""Places that cannot be written, for every command that writes: one sentence, exit code 3, and nothing half-written."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import Answer, check_refusal, command, environment
+
+LINEAR: list[object] = ["--method", "linear", "--n-latents", 3, "--bootstrap", 0]
+SIMULATED = ["--n-latents", 3, "--n-genes", 20, "--cells-per-perturbation", 5, "--n-control", 20]
+
+
+def writing(screen: Path, run: Path, out: Path) -> list[list[Any]]:
+    """A call of every command that writes, with what it writes below `out`."""
+    return [
+        ["fit", screen, "--output", out / "OTHER", *LINEAR],
+        ["prepare", screen, "--output", out / "STORE"],
+        ["predict", run, "-p", "g0+g1", "--output", out / "virtual.h5ad"],
+        *(["export", run, "--format", name, "--output", out / name] for name in ("h5ad", "csv", "graphml")),
+        ["report", run, "--output", out / "page.html"],
+        ["evaluate", run, "--output", out / "found.csv"],
+        ["plot", run, "dag", "--output", out / "dag.png"],
+        ["simulate", *SIMULATED, "--output", out / "simulated.h5ad"],
+        [
+            "benchmark",
+            "--scenario",
+            "linear-gaussian",
+            "--seeds",
+            0,
+            "--method",
+            "linear",
+            "--output",
+            out / "BENCHMARK",
+        ],
+    ]
+
+
+def in_a_fork(prepare: Callable[[], object], *words: object) -> Answer:
+    """What a command answers in a child of this process, which has imported everything, after `prepare`."""
+    pipes = [os.pipe() for _ in range(2)]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            from crlseq.cli.app import main
+
+            sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(writes, "w")) for _, writes in pipes)
+            sys.argv = ["crlseq", *map(str, words)]
+            prepare()
+            try:
+                main()
+                code = 0
+            except SystemExit as done:
+                code = int(done.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    texts = []
+    for _, writes in pipes:
+        os.close(writes)
+    for reads, _ in reversed(pipes):  # what goes to stdout is less than a pipe holds
+        with open(reads, encoding="utf-8") as stream:
+            texts.append(stream.read())
+    return Answer(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), texts[1], texts[0])
+
+
+def check_cannot_be_written(answer: Answer, words: list[Any]) -> None:
+    assert "Traceback" not in answer.err, f"{words}\n{answer.err}"
+    said = "\n".join(answer.err.splitlines()[-2:])  # before them come stages and notes
+    check_refusal(answer.code, answer.out, said, 3, "cannot be written")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+        if os.access(path, os.R_OK)
+    }
+
+
+def without_rights() -> None:
+    """Have the permissions of files hold for root too: as the owner of all files here, who may not pass over them."""
+    if os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of capability.h, this thread
+    sets = (ctypes.c_uint32 * 6)()
+    if libc.capget(header, sets):
+        raise PermissionError
+    for at in range(3):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: effective, permitted, inheritable
+        sets[at] &= ~0b110
+    if libc.capset(header, sets):
+        raise PermissionError
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    place = tmp_path / "mounted"
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_without_permission(screen_file: Path, linear_folder: Path, tmp_path: Path) -> None:
+    if os.geteuid() == 0 and not hasattr(ctypes.CDLL(None), "capset"):
+        pytest.skip("root may write everywhere")
+    place = tmp_path / "guarded"
+    (place / "closed").mkdir(parents=True)
+    shutil.copy(screen_file, place / "screen.h5ad")
+    shutil.copytree(linear_folder, place / "RUN")
+    screen, run = place / "screen.h5ad", place / "RUN"
+    guards = {run: 0o555, place / "closed": 0o000, place: 0o555}
+    before = contents(place)
+    try:
+        for path, mode in guards.items():
+            path.chmod(mode)
+        closed = place / "closed" / "x.h5ad"
+        for words in [
+            *writing(screen, run, place),
+            ["report", run],
+            ["fit", screen, "--output", run, "--force", *LINEAR],
+            ["fit", screen, "--output", place / "closed" / "RUN", *LINEAR],
+            ["predict", run, "-p", "g0", "--output", closed],
+        ]:
+            check_cannot_be_written(in_a_fork(without_rights, *words), words)
+        screen.chmod(0o000)
+        never = ["--output", tmp_path / "NEVER"]
+        for words in [
+            *(["fit", source, *never, "--quiet"] for source in (closed, screen)),
+            *(["prepare", source, *never] for source in (closed, screen)),
+            *(["check", source] for source in (closed, screen)),
+            ["inspect", "programs", place / "closed" / "RUN"],
+        ]:
+            answer = in_a_fork(without_rights, *words)
+            check_refusal(answer.code, answer.out, answer.err, 3, "Check its permissions")
+    finally:
+        for path in (place, *guards):
+            path.chmod(0o755)
+        screen.chmod(0o644)
+    assert contents(place) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["guarded"]
+
+
+def test_on_a_read_only_file_system(screen_file: Path, linear_folder: Path, mounted: Path) -> None:
+    screen, run = mounted / "screen.h5ad", mounted / "RUN"
+    shutil.copy(screen_file, screen)
+    shutil.copytree(linear_folder, run)
+    before = contents(mounted)
+    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+    for words in [*writing(screen, run, mounted), ["report", run]]:
+        check_cannot_be_written(in_a_fork(lambda: None, *words), words)
+    assert contents(mounted) == before
+
+
+# What is left when a disk fills up is an unfinished run or store, or a benchmark, that goes on where there is room.
+UNFINISHED = ("OTHER.partial", "STORE.partial", "BENCHMARK")
+
+
+@pytest.mark.parametrize("room", [0, 24 << 10])
+def test_on_a_full_disk(screen_file: Path, linear_folder: Path, mounted: Path, room: int) -> None:
+    """Without any room, and with room for the beginning of what is to be written."""
+    filler = mounted / "filler"
+    for words in writing(screen_file, linear_folder, mounted):
+        if room and words[0] == "benchmark":  # a long way to where it matters
+            continue
+        disk = os.statvfs(mounted)
+        filler.write_bytes(bytes(disk.f_bavail * disk.f_frsize - room))
+        answer = in_a_fork(lambda: None, *words)
+        left = {path.name for path in mounted.iterdir()} - {filler.name, *UNFINISHED}
+        if room == 0 or answer.code != 0 or not left:  # else it was small enough
+            check_cannot_be_written(answer, words)
+            assert left == set(), words
+        for path in mounted.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_files_that_may_not_grow(screen_file: Path, linear_folder: Path, tmp_path: Path) -> None:
+    """As a quota has it; HDF5 must not crash when Python ends either, so that this is a process of its own."""
+    words = ["predict", linear_folder, "-p", "g0+g1", "--output", tmp_path / "virtual.h5ad"]
+    done = subprocess.run(
+        command(*words), capture_output=True, text=True, env=environment(), timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+    )  # fmt: skip
+    check_cannot_be_written(Answer(done.returncode, done.stdout, done.stderr), words)
+    assert list(tmp_path.iterdir()) == []
