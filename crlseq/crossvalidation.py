@@ -32,7 +32,7 @@ from crlseq.analysis.comparison import AXIOMS, METRICS, compare, summarise, verd
 from crlseq.analysis.evaluation import Evaluation, evaluate
 from crlseq.config import Config
 from crlseq.data.dataset import select_conditions
-from crlseq.data.matrix import open_store, readable, within
+from crlseq.data.matrix import open_store, within
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.errors import InputError, UsageError
 from crlseq.extrapolation import FILE as EMBEDDINGS
@@ -192,11 +192,14 @@ def _read(run: Run) -> tuple[ad.AnnData, Perturbations]:
     if run.path is None:
         raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
     path = run.path / "crlseq.h5ad"
-    with open_store(path), readable(str(path), "the screen"):
-        screen = ad.read_h5ad(path)
-        # Folds are cut from all of these by compiled code.
-        for matrix in (screen.X, screen.raw and screen.raw.X, *screen.layers.values(), *screen.obsm.values()):
-            within(matrix)
+    with open_store(path):
+        try:
+            screen = ad.read_h5ad(path)
+            # Folds are cut from all of these by compiled code.
+            for matrix in (screen.X, screen.raw and screen.raw.X, *screen.layers.values(), *screen.obsm.values()):
+                within(matrix)
+        except Exception as error:  # h5py and anndata raise almost every type for damaged files
+            raise InputError(f"{path} cannot be read: {error}.", "Restore it, or fit again.") from error
     for slot, name in (("obs", "crlseq_split"), ("obsm", "X_crlseq"), ("varm", "crlseq_programs"), ("uns", "crlseq")):
         if name in getattr(screen, slot):
             del getattr(screen, slot)[name]
