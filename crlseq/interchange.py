@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -267,7 +267,8 @@ def _h5mu(run: Run, path: Path) -> list[str]:
             modality.var_names = names
             modality.var["perturbation"] = [guides["genes"].get(name, "") for name in names]
             modalities[GUIDE_MODALITY] = modality
-    with mudata.set_options(pull_on_update=False):
+    # What became the rule in 0.4, without a warning about it.
+    with nullcontext() if hasattr(mudata, "settings") else mudata.set_options(pull_on_update=False):
         mudata.MuData(modalities).write_h5mu(path)
     return notes
 

@@ -215,9 +215,9 @@ class Run:
             for _, block in screen.blocks():
                 record.check(block, screen.source)
                 x = torch.from_numpy(record.apply(block)[:, columns].astype(np.float32).toarray()).to(dtype)
-                parts.append(self.model.latents(x).double().numpy())
-        latents: np.ndarray = (np.concatenate(parts) - center) / scale
-        return latents.astype(np.float32)
+                values = (self.model.latents(x).double().numpy() - center) / scale
+                parts.append(values.astype(np.float32))  # of a million cells these are few, in float64 they are not
+        return np.concatenate(parts)
 
     def predict(self, perturbations: str | Sequence[str], **options: Any) -> ad.AnnData:
         """Virtual cells under fitted perturbations and combinations of them; see `crlseq.prediction.predict`.

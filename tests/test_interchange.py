@@ -26,6 +26,7 @@ from crlseq.data.perturbations import read_perturbations
 from crlseq.export import dag_graph, edge_table
 from crlseq.interchange import FORMATS, cyjs, dot, write
 from crlseq.run import Run
+from crlseq.tables import EXACT
 from tests.support import check_refusal, dense, fit_h5ad, invoke, small_screen
 from tests.synthetic import synthetic_run
 
@@ -160,7 +161,7 @@ def test_gene_sets_for_gseapy(run_folder: Path, finished: Run, tmp_path: Path) -
         str(rankings / "P0.rnk"), {own: sets[own]}, min_size=1, permutation_num=20, outdir=None, no_plot=True, seed=0
     ).res2d
     assert np.sign(float(found["ES"].iloc[0])) == (1 if own.endswith("up") else -1)
-    table = pd.read_csv(rankings / "P1.rnk", sep="\t", header=None, float_precision="round_trip")
+    table = pd.read_csv(rankings / "P1.rnk", sep="\t", header=None, **EXACT)
     assert table[1].is_monotonic_decreasing
     np.testing.assert_array_equal(table[1], loading["P1"][table[0]].to_numpy())
 

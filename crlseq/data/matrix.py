@@ -118,8 +118,9 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
     if isinstance(source, ad.AnnData):
         adata, name = source, "the AnnData"
         with readable(name, "the matrix"):  # which may be backed by a file
-            matrix = _row_sliceable(adata.X if layer is None else _named_layer(dict(adata.layers), layer, name), name)
-        yield _checked(adata.obs, adata.var, matrix, tuple(adata.layers), name)
+            there = {key: value for key, value in adata.layers.items() if key is not None}  # X, from anndata 0.13 on
+            matrix = _row_sliceable(adata.X if layer is None else _named_layer(there, layer, name), name)
+        yield _checked(adata.obs, adata.var, matrix, tuple(there), name)
         return
     path = Path(source)
     with open_store(path) as store:

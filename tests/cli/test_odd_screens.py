@@ -259,7 +259,9 @@ def reference(few_counts: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) 
 
 def same_tables(a: Run, b: Run) -> None:
     for name, table in a.tables().items():
-        pd.testing.assert_frame_equal(table, b.tables()[name], check_exact=True)
+        other = b.tables()[name]
+        texts = dict.fromkeys(other.select_dtypes(exclude="number"), object)  # an empty table has no text to tell by
+        pd.testing.assert_frame_equal(table.astype(texts), other.astype(texts), check_exact=True)
 
 
 @pytest.mark.parametrize("kind", list(MATRICES))

@@ -255,7 +255,10 @@ def test_backed_without_a_matrix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a\udcff", "a\0b"])
 def test_names_that_are_no_text(name: str) -> None:
     adata = small_screen()
-    adata.var_names = [name, *adata.var_names[1:]]
+    try:
+        adata.var_names = [name, *adata.var_names[1:]]
+    except UnicodeEncodeError:
+        pytest.skip("from pandas 3 on no index can hold such a name")
     with pytest.raises(InputError, match="is no valid text"):
         read_data(adata, DataConfig(), 0)
 

@@ -118,7 +118,7 @@ PICKLED_ZARR: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:zarr v3 will become:DeprecationWarning")
 @pytest.mark.parametrize("codecs", PICKLED_ZARR)
 def test_pickles_in_a_zarr_store(tmp_path: Path, codecs: dict[str, Any]) -> None:
     """Its codecs are chosen by the store, and one of them is pickle."""
@@ -259,7 +259,8 @@ def test_names_come_back_from_csv(names: list[str]) -> None:
     table = pd.DataFrame({"gene": pd.Series(names, dtype=object), "loading": np.linspace(-1, 1, len(names))})
     try:
         path.write_bytes(to_csv(table))
-        pd.testing.assert_frame_equal(read_csv(path, {"gene": str, "loading": float}), table, check_exact=True)
+        back = read_csv(path, {"gene": str, "loading": float}).astype({"gene": object})  # from pandas 3 on texts
+        pd.testing.assert_frame_equal(back, table, check_exact=True)
         with path.open(newline="", encoding="utf-8") as handle:
             for gene, loading in list(csv.reader(handle))[1:]:
                 assert gene[:1] not in ("=", "+", "-", "@", "\t", "\r", "\n")

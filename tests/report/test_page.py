@@ -20,7 +20,9 @@ from crlseq.run import Run
 from tests.support import check_refusal, files_below, invoke
 from tests.synthetic import synthetic_run
 
-EVIL = ["<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "\" onmouseover=\"alert(3)", "'`{{ 7*7 }}", "\ud800\x00"]  # fmt: skip
+# From pandas 3 on no text in a table can hold half of a pair.
+SURROGATE = "\ud800" if int(pd.__version__.split(".")[0]) < 3 else ""
+EVIL = ["<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "\" onmouseover=\"alert(3)", "'`{{ 7*7 }}", SURROGATE + "\x00"]  # fmt: skip
 
 
 class Page(HTMLParser):
