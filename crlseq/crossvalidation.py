@@ -192,14 +192,15 @@ def _read(run: Run) -> tuple[ad.AnnData, Perturbations]:
     if run.path is None:
         raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
     path = run.path / "crlseq.h5ad"
-    with open_store(path):
-        try:
+    try:
+        with open_store(path):  # which refuses what reading would never end in
             screen = ad.read_h5ad(path)
-            # Folds are cut from all of these by compiled code.
-            for matrix in (screen.X, screen.raw and screen.raw.X, *screen.layers.values(), *screen.obsm.values()):
-                within(matrix)
-        except Exception as error:  # h5py and anndata raise almost every type for damaged files
-            raise InputError(f"{path} cannot be read: {error}.", "Restore it, or fit again.") from error
+        # Folds are cut from all of these by compiled code.
+        for matrix in (screen.X, screen.raw and screen.raw.X, *screen.layers.values(), *screen.obsm.values()):
+            within(matrix)
+    except Exception as error:  # h5py and anndata raise almost every type for damaged files
+        why = (error.message if isinstance(error, InputError) else str(error)).rstrip(".")
+        raise InputError(f"{path} cannot be read: {why}.", "Restore it, or fit again.") from error
     for slot, name in (("obs", "crlseq_split"), ("obsm", "X_crlseq"), ("varm", "crlseq_programs"), ("uns", "crlseq")):
         if name in getattr(screen, slot):
             del getattr(screen, slot)[name]

@@ -266,12 +266,17 @@ class Run:
             return self.cells
         import anndata as ad
 
-        from crlseq.data.matrix import open_store, readable
+        from crlseq.data.matrix import open_store
 
         path = self._folder() / "crlseq.h5ad"
-        with open_store(path) as store, readable(str(path), "the split of cells"):
-            obs: pd.DataFrame = ad.io.read_elem(store["obs"])
+        try:
+            with open_store(path) as store:
+                obs: pd.DataFrame = ad.io.read_elem(store["obs"])
             return obs[["crlseq_split", *(name for name in CELL_COLUMNS[1:] if name in obs)]].copy()
+        except (OSError, KeyError, InputError) as error:
+            raise InputError(
+                f"{path} cannot be read, so the split of cells is unknown.", "Restore it, or fit again."
+            ) from error
 
     def _folder(self) -> Path:
         if self.path is None:
