@@ -48,7 +48,7 @@ class Learner:
 
     @cached_property
     def optimizer(self) -> torch.optim.Adam:
-        """Made when it is needed: a fit without epochs does not wait for what torch imports for it."""
+        """Made when it is needed, which a fit without epochs never does."""
         return torch.optim.Adam(self.model.parameters(), lr=self.config.training.learning_rate, fused=True)
 
     def begin(self, epoch: int, n_epochs: int, weights: Weights, noise: int) -> None:
