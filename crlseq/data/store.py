@@ -51,7 +51,7 @@ class Manifest:
     n_nonzero: int
     inputs: tuple[str, ...]
     files: dict[str, str]
-    identity: str
+    identity: str = ""  # of stores that were made before it was kept
 
     def to_json(self) -> str:
         """As it lies at the root of the store."""

@@ -33,7 +33,7 @@ RIDGE = 1e-4  # on G, per cell: only decides directions that the data leave flat
 RIDGE_SCALE = 2e-5
 LARGE_SHIFT = 5.0  # a shift's prior deviation: a program that control cells do not vary in keeps a scale
 RACE = 15  # steps after which restarts are far enough apart to go on with the best alone
-MOST = 0.9
+MOST = 0.9  # share of the parameters that move, above which all are solved for
 MAX_STEP = 1.5  # largest change of a parameter in one step
 FIXED_LOG_NOISE = -20.0
 
