@@ -11,7 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from crlseq._version import __version__
+
 __all__ = [
     "CrlseqError",
     "Run",
@@ -28,25 +29,25 @@ __all__ = [
 
 if TYPE_CHECKING:
     from crlseq import plotting as pl
-    from crlseq.analysis.enrichment import enrich
-    from crlseq.analysis.evaluation import evaluate
-    from crlseq.crossvalidation import cross_validate
+    from crlseq.data.prepare import prepare
     from crlseq.data.simulate import simulate
     from crlseq.errors import CrlseqError
-    from crlseq.fitting import fit
-    from crlseq.preparation import prepare
-    from crlseq.run import Run, load
+    from crlseq.evaluation.evaluate import evaluate
+    from crlseq.experiments.crossvalidation import cross_validate
+    from crlseq.pipeline.fit import fit
+    from crlseq.readout.enrichment import enrich
+    from crlseq.run.run import Run, load
 
 # Imported when first used: torch and scanpy take seconds, and `crlseq --help` needs neither.
 _HOME = {
     "CrlseqError": "crlseq.errors",
-    "Run": "crlseq.run",
-    "cross_validate": "crlseq.crossvalidation",
-    "enrich": "crlseq.analysis.enrichment",
-    "evaluate": "crlseq.analysis.evaluation",
-    "fit": "crlseq.fitting",
-    "load": "crlseq.run",
-    "prepare": "crlseq.preparation",
+    "Run": "crlseq.run.run",
+    "cross_validate": "crlseq.experiments.crossvalidation",
+    "enrich": "crlseq.readout.enrichment",
+    "evaluate": "crlseq.evaluation.evaluate",
+    "fit": "crlseq.pipeline.fit",
+    "load": "crlseq.run.run",
+    "prepare": "crlseq.data.prepare",
     "simulate": "crlseq.data.simulate",
 }
 

@@ -44,7 +44,7 @@ class DataConfig(_Section):
     hold_out: tuple[str, ...] = ()  # conditions kept out of the fit
     hold_out_cells: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of every condition kept for testing
     validation_cells: float = Field(default=0.1, gt=0.0, lt=0.5)  # share of every condition for early stopping
-    responders: bool = False  # leave out cells that escaped their perturbation (`crlseq.analysis.responders`)
+    responders: bool = False  # leave out cells that escaped their perturbation (`crlseq.data.responders`)
     embeddings: str | None = None  # table of gene vectors, from which perturbations never seen are extrapolated
     gene_sets: str | None = None  # gmt file of the sets that the encoder reads
     streamed: bool | None = None  # a prepared store: read as training goes, or loaded; None: by its size

@@ -18,11 +18,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import crlseq
-from crlseq.analysis.judged import read_cells
-from crlseq.analysis.metrics import l2_distance, pearson_delta
-from crlseq.analysis.prediction import virtual_cells
-from crlseq.analysis.recovery import closure
-from crlseq.run import Run
+from crlseq.evaluation.cells import read_cells
+from crlseq.evaluation.held_out import virtual_cells
+from crlseq.evaluation.metrics import l2_distance, pearson_delta
+from crlseq.evaluation.recovery import closure
+from crlseq.run.run import Run
 
 SCREEN = {
     "n_latents": 5, "perturbations_per_latent": 3, "n_genes": 200, "cells_per_perturbation": 100, "n_control": 1000,

@@ -32,9 +32,10 @@ import torch
 from screens import make_screen
 
 import crlseq
-from crlseq.fitting import Progress, fit
-from crlseq.model import factored, losses
-from crlseq.model.rows import DenseRows, SparseRows
+from crlseq.model import losses
+from crlseq.model import sparse_losses as factored
+from crlseq.model.expression_rows import DenseRows, SparseRows
+from crlseq.pipeline.fit import Progress, fit
 from crlseq.training.objective import CellSource, Objective
 
 STAGES = ("waiting for cells", "products", "MMD", "other forward", "backward", "optimiser", "rest")

@@ -22,11 +22,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 import crlseq
-from crlseq.analysis.calibration import edge_supports
-from crlseq.analysis.recovery import closure, score_recovery
 from crlseq.data.simulate import CONTROL
 from crlseq.errors import CrlseqError
-from crlseq.run import Run
+from crlseq.evaluation.calibration import edge_supports
+from crlseq.evaluation.recovery import closure, score_recovery
+from crlseq.run.run import Run
 
 SURE = 0.9
 SCREEN: dict[str, Any] = {

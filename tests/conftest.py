@@ -15,7 +15,7 @@ import pytest
 from hypothesis import settings
 
 import crlseq
-from crlseq.run import Run
+from crlseq.run.run import Run
 from tests.support import clear_screen, invoke
 
 # How long an example takes says nothing on a machine that others use as well.

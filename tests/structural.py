@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crlseq.model.linear import Kind
-from crlseq.model.moments import DTYPE, Moments
+from crlseq.discovery.likelihood import Kind
+from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.model.scm import MAX_LOG_SCALE, LatentSCM, Mechanism
 
 P, Q = 4, 7

@@ -19,7 +19,7 @@ import pandas as pd
 
 import crlseq
 from crlseq.data.perturbations import Perturbations
-from crlseq.run import Run
+from crlseq.run.run import Run
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from crlseq.export import edge_table, program_labels, program_table
-from crlseq.run import Run
+from crlseq.run.export import edge_table, program_labels, program_table
+from crlseq.run.run import Run
 
 
 def synthetic_run(

@@ -17,8 +17,8 @@ import pytest
 
 import crlseq
 from crlseq.data.store import MANIFEST
-from crlseq.export import CELL_COLUMNS
-from crlseq.run import GENE_SETS, PATHWAY_COLUMNS, PATHWAYS, Run
+from crlseq.run.export import CELL_COLUMNS
+from crlseq.run.run import GENE_SETS, PATHWAY_COLUMNS, PATHWAYS, Run
 from tests.support import FAST, ROOT
 
 DOCS = ROOT / "docs"

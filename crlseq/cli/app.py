@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from crlseq import __version__, interrupts
+from crlseq._version import __version__
 from crlseq.cli import (
     benchmark,
     check,
@@ -26,7 +26,8 @@ from crlseq.cli import (
 )
 from crlseq.cli.output import say
 from crlseq.errors import CrlseqError
-from crlseq.files import UNFINISHED
+from crlseq.storage import interrupts
+from crlseq.storage.files import UNFINISHED
 
 app = typer.Typer(
     name="crlseq",

@@ -39,8 +39,8 @@ def benchmark(
     An interrupted benchmark goes on when the same command is given again.
     """
     chosen = _seeds(seeds)
-    from crlseq.benchmark import METHODS, SCENARIOS
-    from crlseq.benchmark import benchmark as run_benchmark
+    from crlseq.experiments.benchmark import METHODS, SCENARIOS
+    from crlseq.experiments.benchmark import benchmark as run_benchmark
 
     try:
         summary = run_benchmark(

@@ -61,21 +61,21 @@ def evaluate(
         raise UsageError("--splits says what --cross-validate holds out.", "Give both.")
     if output is not None and output.is_dir():
         raise InputError(f"{output} is a folder.", "Name a file to write.")
-    from crlseq.runfolder import refuse_part_of_run
+    from crlseq.storage.runfolder import refuse_part_of_run
 
     if output is not None:
         refuse_part_of_run(output)
     if output is not None and output.exists() and not force:
         raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
-    from crlseq.analysis.comparison import limits
-    from crlseq.analysis.evaluation import evaluate as judge
-    from crlseq.files import written_whole
-    from crlseq.run import load
-    from crlseq.tables import to_csv
+    from crlseq.evaluation.compare import limits
+    from crlseq.evaluation.evaluate import evaluate as judge
+    from crlseq.run.run import load
+    from crlseq.storage.csv import to_csv
+    from crlseq.storage.files import written_whole
 
     fitted = load(run)
     if cross_validate:
-        from crlseq.crossvalidation import cross_validate as judge_folds
+        from crlseq.experiments.crossvalidation import cross_validate as judge_folds
 
         chosen = None if splits is None else [word.strip() for word in splits.split(",")]
         found = judge_folds(fitted, folds, chosen, legacy, note=say)

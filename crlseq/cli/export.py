@@ -12,7 +12,7 @@ from crlseq.cli.output import say
 
 
 class FormatName(StrEnum):
-    """The formats of `crlseq.interchange.FORMATS`."""
+    """The formats of `crlseq.export.interchange.FORMATS`."""
 
     h5ad = "h5ad"
     csv = "csv"
@@ -50,9 +50,9 @@ def export(
 ) -> None:
     """Write a run in the format of another tool."""
     from crlseq.errors import InputError, UsageError
-    from crlseq.interchange import FORMATS, write
-    from crlseq.run import load
-    from crlseq.runfolder import refuse_part_of_run
+    from crlseq.export.interchange import FORMATS, write
+    from crlseq.run.run import load
+    from crlseq.storage.runfolder import refuse_part_of_run
 
     if (name is None) != (output is None):
         raise UsageError("--format and --output belong together.", f"Formats are {', '.join(FORMATS)}.")

@@ -119,8 +119,8 @@ def fit(
             method=method, n_latents=_number_or_word(n_latents), intervention=intervention, equations=equations, bootstrap=_number_or_word(bootstrap),
             epochs=epochs, batch_size=batch_size, seed=seed, ensemble=ensemble, dtype=dtype, device=device, threads=threads,
         )  # fmt: skip
-        from crlseq.fitting import fit as fit_screen
-        from crlseq.fitting import take_part
+        from crlseq.pipeline.fit import fit as fit_screen
+        from crlseq.pipeline.fit import take_part
 
         if ranks.rank > 0:
             take_part(file, settings, ranks)

@@ -14,8 +14,8 @@ from crlseq.cli.output import say, show_json, show_table, show_text
 if TYPE_CHECKING:
     import pandas as pd
 
-    from crlseq.describe import Program
-    from crlseq.run import Run
+    from crlseq.run.run import Run
+    from crlseq.run.summary import Program
 
 
 ANCHORS = 10  # that are named
@@ -37,7 +37,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON to stdout.")]
 
 
 def _load(run: Path) -> Run:
-    from crlseq.run import load
+    from crlseq.run.run import load
 
     return load(run)
 
@@ -47,7 +47,7 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     """What was fitted, how well, and whether to believe the graph."""
     import pandas as pd
 
-    from crlseq.describe import sets_in_words, verdicts
+    from crlseq.run.summary import sets_in_words, verdicts
 
     found = _load(run)
     info, metrics = found.info, found.info["metrics"]
@@ -137,7 +137,7 @@ def programs(
 
 
 def _enriched(found: Run, gene_sets: Path, program: str | None, top: int, json: bool) -> None:
-    from crlseq.analysis.enrichment import enrich
+    from crlseq.readout.enrichment import enrich
 
     table = enrich(found, gene_sets).groupby(["program", "test"], sort=False).head(top)
     if program is not None:
@@ -220,7 +220,7 @@ def _described(run: Run, name: str) -> Program:
 
 def _heading(program: Program) -> list[str]:
     """A program in a few lines: title, what it explains, what is up- and downstream."""
-    from crlseq.describe import numbers_in_words
+    from crlseq.run.summary import numbers_in_words
 
     lines = [f"{program.name}  {program.title}"]
     if numbers := numbers_in_words(program):
@@ -252,7 +252,7 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
     """The latent DAG, drawn as text and as a table, and whether the data determine it."""
     import json as json_module
 
-    from crlseq.export import dag_json
+    from crlseq.run.export import dag_json
 
     found = _load(run)
     verdict = found.info["identification"]

@@ -18,7 +18,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     import pandas as pd
 
-    from crlseq.fitting import Progress
+    from crlseq.pipeline.fit import Progress
 
 GAP = 2  # blanks between the columns of a table
 messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -123,7 +123,7 @@ class FitProgress:
 
     def callbacks(self) -> Progress:
         """The callbacks that `crlseq.fit` takes."""
-        from crlseq.fitting import Progress
+        from crlseq.pipeline.fit import Progress
 
         return Progress() if self.quiet else Progress(self._stage, self._note, self._epoch)
 

@@ -43,7 +43,7 @@ def plot(
 ) -> None:
     """Draw the DAG, the programs, the intervention map, the losses, the tests of effects or the cells."""
     from crlseq.errors import InputError, UsageError
-    from crlseq.run import load
+    from crlseq.run.run import load
 
     if output.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{output} is no picture that can be written.", "End its name in .png, .svg or .pdf.")
@@ -57,7 +57,7 @@ def plot(
 
     mpl.use("Agg")
     from crlseq import plotting
-    from crlseq.files import written_whole
+    from crlseq.storage.files import written_whole
 
     axes = getattr(plotting, kind.value)(found, **options)
     # Text stays text, and equal runs give equal files.

@@ -31,7 +31,7 @@ def prepare(
 ) -> None:
     """Write one or several screens as a store sorted by perturbation, which `fit` reads without holding it in memory."""
     from crlseq.config import make_config
-    from crlseq.preparation import prepare as write
+    from crlseq.data.prepare import prepare as write
 
     config = make_config(
         perturbation_key=perturbation_key, control_label=control_label, separator=separator, layer=layer, values=values,

@@ -22,12 +22,12 @@ def report(
 
     Tables that `crlseq evaluate RUN --output RUN/NAME.csv` left in the run's folder are in it.
     """
-    from crlseq.analysis.enrichment import enrich
     from crlseq.data.genesets import check_gmt
     from crlseq.errors import InputError
+    from crlseq.readout.enrichment import enrich
     from crlseq.report import write_report
-    from crlseq.run import load
-    from crlseq.runfolder import refuse_part_of_run
+    from crlseq.run.run import load
+    from crlseq.storage.runfolder import refuse_part_of_run
 
     if gene_sets is not None:
         check_gmt(gene_sets)

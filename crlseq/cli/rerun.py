@@ -26,7 +26,7 @@ def rerun(
     """Fit again as run.json says, and report the first difference: exit code 0 if there is none, 4 if there is."""
     from dataclasses import asdict
 
-    from crlseq.rerun import rerun as repeat
+    from crlseq.experiments.rerun import rerun as repeat
 
     progress = FitProgress(quiet)
     with tempfile.TemporaryDirectory(prefix="crlseq-") as folder:

@@ -34,7 +34,7 @@ def simulate(
     """Simulate a Perturb-seq screen; the true graph and targets are in uns["truth"]."""
     from crlseq.data.simulate import simulate as simulate_screen
     from crlseq.errors import InputError, UsageError
-    from crlseq.files import written_whole
+    from crlseq.storage.files import written_whole
 
     if output.exists() and not force:
         raise InputError(f"{output} exists.", "Choose another --output, or replace it with --force.")

@@ -20,7 +20,7 @@ import zarr
 from crlseq.data.hdf5 import refuse_traps
 from crlseq.data.store import StoredMatrix, read_manifest
 from crlseq.errors import CrlseqError, InputError
-from crlseq.files import refuse_links_outside
+from crlseq.storage.files import refuse_links_outside
 
 EXPANSION, SMALL = 1100, 1 << 26  # deflate's limit is 1,032; and bytes that do no harm
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8

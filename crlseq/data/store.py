@@ -1,6 +1,6 @@
 """Prepared stores: an AnnData zarr store whose cells lie sorted by perturbation and shuffled within each.
 
-`crlseq.preparation.prepare` writes them, this reads them. A contiguous run of one perturbation's cells is a random
+`crlseq.data.prepare.prepare` writes them, this reads them. A contiguous run of one perturbation's cells is a random
 sample of them, so that training reads runs and never the whole matrix. ``crlseq.json`` at the root says how cells were
 sorted and holds the SHA-256 of every file.
 

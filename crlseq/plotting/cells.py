@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from crlseq.data.perturbations import read_perturbations
-from crlseq.describe import short
 from crlseq.errors import InputError, UsageError
 from crlseq.plotting.style import DISTINCT, MARKS, SOFT, TEXT, axes_of, bare, finish
-from crlseq.run import Run
+from crlseq.run.run import Run
+from crlseq.run.summary import short
 
 CELLS = 20_000  # drawn at most, evenly spaced in the file
 COLOURED = 3  # perturbations a program, if none were named

@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from crlseq.export import DETECTABLE_FDR
 from crlseq.plotting.style import DOWN, INK, SOFT, UP, axes_of, bare, finish, label_ticks, note
-from crlseq.run import Run
+from crlseq.run.export import DETECTABLE_FDR
+from crlseq.run.run import Run
 
 ROWS = 60
 

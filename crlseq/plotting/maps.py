@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
-from crlseq.describe import assignment, strongest
 from crlseq.plotting.style import INK, SIGNED, axes_of, finish, label_ticks, limit_of, note
-from crlseq.run import Run
+from crlseq.run.run import Run
+from crlseq.run.summary import assignment, strongest
 
 ROWS = 60  # of a map, if no number is asked for
 

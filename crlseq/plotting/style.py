@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from crlseq.describe import short
+from crlseq.run.summary import short
 
 # Orange and blue are told apart with every kind of colour vision, and so is each pair of Okabe and Ito's colours.
 UP, DOWN, SOFT, INK = "#b35806", "#2166ac", "#6e7781", "#1b1f24"

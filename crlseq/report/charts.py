@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from crlseq.describe import BASELINES, assignment, short, strongest
-from crlseq.export import DETECTABLE_FDR
+from crlseq.run.export import DETECTABLE_FDR
+from crlseq.run.summary import BASELINES, assignment, short, strongest
 
 if TYPE_CHECKING:
-    from crlseq.run import Run
+    from crlseq.run.run import Run
 
 MAP_ROWS = 150
 NUMBERED = 20  # programs up to which cells of the map are wide enough for a number

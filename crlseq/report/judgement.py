@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from crlseq.analysis.baselines import BASELINES
-from crlseq.analysis.comparison import METRICS, MODEL, WORDS, compare, verdict
-from crlseq.describe import Verdict, answer_of
+from crlseq.evaluation.baselines import BASELINES
+from crlseq.evaluation.compare import METRICS, MODEL, WORDS, compare, verdict
+from crlseq.run.summary import Verdict, answer_of
 
 if TYPE_CHECKING:
-    from crlseq.run import Run
+    from crlseq.run.run import Run
 
 SHOWN = {
     "pearson_delta": "Pearson Δ", "pearson_delta_top_de": "Pearson Δ, 20 top genes", "l2": "L2",

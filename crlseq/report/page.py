@@ -16,16 +16,16 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from crlseq.analysis import enrichment
-from crlseq.describe import Program, numbers_in_words, sets_in_words, verdicts
-from crlseq.drawing import HEAD, Drawing, draw, edge_width, heading, legend
-from crlseq.files import written_whole
-from crlseq.layout import Point
+from crlseq.plotting.drawing import HEAD, Drawing, draw, edge_width, heading, legend
+from crlseq.plotting.layout import Point
+from crlseq.readout import enrichment
 from crlseq.report import charts
 from crlseq.report.judgement import judgements
+from crlseq.run.summary import Program, numbers_in_words, sets_in_words, verdicts
+from crlseq.storage.files import written_whole
 
 if TYPE_CHECKING:
-    from crlseq.run import Run
+    from crlseq.run.run import Run
 
 GENES = 8  # of a card, that rise and that fall
 DRIVERS = 8  # of a card
@@ -48,7 +48,7 @@ def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> 
     With what `crlseq.enrich` found, a program's card has its gene sets.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("crlseq"),
+        loader=jinja2.PackageLoader("crlseq.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -78,7 +78,7 @@ def _brief(value: Any) -> str:
 
 
 def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
-    script = files("crlseq").joinpath("templates/report.js").read_text(encoding="utf-8")
+    script = files("crlseq.report").joinpath("templates/report.js").read_text(encoding="utf-8")
     order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), _program_number(run.interventions["program"])))
     interventions = run.interventions.iloc[order]
     judged = judgements(run)
@@ -90,7 +90,7 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "info": run.info,
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "style": Markup(files("crlseq").joinpath("templates/report.css").read_text(encoding="utf-8")),
+        "style": Markup(files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")),
         "verdicts": answers,
         "dag": _dag(run),
         "programs": [_card(program, enriched) for program in run.described.values()],

@@ -27,7 +27,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from crlseq.errors import CrlseqError
-from crlseq.interrupts import INTERRUPTED
+from crlseq.storage.interrupts import INTERRUPTED
 
 # torch is imported where there are ranks: a wrong option is refused without waiting for it.
 if TYPE_CHECKING:

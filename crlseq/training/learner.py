@@ -15,8 +15,8 @@ from crlseq.errors import ConvergenceError
 from crlseq.model.losses import weighted_total
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.distributed import Ranks
+from crlseq.training.memory_split import Work
 from crlseq.training.objective import Objective, Step
-from crlseq.training.parts import Work
 from crlseq.training.schedules import Weights, final_weights, settled
 from crlseq.training.sparsity import Sparsity
 

@@ -15,9 +15,9 @@ from crlseq.data.batches import BatchIndex
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.streamed import StreamedExpression
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.factored import Kernel, StepCells, factored_terms, step_cells
+from crlseq.model.expression_rows import DenseRows, Rows, SparseRows
 from crlseq.model.losses import anchor_term, interventional_terms, loss_terms
-from crlseq.model.rows import DenseRows, Rows, SparseRows
+from crlseq.model.sparse_losses import Kernel, StepCells, factored_terms, step_cells
 from crlseq.training.warm_start import Anchor
 
 
@@ -100,7 +100,7 @@ class Step:
 class Objective:
     """Loss terms of batches (`crlseq.model.losses`); with Gaussian noise the bound counts perturbed cells as well.
 
-    A linear output layer with Gaussian noise is computed from the non-zeros (`crlseq.model.factored`); the published
+    A linear output layer with Gaussian noise is computed from the non-zeros (`crlseq.model.sparse_losses`); the published
     output, which is not linear, from dense rows.
 
     Parameters

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.model.moments import DTYPE
+from crlseq.discovery.moments import DTYPE
 from crlseq.model.scm import LatentSCM
 from crlseq.model.spike_slab import SpikeSlab, fit_masks
 

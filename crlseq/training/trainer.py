@@ -21,12 +21,12 @@ from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth
 from crlseq.model.networks import GeneSetLayer
+from crlseq.storage.checkpoint import Keeper, load_checkpoint
 from crlseq.threads import ahead, in_parallel
-from crlseq.training.checkpoint import Keeper, load_checkpoint
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.learner import Learner
+from crlseq.training.memory_split import Parts, Work
 from crlseq.training.objective import Objective
-from crlseq.training.parts import Parts, Work
 from crlseq.training.residuals import measure_missed
 from crlseq.training.schedules import schedule
 from crlseq.training.warm_start import Anchor, WarmStart, warm_start

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from crlseq.data import splits
 from crlseq.data.dataset import ROWS, PerturbSeqData
 from crlseq.data.projection import Projection
+from crlseq.discovery.result import Discovery
+from crlseq.discovery.verdict import DESCRIBED
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.kinds import DESCRIBED
 from crlseq.model.networks import GeneSetLayer
 from crlseq.model.scm import MAX_LOG_SCALE, NEGATIVE_SLOPE, LatentSCM
 from crlseq.model.sparse_decoder import SparseDecoder
-from crlseq.training.findings import Discovery
 from crlseq.training.set_start import start_from_sets
 from crlseq.training.sparse_start import Loadings, control_deviation, sparse_loadings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import anndata as ad
 import pandas as pd
 
-from crlseq.analysis.comparison import PREDICTORS
+from crlseq.evaluation.compare import PREDICTORS
 from tests.support import check_refusal, invoke
 
 

@@ -15,8 +15,8 @@ import pytest
 import crlseq
 from crlseq.data.genesets import fitted_sets
 from crlseq.errors import InputError
-from crlseq.fitting import Progress
-from crlseq.run import Run
+from crlseq.pipeline.fit import Progress
+from crlseq.run.run import Run
 from tests.report.test_page import Page
 from tests.support import FAST, RUN_FILES, Answer, check_refusal, invoke
 
@@ -204,6 +204,6 @@ def test_gene_sets_through_a_pipe(
 
 
 def test_a_missing_library_is_named(linear_folder: Path, gmt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crlseq.analysis.enrichment.find_spec", lambda name: None)
+    monkeypatch.setattr("crlseq.readout.enrichment.find_spec", lambda name: None)
     answer = invoke("inspect", "programs", linear_folder, "--gene-sets", gmt)
     check_refusal(answer.code, answer.out, answer.err, 2, "gseapy", "crlseq[enrich]")

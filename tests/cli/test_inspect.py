@@ -18,8 +18,8 @@ import pandas as pd
 import pytest
 
 import crlseq
-from crlseq.run import Run
-from crlseq.tables import EXACT
+from crlseq.run.run import Run
+from crlseq.storage.csv import EXACT
 from tests.support import Answer, command, dense, environment, invoke, small_screen, spawn
 
 TABLES = ["programs", "interventions", "dag", "history"]

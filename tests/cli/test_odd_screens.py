@@ -16,7 +16,7 @@ import scipy.sparse as sp
 
 import crlseq
 from crlseq.errors import InputError
-from crlseq.run import Run
+from crlseq.run.run import Run
 from tests.support import FAST, SINGLES, dense, fit_file, fit_h5ad, invoke, relabelled, small_screen
 
 # --- labels

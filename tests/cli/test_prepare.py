@@ -18,8 +18,8 @@ import torch
 
 import crlseq
 from crlseq.data import matrix, storewriter
+from crlseq.data.prepare import prepare
 from crlseq.data.store import read_manifest
-from crlseq.preparation import prepare
 from tests.support import check_refusal, clear_screen, dense, files_below, fit_file, invoke, small_screen
 
 
@@ -131,7 +131,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(
     kind, number = where.split()
     owner: Any
     owner, name = (storewriter.Buckets, "add") if kind == "block" else (storewriter, "digest_of")
-    owner, name = (owner, name) if kind == "block" else (crlseq.preparation, "digest_of")  # type: ignore[attr-defined]
+    owner, name = (owner, name) if kind == "block" else (crlseq.data.prepare, "digest_of")  # type: ignore[attr-defined]
     inner, calls = getattr(owner, name), 0
 
     def stopping(*args: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import crlseq
-from crlseq.run import Run
+from crlseq.run.run import Run
 from tests.support import RUN_FILES, invoke
 
 G = 50

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import crlseq
-from crlseq.training.checkpoint import load_checkpoint
+from crlseq.storage.checkpoint import load_checkpoint
 from crlseq.training.learner import MAX_SLOWER
 from crlseq.training.objective import Objective, Step
 from tests.support import Answer, clear_screen, invoke

@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from crlseq import interrupts
+from crlseq.storage import interrupts
 from tests.support import environment
 
 ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 # A command whose body is given; it says "ready", and where its finally block was reached.
 COMMAND = """
 import hashlib, sys, time
-from crlseq import interrupts
+from crlseq.storage import interrupts
 from crlseq.cli import app
 interrupts.AGAIN, interrupts.PATIENCE = 0.1, 1.0
 def ready():

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import crlseq
 from crlseq.data.batches import BatchIndex
-from crlseq.fitting import Progress
-from crlseq.training.checkpoint import load_checkpoint
+from crlseq.pipeline.fit import Progress
+from crlseq.storage.checkpoint import load_checkpoint
 from crlseq.training.memory import out_of_memory
 from crlseq.training.objective import Objective, Step
 from tests.support import check_refusal, invoke
@@ -135,7 +135,7 @@ def test_memory_for_no_screen(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("crlseq.fitting.principal_components", fails)
+    monkeypatch.setattr("crlseq.pipeline.fit.principal_components", fails)
     answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", *WORDS, "--quiet")
     check_refusal(answer.code, answer.out, answer.err, 3, "There is not enough memory", "--n-top-genes")
     assert out_of_memory(error) and not out_of_memory(RuntimeError("shapes do not match"))

@@ -19,9 +19,9 @@ import torch
 
 import crlseq
 from crlseq.errors import ConvergenceError, InputError
-from crlseq.fitting import Progress
+from crlseq.pipeline.fit import Progress
+from crlseq.storage.checkpoint import load_checkpoint, mend_checkpoint, previous_of, save_checkpoint
 from crlseq.training import trainer
-from crlseq.training.checkpoint import load_checkpoint, mend_checkpoint, previous_of, save_checkpoint
 from crlseq.training.learner import MAX_SLOWER, Learner
 from tests.cli.test_repeat import results
 from tests.support import check_refusal, command, environment, invoke
@@ -138,7 +138,7 @@ def test_two_processes_on_one_output(screen_file: Path, tmp_path: Path) -> None:
 def test_an_output_that_another_process_finished_meanwhile(
     screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from crlseq import fitting
+    from crlseq.pipeline import fit as fitting
 
     monkeypatch.setattr(fitting, "refuse_output", lambda target, resume, force: (tmp_path / "RUN").mkdir())
     with pytest.raises(InputError, match="exists"):
@@ -195,7 +195,7 @@ def test_a_clock_that_is_set_back(screen_file: Path, tmp_path: Path, monkeypatch
     """By years, in the middle of a fit, of which the files' times tell nothing true."""
     from datetime import UTC, datetime, timedelta
 
-    from crlseq import fitting
+    from crlseq.pipeline import fit as fitting
 
     class Clock(datetime):
         now_at = datetime(2026, 1, 1, tzinfo=UTC)
@@ -236,7 +236,7 @@ def test_a_full_disk(screen_file: Path, tmp_path: Path, limit: int) -> None:
 def test_a_move_that_fails_brings_the_old_run_back(
     screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from crlseq import runfolder
+    from crlseq.storage import runfolder
 
     first = crlseq.fit(screen_file, tmp_path / "RUN", **GRADIENT)
     replace = runfolder.os.replace

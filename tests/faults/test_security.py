@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import crlseq
 from crlseq.cli.output import show_json, show_text
 from crlseq.errors import InputError
-from crlseq.tables import read_csv, to_csv
+from crlseq.storage.csv import read_csv, to_csv
 from tests.support import RUN_FILES, check_refusal, dense, fit_h5ad, invoke, relabelled, small_screen
 
 

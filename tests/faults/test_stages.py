@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import crlseq
-from crlseq.fitting import Progress
-from crlseq.training import discovery
-from crlseq.training.checkpoint import save_checkpoint
-from crlseq.training.n_latents import LatentChoice
-from crlseq.training.stages import STAGES, Stages, file_of, packed, unpacked
+from crlseq.discovery import discover as discovery
+from crlseq.discovery.n_latents import LatentChoice
+from crlseq.pipeline.fit import Progress
+from crlseq.storage.checkpoint import save_checkpoint
+from crlseq.storage.stage_cache import STAGES, Stages, file_of, packed, unpacked
 from tests.cli.test_repeat import results
 from tests.support import RUN_FILES
 

@@ -17,7 +17,7 @@ from matplotlib.text import Text
 import crlseq
 from crlseq import plotting
 from crlseq.errors import InputError, UsageError
-from crlseq.run import Run
+from crlseq.run.run import Run
 from tests.support import check_refusal, files_below, invoke
 from tests.synthetic import synthetic_run
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import crlseq
-from crlseq.run import Run
+from crlseq.run.run import Run
 from tests.paths import shared
 from tests.support import invoke
 

@@ -12,7 +12,7 @@ import pytest
 import crlseq
 from crlseq.config import DataConfig
 from crlseq.data.inspection import describe
-from crlseq.run import Run
+from crlseq.run.run import Run
 from tests.support import RUN_FILES, invoke
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

@@ -16,7 +16,7 @@ import pytest
 import crlseq
 from crlseq.report import write_report
 from crlseq.report.charts import _ticks, effects, intervention_map, losses
-from crlseq.run import Run
+from crlseq.run.run import Run
 from tests.support import check_refusal, files_below, invoke
 from tests.synthetic import synthetic_run
 

@@ -22,9 +22,9 @@ from crlseq.config import make_config, read_toml
 from crlseq.data import splits
 from crlseq.data.batches import ControlPartners, epoch_batches
 from crlseq.data.dataset import PerturbSeqData, read_data
-from crlseq.fitting import Progress
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import weighted_total
+from crlseq.pipeline.fit import Progress
 from crlseq.training import trainer
 from crlseq.training.distributed import deal
 from crlseq.training.objective import Objective

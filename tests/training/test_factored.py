@@ -15,9 +15,9 @@ from crlseq.config import ModelConfig
 from crlseq.data import splits
 from crlseq.data.batches import BatchIndex
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.expression_rows import SparseRows
 from crlseq.model.losses import weighted_total
 from crlseq.model.networks import GeneSetLayer
-from crlseq.model.rows import SparseRows
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.objective import CellSource, Objective
 from crlseq.training.warm_start import Anchor

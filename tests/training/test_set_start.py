@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 import torch
 
-from crlseq.analysis.pathways import pathway_table
-from crlseq.analysis.programs import find_programs
 from crlseq.config import make_config
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.genesets import GeneSets
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.readout.pathways import pathway_table
+from crlseq.readout.programs import find_programs
 from crlseq.training.set_start import start_from_sets
 from tests.support import small_screen
 

@@ -14,11 +14,11 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.projection import principal_components
 from crlseq.data.simulate import simulate
+from crlseq.discovery.result import Discovery
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import LatentSCM
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.distributed import ALONE
-from crlseq.training.findings import Discovery
 from crlseq.training.learner import Learner
 from crlseq.training.objective import Objective
 from crlseq.training.sparse_start import condition_prior, control_deviation

@@ -14,9 +14,9 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.projection import principal_components
 from crlseq.data.simulate import simulate
+from crlseq.discovery.discover import discover
+from crlseq.discovery.result import Discovery
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.training.discovery import discover
-from crlseq.training.findings import Discovery
 from crlseq.training.trainer import architecture_of, fit_model
 from crlseq.training.warm_start import MIN_VARIANCE, Anchor, WarmStart, warm_start
 

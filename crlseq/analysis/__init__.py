@@ -1,1 +1,0 @@
-"""A fitted model in answers: programs, interventions, DAG, tests, metrics."""

@@ -1,0 +1,335 @@
+"""Screens larger than memory: one pass over each file into a store that training reads in contiguous runs.
+
+1. *Labels.* The tables of cells are read and joined, the place of every cell drawn: sorted by perturbation, shuffled
+   within each.
+2. *Distribution.* Each matrix is read once in blocks, and its cells are appended to buckets, a bucket holding the cells
+   of a stretch of the store.
+3. *Shards.* Bucket after bucket is put in order and written as shards of a zarr store (`crlseq.data.store`).
+
+Memory holds the tables of cells, a block, a bucket and a shard. What is done is noted after every block and shard, so
+that an interrupted preparation goes on from there and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from crlseq._version import __version__
+from crlseq.config import DataConfig
+from crlseq.data.matrix import Scan, Screen, open_screen, readable
+from crlseq.data.perturbations import Perturbations, read_perturbations
+from crlseq.data.preprocess import kind_of_values
+from crlseq.data.store import MANIFEST, Manifest, digest_of, read_manifest
+from crlseq.data.storewriter import Buckets, MatrixWriter, write_tables
+from crlseq.errors import InputError
+from crlseq.storage.runfolder import locked, move_into_place, partial_of
+
+INPUT_KEY = "crlseq_input"  # column of obs: which of several files a cell is of
+PARTS = frozenset({"lock", "progress.json", "buckets", "store"})
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The cells of all files, one after the other: their table, labels, and places in the store."""
+
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    labels: Perturbations
+    first: np.ndarray  # of each file's cells, and behind the last
+    place: np.ndarray
+    dtype: np.dtype[Any]  # that holds the values of all files
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    output: str | Path,
+    config: DataConfig | None = None,
+    seed: int = 0,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    stage: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Manifest:
+    """Write screens as one store of cells sorted by perturbation and shuffled within each.
+
+    Parameters
+    ----------
+    sources
+        ``.h5ad`` files or zarr stores with the same genes (in any order) and the same kind of values.
+    output
+        The store to write.
+    config
+        How labels and values are read; what else it says is for a fit.
+    seed
+        Of the shuffle.
+    resume
+        Go on with an unfinished preparation of the same files and options; one that is finished is left as it is.
+    force
+        Replace a store, finished or not, that lies at `output`.
+
+    Returns
+    -------
+    The manifest of the store, which holds ``X`` (values as in the files), ``obs`` (columns of all files, and
+    ``crlseq_input`` for several) and ``var`` (of the first file).
+
+    Raises
+    ------
+    InputError
+        If a file cannot be used, files do not match, or the output cannot be written.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> done = crlseq.prepare(["screen.h5ad"], "STORE")
+    >>> done.n_cells, done.n_genes, done.values
+    (740, 40, 'counts')
+    """
+    options = config or DataConfig()
+    target, paths = Path(output), [Path(source) for source in sources]
+    partial, identity = partial_of(target), _identity(paths, options, seed)
+    done = read_manifest(target) if resume and not force else None
+    if done is not None:
+        if done.identity != identity:
+            raise InputError(
+                f"The store {target} is finished, but was made of other files or with other options.",
+                "Choose another --output, or replace it with --force.",
+            )
+        note(f"{target} is finished already.")
+        if partial.is_dir():  # stopped after the store was moved into place
+            with suppress(OSError):
+                with locked(partial):
+                    _empty(partial)
+                partial.rmdir()
+        return done
+    _refuse_output(target, resume, force)
+    stage("reading the tables of cells")
+    plan = _plan(paths, options, seed)
+    note(plan.labels.reason)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial):
+            if not resume:
+                _empty(partial)
+            progress = _Progress.of(partial / "progress.json", identity)
+            sizes = progress.done["buckets"]
+            buckets = Buckets(partial / "buckets", len(plan.obs), len(plan.var), plan.dtype, sizes)
+            kind = _distribute(paths, options, plan, buckets, progress, stage)
+            manifest = _write_store(paths, seed, identity, plan, partial, buckets, progress, kind, stage)
+            move_into_place(partial / "store", target)
+            _empty(partial)
+        partial.rmdir()
+    except OSError as error:
+        raise InputError(
+            f"{partial} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
+        ) from error
+    return manifest
+
+
+def _refuse_output(target: Path, resume: bool, force: bool) -> None:
+    partial = partial_of(target)
+    if os.path.lexists(target):
+        if not force:
+            raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
+        if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+            raise InputError(
+                f"{target} exists and is not a store of crlseq; it is left alone.", "Choose another --output."
+            )
+    foreign = sorted(file.name for file in partial.iterdir() if file.name not in PARTS) if partial.is_dir() else []
+    if foreign or (partial.exists() and not partial.is_dir()):
+        raise InputError(f"{partial} is no unfinished store of crlseq; it is left alone.", "Choose another --output.")
+    if partial.exists() and not (resume or force):
+        raise InputError(
+            f"There is an unfinished store in {partial}.", "Go on with --resume, or start over with --force."
+        )
+
+
+def _empty(partial: Path) -> None:
+    for name in ("buckets", "store"):
+        shutil.rmtree(partial / name, ignore_errors=True)
+    (partial / "progress.json").unlink(missing_ok=True)
+
+
+def _identity(paths: Sequence[Path], options: DataConfig, seed: int) -> str:
+    """Of what is prepared; files by name, size and time of change, since reading them all again would take a pass.
+
+    Raises
+    ------
+    InputError
+        If there is no such file.
+    """
+    if missing := [path for path in paths if not path.exists()]:
+        raise InputError(f"There is no file {missing[0]}.", "Check the path.")
+    stats = [
+        [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(path)]
+        for path in paths
+    ]
+    return hashlib.sha256(repr((__version__, stats, options.model_dump(mode="json"), seed)).encode()).hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _plan(paths: Sequence[Path], options: DataConfig, seed: int) -> _Plan:
+    tables, dtypes, first, var = [], [], [0], pd.DataFrame()
+    for path in paths:
+        with open_screen(path, options.layer) as screen:
+            tables.append(screen.obs)
+            dtypes.append(_dtype(screen.matrix))
+            first.append(first[-1] + screen.n_cells)
+            if len(tables) == 1:
+                var = screen.var.set_axis(screen.genes, axis=0)
+            elif missing := sorted({*var.index} ^ {*screen.genes}):
+                there, lacking = (path, paths[0]) if missing[0] in screen.genes else (paths[0], path)
+                raise InputError(
+                    f"The files have not the same genes: {len(missing)} are in one alone, first {missing[0]!r}, which"
+                    f" {there} has and {lacking} lacks.",
+                    "Take the genes that all files have, and prepare those.",
+                )
+    obs = _joined(tables, paths)
+    labels = read_perturbations(obs, options.perturbation_key, options.control_label, options.separator)
+    # Cells that carry no perturbation come last.
+    condition = np.where(labels.condition < 0, len(labels.conditions), labels.condition)
+    order = np.lexsort((np.random.default_rng(seed).random(len(obs)), condition))
+    place = np.empty(len(obs), dtype=np.int64)
+    place[order] = np.arange(len(obs))
+    return _Plan(obs, var, labels, np.array(first), place, np.result_type(*dtypes))
+
+
+def _joined(tables: list[pd.DataFrame], paths: Sequence[Path]) -> pd.DataFrame:
+    """All columns of all tables, categories kept; names of cells are told apart by the number of their file."""
+    if len(tables) == 1:
+        return tables[0]
+    names = np.concatenate([table.index.astype(str) for table in tables])
+    files = np.repeat(np.arange(len(tables)), list(map(len, tables)))
+    if len(pd.unique(names)) < len(names):
+        names = np.array([f"{name}-{i}" for name, i in zip(names, files, strict=True)], dtype=object)
+    columns: dict[str, Any] = {}
+    for key in dict.fromkeys(str(column) for table in tables for column in table.columns):
+        rows = [pd.RangeIndex(int(a), int(b)) for a, b in pairwise(np.cumsum([0, *map(len, tables)]))]
+        parts = [table[key].set_axis(own) for table, own in zip(tables, rows, strict=True) if key in table]
+        joined = pd.concat(parts).reindex(range(len(names)))
+        if joined.dtype == object:  # texts, categories that differ, or truth values of some cells alone
+            joined = joined.map(str, na_action="ignore").astype("category")
+        columns[key] = joined.to_numpy() if isinstance(joined.dtype, np.dtype) else joined.array
+    columns.setdefault(
+        INPUT_KEY,
+        pd.Categorical([paths[i].name for i in files.tolist()], categories=list(dict.fromkeys(p.name for p in paths))),
+    )
+    return pd.DataFrame(columns, index=pd.Index(names, dtype=object))
+
+
+class _Progress:
+    """What is done, on disk: blocks of each file with what they held, sizes of buckets, digests of shards."""
+
+    def __init__(self, path: Path, done: dict[str, Any]) -> None:
+        self.path, self.done = path, done
+
+    @classmethod
+    def of(cls, path: Path, identity: str) -> _Progress:
+        if not path.exists():
+            return cls(path, {"identity": identity, "files": {}, "buckets": {}, "shards": {}})
+        try:
+            done = json.loads(path.read_text(encoding="utf-8"))
+            same = done["identity"] == identity
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged.", "Start over with --force.") from error
+        if not same:
+            raise InputError(
+                "The unfinished store was begun with other files or other options.",
+                "Repeat its options to resume it, or start over with --force.",
+            )
+        return cls(path, done)
+
+    def save(self) -> None:
+        beside = self.path.with_name(self.path.name + ".tmp")
+        beside.write_text(json.dumps(self.done), encoding="utf-8")
+        os.replace(beside, self.path)
+
+
+def _distribute(
+    paths: Sequence[Path],
+    options: DataConfig,
+    plan: _Plan,
+    buckets: Buckets,
+    progress: _Progress,
+    stage: Callable[[str], None],
+) -> str:
+    """Every file's cells into buckets; the kind of values that all hold."""
+    kinds: list[str] = []
+    for number, path in enumerate(paths):
+        stage(f"reading {path.name}")
+        with open_screen(path, options.layer) as screen:
+            done = progress.done["files"].setdefault(str(number), {"cells": 0})
+            found = Scan.of(screen)
+            vars(found).update(done.get("scan", {}))
+            position = plan.var.index.get_indexer(screen.genes).astype(np.int32)
+            for rows, block in _blocks(screen, done["cells"]):
+                found.add(screen, rows, block)
+                block.indices = position[block.indices]
+                block.sort_indices()
+                buckets.add(block, plan.place[plan.first[number] + np.arange(rows.start, rows.stop)])
+                done["cells"] = rows.stop
+                done["scan"] = {k: v for k, v in vars(found).items() if not isinstance(v, np.ndarray)}
+                progress.save()
+            kinds.append(kind_of_values(found, screen.source, options.values)[0])
+            if kinds[-1] != kinds[0]:
+                raise InputError(
+                    f"{path} holds {kinds[-1]} values, but {paths[0]} {kinds[0]} values.",
+                    "Prepare files of one kind together, or name a layer with --layer.",
+                )
+    return kinds[0]
+
+
+def _blocks(screen: Screen, first: int) -> Iterator[tuple[slice, sp.csr_matrix]]:
+    """Blocks of a file; only what goes wrong in reading them is the file's fault."""
+    blocks = screen.blocks(first)
+    while True:
+        with readable(screen.source, "the matrix"):
+            block = next(blocks, None)
+        if block is None:
+            return
+        yield block
+
+
+def _dtype(matrix: Any) -> np.dtype[Any]:
+    dtype = np.dtype(matrix.dtype)
+    return dtype if dtype.kind in "iuf" else np.dtype(np.float32)
+
+
+def _write_store(
+    paths: Sequence[Path], seed: int, identity: str, plan: _Plan, partial: Path, buckets: Buckets, progress: _Progress, kind: str,
+    stage: Callable[[str], None],
+) -> Manifest:  # fmt: skip
+    """Buckets in order into shards, then tables and the manifest."""
+    stage("writing the store")
+    store = partial / "store"
+    writer = MatrixWriter(store, buckets, len(plan.var))
+    shards = progress.done["shards"]
+    for name in writer.write(shards):
+        shards[name] = digest_of(store / name)
+        progress.save()
+    order = np.argsort(plan.place)
+    write_tables(store, plan.obs.iloc[order], plan.var)
+    labels = plan.labels
+    files = {str(file.relative_to(store)): digest_of(file) for file in _files(store) if file.name != MANIFEST}
+    manifest = Manifest(
+        __version__, labels.key, labels.control_label, labels.separator or "", seed, kind, len(plan.obs),
+        len(plan.var), int(writer.start[-1]), tuple(path.name for path in paths), files, identity,
+    )  # fmt: skip
+    (store / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest

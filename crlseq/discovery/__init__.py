@@ -1,0 +1,1 @@
+"""From cells to targets, graph and verdict, by likelihood."""

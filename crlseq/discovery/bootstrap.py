@@ -1,0 +1,244 @@
+"""How far a fit would change with other cells: bootstrap of edges, ancestry, targets, programs and shifts.
+
+Every replicate draws the cells of each environment again with replacement, finds the targets again (from those of
+the fit by likelihood, and afresh), refits, and selects the edges again with the dispersion of the fit.
+Support is the share of the replicates in which a finding is made again. An edge of the fit that just passes its
+likelihood ratio has support near 1/2, and an edge has support 0.9 when it would be declared with nine of ten samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from crlseq.discovery.edges import Edges, reachable, select_edges
+from crlseq.discovery.likelihood import LinearModel, Solution
+from crlseq.discovery.moments import DTYPE, Moments
+from crlseq.discovery.propose import propose_targets
+from crlseq.discovery.reassign import reassign_targets
+from crlseq.threads import in_parallel
+
+REFIT_STEPS = 20
+FRESH_STEPS = 20
+ROUNDS = 3  # of moving perturbations; from the fit hardly any move
+DOUBTFUL = 0.25  # of the threshold: an absent edge with this score statistic is offered to the elimination again
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Shares of ``n`` replicates, programs named as in the fit; ``failed`` more replicates found no maximum.
+
+    ``edge`` (p, p) and ``ancestor`` (p, p): row -> column; ``assignment`` (K, p): targets, and ``target`` (K,): the
+    target of the fit; ``program`` (p,): mean \\|cosine\\| of a program's loadings with the fit's, in the metric of the
+    covariance within environments; ``shift_error`` (K,): standard deviation of the shift over the replicates that
+    keep the target, NaN where fewer than two do.
+    """
+
+    edge: Tensor
+    ancestor: Tensor
+    target: Tensor
+    assignment: Tensor
+    program: Tensor
+    shift_error: Tensor
+    n: int
+    failed: int
+
+    def reordered(self, order: Tensor) -> Stability:
+        """The same with programs in another order (p,)."""
+        return replace(
+            self,
+            edge=self.edge[order][:, order],
+            ancestor=self.ancestor[order][:, order],
+            assignment=self.assignment[:, order],
+            program=self.program[order],
+        )
+
+
+def bootstrap(
+    values: Tensor,
+    variances: Tensor | None,
+    environment: Tensor,
+    edges: Edges,
+    n: int,
+    seed: int = 0,
+    threads: int = 1,
+) -> Stability:
+    """Stability of a fit under resampling of cells within environments.
+
+    What made ``values`` is held fixed: components, and where they are straightened latents the network, which is not
+    trained again. Their support says how sure the graph is given these coordinates, not how sure the coordinates are.
+
+    Parameters
+    ----------
+    values, variances
+        (N, q) float64: the cells that ``edges`` was fitted to, and their posterior variances if they had any.
+    environment
+        (N,) long, 0 control, ``i + 1`` perturbation ``i`` of the fit.
+    edges
+        The fit.
+    n
+        Replicates. The standard error of a support ``s`` is ``sqrt(s (1 - s) / n)``.
+    threads
+        Replicates computed at the same time; each has random numbers of its own, so that it changes no result.
+
+    Raises
+    ------
+    ValueError
+        If ``n`` is not positive or the environments are not those of the fit.
+    """
+    fit = edges.solution
+    counts = torch.bincount(environment, minlength=fit.model.k + 1)
+    if n < 1:
+        raise ValueError(f"the number of replicates must be at least 1, not {n}.")
+    if len(counts) != fit.model.k + 1 or not torch.equal(counts.to(DTYPE), fit.model.moments.counts):
+        raise ValueError("environment must hold the cells of the fit, no others.")
+    draw = _sampler(values, variances, environment)
+    p, k = fit.model.p, fit.model.k
+    edge, ancestor = torch.zeros(p, p, dtype=DTYPE), torch.zeros(p, p, dtype=DTYPE)
+    assignment, program = torch.zeros(k, p, dtype=DTYPE), torch.zeros(p, dtype=DTYPE)
+    shifts: list[Tensor] = []
+    seeds = torch.randint(2**62, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def replicate(own_seed: int) -> Solution | None:
+        generator = torch.Generator().manual_seed(own_seed)
+        return _refit(edges, draw(generator), generator)
+
+    for again in in_parallel(replicate, seeds, threads):
+        if again is not None:
+            order, sign, cosine = match_programs(fit, again)
+            on = (again.adjacency() != 0)[order][:, order]
+            edge += on
+            ancestor += reachable(on)
+            targets = order.argsort()[again.targets[0]]
+            assignment += torch.nn.functional.one_hot(targets, p)
+            program += cosine
+            shift = again.model.unpack(again.theta)["shift"][0] * sign[targets]
+            shifts.append(torch.where(targets == fit.targets[0], shift, torch.nan))
+    done = len(shifts)
+    share = 1 / max(1, done)
+    return Stability(
+        edge=edge * share,
+        ancestor=ancestor * share,
+        target=assignment[torch.arange(k), fit.targets[0]] * share,
+        assignment=assignment * share,
+        program=program * share,
+        shift_error=_deviation(torch.stack(shifts) if shifts else torch.full((1, k), torch.nan, dtype=DTYPE)),
+        n=done,
+        failed=n - done,
+    )
+
+
+def match_programs(fit: Solution, other: Solution) -> tuple[Tensor, Tensor, Tensor]:
+    """Programs of ``other`` that stand for those of ``fit``: index, sign and \\|cosine\\| of the loadings, (p,) each.
+
+    Hungarian method on the number of perturbations shared, ties by the direction of the loadings.
+    """
+    p = fit.model.p
+    shared = _shared(fit.targets[0], other.targets[0], p)
+    root = torch.linalg.cholesky(fit.model.moments.pooled() + 1e-9 * torch.eye(fit.model.q, dtype=DTYPE))
+    direction = []
+    for s in (fit, other):
+        white = torch.linalg.solve_triangular(root, s.model.unpack(s.theta)["W"][0].T, upper=False)
+        direction.append(white / white.norm(dim=0).clamp_min(1e-12))
+    cosine = direction[0].T @ direction[1]
+    # p cosines sum to at most p, so that they never outweigh one shared perturbation
+    _, column = linear_sum_assignment(-(shared + cosine.abs() / (p + 1)).numpy())
+    order = torch.from_numpy(column)
+    matched = cosine[torch.arange(p), order]
+    return order, matched.sign(), matched.abs()
+
+
+def _sampler(values: Tensor, variances: Tensor | None, environment: Tensor) -> Callable[[torch.Generator], Moments]:
+    """Draws moments of resampled cells: counts of how often each cell is drawn weigh it, no cell is copied."""
+    cells: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    for c in range(int(environment.max()) + 1):
+        own = environment == c
+        x = values[own].to(DTYPE)
+        center = x.mean(0)  # taken off: second moments about 0 would cancel
+        cells.append((x - center, center, None if variances is None else variances[own].to(DTYPE)))
+    counts = torch.tensor([len(x) for x, _, _ in cells], dtype=DTYPE)
+
+    def draw(generator: torch.Generator) -> Moments:
+        means, covariances = [], []
+        for x, center, variance in cells:
+            m = len(x)
+            weight = torch.bincount(torch.randint(m, (m,), generator=generator), minlength=m).to(DTYPE) / m
+            mean = weight @ x
+            covariance = (x * weight[:, None]).T @ x - mean[:, None] * mean
+            if variance is not None:
+                covariance = covariance + torch.diag(weight @ variance)
+            means.append(center + mean)
+            covariances.append(covariance)
+        return Moments(torch.stack(means), torch.stack(covariances), counts)
+
+    return draw
+
+
+def _refit(edges: Edges, moments: Moments, generator: torch.Generator) -> Solution | None:
+    """Targets, parameters and edges for other moments, from the fit; None where the likelihood has no maximum.
+
+    Targets move one at a time from those of the fit, and are proposed afresh: what wins is the better likelihood of
+    the two, so that another partition that explains the cells as well lowers the support too.
+    """
+    old = edges.solution
+    model = LinearModel(moments, old.model.p, old.model.kind, old.model.floor, old.model.fit_noise)
+    now = reassign_targets(model.solve(old.theta, old.targets, old.mask, REFIT_STEPS), ROUNDS)
+    rival = _afresh(now, generator)
+    if model.kind == "shift":  # whose graph the data do not determine
+        now = rival or now
+    else:
+        now = select_edges(rival, scale=edges.dispersion).solution if rival else _select(now, edges.dispersion)
+    finite = bool(torch.isfinite(now.nll).all() & torch.isfinite(now.theta).all())
+    return now if finite else None
+
+
+def _afresh(now: Solution, generator: torch.Generator) -> Solution | None:
+    """A fit from targets that know nothing of ``now``, dense, if it ends elsewhere and at a better likelihood."""
+    model, p = now.model, now.model.p
+    proposed = propose_targets(model.moments, p, 1, generator)[0]
+    _, column = linear_sum_assignment(-_shared(now.targets[0], proposed, p).numpy())
+    targets = torch.from_numpy(column).argsort()[proposed]  # named as in now
+    if torch.equal(targets, now.targets[0]):
+        return None
+    full = 1 - torch.eye(p, dtype=DTYPE)[None] if model.kind != "shift" else now.mask
+    other = reassign_targets(model.solve(model.start(targets[None]), targets[None], full, FRESH_STEPS), ROUNDS)
+    if torch.equal(other.targets, now.targets):
+        return None
+    return other if bool(other.nll[0] < model.solve(now.theta, now.targets, full, FRESH_STEPS).nll[0]) else None
+
+
+def _shared(targets: Tensor, others: Tensor, p: int) -> Tensor:
+    """How many perturbations program ``i`` of the one and ``j`` of the other have in common (p, p)."""
+    one = torch.nn.functional.one_hot
+    return one(targets, p).to(DTYPE).T @ one(others, p).to(DTYPE)
+
+
+def _select(now: Solution, scale: float) -> Solution:
+    """Edge selection from the declared graph and the doubtful edges beside it rather than from the dense graph."""
+    model, p = now.model, now.model.p
+    cells, full = float(model.moments.counts.sum()), 1 - torch.eye(p, dtype=DTYPE)[None]
+    _, gradient, information = model.information(now.theta, now.targets, full)
+    on = torch.cat([now.mask[0].flatten().bool(), torch.ones(model.size - p * p, dtype=torch.bool)])
+    absent = torch.nonzero(~on & torch.cat([full[0].flatten().bool(), on[p * p :]]))[:, 0]
+    cross = information[0][absent][:, on]
+    inside = torch.linalg.solve(information[0][on][:, on], cross.T).T
+    left = (information[0].diagonal()[absent] - (inside * cross).sum(1)).clamp_min(1e-30)
+    statistic = cells * gradient[0, absent] ** 2 / left / scale
+    threshold = math.log(cells)
+    mask = now.mask.clone()
+    mask.view(-1)[absent[statistic > DOUBTFUL * threshold]] = 1
+    return select_edges(model.solve(now.theta, now.targets, mask, REFIT_STEPS), scale=scale).solution
+
+
+def _deviation(shifts: Tensor) -> Tensor:
+    """Standard deviation (K,) over the rows of ``shifts`` (n, K) that are not NaN."""
+    seen = ~shifts.isnan()
+    n = seen.sum(0)
+    mean = shifts.nansum(0) / n
+    square = torch.where(seen, (shifts - mean) ** 2, 0.0).sum(0)
+    return torch.where(n > 1, (square / (n - 1).clamp_min(1)).sqrt(), torch.nan)

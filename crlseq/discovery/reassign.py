@@ -1,0 +1,118 @@
+"""Which program a perturbation targets, given a fitted model: its own Gaussian likelihood, maximised in closed form.
+
+Under target ``k`` the cells of a perturbation have mean ``o + a x`` and covariance ``B + (e^{2s} - 1) x'x``, where
+``x`` is row ``k`` of ``T_k W`` and ``B = W' T_k' T_k W + noise``. With ``h = x B^-1 x'``, ``g = x B^-1 (y - o)'`` and
+``v = x B^-1 C B^-1 x'`` (``y``, ``C``: mean and covariance of the cells) the maximum over shift and noise scale is
+
+    a = g / h,      1 + (e^{2s} - 1) h = v / h
+
+since the rank-one update only rescales ``S^-1 x``: the shift does not depend on the scale, nor the scale on the shift.
+Means and covariances both speak here, means alone in `crlseq.discovery.propose.propose_targets`. A perturbation without
+effect goes to some program without parents, where a shift of 0 does nothing: test for an effect before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crlseq.discovery.likelihood import MAX_LOG_SCALE, LinearModel, Solution
+from crlseq.discovery.moments import DTYPE, Moments
+
+RETENTIONS = (0.05, 0.275, 0.5, 0.725, 0.95)  # tried for soft interventions: their likelihood is flat between
+BORDER = 0.98  # of MAX_LOG_SCALE, which the model's tanh reaches nowhere
+REFIT_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Best target of each of K perturbations, (K,), with ``shift``, ``log_scale`` and ``retention`` at that target.
+
+    ``nll`` (K, p) is the negative log-likelihood per cell under every target, constants left out.
+    """
+
+    targets: Tensor
+    shift: Tensor
+    log_scale: Tensor
+    retention: Tensor
+    nll: Tensor
+
+
+def assign_targets(model: LinearModel, theta: Tensor, moments: Moments) -> Assignment:
+    """Targets by likelihood, of the model's own perturbations or others: environments 1 .. K of ``moments``.
+
+    ``theta`` (1, P) is held fixed but for what belongs to a perturbation alone. Environment 0 of ``moments`` is
+    not used, so that perturbations outside the fit need only be measured in the same components.
+    """
+    w = model.unpack(theta)
+    graph, loadings, offset = w["G"][0], w["W"][0], w["offset"][0]
+    eye = torch.eye(model.p, dtype=DTYPE)
+    levels = {"hard": (0.0,), "soft": RETENTIONS, "shift": (1.0,)}[model.kind]
+    keep = torch.tensor(levels, dtype=DTYPE)
+    column = 1 - eye * (1 - keep[:, None, None])  # (L, p, p): row k scales the columns of G under target k
+    total = torch.linalg.inv(eye - graph * column[:, :, None]) @ loadings  # T_k W (L, p, p, q)
+    x = total.diagonal(dim1=1, dim2=2).transpose(1, 2)  # (L, p, q)
+    base = total.transpose(2, 3) @ total + torch.diag(model.floor + w["psi"][0].exp())
+    root = torch.linalg.cholesky(base)
+    precision = torch.cholesky_inverse(root)
+    u = (precision @ x[..., None])[..., 0]
+    h = (u * x).sum(2)[..., None]  # (L, p, 1)
+    delta, covariances = moments.means[1:] - offset, moments.covariances[1:]
+    g = u @ delta.T  # (L, p, K)
+    v = torch.einsum("lpa,kab,lpb->lpk", u, covariances, u)
+    bound = 0.0 if model.kind == "shift" else BORDER * MAX_LOG_SCALE
+    grow = torch.tensor([-bound, bound], dtype=DTYPE).mul(2).expm1()  # e^{2s} - 1
+    t = (v / h).clamp(1 + grow[0] * h, 1 + grow[1] * h)  # log t + v / (h t) falls, then rises: the clamp is exact
+    trace = precision.flatten(2) @ (covariances + delta[:, :, None] * delta[:, None]).flatten(1).T
+    log_determinant = 2 * root.diagonal(dim1=2, dim2=3).log().sum(2)[..., None] + t.log()
+    nll = 0.5 * (log_determinant + trace - g**2 / h - (1 - 1 / t) * v / h)
+    nll, level = nll.min(0)  # (p, K)
+    targets = nll.argmin(0)
+    at = level.gather(0, targets[None])[0], targets, torch.arange(len(targets))
+    log_scale = 0.5 * torch.log1p((t - 1) / h)
+    return Assignment(targets, (g / h)[at], log_scale[at], keep[at[0]], nll.T)
+
+
+def move(model: LinearModel, theta: Tensor, found: Assignment, moved: Tensor) -> Tensor:
+    """``theta`` (1, P) with shift, noise scale and retention of the perturbations ``moved`` (K,) as ``found``."""
+    theta = theta.clone()
+    raw = {"shift": found.shift, "scale": MAX_LOG_SCALE * torch.atanh(found.log_scale / MAX_LOG_SCALE)}
+    if model.kind == "soft":
+        raw["retention"] = torch.logit(found.retention)
+    for name, value in raw.items():
+        theta[0, model.at[name]] = torch.where(moved, value, theta[0, model.at[name]])
+    return theta
+
+
+def reassign_targets(solution: Solution, rounds: int = 10) -> Solution:
+    """Move every perturbation to the target of the best likelihood and refit from there, until nothing moves.
+
+    Takes the first restart. A program keeps at least one perturbation: the one that gains least by leaving stays.
+    A round that does not raise the likelihood ends the search; the likelihood never falls.
+    """
+    model, now = solution.model, solution
+    for _ in range(rounds):
+        found = assign_targets(model, now.theta, model.moments)
+        targets = _kept(found, now.targets[0], model.moments.counts[1:])
+        moved = targets != now.targets[0]
+        if not bool(moved.any()):
+            break
+        trial = model.solve(move(model, now.theta, found, moved), targets[None], now.mask, REFIT_STEPS)
+        if not bool(trial.nll[0] < now.nll[0]):
+            break
+        now = trial
+    return now
+
+
+def _kept(found: Assignment, before: Tensor, counts: Tensor) -> Tensor:
+    """The targets found (K,), but no program that had a perturbation is left without."""
+    targets = found.targets.clone()
+    each = torch.arange(len(targets))
+    loss = (found.nll[each, before] - found.nll[each, targets]) * counts
+    for program in set(before.tolist()):
+        if not bool((targets == program).any()):
+            own = torch.nonzero(before == program)[:, 0]
+            targets[own[loss[own].argmin()]] = program
+    return targets

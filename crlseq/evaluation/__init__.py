@@ -1,0 +1,1 @@
+"""How good a fit is: held-out cells, baselines, metrics, known truths."""

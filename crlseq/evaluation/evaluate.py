@@ -1,0 +1,354 @@
+"""How good is a fit? Its predictions and those of simple baselines against cells that took no part in it.
+
+Three sets of cells are kept apart from the start (`read_cells`): *training* cells, all that the baselines are made of;
+*controls*, which every prediction starts from and every change is taken against, and which are training controls or
+those of a file given by the user; and *measured* cells, which no prediction sees.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from scipy.stats import t as student
+
+from crlseq.data.batches import ControlPartners
+from crlseq.discovery.effects import benjamini_hochberg
+from crlseq.errors import InputError
+from crlseq.evaluation import baselines, metrics
+from crlseq.evaluation.baselines import Controls, Moments, Parts, control_moments, group_moments
+from crlseq.evaluation.cells import Cells, Judged, read_cells
+from crlseq.evaluation.compare import AXIOMS, CEILING, FLOOR, METRICS, MODEL, compare, summarise, verdict
+from crlseq.evaluation.held_out import COMPARED_CELLS, SOURCE_CELLS, virtual_cells
+from crlseq.evaluation.truth import known_recovery
+from crlseq.model.losses import median_bandwidth
+from crlseq.prediction.counterfactual import counterfactual_quality
+
+if TYPE_CHECKING:
+    from crlseq.run.run import Run
+
+JUDGED_CELLS = 200  # whose counterfactuals are judged
+HALVES = 5  # random divisions of the measured cells of a condition
+TOP_EXPRESSED, TOP_DE, DE_FDR = 1000, 20, 0.05
+SHARED_NOISE = 0.1  # share of the measured changes that is the controls' sampling error, from which on it is told
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes
+    ----------
+    conditions
+        ``condition, group, predictor, n_cells``, the metrics of `comparison.METRICS`, and for the model those of
+        `comparison.AXIOMS`; a row a condition and predictor: the model, each baseline, the split-half ceiling and the
+        sampling floor.
+    summary, comparisons
+        See `comparison.summarise` and `comparison.compare`.
+    verdict
+        Sentences.
+    notes
+        What was left out or has to be known.
+    predicted
+        Mean expression (conditions, fitted genes) by predictor, conditions as in the table.
+    recovery
+        Scores against a known truth (`recovery.score_recovery`), where the judged file has one.
+    """
+
+    conditions: pd.DataFrame
+    summary: pd.DataFrame
+    comparisons: pd.DataFrame
+    verdict: tuple[str, ...]
+    notes: tuple[str, ...]
+    predicted: dict[str, np.ndarray] = field(repr=False)
+    recovery: dict[str, float] | None = None
+
+
+def evaluate(
+    run: Run, data: str | Path | ad.AnnData | None = None, legacy: bool = False, held_out_controls: bool = False
+) -> Evaluation:
+    """Judge a run by cells that it was not fitted on.
+
+    Parameters
+    ----------
+    run
+        A run with its folder.
+    data
+        Other cells with the same labels and genes, and controls of their own. None takes the run's test cells, or its
+        validation cells where it has none.
+    legacy
+        Also the metrics of Zhang et al. 2023.
+    held_out_controls
+        Without `data`: start from the run's test control cells, and take every change against them. The sampling error of
+        the training controls, which training effects and measured changes share otherwise, then helps no predictor.
+
+    Raises
+    ------
+    InputError
+        If there are no cells to judge by, or no controls, or the genes or values are others than the fit's.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> judged = crlseq.evaluate(crlseq.load("RUN"))
+    >>> judged.conditions["predictor"].unique().tolist()[:4]
+    ['model', 'no_change', 'mean', 'additive']
+    """
+    judged = read_cells(run, data, held_out_controls)
+    seed = int(run.info["seed"])
+    rng = np.random.default_rng([seed, 9])
+    train = judged.train
+    effects = baselines.training_effects(train.x, train.condition, train.batch, judged.conditions, rng)
+    chosen = np.flatnonzero(np.bincount(judged.measured.condition, minlength=len(judged.conditions)) >= 2)
+    if not len(chosen):
+        raise InputError("No condition has two cells to judge by.", "Give --data, or fit with --hold-out-cells.")
+    queries = [judged.conditions[c] for c in chosen]
+    place = np.full(len(judged.conditions), -1)
+    place[chosen] = np.arange(len(chosen))
+    measured = Cells(judged.measured.x, place[judged.measured.condition], judged.measured.batch)
+    changes = baselines.predict(effects, queries)
+    virtual = _VirtualControls(run, judged, rng)
+    targets = _target_genes(judged, queries)
+    truth = _Truth.of(measured, virtual.controls, effects.effect.mean(0), targets)
+    changes = {MODEL: np.stack([virtual.change(parts, truth.shares[i]) for i, parts in enumerate(queries)]), **changes}
+    predicted = {name: truth.control + change for name, change in changes.items()}
+    scores = {name: truth.score(mean, truth.measured.mean) for name, mean in predicted.items()}
+    cells = [_compare_cells(virtual, measured, i, parts, changes, legacy, rng) for i, parts in enumerate(queries)]
+    for name in (*changes, CEILING):
+        for i, row in enumerate(cells):
+            for metric, value in row.get(name, {}).items():
+                scores.setdefault(name, {}).setdefault(metric, np.full(len(chosen), np.nan))[i] = value
+    scores[MODEL] |= virtual.axioms(queries)
+    scores.setdefault(CEILING, {}).update(_split_half(measured, virtual.controls, effects.effect.mean(0), targets, rng))
+    scores[FLOOR] = _sampling_floor(truth)
+    about = {
+        "condition": [judged.condition_names[c] for c in chosen],
+        "group": [judged.group(int(c)) for c in chosen],
+        "n_cells": truth.measured.n,
+    }
+    rows = [pd.DataFrame({**about, "predictor": name, **values}) for name, values in scores.items()]
+    table: pd.DataFrame = pd.concat(rows, ignore_index=True)
+    table = table[["condition", "group", "predictor", "n_cells", *(m for m in (*METRICS, *AXIOMS) if m in table)]]
+    comparisons = compare(table, seed)
+    recovery, notes = known_recovery(run, data)
+    noisy = int((_shared_noise(truth) > SHARED_NOISE).sum())
+    if data is None and not held_out_controls and noisy > len(chosen) / 4:
+        notes.append(
+            f"In {noisy} of {len(chosen)} conditions more than a tenth of the measured change (of its squares) is the sampling "
+            "error of the controls' mean, and the training effects that baselines are made of have it in common with them. "
+            "--held-out-controls, or --data with other controls, judges without it."
+        )
+    return Evaluation(
+        table, summarise(table, seed), comparisons, verdict(comparisons), (*judged.notes, *notes), predicted, recovery
+    )
+
+
+class _VirtualControls:
+    """Some control cells of each batch, and what the model makes of them under a condition."""
+
+    def __init__(self, run: Run, judged: Judged, rng: np.random.Generator) -> None:
+        cells = judged.control
+        self.run, self.known, self.model = run, judged.known, judged.model
+        self.compared = judged.compared
+        self.controls = control_moments(cells.x[:, self.compared], cells.batch, int(cells.batch.max(initial=0)) + 1)
+        some = [rng.permutation(np.flatnonzero(cells.batch == b))[:SOURCE_CELLS] for b in np.unique(cells.batch)]
+        chosen = np.sort(np.concatenate(some))
+        self.whole, self.batch = _dense(cells.x[chosen]), cells.batch[chosen]
+        self.cells = self.whole[:, self.compared]
+        self.made: tuple[Parts, np.ndarray] = ((), self.cells)
+        self.scale = torch.tensor([program["scale"] for program in run.info["programs"]], dtype=torch.float64)
+
+    def rows(self, parts: Parts) -> tuple[int, ...]:
+        """Rows of the model that a condition is the combination of."""
+        return tuple(row for part in parts for row in self.known.get(part, ()))
+
+    def virtual(self, parts: Parts) -> np.ndarray:
+        """(controls, genes) virtual cells; parts that were never fitted do nothing."""
+        known = self.rows(parts)
+        if not known:
+            return np.asarray(self.cells)
+        if self.made[0] != known:
+            made = virtual_cells(self.model, self.whole, np.array(known), int(self.run.info["seed"]))
+            self.made = (known, made[:, self.compared])
+        return self.made[1]
+
+    def axioms(self, queries: list[Parts]) -> dict[str, np.ndarray]:
+        """Quality of the counterfactuals of these controls, (conditions,) each; NaN where no part was fitted."""
+        found: dict[str, np.ndarray] = {name: np.full(len(queries), np.nan) for name in AXIOMS}
+        model = copy.deepcopy(self.model).double()  # as predictions are made: float32 would add its rounding
+        some = np.unique(np.linspace(0, len(self.whole) - 1, JUDGED_CELLS).astype(int))
+        control = torch.from_numpy(self.whole[some])[None]
+        for i, parts in enumerate(queries):
+            if rows := self.rows(parts):
+                for name, value in counterfactual_quality(model, control, torch.tensor([rows]), self.scale).items():
+                    found[name][i] = value
+        return found
+
+    def change(self, parts: Parts, shares: np.ndarray) -> np.ndarray:
+        """(genes,) mean change in batches by `shares`: of each batch's cells, so that a draw of few adds little noise."""
+        difference = self.virtual(parts) - self.cells
+        n_batches = len(shares) - 1
+        mean = group_moments(difference, self.batch, n_batches).mean
+        n = self.controls.moments.n[:-1]
+        every = (n / n.sum()) @ mean
+        return np.asarray(shares @ np.vstack([mean, every]))
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """What was measured, and against what: (conditions, genes) each, but for `shares` (conditions, batches + 1)."""
+
+    measured: Moments
+    shares: np.ndarray
+    control: np.ndarray
+    perturbed: np.ndarray  # the mean of perturbed cells, P
+    error: np.ndarray  # squared standard error of measured - control
+    top_expressed: np.ndarray  # (genes,) indices
+    top_de: np.ndarray  # (conditions, TOP_DE) indices
+    is_de: np.ndarray
+    targets: np.ndarray
+
+    @classmethod
+    def of(cls, cells: Cells, controls: Controls, mean_effect: np.ndarray, targets: np.ndarray) -> _Truth:
+        n = len(targets)
+        measured = group_moments(cells.x, cells.condition, n)
+        shares = controls.shares(cells.condition, cells.batch, n)
+        own = controls.moments
+        control = shares @ own.mean
+        error, p_value = _welch(measured, shares, own, measured.mean - control)
+        is_de = np.stack([benjamini_hochberg(row) <= DE_FDR for row in p_value])
+        strength = np.abs(measured.mean - control) / np.sqrt(np.where(error > 0, error, np.inf))
+        top_de = np.argsort(-strength, axis=1, kind="stable")[:, :TOP_DE]
+        top_expressed = np.argsort(-own.mean[-1], kind="stable")[:TOP_EXPRESSED]
+        perturbed = control + mean_effect
+        return cls(measured, shares, control, perturbed, error, top_expressed, top_de, is_de, targets)
+
+    def score(self, predicted: np.ndarray, measured: np.ndarray) -> dict[str, np.ndarray]:
+        """Every metric of means, (conditions,) each."""
+        top, control = self.top_expressed, self.control
+        de_of = [np.take_along_axis(values, self.top_de, 1) for values in (predicted, measured, control)]
+        return {
+            "pearson_delta": metrics.pearson_delta(predicted, measured, control),
+            "l2": metrics.l2_distance(predicted, measured),
+            "l2_top_expressed": metrics.l2_distance(predicted[:, top], measured[:, top]),
+            "rmse": metrics.rmse(predicted, measured),
+            "rmse_top_expressed": metrics.rmse(predicted[:, top], measured[:, top]),
+            "pearson_delta_top_de": metrics.pearson_delta(*de_of),
+            "pearson_delta_perturbed": metrics.pearson_delta(predicted, measured, self.perturbed),
+            # Against each condition's own controls, since conditions may lie in different batches.
+            "centroid_accuracy": metrics.centroid_accuracy(predicted - control, measured - control),
+            "discrimination": metrics.perturbation_discrimination(predicted - control, measured - control, self.targets),
+            "sign_agreement": metrics.sign_agreement(predicted, measured, control, self.is_de),
+            "r2_delta": metrics.r2_delta(predicted, measured, control),
+        }  # fmt: skip
+
+
+def _welch(measured: Moments, shares: np.ndarray, controls: Moments, change: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Squared standard errors and two-sided p-values (conditions, genes) of changes; Welch and Satterthwaite."""
+    n = measured.n[:, None]
+    error = np.where(n > 1, measured.variance / np.maximum(n, 1), 0.0)  # one cell says nothing of its error
+    squares = error**2 / np.maximum(n - 1, 1)
+    for b in np.flatnonzero(shares.any(0)):
+        own = shares[:, b, None] ** 2 * controls.variance[b] / controls.n[b]
+        error, squares = error + own, squares + own**2 / (controls.n[b] - 1)
+    there = error > 0
+    freedom = np.where(there, error**2 / np.where(there, squares, 1.0), 1.0)
+    p_value = 2 * student.sf(np.abs(change) / np.sqrt(np.where(there, error, 1.0)), freedom)
+    return error, np.where(there & (n > 1), p_value, 1.0)
+
+
+def _shared_noise(truth: _Truth) -> np.ndarray:
+    """(conditions,) squared error of the controls' mean over the squared change that was measured."""
+    own = truth.measured.variance / np.maximum(truth.measured.n, 1)[:, None]
+    change = ((truth.measured.mean - truth.control) ** 2).sum(1)
+    return np.asarray((truth.error - own).clip(0.0).sum(1) / np.maximum(change, 1e-30))
+
+
+def _sampling_floor(truth: _Truth) -> dict[str, np.ndarray]:
+    """Distances to the measured mean that the true mean would have: roots of the summed squared standard errors."""
+    squared = truth.measured.variance / truth.measured.n[:, None]
+    top = squared[:, truth.top_expressed]
+    return {
+        "l2": np.sqrt(squared.sum(1)),
+        "l2_top_expressed": np.sqrt(top.sum(1)),
+        "rmse": np.sqrt(squared.mean(1)),
+        "rmse_top_expressed": np.sqrt(top.mean(1)),
+    }
+
+
+def _split_half(
+    cells: Cells, controls: Controls, mean_effect: np.ndarray, targets: np.ndarray, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Metrics of one half of a condition's cells as a prediction of the other, means over `HALVES` divisions.
+
+    What is measured, the differentially expressed genes included, is the second half's. Both have half the cells that
+    predictors are held against, so that one made of many training cells can pass this.
+    """
+    found = []
+    for _ in range(HALVES):
+        half = baselines.halves(cells.condition, rng)
+        parts = (Cells(cells.x, np.where(half == h, cells.condition, -1), cells.batch) for h in (0, 1))
+        first, second = (_Truth.of(part, controls, mean_effect, targets) for part in parts)
+        change = first.measured.mean - first.control
+        found.append(second.score(second.control + change, second.measured.mean))
+    return {metric: np.mean([row[metric] for row in found], axis=0) for metric in found[0]}
+
+
+def _compare_cells(
+    virtual: _VirtualControls,
+    cells: Cells,
+    condition: int,
+    parts: Parts,
+    changes: dict[str, np.ndarray],
+    legacy: bool,
+    rng: np.random.Generator,
+) -> dict[str, dict[str, float]]:
+    """``mmd2`` and ``energy_distance`` of every predictor for one condition.
+
+    Half of the measured cells are compared with as many predicted ones, and with the other half: the floor. The
+    predicted cells of a baseline are the control cells that the virtual cells are made of, moved by its change.
+    """
+    own = np.flatnonzero(cells.condition == condition)
+    size = min(len(own) // 2, COMPARED_CELLS)
+    batch = np.concatenate([virtual.batch, cells.batch[own]])
+    partners = ControlPartners(np.arange(len(virtual.batch)), batch)
+    made, x = virtual.virtual(parts), _dense(cells.x[own])
+    every = partners.draw(np.arange(len(own)) + len(virtual.batch), rng)
+    some = rng.permutation(len(own))[: 2 * COMPARED_CELLS]
+    bandwidth = median_bandwidth(torch.from_numpy(np.concatenate([virtual.cells[every[some]], x[some]])))
+    found: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(HALVES if size >= 2 else 0):
+        order = rng.permutation(len(own))
+        first, second = order[:size], order[size : 2 * size]
+        source = partners.draw(first + len(virtual.batch), rng)
+        half, base = metrics.Sample(x[first]), metrics.Sample(virtual.cells[source])
+        predicted = {name: base.moved(change[condition]) for name, change in changes.items() if name != MODEL}
+        predicted |= {MODEL: metrics.Sample(made[source]), CEILING: metrics.Sample(x[second])}
+        for name, sample in predicted.items():
+            found.setdefault(name, []).append(metrics.two_samples(sample, half, bandwidth))
+    names = ("mmd2", "energy_distance")
+    rows = {name: dict(zip(names, map(float, np.mean(pairs, axis=0)), strict=True)) for name, pairs in found.items()}
+    if legacy:
+        for name, change in changes.items():
+            paired = made[every] if name == MODEL else virtual.cells[every] + change[condition]
+            rows.setdefault(name, {}).update(metrics.legacy_scores(paired, x))
+    return rows
+
+
+def _target_genes(judged: Judged, queries: list[Parts]) -> np.ndarray:
+    """(conditions, genes) bool: the genes that a condition's perturbations are named after."""
+    marked = np.zeros((len(queries), judged.train.x.shape[1]), dtype=bool)
+    for row, parts in zip(marked, queries, strict=True):
+        row[[g for part in parts for g in judged.gene_places.get(judged.names[part], ())]] = True
+    return marked
+
+
+def _dense(x: sp.csr_matrix | np.ndarray) -> Any:
+    return np.asarray(x.toarray() if sp.issparse(x) else x, dtype=float)

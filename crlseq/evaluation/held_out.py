@@ -1,0 +1,161 @@
+"""Virtual cells under a fitted condition, and how they compare with cells held out of the fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from crlseq.data import splits
+from crlseq.data.dataset import PerturbSeqData
+from crlseq.evaluation.metrics import MMD_KERNELS, l2_distance, pearson_delta
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.losses import mmd_of_distances, squared_distances
+from crlseq.training.residuals import controls_by_batch, mean_effect
+
+SOURCE_CELLS = 500  # controls of a condition's batches that virtual cells are made of
+COMPARED_CELLS = 250  # a side, in distances between cells; more sharpen a comparison less than they cost
+
+
+def virtual_cells(model: DiscrepancyVAE, control: np.ndarray, perturbations: np.ndarray, seed: int) -> np.ndarray:
+    """(n, G) control cells as they would be under a condition: abduction, action, prediction.
+
+    Parameters
+    ----------
+    control
+        (n, G) expression of real control cells.
+    perturbations
+        (M,) single perturbations, filled up with -1.
+    """
+    return abducted(model, control, seed)(perturbations)
+
+
+@torch.no_grad()
+def abducted(model: DiscrepancyVAE, control: np.ndarray, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """`virtual_cells` of the same controls under any condition: they are encoded once."""
+    weight = model.encoder.hidden.weight
+    x = torch.from_numpy(control).to(weight.device, weight.dtype)[None]
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    mean, variance = model.encoder(x)
+    z = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    rest = x - model.decoder(model.scm(z))
+
+    @torch.no_grad()
+    def under(perturbations: np.ndarray) -> np.ndarray:
+        condition = torch.from_numpy(perturbations).to(weight.device)[None]
+        virtual = model.carried(model.decoder(model.intervene(z, condition)), rest, condition)
+        return np.asarray(virtual[0].cpu().numpy().astype(control.dtype))
+
+    return under
+
+
+def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> pd.DataFrame:
+    """One row a condition: virtual cells against held-out cells (test cells; validation cells without those).
+
+    Columns ``condition``, ``split``, ``n_cells``, ``mmd2`` (unbiased, bandwidth = median squared distance of
+    the condition's cells to real controls, the same for every model), ``mmd2_no_change`` (real control cells in
+    place of virtual ones), ``pearson_delta``, ``l2``, ``l2_no_change``; the last two also with the ending
+    ``_training`` (the training effect of the condition itself, or the sum of its parts' where it was not fitted) and
+    ``_mean`` (the mean training effect of all conditions) in place of the model. Every change is taken against the mean
+    of all real control cells of the condition's batches.
+    """
+    tested = bool((data.split == splits.TEST).any())
+    code = splits.TEST if tested else splits.VALIDATION
+    controls = data.control_pool(splits.TRAIN, splits.VALIDATION, splits.TEST)
+    held_out = data.cells_by_condition(code)
+    table = data.perturbation_table()
+    train = _training_effects(data)
+    average = np.mean(list(train.values()), axis=0) if train else np.zeros(data.n_genes)
+    known: dict[tuple[int, ...], _Controls] = {}
+    rows = []
+    for c in range(1, len(data.conditions)):
+        cells = held_out[c]
+        if len(cells) < 2:
+            continue
+        batches = tuple(np.unique(data.batch[cells]).tolist())
+        if batches not in known:
+            known[batches] = _controls(model, data, controls, batches, seed)
+        control, mean, within_control, act = known[batches]
+        few = np.random.default_rng([seed, 6, c]).permutation(len(cells))[:COMPARED_CELLS]
+        measured = data.dense(cells)
+        virtual = act(table[c])
+        of_source, virtual_mean, measured_mean = (x.mean(0, dtype=float) for x in (control, virtual, measured))
+        virtual_mean += mean - of_source  # that these controls were drawn and no others is no error of the model
+        some = _compared(len(control))
+        mmd2, mmd2_no_change = _discrepancies(virtual[some], control[some], within_control, measured[few])
+        parts = data.conditions[c]
+        trained = train[parts] if parts in train else sum(train.get((part,), 0 * average) for part in parts)
+        simple = {name: mean + change for name, change in (("training", trained), ("mean", average))}
+        rows.append({
+            "condition": data.condition_names[c],
+            "split": splits.SPLITS[code],
+            "n_cells": len(cells),
+            "mmd2": mmd2,
+            "mmd2_no_change": mmd2_no_change,
+            "pearson_delta": pearson_delta(virtual_mean, measured_mean, mean),
+            "l2": l2_distance(virtual_mean, measured_mean),
+            "l2_no_change": l2_distance(mean, measured_mean),
+            **{f"pearson_delta_{name}": pearson_delta(x, measured_mean, mean) for name, x in simple.items()},
+            **{f"l2_{name}": l2_distance(x, measured_mean) for name, x in simple.items()},
+        })  # fmt: skip
+    columns = ["condition", "split", "n_cells", "mmd2", "mmd2_no_change", "pearson_delta", "l2", "l2_no_change"]
+    columns += [f"{metric}_{name}" for metric in ("pearson_delta", "l2") for name in ("training", "mean")]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _training_effects(data: PerturbSeqData) -> dict[tuple[int, ...], np.ndarray]:
+    """Mean change (G,) of the training cells of every fitted condition against controls of the same batches."""
+    cells = data.cells_by_condition(splits.TRAIN)
+    controls = controls_by_batch(data, cells[0])
+    fitted = [c for c in range(1, len(cells)) if len(cells[c]) > 1]
+    # In float32: with very many conditions they are a matrix of their own.
+    return {data.conditions[c]: mean_effect(data, cells[c], controls)[0].astype(np.float32) for c in fitted}
+
+
+class _Controls(NamedTuple):
+    """Some control cells (n, G), the mean (G,) of all, squared distances of those compared, what makes virtual cells."""
+
+    cells: np.ndarray
+    mean: np.ndarray
+    within: torch.Tensor
+    act: Callable[[np.ndarray], np.ndarray]
+
+
+def _compared(n: int) -> np.ndarray:
+    """Which of n cells are compared."""
+    return np.linspace(0, n - 1, min(n, COMPARED_CELLS)).astype(int)
+
+
+def _controls(
+    model: DiscrepancyVAE, data: PerturbSeqData, controls: np.ndarray, batches: tuple[int, ...], seed: int
+) -> _Controls:
+    """Controls of the given batches; of all where these have none. The same for every condition of the batches."""
+    rng = np.random.default_rng([seed, 6])
+    alike = controls[np.isin(data.batch[controls], batches)]
+    source = alike if len(alike) >= 2 else controls
+    mean = data.moments(source)[0]
+    source = np.sort(rng.choice(source, min(SOURCE_CELLS, len(source)), replace=False))
+    cells = data.dense(source)
+    x = torch.from_numpy(cells[_compared(len(cells))])
+    return _Controls(cells, mean, squared_distances(x, x).double(), abducted(model, cells, seed))
+
+
+def _discrepancies(
+    virtual: np.ndarray, control: np.ndarray, within_control: torch.Tensor, measured: np.ndarray
+) -> tuple[float, float]:
+    """Unbiased MMD^2 of virtual and of control cells to measured ones; distances of real cells are taken once.
+
+    Distances in the cells' own float32, which keeps six digits of them, kernels in float64.
+    """
+    v, c, m = map(torch.from_numpy, (virtual, control, measured))
+    within, between = squared_distances(m, m).double(), squared_distances(c, m).double()
+    pairs = [x[tuple(torch.triu_indices(len(x), len(x), offset=1))] for x in (within_control, within)]
+    bandwidth = max(float(torch.cat([*pairs, between.flatten()]).median()), 1e-12)
+    virtual_within, virtual_between = squared_distances(v, v).double(), squared_distances(v, m).double()
+    return (
+        float(mmd_of_distances(virtual_within, within, virtual_between, bandwidth, MMD_KERNELS)),
+        float(mmd_of_distances(within_control, within, between, bandwidth, MMD_KERNELS)),
+    )

@@ -1,0 +1,226 @@
+"""Scores of a fit against a known truth: targets, partition, ancestry, edges, latents.
+
+Programs have no names in the truth, so each is matched to one true latent: the one-to-one matching that most
+single perturbations agree with (Hungarian method). Edges of matched programs are compared after that renaming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score
+
+from crlseq.evaluation.representation import representation_scores
+
+Graph = NDArray[np.bool_]
+
+LATENT_SCORES = ("mcc", "dci_disentanglement", "dci_completeness", "dci_informativeness", "irs")
+N_RANDOM_GRAPHS = 1000  # the mean F1 of random graphs is then known to about 0.003
+
+
+def score_recovery(
+    interventions: pd.DataFrame,
+    edges: pd.DataFrame,
+    truth: Mapping[str, Any],
+    latents: NDArray[np.floating[Any]] | None = None,
+    true_latents: NDArray[np.floating[Any]] | None = None,
+) -> dict[str, float]:
+    """Every score of a run's tables against a simulation's truth.
+
+    Parameters
+    ----------
+    interventions
+        Columns ``perturbation, program``; an empty or missing program claims no target.
+    edges
+        Columns ``source, target``: the declared edges, programs by name.
+    truth
+        ``adjacency`` (p, p), row -> column, and ``target``, a table perturbation -> ``latent``, as
+        `crlseq.data.simulate.simulate` writes them to ``uns["truth"]``.
+    latents, true_latents
+        (cells, q) and (cells, p), for the scores of latents; NaN without them.
+
+    Returns
+    -------
+    ``target_accuracy, ari, mcc``, the scores of `representation_scores` and those of `graph_scores`. An edge that touches an unmatched program adds
+    one to ``shd``; it joins no pair of true latents, so precision and recall do not see it.
+    """
+    adjacency = np.asarray(truth["adjacency"]) != 0
+    targets = truth["target"]["latent"].astype(int)
+    claims = claims_of(interventions, targets.index)
+    latent_of, accuracy = match_programs(claims, targets.to_numpy(), len(adjacency))
+    found = np.zeros_like(adjacency)
+    n_unmatched = 0
+    for source, target in zip(edges["source"], edges["target"], strict=True):
+        if source in latent_of and target in latent_of:
+            found[latent_of[source], latent_of[target]] = True
+        else:
+            n_unmatched += 1
+    scores = {"target_accuracy": accuracy, "ari": partition_agreement(claims, targets.to_numpy())}
+    scores |= dict.fromkeys(LATENT_SCORES, float("nan"))
+    if latents is not None and true_latents is not None:
+        scores |= {"mcc": mean_correlation(latents, true_latents), **representation_scores(latents, true_latents)}
+    return scores | graph_scores(found, adjacency, n_unmatched)
+
+
+def gene_list_scores(
+    programs: pd.DataFrame,
+    latents: NDArray[np.floating[Any]],
+    true_latents: NDArray[np.floating[Any]],
+    truth: Mapping[str, Any],
+) -> dict[str, float]:
+    """Gene lists of programs against those that made the cells: ``list_precision, list_recall, program_length``.
+
+    A program's list are the genes with a loading other than 0; programs are matched to true latents as in
+    `mean_correlation`, and precision and recall are of all lists together; NaN where nothing is listed.
+
+    Parameters
+    ----------
+    programs
+        Columns ``program, gene, loading``, programs in the order of the latents.
+    latents, true_latents
+        (cells, q) and (cells, p).
+    truth
+        With ``loaded``: genes as columns and latents as rows, bool; without it the length is all that is told.
+    """
+    listed = programs[programs["loading"] != 0].groupby("program")["gene"].agg(set)
+    scores = {"list_precision": float("nan"), "list_recall": float("nan")}
+    if "loaded" in truth:
+        loaded, names = truth["loaded"], list(dict.fromkeys(programs["program"]))
+        _, (mine, true) = _match_latents(latents, true_latents)
+        pairs = [
+            (listed.get(names[i], set()), set(loaded.columns[loaded.iloc[j]])) for i, j in zip(mine, true, strict=True)
+        ]
+        both, n_listed, n_true = (
+            sum(map(len, sets)) for sets in ((a & b for a, b in pairs), *zip(*pairs, strict=True))
+        )
+        scores = {"list_precision": both / n_listed, "list_recall": both / n_true} if n_listed and n_true else scores
+    return {**scores, "program_length": float(listed.map(len).sum() / programs["program"].nunique())}
+
+
+def match_programs(
+    claims: list[str | None], targets: NDArray[np.integer[Any]], n_latents: int
+) -> tuple[dict[str, int], float]:
+    """True latent of each program by the Hungarian method on shared perturbations, and the target accuracy.
+
+    Parameters
+    ----------
+    claims
+        (K,) program that each perturbation is said to target; None is a claim of no target and counts as wrong.
+    targets
+        (K,) true latent of each.
+    n_latents
+        True latents, p.
+
+    Returns
+    -------
+    Latent by program, for matched programs that share a perturbation with their latent, and the share of all
+    perturbations whose program is matched to their latent.
+    """
+    programs = sorted({claim for claim in claims if claim is not None})
+    shared = np.zeros((n_latents, len(programs)))
+    for claim, target in zip(claims, targets, strict=True):
+        if claim is not None:
+            shared[target, programs.index(claim)] += 1
+    rows, columns = linear_sum_assignment(shared, maximize=True)
+    latent_of = {programs[c]: int(r) for r, c in zip(rows, columns, strict=True) if shared[r, c] > 0}
+    return latent_of, float(shared[rows, columns].sum() / max(len(claims), 1))
+
+
+def partition_agreement(claims: list[str | None], targets: NDArray[np.integer[Any]]) -> float:
+    """Adjusted Rand index of the perturbations by program and by true latent (Hubert and Arabie 1985).
+
+    A perturbation without a claim is a cluster of its own.
+    """
+    clusters = [("alone", str(i)) if claim is None else ("program", claim) for i, claim in enumerate(claims)]
+    codes, _ = pd.factorize(pd.Series(clusters, dtype=object))
+    return float(adjusted_rand_score(targets, codes))
+
+
+def mean_correlation(latents: NDArray[np.floating[Any]], true_latents: NDArray[np.floating[Any]]) -> float:
+    """MCC: mean over true latents of |Pearson correlation| with the latent matched to each.
+
+    Latents (cells, q) are matched one to one to true latents (cells, p) such that the sum of |correlation| is
+    largest; a true latent that none is left for counts as 0, and so does a latent that does not vary.
+    """
+    correlation, matched = _match_latents(latents, true_latents)
+    return float(correlation[matched].sum() / true_latents.shape[1])
+
+
+def _match_latents(
+    latents: NDArray[np.floating[Any]], true_latents: NDArray[np.floating[Any]]
+) -> tuple[NDArray[np.floating[Any]], tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]]:
+    """|Correlation| (q, p), and the pairs of the matching."""
+    correlation = np.abs(_standardised(latents).T @ _standardised(true_latents))
+    return correlation, linear_sum_assignment(correlation, maximize=True)
+
+
+def graph_scores(found: Graph, true: Graph, n_unmatched: int = 0) -> dict[str, float]:
+    """Precision, recall and F1 of ancestors and of edges, structural Hamming distance.
+
+    Both graphs (p, p) bool, row -> column. Ancestry is the transitive closure. The distance counts ordered pairs
+    that differ, so a reversed edge counts twice, plus `n_unmatched` edges outside the true latents.
+    """
+    scores = {}
+    for name, (a, b) in {"ancestor": (closure(found), closure(true)), "edge": (found, true)}.items():
+        both, n_found, n_true = int((a & b).sum()), int(a.sum()), int(b.sum())
+        # Nothing to find, or nothing found: right if the truth is empty too.
+        scores[f"{name}_precision"] = both / n_found if n_found else float(n_true == 0)
+        scores[f"{name}_recall"] = both / n_true if n_true else 1.0
+        scores[f"{name}_f1"] = 2 * both / (n_found + n_true) if n_found + n_true else 1.0
+    return scores | {"shd": float((found != true).sum() + n_unmatched)}
+
+
+def closure(graph: Graph) -> Graph:
+    """Transitive closure (p, p): j is an ancestor of k if a path leads from j to k."""
+    reach = graph.copy()
+    while True:
+        further = reach | (reach.astype(int) @ reach.astype(int) > 0)
+        if (further == reach).all():
+            return reach
+        reach = further
+
+
+def empty_graph_scores(true: Graph) -> dict[str, float]:
+    """`graph_scores` of the graph without edges."""
+    return graph_scores(np.zeros_like(true), true)
+
+
+def random_graph_scores(true: Graph, n: int = N_RANDOM_GRAPHS, seed: int = 0) -> dict[str, float]:
+    """Mean `graph_scores` over `n` random DAGs with as many edges as the truth.
+
+    Each has a uniformly random causal order and uniformly random edges along it.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [graph_scores(_random_dag(len(true), int(true.sum()), rng), true) for _ in range(n)]
+    return {name: float(np.mean([scores[name] for scores in drawn])) for name in drawn[0]}
+
+
+def _random_dag(p: int, n_edges: int, rng: np.random.Generator) -> Graph:
+    before, after = np.triu_indices(p, 1)
+    kept = rng.permutation(len(before))[:n_edges]
+    order = rng.permutation(p)
+    graph = np.zeros((p, p), dtype=bool)
+    graph[order[before[kept]], order[after[kept]]] = True
+    return graph
+
+
+def claims_of(interventions: pd.DataFrame, perturbations: pd.Index) -> list[str | None]:
+    """Program of each perturbation of the truth; None where the table has none, or lacks the perturbation."""
+    program = interventions.set_index("perturbation")["program"]
+    program.index = program.index.astype(str)
+    return [None if pd.isna(name) or name == "" else str(name) for name in program.reindex(perturbations.astype(str))]
+
+
+def _standardised(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Columns with mean 0 and norm 1; columns that do not vary become 0."""
+    centred = np.asarray(values, dtype=np.float64) - np.mean(values, axis=0, dtype=np.float64)
+    norm = np.linalg.norm(centred, axis=0)
+    # Rounding leaves a constant column a norm of about 1e-16 of its size.
+    flat = norm <= 1e-9 * np.linalg.norm(np.asarray(values, dtype=np.float64), axis=0)
+    unit: NDArray[np.float64] = np.where(flat, 0.0, centred / np.where(flat, 1.0, norm))
+    return unit

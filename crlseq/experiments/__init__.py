@@ -1,0 +1,1 @@
+"""What fits more than once: cross-validation, benchmark, repetition."""

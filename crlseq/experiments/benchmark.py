@@ -1,0 +1,392 @@
+"""Recovery of a known truth over scenarios, seeds and methods, beside the empty and the random graph.
+
+Every finished fit is one row of ``benchmark.csv``, written at once, so that a benchmark which was cut off goes on
+where it stopped when it is run again. What it means is in ``settings.json``; other settings need another folder.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from crlseq._version import __version__
+from crlseq.data.simulate import CONTROL, simulate
+from crlseq.errors import CrlseqError, InputError, UsageError
+from crlseq.evaluation.calibration import calibration, edge_supports
+from crlseq.evaluation.recovery import (
+    LATENT_SCORES,
+    empty_graph_scores,
+    gene_list_scores,
+    random_graph_scores,
+    score_recovery,
+)
+from crlseq.pipeline.fit import fit
+from crlseq.storage.csv import EXACT, to_csv
+from crlseq.storage.files import written_whole
+from crlseq.storage.runfolder import locked
+
+# Options of `crlseq.data.simulate.simulate` where they are not its own: 10 latents, 4 perturbations a latent,
+# 150 cells a perturbation. `n_perturbations` keeps the first so many; `toy` has a simulator of its own.
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "linear-gaussian": {"noise": "gaussian", "n_genes": 60},
+    "linear-counts": {},
+    "network-gaussian": {"mixing": "network", "noise": "gaussian", "n_genes": 60},
+    "network-counts": {"mixing": "network"},
+    "toy": {},
+    "large": {"n_latents": 30, "perturbations_per_latent": 7, "n_perturbations": 200},
+    "shallow": {"mixing": "network", "cells_per_perturbation": 50, "depth": 2000.0},
+    "linear-shift": {"intervention": "shift"},
+    "linear-soft": {"intervention": "soft"},
+    "sparse-counts": {"loading_density": 0.15},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {}, "sparse": {"decoder": "sparse"}, "linear": {"method": "linear"}, "paper": {"preset": "paper"},
+    # Moran et al. 2022, without interventions: labels are permuted before.
+    "sparse-vae": {"decoder": "sparse", "method": "gradient", "causal_layer": False, "mmd_weight": 0.0},
+}  # fmt: skip
+BLIND = ("sparse-vae",)
+BASELINES = ("random", "empty")
+
+SCORES = (
+    *("target_accuracy", "ari", *LATENT_SCORES, "ancestor_f1", "ancestor_precision", "ancestor_recall"),
+    *("shd", "edge_f1", "edge_precision", "edge_recall"),
+    *("list_precision", "list_recall", "program_length"),
+)
+COLUMNS = ("scenario", "seed", "method", *SCORES, "n_edges", "n_latents", "verdict", "seconds", "error")
+SUMMARISED = (*SCORES, "n_edges", "n_latents", "seconds")
+SHOWN = {"ancestor_f1": "Ancestor F1", "target_accuracy": "Target accuracy", "shd": "SHD", "mcc": "MCC"}
+MARKS = {  # Okabe and Ito's colours, which colour-blind readers tell apart, and a shape each
+    "default": ("#0072B2", "o"), "sparse": ("#CC79A7", "P"), "linear": ("#009E73", "D"), "paper": ("#D55E00", "s"),
+    "sparse-vae": ("#E69F00", "X"), "random": ("#777777", "^"), "empty": ("#333333", "v"),
+}  # fmt: skip
+
+
+def benchmark(
+    folder: str | Path,
+    *,
+    scenarios: Sequence[str] = tuple(SCENARIOS),
+    seeds: Sequence[int] = tuple(range(8)),
+    methods: Sequence[str] = tuple(METHODS),
+    n_latents: str = "known",
+    threads: int | None = None,
+    simulator: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> pd.DataFrame:
+    """Simulate, fit and score; write ``benchmark.csv``, ``summary.csv``, ``calibration.csv``, ``benchmark.png`` and ``.svg``.
+
+    Parameters
+    ----------
+    folder
+        Where the results go. Rows that lie there are kept and not computed again.
+    scenarios, methods
+        Names in `SCENARIOS` and `METHODS`.
+    seeds
+        Each is the seed of a simulation and of the fits of it.
+    n_latents
+        ``known``: fits are told the true number; ``auto``: they choose it, but for ``paper``, which cannot.
+    threads
+        CPU threads of a fit.
+    simulator, options
+        Options of the simulator and of `crlseq.fit` that replace those of every scenario and method.
+    note
+        Told about each row.
+
+    Returns
+    -------
+    The summary of everything in the folder: see `summarise`.
+
+    Raises
+    ------
+    UsageError
+        For an unknown name, no seed, or an option that the simulator refuses.
+    InputError
+        If the folder holds something else, was filled with other settings, is in use or cannot be written.
+    """
+    _check_names("scenario", scenarios, SCENARIOS)
+    _check_names("method", methods, METHODS)
+    if n_latents not in ("known", "auto"):
+        raise UsageError(f"n_latents is {n_latents!r} instead of known or auto.", "Give one of them.")
+    if not seeds or min(seeds) < 0:
+        raise UsageError("Seeds must be whole numbers of at least 0, and at least one.", "Give seeds such as 0-7.")
+    settings: dict[str, Any] = {
+        "version": __version__, "n_latents": n_latents, "threads": threads,
+        "simulator": dict(simulator or {}), "options": dict(options or {}),
+    }  # fmt: skip
+    with _open_folder(Path(folder), settings) as place:
+        rows = _read_rows(place / "benchmark.csv")
+        done = {(row["scenario"], row["seed"], row["method"]) for row in rows}
+        for scenario in dict.fromkeys(scenarios):
+            for seed in dict.fromkeys(map(int, seeds)):
+                missing = [name for name in (*BASELINES, *methods) if (scenario, seed, name) not in done]
+                screen = scenario_screen(scenario, seed, **settings["simulator"]) if missing else None
+                for method in dict.fromkeys(missing):
+                    scored = _baseline if method in BASELINES else partial(_fitted, scenario, seed, settings=settings)
+                    row = {"scenario": scenario, "seed": seed, "method": method, **scored(method, screen)}
+                    found = row.pop("supports", None)
+                    if found is not None:  # before the row, which says that all of the fit is there
+                        kept = place / "supports"
+                        kept.mkdir(exist_ok=True)
+                        _write_table(kept / f"{scenario}_{seed}_{method}.csv", found)
+                    rows.append(row)
+                    _write_table(place / "benchmark.csv", _table(rows))
+                    if method not in BASELINES:
+                        note(_in_words(row))
+        table = _table(rows)
+        summary = summarise(table)
+        _write_table(place / "summary.csv", summary)
+        supports = [pd.read_csv(path) for path in sorted((place / "supports").glob("*.csv"))]
+        if supports:
+            table_of = calibration(pd.concat(supports))
+            _write_table(place / "calibration.csv", table_of)
+        figure = draw(table)
+        for kind in ("png", "svg"):
+            with written_whole(place / f"benchmark.{kind}") as beside:
+                figure.savefig(beside, format=kind, dpi=150)
+    return summary
+
+
+def scenario_screen(name: str, seed: int, **changes: Any) -> ad.AnnData:
+    """A screen of a scenario, with its truth; `changes` replace options of the simulator."""
+    wanted = {**SCENARIOS[name], **changes}
+    kept = wanted.pop("n_perturbations", None)
+    try:
+        screen = toy_screen(seed=seed, **wanted) if name == "toy" else simulate(seed=seed, **wanted)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"The scenario {name} cannot be simulated: {error}", "Change the simulator's options."
+        ) from None
+    if kept is None:
+        return screen
+    truth = screen.uns["truth"]
+    truth["target"] = truth["target"].iloc[:kept]
+    label = screen.obs["perturbation"].astype(str)
+    return screen[label.isin([CONTROL, *truth["target"].index]).to_numpy()].copy()
+
+
+def toy_screen(seed: int, n_control: int = 10240, cells_per_perturbation: int = 2048) -> ad.AnnData:
+    """The toy simulation of Zhang et al. 2023 (arXiv 2307.06250), single perturbations alone.
+
+    A chain of five latents, ``u_k = max(u_{k-1}, 0) + z_k`` with ``z_k ~ N(0, 1)``; perturbation ``t{k}`` adds 5 to
+    ``u_k``. Features are the latents and five zeros, without noise. ``X`` dense float32 (cells, 10); labels and
+    truth as in `crlseq.data.simulate.simulate`.
+    """
+    rng = np.random.default_rng(seed)
+    p, size = 5, 5.0
+    labels = np.repeat([CONTROL, *(f"t{k}" for k in range(p))], [n_control] + [cells_per_perturbation] * p)
+    latents = rng.standard_normal((len(labels), p))
+    for k in range(p):
+        latents[labels == f"t{k}", k] += size
+        if k:
+            latents[:, k] += np.maximum(latents[:, k - 1], 0)
+    screen = ad.AnnData(
+        np.hstack([latents, np.zeros_like(latents)]).astype(np.float32),
+        obs=pd.DataFrame({"perturbation": pd.Categorical(labels)}, index=[f"c{i}" for i in range(len(labels))]),
+        var=pd.DataFrame(index=[f"gene{i}" for i in range(2 * p)]),
+    )
+    screen.obsm["true_latents"] = latents
+    target = pd.DataFrame({"latent": range(p)}, index=[f"t{k}" for k in range(p)])
+    screen.uns["truth"] = {"adjacency": np.eye(p, k=1), "target": target}
+    return screen
+
+
+def _fitted(scenario: str, seed: int, method: str, screen: ad.AnnData, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fit and score; an error that users could see is a result too."""
+    truth = screen.uns["truth"]
+    told = settings["n_latents"] == "known" or method in ("paper", *BLIND)
+    counts = {**SCENARIOS[scenario], **settings["simulator"]}.get("noise", "counts") == "counts" and scenario != "toy"
+    options: dict[str, Any] = {
+        "perturbation_key": "perturbation", "control_label": CONTROL, "values": "counts" if counts else "continuous",
+        "n_latents": len(truth["adjacency"]) if told else None, "seed": seed, "threads": settings["threads"],
+        **METHODS[method], **settings["options"],
+    }  # fmt: skip
+    if method in BLIND:
+        screen = screen.copy()
+        screen.obs["perturbation"] = np.random.default_rng(seed).permutation(screen.obs["perturbation"].to_numpy())
+    started = time.perf_counter()
+    try:
+        run = fit(screen, **options)
+        seconds = time.perf_counter() - started
+        latents = run.latents(screen)
+    except CrlseqError as error:
+        return {"seconds": round(time.perf_counter() - started, 2), "error": str(error)}
+    true_latents = screen.obsm["true_latents"]
+    scores: dict[str, Any] = score_recovery(run.interventions, run.edges, truth, latents, true_latents)
+    if method in BLIND:  # nothing is said of targets, and so of no graph
+        scores = {name: scores[name] for name in LATENT_SCORES}
+    lists = truth
+    if "loaded" in truth:
+        lists = {**truth, "loaded": pd.DataFrame(truth["loaded"], columns=screen.var_names)}
+    scores |= gene_list_scores(run.programs, latents, true_latents, lists)
+    bootstrap = (run.info["discovery"] or {}).get("bootstrap")
+    if bootstrap is not None:
+        scores["supports"] = edge_supports(bootstrap["edge"], run.interventions, truth)
+    return {
+        **scores, "n_edges": len(run.edges), "n_latents": run.info["n_latents"],
+        "verdict": None if method in BLIND else run.info["identification"]["verdict"], "seconds": round(seconds, 2),
+    }  # fmt: skip
+
+
+def _baseline(method: str, screen: ad.AnnData) -> dict[str, Any]:
+    """Graph scores without looking at any cell."""
+    true = np.asarray(screen.uns["truth"]["adjacency"]) != 0
+    if method == "empty":
+        return {**empty_graph_scores(true), "n_edges": 0}
+    return {**random_graph_scores(true), "n_edges": int(true.sum())}
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """Median and quartiles over seeds, one row a scenario and method.
+
+    ``scenario, method, runs, failed, verdict`` (each with its number of runs) and for every score
+    ``NAME, NAME_q25, NAME_q75``; failed runs have no score and count under ``failed`` alone.
+    """
+    rows = []
+    for (scenario, method), group in table.groupby(["scenario", "method"], sort=False, observed=True):
+        fitted = group[group["error"].isna()]
+        verdicts = fitted["verdict"].value_counts()
+        row: dict[str, Any] = {
+            "scenario": scenario, "method": method, "runs": len(group), "failed": len(group) - len(fitted),
+            "verdict": ", ".join(f"{verdict} {n}" for verdict, n in verdicts.items()),
+        }  # fmt: skip
+        for name in SUMMARISED:
+            values = fitted[name].astype(float)
+            # Not `median`: it warns where no run has the score.
+            row |= {
+                name: values.quantile(0.5),
+                f"{name}_q25": values.quantile(0.25),
+                f"{name}_q75": values.quantile(0.75),
+            }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Small multiples: a row a scenario, a column a score, a mark a seed, a black bar at each method's median."""
+    scenarios = list(dict.fromkeys(table["scenario"]))
+    figure = Figure(figsize=(11, 0.9 + 1.6 * len(scenarios)), layout="constrained")
+    panels = figure.subplots(len(scenarios), len(SHOWN), squeeze=False, sharey="row")
+    for axes, (score, title) in zip(panels[0], SHOWN.items(), strict=True):
+        axes.set_title(title + ("\nlower is better" if score == "shd" else "\nhigher is better"), fontsize=9)
+    for line, scenario in zip(panels, scenarios, strict=True):
+        rows = table[table["scenario"] == scenario]
+        methods = [name for name in MARKS if name in set(rows["method"])]
+        for axes, score in zip(line, SHOWN, strict=True):
+            for at, method in enumerate(methods):
+                values = rows.loc[rows["method"] == method].sort_values("seed")[score].dropna().astype(float)
+                colour, shape = MARKS[method]
+                # Spread over the height, so that seeds with equal scores are all seen.
+                height = at + np.linspace(-0.3, 0.3, len(values)) if len(values) > 1 else np.full(len(values), at)
+                if len(values):
+                    axes.vlines(values.median(), at - 0.42, at + 0.42, colors="black", linewidth=1.8, zorder=4)
+                else:
+                    why = "not applicable" if method in BASELINES else "all fits failed"
+                    across = axes.get_yaxis_transform()
+                    axes.text(0.03, at, why, va="center", fontsize=7, color="#666666", transform=across)
+                axes.scatter(
+                    values, height, s=18, c=colour, marker=shape, alpha=0.7, linewidths=0, clip_on=False, zorder=3,
+                )  # fmt: skip
+            if score == "shd":
+                top = max(1.0, rows[score].astype(float).max())
+                axes.set_xlim(-0.03 * top, 1.03 * top)
+                axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+            else:
+                axes.set_xlim(-0.02, 1.02)
+                axes.set_xticks([0, 0.5, 1])
+            axes.set_yticks(range(len(methods)), methods)
+            axes.set_ylim(len(methods) - 0.4, -0.6)
+            axes.tick_params(labelsize=8, length=2)
+            axes.grid(axis="x", color="#e2e2e2", linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylabel(
+            scenario.replace("-", "\n"), fontsize=9, fontweight="bold", rotation=0, ha="right", va="center"
+        )
+    return figure
+
+
+def _check_names(what: str, names: Sequence[str], known: Mapping[str, Any]) -> None:
+    for name in names:
+        if name not in known:
+            raise UsageError(f"There is no {what} {name!r}.", f"There are {', '.join(known)}.")
+    if not names:
+        raise UsageError(f"No {what} was given.", f"There are {', '.join(known)}.")
+
+
+@contextmanager
+def _open_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
+    """The folder, if it is new or was filled with these settings, locked against a second process."""
+    try:
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "settings.json").is_file():
+            raise InputError(f"{folder} exists and is no benchmark; it is left alone.", "Choose another --output.")
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            _keep_settings(folder / "settings.json", settings)
+            yield folder
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written: {error.strerror or error}.", "Check the path and its permissions."
+        ) from error
+
+
+def _keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write them, or refuse if other ones are there: the rows of one folder are to be compared."""
+    text = json.dumps(settings, indent=1)
+    if not path.is_file():
+        with written_whole(path) as beside:
+            beside.write_text(text, encoding="utf-8")
+        return
+    try:
+        there = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged.", "Choose another --output.") from error
+    for name, value in json.loads(text).items():  # through JSON, as those there went
+        if there.get(name) != value:
+            raise InputError(
+                f"{path.parent} holds a benchmark with other settings: "
+                f"{name} is {there.get(name)!r} there and {value!r} here.",
+                "Choose another --output.",
+            )
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        table: pd.DataFrame = pd.read_csv(path, dtype={"verdict": object, "error": object}, **EXACT)
+        if tuple(table.columns) != COLUMNS:
+            raise ValueError("its columns are others")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}.", "Choose another --output.") from error
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows by scenario and method in the order of their tables, then seed."""
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"n_edges": "Int64", "n_latents": "Int64"})
+    order = {name: at for at, name in enumerate((*SCENARIOS, *METHODS, *BASELINES))}
+    keys = table["scenario"].map(order), table["method"].map(order), table["seed"]
+    return table.iloc[np.lexsort(keys[::-1])].reset_index(drop=True)
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    with written_whole(path) as beside:
+        beside.write_bytes(to_csv(table))
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    head = f"{row['scenario']}, seed {row['seed']}, {row['method']}"
+    if "error" in row:
+        return f"{head}: failed: {row['error']}"
+    shown = [(text, row[name]) for name, text in SHOWN.items() if name in row]
+    return f"{head}: " + ", ".join(f"{text} {value:.2f}" for text, value in shown) + f" ({row['seconds']:.0f} s)"

@@ -1,0 +1,208 @@
+"""Five-fold evaluation: a run's configuration is fitted again without a fifth of what it shall predict, five times.
+
+Of every fold a file is made that holds training cells alone, and the fit is given that file and nothing else: genes,
+normalisation, programs, targets, graph and baselines cannot have seen a cell or condition that is judged (`Fold`). What
+is held out:
+
+cells
+    A fifth of the cells of every condition that the fold fits.
+combinations
+    A fifth of the combinations. Those that the run itself holds out are in no fold's file.
+singles
+    A fifth of the single perturbations, with every combination that contains one: such a perturbation was never seen,
+    and a combination has then 0 or 1 of 2 parts seen. One combination can so be judged in several folds, by another fit
+    in each.
+
+Control cells are in every fold's file: predictions start from them, and every change is taken against them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from crlseq.config import Config
+from crlseq.data.dataset import select_conditions
+from crlseq.data.matrix import open_store, within
+from crlseq.data.perturbations import Perturbations, read_perturbations
+from crlseq.errors import InputError, UsageError
+from crlseq.evaluation.compare import AXIOMS, METRICS, compare, summarise, verdict
+from crlseq.evaluation.evaluate import Evaluation, evaluate
+from crlseq.pipeline.fit import Progress, fit
+from crlseq.prediction.extrapolation import FILE as EMBEDDINGS
+from crlseq.run.run import GENE_SETS
+
+if TYPE_CHECKING:
+    from crlseq.run.run import Run
+
+FOLDS = 5
+SPLITS = ("cells", "combinations", "singles")
+MIN_HELD_OUT = 2  # cells of a condition that say anything of its mean
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Indices of cells: what is fitted, and what is judged; control cells are in ``train`` alone."""
+
+    train: np.ndarray
+    judged: np.ndarray
+
+
+def cross_validate(
+    run: Run,
+    folds: int = FOLDS,
+    splits: Sequence[str] | None = None,
+    legacy: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Evaluation:
+    """Fit a run's configuration on each fold's training cells and judge it by the others.
+
+    Parameters
+    ----------
+    run
+        A run with its folder, which holds the screen.
+    folds
+        At least 2.
+    splits
+        Of `SPLITS`. None takes those that the screen has something to say of: cells; combinations, if there are any;
+        and singles, if there are combinations (whose parts are then unseen) or the run has embeddings.
+    legacy
+        See `crlseq.evaluation.evaluate.evaluate`.
+    note
+        Told about each fold.
+
+    Returns
+    -------
+    As from `evaluate`, with a column ``fold`` in ``conditions``. Summary, comparisons and verdict are of the means of
+    each condition over its folds. ``predicted`` is empty.
+
+    Raises
+    ------
+    UsageError
+        For an unknown split or fewer than two folds.
+    InputError
+        If the run has no folder or its screen cannot be read, or nothing is left to hold out.
+    """
+    if folds < 2:
+        raise UsageError(f"{folds} folds were asked for.", "At least two are needed.")
+    for name in splits or ():
+        if name not in SPLITS:
+            raise UsageError(f"There is no split {name!r}.", f"There are {', '.join(SPLITS)}.")
+    screen, labels = _read(run)
+    config = fold_config(run, labels)
+    chosen = tuple(splits) if splits else default_splits(run, labels)
+    plan = make_folds(labels, run, folds, chosen)
+    tables, notes = [], [f"{folds} folds; held out: {', '.join(chosen)}."]
+    for number, fold in enumerate(plan):
+        if not len(fold.judged):
+            continue
+        controls = np.flatnonzero(labels.condition == 0)
+        with tempfile.TemporaryDirectory(prefix="crlseq-fold-") as folder:
+            note(f"fold {number + 1} of {folds}: {len(fold.train)} cells to fit, {len(fold.judged)} to judge by")
+            refit = fit(screen[fold.train].copy(), Path(folder) / "RUN", config=config, progress=Progress())
+            found = evaluate(refit, screen[np.union1d(controls, fold.judged)].copy(), legacy)
+        tables.append(found.conditions.assign(fold=number))
+        notes += [text for text in found.notes if text not in notes and not text.startswith("Never fitted")]
+        note(f"  {refit.info['n_latents']} programs; {'; '.join(found.verdict[:1])}")
+    if not tables:
+        raise InputError("There is nothing to hold out.", "Choose other --splits.")
+    table: pd.DataFrame = pd.concat(tables, ignore_index=True)
+    means = over_folds(table)
+    seed = int(run.info["seed"])
+    comparisons = compare(means, seed)
+    return Evaluation(table, summarise(means, seed), comparisons, verdict(comparisons), tuple(notes), {})
+
+
+def over_folds(table: pd.DataFrame) -> pd.DataFrame:
+    """Means of each condition over the folds that judge it; a row a group, condition and predictor."""
+    keys = ["condition", "group", "predictor"]
+    grouped = table.groupby(keys, sort=False, observed=True)
+    means = grouped[[metric for metric in (*METRICS, *AXIOMS) if metric in table]].mean()
+    return pd.concat([grouped["n_cells"].sum(), means], axis=1).reset_index()
+
+
+def make_folds(labels: Perturbations, run: Run, folds: int, splits: Sequence[str]) -> list[Fold]:
+    """Which cells each fold fits and judges: none does both, and all cells of a condition held out whole are judged."""
+    rng = np.random.default_rng([int(run.info["seed"]), 11])
+    settings = Config.model_validate(run.info["config"]).data
+    selection = select_conditions(labels, settings)
+    order = np.array([len(parts) for parts in labels.conditions])
+    never = selection.held_out & (order > 0)  # by the run itself
+    usable = (selection.fitted & (order > 0)) | never
+    singles = np.flatnonzero(usable & (order == 1) & ~never) if "singles" in splits else np.zeros(0, np.int64)
+    shuffled = rng.permutation(singles)
+    of_part = {labels.conditions[c][0]: i % folds for i, c in enumerate(shuffled)}
+    whole_ones = usable & ((order > 1) | never) if "combinations" in splits else never
+    of_condition = np.full(len(order), -1)
+    load = np.zeros(folds, dtype=np.int64)
+    for c in rng.permutation(np.flatnonzero(whole_ones)):
+        # In a fold that sees its parts, if there is one: where they are lost it is judged as well, without them.
+        lost_in = {of_part.get(part, -1) for part in labels.conditions[c]}
+        free = [f for f in range(folds) if f not in lost_in] or list(range(folds))
+        of_condition[c] = min(free, key=lambda f: load[f])
+        load[of_condition[c]] += 1
+    cell_fold = np.full(len(labels.condition), -1)
+    for c in np.flatnonzero(usable & ~never) if "cells" in splits else ():
+        own = rng.permutation(np.flatnonzero(labels.condition == c))
+        cell_fold[own] = (np.arange(len(own)) + rng.integers(folds)) % folds
+    plan = []
+    for f in range(folds):
+        lost = np.array([any(of_part.get(part) == f for part in parts) for parts in labels.conditions])
+        whole = usable & ((of_condition == f) | lost)
+        fitted = usable & ~whole & ~never
+        here = labels.condition >= 0
+        condition = np.where(here, labels.condition, 0)
+        out = here & whole[condition]
+        tested = here & fitted[condition] & (cell_fold == f)
+        train = here & (fitted[condition] | (labels.condition == 0)) & ~tested
+        plan.append(Fold(np.flatnonzero(train), np.flatnonzero(out | tested)))
+    return plan
+
+
+def default_splits(run: Run, labels: Perturbations) -> tuple[str, ...]:
+    """See `cross_validate`."""
+    combined = any(len(parts) > 1 for parts in labels.conditions)
+    embedded = run.info.get("embeddings") is not None
+    return ("cells", *(["combinations"] if combined else []), *(["singles"] if combined or embedded else []))
+
+
+def fold_config(run: Run, labels: Perturbations) -> Config:
+    """The run's configuration for cells that are all to be fitted, with the labels read as they were."""
+    config = Config.model_validate(run.info["config"])
+    data = config.data.model_copy(update={
+        "perturbation_key": run.info["perturbation_key"], "guide_key": None, "guide_counts": None, "guide_map": None,
+        "control_label": run.info["control_label"],
+        "separator": labels.separator or "", "min_cells": MIN_HELD_OUT, "hold_out": (), "hold_out_cells": 0.0,
+        "combinations": True,
+        "embeddings": None if run.info.get("embeddings") is None or run.path is None else str(run.path / EMBEDDINGS),
+        "gene_sets": None if config.data.gene_sets is None or run.path is None else str(run.path / GENE_SETS),
+    })  # fmt: skip
+    return config.model_copy(update={"data": data})
+
+
+def _read(run: Run) -> tuple[ad.AnnData, Perturbations]:
+    """The screen that a run folder holds, without what the fit added, and its labels."""
+    if run.path is None:
+        raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
+    path = run.path / "crlseq.h5ad"
+    try:
+        with open_store(path):  # which refuses what reading would never end in
+            screen = ad.read_h5ad(path)
+        # Folds are cut from all of these by compiled code.
+        for matrix in (screen.X, screen.raw and screen.raw.X, *screen.layers.values(), *screen.obsm.values()):
+            within(matrix)
+    except Exception as error:  # h5py and anndata raise almost every type for damaged files
+        why = (error.message if isinstance(error, InputError) else str(error)).rstrip(".")
+        raise InputError(f"{path} cannot be read: {why}.", "Restore it, or fit again.") from error
+    for slot, name in (("obs", "crlseq_split"), ("obsm", "X_crlseq"), ("varm", "crlseq_programs"), ("uns", "crlseq")):
+        if name in getattr(screen, slot):
+            del getattr(screen, slot)[name]
+    key, control = run.info["perturbation_key"], run.info["control_label"]
+    return screen, read_perturbations(screen.obs, key, control, run.info["config"]["data"]["separator"])

@@ -1,0 +1,246 @@
+"""The loss terms of a model with a linear output layer, without an expression matrix.
+
+With features h (H) of the decoder, output weights W (G, H), bias b and precisions D = diag(1 / noise), a cell is
+x = W h + b + noise, and everything that the objective asks of genes is a product of the data with a table of H columns
+or a product of the tables with one another:
+
+    |x_g - W_g h - b_g|^2 = |x_g - b_g|^2 - 2 W_g h (x_g - b_g) + W_g h h^T W_g^T      summed over cells, gene by gene.
+
+A virtual cell is its control cell plus the decoded difference, v_i = c_i + W d_i with d_i = h'_i - h_i, so that its
+distances are those of real cells, corrected by products with W: with y = x W, Q = W^T W and s_i = 2 d_i y_i + d_i Q d_i
+
+    |v_i - x_j|^2 = |c_i - x_j|^2 + s_i - 2 d_i y_j,
+    |v_i - v_j|^2 = |c_i - c_j|^2 + s_i + s_j - M_ij - M_ji,      M_ij = d_i (2 y_j + Q d_j).
+
+The cost of a cell is its non-zeros times H; what grows with G is G H^2, once for all cells of a step. Effects that the
+latents miss (`DiscrepancyVAE.residual`) are measured after training and are 0 here.
+
+In float32 three differences of large numbers matter. Squares about b come from moments of genes in float64
+(`Rows.moments`). Products y enter as differences of cells and are centred on the
+controls' mean. Distances of real cells lose the ratio of their squared norms to their distance, 2 to 10 on
+log-normalised values; norms are float64, and so is the difference.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.expression_rows import Rows, product
+from crlseq.model.losses import kl_divergence, mean_kernel, mean_over_cells
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`crlseq.model.losses.multi_kernel` and the estimator of MMD^2."""
+
+    bandwidth: float
+    n_kernels: int
+    unbiased: bool
+
+    def mean(self, distance: Tensor, rows: Tensor | None, columns: Tensor | None, within: bool) -> Tensor:
+        """Mean kernel of pairs, within one set or between two."""
+        without_diagonal = within and self.unbiased
+        return mean_kernel(distance, self.bandwidth, self.n_kernels, rows, columns, without_diagonal)
+
+
+@dataclass(frozen=True)
+class StepCells:
+    """The cells of a step, and all that the objective asks of them alone, whatever the model.
+
+    ``rows`` (N = `n_rows`, G), of which the first `n_controls` are the controls and the rest the perturbed cells; ``control``,
+    ``perturbed`` (C, B) rows of each pair; ``mask`` (C, B) pairs that are there, None for all; ``moments`` sums of
+    values and of their squares, (G,) float64 each, over both cells of every pair;
+    ``within``, ``across`` (C, B, B) squared distances of control to control and of control to perturbed cells;
+    ``perturbed_kernel`` (C,) mean kernel of pairs of perturbed cells.
+    """
+
+    rows: Rows
+    n_rows: int
+    n_controls: int
+    n_pairs: int
+    control: Tensor
+    perturbed: Tensor
+    mask: Tensor | None
+    moments: tuple[Tensor, Tensor]
+    within: Tensor
+    across: Tensor
+    perturbed_kernel: Tensor
+
+    def by_pair(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, n) values of rows to (C, B, n) of the controls and of the perturbed cells of each pair."""
+        shape = (*self.control.shape, values.shape[-1])
+        control = values.index_select(0, self.control.flatten()).view(shape)
+        if self.mask is None:  # perturbed cells lie in the order of the pairs
+            return control, values[self.n_controls :].view(shape)
+        return control, values.index_select(0, self.perturbed.flatten()).view(shape)
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """The transpose: (2, C, B, n) values of pairs, 0 where there is none, to their sums (N, n) by row."""
+        control, perturbed = values.flatten(1, 2)
+        sums = values.new_zeros(self.n_rows, values.shape[-1]).index_add_(0, self.control.flatten(), control)
+        if self.mask is None:
+            sums[self.n_controls :] = perturbed
+            return sums
+        return sums.index_add_(0, self.perturbed.flatten(), perturbed)
+
+
+@torch.no_grad()
+def step_cells(
+    rows: Rows,
+    n_controls: int,
+    control: Tensor,
+    perturbed: Tensor,
+    counts: tuple[int, ...],
+    kernel: Kernel,
+) -> StepCells:
+    """The cells of a step.
+
+    Parameters
+    ----------
+    counts
+        Pairs of each condition, whose perturbed cells are neighbours in `rows`.
+    """
+    n, last = n_controls, n_controls + sum(counts)
+    width = control.shape[1]
+    mask = None
+    if min(counts) < width:
+        mask = torch.arange(width, device=control.device) < torch.tensor(counts, device=control.device)[:, None]
+    controls, norms = slice(0, n), rows.norms()
+    within = _distance(rows.inner(controls, controls), norms[:n], norms[:n]).fill_diagonal_(0)
+    across = _distance(rows.inner(slice(n, last), controls), norms[n:last], norms[:n])
+    own = norms.index_select(0, perturbed.flatten()).view_as(perturbed)  # of rows that only fill up: anything
+    between_perturbed = _distance(rows.inner_within(n, counts, width), own, own)
+    row = (perturbed - n).clamp_min(0)
+    there = torch.ones_like(control, dtype=torch.bool) if mask is None else mask
+    count = torch.bincount(torch.stack([control, perturbed])[there.expand(2, -1, -1)], minlength=last)
+    return StepCells(
+        rows, last, n, sum(counts), control, perturbed, mask,
+        moments=rows.moments(count),
+        within=torch.stack([within.index_select(0, own).index_select(1, own) for own in control]),
+        across=across.index_select(0, row.flatten()).view(*row.shape, n).gather(2, control[:, None, :].expand(-1, width, -1)).mT,
+        perturbed_kernel=kernel.mean(between_perturbed, mask, mask, within=True),
+    )  # fmt: skip
+
+
+def _distance(inner: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """|a|^2 + |b|^2 - 2 ab in float64, of inner products and squared norms."""
+    distance = inner.to(torch.float64, copy=True).mul_(-2).add_(a[..., :, None]).add_(b[..., None, :])
+    return distance.clamp_(min=0).to(inner.dtype)
+
+
+def factored_terms(
+    model: DiscrepancyVAE,
+    cells: StepCells,
+    conditions: Tensor,
+    eps: tuple[Tensor, Tensor],
+    kernel: Kernel,
+) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+    """Terms ``mmd``, ``reconstruction``, ``kl`` and ``graph``, and posterior means (C, B, p) of controls and perturbed.
+
+    The mean of `crlseq.model.losses.loss_terms` and `interventional_terms`, for Gaussian noise and the identity as
+    output.
+
+    Parameters
+    ----------
+    conditions
+        (C, M) single perturbations of each condition, filled up with -1.
+    eps
+        Standard normal draws (C, B, p) of the control and of the perturbed cells.
+    """
+    scm, encoder, mask = model.scm, model.encoder, cells.mask
+    weight, bias = model.decoder.output.weight, model.decoder.output.bias
+    n_genes = len(weight)
+    assert model.log_noise is not None
+    mean, variance = encoder.posterior(product(cells.rows, encoder.hidden.weight.T) + encoder.hidden.bias)
+    y, gram = _Decoder.apply(weight, cells)  # type: ignore[no-untyped-call]
+    means, variances, noise = (torch.stack(both) for both in (cells.by_pair(mean), cells.by_pair(variance), eps))
+    z = means + variances.sqrt() * noise
+    u = scm(z)
+    mechanism = scm.mechanism(conditions, model.target_weights(conditions))
+    features = model.decoder.features(torch.cat([u, scm(z[0], mechanism)[None]]))  # (3, C, B, H)
+    h, h_virtual = torch.split(features, [2, 1])  # one gradient, put together once
+
+    divergence = kl_divergence(means[0], variances[0])
+    own = model.divergence(u[1], mechanism, noise[1], variances[1])
+    kl = (mean_over_cells(divergence, mask) + mean_over_cells(own, mask)) / 2 / n_genes
+
+    squares = torch.exp(-model.log_noise) @ _squares(h, cells, weight, bias)
+    constant = model.log_noise.sum() + n_genes * math.log(2 * math.pi)
+    reconstruction = 0.5 * (squares / 2 + constant) / n_genes
+
+    difference = h_virtual[0] - h[0]
+    y_control, y_perturbed = cells.by_pair(y)
+    moved = difference @ gram
+    s = (difference * (2 * y_control + moved)).sum(-1)  # (C, B)
+    m = difference @ (2 * y_control + moved).mT  # (C, B, B)
+    within = (cells.within + s[..., :, None] + s[..., None, :] - m - m.mT).clamp_min(0)
+    across = (cells.across + s[..., :, None] - 2 * difference @ y_perturbed.mT).clamp_min(0)
+    virtual_kernel, kernel_across = kernel.mean(within, mask, mask, True), kernel.mean(across, mask, mask, False)
+    mmd = (virtual_kernel + cells.perturbed_kernel - 2 * kernel_across).mean()
+    terms = {"mmd": mmd, "reconstruction": reconstruction, "kl": kl, "graph": scm.adjacency.abs().sum()}
+    return terms, (means[0], means[1])
+
+
+def _squares(h: Tensor, cells: StepCells, weight: Tensor, output_bias: Tensor) -> Tensor:
+    """(G,) squared residuals by gene, mean over pairs, summed over controls and perturbed cells."""
+    first, second = cells.moments
+    bias = output_bias.double()
+    about_bias = ((second - 2 * bias * first) / cells.n_pairs + 2 * bias**2).to(h.dtype)
+    explained: Tensor = _Explained.apply(h, weight, output_bias, cells)  # type: ignore[no-untyped-call]
+    return about_bias + explained
+
+
+class _Decoder(torch.autograd.Function):
+    """y = X W, about its mean over controls (differences of cells alone count), and Q = W^T W; one gradient of W."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, cells: StepCells) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight)
+        ctx.rows = cells.rows
+        y = cells.rows.times(weight)
+        return y.sub_(y[: cells.n_controls].mean(0)), weight.T @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        of_y, of_gram = gradients
+        return ctx.rows.transposed_times(of_y).addmm_(weight, of_gram + of_gram.T), None
+
+
+class _Explained(torch.autograd.Function):
+    """By gene (G,): W_g A W_g^T - 2 W_g (X^T F - b f)_g^T with f the sum of the rows of F.
+
+    F (N, H) are the features (2, C, B, H), summed over a row's pairs and divided by the number of pairs, and A (H, H)
+    their second moments: what |x - b|^2 gives up when W h is taken away. U = W A - (X^T F - b f) serves the value and
+    the gradient of W.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, cells: StepCells) -> Tensor:
+        if cells.mask is not None:
+            h = h * cells.mask[..., None]
+        flat, rows = h.flatten(0, -2), cells.by_row(h).div_(cells.n_pairs)
+        total = rows.sum(0)
+        cross = cells.rows.transposed_times(rows).addr_(bias, total, alpha=-1)
+        u = torch.addmm(cross, weight, flat.T @ flat, beta=-1, alpha=1 / cells.n_pairs)
+        ctx.save_for_backward(h, weight, bias, total, u)
+        ctx.cells = cells
+        return cross.neg_().add_(u).mul_(weight).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        h, weight, bias, total, u = ctx.saved_tensors
+        cells, g = ctx.cells, gradients[0]
+        weighted = g[:, None] * weight
+        of_rows = cells.rows.times(weighted).sub_(bias @ weighted)
+        of_h = torch.stack(cells.by_pair(of_rows)).view(-1, h.shape[-1])
+        of_h = of_h.addmm_(h.flatten(0, -2), weight.T @ weighted, beta=-2 / cells.n_pairs, alpha=2 / cells.n_pairs)
+        if cells.mask is not None:
+            of_h.view_as(h).mul_(cells.mask[..., None])
+        return of_h.view_as(h), u.mul_(2 * g[:, None]), 2 * g * (weight @ total), None

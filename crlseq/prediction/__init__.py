@@ -1,0 +1,1 @@
+"""Virtual cells: labels, combinations, perturbations never seen, counterfactuals."""

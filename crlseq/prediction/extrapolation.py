@@ -1,0 +1,225 @@
+"""Perturbations that were never seen, from vectors of their genes: a map from vectors to what fitted perturbations do.
+
+A perturbation of a gene with vector e is predicted to do a weighted sum of what the fitted ones do: their shifts of each
+program's equation (of a perturbation that cuts its target off: the shift with the same mean effect), and what they do
+past the programs. Noise scales and cuts of a stranger are not predicted. The weights are those of a ridge
+regression with an intercept on standardised vectors, ``w(e) = 1/K + k(e) (K_c + penalty I)^-1 (I - 1/K)`` with the linear
+kernel, of the mean of the fitted perturbations (w = 1/K), or of no effect (w = 0): which of these, and the penalty, is
+what has the least squared leave-one-out error in mean expression, summed over genes; what is less simple has to be better
+by more than one standard error over the perturbations. Vectors that say nothing of effects
+so end at the mean or at no effect, and the run says so. What leave-one-out missed, gene by gene, is the standard error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+
+from crlseq.data.embeddings import Embeddings, read_embeddings
+from crlseq.data.matrix import readable
+from crlseq.errors import InputError
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.extension import extended
+
+if TYPE_CHECKING:
+    from crlseq.run.run import Run
+
+FILE = "embeddings.h5ad"
+MIN_PERTURBATIONS = 5  # to fit a map to, and to tell by leaving one out whether it says anything
+PENALTIES = np.logspace(-2, 4, 25)
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """A fitted map.
+
+    Attributes
+    ----------
+    table
+        Vectors of all genes of the user's table.
+    fitted
+        Fitted perturbations with a vector and cells of their own, K names.
+    choice
+        ``ridge``, ``mean`` or ``none``.
+    penalty
+        Of the ridge.
+    skill
+        1 - squared leave-one-out error over that of the better of mean and no effect; 0 unless the ridge was chosen.
+    shifts
+        (K, p) mean shift of each latent's equation by the fitted perturbations.
+    error
+        (G,) root mean square of what leave-one-out missed, and of the fitted perturbations' own errors.
+    """
+
+    table: Embeddings
+    fitted: tuple[str, ...]
+    choice: str
+    penalty: float
+    skill: float
+    shifts: np.ndarray
+    error: np.ndarray
+
+    def weights(self, names: Sequence[str]) -> np.ndarray:
+        """(len(names), K) weights of the fitted perturbations for genes of the table."""
+        if self.choice == "none":
+            return np.zeros((len(names), len(self.fitted)))
+        n = len(self.fitted)
+        mean = np.full((len(names), n), 1 / n)
+        if self.choice == "mean":
+            return mean
+        place = {name: i for i, name in enumerate(self.table.names)}
+        z = _standardised(self.table.vectors)
+        center = z[[place[name] for name in self.fitted]].mean(0)
+        own, asked = (z[[place[name] for name in wanted]] - center for wanted in (self.fitted, names))
+        gram = own @ own.T / z.shape[1]
+        kernel = asked @ own.T / z.shape[1]
+        found: np.ndarray = mean + np.linalg.solve(gram + self.penalty * np.eye(n), kernel.T).T @ (np.eye(n) - 1 / n)
+        return found
+
+    def to_anndata(self) -> ad.AnnData:
+        """The map as a file that `read_embeddings` takes too."""
+        stored = ad.AnnData(self.table.vectors.astype(np.float32), obs=pd.DataFrame(index=list(self.table.names)))
+        stored.uns["crlseq"] = {
+            "fitted": np.array(self.fitted, dtype=object), "choice": self.choice, "penalty": self.penalty,
+            "skill": self.skill, "shifts": self.shifts, "error": self.error,
+        }  # fmt: skip
+        return stored
+
+    def summary(self) -> dict[str, Any]:
+        """What ``run.json`` says of it."""
+        return {
+            "n_genes": len(self.table.names), "n_dimensions": int(self.table.vectors.shape[1]),
+            "n_fitted": len(self.fitted), "choice": self.choice, "penalty": self.penalty, "skill": self.skill,
+        }  # fmt: skip
+
+    def in_words(self) -> str:
+        """One sentence on what the vectors are worth."""
+        known = f"{len(self.fitted)} fitted perturbations have a vector"
+        if self.choice == "ridge":
+            return (
+                f"{known}; left out one by one, their effects are predicted with {self.skill:.0%} less squared error."
+            )
+        what = "what perturbations do on average" if self.choice == "mean" else "nothing"
+        return f"{known}, and these say nothing of effects: perturbations never seen are predicted to do {what}."
+
+
+def refuse_strangers(table: Embeddings, perturbations: Sequence[str], path: str) -> None:
+    """Refuse a table that lacks the perturbations, before anything is fitted.
+
+    Raises
+    ------
+    InputError
+    """
+    known = set(table.names)
+    common = [name for name in perturbations if name in known]
+    if len(common) < MIN_PERTURBATIONS:
+        raise InputError(
+            f"The embeddings {path} have vectors for {len(common)} of the {len(perturbations)} fitted perturbations, and "
+            f"{MIN_PERTURBATIONS} are needed.",
+            f"Name genes as the labels do, such as {perturbations[0]!r}; there they are named like {table.names[0]!r}.",
+        )
+
+
+@torch.no_grad()
+def fit_extrapolation(
+    model: DiscrepancyVAE, table: Embeddings, names: Sequence[str], own_cells: np.ndarray, control: np.ndarray
+) -> Extrapolation:
+    """Fit the map to what a fitted model says of its perturbations.
+
+    Parameters
+    ----------
+    names, own_cells
+        (K,) perturbations of the model, and whether each has cells of its own.
+    control
+        (n, G) control cells to take effects on.
+    """
+    known = set(table.names)
+    chosen = [k for k, name in enumerate(names) if name in known and own_cells[k]]
+    fitted = tuple(names[k] for k in chosen)
+    x = torch.from_numpy(control).to(model.residual.dtype)[None]
+    before = model(x, torch.full((1, 1), -1)).virtual.mean((0, 1))
+    z = model.encoder(x)[0]
+    effects, shifts = np.zeros((len(chosen), control.shape[1])), np.zeros((len(chosen), z.shape[-1]))
+    for i, k in enumerate(chosen):
+        output = model(x, torch.tensor([[k]]))
+        effects[i] = (output.virtual.mean((0, 1)) - before).double().numpy()
+        shifts[i] = (model.scm.abduct(output.latents) - z).mean((0, 1)).double().numpy()
+    place = {name: i for i, name in enumerate(table.names)}
+    standard = _standardised(table.vectors)
+    own = standard[[place[name] for name in fitted]]
+    missed: dict[tuple[str, float], np.ndarray] = {("none", 0.0): effects}
+    n = len(fitted)
+    if n > 1:
+        missed["mean", 0.0] = (effects - effects.mean(0)) * n / (n - 1)
+        own = own - own.mean(0)
+        gram = own @ own.T / own.shape[1]
+        for penalty in PENALTIES if n >= MIN_PERTURBATIONS else ():
+            hat = 1 / n + gram @ np.linalg.inv(gram + penalty * np.eye(n)) @ (np.eye(n) - 1 / n)
+            missed["ridge", float(penalty)] = (effects - hat @ effects) / (1 - np.diag(hat))[:, None]
+    squares = {key: (value**2).sum(1) for key, value in missed.items()}
+    simple = _surely_better(squares, ("none", 0.0), [key for key in squares if key[0] == "mean"])
+    choice, penalty = _surely_better(squares, simple, [key for key in squares if key[0] == "ridge"])
+    worst = float(squares[simple].sum())
+    skill = 1 - float(squares[choice, penalty].sum()) / worst if choice == "ridge" and worst > 0 else 0.0
+    # What is predicted is what the model says of a perturbation, which is sure to its own error only.
+    own_error = model.missed_error(torch.tensor(chosen, dtype=torch.int64)[:, None]).double().numpy()
+    error = np.sqrt((missed[choice, penalty] ** 2 + own_error**2).mean(0)) if n else np.zeros(control.shape[1])
+    return Extrapolation(table, fitted, choice, penalty, skill, shifts, error)
+
+
+def _surely_better(
+    squares: dict[tuple[str, float], np.ndarray], simple: tuple[str, float], others: list[tuple[str, float]]
+) -> tuple[str, float]:
+    """The best of `others` by summed squares (K,), if it beats `simple` by more than one standard error; else `simple`.
+
+    With few perturbations the best of many is often better by chance.
+    """
+    if not others:
+        return simple
+    best = min(others, key=lambda key: float(squares[key].sum()))
+    gain = squares[simple] - squares[best]
+    return best if gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5 else simple
+
+
+def load_extrapolation(path: Path) -> Extrapolation:
+    """The map of a run folder.
+
+    Raises
+    ------
+    InputError
+        If its file is missing or damaged.
+    """
+    table = read_embeddings(path)
+    with readable(str(path), "the map from embeddings"):
+        stored = ad.read_h5ad(path).uns["crlseq"]
+        return Extrapolation(
+            table, tuple(map(str, stored["fitted"])), str(stored["choice"]), float(stored["penalty"]),
+            float(stored["skill"]), np.asarray(stored["shifts"], dtype=float), np.asarray(stored["error"], dtype=float),
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def with_unseen(run: Run, names: Sequence[str]) -> tuple[DiscrepancyVAE, dict[str, tuple[int, ...]]]:
+    """The run's model with perturbations of genes it has vectors for, and the rows that each is the combination of."""
+    model, table = run.model, run.extrapolation
+    if not names or table is None:
+        return model, {}
+    place = {name: k for k, name in enumerate(run.interventions["perturbation"])}
+    rows = [place[name] for name in table.fitted]
+    w = torch.from_numpy(table.weights(names)).to(model.residual.dtype)
+    shift = w @ torch.from_numpy(table.shifts).to(w.dtype)
+    error = torch.from_numpy(table.error).to(w.dtype).expand(len(names), -1)
+    new = extended(model, shift, w @ model.residual[rows], error)
+    first, p = len(place), shift.shape[1]
+    return new, {name: tuple(range(first + i * p, first + (i + 1) * p)) for i, name in enumerate(names)}
+
+
+def _standardised(vectors: np.ndarray) -> np.ndarray:
+    return np.asarray((vectors - vectors.mean(0)) / vectors.std(0))

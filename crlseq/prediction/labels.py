@@ -1,0 +1,178 @@
+"""What a user asks a run to predict: labels such as ``B+A`` to fitted perturbations, or an error that helps."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from crlseq.data.matrix import open_screen
+from crlseq.data.perturbations import CONTROL_LABELS, SEPARATORS, read_perturbations
+from crlseq.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from crlseq.run.run import Run
+
+
+@dataclass(frozen=True)
+class Request:
+    """A condition to predict.
+
+    ``name`` as the fit would write it, ``parts`` the ascending indices of its perturbations, ``programs`` those they
+    target ("" for a part without a claim, joined by "+"), ``seen`` whether its cells were ``fitted``, ``held out`` or
+    ``not measured``, or whether it is ``extrapolated`` since it has ``unseen`` parts: genes never perturbed, by name.
+    """
+
+    name: str
+    parts: tuple[int, ...]
+    programs: str
+    seen: str
+    unseen: tuple[str, ...] = ()
+
+
+def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str]]:
+    """Requests in the order of `labels`, each once, and notes on what to know about them.
+
+    Raises
+    ------
+    InputError
+        If a part was neither fitted nor has a vector, or occurs twice in a label, or a label is the control.
+    UsageError
+        If there is no label.
+    """
+    if not labels:
+        raise UsageError("No perturbation to predict was named.", "Give --perturbation at least once.")
+    table_programs = run.interventions.set_index("perturbation")["program"]
+    names = [str(name) for name in table_programs.index]
+    position = {name: i for i, name in enumerate(names)}
+    conditions = {tuple(sorted(position[part] for part in row["perturbations"])): row for row in run.info["conditions"]}
+    table = run.extrapolation
+    known = {*names, *(() if table is None else table.table.names)}
+    requests: dict[tuple[tuple[int, ...], tuple[str, ...]], Request] = {}
+    notes: list[str] = []
+    for label in labels:
+        asked = _parts(run, label, names, known)
+        parts = tuple(sorted(position[part] for part in asked if part in position))
+        unseen = tuple(sorted(part for part in asked if part not in position))
+        if (parts, unseen) in requests:
+            notes.append(f"{label!r} is asked for twice, and predicted once.")
+            continue
+        programs = "+".join([*table_programs.iloc[list(parts)], *("" for _ in unseen)])
+        if unseen:
+            name = fitted_separator(run).join([*(names[k] for k in parts), *unseen])
+            requests[parts, unseen] = Request(name, parts, programs, "extrapolated", unseen)
+            continue
+        row = conditions.get(parts)
+        seen = "not measured" if row is None else "fitted" if "train" in row["cells"] else "held out"
+        name = fitted_separator(run).join(names[k] for k in parts) if row is None else str(row["name"])
+        requests[parts, unseen] = Request(name, parts, programs, seen)
+    strangers = sorted({name for _, unseen in requests for name in unseen})
+    if strangers and table is not None:
+        few = ", ".join(strangers[:8]) + (f" and {len(strangers) - 8} more" if len(strangers) > 8 else "")
+        notes.append(f"Never perturbed here, and extrapolated from embeddings: {few}. {table.in_words()}")
+    for k in sorted({k for parts, _ in requests for k in parts}):
+        if note := _weak_ground(run, names[k], k):
+            notes.append(note)
+    return list(requests.values()), notes
+
+
+def fitted_separator(run: Run) -> str:
+    """What joins the parts of combinations in the fitted labels; "+" where none were fitted."""
+    for row in run.info["conditions"]:
+        if len(row["perturbations"]) > 1:
+            first, second = row["perturbations"][:2]
+            name = str(row["name"])
+            return name[len(first) : name.index(second, len(first))]
+    return run.info["config"]["data"]["separator"] or "+"
+
+
+def _parts(run: Run, label: str, names: list[str], known: set[str]) -> list[str]:
+    """Perturbations that a label names: fitted ones, `names`, or others that are `known` by their vectors."""
+    control, text = run.info["control_label"], label.strip()
+
+    def is_control(part: str) -> bool:
+        return part == control or (part not in known and part.casefold() in CONTROL_LABELS)
+
+    if text in known:
+        return [text]
+    if is_control(text):
+        raise InputError(
+            f"{label!r} is the control.", "Name a perturbation; control cells are what virtual cells start from."
+        )
+    by_name = {str(row["name"]): row["perturbations"] for row in run.info["conditions"]}
+    if text in by_name:
+        return [str(part) for part in by_name[text]]
+    readings = []
+    for separator in dict.fromkeys([fitted_separator(run), *SEPARATORS]):
+        mark = separator.strip() or separator
+        if mark in text:
+            # "A+ctrl" is "A", as in the fit.
+            readings.append([part for part in map(str.strip, text.split(mark)) if not is_control(part)])
+    parts = next((reading for reading in readings if set(reading) <= known), None)
+    if parts is None:
+        # The reading that goes furthest tells what is wrong with it.
+        parts = max([*readings, [text]], key=lambda reading: sum(part in known for part in reading))
+        raise _not_fitted(run, label, next(part for part in parts if part not in known), names)
+    if not parts:
+        raise InputError(
+            f"{label!r} is the control.", "Name a perturbation; control cells are what virtual cells start from."
+        )
+    repeated = [part for i, part in enumerate(parts) if part in parts[:i]]
+    if repeated:
+        raise InputError(f"{label!r} names {repeated[0]!r} twice.", "Name each perturbation of a combination once.")
+    return parts
+
+
+def _not_fitted(run: Run, label: str, part: str, names: list[str]) -> InputError:
+    within = "" if part == label.strip() else f" in {label!r}"
+    if not part:
+        return InputError(f"{label!r} has an empty part.", "Write combinations like 'A+B'.")
+    folded = {name.casefold(): name for name in names}
+    close = [folded[word] for word in difflib.get_close_matches(part.casefold(), folded, n=3)]
+    listed = ", ".join(map(repr, close or names[:8])) + (" and others" if not close and len(names) > 8 else "")
+    return InputError(
+        f"The perturbation {part!r}{within} {_why_not(run, part)}.",
+        f"Did you mean {listed}?" if close else f"Fitted are {listed}.",
+    )
+
+
+def _why_not(run: Run, part: str) -> str:
+    """Held out, left out, or unknown: what the labels of the screen say, where it can be read."""
+    data = run.info["config"]["data"]
+    if part in data["hold_out"]:
+        return "was held out of the fit, which cannot tell what it does"
+    if run.path is not None:
+        try:
+            with open_screen(run.path / "crlseq.h5ad", run.info["preprocessing"]["layer"]) as screen:
+                key, control = run.info["perturbation_key"], run.info["control_label"]
+                labels = read_perturbations(screen.obs, key, control, data["separator"])
+        except InputError:  # the folder was moved without its cells: the message is less exact, and no less true
+            return "was not fitted"
+        if part in labels.names:
+            return "is in the screen, but was left out of the fit, as it has too few cells"
+        if part in labels.dropped:
+            return "was left out of the fit, as it names no perturbation"
+    return "was not fitted" if run.extrapolation is None else "was not fitted and has no vector among the embeddings"
+
+
+def _weak_ground(run: Run, name: str, k: int) -> str:
+    """What to know of a perturbation whose effect through the programs has little or nothing behind it; mostly empty."""
+    row = run.interventions.iloc[k]
+    if row["n_cells"] == 0 and run.info["training"]["epochs_run"] == 0:
+        raise InputError(
+            f"The perturbation {name!r} was measured in combinations alone, from which the linear method learns nothing.",
+            "Fit again with --method straighten.",
+        )
+    if row["n_cells"] == 0:
+        return f"{name!r} was measured in combinations alone: what it does was learned from these."
+    if row["program"] != "":
+        return ""
+    if bool((run.model.target_weights(torch.tensor([k])) == 0).all()):
+        return (
+            f"{name!r} has no detectable effect: no change through the programs is predicted, and of its own "
+            "measured mean what stands out of sampling noise."
+        )
+    return f"{name!r} has no detectable effect: what is predicted for it may be noise that was learned."

@@ -1,0 +1,385 @@
+"""Virtual cells of a finished run: what fitted perturbations and their combinations would do to control cells.
+
+A control cell x is encoded to its noise z (abduction), the equations of the targeted programs are changed (action) and
+the latents decoded (prediction); see `crlseq.model.discrepancy_vae`. `predict` draws z from its posterior; with
+``counterfactual`` z is the posterior mean, so that every cell has one answer, and the answers are judged
+(`crlseq.prediction.counterfactual`).
+
+Intervals of effects are effect ± 1.96 standard deviations over `DRAWS` draws of the cells' noise from its posterior, of
+the control cells with replacement, and of the shifts from their standard errors (`shift_errors`), joined with the
+posterior standard deviation of what the latents miss. They say how sure the mean is, not how far cells scatter about it,
+and they take everything else as known: the graph, the targets, retentions and loadings. What a wrong graph or target does
+is not in them, nor what a combination does beyond the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from crlseq.data.alignment import align
+from crlseq.data.matrix import Screen, open_screen, readable
+from crlseq.data.perturbations import read_perturbations
+from crlseq.data.preprocess import Preprocessing
+from crlseq.errors import InputError, UsageError
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.scm import Mechanism
+from crlseq.prediction.counterfactual import counterfactual_quality
+from crlseq.prediction.labels import understand
+from crlseq.storage.files import written_whole
+
+if TYPE_CHECKING:
+    from crlseq.run.run import Run
+
+N_CELLS = 500
+DRAWS = 100
+NORMAL_QUANTILE = 1.959964  # of a two-sided interval of 95 %
+COVERS = "the cells' noise, the control cells, the shifts and the residuals"
+COVERS_NOT = "graph, targets, retentions and loadings are taken as known"
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Control cells that virtual cells start from: expression (n, G) float32 and names (n,)."""
+
+    x: np.ndarray
+    cells: np.ndarray
+
+
+@torch.no_grad()
+def predict(
+    run: Run,
+    perturbations: str | Sequence[str],
+    *,
+    source: str | Path | ad.AnnData | None = None,
+    n_cells: int | None = None,
+    counterfactual: bool = False,
+    seed: int = 0,
+    note: Callable[[str], None] = lambda text: None,
+) -> ad.AnnData:
+    """Virtual cells under perturbations and combinations of perturbations that were fitted, or whose genes have vectors.
+
+    Parameters
+    ----------
+    run
+        A finished run.
+    perturbations
+        Labels such as ``"A"`` or ``"A+B"``; parts in any order, joined as in the fitted labels or by a usual separator.
+    source
+        Cells to start from, with the fitted kind of values: a file or AnnData. If it has the run's column of
+        perturbations, its control cells. Genes are found by name; up to half may be missing, and are then given their
+        mean over the fit's controls. None takes the control cells of the run folder.
+    n_cells
+        Control cells to draw, from all batches in proportion; the same for every perturbation. None takes 500, or all
+        where there are fewer. A cell is used twice only if more are asked for than there are.
+    counterfactual
+        The posterior mean in place of a draw, the original cells beside the virtual ones, and the quality of
+        the counterfactuals.
+    seed
+        Of the cells that are drawn, and of their noise. What one perturbation gives does not depend on the others asked for.
+    note
+        Told what a user should know about this prediction; the notes are in the result as well.
+
+    Returns
+    -------
+    AnnData of cells x fitted genes in the space of the fit (log-normalised for counts; a cell's values can fall below 0,
+    since the change of a program is added to them):
+
+    ``X`` float32. ``obs``: ``perturbation`` (and the same under the run's own key), ``cell`` (the cell that it started
+    from), ``predicted``, and ``counterfactual`` (False: the cell as it was measured) if asked for.
+    ``obsm["X_crlseq"]``: latents. ``var["control_mean"]`` and ``varm``, with one column a perturbation, named by
+    ``uns["crlseq_prediction"]["perturbations"]``: ``crlseq_mean``, ``crlseq_effect`` (mean of the virtual cells less
+    that of the real controls that they started from), ``crlseq_effect_lower`` and ``crlseq_effect_upper`` (95 %).
+    ``uns["crlseq_prediction"]["summary"]``: one row a perturbation.
+
+    Raises
+    ------
+    InputError
+        If a perturbation was neither fitted nor has a vector, is the control or is named twice in one label; if there are no control cells, or more than half of the fitted genes are missing.
+    UsageError
+        If no perturbation is asked for, fewer than one cell, or more counterfactuals than there are cells.
+    """
+    requests, notes = understand(run, [perturbations] if isinstance(perturbations, str) else list(perturbations))
+    if n_cells is not None and n_cells < 1:
+        raise UsageError(f"{n_cells} cells were asked for.", "At least one is needed.")
+    start = _start(run, source, n_cells, counterfactual, seed, notes)
+    for text in notes:
+        note(text)
+    unseen = sorted({name for request in requests for name in request.unseen})
+    wider, rows_of = run.with_unseen(unseen)
+    models = [copy.deepcopy(found).double() for found in ((run.model, wider) if unseen else (run.model,))]
+    model = models[0]  # float32 would leave rounding errors where nothing is to change
+    control = torch.from_numpy(start.x.astype(float))[None]
+    center = np.array([program["center"] for program in run.info["programs"]])
+    scale = np.array([program["scale"] for program in run.info["programs"]])
+    n, p = len(start.x), len(scale)
+    eps = None if counterfactual else torch.randn((1, n, p), generator=_generator(seed, 0), dtype=control.dtype)
+
+    shift_error = shift_errors(run, model.encoder(control)[1].mean((0, 1)).numpy())
+    shift_error = np.append(shift_error, np.full(len(models[-1].scm.shift) - len(shift_error), np.nan))
+    control_mean = control[0].mean(0).numpy()
+    blocks, latents, tables, rows = [], [], [], []
+    if counterfactual:
+        blocks.append(start.x)
+        latents.append(model.latents(control)[0].numpy())
+    for request in requests:
+        model = models[bool(request.unseen)]
+        parts = [*request.parts, *(row for name in request.unseen for row in rows_of[name])]
+        perturbed = torch.tensor([parts])
+        output = model(control, perturbed, eps)
+        virtual = output.virtual[0]
+        mean = virtual.mean(0).numpy()
+        effect = mean - control_mean
+        error = effect_errors(model, control, perturbed, shift_error, _generator(seed, 1)).numpy()
+        tables.append([mean, effect, effect - NORMAL_QUANTILE * error, effect + NORMAL_QUANTILE * error])
+        row: dict[str, Any] = {
+            "n_parts": len(request.parts) + len(request.unseen), "programs": request.programs, "seen": request.seen,
+            "effect_l2": float(np.linalg.norm(effect)),
+            "n_genes_changed": int((np.abs(effect) > NORMAL_QUANTILE * error).sum()),
+        }  # fmt: skip
+        if counterfactual:
+            row |= counterfactual_quality(model, control, perturbed, torch.from_numpy(scale))
+        rows.append(row)
+        blocks.append(virtual.numpy().astype(np.float32))
+        latents.append(output.latents[0].numpy())
+
+    names = [request.name for request in requests]
+    obs = _obs(run, names, start.cells, counterfactual)
+    result = ad.AnnData(
+        np.concatenate(blocks),
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index(Preprocessing.from_json(run.info["preprocessing"]).genes, dtype=object)),
+    )
+    result.var["control_mean"] = control_mean
+    result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scale).astype(np.float32)
+    for i, name in enumerate(("mean", "effect", "effect_lower", "effect_upper")):
+        result.varm[f"crlseq_{name}"] = np.stack([table[i] for table in tables], 1)
+    result.uns["crlseq_prediction"] = {
+        "perturbations": np.array(names, dtype=object),
+        "summary": pd.DataFrame(rows, index=pd.Index(names, dtype=object, name="perturbation")),
+        "n_cells": n,
+        "seed": seed,
+        "interval": f"95 % over {COVERS}; {COVERS_NOT}",
+        "notes": np.array(notes, dtype=object),
+        "version": run.info["version"],
+    }
+    return result
+
+
+def effect_errors(
+    model: DiscrepancyVAE, control: Tensor, perturbations: Tensor, shift_error: np.ndarray, generator: torch.Generator
+) -> Tensor:
+    """(G,) standard deviations of a mean effect over `DRAWS` draws of noise, control cells and shifts, and of residuals.
+
+    Parameters
+    ----------
+    control
+        (1, n, G) control cells.
+    perturbations
+        (1, M) int64.
+    shift_error
+        (K,) standard errors of the shifts, NaN where there is none.
+    """
+    mean, variance = model.encoder(control)
+    weights = model.target_weights(perturbations)  # (1, M, p)
+    mechanism = model.scm.mechanism(perturbations, weights)
+    error = torch.from_numpy(np.nan_to_num(shift_error)).to(mean.dtype)[perturbations]  # (1, M)
+    n, draws = control.shape[1], []
+    for _ in range(DRAWS):
+        z = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+        share = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).to(mean.dtype) / n
+        moved = error * torch.randn(error.shape, generator=generator, dtype=mean.dtype)
+        shift = mechanism.shift + (weights * moved[..., None]).sum(1)
+        after = _mean_decoded(model, model.scm(z, Mechanism(mechanism.keep, mechanism.log_scale, shift)), share)
+        # With noise abducted, what the latents miss of a cell is in both and cancels.
+        before = share @ control[0] if model.log_noise is None else _mean_decoded(model, model.scm(z), share)
+        draws.append(after - before)
+    return (torch.stack(draws).var(0) + model.missed_error(perturbations)[0] ** 2).sqrt()
+
+
+def _mean_decoded(model: DiscrepancyVAE, u: Tensor, share: Tensor) -> Tensor:
+    """(G,) weighted mean over cells of the decoded latents u (1, n, p); ``share`` (n,) sums to 1."""
+    decoder = model.decoder
+    if decoder.output_activation == "identity":  # the mean passes through a linear layer: no cell is decoded
+        features: Tensor = decoder.output(share @ decoder.features(u[0]))
+        return features
+    decoded: Tensor = share @ decoder(u[0])
+    return decoded
+
+
+def _generator(seed: int, purpose: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, 9, purpose]).generate_state(1)[0]))
+
+
+def shift_errors(run: Run, variance: np.ndarray) -> np.ndarray:
+    """(K,) standard errors of the shifts in the model's units; NaN for perturbations without cells of their own.
+
+    From the bootstrap of the fit, where it kept the target at least twice; elsewhere
+    ``sqrt((noise_scale^2 + variance) / n_cells)``: a shift is the mean of its target's noise over the perturbed cells,
+    which is known with the posterior `variance` of that latent (p,).
+    """
+    table = run.interventions
+    programs = pd.Index(run.program_names).get_indexer(pd.Index(table["program"]))
+    measured = np.where(programs >= 0, variance[programs], variance.mean())
+    n_cells = table["n_cells"].to_numpy(dtype=float)
+    squares = table["noise_scale"].fillna(1.0).to_numpy() ** 2 + measured
+    errors = np.sqrt(np.divide(squares, n_cells, out=np.full(len(table), np.nan), where=n_cells > 0))
+    bootstrap = (run.info["discovery"] or {}).get("bootstrap") or {}
+    if "shift_error" in bootstrap:
+        place = pd.Index(table["perturbation"]).get_indexer(pd.Index(bootstrap["perturbations"]))
+        found = np.array(bootstrap["shift_error"], dtype=float)  # null in JSON: NaN
+        errors[place] = np.where(np.isnan(found), errors[place], found)
+    return np.asarray(errors)
+
+
+def _start(
+    run: Run,
+    source: str | Path | ad.AnnData | None,
+    n_cells: int | None,
+    counterfactual: bool,
+    seed: int,
+    notes: list[str],
+) -> _Start:
+    """The control cells to start from, in the space of the fit; says in `notes` what was decided."""
+    record, own = Preprocessing.from_json(run.info["preprocessing"]), source is None
+    if source is None:
+        if run.path is None:
+            raise InputError("This run was never written to a folder.", "Give the cells to start from.")
+        source = run.path / "crlseq.h5ad"
+    with open_screen(source, record.layer) as screen:
+        alignment, said = align(record, screen)
+        if len(alignment.present) < alignment.n_fitted and run.path is None:
+            record.columns(screen.genes, screen.source)  # nothing to fill them with: says which are missing
+        notes += said
+        controls = _controls(run, screen, own, notes)
+        wanted = min(N_CELLS, len(controls)) if n_cells is None else n_cells
+        if wanted > len(controls):
+            if counterfactual:
+                raise UsageError(
+                    f"{wanted} counterfactuals were asked for, but there are {len(controls)} control cells.",
+                    "Each cell has one counterfactual: lower --n-cells.",
+                )
+            notes.append(f"There are {len(controls)} control cells, so that some are used more than once.")
+        key = run.info["config"]["data"]["batch_key"]
+        batch = screen.obs[key].astype(str).to_numpy() if key in screen.obs else np.zeros(screen.n_cells)
+        rng = np.random.default_rng([seed, 7])
+        index, again = np.unique(draw_controls(controls, batch, wanted, rng), return_inverse=True)
+        with readable(screen.source, "the matrix"):
+            block = screen.rows(index)
+        record.check(block, screen.source)
+        x = alignment.take(record.apply(block)).astype(np.float32).toarray()
+        if len(alignment.present) < alignment.n_fitted:
+            x = alignment.filled(x, _control_mean(run, record))
+        return _Start(x[again], screen.obs.index.astype(str).to_numpy()[index][again])
+
+
+def _control_mean(run: Run, record: Preprocessing) -> np.ndarray:
+    """(G,) mean of the run's own control cells."""
+    assert run.path is not None
+    with open_screen(run.path / "crlseq.h5ad", record.layer) as screen:
+        rows = screen.rows(_controls(run, screen, True, []))
+        normalised = record.apply(rows)[:, record.columns(screen.genes, screen.source)]
+        return np.asarray(normalised.mean(0)).ravel()
+
+
+def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarray:
+    """Indices of the control cells of a screen; of every cell where other cells bear no label."""
+    key, label = run.info["perturbation_key"], run.info["control_label"]
+    if key not in screen.obs:
+        notes.append(f"{screen.source} has no column {key!r}: every cell is taken as unperturbed.")
+        return np.arange(screen.n_cells)
+    try:
+        separator = run.info["config"]["data"]["separator"]
+        found = np.flatnonzero(read_perturbations(screen.obs, key, label, separator).is_control)
+    except InputError:  # no screen: without perturbations beside the control, or without a control
+        if own:
+            raise
+        found = np.flatnonzero(screen.obs[key].astype(str).str.strip().to_numpy() == label)
+    if not len(found):
+        raise InputError(
+            f"{screen.source}: no cell is labelled {label!r} in {key!r}.",
+            "Virtual cells start from control cells: give some, or leave the column out if all of them are.",
+        )
+    if not own and len(found) < screen.n_cells:
+        notes.append(f"{len(found)} of the {screen.n_cells} cells of {screen.source} are controls, and are used.")
+    return found
+
+
+def draw_controls(controls: np.ndarray, batch: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Ascending indices (n,) of controls, from every batch in proportion (largest remainder).
+
+    Each control is drawn as often as any other, or once more.
+
+    Parameters
+    ----------
+    controls
+        Indices to draw from.
+    batch
+        (cells,) label of every cell.
+    """
+    rounds, rest = divmod(n, len(controls))
+    names, of = np.unique(batch[controls], return_inverse=True)
+    share = np.bincount(of, minlength=len(names)) * rest / len(controls)
+    quota = np.floor(share).astype(np.int64)
+    quota[np.argsort(quota - share, kind="stable")[: rest - quota.sum()]] += 1
+    drawn = [rng.choice(controls[of == b], size, replace=False) for b, size in enumerate(quota)]
+    return np.sort(np.concatenate([*[controls] * rounds, *drawn]))
+
+
+def _obs(run: Run, names: list[str], cells: np.ndarray, counterfactual: bool) -> pd.DataFrame:
+    """Labels of the virtual cells, after the real ones of counterfactuals."""
+    labels = [run.info["control_label"]] * counterfactual + names
+    cell = np.tile(cells.astype(object), len(labels))
+    perturbation = np.repeat(np.array(labels, dtype=object), len(cells))
+    index = pd.Series([f"{c}:{label}" for c, label in zip(cell, perturbation, strict=True)], dtype=object)
+    again = index.groupby(index).cumcount()
+    index = index.where(again == 0, index + "#" + (again + 1).astype(str))
+    real = np.arange(len(cell)) < len(cells) * counterfactual
+    columns: dict[str, Any] = {
+        key: pd.Categorical(perturbation, categories=list(dict.fromkeys(labels)))
+        for key in ("perturbation", run.info["perturbation_key"])
+    }
+    columns |= {"cell": cell, "predicted": ~real}
+    if counterfactual:
+        columns["counterfactual"] = ~real
+    return pd.DataFrame(columns, index=pd.Index(index, dtype=object))
+
+
+def refuse_file(output: Path, force: bool, inputs: Sequence[Path]) -> None:
+    """Refuse a file that must not or cannot be written, before any work is done; `inputs` are never replaced.
+
+    Raises
+    ------
+    InputError
+    """
+    try:
+        if any(output.resolve() == path.resolve() for path in inputs):
+            raise InputError(f"{output} is what the prediction is made from.", "Choose another --output.")
+        is_folder, exists = output.is_dir(), output.exists()
+    except OSError as error:  # a name that is too long, or a loop of links
+        raise InputError(f"{output} cannot be written: {error.strerror}.", "Choose another --output.") from None
+    if is_folder:
+        raise InputError(f"{output} is a folder.", "Name a file to write.")
+    if exists and not force:
+        raise InputError(f"{output} exists.", "Choose another --output, or replace it with --force.")
+
+
+def write_prediction(prediction: ad.AnnData, output: Path) -> None:
+    """Write an h5ad file, whole or not at all.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written.
+    """
+    with written_whole(output) as beside:
+        prediction.write_h5ad(beside)

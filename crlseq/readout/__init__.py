@@ -1,0 +1,1 @@
+"""What a fitted model says: programs, interventions, the graph, gene sets."""

@@ -1,0 +1,296 @@
+"""A run in words and numbers: what each program is, and what to believe. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+
+from crlseq.run.export import DETECTABLE_FDR, PROGRAM_NUMBERS
+
+if TYPE_CHECKING:
+    from crlseq.run.run import Run
+
+TITLE_GENES = 3
+SETTLED = 0.02  # share of the fall of the validation loss that the last fifth of the epochs may still bring
+FEW_EPOCHS = 5
+BASELINES = {
+    "no_change": "no change",
+    "mean": "mean effect",
+    "training": "training effects",
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program.
+
+    Attributes
+    ----------
+    name, label, title
+        ``P3``; its strongest perturbations; these and its top genes (those that are no driver's own) in one line.
+    drivers
+        ``perturbation, weight, shift, support, fdr, n_cells``: perturbations that target it, those with a detectable
+        effect first, by |shift|. A shift is in standard deviations of the program.
+    up, down
+        ``gene, loading, total_effect``: genes that rise and fall with the program, by |loading|. Changes of log expression
+        when the program rises by a standard deviation: directly, and with all that follows through the DAG.
+    anchors
+        Genes of this program alone, by |loading|, where the decoder is sparse; None where it is dense, and every gene is
+        loaded on every program.
+    upstream, downstream
+        Programs from which a declared path leads here, and to which one leads.
+    parents, children
+        Those among them that a declared edge joins, with its weight.
+    variance_explained, effect_explained
+        See `crlseq.readout.explained`; NaN for runs of earlier versions.
+    pathways
+        ``gene_set, description, weight, n_genes``: what the encoder reads it from, by \\|weight\\| (standard deviations of
+        the program by one of the set's activity); empty where the encoder reads all genes.
+    stability
+        Mean \\|cosine\\| of its loadings with those of bootstrap replicates; NaN without a bootstrap.
+    """
+
+    name: str
+    label: str
+    title: str
+    drivers: pd.DataFrame
+    up: pd.DataFrame
+    down: pd.DataFrame
+    anchors: tuple[str, ...] | None
+    upstream: tuple[str, ...]
+    downstream: tuple[str, ...]
+    parents: dict[str, float]
+    children: dict[str, float]
+    variance_explained: float
+    effect_explained: float
+    stability: float
+    pathways: pd.DataFrame
+
+
+def describe_programs(run: Run) -> list[Program]:
+    """Every program of a run, in topological order."""
+    genes = dict(tuple(run.programs.groupby("program", sort=False)))
+    found = run.interventions
+    detected = (found["fdr"] <= DETECTABLE_FDR).to_numpy()
+    order = np.lexsort((-found["shift"].abs().to_numpy(), ~detected))
+    drivers = dict(tuple(found.iloc[order].groupby("program", sort=False)))
+    bootstrap = (run.info["discovery"] or {}).get("bootstrap")
+    columns = ["gene_set", "description", "weight", "n_genes"]
+    empty = pd.DataFrame(columns=columns)
+    pathways = {} if run.pathways is None else dict(tuple(run.pathways.groupby("program", sort=False)))
+    programs = []
+    for k, row in enumerate(run.info["programs"]):
+        name = row["name"]
+        own = drivers.get(name, found.iloc[:0])[["perturbation", "weight", "shift", "support", "fdr", "n_cells"]]
+        table = genes[name]
+        loadings = table.loc[table["loading"] != 0, ["gene", "loading", "total_effect"]]
+        numbers = {key: float("nan") if row.get(key) is None else float(row[key]) for key in PROGRAM_NUMBERS}
+        if bootstrap and row.get("stability") is None:
+            numbers["stability"] = float(bootstrap["program"][k])
+        programs.append(
+            Program(
+                name=name,
+                label=row["label"],
+                title=_title(row["label"], loadings["gene"], set(own["perturbation"])),
+                drivers=own.reset_index(drop=True),
+                up=loadings[loadings["loading"] > 0].reset_index(drop=True),
+                down=loadings[loadings["loading"] < 0].reset_index(drop=True),
+                anchors=tuple(table.loc[table["anchor"], "gene"]) if "anchor" in table else None,
+                upstream=_sorted(nx.ancestors(run.dag, name)),
+                downstream=_sorted(nx.descendants(run.dag, name)),
+                parents={a: run.dag.edges[a, name]["weight"] for a in _sorted(run.dag.predecessors(name))},
+                children={b: run.dag.edges[name, b]["weight"] for b in _sorted(run.dag.successors(name))},
+                pathways=pathways.get(name, empty)[columns].reset_index(drop=True),
+                **numbers,
+            )
+        )
+    return programs
+
+
+def _title(label: str, genes: pd.Series, drivers: set[str]) -> str:
+    """``STAT1, JAK2 +2: GBP1, PSMB9, WARS``."""
+    top = [gene for gene in genes[: TITLE_GENES + len(drivers)] if gene not in drivers][:TITLE_GENES]
+    return f"{label}: {', '.join(top)}" if top else label
+
+
+def _sorted(names: Any) -> tuple[str, ...]:
+    return tuple(sorted(names, key=lambda name: int(name[1:])))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An answer to a question: ``good``, ``fair``, ``poor`` or ``open``, in a few words, and why in sentences."""
+
+    question: str
+    grade: str
+    answer: str
+    reason: str
+
+
+def verdicts(run: Run) -> list[Verdict]:
+    """Is the graph identified, are predictions better than baselines, did the fit converge?"""
+    return [_identified(run), _better(run.evaluation), _converged(run)]
+
+
+def _identified(run: Run) -> Verdict:
+    found = run.info["identification"]
+    grade = {"identified": "good", "ancestry only": "fair"}.get(found["verdict"], "poor")
+    return Verdict("Is the graph identified?", grade, found["verdict"], found["reason"])
+
+
+def _better(evaluation: pd.DataFrame) -> Verdict:
+    """Against the best of the simple predictions that the table has, condition by condition, by two metrics."""
+    question = "Better than baselines?"
+    found = [_compared(evaluation, "l2", "L2 of means", -1.0), _compared(evaluation, "pearson_delta", "Pearson Δ", 1.0)]
+    told = {title: (sign, sentence) for title, sign, sentence in found if sentence}
+    if not told:
+        return Verdict(question, "open", "not judged", "No cells were held out: fit with --hold-out-cells to judge.")
+    answer, grade = answer_of({title: sign for title, (sign, _) in told.items()})
+    split = str(evaluation["split"].iloc[0])
+    reason = f"On {split} cells, against the best simple prediction: {'; '.join(s for _, s in told.values())}."
+    if split == "validation":
+        reason += " Validation cells also chose the epoch: hold cells out with --hold-out-cells for a fair judgement."
+    if "l2_training" not in evaluation:  # a run of an earlier version
+        answer, grade = "only compared with no change", "open"
+        reason += " `crlseq evaluate` has the other baselines."
+    return Verdict(question, grade, answer, reason)
+
+
+def answer_of(signs: Mapping[str, float]) -> tuple[str, str]:
+    """Answer and grade of comparisons by some metrics: 1 better, 0 no clear difference, -1 worse than the baseline."""
+    words = {1.0: "better", 0.0: "no clear difference", -1.0: "worse"}
+    by = {sign: [title for title, own in signs.items() if own == sign] for sign in words}
+    there = [sign for sign in words if by[sign]]
+    if len(there) == 1:
+        return words[there[0]], {1.0: "good", 0.0: "fair", -1.0: "poor"}[there[0]]
+    return ", ".join(f"{words[sign]} by {' and '.join(by[sign])}" for sign in there), "fair"
+
+
+def _compared(evaluation: pd.DataFrame, metric: str, title: str, larger: float) -> tuple[str, float, str]:
+    """The metric, 1, 0 or -1 (better, within two standard errors, worse than the best baseline), and a sentence."""
+    rivals = {name: f"{metric}_{name}" for name in BASELINES if f"{metric}_{name}" in evaluation}
+    table = evaluation.dropna(subset=[metric, *rivals.values()]) if metric in evaluation else evaluation.iloc[:0]
+    if table.empty or not rivals:
+        return title, 0.0, ""
+    best = max(rivals, key=lambda name: larger * table[rivals[name]].mean())
+    gain, n = larger * (table[metric] - table[rivals[best]]).to_numpy(), len(table)
+    error = gain.std(ddof=1) / np.sqrt(n) if n > 1 else np.inf
+    sentence = (
+        f"{title} {table[metric].mean():.3g} against {table[rivals[best]].mean():.3g} ({BASELINES[best]}), better on "
+        f"{int((gain > 0).sum())} of {n} conditions"
+    )
+    return title, (float(np.sign(gain.mean())) if abs(gain.mean()) > 2 * error else 0.0), sentence
+
+
+def _converged(run: Run) -> Verdict:
+    question, training, history = "Did the fit converge?", run.info["training"], run.history
+    n = training["epochs_run"]
+    if not n:
+        return Verdict(question, "good", "yes", "No network was trained: the likelihood's optimum is the model.")
+    kept = f"the weights of epoch {training['best_epoch'] + 1} of {n} were kept"
+    if n > 1 and training["best_epoch"] == 0 and run.info["discovery"] is None:
+        # From random weights: one that starts from the likelihood's solution may well be best at its start.
+        return Verdict(
+            question,
+            "poor",
+            "no",
+            f"The validation loss was lowest in the first of {n} epochs, whose weights were kept.",
+        )
+    if training["stopped_early"]:
+        return Verdict(question, "good", "yes", f"The validation loss stopped falling; {kept}.")
+    values = history["validation_total" if "validation_total" in history else "total"].to_numpy()
+    what = "validation loss" if "validation_total" in history else "loss"
+    if n < FEW_EPOCHS:
+        return Verdict(question, "open", "not told", f"{n} epochs are too few to say; {kept}.")
+    before = values[: -max(1, n // 5)]
+    share = (before.min() - values.min()) / max(values.max() - values.min(), 1e-30)
+    if share > SETTLED:
+        reason = (
+            f"The last fifth of the epochs still brought {share:.0%} of the fall of the {what}: give more --epochs."
+        )
+        return Verdict(question, "fair", "not quite", f"{reason} {kept[0].upper()}{kept[1:]}.")
+    return Verdict(question, "good", "yes", f"The {what} had settled; {kept}.")
+
+
+def summary_table(programs: list[Program]) -> pd.DataFrame:
+    """One row a program: what `describe_programs` says, short."""
+
+    def top(table: pd.DataFrame) -> str:
+        return ", ".join(table["gene"][:5])
+
+    return pd.DataFrame({
+        "program": [p.name for p in programs],
+        "title": [p.title for p in programs],
+        "n_drivers": [len(p.drivers) for p in programs],
+        "up": [top(p.up) for p in programs],
+        "down": [top(p.down) for p in programs],
+        "upstream": [", ".join(p.upstream) for p in programs],
+        "downstream": [", ".join(p.downstream) for p in programs],
+        **{name: [getattr(p, name) for p in programs] for name in PROGRAM_NUMBERS},
+    })  # fmt: skip
+
+
+def percent(value: float) -> str:
+    """``12.3 %``; a dash for NaN."""
+    return "–" if np.isnan(value) else f"{100 * value:.1f} %"
+
+
+def sets_in_words(info: Mapping[str, Any]) -> str:
+    """What the sets that the encoder reads see of the programs; empty where it reads all genes."""
+    row = info.get("gene_sets") or {}
+    told = [
+        f"{program['name']} {percent(own)} ({percent(all_)})"
+        for program, own, all_ in zip(
+            info["programs"], row.get("explained", []), row.get("explained_by_all_genes", []), strict=False
+        )
+        if own is not None and all_ is not None
+    ]
+    if not told:
+        return ""
+    return (
+        "Share of each program's variance over validation cells that the encoder reads from gene sets (in brackets: "
+        f"that all genes tell, linearly): {', '.join(told)}."
+    )
+
+
+def numbers_in_words(program: Program) -> list[str]:
+    """What the program explains and how stable it is, as far as the run tells."""
+    words = []
+    if not np.isnan(program.effect_explained):
+        words.append(f"explains {percent(program.effect_explained)} of the effects of perturbations")
+    if not np.isnan(program.variance_explained):
+        words.append(f"{percent(program.variance_explained)} of the variance of control cells")
+    if not np.isnan(program.stability):
+        words.append(f"stability {program.stability:.2f}")
+    if program.anchors is not None:
+        words.append(f"{len(program.up) + len(program.down)} genes, {len(program.anchors)} of them of no other program")
+    return words
+
+
+def strongest(run: Run, top: int) -> tuple[pd.DataFrame, int]:
+    """Perturbations with a program, by program and then shift: the `top` by \\|shift\\|; and how many more there are."""
+    table = run.interventions[(run.interventions["program"] != "") & run.interventions["shift"].notna()]
+    kept = table.loc[table["shift"].abs().sort_values(ascending=False, kind="stable").index[:top]]
+    order = np.lexsort((-kept["shift"].to_numpy(), kept["program"].str[1:].astype(int)))
+    return kept.iloc[order].reset_index(drop=True), len(table) - len(kept)
+
+
+def assignment(run: Run, rows: pd.DataFrame) -> np.ndarray | None:
+    """(rows, p) share of bootstrap replicates that gave a perturbation to each program; None without a bootstrap."""
+    bootstrap = (run.info["discovery"] or {}).get("bootstrap")
+    if not bootstrap:
+        return None
+    known = dict(zip(bootstrap["perturbations"], bootstrap["assignment"], strict=True))
+    empty = [float("nan")] * len(run.program_names)
+    return np.array([known.get(name, empty) for name in rows["perturbation"]], dtype=float)
+
+
+def short(text: object, most: int = 24) -> str:
+    """One line of at most `most` characters; what cannot be printed becomes a blank."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return line if len(line) <= most else line[: most - 1].rstrip() + "…"

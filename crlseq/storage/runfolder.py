@@ -1,0 +1,167 @@
+"""The place of a run: locked while it is written, whole or not there, nothing of anyone else's removed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from crlseq.errors import InputError
+from crlseq.run.run import ENSEMBLE, GENE_SETS, PATHWAYS, TABLES
+from crlseq.storage.files import sync
+
+# What a folder with an unfinished run may hold; it is never emptied of anything else.
+RUN_FILES = frozenset(
+    {
+        "lock",
+        "resume.pt",
+        "resume.previous.pt",
+        "embeddings.h5ad",
+        "run.json",
+        "model.safetensors",
+        "crlseq.h5ad",
+        "report.html",
+        "dag.graphml",
+        "dag.json",
+        ENSEMBLE,
+        GENE_SETS,
+        PATHWAYS,
+    }
+    | {f"{name}.csv" for name in TABLES}
+)
+
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without locks answer
+
+
+def partial_of(target: Path) -> Path:
+    """Where an unfinished run lies."""
+    return target.with_name(target.name + ".partial")
+
+
+def refuse_output(target: Path, resume: bool, force: bool) -> None:
+    """Refuse a place that cannot be written, or that holds what would be lost.
+
+    Raises
+    ------
+    InputError
+    """
+    if not target.name:
+        raise InputError(f"The output {target} is no place for a run.", "Choose another --output.")
+    partial = partial_of(target)
+    try:
+        ancestor = next(folder for folder in target.absolute().parents if folder.exists())
+        exists, unfinished = os.path.lexists(target), partial.exists()
+        foreign = sorted(file.name for file in partial.iterdir() if not _is_ours(file)) if unfinished else []
+    except OSError as error:  # a name that is too long, a folder that may not be searched, a file called RUN.partial
+        raise InputError(f"{target} cannot be written: {error.strerror}.", "Choose another --output.") from None
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise InputError(
+            f"{target} cannot be written: {ancestor} is no folder that may be written to.", "Choose another --output."
+        )
+    if exists and not force:
+        raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
+    if exists and not (target / "run.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{target} exists and is not a run of crlseq; it is left alone.", "Choose another --output.")
+    if foreign:
+        raise InputError(
+            f"{partial} holds {foreign[0]!r}, which is no part of a run; it is left alone.", "Choose another --output."
+        )
+    if unfinished and not (resume or force):
+        raise InputError(
+            f"There is an unfinished run in {partial}.", "Go on with --resume, or start over with --force."
+        )
+
+
+def _is_ours(file: Path) -> bool:
+    from crlseq.storage.stage_cache import STAGES, file_of
+
+    ours = RUN_FILES | {file_of(stage) for stage in STAGES}
+    return file.name.removesuffix(".tmp") in ours and not file.is_dir() and not file.is_symlink()
+
+
+def refuse_part_of_run(path: Path) -> None:
+    """Refuse to replace a file of a finished run by what a later command makes.
+
+    Raises
+    ------
+    InputError
+    """
+    if path.name in RUN_FILES and (path.resolve().parent / "run.json").is_file():
+        raise InputError(f"{path} is a part of the run, which is left as it was fitted.", "Choose another --output.")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock file, which is gone at the end.
+
+    Raises
+    ------
+    InputError
+        If another process holds it.
+    """
+    path = folder / "lock"
+    with path.open("w") as lock:
+        held = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        # The file may be one that another process has just removed.
+        if not held or not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            raise InputError(f"Another crlseq is writing to {folder}.", "Wait for it, or choose another --output.")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # all of the folder may be gone
+
+
+@contextmanager
+def working_folder(partial: Path, resume: bool) -> Iterator[Path]:
+    """The folder that becomes the run, locked against a second process; gone at the end if nothing was put into it.
+
+    Raises
+    ------
+    InputError
+        If another process writes to it, or it cannot be written.
+    """
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial):
+            if not resume:
+                for left in partial.iterdir():
+                    if left.name != "lock":
+                        left.unlink()
+            yield partial
+    except OSError as error:
+        raise InputError(
+            f"{partial} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
+        ) from error
+    finally:
+        with suppress(OSError):  # what is there is to be resumed
+            partial.rmdir()
+
+
+def move_into_place(partial: Path, target: Path) -> None:
+    """Rename a locked folder; what lay at `target` is removed after that, and comes back if it cannot be done."""
+    for file in partial.iterdir():
+        sync(file)
+    (partial / "lock").unlink(missing_ok=True)
+    old = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+    try:
+        if target.exists():
+            os.replace(target, old)
+        os.replace(partial, target)
+    except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(target):
+            os.replace(old, target)
+        raise
+    if old.is_symlink():
+        old.unlink()
+    shutil.rmtree(old, ignore_errors=True)

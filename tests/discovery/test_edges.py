@@ -1,0 +1,178 @@
+"""Edge decisions: dispersion of right and of wrong models, the graph from exact moments, a DAG from anything."""
+
+from __future__ import annotations
+
+import networkx as nx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crlseq.discovery import edges
+from crlseq.discovery.edges import MIN_EFFECT, dispersion, misfit, reachable, select_edges
+from crlseq.discovery.likelihood import Kind, LinearModel, Solution, allowed_edges, fit_linear
+from crlseq.discovery.moments import DTYPE, Moments, environment_moments
+from tests.structural import GRAPH, NO_EDGES, TARGETS, P, matched, truth
+
+
+def is_dag(adjacency: torch.Tensor) -> bool:
+    return nx.is_directed_acyclic_graph(nx.from_numpy_array(adjacency.numpy(), create_using=nx.DiGraph))
+
+
+def dense(moments: Moments, kind: Kind = "hard") -> Solution:
+    return fit_linear(moments, P, kind, restarts=1, targets=TARGETS[None])
+
+
+@pytest.mark.parametrize(("kind", "n"), [("hard", 60), ("hard", 400), ("shift", 200), ("soft", 200)])
+def test_misfit_is_one_within_chance_where_the_model_holds(kind: Kind, n: int) -> None:
+    z = []
+    for seed in range(4):
+        value, error = misfit(dense(environment_moments(*truth(kind, seed=seed).cells(n, seed)), kind))
+        z.append((value - 1) / error)
+    assert max(map(abs, z)) < 3.5
+    assert abs(sum(z)) / 2 < 3  # the mean of four
+
+
+def test_the_standard_deviation_of_the_misfit_is_that_of_the_misfit() -> None:
+    true = truth()
+    values, errors = zip(
+        *(misfit(dense(environment_moments(*true.cells(60, seed)))) for seed in range(40)), strict=True
+    )  # fmt: skip
+    spread = float(torch.tensor(values).std())
+    assert spread == pytest.approx(sum(errors) / 40, rel=0.25)  # two standard errors of a deviation of 40
+
+
+def test_misfit_grows_where_the_model_is_wrong() -> None:
+    values, environment = truth().cells(300)
+    bent = torch.cat([values[:, :4], torch.nn.functional.leaky_relu(values[:, 4:], 0.2)], 1)
+    as_shift = fit_linear(environment_moments(values, environment), P, "shift", targets=TARGETS[None])
+    wrong_targets = fit_linear(environment_moments(values, environment), P, "hard", targets=TARGETS.roll(1)[None])
+    for solution in (dense(environment_moments(bent, environment)), as_shift, wrong_targets):
+        value, error = misfit(solution)
+        assert value > 1 + 10 * error
+        assert dispersion(solution) == value
+
+
+def test_dispersion_is_at_least_one_and_one_without_environments_large_enough() -> None:
+    exact = dense(truth().moments(1000))  # closer to the saturated model than chance allows
+    assert misfit(exact)[0] < 0.1
+    assert dispersion(exact) == 1
+    few = dense(truth().moments(8))  # q + 1
+    assert misfit(few) == (1.0, 0.0)
+
+
+def test_reachable_by_hand() -> None:
+    chain = torch.diag(torch.ones(4), 1)
+    assert torch.equal(reachable(chain), torch.triu(torch.ones(5, 5), 1).bool())
+    assert not reachable(torch.zeros(3, 3)).any()
+    assert reachable(torch.tensor([[0.0, 1], [1, 0]])).all()  # a cycle reaches itself
+    assert not reachable(torch.zeros(1, 1)).any()
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_moments_give_the_exact_graph(seed: int, kind: Kind) -> None:
+    edges = select_edges(dense(truth("hard", seed=seed).moments(500), kind))
+    adjacency = matched(edges.adjacency, TARGETS)
+    assert torch.equal(adjacency != 0, GRAPH != 0)
+    if kind == "hard":
+        torch.testing.assert_close(adjacency, GRAPH.abs(), atol=0.02, rtol=0)
+        assert torch.equal(edges.ratio > 0, edges.adjacency != 0)
+        assert float(edges.ratio[edges.ratio > 0].min()) > edges.threshold
+        assert edges.threshold == pytest.approx(torch.tensor(500.0 * 9, dtype=DTYPE).log().item())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cells_give_the_graph(seed: int) -> None:
+    edges = select_edges(dense(environment_moments(*truth(seed=seed).cells(150, seed))))
+    assert torch.equal(matched(edges.adjacency, TARGETS) != 0, GRAPH != 0)
+
+
+def test_no_edges_are_found_where_there_are_none() -> None:
+    for seed in range(3):
+        moments = environment_moments(*truth(graph=NO_EDGES, seed=seed).cells(150, seed))
+        assert not select_edges(dense(moments)).adjacency.any()
+
+
+def test_a_larger_dispersion_asks_more_of_an_edge() -> None:
+    solution = dense(environment_moments(*truth().cells(60)))
+    few, many = select_edges(solution, scale=60.0), select_edges(solution, scale=1.0)
+    assert few.dispersion == 60 and many.dispersion == 1
+    assert int((few.adjacency != 0).sum()) < 3 == int((many.adjacency != 0).sum())
+
+
+def test_significant_edges_below_the_least_effect_go() -> None:
+    graph = GRAPH.clone()
+    graph[1, 2] = 0.15
+    solution = dense(truth(graph=graph).moments(20_000))
+    default, fine = select_edges(solution), select_edges(solution, min_effect=0.05)
+    assert default.adjacency[1, 2] == 0
+    assert abs(float(fine.adjacency[1, 2])) == pytest.approx(0.15, abs=0.02)
+    assert fine.ratio[1, 2] > 10 * fine.threshold
+    assert int((default.adjacency != 0).sum()) == 2
+    assert 0.15 < MIN_EFFECT < 0.8
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    steps=st.sampled_from([0, 3, 20]),
+    kind=st.sampled_from(["hard", "soft"]),
+    count=st.sampled_from([2.0, 30.0, 1e5]),
+)
+def test_any_solution_gives_a_dag_without_small_edges(seed: int, steps: int, kind: Kind, count: float) -> None:
+    """Random moments of anything, cyclic structure and all, fitted not at all, hardly, or well."""
+    generator = torch.Generator().manual_seed(seed)
+    p, q, k = 3, 4, 5
+    spread = torch.randn(k + 1, q, 2 * q, generator=generator, dtype=DTYPE)
+    moments = Moments(
+        torch.randn(k + 1, q, generator=generator, dtype=DTYPE),
+        spread @ spread.mT / q,
+        torch.full((k + 1,), count, dtype=DTYPE),
+    )
+    model = LinearModel(moments, p, kind, 0.05)
+    targets = torch.randint(p, (1, k), generator=generator)
+    start = model.start(targets)
+    start[:, model.at["G"]] = torch.randn(1, p * p, generator=generator, dtype=DTYPE)
+    solution = model.solve(start, targets, allowed_edges(p, kind), steps)
+    edges = select_edges(solution, scale=1.0)
+    assert is_dag(edges.adjacency)
+    assert bool(torch.isfinite(edges.adjacency).all())
+    assert not edges.adjacency.diagonal().any()
+    assert float(edges.solution.nll[0]) < float("inf")
+
+
+def test_an_empty_mask_stays_empty_in_the_backward_steps_and_edges_come_back_forward() -> None:
+    solution = dense(truth().moments(500))
+    model = solution.model
+    none = model.solve(solution.theta * (~_is_edge(model)), solution.targets, torch.zeros_like(solution.mask))
+    assert torch.equal(matched(select_edges(none).adjacency, TARGETS) != 0, GRAPH != 0)
+
+
+def _is_edge(model: LinearModel) -> torch.Tensor:
+    edge = torch.zeros(1, model.size, dtype=torch.bool)
+    edge[:, model.at["G"]] = True
+    return edge
+
+
+def test_the_solution_that_comes_back_is_the_refit_without_the_other_edges() -> None:
+    solution = dense(environment_moments(*truth().cells(100)))
+    before = solution.theta.clone(), solution.mask.clone()
+    edges = select_edges(solution)
+    assert torch.equal(solution.theta, before[0]) and torch.equal(solution.mask, before[1])  # nothing is written to
+    assert torch.equal(edges.solution.mask[0] != 0, edges.adjacency != 0)
+    assert torch.equal(edges.solution.adjacency(), edges.adjacency)
+    refit = edges.solution.model.solve(edges.solution.theta, edges.solution.targets, edges.solution.mask)
+    torch.testing.assert_close(refit.nll, edges.solution.nll, atol=1e-4, rtol=0)
+
+
+def test_an_information_that_rounding_made_indefinite() -> None:
+    """Flat directions may come out below 0; with as much on top as it takes the others keep their errors."""
+    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    information = basis @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 1.0, 0.5, -1e-8], dtype=torch.float64)) @ basis.T
+    assert torch.linalg.cholesky_ex(information + 1e-9 * torch.diag(information.diagonal()))[1] > 0
+    root = edges._root(information)
+    torch.testing.assert_close(root @ root.T, information, rtol=0, atol=1e-6)
+    sound = information + torch.eye(6, dtype=torch.float64)
+    root = edges._root(sound)
+    torch.testing.assert_close(root @ root.T, sound + 1e-9 * torch.diag(sound.diagonal()), rtol=0, atol=1e-14)
