@@ -12,8 +12,8 @@ from matplotlib.patches import Circle, FancyBboxPatch, PathPatch, Polygon
 from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 
-from crlseq.plotting.drawing import HEAD, LINE, Edge, Node, draw, edge_width, heading, legend
 from crlseq.plotting.style import DOWN, INK, SOFT, TEXT, UP, finish
+from crlseq.readout.drawing import HEAD, LINE, Edge, Node, draw, edge_width, heading, legend
 from crlseq.run.run import Run
 
 FONT = 8.0  # points, as are all lengths here

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from crlseq.plotting.drawing import HEAD, Drawing, draw, edge_width, heading, legend
-from crlseq.plotting.layout import Point
 from crlseq.readout import enrichment
+from crlseq.readout.drawing import HEAD, Drawing, draw, edge_width, heading, legend
+from crlseq.readout.layout import Point
 from crlseq.report import charts
 from crlseq.report.judgement import judgements
 from crlseq.run.summary import Program, numbers_in_words, sets_in_words, verdicts

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crlseq.plotting.layout import Box, Point, lay_out
+from crlseq.readout.layout import Box, Point, lay_out
 from crlseq.run.summary import Program, short
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crlseq.plotting.layout import Box, Layout, crossings, lay_out
+from crlseq.readout.layout import Box, Layout, crossings, lay_out
 
 PAGE = (900.0, 700.0)
 
