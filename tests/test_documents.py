@@ -1,4 +1,4 @@
-"""Pages under docs/ against the program: commands, files and columns, links, and the notebook."""
+"""Pages under docs/ against the program: commands, files and columns, links, and the notebook; the README's length."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from crlseq.run.run import GENE_SETS, PATHWAY_COLUMNS, PATHWAYS, Run
 from tests.support import FAST, ROOT
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 def test_the_command_reference_is_up_to_date() -> None:
@@ -58,6 +58,29 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_of_the_project_that_a_page_names_exist(page: Path) -> None:
+    """Named from the root, from the package, or by the end of their path."""
+    named = set(re.findall(r"`([a-z_][a-z_0-9/]*(?:\.py|/))`", page.read_text(encoding="utf-8")))
+    there = {
+        f"/{path.relative_to(ROOT)}"
+        for top in ("crlseq", "tests", "scripts", "docs", "data")
+        for path in (ROOT / top, *(ROOT / top).rglob("*"))
+    }
+    named.discard("data/public/")  # scripts/download makes it
+    missing = [name for name in sorted(named) if not any(path.endswith(f"/{name.rstrip('/')}") for path in there)]
+    assert not missing, ", ".join(missing)
+
+
+# --- README.md
+
+
+def test_the_front_page_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 650
+    assert len(re.findall(r"!\[", text)) == 1
 
 
 # --- docs/formats.md
