@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from crlseq.config import DataConfig
 from crlseq.data import splits
 from crlseq.data.guides import Guides, read_labels
-from crlseq.data.matrix import Screen, open_screen, scan
+from crlseq.data.matrix import Scan, Screen, open_screen, scan
 from crlseq.data.perturbations import Perturbations
 from crlseq.data.preprocess import (
     Preprocessing,
@@ -28,7 +28,7 @@ from crlseq.data.preprocess import (
 )
 from crlseq.data.store import Manifest, StoredMatrix, read_manifest
 from crlseq.data.streamed import StreamedExpression
-from crlseq.errors import InputError
+from crlseq.errors import InputError, few
 
 ROWS = 4096  # cells taken at once where all are gone through
 CONTROL_POOL = 16_384  # which stay in memory: at 500 values a cell, 65 MB
@@ -174,60 +174,36 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
             labels.condition, selection.fitted, selection.held_out,
             config.validation_cells, config.hold_out_cells, np.random.default_rng([seed, 0]), shuffled,
         )  # fmt: skip
-        used = split != splits.UNUSED
         scanned = scan(screen)
-        values = kind_of_values(scanned, screen.source, config.values)
-        if values[0] != "continuous":
-            refuse_silent_cells(screen, scanned, used)
-        # Genes are chosen on training cells alone, so that test cells have no say in the model.
-        trained = split == splits.TRAIN
-        record = plan_preprocessing(
-            screen, scanned, values, trained, config.n_top_genes, config.genes, config.layer, seed
-        )
+        record = _preprocessing(screen, scanned, split, config, seed)
         n_values = int(scanned.detected[record.columns(screen.genes, screen.source)].sum())
         if shuffled and _is_streamed(config, n_values):
-            assert isinstance(screen.matrix, StoredMatrix)
-            held = [
-                np.flatnonzero((labels.condition == 0) & (split == c))[:CONTROL_POOL]
-                for c in range(1, len(splits.SPLITS))
-            ]
-            sparse = is_sparse(n_values, (screen.n_cells, len(record.genes)))
-            x: sp.csr_matrix | np.ndarray | StreamedExpression = StreamedExpression(
-                screen.matrix, record, record.places(screen.genes), sparse, np.sort(np.concatenate(held))
-            )
+            x: sp.csr_matrix | np.ndarray | StreamedExpression = _stream(screen, record, n_values, labels, split)
         else:
             x = load(screen, record, n_values)
         cell_names = screen.obs.index.astype(str)
-    notes = [*([] if guides is None else [guides.reason]), *selection.notes]
-    if record.n_silent_genes:
-        notes.append(
-            f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are left out."
-        )
-    notes += _lonely_batches(batch, batch_names, labels, split)
-    kept = np.flatnonzero(selection.fitted | selection.held_out)
-    parts = sorted({part for c in np.flatnonzero(selection.fitted) for part in labels.conditions[c]})
-    renumbered = {part: i for i, part in enumerate(parts)}
-    known = [c for c in kept if all(part in renumbered for part in labels.conditions[c])]
-    if len(known) < len(kept):
-        names = [labels.condition_names[c] for c in kept if c not in set(known)]
-        notes.append(f"Held out, but without a fitted part to predict from: {_few(names)}.")
-    position = np.full(len(labels.conditions) + 1, -1)  # the last entry serves condition -1
-    position[known] = np.arange(len(known))
-    condition = position[labels.condition]
+    condition, known, number, unpredictable = _renumbered(labels, selection)
+    silent = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are left out."
     return PerturbSeqData(
         x=x,
         cell_names=cell_names,
         condition=condition,
-        conditions=tuple(tuple(renumbered[part] for part in labels.conditions[c]) for c in known),
+        conditions=tuple(tuple(number[part] for part in labels.conditions[c]) for c in known),
         condition_names=tuple(labels.condition_names[c] for c in known),
-        perturbation_names=tuple(labels.names[part] for part in parts),
+        perturbation_names=tuple(labels.names[part] for part in number),
         batch=batch,
         batch_names=batch_names,
         split=split,
         totals=scanned.totals if record.values == "counts" else None,
         preprocessing=record,
         labels=labels,
-        notes=tuple(notes),
+        notes=(
+            *([] if guides is None else [guides.reason]),
+            *selection.notes,
+            *([silent] if record.n_silent_genes else []),
+            *_lonely_batches(batch, batch_names, labels, split),
+            *unpredictable,
+        ),
         guides=guides,
         shuffled=shuffled,
     )
@@ -248,11 +224,55 @@ def _is_sorted(condition: np.ndarray) -> bool:
     return bool((np.diff(known) >= 0).all() and (condition[len(known) :] < 0).all())
 
 
+def _preprocessing(screen: Screen, scanned: Scan, split: np.ndarray, config: DataConfig, seed: int) -> Preprocessing:
+    values = kind_of_values(scanned, screen.source, config.values)
+    if values[0] != "continuous":
+        refuse_silent_cells(screen, scanned, split != splits.UNUSED)
+    # Genes are chosen on training cells alone, so that test cells have no say in the model.
+    trained = split == splits.TRAIN
+    return plan_preprocessing(screen, scanned, values, trained, config.n_top_genes, config.genes, config.layer, seed)
+
+
 def _is_streamed(config: DataConfig, n_values: int) -> bool:
     if config.streamed is not None:
         return config.streamed
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 8 * n_values > IN_MEMORY * memory
+
+
+def _stream(
+    screen: Screen, record: Preprocessing, n_values: int, labels: Perturbations, split: np.ndarray
+) -> StreamedExpression:
+    """Rows of a store, read when asked for; of the controls of each split, `CONTROL_POOL` stay in memory."""
+    assert isinstance(screen.matrix, StoredMatrix)
+    pools = [
+        np.flatnonzero((labels.condition == 0) & (split == c))[:CONTROL_POOL] for c in range(1, len(splits.SPLITS))
+    ]
+    sparse = is_sparse(n_values, (screen.n_cells, len(record.genes)))
+    held = np.sort(np.concatenate(pools))
+    return StreamedExpression(screen.matrix, record, record.places(screen.genes), sparse, held)
+
+
+def _renumbered(labels: Perturbations, selection: Selection) -> tuple[np.ndarray, list[int], dict[int, int], list[str]]:
+    """Conditions that are fitted, or held out and made of fitted perturbations, counted from 0.
+
+    Returns
+    -------
+    The condition of each cell (cells,) or -1; these conditions by their numbers in the labels; the number of each
+    fitted perturbation by that in the labels; and a note on the conditions that are left out here.
+    """
+    fitted = {part for c in np.flatnonzero(selection.fitted) for part in labels.conditions[c]}
+    number = {part: i for i, part in enumerate(sorted(fitted))}
+    known, names = list[int](), list[str]()
+    for c in np.flatnonzero(selection.fitted | selection.held_out).tolist():
+        if fitted.issuperset(labels.conditions[c]):
+            known.append(c)
+        else:
+            names.append(labels.condition_names[c])
+    position = np.full(len(labels.conditions) + 1, -1)  # the last entry serves condition -1
+    position[known] = np.arange(len(known))
+    note = f"Held out, but without a fitted part to predict from: {few(names)}."
+    return position[labels.condition], known, number, [note] if names else []
 
 
 @dataclass(frozen=True)
@@ -296,7 +316,7 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     if small.any():
         names = [labels.condition_names[c] for c in np.flatnonzero(small)]
         notes.append(
-            f"{len(names)} perturbations have fewer than {config.min_cells} cells and are left out: {_few(names)}."
+            f"{len(names)} perturbations have fewer than {config.min_cells} cells and are left out: {few(names)}."
         )
     fitted = ~held_out & ~small
     if counts[0] < 2:
@@ -319,7 +339,7 @@ def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.
     if key not in screen.obs:
         columns = [str(column) for column in screen.obs.columns]
         first = difflib.get_close_matches(key, columns)
-        listed = _few([repr(column) for column in dict.fromkeys([*first, *columns])])
+        listed = few([repr(column) for column in dict.fromkeys([*first, *columns])])
         raise InputError(f"The cells have no column {key!r} for --batch-key.", f"Columns: {listed}.")
     column = screen.obs[key]
     missing = int((column.isna().to_numpy() & labelled).sum())
@@ -341,11 +361,7 @@ def _lonely_batches(batch: np.ndarray, names: tuple[str, ...], labels: Perturbat
     alone = np.setdiff1d(labels.condition[perturbed], labels.condition[perturbed & np.isin(batch, controls)])
     without = [labels.condition_names[c] for c in alone]
     return [
-        f"Batches without control cells: {_few([names[b] for b in lonely])}. What such a batch does cannot be told from"
+        f"Batches without control cells: {few([names[b] for b in lonely])}. What such a batch does cannot be told from"
         " what perturbations do: its cells take no part in finding targets and graph"
-        + (f", and perturbations that have no others get no target: {_few(without)}." if without else ".")
+        + (f", and perturbations that have no others get no target: {few(without)}." if without else ".")
     ]
-
-
-def _few(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
