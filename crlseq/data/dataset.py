@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from crlseq.config import DataConfig
 from crlseq.data import splits
 from crlseq.data.guides import Guides, read_labels
 from crlseq.data.matrix import Scan, Screen, open_screen, scan
-from crlseq.data.perturbations import Perturbations
+from crlseq.data.perturbations import Perturbations, refuse_missing_column
 from crlseq.data.preprocess import (
     Preprocessing,
     is_sparse,
@@ -336,11 +335,7 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
 def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     if key is None:
         return np.zeros(screen.n_cells, dtype=np.int64), ("all",)
-    if key not in screen.obs:
-        columns = [str(column) for column in screen.obs.columns]
-        first = difflib.get_close_matches(key, columns)
-        listed = few([repr(column) for column in dict.fromkeys([*first, *columns])])
-        raise InputError(f"The cells have no column {key!r} for --batch-key.", f"Columns: {listed}.")
+    refuse_missing_column(screen.obs, key, "--batch-key")
     column = screen.obs[key]
     missing = int((column.isna().to_numpy() & labelled).sum())
     if missing:

@@ -31,8 +31,14 @@ import scipy.sparse as sp
 
 from crlseq.config import DataConfig
 from crlseq.data.matrix import Screen, as_csr, open_store, readable
-from crlseq.data.perturbations import CONTROL_LABELS, NEVER_PERTURBATIONS, Perturbations, read_perturbations
-from crlseq.errors import InputError, UsageError
+from crlseq.data.perturbations import (
+    CONTROL_LABELS,
+    NEVER_PERTURBATIONS,
+    Perturbations,
+    read_perturbations,
+    refuse_missing_column,
+)
+from crlseq.errors import InputError, UsageError, few
 
 GUIDE_LABELS = "crlseq_perturbation"  # column of obs with what guides were read as
 CONTROL = "control"
@@ -52,7 +58,6 @@ STYLES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("GENE_1", re.compile(r"(.+)[_\-.]\d+")),
 )
 _NUMBERED = re.compile(r"(.{4,}?|.+?(?=[_\-. ]))[_\-. ]?\d+")  # "ctrl3", "NT_3", and not "NT3"
-MOST_NAMES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,9 +217,7 @@ def _genes(names: Iterable[str], config: DataConfig) -> tuple[dict[str, str], st
 
 def _from_column(screen: Screen, config: DataConfig) -> Guides:
     key = str(config.guide_key)
-    if key not in screen.obs:
-        columns = ", ".join(repr(str(column)) for column in screen.obs.columns[:MOST_NAMES])
-        raise InputError(f"The cells have no column {key!r} for --guide-key.", f"Columns: {columns or 'none'}.")
+    refuse_missing_column(screen.obs, key, "--guide-key")
     column = screen.obs[key].astype(object)
     codes, texts = pd.factorize(column.map(lambda value: str(value).strip(), na_action="ignore"))
     parts = [_split(text, config.separator) for text in texts]
@@ -349,7 +352,7 @@ def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> t
 
 
 def _no_counts(source: str, key: str, there: list[str]) -> InputError:
-    listed = ", ".join(map(repr, sorted(there)[:MOST_NAMES])) or "none"
+    listed = few([*map(repr, sorted(there))]) or "none"
     return InputError(
         f"{source} has no guide counts {key!r}.", f"Name a table of obsm or a modality of an .h5mu file: {listed}."
     )

@@ -1,4 +1,4 @@
-"""What an HDF5 file may hold and a reader must not follow: other files, circles, and heaps that never end."""
+"""What a file from a stranger may hold and a reader must not follow: other files, circles, endless heaps, false sizes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import zarr
 
 from crlseq.errors import InputError
 
 HEAP = b"GCOL\1"  # signature and version
 HEAP_SIZE, OBJECT = struct.Struct("<8xQ"), struct.Struct("<H6xQ")  # index and size of an object
+EXPANSION, SMALL = 1100, 1 << 26  # deflate's limit is 1,032; and bytes that do no harm
 
 
 def refuse_traps(handle: h5py.File, path: Path) -> None:
@@ -27,6 +29,26 @@ def refuse_traps(handle: h5py.File, path: Path) -> None:
     if handle.id.get_create_plist().get_sizes() == (8, 8):  # as everybody writes them
         _refuse_endless_heaps(path)
     _refuse_odd_links(handle, path)
+
+
+def refuse_claims(element: Any, path: Path) -> None:
+    """Refuse an HDF5 file or zarr store that says it holds over `EXPANSION` times its size, before room is made for it.
+
+    Raises
+    ------
+    InputError
+    """
+    arrays: list[Any] = [element] if hasattr(element, "nbytes") else []
+    if isinstance(element, h5py.Group):
+        element.visititems(lambda name, item: arrays.append(item) if isinstance(item, h5py.Dataset) else None)
+    elif isinstance(element, zarr.Group):
+        arrays += [item for _, item in element.members(max_depth=None) if isinstance(item, zarr.Array)]
+    size = sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    claimed = sum(int(array.nbytes) for array in arrays)
+    if claimed > EXPANSION * size + SMALL:
+        raise InputError(
+            f"{path} has {size} bytes and claims to hold {claimed}.", "It is damaged; copy or download it again."
+        )
 
 
 def _refuse_endless_heaps(path: Path) -> None:
@@ -61,9 +83,8 @@ def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
 
     def look(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
-            if item.external or (item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())):
-                raise _from_outside(path, name)
-            return
+            elsewhere = item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())
+            _refuse_outside(bool(item.external or elsewhere), path, name)
         if not isinstance(item, h5py.Group):
             return
         address = h5py.h5o.get_info(item.id).addr
@@ -77,8 +98,7 @@ def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
         around.add(address)
         for child in item:
             link = item.get(child, getlink=True)
-            if isinstance(link, h5py.ExternalLink):
-                raise _from_outside(path, name)
+            _refuse_outside(isinstance(link, h5py.ExternalLink), path, name)
             inner = None
             with suppress(KeyError, OSError, RuntimeError) if isinstance(link, h5py.SoftLink) else nullcontext():
                 inner = item[child]  # a soft link may lead nowhere
@@ -88,7 +108,9 @@ def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
     look("/", handle)
 
 
-def _from_outside(path: Path, name: str) -> InputError:
-    return InputError(
-        f"{path} takes {name!r} from another file.", "Write it again with anndata, which puts everything into one."
-    )
+def _refuse_outside(elsewhere: bool, path: Path, name: str) -> None:
+    if elsewhere:
+        raise InputError(
+            f"{path} takes {name!r} from another file.",
+            "Write it again with anndata, which puts everything into one.",
+        )

@@ -53,8 +53,8 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
         found["columns"] = [
             {
                 "column": c.key, "style": c.style, "control": c.control_label, "separator": c.separator,
-                "perturbations": c.n_perturbations, "combinations": c.n_combinations, "control_cells": c.n_control,
-                "why": c.reason,
+                "perturbations": len(c.names), "combinations": sum(len(parts) > 1 for parts in c.conditions),
+                "control_cells": int(c.is_control.sum()), "why": c.reason,
             }
             for c in candidates(screen.obs)
         ]  # fmt: skip

@@ -17,12 +17,11 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
-from crlseq.data.hdf5 import refuse_traps
+from crlseq.data.hdf5 import refuse_claims, refuse_traps
 from crlseq.data.store import StoredMatrix, read_manifest
-from crlseq.errors import CrlseqError, InputError
+from crlseq.errors import CrlseqError, InputError, few
 from crlseq.storage.files import refuse_links_outside
 
-EXPANSION, SMALL = 1100, 1 << 26  # deflate's limit is 1,032; and bytes that do no harm
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
 EXPRESSION = "rna"  # modality of a MuData file that is the screen
 BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
@@ -86,9 +85,7 @@ def readable(source: str, what: str) -> Iterator[None]:
     """Turns whatever a reader throws at a damaged file into one `InputError`."""
     try:
         yield
-    except CrlseqError:
-        raise
-    except MemoryError:
+    except (CrlseqError, MemoryError):
         raise
     except Exception as error:  # h5py, zarr and anndata raise almost every type for damaged files
         detail = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")[:200]
@@ -116,37 +113,29 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
         genes are not unique.
     """
     if isinstance(source, ad.AnnData):
-        adata, name = source, "the AnnData"
+        name = "the AnnData"
         with readable(name, "the matrix"):  # which may be backed by a file
-            there = {key: value for key, value in adata.layers.items() if key is not None}  # X, from anndata 0.13 on
-            matrix = _row_sliceable(adata.X if layer is None else _named_layer(there, layer, name), name)
-        yield _checked(adata.obs, adata.var, matrix, tuple(there), name)
+            layers = tuple(key for key in source.layers if key is not None)  # X, from anndata 0.13 on
+            _refuse_absent(layer, layers, layer is not None or source.X is not None, name)
+            matrix = _row_sliceable(source.X if layer is None else source.layers[layer], name)
+        yield _checked(source.obs, source.var, matrix, layers, name)
         return
-    path = Path(source)
+    path, name = Path(source), str(source)
     with open_store(path) as store:
-        name = str(path)
         with readable(name, "the table of cells or genes"):
             for part in ("obs", "var"):
-                _refuse_claims(store[part], path)
+                refuse_claims(store[part], path)
             obs, var = ad.io.read_elem(store["obs"]), ad.io.read_elem(store["var"])
         with readable(name, "the list of layers"):
             layers = tuple(sorted(store["layers"])) if "layers" in store else ()
-        if layer is None and read_manifest(path) is not None:
-            with readable(name, "the matrix"):
-                matrix = StoredMatrix(path)
-            yield _checked(obs, var, matrix, layers, name)
-            return
         with readable(name, "the matrix"):
-            if layer is None:
-                if "X" not in store:
-                    raise InputError(
-                        f"{name} has no matrix X.", f"Name a layer with --layer; there are: {_listed(layers)}."
-                    )
-                element = store["X"]
+            if layer is None and read_manifest(path) is not None:
+                matrix = StoredMatrix(path)
             else:
-                element = _named_layer({key: store["layers"][key] for key in layers}, layer, name)
-            _refuse_claims(element, path)
-            matrix = _row_sliceable(element, name)
+                _refuse_absent(layer, layers, "X" in store, name)
+                element = store["X"] if layer is None else store["layers"][layer]
+                refuse_claims(element, path)
+                matrix = _row_sliceable(element, name)
         yield _checked(obs, var, matrix, layers, name)
 
 
@@ -172,28 +161,24 @@ def open_store(path: Path) -> Iterator[Any]:
         yield store
         return
     try:
-        is_hdf5 = h5py.is_hdf5(path)
-        handle = h5py.File(path, "r") if is_hdf5 else None
+        if not h5py.is_hdf5(path):
+            raise InputError(f"{path} is not an h5ad file.", hint)
+        handle = h5py.File(path, "r")
     except OSError as error:
         raise InputError(
             f"{path} cannot be opened: {error}.", "The file may be cut short; copy or download it again."
         ) from None
-    if handle is None:
-        raise InputError(f"{path} is not an h5ad file.", hint)
     with handle:
         with readable(str(path), "the file"):
-            whole = "obs" in handle and "var" in handle
-        if not whole:
-            raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
-        with readable(str(path), "the file"):
-            refuse_traps(handle, path)
-            if handle.attrs.get("encoding-type") == "MuData":
-                handle = _expression_modality(handle, path)
+            if "obs" not in handle or "var" not in handle:
+                raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
+            refuse_traps(handle, path)  # damage and links that no writer of h5ad files makes
+            screen = _expression_modality(handle, path) if handle.attrs.get("encoding-type") == "MuData" else handle
             for slot in ("obsm", "varm", "uns"):  # results are added there, long after this
-                there = handle.get(slot, {})
+                there = screen.get(slot, {})
                 if isinstance(there, h5py.Dataset) and there.dtype.names is None:
                     raise InputError(f"{path} has a value in the place of {slot}.", "It is damaged; write it again.")
-        yield handle
+        yield screen
 
 
 def _expression_modality(handle: h5py.File, path: Path) -> Any:
@@ -201,40 +186,28 @@ def _expression_modality(handle: h5py.File, path: Path) -> Any:
     if EXPRESSION not in modalities or not {"obs", "var"} <= modalities[EXPRESSION].keys():
         raise InputError(
             f"{path} has no modality {EXPRESSION!r} with cells and genes.",
-            f"Name the one with the expression {EXPRESSION!r}; there are: {_listed(modalities)}.",
+            f"Name the one with the expression {EXPRESSION!r}; there are: {few([*map(repr, modalities)]) or 'none'}.",
         )
     return modalities[EXPRESSION]
 
 
-def _refuse_claims(element: Any, path: Path) -> None:
-    """Refuse a file that says it holds more than `EXPANSION` times its size, before room is made for it."""
-    arrays: list[Any] = [element] if hasattr(element, "nbytes") else []
-    if isinstance(element, h5py.Group):
-        element.visititems(lambda name, item: arrays.append(item) if isinstance(item, h5py.Dataset) else None)
-    elif isinstance(element, zarr.Group):
-        arrays += [item for _, item in element.members(max_depth=None) if isinstance(item, zarr.Array)]
-    size = sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size
-    claimed = sum(int(array.nbytes) for array in arrays)
-    if claimed > EXPANSION * size + SMALL:
-        raise InputError(
-            f"{path} has {size} bytes and claims to hold {claimed}.", "It is damaged; copy or download it again."
-        )
+def _refuse_absent(layer: str | None, layers: tuple[str, ...], has_x: bool, source: str) -> None:
+    there = ", ".join(map(repr, sorted(layers))) or "none"
+    if layer is None and not has_x:
+        raise InputError(f"{source} has no matrix X.", f"Name a layer with --layer; there are: {there}.")
+    if layer is not None and layer not in layers:
+        raise InputError(f"{source} has no layer {layer!r}.", f"Layers there: {there}.")
 
 
 def _row_sliceable(element: Any, source: str) -> Any:
-    if element is None:
-        raise InputError(f"{source} has no matrix X.", "Put the expression into X or name a layer with --layer.")
     if isinstance(element, (h5py.Group, zarr.Group)):
-        dataset = ad.io.sparse_dataset(element)
-        # Rows of a CSC matrix cannot be sliced from disk at a bearable speed.
-        element = dataset if dataset.format == "csr" else within(dataset.to_memory()).tocsr()
-    # What remains is an AnnData's: in memory, or backed by a data set or a sparse data set.
-    elif hasattr(element, "format"):
-        if element.format != "csr":
-            element = within(element.to_memory() if hasattr(element, "to_memory") else element).tocsr()
+        element = ad.io.sparse_dataset(element)
+    if not hasattr(element, "format"):
+        element = element if isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)) else np.asarray(element)
+    elif element.format == "csr":
         within(element)
-    elif not isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)):
-        element = np.asarray(element)
+    else:  # rows of a CSC matrix cannot be sliced from disk at a bearable speed
+        element = within(element.to_memory() if hasattr(element, "to_memory") else element).tocsr()
     if len(element.shape) != 2:
         raise InputError(
             f"{source}: the matrix has {len(element.shape)} dimensions instead of 2.", "Expected cells x genes."
@@ -253,16 +226,6 @@ def within(matrix: Any) -> Any:
     if hasattr(matrix, "check_format"):
         matrix.check_format(full_check=True)
     return matrix
-
-
-def _named_layer(layers: dict[str, Any], layer: str, source: str) -> Any:
-    if layer not in layers:
-        raise InputError(f"{source} has no layer {layer!r}.", f"Layers there: {_listed(sorted(layers))}.")
-    return layers[layer]
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(repr(str(name)) for name in names) or "none"
 
 
 def _checked(obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: str) -> Screen:

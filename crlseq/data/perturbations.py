@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from crlseq.data.matrix import NO_TEXT
-from crlseq.errors import InputError
+from crlseq.errors import InputError, few
 
 Ints = NDArray[np.int64]
 
@@ -33,47 +33,44 @@ NEVER_PERTURBATIONS = frozenset({"nan", "none", "na", "<na>", "unassigned", "neg
 
 MISSING = "missing"
 STRATEGY_KEY = "genetic_perturbation_strategy"
-STRATEGIES = frozenset({"control", "no perturbations"})
-# style, columns that it uses, control labels that it uses; in the order in which agreeing columns are preferred
-STYLES: tuple[tuple[str, tuple[str, ...], frozenset[str]], ...] = (
-    ("pertpy/scPerturb", ("perturbation",), frozenset({"control", "nt", "non-targeting"})),
-    ("CPA", ("guide_ids",), frozenset({""})),
-    ("GEARS", ("condition",), frozenset({"ctrl"})),
-    ("cell-eval", ("target_gene", "gene"), frozenset({"non-targeting"})),
-    ("CELLxGENE", ("genetic_perturbation_id",), STRATEGIES),
-)
-KNOWN_KEYS = tuple(key for _, keys, _ in STYLES for key in keys)
 SEPARATORS = (" || ", "+", ",", "_")
 # Names hold "," (chemicals) and "_" (guides, loci) as well; these two need evidence, except where a style says so.
 STRONG_SEPARATORS = frozenset({" || ", "+"})
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way to read the perturbations of a file.
+class Style:
+    """How one source of files writes labels.
 
     Attributes
     ----------
-    key, control_label
-        Column of ``obs``, and its label of control cells.
+    columns
+        Names of its label column.
+    controls
+        Labels of control cells there, in lower case.
     separator
-        What joins the parts of combinations; None if no label is split.
-    style
-        ``pertpy/scPerturb``, ``GEARS``, ``CPA``, ``cell-eval``, ``CELLxGENE`` or ``plain``.
-    n_perturbations, n_combinations, n_control
-        Single perturbations in the vocabulary, distinct combinations, control cells.
-    reason
-        Why it is proposed, as one sentence.
+        What joins combinations for certain.
+    control_column
+        A second column that has the control label, where the labels of control cells are guides.
     """
 
-    key: str
-    control_label: str
-    separator: str | None
-    style: str
-    n_perturbations: int
-    n_combinations: int
-    n_control: int
-    reason: str
+    name: str
+    columns: tuple[str, ...]
+    controls: frozenset[str]
+    separator: str | None = None
+    control_column: str | None = None
+
+
+# In the order in which agreeing columns are preferred.
+STYLES = (
+    Style("pertpy/scPerturb", ("perturbation",), frozenset({"control", "nt", "non-targeting"})),
+    Style("CPA", ("guide_ids",), frozenset({""}), ","),
+    Style("GEARS", ("condition",), frozenset({"ctrl"})),
+    Style("cell-eval", ("target_gene", "gene"), frozenset({"non-targeting"})),
+    Style("CELLxGENE", ("genetic_perturbation_id",), frozenset({"control", "no perturbations"}), " || ", STRATEGY_KEY),
+)
+STYLE_OF = {column: style for style in STYLES for column in style.columns}
+PLAIN = Style("plain", (), frozenset())
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +79,12 @@ class Perturbations:
 
     Attributes
     ----------
-    key, control_label, separator, style
-        As in `Candidate`.
+    key, control_label
+        Column of ``obs``, and its label of control cells.
+    separator
+        What joins the parts of combinations; None if no label is split.
+    style
+        Name of one of `STYLES`, or ``plain``.
     reason
         What was chosen and why, as one or two sentences.
     names
@@ -116,14 +117,9 @@ class Perturbations:
         return np.asarray(self.condition == 0)
 
 
-def candidates(obs: pd.DataFrame) -> list[Candidate]:
-    """Propose ways to read the perturbations of ``obs``, the best first; a column appears once per possible reading."""
-    found = []
-    for r in _readings(obs, _label_columns(obs), None, None):
-        if len(r.names) > 1:
-            counts = len(r.names), sum(len(condition) > 1 for condition in r.conditions), int(r.is_control.sum())
-            found.append(Candidate(r.key, r.control_label, r.separator, r.style, *counts, r.reason))
-    return found
+def candidates(obs: pd.DataFrame) -> list[Perturbations]:
+    """Readings of ``obs`` with two perturbations or more, the best first; a column appears once per possible reading."""
+    return [reading for reading in _readings(obs, _label_columns(obs), None, None) if len(reading.names) > 1]
 
 
 def read_perturbations(
@@ -159,7 +155,7 @@ def read_perturbations(
     if len(same_column) > 1:
         raise _ambiguous_column(same_column)
     # A known name beats the others whatever they say; equals must agree.
-    rivals = [r for r in usable[1:] if (r.key in KNOWN_KEYS) == (chosen.key in KNOWN_KEYS)]
+    rivals = [r for r in usable[1:] if (r.key in STYLE_OF) == (chosen.key in STYLE_OF)]
     for rival in rivals:
         if difference := _difference(chosen, rival):
             raise InputError(
@@ -182,14 +178,14 @@ def _readings(
     readings = []
     for key in keys:
         labels, codes = _labels(obs[key])
-        # CELLxGENE says in a second column which cells are controls; their own labels are guides
-        marked = key == "genetic_perturbation_id" and STRATEGY_KEY in obs
-        strategies, strategy_codes = _labels(obs[STRATEGY_KEY]) if marked else ([], codes)
+        style = STYLE_OF.get(key, PLAIN)
+        marked = style.control_column in obs
+        strategies, strategy_codes = _labels(obs[style.control_column]) if marked else ([], codes)
         if control_label is not None:
             controls = sorted({control_label.strip()} & {*labels, *strategies})
         else:
-            controls = [strategy for strategy in strategies if strategy.casefold() in STRATEGIES]
-            known = CONTROL_LABELS | ({""} if key == "guide_ids" else set())
+            controls = [strategy for strategy in strategies if strategy.casefold() in style.controls]
+            known = CONTROL_LABELS | (frozenset() if style.control_column else style.controls)
             controls = controls or [label for label in labels if label.casefold() in known]
         for control in controls:
             used, used_codes, guides = labels, codes, set[str]()
@@ -201,7 +197,8 @@ def _readings(
             rules = _Rules(key, control, frozenset(guides), frozenset(used))
             options = rules.separators() if separator is None else [separator or None]
             readings += [rules.read(used, used_codes, option) for option in options]
-    return sorted(readings, key=lambda r: KNOWN_KEYS.index(r.key) if r.key in KNOWN_KEYS else len(KNOWN_KEYS))
+    order = [*STYLE_OF]
+    return sorted(readings, key=lambda r: order.index(r.key) if r.key in STYLE_OF else len(order))
 
 
 @dataclass(frozen=True)
@@ -232,7 +229,7 @@ class _Rules:
 
     def separators(self) -> list[str | None]:
         """Every separator with which the labels can be read (None: no combinations); two or more are ambiguous."""
-        strong = STRONG_SEPARATORS | {{"CPA": ",", "CELLxGENE": " || "}.get(self.style)}
+        strong = STRONG_SEPARATORS | {self.style.separator}
         no_names = NEVER_PERTURBATIONS | CONTROL_LABELS | {""}
         labels = [label for label in self.labels if label != self.control and label.casefold() not in no_names]
         certain: list[str | None] = []
@@ -246,9 +243,9 @@ class _Rules:
         return certain + possible + ([] if certain else [None])
 
     @property
-    def style(self) -> str:
-        control = self.control.casefold()
-        return next((name for name, keys, controls in STYLES if self.key in keys and control in controls), "plain")
+    def style(self) -> Style:
+        style = STYLE_OF.get(self.key, PLAIN)
+        return style if self.control.casefold() in style.controls else PLAIN
 
     def read(self, labels: Sequence[str], codes: Ints, separator: str | None) -> Perturbations:
         counts = np.bincount(codes + 1, minlength=len(labels) + 1)
@@ -271,14 +268,14 @@ class _Rules:
         if all(parts in ([], [labels[code]]) for code, parts in parts_of.items()):
             separator = None
         joined = [(separator or "").join(names[i] for i in condition) for condition in conditions[1:]]
-        style = "" if self.style == "plain" else f" (as in {self.style} files)"
+        style = "" if self.style is PLAIN else f" (as in {self.style.name} files)"
         mark = f"'{STRATEGY_KEY}' is '{self.control}' in" if self.guides else f"its label '{self.control}' marks"
         split = "no label is a combination" if separator is None else f"labels are split at '{separator}'"
         return Perturbations(
             key=self.key,
             control_label=self.control,
             separator=separator,
-            style=self.style,
+            style=self.style.name,
             reason=f"Column '{self.key}'{style} holds the perturbations, {mark} control cells, and {split}.",
             names=tuple(names),
             conditions=tuple(conditions),
@@ -379,6 +376,18 @@ def _nothing_found(
     )
 
 
+def refuse_missing_column(obs: pd.DataFrame, key: str, option: str) -> None:
+    """Refuse a column of cells that an option names and that is not there.
+
+    Raises
+    ------
+    InputError
+    """
+    if key not in obs:
+        columns = _some([str(column) for column in obs.columns], key)
+        raise InputError(f"The cells have no column '{key}' for {option}.", f"Columns: {columns}.")
+
+
 def _column_hint(obs: pd.DataFrame, key: str) -> str:
     columns = _some([str(column) for column in obs.columns], key)
     return f"Name the column with --perturbation-key and its control with --control-label; columns: {columns}."
@@ -387,9 +396,8 @@ def _column_hint(obs: pd.DataFrame, key: str) -> str:
 def _some(values: Sequence[str], like: str) -> str:
     """Up to eight values, those first that resemble ``like``."""
     alike = [value for value in values if like.casefold() in value.casefold()]
-    first = list(dict.fromkeys([*difflib.get_close_matches(like, values[:20000]), *alike, *values]))[:8]
-    more = f" and {len(values) - 8} more" if len(values) > 8 else ""
-    return ", ".join(f"'{value}'" for value in first) + more if first else "none"
+    ordered = dict.fromkeys([*difflib.get_close_matches(like, values[:20000]), *alike, *values])
+    return few([f"'{value}'" for value in ordered]) or "none"
 
 
 def _options(option: str, values: Sequence[str]) -> str:
