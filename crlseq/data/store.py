@@ -28,30 +28,26 @@ from crlseq.errors import InputError
 MANIFEST = "crlseq.json"
 FORMAT = 1
 NEVER_WRITTEN = 2**64 - 1  # of a chunk that holds zeros alone
-HASHED = 1 << 22
 BLOSC = Blosc()  # what to decode is in the bytes
 RESTORE = "Restore it, or prepare it again."
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """How a store was made: ``perturbation_key, control_label, separator`` that its cells are sorted by, and files.
-
-    ``identity`` is a digest of what was prepared: inputs by name, size and time of change, options, seed; ``files`` are the SHA-256 digests of all files by their paths within the store; ``values`` is the kind of values.
-    """
+    """How a store was made."""
 
     version: str
-    perturbation_key: str
+    perturbation_key: str  # with the next two: what its cells are sorted by
     control_label: str
     separator: str
     seed: int
-    values: str
+    values: str  # their kind
     n_cells: int
     n_genes: int
     n_nonzero: int
     inputs: tuple[str, ...]
-    files: dict[str, str]
-    identity: str = ""  # of stores that were made before it was kept
+    files: dict[str, str]  # SHA-256 of every file by its path within the store
+    identity: str  # digest of what was prepared: inputs by name, size and time of change, options, seed
 
     def to_json(self) -> str:
         """As it lies at the root of the store."""
@@ -59,13 +55,7 @@ class Manifest:
 
 
 def read_manifest(source: Any) -> Manifest | None:
-    """The manifest of a prepared store; None for any other source.
-
-    Raises
-    ------
-    InputError
-        If the manifest is damaged or of a later format.
-    """
+    """The manifest of a prepared store; None for any other source; InputError if it is damaged or of a later format."""
     if not isinstance(source, str | Path) or not (Path(source) / MANIFEST).is_file():
         return None
     path = Path(source) / MANIFEST
@@ -81,13 +71,10 @@ def read_manifest(source: Any) -> Manifest | None:
     return manifest
 
 
-def verify(source: Any) -> str:
+def verify(source: str | Path) -> str:
     """Compare every file of a store with its digest; the digest of the manifest, which stands for them all.
 
-    Raises
-    ------
-    InputError
-        If a file is missing or is not what was written.
+    InputError if a file is missing or is not what was written.
     """
     manifest = read_manifest(source)
     assert manifest is not None
@@ -107,21 +94,12 @@ def verify(source: Any) -> str:
 
 def digest_of(path: Path) -> str:
     """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while piece := handle.read(HASHED):
-            digest.update(piece)
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardedVector:
-    """A one-dimensional sharded zarr array of Blosc chunks.
-
-    Raises
-    ------
-    InputError
-        If it is laid out in another way.
-    """
+    """A one-dimensional sharded zarr array of Blosc chunks; InputError if it is laid out in another way."""
 
     def __init__(self, folder: Path) -> None:
         try:

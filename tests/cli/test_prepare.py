@@ -184,17 +184,6 @@ def test_resuming_what_is_finished(two_files: tuple[ad.AnnData, list[Path]], fol
     assert contents(store) == before
 
 
-def test_a_store_of_before_identities_were_kept_is_read(two_files: tuple[ad.AnnData, list[Path]], folder: Path) -> None:
-    done = prepare(two_files[1], folder / "STORE")
-    path = folder / "STORE" / "crlseq.json"
-    kept = json.loads(path.read_text())
-    del kept["identity"]
-    path.write_text(json.dumps(kept))
-    found = read_manifest(folder / "STORE")
-    assert found is not None and found.files == done.files
-    assert found.identity == ""
-
-
 def test_starting_over_and_replacing(two_files: tuple[ad.AnnData, list[Path]], folder: Path) -> None:
     target, paths = folder / "STORE", two_files[1]
     assert invoke("prepare", paths[0], "--output", target).code == 0
