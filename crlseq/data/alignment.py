@@ -37,10 +37,7 @@ class Alignment:
 def align(record: Preprocessing, screen: Screen) -> tuple[Alignment, list[str]]:
     """Find the fitted genes in a screen by name; sentences on what is missing there and what is dropped.
 
-    Raises
-    ------
-    InputError
-        If fewer than half of the fitted genes are there.
+    InputError if fewer than half of the fitted genes are there.
     """
     places = screen.genes.get_indexer(pd.Index(record.genes))
     present, source = np.flatnonzero(places >= 0), screen.source

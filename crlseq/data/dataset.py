@@ -36,49 +36,23 @@ IN_MEMORY = 0.25  # share of the machine's memory up to which a store is loaded 
 
 @dataclass(frozen=True)
 class PerturbSeqData:
-    """A screen in numbers. Row i of everything is cell i of the file; condition 0 is the control.
+    """A screen in numbers. Row i of everything is cell i of the file; condition 0 is the control."""
 
-    Attributes
-    ----------
-    x
-        (cells, genes) float32 normalised expression, CSR or dense; or read when it is asked for, from a store.
-    cell_names
-        Names of the cells, unique.
-    condition
-        (cells,) int64 index into ``conditions``; -1 for cells that take no part.
-    conditions
-        For each condition the ascending indices of its single perturbations; () for the control.
-    condition_names, perturbation_names
-        Their labels. Perturbations are those of fitted conditions and no others.
-    batch, batch_names
-        (cells,) int64 experimental batch, and its labels; one batch without a batch key.
-    split
-        (cells,) int8 code of `splits.SPLITS`.
-    totals
-        (cells,) counts of each cell over all genes of the file; None for values that are no counts.
-    notes
-        Sentences about what was left out and why.
-    guides
-        What guides were read as, where the configuration names any.
-    shuffled
-        Whether the cells of each condition lie together in random order, as in a prepared store.
-    """
-
-    x: sp.csr_matrix | np.ndarray | StreamedExpression
-    cell_names: pd.Index
-    condition: np.ndarray
-    conditions: tuple[tuple[int, ...], ...]
+    x: sp.csr_matrix | np.ndarray | StreamedExpression  # (cells, genes) float32, normalised; streamed: from a store
+    cell_names: pd.Index  # unique
+    condition: np.ndarray  # (cells,) int64 index into `conditions`; -1 of cells that take no part
+    conditions: tuple[tuple[int, ...], ...]  # ascending indices of single perturbations; () of the control
     condition_names: tuple[str, ...]
-    perturbation_names: tuple[str, ...]
-    batch: np.ndarray
+    perturbation_names: tuple[str, ...]  # of perturbations in fitted conditions and no others
+    batch: np.ndarray  # (cells,) int64 index into `batch_names`; one batch without a batch key
     batch_names: tuple[str, ...]
-    split: np.ndarray
-    totals: np.ndarray | None
+    split: np.ndarray  # (cells,) int8 code of `splits.SPLITS`
+    totals: np.ndarray | None  # (cells,) counts over all genes of the file; None for values that are no counts
     preprocessing: Preprocessing
     labels: Perturbations
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # sentences about what was left out and why
     guides: Guides | None = None
-    shuffled: bool = False
+    shuffled: bool = False  # cells of each condition lie together in random order, as in a prepared store
 
     @property
     def n_genes(self) -> int:
@@ -154,13 +128,7 @@ class PerturbSeqData:
 
 
 def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) -> PerturbSeqData:
-    """Read, check, normalise and split a screen.
-
-    Raises
-    ------
-    InputError
-        For anything in the file that cannot be used; the message says what, the hint what to do.
-    """
+    """Read, check, normalise and split a screen; InputError for anything in it that cannot be used."""
     manifest = read_manifest(source) if config.layer is None else None
     if manifest is not None:
         config = _as_prepared(config, manifest)
@@ -276,20 +244,17 @@ def _renumbered(labels: Perturbations, selection: Selection) -> tuple[np.ndarray
 
 @dataclass(frozen=True)
 class Selection:
-    """Which conditions are fitted and which held out, (conditions,) bool each, and why others are not."""
+    """Which conditions are fitted and which held out."""
 
-    fitted: np.ndarray
+    fitted: np.ndarray  # (conditions,) bool
     held_out: np.ndarray
-    notes: list[str]
+    notes: list[str]  # why others are neither
 
 
 def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     """Conditions to fit and to hold out.
 
-    Raises
-    ------
-    InputError
-        If a condition to hold out is not there, or too few controls or perturbations are left.
+    InputError if a condition to hold out is not there, or too few controls or perturbations are left.
     """
     counts = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
     held_out = np.zeros(len(labels.conditions), dtype=bool)

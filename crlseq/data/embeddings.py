@@ -27,10 +27,7 @@ class Embeddings:
 def read_embeddings(path: str | Path) -> Embeddings:
     """Read and check a table of gene vectors.
 
-    Raises
-    ------
-    InputError
-        If it is missing, no such table, empty or constant, names a gene twice, or holds what is no finite number.
+    InputError if it is missing, no such table, empty or constant, names a gene twice, or holds what is no finite number.
     """
     path = Path(path)
     if not path.is_file():

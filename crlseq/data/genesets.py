@@ -22,27 +22,15 @@ _ENSEMBL = re.compile(r"ENS[A-Z]{0,6}G\d{11}")
 
 @dataclass(frozen=True)
 class GeneSets:
-    """The sets that an encoder reads.
+    """The sets that an encoder reads, a unit each."""
 
-    Attributes
-    ----------
-    names
-        A unit each: the first set in the file with these fitted genes.
-    same
-        Other sets with the same fitted genes, which no data tell from the first; joined by "; ".
-    members
-        (sets, G) bool.
-    lines
-        Name, description and all genes of every set in `names` and `same`, as in the file.
-    n_small
-        How many sets were left out, with fewer than `MIN_FITTED` fitted genes.
-    """
-
-    names: tuple[str, ...]
-    same: tuple[str, ...]
-    members: NDArray[np.bool_]
-    lines: tuple[tuple[str, str, tuple[str, ...]], ...]
-    n_small: int
+    names: tuple[str, ...]  # of each unit: the first set in the file with these fitted genes
+    same: tuple[str, ...]  # other sets with the same fitted genes, which no data tell from the first; joined by "; "
+    members: NDArray[np.bool_]  # (sets, genes)
+    lines: tuple[
+        tuple[str, str, tuple[str, ...]], ...
+    ]  # name, description and all genes of each set in `names`, `same`
+    n_small: int  # sets left out, with fewer than `MIN_FITTED` fitted genes
 
     def in_words(self) -> str:
         """``Encoder: 87 gene sets, which hold 210 of 299 fitted genes; left out: ...``"""
@@ -71,10 +59,7 @@ class GeneSets:
 def fitted_sets(path: Path, genes: Sequence[str]) -> GeneSets:
     """Sets of a gmt file with at least `MIN_FITTED` of the fitted genes, in the order of the file.
 
-    Raises
-    ------
-    InputError
-        If the file cannot be read or is malformed, no set has enough of the genes, or there are too many sets.
+    InputError if the file cannot be read or is malformed, no set has enough of the genes, or there are too many sets.
     """
     place = {name: j for j, name in enumerate(genes)}
     units = dict[tuple[int, ...], list[tuple[str, str, tuple[str, ...]]]]()
@@ -111,12 +96,7 @@ def fitted_sets(path: Path, genes: Sequence[str]) -> GeneSets:
 
 
 def refuse_unmatched(source: str, seen: Sequence[str], common: bool, genes: Sequence[str] | np.ndarray) -> None:
-    """Refuse sets without genes, or with none in `common` with those that were fitted; `seen` are the first ones.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse sets without genes, or with none in `common` with those that were fitted; `seen` are the first ones."""
     if not seen:
         raise InputError(f"There is no gene set in {source}.", "Give a gmt file: a gene set a line.")
     if not common:
@@ -130,10 +110,7 @@ def refuse_unmatched(source: str, seen: Sequence[str], common: bool, genes: Sequ
 def read_gmt(path: Path) -> Iterator[tuple[str, str, list[str]]]:
     """Name, description (unless it is a link) and genes of each line; one line is in memory at a time.
 
-    Raises
-    ------
-    InputError
-        If the file cannot be read, is packed or no text, or a line is malformed, too long or repeats a name.
+    InputError if the file cannot be read, is packed or no text, or a line is malformed, too long or repeats a name.
     """
     at, read = dict[str, int](), 0
     number = 0
@@ -165,13 +142,7 @@ def read_gmt(path: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def check_gmt(path: Path) -> None:
-    """Read a gmt file for its faults alone, before anything slower is done; not a pipe, which can be read only once.
-
-    Raises
-    ------
-    InputError
-        As `read_gmt`, or if there is no gene set in it.
-    """
+    """Read a gmt file for its faults alone, before anything slower is done; not a pipe, which can be read only once."""
     if not path.is_fifo() and not sum(1 for _ in read_gmt(path)):
         raise InputError(f"There is no gene set in {path}.", "Give a gmt file: a gene set a line.")
 

@@ -62,24 +62,12 @@ _NUMBERED = re.compile(r"(.{4,}?|.+?(?=[_\-. ]))[_\-. ]?\d+")  # "ctrl3", "NT_3"
 
 @dataclass(frozen=True, eq=False)
 class Guides:
-    """What guides say of every cell.
+    """What guides say of every cell."""
 
-    Attributes
-    ----------
-    labels
-        (cells,) categorical: the control label, ``A``, ``A+B``, or why a cell has none.
-    control_label
-        Label of cells with control guides alone.
-    reason
-        What was read, and how, in a sentence or two.
-    record
-        The same for ``run.json``: thresholds, the rule, ``genes`` by guide, and ``cells`` by label.
-    """
-
-    labels: pd.Categorical
-    control_label: str
-    reason: str
-    record: dict[str, Any]
+    labels: pd.Categorical  # (cells,) the control label, "A", "A+B", or why a cell has none
+    control_label: str  # of cells with control guides alone
+    reason: str  # what was read, and how, in a sentence or two
+    record: dict[str, Any]  # the same for run.json: thresholds, the rule, genes by guide, and cells by label
 
 
 def read_labels(
@@ -87,12 +75,7 @@ def read_labels(
 ) -> tuple[Perturbations, Guides | None]:
     """Perturbations of all cells, from guides if the configuration names any.
 
-    Raises
-    ------
-    InputError
-        If guides or labels cannot be read.
-    UsageError
-        If more than one place was named to read them from.
+    InputError if they cannot be read; UsageError if more than one place was named to read them from.
     """
     places = ("perturbation_key", "guide_key", "guide_counts")
     given = [f"--{name.replace('_', '-')}" for name in places if getattr(config, name) is not None]
@@ -112,24 +95,11 @@ def read_labels(
 def genes_of_guides(
     names: Iterable[str], control_label: str | None = None, table: Mapping[str, str] | None = None
 ) -> tuple[dict[str, str], str]:
-    """Gene of each guide, and by which rule.
+    """Gene of each guide, sorted by guide, and the rule: a name of `STYLES`, ``sgGENE`` for a prefix alone, or ``table``.
 
-    Parameters
-    ----------
-    control_label
-        Gene, or name, of control guides; None: any of `CONTROL_GUIDES`.
-    table
-        Gene by guide, in place of the rule.
-
-    Returns
-    -------
-    Genes by guide, sorted; control guides have the control label (``control`` where none was given). The rule: a name
-    of `STYLES`, ``sgGENE`` for a prefix alone, or ``table``.
-
-    Raises
-    ------
-    InputError
-        If a guide is not in the table, or no style fits half of the names.
+    Control guides have the control label (``control`` where none was given): those whose gene or name it is, or, where
+    none was given, any of `CONTROL_GUIDES`. InputError if a guide is not in the table of genes by guide, or no style
+    fits half of the names.
     """
     guides = sorted(set(names))
     if table is not None:
@@ -171,10 +141,7 @@ def _is_control(guide: str, gene: str, control_label: str | None) -> bool:
 def read_guide_map(path: str | Path) -> dict[str, str]:
     """Gene by guide from a table with a guide and its gene a line, tabs or commas between; a header is passed over.
 
-    Raises
-    ------
-    InputError
-        If it cannot be read, a line has not two fields, or a guide is given two genes.
+    InputError if it cannot be read, a line has not two fields, or a guide is given two genes.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -287,15 +254,8 @@ MANY, NONE = -2, -1  # places of the last two labels
 def assign(counts: sp.csr_matrix, min_umis: int, min_share: float) -> tuple[np.ndarray, np.ndarray]:
     """First and second gene (cells,) of each cell by the rule at the head of this file.
 
-    Parameters
-    ----------
-    counts
-        (cells, genes) UMIs, guides of a gene summed.
-
-    Returns
-    -------
-    Columns of `counts`; the first is -1 where a cell has too few UMIs and -2 where it is ambiguous, the second -1 where
-    there is none.
+    `counts` are (cells, genes) UMIs, guides of a gene summed. The genes are columns of it: the first is `NONE` where a
+    cell has too few UMIs and `MANY` where it is ambiguous, the second `NONE` where there is none.
     """
     n = counts.shape[0]
     first, second = np.full(n, NONE), np.full(n, NONE)
@@ -326,10 +286,7 @@ def assign(counts: sp.csr_matrix, min_umis: int, min_share: float) -> tuple[np.n
 def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> tuple[sp.csr_matrix, list[str], str]:
     """Counts (cells, guides), names of guides, and whether they are of ``obsm`` or a ``modality``.
 
-    Raises
-    ------
-    InputError
-        If there is nothing of that name, guides have no names, or values are no counts.
+    InputError if there is nothing of that name, guides have no names, or values are no counts.
     """
     if isinstance(source, ad.AnnData):
         if key not in source.obsm:

@@ -19,12 +19,9 @@ EXPANSION, SMALL = 1100, 1 << 26  # deflate's limit is 1,032; and bytes that do 
 
 
 def refuse_traps(handle: h5py.File, path: Path) -> None:
-    """Refuse a file before anything in it is followed.
+    """Refuse a file that takes data from other files, has a group within itself, or a heap that never ends.
 
-    Raises
-    ------
-    InputError
-        If it takes data from other files, if a group lies within itself, or if a heap never ends.
+    This comes before anything in it is followed.
     """
     if handle.id.get_create_plist().get_sizes() == (8, 8):  # as everybody writes them
         _refuse_endless_heaps(path)
@@ -32,12 +29,7 @@ def refuse_traps(handle: h5py.File, path: Path) -> None:
 
 
 def refuse_claims(element: Any, path: Path) -> None:
-    """Refuse an HDF5 file or zarr store that says it holds over `EXPANSION` times its size, before room is made for it.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse an HDF5 file or zarr store that says it holds over `EXPANSION` times its size, before room is made for it."""
     arrays: list[Any] = [element] if hasattr(element, "nbytes") else []
     if isinstance(element, h5py.Group):
         element.visititems(lambda name, item: arrays.append(item) if isinstance(item, h5py.Dataset) else None)

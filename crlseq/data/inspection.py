@@ -27,10 +27,7 @@ MAX_BATCHES = 100
 def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, Any]:
     """Everything that ``crlseq check`` shows, as numbers, strings and lists; problems are listed, not raised.
 
-    Raises
-    ------
-    InputError
-        If the file cannot be opened as a screen at all, or a prepared store is not what was written.
+    InputError if the file cannot be opened as a screen at all, or a prepared store is not what was written.
     """
     if read_manifest(source) is not None:
         verify(source)

@@ -29,16 +29,12 @@ BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
 
 @dataclass(frozen=True)
 class Screen:
-    """Labels of cells and genes, and the expression matrix, which may still lie on disk.
-
-    ``matrix`` is anything with ``shape`` and row slicing: ndarray, scipy CSR, h5py or zarr array, or an
-    AnnData backed sparse data set.
-    """
+    """Labels of cells and genes, and the expression matrix, which may still lie on disk."""
 
     obs: pd.DataFrame
     var: pd.DataFrame
     genes: pd.Index
-    matrix: Any
+    matrix: Any  # with `shape` and row slicing: ndarray, scipy CSR, h5py or zarr array, backed sparse data set, StoredMatrix
     layers: tuple[str, ...]
     source: str
 
@@ -97,20 +93,11 @@ def readable(source: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> Iterator[Screen]:
-    """Open an h5ad file, a zarr store or an AnnData in memory, without reading the matrix.
+    """Open a screen without reading its matrix, ``X`` or the given layer.
 
-    Parameters
-    ----------
-    source
-        Path of a ``.h5ad`` file, a ``.h5mu`` file with a modality ``rna``, or a ``.zarr`` folder or zip; or an AnnData.
-    layer
-        Name of the layer to use; None for ``X``.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, not an AnnData file or damaged, the layer is not there, or names of cells or
-        genes are not unique.
+    It is a ``.h5ad`` file, a ``.h5mu`` file with a modality ``rna``, a ``.zarr`` folder or zip, or an AnnData.
+    InputError if the file is missing, not an AnnData file or damaged, the layer is not there, or names of cells or
+    genes are not unique.
     """
     if isinstance(source, ad.AnnData):
         name = "the AnnData"
@@ -216,13 +203,7 @@ def _row_sliceable(element: Any, source: str) -> Any:
 
 
 def within(matrix: Any) -> Any:
-    """The matrix; scipy's compiled code would follow indices and row pointers of a sparse one out of its memory.
-
-    Raises
-    ------
-    ValueError
-        If they lead there.
-    """
+    """The matrix; ValueError if its indices or row pointers lead out of it: scipy's compiled code would follow them."""
     if hasattr(matrix, "check_format"):
         matrix.check_format(full_check=True)
     return matrix
@@ -257,14 +238,14 @@ def _checked(obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: s
 
 @dataclass
 class Scan:
-    """What passing over values found. ``totals`` (cells,) sums; ``detected`` (genes,) cells with a non-zero value."""
+    """What passing over values found."""
 
-    totals: np.ndarray
-    detected: np.ndarray
+    totals: np.ndarray  # (cells,) sums
+    detected: np.ndarray  # (genes,) cells with a value other than 0
     n_nonzero: int = 0
     n_negative: int = 0
     n_fractional: int = 0
-    minimum: float = 0.0
+    minimum: float = 0.0  # zeros that are stored nowhere count as well
     maximum: float = 0.0
 
     @classmethod
@@ -273,13 +254,7 @@ class Scan:
         return cls(np.zeros(screen.n_cells), np.zeros(screen.n_genes, dtype=np.int64))
 
     def add(self, screen: Screen, rows: slice, block: sp.csr_matrix) -> None:
-        """Take in the cells `rows` of a screen.
-
-        Raises
-        ------
-        InputError
-            At the first NaN or infinite value, naming its cell and gene.
-        """
+        """Take in the cells `rows` of a screen; InputError at the first NaN or infinite value, with its cell and gene."""
         values = block.data
         finite = np.isfinite(values)
         if not finite.all():
@@ -296,19 +271,12 @@ class Scan:
         self.n_negative += int((values < 0).sum())
         self.n_fractional += int((values != np.rint(values)).sum())
         if len(values):
-            # Zeros that are stored nowhere count as well.
             self.minimum = min(self.minimum, float(values.min()))
             self.maximum = max(self.maximum, float(values.max()))
 
 
 def scan(screen: Screen) -> Scan:
-    """One pass over the matrix in blocks.
-
-    Raises
-    ------
-    InputError
-        At the first NaN or infinite value, naming its cell and gene.
-    """
+    """One pass over the matrix in blocks; InputError at the first NaN or infinite value, with its cell and gene."""
     found = Scan.of(screen)
     with readable(screen.source, "the matrix"):
         for rows, block in screen.blocks():

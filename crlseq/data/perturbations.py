@@ -40,25 +40,13 @@ STRONG_SEPARATORS = frozenset({" || ", "+"})
 
 @dataclass(frozen=True)
 class Style:
-    """How one source of files writes labels.
-
-    Attributes
-    ----------
-    columns
-        Names of its label column.
-    controls
-        Labels of control cells there, in lower case.
-    separator
-        What joins combinations for certain.
-    control_column
-        A second column that has the control label, where the labels of control cells are guides.
-    """
+    """How one source of files writes labels."""
 
     name: str
-    columns: tuple[str, ...]
-    controls: frozenset[str]
-    separator: str | None = None
-    control_column: str | None = None
+    columns: tuple[str, ...]  # names of its label column
+    controls: frozenset[str]  # labels of control cells there, in lower case
+    separator: str | None = None  # what joins combinations for certain
+    control_column: str | None = None  # has the control label, where the labels of control cells are guides
 
 
 # In the order in which agreeing columns are preferred.
@@ -75,41 +63,18 @@ PLAIN = Style("plain", (), frozenset())
 
 @dataclass(frozen=True, eq=False)
 class Perturbations:
-    """Which perturbations every cell carries.
+    """Which perturbations every cell carries."""
 
-    Attributes
-    ----------
-    key, control_label
-        Column of ``obs``, and its label of control cells.
-    separator
-        What joins the parts of combinations; None if no label is split.
-    style
-        Name of one of `STYLES`, or ``plain``.
-    reason
-        What was chosen and why, as one or two sentences.
-    names
-        Sorted vocabulary of single perturbations, those that are seen only in combinations included.
-    conditions
-        Ascending indices into ``names`` per condition: ``()``, the control, then singles, then combinations by
-        size; each in the order of names.
-    condition_names
-        ``control_label``, ``A``, ``A+B`` (with ``separator``).
-    condition
-        int64 (cells,): index into ``conditions``; -1 where the cell is dropped.
-    dropped
-        Label -> number of cells that are dropped, since it names no perturbation; ``missing`` where there is none.
-    """
-
-    key: str
+    key: str  # column of obs
     control_label: str
-    separator: str | None
-    style: str
-    reason: str
-    names: tuple[str, ...]
-    conditions: tuple[tuple[int, ...], ...]
-    condition_names: tuple[str, ...]
-    condition: Ints
-    dropped: dict[str, int]
+    separator: str | None  # what joins the parts of combinations; None if no label is split
+    style: str  # name of one of `STYLES`, or "plain"
+    reason: str  # what was chosen and why, as one or two sentences
+    names: tuple[str, ...]  # sorted single perturbations, those seen only in combinations included
+    conditions: tuple[tuple[int, ...], ...]  # indices into `names`: (), the control, then singles, then others by size
+    condition_names: tuple[str, ...]  # `control_label`, "A", "A+B" (with `separator`)
+    condition: Ints  # (cells,) index into `conditions`; -1 where the cell is dropped
+    dropped: dict[str, int]  # cells by a label that names no perturbation; "missing" where there is none
 
     @property
     def is_control(self) -> NDArray[np.bool_]:
@@ -377,12 +342,7 @@ def _nothing_found(
 
 
 def refuse_missing_column(obs: pd.DataFrame, key: str, option: str) -> None:
-    """Refuse a column of cells that an option names and that is not there.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse a column of cells that an option names and that is not there."""
     if key not in obs:
         columns = _some([str(column) for column in obs.columns], key)
         raise InputError(f"The cells have no column '{key}' for {option}.", f"Columns: {columns}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anndata as ad
@@ -24,17 +24,13 @@ TRANSFORMED_SHARE = 0.05  # share of negative values among the non-zero ones abo
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What was done to the values: recorded in ``run.json``, enough to do it again to other cells.
+    """What was done to the values: recorded in ``run.json``, enough to do it again to other cells."""
 
-    ``values`` is ``counts``, ``log`` or ``continuous``; ``target_sum`` the total that counts were scaled to,
-    None for the others; ``genes`` the fitted genes in the file's order.
-    """
-
-    values: str
+    values: str  # "counts", "log" or "continuous"
     reason: str
     layer: str | None
-    target_sum: float | None
-    genes: tuple[str, ...]
+    target_sum: float | None  # the total that counts were scaled to; None for the others
+    genes: tuple[str, ...]  # the fitted ones, in the file's order
     gene_choice: str
     n_genes_in_file: int
     n_silent_genes: int
@@ -45,13 +41,7 @@ class Preprocessing:
         return cls(**{**values, "genes": tuple(values["genes"])})
 
     def columns(self, genes: pd.Index, source: str) -> np.ndarray:
-        """Places (fitted genes,) of the fitted genes among `genes`.
-
-        Raises
-        ------
-        InputError
-            If one is missing.
-        """
+        """Places (fitted genes,) of the fitted genes among `genes`; InputError if one is missing."""
         columns = genes.get_indexer(pd.Index(self.genes))
         if (columns < 0).any():
             missing = self.genes[int(np.flatnonzero(columns < 0)[0])]
@@ -62,13 +52,7 @@ class Preprocessing:
         return np.asarray(columns)
 
     def check(self, block: sp.csr_matrix, source: str) -> None:
-        """Refuse cells that are plainly not of the fitted kind.
-
-        Raises
-        ------
-        InputError
-            If a value is NaN or infinite, or the fit was on counts and a value is no count.
-        """
+        """Refuse cells that are plainly not of the fitted kind, or have a value that is NaN or infinite."""
         if not np.isfinite(block.data).all():
             raise InputError(f"{source} holds NaN or infinite values.", "Remove or replace them first.")
         if self.values == "counts" and ((block.data < 0) | (block.data != np.rint(block.data))).any():
@@ -91,15 +75,7 @@ class Preprocessing:
         return sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
 
     def expression(self, counts: sp.csr_matrix, place: np.ndarray) -> sp.csr_matrix:
-        """Normalised float32 cells (n, fitted genes).
-
-        Parameters
-        ----------
-        counts
-            Canonical cells (n, all genes), of any kind of numbers.
-        place
-            (all genes,) int32 column of each fitted gene, -1 of the others; see `places`.
-        """
+        """Normalised float32 cells (n, fitted genes) of canonical ones (n, all genes); for `place` see `places`."""
         shape = (counts.shape[0], len(self.genes))
         column, values = place[counts.indices], counts.data
         start: np.ndarray = counts.indptr
@@ -129,12 +105,7 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
 
     Counts are whole and not negative; log-normalised values are fractional, not negative and small;
     continuous values (scaled data, residuals, simulations) are negative for a good part. A few negative
-    values are a mistake in the file.
-
-    Raises
-    ------
-    InputError
-        If the values are none of these, or contradict what was asked for.
+    values are a mistake in the file. InputError if the values are none of these, or contradict what was asked for.
     """
     hint = (
         "Give raw UMI counts or log-normalised values (`sc.pp.normalize_total`, `sc.pp.log1p`), in X or with --layer."
@@ -205,21 +176,10 @@ def plan_preprocessing(
     layer: str | None = None,
     seed: int = 0,
 ) -> Preprocessing:
-    """Decide target sum and genes; reads at most `N_CELLS_FOR_GENES` cells.
+    """Decide target sum and genes; reads at most `N_CELLS_FOR_GENES` of the `used` cells.
 
-    Parameters
-    ----------
-    used
-        (cells,) bool, the cells that take part in the fit.
-    n_top_genes
-        Number of highly variable genes (scanpy's "seurat" flavour on normalised cells), or ``all``.
-    genes
-        These genes instead.
-
-    Raises
-    ------
-    InputError
-        If a gene asked for is missing or has no count, or fewer than two genes are left.
+    Genes are those listed, or the `n_top_genes` most variable (scanpy's "seurat" flavour on normalised cells), or
+    ``all``. InputError if a gene asked for is missing or has no count, or fewer than two genes are left.
     """
     kind, reason = values
     target_sum = float(np.median(scanned.totals[used])) if kind == "counts" else None
@@ -237,8 +197,7 @@ def plan_preprocessing(
         raise InputError(
             f"{screen.source}: only {len(chosen)} gene can be fitted.", "At least two genes with values are needed."
         )
-    fitted = tuple(screen.genes[chosen])
-    return Preprocessing(kind, reason, layer, target_sum, fitted, choice, screen.n_genes, int(silent.sum()))
+    return replace(record, genes=tuple(screen.genes[chosen]), gene_choice=choice)
 
 
 def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> np.ndarray:
@@ -288,12 +247,8 @@ def _highly_variable(
 def load(screen: Screen, record: Preprocessing, n_values: int) -> sp.csr_matrix | np.ndarray:
     """Normalised float32 expression (cells, fitted genes) of the whole screen, read in blocks.
 
-    CSR when most values are zero, else a dense array.
-
-    Parameters
-    ----------
-    n_values
-        Values of the fitted genes that are not 0: each is put in its place at once, and nothing is held twice.
+    CSR when most values are zero, else a dense array. `n_values` of the fitted genes are not 0: each is put in its
+    place at once, and nothing is held twice.
     """
     place, shape = record.places(screen.genes), (screen.n_cells, len(record.genes))
     sparse = is_sparse(n_values, shape)

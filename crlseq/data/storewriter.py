@@ -30,13 +30,8 @@ class Buckets:
     """Cells on their way to the store, in files by stretches of places; a file is a row of records.
 
     A record: how many cells, and bytes of genes and of values; the cells' places and numbers of values; genes; values.
-
-    Parameters
-    ----------
-    dtype
-        Of the values.
-    sizes
-        Bytes of each bucket that are good; kept up to date. What a file holds beyond is of an interrupted block.
+    `sizes` are the bytes of each bucket that are good, kept up to date: what a file holds beyond is of an interrupted
+    block.
     """
 
     def __init__(self, folder: Path, n_cells: int, n_genes: int, dtype: np.dtype[Any], sizes: dict[str, int]) -> None:
