@@ -157,7 +157,9 @@ def _readings(
             if control in strategies:
                 by_strategy = strategy_codes == strategies.index(control)
                 own = [labels[code] for code in np.unique(codes[by_strategy]) if code >= 0]
-                guides = {part.strip() for label in own for part in label.split("||") if not _is_never(part.strip())}
+                joint = style.separator.strip() if style.separator else None
+                parts = {part.strip() for label in own for part in (label.split(joint) if joint else [label])}
+                guides = {part for part in parts if not _is_never(part)}
                 used, used_codes = [*labels, control], np.where(by_strategy, len(labels), codes)
             rules = _Rules(key, control, frozenset(guides), frozenset(used))
             options = rules.separators() if separator is None else [separator or None]
@@ -234,7 +236,8 @@ class _Rules:
             separator = None
         joined = [(separator or "").join(names[i] for i in condition) for condition in conditions[1:]]
         style = "" if self.style is PLAIN else f" (as in {self.style.name} files)"
-        mark = f"'{STRATEGY_KEY}' is '{self.control}' in" if self.guides else f"its label '{self.control}' marks"
+        column = STYLE_OF.get(self.key, PLAIN).control_column
+        mark = f"'{column}' is '{self.control}' in" if self.guides else f"its label '{self.control}' marks"
         split = "no label is a combination" if separator is None else f"labels are split at '{separator}'"
         return Perturbations(
             key=self.key,
