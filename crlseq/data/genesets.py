@@ -17,6 +17,7 @@ MIN_FITTED = 5  # fitted genes of a set whose activity is told from a single gen
 MAX_LINE, MAX_FILE = 4_000_000, 500_000_000  # bytes: ten times what the largest collections take
 MAX_ENTRIES = 200_000_000  # sets times genes of an encoder: 3 GB while it is trained
 GZIP = b"\x1f\x8b"
+Line = tuple[str, str, tuple[str, ...]]  # name, description and all genes
 _ENSEMBL = re.compile(r"ENS[A-Z]{0,6}G\d{11}")
 
 
@@ -27,9 +28,7 @@ class GeneSets:
     names: tuple[str, ...]  # of each unit: the first set in the file with these fitted genes
     same: tuple[str, ...]  # other sets with the same fitted genes, which no data tell from the first; joined by "; "
     members: NDArray[np.bool_]  # (sets, genes)
-    lines: tuple[
-        tuple[str, str, tuple[str, ...]], ...
-    ]  # name, description and all genes of each set in `names`, `same`
+    lines: tuple[Line, ...]  # of each set in `names` and `same`
     n_small: int  # sets left out, with fewer than `MIN_FITTED` fitted genes
 
     def in_words(self) -> str:
@@ -62,7 +61,7 @@ def fitted_sets(path: Path, genes: Sequence[str]) -> GeneSets:
     InputError if the file cannot be read or is malformed, no set has enough of the genes, or there are too many sets.
     """
     place = {name: j for j, name in enumerate(genes)}
-    units = dict[tuple[int, ...], list[tuple[str, str, tuple[str, ...]]]]()
+    units = dict[tuple[int, ...], list[Line]]()
     seen, n_small, common = list[str](), 0, False
     for name, about, own in read_gmt(path):
         seen += own[: max(0, 200 - len(seen))]

@@ -30,7 +30,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from crlseq.config import DataConfig
-from crlseq.data.matrix import Screen, as_csr, open_store, readable
+from crlseq.data.matrix import EXPRESSION, Screen, as_csr, open_store, readable
 from crlseq.data.perturbations import (
     CONTROL_LABELS,
     NEVER_PERTURBATIONS,
@@ -44,6 +44,7 @@ GUIDE_LABELS = "crlseq_perturbation"  # column of obs with what guides were read
 CONTROL = "control"
 JOINED, BETWEEN_GUIDES = "+", re.compile(r"\s*[|;,]+\s*")
 AMBIGUOUS, UNASSIGNED = "multiple", "unassigned"
+MANY, NONE = -2, -1  # in place of a cell's gene: of the two labels above
 CONTROL_GUIDES = CONTROL_LABELS | frozenset(
     {"neg", "negctrl", "non-target", "nontarget", "scramble", "scrambled", "safe-targeting", "safe_targeting"}
     | {"no_site", "no-site", "one_non-gene_site", "one_intergenic_site"}
@@ -210,45 +211,36 @@ def _split(text: str, separator: str | None) -> list[str]:
 
 
 def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataConfig) -> Guides:
-    key = config.guide_counts
-    assert key is not None
+    key = str(config.guide_counts)
     counts, names, where = guide_counts(screen, source, key)
     genes, rule = _genes(names, config)
-    control = config.control_label or CONTROL
-    targets = sorted(set(genes.values()) - {control})
-    number = {control: 0} | {gene: i for i, gene in enumerate(targets, 1)}
+    control, mark = config.control_label or CONTROL, config.separator or JOINED
+    targets = [control, *sorted(set(genes.values()) - {control})]
+    number = {gene: i for i, gene in enumerate(targets)}
     column = np.array([number[genes[name]] for name in names], dtype=np.int64)
     member = sp.csr_matrix((np.ones(len(names)), (np.arange(len(names)), column)), (len(names), len(number)))
-    by_gene = counts @ member
-    first, second = assign(sp.csr_matrix(by_gene), config.guide_min_umis, config.guide_min_share)
-    pairs = (first >= 0) & (second >= 0)
+    first, second = assign(sp.csr_matrix(counts @ member), config.guide_min_umis, config.guide_min_share)
+    pairs = second != NONE
     if not config.combinations:  # two genes in a cell of a screen with one guide a cell: a doublet
         first = np.where(pairs, MANY, first)
-    mark = config.separator or JOINED
-    written = np.array([*number, AMBIGUOUS, UNASSIGNED], dtype=object)[first]
+    written = np.array([*targets, AMBIGUOUS, UNASSIGNED], dtype=object)[first]
     for cell in np.flatnonzero(pairs & (first >= 0)):
         both = sorted({int(first[cell]), int(second[cell])} - {0})
-        written[cell] = mark.join(targets[i - 1] for i in both) or control
-    about = {
-        where: key,
-        "min_umis": config.guide_min_umis,
-        "min_share": config.guide_min_share,
-        "cells_with_two": int(pairs.sum()),
-    }
-    two = (
+        written[cell] = mark.join(targets[i] for i in both) or control
+    n_pairs = int(pairs.sum())
+    doublets = (
         " (doublets, if each cell was given one guide: --no-combinations leaves them out)"
         if config.combinations
-        else ""
+        else ", which are left out"
     )
     text = (
         f"Guides are counted in {where} {key!r}; a cell has the gene with {config.guide_min_umis} UMIs or more and "
-        f"{config.guide_min_share:g} of all, and {int(pairs.sum())} cells two genes that have as much together"
-        f"{two or ', which are left out'}"
+        f"{config.guide_min_share:g} of all, and {n_pairs} cells two genes that have as much together{doublets}"
     )
+    about = {
+        where: key, "min_umis": config.guide_min_umis, "min_share": config.guide_min_share, "cells_with_two": n_pairs
+    }  # fmt: skip
     return _guides(pd.Categorical(written), control, genes, rule, text, about)
-
-
-MANY, NONE = -2, -1  # places of the last two labels
 
 
 def assign(counts: sp.csr_matrix, min_umis: int, min_share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -257,30 +249,22 @@ def assign(counts: sp.csr_matrix, min_umis: int, min_share: float) -> tuple[np.n
     `counts` are (cells, genes) UMIs, guides of a gene summed. The genes are columns of it: the first is `NONE` where a
     cell has too few UMIs and `MANY` where it is ambiguous, the second `NONE` where there is none.
     """
-    n = counts.shape[0]
-    first, second = np.full(n, NONE), np.full(n, NONE)
+    n, size, start = counts.shape[0], np.diff(counts.indptr), counts.indptr[:-1]
     total = np.asarray(counts.sum(1), dtype=float).ravel()
-    rows = np.repeat(np.arange(n), np.diff(counts.indptr))
-    order = np.lexsort((counts.indices, -counts.data, rows))  # equal counts in the order of the columns
-    value, column = counts.data[order], counts.indices[order]
-    size, start = np.diff(counts.indptr), counts.indptr[:-1]
+    order = np.lexsort((counts.indices, -counts.data, np.repeat(np.arange(n), size)))  # equal counts as the columns are
+    value, column = np.append(counts.data[order], 0.0), np.append(counts.indices[order], NONE)
 
     def ranked(rank: int) -> tuple[np.ndarray, np.ndarray]:
-        there = size > rank
-        at = np.where(there, start + rank, 0)
-        if not len(value):
-            return np.zeros(n), np.full(n, NONE)
-        return np.where(there, value[at], 0.0), np.where(there, column[at], NONE)
+        at = np.where(size > rank, start + rank, len(order))
+        return value[at], column[at]
 
     (a, gene_a), (b, gene_b) = ranked(0), ranked(1)
     enough = a >= min_umis
     tolerance = 1e-9 * np.maximum(total, 1.0)  # 0.8 of 15 is 12
     single = enough & (a >= min_share * total - tolerance)
     double = enough & ~single & (b >= min_umis) & (a + b >= min_share * total - tolerance)
-    first[enough] = MANY
-    first[single | double] = gene_a[single | double]
-    second[double] = gene_b[double]
-    return first, second
+    first = np.where(single | double, gene_a, np.where(enough, MANY, NONE))
+    return first, np.where(double, gene_b, NONE)
 
 
 def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> tuple[sp.csr_matrix, list[str], str]:
@@ -296,9 +280,9 @@ def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> t
         there = list(store["obsm"]) if "obsm" in store else []
         if key in there:
             return *_table_of(ad.io.read_elem(store["obsm"][key]), key), "obsm"
-        modalities = store.parent if store.name == "/mod/rna" else {}
-        if key not in modalities or key == "rna":
-            raise _no_counts(screen.source, key, [*there, *(name for name in modalities if name != "rna")])
+        modalities = store.parent if store.name == f"/mod/{EXPRESSION}" else {}
+        if key not in modalities or key == EXPRESSION:
+            raise _no_counts(screen.source, key, [*there, *(name for name in modalities if name != EXPRESSION)])
         guides = modalities[key]
         cells, names = (ad.io.read_elem(guides[part]).index.astype(str) for part in ("obs", "var"))
         counts = _as_counts(ad.io.read_elem(guides["X"]), key)

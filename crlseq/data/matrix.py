@@ -53,15 +53,19 @@ class Screen:
         step = max(1, BLOCK_VALUES // max(self.n_genes, 1))
         for start in range(first, self.n_cells, step):
             rows = slice(start, min(start + step, self.n_cells))
-            yield rows, as_csr(self.matrix[rows])
+            yield rows, self._read(rows)
 
     def rows(self, index: np.ndarray) -> sp.csr_matrix:
         """Cells by ascending index as float64 CSR, read as few contiguous runs."""
         if isinstance(self.matrix, StoredMatrix):
-            return as_csr(self.matrix[index])
+            return self._read(index)
         runs = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1)
-        parts = [as_csr(self.matrix[int(run[0]) : int(run[-1]) + 1]) for run in runs if len(run)]
+        parts = [self._read(slice(int(run[0]), int(run[-1]) + 1)) for run in runs if len(run)]
         return sp.csr_matrix(sp.vstack(parts, format="csr"))
+
+    def _read(self, rows: slice | np.ndarray) -> sp.csr_matrix:
+        with readable(self.source, "the matrix"):
+            return as_csr(self.matrix[rows])
 
 
 def as_csr(block: Any) -> sp.csr_matrix:
@@ -278,7 +282,6 @@ class Scan:
 def scan(screen: Screen) -> Scan:
     """One pass over the matrix in blocks; InputError at the first NaN or infinite value, with its cell and gene."""
     found = Scan.of(screen)
-    with readable(screen.source, "the matrix"):
-        for rows, block in screen.blocks():
-            found.add(screen, rows, block)
+    for rows, block in screen.blocks():
+        found.add(screen, rows, block)
     return found

@@ -90,24 +90,11 @@ def candidates(obs: pd.DataFrame) -> list[Perturbations]:
 def read_perturbations(
     obs: pd.DataFrame, key: str | None = None, control_label: str | None = None, separator: str | None = None
 ) -> Perturbations:
-    """Read the perturbations of all cells; what is not given is detected.
+    """Read the perturbations of all cells from a column; what is not given is detected.
 
-    Parameters
-    ----------
-    obs
-        Cell annotations, one row per cell.
-    key
-        Column of ``obs``.
-    control_label
-        Label of control cells, exactly as in the column.
-    separator
-        What joins the parts of combinations; ``""`` if labels are never combinations.
-
-    Raises
-    ------
-    InputError
-        If there is no such column or control label, nothing can be detected, two readings are possible, or there
-        are fewer than two perturbations besides the control.
+    `control_label` is exactly as in the column; `separator` joins the parts of combinations, ``""`` if there are none.
+    InputError if there is no such column or control label, nothing can be detected, two readings are possible, or there
+    are fewer than two perturbations besides the control.
     """
     if key is not None and key not in obs.columns:
         raise InputError(f"The cells have no column '{key}'.", _column_hint(obs, key))

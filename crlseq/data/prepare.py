@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,15 +25,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 
 from crlseq._version import __version__
 from crlseq.config import DataConfig
-from crlseq.data.matrix import Scan, Screen, open_screen, readable
+from crlseq.data.matrix import Scan, open_screen
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.data.preprocess import kind_of_values
 from crlseq.data.store import MANIFEST, Manifest, digest_of, read_manifest
-from crlseq.data.storewriter import Buckets, MatrixWriter, write_tables
+from crlseq.data.storewriter import Buckets, write_matrix, write_tables
 from crlseq.errors import InputError
 from crlseq.storage.runfolder import locked, move_into_place, partial_of
 
@@ -266,7 +265,7 @@ def _distribute(plan: _Plan, buckets: Buckets, progress: _Progress, stage: Calla
             found = Scan.of(screen)
             vars(found).update(done.get("scan", {}))
             position = plan.var.index.get_indexer(screen.genes).astype(np.int32)
-            for rows, block in _blocks(screen, done["cells"]):
+            for rows, block in screen.blocks(done["cells"]):
                 found.add(screen, rows, block)
                 block.indices = position[block.indices]
                 block.sort_indices()
@@ -283,21 +282,10 @@ def _distribute(plan: _Plan, buckets: Buckets, progress: _Progress, stage: Calla
     return kinds[0]
 
 
-def _blocks(screen: Screen, first: int) -> Iterator[tuple[slice, sp.csr_matrix]]:
-    """Blocks of a file; only what goes wrong in reading them is the file's fault."""
-    blocks = screen.blocks(first)
-    while True:
-        with readable(screen.source, "the matrix"):
-            block = next(blocks, None)
-        if block is None:
-            return
-        yield block
-
-
 def _write_store(plan: _Plan, store: Path, buckets: Buckets, progress: _Progress, kind: str) -> Manifest:
     """Buckets in order into shards, then tables and the manifest."""
-    writer = MatrixWriter(store, buckets, len(plan.var))
-    for name in writer.write(progress.shards):
+    start = np.concatenate([[0], buckets.counts().cumsum()])
+    for name in write_matrix(store, buckets, start, len(plan.var), progress.shards):
         progress.shards[name] = digest_of(store / name)
         progress.save()
     write_tables(store, plan.obs.iloc[np.argsort(plan.place)], plan.var)
@@ -310,7 +298,7 @@ def _write_store(plan: _Plan, store: Path, buckets: Buckets, progress: _Progress
         values=kind,
         n_cells=len(plan.obs),
         n_genes=len(plan.var),
-        n_nonzero=int(writer.start[-1]),
+        n_nonzero=int(start[-1]),
         inputs=tuple(path.name for path in plan.paths),
         files={str(file.relative_to(store)): digest_of(file) for file in _files(store) if file.name != MANIFEST},
         identity=progress.done["identity"],

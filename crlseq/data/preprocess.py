@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from crlseq.data.matrix import Scan, Screen, readable
+from crlseq.data.matrix import Scan, Screen
 from crlseq.errors import InputError
 
 MAX_LOG = 30.0  # log1p of the largest count a screen could hold is 20 or so
@@ -66,34 +66,31 @@ class Preprocessing:
                 "Give values normalised in the same way.",
             )
 
-    def apply(self, counts: sp.csr_matrix) -> sp.csr_matrix:
-        """Normalised cells (n, all genes): log1p(count / total * target_sum) for counts, unchanged otherwise."""
-        if self.target_sum is None:
-            return counts
-        values = np.repeat(self._factor(counts), np.diff(counts.indptr))
-        np.log1p(np.multiply(values, counts.data, out=values), out=values)
-        return sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
+    def apply(self, cells: sp.csr_matrix) -> sp.csr_matrix:
+        """Normalised float64 cells (n, all genes)."""
+        values = self._normalised(cells, cells.data, cells.indptr)
+        return sp.csr_matrix((values, cells.indices, cells.indptr), shape=cells.shape)
 
-    def expression(self, counts: sp.csr_matrix, place: np.ndarray) -> sp.csr_matrix:
+    def expression(self, cells: sp.csr_matrix, place: np.ndarray) -> sp.csr_matrix:
         """Normalised float32 cells (n, fitted genes) of canonical ones (n, all genes); for `place` see `places`."""
-        shape = (counts.shape[0], len(self.genes))
-        column, values = place[counts.indices], counts.data
-        start: np.ndarray = counts.indptr
+        column, values = place[cells.indices], cells.data
+        start: np.ndarray = cells.indptr
         if len(self.genes) < len(place):
             kept = np.flatnonzero(column >= 0)
             column, values, start = column[kept], values[kept], np.searchsorted(kept, start)
-        if self.target_sum is not None:
-            factor = np.repeat(self._factor(counts), np.diff(start))
-            values = np.log1p(np.multiply(factor, values, out=factor), out=factor)
-        return sp.csr_matrix((values.astype(np.float32), column, start), shape=shape)
+        values = self._normalised(cells, values, start).astype(np.float32)
+        return sp.csr_matrix((values, column, start), shape=(cells.shape[0], len(self.genes)))
 
-    def _factor(self, counts: sp.csr_matrix) -> np.ndarray:
-        """What the counts of each cell (n,) are multiplied with."""
-        assert self.target_sum is not None
-        ends = np.append(counts.data, 0)  # where the last cells are empty
-        totals = np.add.reduceat(ends, counts.indptr[:-1], dtype=np.float64) if counts.shape[0] else np.zeros(0)
-        totals[np.diff(counts.indptr) == 0] = 0.0
-        return np.asarray(self.target_sum / np.maximum(totals, 1e-300))
+    def _normalised(self, cells: sp.csr_matrix, values: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """log1p(count / total of the cell * target_sum) for counts, or unchanged: of `values` of cells from `start` on."""
+        if self.target_sum is None:
+            return values
+        ends = np.append(cells.data, 0)  # where the last cells are empty
+        totals = np.add.reduceat(ends, cells.indptr[:-1], dtype=np.float64) if cells.shape[0] else np.zeros(0)
+        totals[np.diff(cells.indptr) == 0] = 0.0
+        scaled = np.repeat(self.target_sum / np.maximum(totals, 1e-300), np.diff(start))
+        np.log1p(np.multiply(scaled, values, out=scaled), out=scaled)
+        return scaled
 
     def places(self, genes: pd.Index) -> np.ndarray:
         """(all genes,) int32 column of each fitted gene, in the file's order; -1 of the others."""
@@ -140,20 +137,18 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
 
 
 def _refuse_odd_integers(scanned: Scan, source: str, hint: str) -> None:
-    n_values = len(scanned.totals) * len(scanned.detected)
-    odd = None
+    no_zero = scanned.n_nonzero == len(scanned.totals) * len(scanned.detected)
     if scanned.maximum <= 1:
         odd = "all values are 0 or 1"
-    elif scanned.n_nonzero == n_values and len(scanned.totals) > 1 and np.ptp(scanned.totals) == 0:
+    elif no_zero and len(scanned.totals) > 1 and np.ptp(scanned.totals) == 0:
         odd = "all cells have the same total and no zero, as ranks have"
-    elif scanned.n_nonzero == n_values and scanned.maximum <= 20:
-        odd = (
-            f"the matrix is whole-numbered, has no zero and reaches only {scanned.maximum:g}, as rounded logarithms do"
-        )
-    if odd:
-        raise InputError(
-            f"{source}: {odd}, which are neither counts nor log-normalised values.", hint + " --values overrules this."
-        )
+    elif no_zero and scanned.maximum <= 20:
+        odd = f"values are whole, have no zero and reach only {scanned.maximum:g}, as rounded logarithms do"
+    else:
+        return
+    raise InputError(
+        f"{source}: {odd}, which are neither counts nor log-normalised values.", hint + " --values overrules this."
+    )
 
 
 def refuse_silent_cells(screen: Screen, scanned: Scan, used: np.ndarray) -> None:
@@ -191,7 +186,9 @@ def plan_preprocessing(
     elif n_top_genes == "all" or len(expressed) <= int(n_top_genes):
         chosen, choice = expressed, f"all {len(expressed)} genes with a value"
     else:
-        chosen = expressed[_highly_variable(screen, record, scanned, used, expressed, int(n_top_genes), seed)]
+        most = min(N_CELLS_FOR_GENES, N_VALUES_FOR_GENES * screen.n_cells // scanned.n_nonzero)
+        cells, n_top = np.flatnonzero(used), int(n_top_genes)
+        chosen = expressed[_highly_variable(screen, record, cells, most, expressed, n_top, seed)]
         choice = f"{len(chosen)} most variable of {len(expressed)} genes"
     if len(chosen) < 2:
         raise InputError(
@@ -216,25 +213,17 @@ def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> 
 
 
 def _highly_variable(
-    screen: Screen,
-    record: Preprocessing,
-    scanned: Scan,
-    used: np.ndarray,
-    columns: np.ndarray,
-    n_top: int,
-    seed: int,
+    screen: Screen, record: Preprocessing, cells: np.ndarray, most: int, columns: np.ndarray, n_top: int, seed: int
 ) -> np.ndarray:
+    """Ascending places (n_top,) in `columns` of the most variable genes, by at most so many of the cells."""
     import scanpy as sc  # late: seconds to import
 
-    cells = np.flatnonzero(used)
-    most = min(N_CELLS_FOR_GENES, N_VALUES_FOR_GENES * screen.n_cells // scanned.n_nonzero)
     if len(cells) > most:
         cells = np.sort(np.random.default_rng(seed).choice(cells, most, replace=False))
-    parts = []
-    with readable(screen.source, "the matrix"):
-        for i in range(0, len(cells), ROWS):
-            part = record.apply(screen.rows(cells[i : i + ROWS]))[:, columns]
-            parts.append(part.astype(np.float32))
+    parts = [
+        record.apply(screen.rows(cells[i : i + ROWS]))[:, columns].astype(np.float32)
+        for i in range(0, len(cells), ROWS)
+    ]
     sample = ad.AnnData(sp.csr_matrix(sp.vstack(parts, format="csr")))
     del parts
     if record.values == "continuous":  # no mean-variance trend to take out
@@ -256,15 +245,14 @@ def load(screen: Screen, record: Preprocessing, n_values: int) -> sp.csr_matrix 
     data = np.empty(n_values if sparse else 0, dtype=np.float32)
     indices = np.empty(len(data), dtype=np.int32)
     start = np.zeros(screen.n_cells + 1, dtype=np.int64)
-    with readable(screen.source, "the matrix"):
-        for rows, block in screen.blocks():
-            part = record.expression(block, place)
-            if not sparse:
-                dense[rows] = part.toarray()
-                continue
-            start[rows.start + 1 : rows.stop + 1] = start[rows.start] + part.indptr[1:]
-            entries = slice(start[rows.start], start[rows.stop])
-            data[entries], indices[entries] = part.data, part.indices
+    for rows, block in screen.blocks():
+        part = record.expression(block, place)
+        if not sparse:
+            dense[rows] = part.toarray()
+            continue
+        start[rows.start + 1 : rows.stop + 1] = start[rows.start] + part.indptr[1:]
+        entries = slice(start[rows.start], start[rows.stop])
+        data[entries], indices[entries] = part.data, part.indices
     return sp.csr_matrix((data, indices, start), shape=shape) if sparse else dense
 
 
