@@ -96,8 +96,8 @@ def read_perturbations(
     InputError if there is no such column or control label, nothing can be detected, two readings are possible, or there
     are fewer than two perturbations besides the control.
     """
-    if key is not None and key not in obs.columns:
-        raise InputError(f"The cells have no column '{key}'.", _column_hint(obs, key))
+    if key is not None:
+        refuse_missing_column(obs, key, "--perturbation-key")
     readings = _readings(obs, _label_columns(obs) if key is None else [key], control_label, separator)
     usable = [reading for reading in readings if len(reading.names) > 1]
     if not usable:
@@ -322,7 +322,9 @@ def _nothing_found(
         )
     if key is None:
         known = "a known control label" if control_label is None else f"the label '{control_label}'"
-        return InputError(f"No column has {known}.", _column_hint(obs, "perturbation"))
+        columns = _some([str(column) for column in obs.columns], "perturbation")
+        hint = "Name the column with --perturbation-key and its control with --control-label"
+        return InputError(f"No column has {known}.", f"{hint}; columns: {columns}.")
     labels = _labels(obs[key])[0]
     missing = "none of its labels is a known one" if control_label is None else f"none is labelled '{control_label}'"
     return InputError(
@@ -336,11 +338,6 @@ def refuse_missing_column(obs: pd.DataFrame, key: str, option: str) -> None:
     if key not in obs:
         columns = _some([str(column) for column in obs.columns], key)
         raise InputError(f"The cells have no column '{key}' for {option}.", f"Columns: {columns}.")
-
-
-def _column_hint(obs: pd.DataFrame, key: str) -> str:
-    columns = _some([str(column) for column in obs.columns], key)
-    return f"Name the column with --perturbation-key and its control with --control-label; columns: {columns}."
 
 
 def _some(values: Sequence[str], like: str) -> str:

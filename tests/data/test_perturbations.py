@@ -364,8 +364,8 @@ def test_what_is_given_wins() -> None:
 def test_no_such_column() -> None:
     obs = table(**{f"column{i}": "a b" for i in range(12)}, perturbation="control A")
     error = refused(obs, "perturbaton")
-    assert error.message == "The cells have no column 'perturbaton'."
-    assert "columns: 'perturbation', 'column0'" in error.hint
+    assert error.message == "The cells have no column 'perturbaton' for --perturbation-key."
+    assert error.hint.startswith("Columns: 'perturbation', 'column0'")
     assert error.hint.endswith("'column6' and 5 more.")
 
 
