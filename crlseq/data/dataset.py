@@ -196,8 +196,7 @@ def _preprocessing(screen: Screen, scanned: Scan, split: np.ndarray, config: Dat
     if values[0] != "continuous":
         refuse_silent_cells(screen, scanned, split != splits.UNUSED)
     # Genes are chosen on training cells alone, so that test cells have no say in the model.
-    trained = split == splits.TRAIN
-    return plan_preprocessing(screen, scanned, values, trained, config.n_top_genes, config.genes, config.layer, seed)
+    return plan_preprocessing(screen, scanned, values, split == splits.TRAIN, config, seed)
 
 
 def _is_streamed(config: DataConfig, n_values: int) -> bool:

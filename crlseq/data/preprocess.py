@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from crlseq.config import DataConfig
 from crlseq.data.matrix import Scan, Screen
 from crlseq.errors import InputError
 
@@ -162,32 +163,25 @@ def refuse_silent_cells(screen: Screen, scanned: Scan, used: np.ndarray) -> None
 
 
 def plan_preprocessing(
-    screen: Screen,
-    scanned: Scan,
-    values: tuple[str, str],
-    used: np.ndarray,
-    n_top_genes: int | str = 5000,
-    genes: tuple[str, ...] | None = None,
-    layer: str | None = None,
-    seed: int = 0,
+    screen: Screen, scanned: Scan, values: tuple[str, str], used: np.ndarray, config: DataConfig, seed: int = 0
 ) -> Preprocessing:
-    """Decide target sum and genes; reads at most `N_CELLS_FOR_GENES` of the `used` cells.
+    """Decide target sum and genes, by at most `N_CELLS_FOR_GENES` of the `used` cells; `values` as `kind_of_values` says.
 
-    Genes are those listed, or the `n_top_genes` most variable (scanpy's "seurat" flavour on normalised cells), or
-    ``all``. InputError if a gene asked for is missing or has no count, or fewer than two genes are left.
+    Genes are those listed, or the most variable (scanpy's "seurat" flavour on normalised cells), or all. InputError if
+    a gene asked for is missing or has no count, or fewer than two genes are left.
     """
     kind, reason = values
     target_sum = float(np.median(scanned.totals[used])) if kind == "counts" else None
     silent = scanned.detected == 0
-    record = Preprocessing(kind, reason, layer, target_sum, (), "", screen.n_genes, int(silent.sum()))
+    record = Preprocessing(kind, reason, config.layer, target_sum, (), "", screen.n_genes, int(silent.sum()))
     expressed = np.flatnonzero(~silent)
-    if genes is not None:
-        chosen, choice = _asked_genes(screen, silent, genes), f"{len(genes)} genes as listed"
-    elif n_top_genes == "all" or len(expressed) <= int(n_top_genes):
+    if config.genes is not None:
+        chosen, choice = _asked_genes(screen, silent, config.genes), f"{len(config.genes)} genes as listed"
+    elif config.n_top_genes == "all" or len(expressed) <= int(config.n_top_genes):
         chosen, choice = expressed, f"all {len(expressed)} genes with a value"
     else:
         most = min(N_CELLS_FOR_GENES, N_VALUES_FOR_GENES * screen.n_cells // scanned.n_nonzero)
-        cells, n_top = np.flatnonzero(used), int(n_top_genes)
+        cells, n_top = np.flatnonzero(used), int(config.n_top_genes)
         chosen = expressed[_highly_variable(screen, record, cells, most, expressed, n_top, seed)]
         choice = f"{len(chosen)} most variable of {len(expressed)} genes"
     if len(chosen) < 2:
