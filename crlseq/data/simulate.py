@@ -170,13 +170,8 @@ def simulate(
         "note": f"{equations} structural equations, {intervention} interventions, {mixing} mixing of {n_latents} latents"
         f" into {n_genes} genes, {noise} noise, seed {seed}",
     } | ({} if loaded is None else {"loaded": loaded})
-    return anndata.AnnData(
-        values,
-        obs=pd.DataFrame(obs, index=_names("c", len(latents))),
-        var=pd.DataFrame(index=_names("gene", n_genes)),
-        obsm={"true_latents": latents},
-        uns={"truth": truth},
-    )
+    cells, genes = pd.DataFrame(obs, index=_names("c", len(latents))), pd.DataFrame(index=_names("gene", n_genes))
+    return anndata.AnnData(values, cells, genes, uns={"truth": truth}, obsm={"true_latents": latents})
 
 
 def _names(kind: str, n: int) -> pd.Index:
