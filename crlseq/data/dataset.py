@@ -113,7 +113,7 @@ class PerturbSeqData:
     def counts(self, index: np.ndarray) -> sp.csr_matrix:
         """(len(index), genes) counts, got back from normalised values (exact below 10^5, float32's precision)."""
         if self.totals is None or self.preprocessing.target_sum is None:
-            raise ValueError("these values are no counts.")
+            raise ValueError("these values are not counts.")
         rows = sp.csr_matrix(self.x[index]).astype(np.float64).expm1()
         counts = sp.csr_matrix(sp.diags_array(self.totals[index] / self.preprocessing.target_sum).tocsr() @ rows)
         counts.data = np.rint(counts.data)
@@ -150,7 +150,7 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
             x = load(screen, record, n_values)
         cell_names = screen.obs.index.astype(str)
     condition, known, number, unpredictable = _renumbered(labels, selection)
-    silent = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are left out."
+    silent = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are excluded."
     return PerturbSeqData(
         x=x,
         cell_names=cell_names,
@@ -237,7 +237,7 @@ def _renumbered(labels: Perturbations, selection: Selection) -> tuple[np.ndarray
             names.append(labels.condition_names[c])
     position = np.full(len(labels.conditions) + 1, -1)  # the last entry serves condition -1
     position[known] = np.arange(len(known))
-    note = f"Held out, but without a fitted part to predict from: {few(names)}."
+    note = f"Held out but not predicted, because one of their perturbations was not fitted: {few(names)}."
     return position[labels.condition], known, number, [note] if names else []
 
 
@@ -273,23 +273,23 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     order = np.array([len(parts) for parts in labels.conditions])
     if not config.combinations:
         held_out |= order > 1
-    notes = [f"{n} cells are labelled {label!r} and are left out." for label, n in sorted(labels.dropped.items())]
+    notes = [f"{n} cells are labelled {label!r} and are excluded." for label, n in sorted(labels.dropped.items())]
     small = (counts < config.min_cells) & ~held_out
     small[0] = False
     if small.any():
         names = [labels.condition_names[c] for c in np.flatnonzero(small)]
         notes.append(
-            f"{len(names)} perturbations have fewer than {config.min_cells} cells and are left out: {few(names)}."
+            f"{len(names)} perturbations have fewer than {config.min_cells} cells and are excluded: {few(names)}."
         )
     fitted = ~held_out & ~small
     if counts[0] < 2:
         raise InputError(
             f"Only {counts[0]} cells are controls.",
-            "At least two control cells are needed, and some hundred are better.",
+            "At least two control cells are needed; several hundred are better.",
         )
     if fitted[1:].sum() < 2:
         raise InputError(
-            f"{fitted[1:].sum()} perturbations are left to fit; the largest has {counts[1:].max(initial=0)} cells.",
+            f"{fitted[1:].sum()} perturbations remain to fit; the largest has {counts[1:].max(initial=0)} cells.",
             "At least two are needed; see --min-cells, --hold-out and --combinations.",
         )
     held_out &= counts > 0
@@ -304,7 +304,7 @@ def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.
     missing = int((column.isna().to_numpy() & labelled).sum())
     if missing:
         raise InputError(
-            f"{missing} cells have no value in the batch column {key!r}.", "Fill them or remove the cells."
+            f"{missing} cells have no value in the batch column {key!r}.", "Fill in the values or remove the cells."
         )
     codes, names = pd.factorize(column.astype(str), sort=True)
     return codes.astype(np.int64), tuple(map(str, names))
@@ -320,7 +320,7 @@ def _lonely_batches(batch: np.ndarray, names: tuple[str, ...], labels: Perturbat
     alone = np.setdiff1d(labels.condition[perturbed], labels.condition[perturbed & np.isin(batch, controls)])
     without = [labels.condition_names[c] for c in alone]
     return [
-        f"Batches without control cells: {few([names[b] for b in lonely])}. What such a batch does cannot be told from"
-        " what perturbations do: its cells take no part in finding targets and graph"
-        + (f", and perturbations that have no others get no target: {few(without)}." if without else ".")
+        f"Batches without control cells: {few([names[b] for b in lonely])}. Batch and perturbation effects cannot be"
+        " separated there, so their cells are excluded from finding targets and graph"
+        + (f"; perturbations found only there get no target: {few(without)}." if without else ".")
     ]

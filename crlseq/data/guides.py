@@ -81,7 +81,7 @@ def read_labels(
     places = ("perturbation_key", "guide_key", "guide_counts")
     given = [f"--{name.replace('_', '-')}" for name in places if getattr(config, name) is not None]
     if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} were both given.", "Give the one that holds the perturbations.")
+        raise UsageError(f"{' and '.join(given)} were both given.", "Give only the one that has the perturbations.")
     if config.guide_key is None and config.guide_counts is None:
         if config.guide_map is not None:
             raise UsageError("--guide-map needs guides.", "Name them with --guide-key or --guide-counts.")
@@ -108,7 +108,7 @@ def genes_of_guides(
         if missing:
             raise InputError(
                 f"{len(missing)} of {len(guides)} guides are not in the guide map, first {missing[0]!r}.",
-                "Add a line for each: the guide, a tab, its gene.",
+                "Add one line per guide: the guide, a tab, its gene.",
             )
         parsed, rule = {guide: table[guide] for guide in guides}, "table"
     else:
@@ -126,7 +126,7 @@ def _by_style(guides: Sequence[str], control_label: str | None) -> tuple[dict[st
     if 2 * sum(g in fits[rule] for g in named) < len(named):
         first = next(g for g in named if g not in fits[rule])
         raise InputError(
-            f"The names of the {len(guides)} guides do not say which genes they are of, such as {first!r}.",
+            f"The names of the {len(guides)} guides do not contain their genes in a known style, such as {first!r}.",
             "Give a table of guides and genes with --guide-map; if the names are genes, use --perturbation-key.",
         )
     return {g: fits[rule].get(g, short[g]) for g in guides}, rule
@@ -166,7 +166,7 @@ def read_guide_map(path: str | Path) -> dict[str, str]:
                 f"Line {number} of the guide map {path} gives {guide!r} a second gene.", "Give each guide one gene."
             )
     if not genes:
-        raise InputError(f"The guide map {path} is empty.", "Write a guide, a tab and its gene a line.")
+        raise InputError(f"The guide map {path} is empty.", "Write one guide, a tab and its gene per line.")
     return genes
 
 
@@ -177,8 +177,8 @@ def _genes(names: Iterable[str], config: DataConfig) -> tuple[dict[str, str], st
     torn = next((gene for gene in genes.values() if mark in gene), None)
     if torn is not None:
         raise InputError(
-            f"The gene {torn!r} of a guide holds {mark!r}, which joins the genes of a combination.",
-            "Name another mark with --separator, or rename the gene in a --guide-map.",
+            f"The gene {torn!r} of a guide contains {mark!r}, which separates the genes of a combination.",
+            "Choose another --separator, or rename the gene in a --guide-map.",
         )
     return genes, rule
 
@@ -229,13 +229,14 @@ def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataCo
         written[cell] = mark.join(targets[i] for i in both) or control
     n_pairs = int(pairs.sum())
     doublets = (
-        " (doublets, if each cell was given one guide: --no-combinations leaves them out)"
+        "(doublets, if each cell was given one guide; --no-combinations excludes them)"
         if config.combinations
-        else ", which are left out"
+        else "and are excluded"
     )
     text = (
-        f"Guides are counted in {where} {key!r}; a cell has the gene with {config.guide_min_umis} UMIs or more and "
-        f"{config.guide_min_share:g} of all, and {n_pairs} cells two genes that have as much together{doublets}"
+        f"Guides are counted in {where} {key!r}. A cell is assigned the gene with at least {config.guide_min_umis} UMIs "
+        f"and a share of {config.guide_min_share:g}; {n_pairs} cells have two genes that reach this share together "
+        f"{doublets}"
     )
     about = {
         where: key, "min_umis": config.guide_min_umis, "min_share": config.guide_min_share, "cells_with_two": n_pairs
@@ -312,11 +313,11 @@ def _as_counts(values: Any, key: str) -> sp.csr_matrix:
     try:
         counts = as_csr(values)
     except (TypeError, ValueError) as error:
-        raise InputError(f"The guide counts {key!r} are no numbers.", "Give UMI counts.") from error
+        raise InputError(f"The guide counts {key!r} are not numbers.", "Give UMI counts.") from error
     bad = (~np.isfinite(counts.data)) | (counts.data < 0) | (counts.data != np.rint(counts.data))
     if bad.any():
         raise InputError(
-            f"The guide counts {key!r} hold {counts.data[np.flatnonzero(bad)[0]]:g}, which is no count.",
+            f"The guide counts {key!r} have the value {counts.data[np.flatnonzero(bad)[0]]:g}, which is not a count.",
             "Give raw UMI counts.",
         )
     return counts
@@ -328,12 +329,12 @@ def _guides(
     """With words: the rule, an example, and how many guides are of how many genes and of the control."""
     perturbing = [guide for guide, gene in genes.items() if gene != control]
     example = next((g for g in perturbing if genes[g] != g), None)
-    how = "as the guide map says" if rule == "table" else f"written {rule}"
-    such = "" if example is None else f", {example!r} is {genes[example]!r}"
+    how = "the guide map" if rule == "table" else f"names like {rule}"
+    such = "" if example is None else f" ({example!r} is {genes[example]!r})"
     n_genes = len({genes[guide] for guide in perturbing})
     reason = (
-        f"{where}. They are {how}{such}: {len(perturbing)} guides of {n_genes} genes and "
-        f"{len(genes) - len(perturbing)} control guides."
+        f"{where}. Genes are read from {how}{such}: {len(perturbing)} guides target {n_genes} genes and "
+        f"{len(genes) - len(perturbing)} are controls."
     )
     cells = labels.value_counts()
     unnamed = int((labels.codes < 0).sum())

@@ -59,7 +59,7 @@ def _refuse_endless_heaps(path: Path) -> None:
                 step = (OBJECT.size + (length + 7) // 8 * 8 if index else length) % 2**64
                 if step == 0:
                     raise InputError(
-                        f"{path} has a heap of texts that never ends.", "It is damaged; copy or download it again."
+                        f"{path} has a text heap that never ends.", "It is damaged; copy or download it again."
                     )
                 place += step
             start = content.find(HEAP, start + 1)
@@ -103,6 +103,6 @@ def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
 def _refuse_outside(elsewhere: bool, path: Path, name: str) -> None:
     if elsewhere:
         raise InputError(
-            f"{path} takes {name!r} from another file.",
-            "Write it again with anndata, which puts everything into one.",
+            f"{path} reads {name!r} from another file.",
+            "Write it again with anndata, as one file.",
         )

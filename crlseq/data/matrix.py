@@ -168,7 +168,9 @@ def open_store(path: Path) -> Iterator[Any]:
             for slot in ("obsm", "varm", "uns"):  # results are added there, long after this
                 there = screen.get(slot, {})
                 if isinstance(there, h5py.Dataset) and there.dtype.names is None:
-                    raise InputError(f"{path} has a value in the place of {slot}.", "It is damaged; write it again.")
+                    raise InputError(
+                        f"{path} has a value where the group {slot} belongs.", "It is damaged; write it again."
+                    )
         yield screen
 
 
@@ -177,7 +179,7 @@ def _expression_modality(handle: h5py.File, path: Path) -> Any:
     if EXPRESSION not in modalities or not {"obs", "var"} <= modalities[EXPRESSION].keys():
         raise InputError(
             f"{path} has no modality {EXPRESSION!r} with cells and genes.",
-            f"Name the one with the expression {EXPRESSION!r}; there are: {few([*map(repr, modalities)]) or 'none'}.",
+            f"Rename the modality with the expression to {EXPRESSION!r}; there are: {few([*map(repr, modalities)]) or 'none'}.",
         )
     return modalities[EXPRESSION]
 
@@ -185,9 +187,9 @@ def _expression_modality(handle: h5py.File, path: Path) -> Any:
 def _refuse_absent(layer: str | None, layers: tuple[str, ...], has_x: bool, source: str) -> None:
     there = ", ".join(map(repr, sorted(layers))) or "none"
     if layer is None and not has_x:
-        raise InputError(f"{source} has no matrix X.", f"Name a layer with --layer; there are: {there}.")
+        raise InputError(f"{source} has no matrix X.", f"Name a layer with --layer; layers: {there}.")
     if layer is not None and layer not in layers:
-        raise InputError(f"{source} has no layer {layer!r}.", f"Layers there: {there}.")
+        raise InputError(f"{source} has no layer {layer!r}.", f"Layers: {there}.")
 
 
 def _row_sliceable(element: Any, source: str) -> Any:
@@ -234,7 +236,7 @@ def _checked(obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: s
         odd = next((name for name in map(str, index) if NO_TEXT.search(name)), None)
         if odd is not None:
             raise InputError(
-                f"{source}: the {kind} name {odd!r} is no valid text.",
+                f"{source}: the {kind} name {odd!r} is not valid text.",
                 "Rename it; names are UTF-8 without NUL.",
             )
     return Screen(obs, var, genes, matrix, layers, source)

@@ -117,7 +117,7 @@ def read_perturbations(
     given = {"--perturbation-key": key, "--control-label": control_label, "--separator": separator}
     told = " and ".join(option for option, value in given.items() if value is not None)
     same = " and ".join(f"'{rival.key}'" for rival in rivals)
-    notes = (f" The same groups of cells are in {same}." if same else "") + (f" As told by {told}." if told else "")
+    notes = (f" The same groups of cells are in {same}." if same else "") + (f" As set by {told}." if told else "")
     return replace(chosen, reason=chosen.reason + notes)
 
 
@@ -326,10 +326,14 @@ def _nothing_found(
         hint = "Name the column with --perturbation-key and its control with --control-label"
         return InputError(f"No column has {known}.", f"{hint}; columns: {columns}.")
     labels = _labels(obs[key])[0]
-    missing = "none of its labels is a known one" if control_label is None else f"none is labelled '{control_label}'"
+    missing = (
+        "none of its labels is a known control label"
+        if control_label is None
+        else f"none is labelled '{control_label}'"
+    )
     return InputError(
         f"Column '{key}' has no control cells: {missing}.",
-        f"Say which label is the control with --control-label; labels: {_some(labels, control_label or 'control')}.",
+        f"Name the control label with --control-label; labels: {_some(labels, control_label or 'control')}.",
     )
 
 

@@ -107,10 +107,10 @@ def prepare(
     if done is not None:
         if done.identity != identity:
             raise InputError(
-                f"The store {target} is finished, but was made of other files or with other options.",
+                f"The store {target} is finished, but was made from other files or with other options.",
                 "Choose another --output, or replace it with --force.",
             )
-        note(f"{target} is finished already.")
+        note(f"{target} is already finished.")
         if partial.is_dir():  # stopped after the store was moved into place
             with suppress(OSError):
                 with locked(partial):
@@ -148,14 +148,16 @@ def _refuse_output(target: Path, resume: bool, force: bool) -> None:
             raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
         if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
             raise InputError(
-                f"{target} exists and is not a store of crlseq; it is left alone.", "Choose another --output."
+                f"{target} exists, is not a store of crlseq and is left alone.", "Choose another --output."
             )
     foreign = sorted(file.name for file in partial.iterdir() if file.name not in PARTS) if partial.is_dir() else []
     if foreign or (partial.exists() and not partial.is_dir()):
-        raise InputError(f"{partial} is no unfinished store of crlseq; it is left alone.", "Choose another --output.")
+        raise InputError(
+            f"{partial} is not an unfinished store of crlseq and is left alone.", "Choose another --output."
+        )
     if partial.exists() and not (resume or force):
         raise InputError(
-            f"There is an unfinished store in {partial}.", "Go on with --resume, or start over with --force."
+            f"There is an unfinished store in {partial}.", "Continue with --resume, or start over with --force."
         )
 
 
@@ -193,9 +195,9 @@ def _plan(paths: list[Path], options: DataConfig, seed: int) -> _Plan:
             elif missing := sorted({*var.index} ^ {*screen.genes}):
                 there, lacking = (path, paths[0]) if missing[0] in screen.genes else (paths[0], path)
                 raise InputError(
-                    f"The files have not the same genes: {len(missing)} are in one alone, first {missing[0]!r}, which"
+                    f"The files do not have the same genes: {len(missing)} are in only one, first {missing[0]!r}, which"
                     f" {there} has and {lacking} lacks.",
-                    "Take the genes that all files have, and prepare those.",
+                    "Keep only the genes that all files have.",
                 )
     obs = _joined(tables, paths)
     labels = read_perturbations(obs, options.perturbation_key, options.control_label, options.separator)
@@ -244,7 +246,7 @@ class _Progress:
                 raise InputError(f"{path} is damaged.", "Start over with --force.") from error
             if not same:
                 raise InputError(
-                    "The unfinished store was begun with other files or other options.",
+                    "The unfinished store was started from other files or with other options.",
                     "Repeat its options to resume it, or start over with --force.",
                 )
         self.files, self.buckets, self.shards = (self.done[name] for name in ("files", "buckets", "shards"))
@@ -276,7 +278,7 @@ def _distribute(plan: _Plan, buckets: Buckets, progress: _Progress, stage: Calla
             kinds.append(kind_of_values(found, screen.source, plan.options.values)[0])
             if kinds[-1] != kinds[0]:
                 raise InputError(
-                    f"{path} holds {kinds[-1]} values, but {plan.paths[0]} {kinds[0]} values.",
+                    f"{path} has values of kind {kinds[-1]}, but {plan.paths[0]} of kind {kinds[0]}.",
                     "Prepare files of one kind together, or name a layer with --layer.",
                 )
     return kinds[0]

@@ -48,23 +48,23 @@ class Preprocessing:
             missing = self.genes[int(np.flatnonzero(columns < 0)[0])]
             raise InputError(
                 f"{source}: {(columns < 0).sum()} of the {len(columns)} fitted genes are missing, first {missing!r}.",
-                "Give cells that were measured on the same genes.",
+                "Give cells with the same genes.",
             )
         return np.asarray(columns)
 
     def check(self, block: sp.csr_matrix, source: str) -> None:
         """Refuse cells that are plainly not of the fitted kind, or have a value that is NaN or infinite."""
         if not np.isfinite(block.data).all():
-            raise InputError(f"{source} holds NaN or infinite values.", "Remove or replace them first.")
+            raise InputError(f"{source} has NaN or infinite values.", "Remove or replace them first.")
         if self.values == "counts" and ((block.data < 0) | (block.data != np.rint(block.data))).any():
             raise InputError(
-                f"{source} holds values that are no counts, but the fit was on counts.",
+                f"{source} has values that are not counts, but the fit used counts.",
                 "Give raw counts in the same layer.",
             )
         if self.values == "log" and block.nnz and block.data.max() > MAX_LOG:
             raise InputError(
-                f"{source} reaches {block.data.max():g}, but the fit was on log-normalised values.",
-                "Give values normalised in the same way.",
+                f"{source} has values up to {block.data.max():g}, but the fit used log-normalised values.",
+                "Give values normalised in the same way as the fit's.",
             )
 
     def apply(self, cells: sp.csr_matrix) -> sp.csr_matrix:
@@ -116,15 +116,15 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
         if not meant or asked in ("counts", "log"):
             raise InputError(
                 f"{source}: {scanned.n_negative} values are negative (the smallest is {scanned.minimum:g}).",
-                hint + " If they are meant, say --values continuous.",
+                hint + " If they are intended, use --values continuous.",
             )
-        return "continuous", f"{share:.0%} of the non-zero values are negative: used as they are"
+        return "continuous", f"{share:.0%} of the non-zero values are negative: used unchanged"
     if asked == "continuous":
-        return "continuous", "as asked: used as they are"
+        return "continuous", "as requested: used unchanged"
     if asked == "counts" or (asked == "auto" and whole):
         if not whole:
             raise InputError(
-                f"{source}: {scanned.n_fractional} values are not whole numbers, so these are no counts.", hint
+                f"{source}: {scanned.n_fractional} values are not whole numbers, so these are not counts.", hint
             )
         if asked == "auto":
             _refuse_odd_integers(scanned, source, hint)
@@ -142,13 +142,14 @@ def _refuse_odd_integers(scanned: Scan, source: str, hint: str) -> None:
     if scanned.maximum <= 1:
         odd = "all values are 0 or 1"
     elif no_zero and len(scanned.totals) > 1 and np.ptp(scanned.totals) == 0:
-        odd = "all cells have the same total and no zero, as ranks have"
+        odd = "all cells have the same total and no zero, as ranks do"
     elif no_zero and scanned.maximum <= 20:
-        odd = f"values are whole, have no zero and reach only {scanned.maximum:g}, as rounded logarithms do"
+        odd = f"all values are whole, none is zero and the largest is {scanned.maximum:g}, as of rounded logarithms"
     else:
         return
     raise InputError(
-        f"{source}: {odd}, which are neither counts nor log-normalised values.", hint + " --values overrules this."
+        f"{source}: {odd}, which are neither counts nor log-normalised values.",
+        hint + " --values overrides this check.",
     )
 
 
@@ -178,7 +179,7 @@ def plan_preprocessing(
     if config.genes is not None:
         chosen, choice = _asked_genes(screen, silent, config.genes), f"{len(config.genes)} genes as listed"
     elif config.n_top_genes == "all" or len(expressed) <= int(config.n_top_genes):
-        chosen, choice = expressed, f"all {len(expressed)} genes with a value"
+        chosen, choice = expressed, f"all {len(expressed)} genes with a non-zero value"
     else:
         most = min(N_CELLS_FOR_GENES, N_VALUES_FOR_GENES * screen.n_cells // scanned.n_nonzero)
         cells, n_top = np.flatnonzero(used), int(config.n_top_genes)
@@ -198,11 +199,13 @@ def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> 
         close = difflib.get_close_matches(missing[0], screen.genes, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"Genes there are named like {screen.genes[0]!r}."
         raise InputError(
-            f"{screen.source}: {len(missing)} of the listed genes are not there, first {missing[0]!r}.", hint
+            f"{screen.source}: {len(missing)} of the listed genes are missing, first {missing[0]!r}.", hint
         )
     if silent[position].any():
         first = screen.genes[position[silent[position]][0]]
-        raise InputError(f"{screen.source}: the listed gene {first!r} is zero in every cell.", "Take it off the list.")
+        raise InputError(
+            f"{screen.source}: the listed gene {first!r} is zero in every cell.", "Remove it from the list."
+        )
     return np.unique(position)
 
 

@@ -56,11 +56,11 @@ class Responders:
         """How many cells of which perturbations."""
         told = self.table[self.table["n_left_out"] > 0].sort_values("n_left_out", ascending=False, kind="stable")
         if told.empty:
-            return "Responders: no perturbation has cells that look as control cells do; none are left out."
+            return "Responders: no perturbation has cells that look like control cells; none are excluded."
         return (
-            f"Responders: {len(self.escaped)} cells of {len(told)} perturbations look as control cells do and are left out "
+            f"Responders: {len(self.escaped)} cells of {len(told)} perturbations look like control cells and are excluded "
             f"({few([f'{r.n_left_out} of {r.n_cells} {r.perturbation}' for r in told.itertuples()])}); "
-            "effects of those that stay are larger by the choice."
+            "this choice makes the effects of the remaining cells larger."
         )
 
     def record(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _tell_apart(x: np.ndarray, is_train: np.ndarray, control: np.ndarray) -> _Mi
         posterior = 1 / (1 + np.exp(-np.clip(log_odds, -50, 50)))
         now = is_train & (posterior >= THRESHOLD)
         if now.sum() < MIN_CELLS:
-            return _Mixture(posterior, share, separation, f"fewer than {MIN_CELLS} training cells would be left")
+            return _Mixture(posterior, share, separation, f"fewer than {MIN_CELLS} training cells would remain")
         if np.array_equal(now, responds):
             break
         responds = now

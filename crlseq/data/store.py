@@ -87,7 +87,8 @@ def verify(source: str | Path) -> str:
             raise InputError(f"{source}: {name} cannot be read: {error.strerror}.", RESTORE) from None
         if found != expected:
             raise InputError(
-                f"The store {source} is damaged: {name} is not what was written, its checksum differs.", RESTORE
+                f"The store {source} is damaged: {name} has changed since it was written (its checksum differs).",
+                RESTORE,
             )
     return digest_of(Path(source) / MANIFEST)
 
@@ -113,7 +114,7 @@ class ShardedVector:
             if not plain or sharding["configuration"].get("index_location", "end") != "end":
                 raise ValueError("codecs")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder} is not an array that crlseq prepare wrote.", RESTORE) from error
+            raise InputError(f"{folder} is not an array written by crlseq prepare.", RESTORE) from error
         self.folder = folder
         self.places: dict[int, np.ndarray] = {}
 
@@ -171,7 +172,7 @@ class StoredMatrix:
         start: Any = group["indptr"]
         self.start = np.asarray(start[:], dtype=np.int64)
         if len(self.start) != self.shape[0] + 1:
-            raise InputError(f"The store {store} is damaged: X/indptr is not of its cells.", RESTORE)
+            raise InputError(f"The store {store} is damaged: X/indptr does not match its cells.", RESTORE)
         self.values, self.genes = ShardedVector(store / "X" / "data"), ShardedVector(store / "X" / "indices")
         self.dtype = self.values.dtype
 

@@ -175,7 +175,7 @@ def test_resuming_what_is_finished(two_files: tuple[ad.AnnData, list[Path]], fol
     left.mkdir()
     (left / "progress.json").write_text("{}")
     answer = invoke("prepare", *paths, "--output", store, "--resume")
-    assert answer.code == 0 and "finished already" in answer.err
+    assert answer.code == 0 and "already finished" in answer.err
     assert contents(store) == before and not left.exists()
     answer = invoke("prepare", *paths, "--output", store, "--seed", 1, "--resume")
     check_refusal(answer.code, answer.out, answer.err, 3, "with other options", "--force")
@@ -210,7 +210,7 @@ def test_what_is_no_store_is_left_alone(two_files: tuple[ad.AnnData, list[Path]]
 def test_files_with_other_genes(folder: Path) -> None:
     small_screen().write_h5ad(folder / "a.h5ad")
     small_screen()[:, :39].copy().write_h5ad(folder / "b.h5ad")
-    refuse(folder, folder / "a.h5ad", folder / "b.h5ad", says=("not the same genes", "gene39", "b.h5ad lacks"))
+    refuse(folder, folder / "a.h5ad", folder / "b.h5ad", says=("do not have the same genes", "gene39", "b.h5ad lacks"))
 
 
 def test_files_with_other_values(folder: Path) -> None:

@@ -352,7 +352,7 @@ def test_what_is_given_wins() -> None:
     obs = table(perturbation="control A B B", group="x y z nan")
     p = read_perturbations(obs, "group", "nan", "")
     assert (p.key, p.condition_names) == ("group", ("nan", "x", "y", "z"))
-    assert p.reason.endswith("As told by --perturbation-key and --control-label and --separator.")
+    assert p.reason.endswith("As set by --perturbation-key and --control-label and --separator.")
     assert read_perturbations(obs, control_label="x").key == "group"
     assert read_perturbations(obs, control_label="B").condition_names == ("B", "A", "control")
     assert labels(read_perturbations(table(g=["", "A", "B"]), "g", "")) == ["", "A", "B"]

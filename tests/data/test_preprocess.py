@@ -97,7 +97,7 @@ def test_plan_by_hand() -> None:
         assert plan.target_sum == 10.0
         assert plan.genes == ("0", "1", "2")
         assert (plan.n_silent_genes, plan.n_genes_in_file) == (1, 4)
-        assert plan.gene_choice == "all 3 genes with a value"
+        assert plan.gene_choice == "all 3 genes with a non-zero value"
         loaded = load(screen, plan, 8)
         dense = loaded if isinstance(loaded, np.ndarray) else loaded.toarray()
         assert dense.dtype == np.float32
