@@ -50,8 +50,8 @@ def align(record: Preprocessing, screen: Screen) -> tuple[Alignment, list[str]]:
     notes = []
     if len(missing):
         notes.append(
-            f"{source}: {len(missing)} of the {n} fitted genes are missing (first {record.genes[missing[0]]!r}) and get their "
-            "mean over the fit's control cells."
+            f"{source}: {len(missing)} of the {n} fitted genes are missing (first {record.genes[missing[0]]!r}) and get "
+            "their mean over the fit's control cells."
         )
     dropped = screen.n_genes - len(present)
     if screen.n_genes > record.n_genes_in_file or (len(missing) and dropped):

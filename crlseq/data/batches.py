@@ -23,7 +23,7 @@ class BatchIndex:
 
 
 class ControlPartners:
-    """Draws partners of perturbed cells from `controls`, indices of cells, of the perturbed cells' own `batch` (cells,).
+    """Draws partners of perturbed cells from `controls` (indices of cells) of the same `batch` (cells,).
 
     A batch without controls draws from all of them.
     """

@@ -27,7 +27,7 @@ class Embeddings:
 def read_embeddings(path: str | Path) -> Embeddings:
     """Read and check a table of gene vectors.
 
-    InputError if it is missing, no such table, empty or constant, names a gene twice, or holds what is no finite number.
+    InputError if it is missing, no table, empty or constant, names a gene twice, or has a value that is not finite.
     """
     path = Path(path)
     if not path.is_file():

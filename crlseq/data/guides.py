@@ -1,8 +1,8 @@
 """Guides -> perturbations: which gene a guide is of, and which guides a cell carries.
 
 *Genes of guides.* A table (``--guide-map``) says it, or the names do: one style of writing is chosen for all of them,
-the one of `STYLES` that fits most, and a name that it does not fit is a gene of its own. Guides whose gene is a known
-control label, or the given one, are control guides.
+the one of `GUIDE_STYLES` that fits most, and a name that it does not fit is a gene of its own. Guides whose gene is a
+known control label, or the given one, are control guides.
 
 *Guides of cells.* A column names them (several joined by ``|``, ``;`` or ``,``, or by ``--separator``), or they are
 counted. Of a cell's counts, guides of one gene are summed; with the largest two sums a >= b of a total N, the cell
@@ -51,7 +51,7 @@ CONTROL_GUIDES = CONTROL_LABELS | frozenset(
 )
 # How libraries write a gene and its guide; a prefix such as "sg" is taken off first.
 _PREFIX = re.compile(r"^(?:sgRNA|gRNA|sg)[_\-. ](?=.)|^sg(?=[A-Z])")
-STYLES: tuple[tuple[str, re.Pattern[str]], ...] = (
+GUIDE_STYLES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("GENE_+_POSITION", re.compile(r"(.+?)_[+-]_\d+(?:\..*)?")),
     ("GENE_SEQUENCE", re.compile(r"(.+)[_\-.:][ACGT]{17,}")),
     ("GENE_g1", re.compile(r"(.+)[_\-. ](?:sgRNA|gRNA|guide|sg|g|cr)[_\-. ]?\d+", re.IGNORECASE)),
@@ -96,7 +96,7 @@ def read_labels(
 def genes_of_guides(
     names: Iterable[str], control_label: str | None = None, table: Mapping[str, str] | None = None
 ) -> tuple[dict[str, str], str]:
-    """Gene of each guide, sorted by guide, and the rule: a name of `STYLES`, ``sgGENE`` for a prefix alone, or ``table``.
+    """Gene of each guide, sorted by guide, and the rule: one of `GUIDE_STYLES`, ``sgGENE`` (a prefix), or ``table``.
 
     Control guides have the control label (``control`` where none was given): those whose gene or name it is, or, where
     none was given, any of `CONTROL_GUIDES`. InputError if a guide is not in the table of genes by guide, or no style
@@ -119,7 +119,7 @@ def genes_of_guides(
 
 def _by_style(guides: Sequence[str], control_label: str | None) -> tuple[dict[str, str], str]:
     short = {guide: _PREFIX.sub("", guide) for guide in guides}
-    fits = {name: {g: m[1] for g in guides if (m := style.fullmatch(short[g]))} for name, style in STYLES}
+    fits = {name: {g: m[1] for g in guides if (m := style.fullmatch(short[g]))} for name, style in GUIDE_STYLES}
     fits["sgGENE"] = {g: short[g] for g in guides if short[g] != g}
     rule = max(fits, key=lambda name: len(fits[name]))  # the first of equals
     named = [g for g in guides if not _is_control(g, fits[rule].get(g, short[g]), control_label)]
@@ -228,15 +228,11 @@ def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataCo
         both = sorted({int(first[cell]), int(second[cell])} - {0})
         written[cell] = mark.join(targets[i] for i in both) or control
     n_pairs = int(pairs.sum())
-    doublets = (
-        "(doublets, if each cell was given one guide; --no-combinations excludes them)"
-        if config.combinations
-        else "and are excluded"
-    )
+    doublets = "(doublets, if each cell was given one guide; --no-combinations excludes them)"
     text = (
-        f"Guides are counted in {where} {key!r}. A cell is assigned the gene with at least {config.guide_min_umis} UMIs "
-        f"and a share of {config.guide_min_share:g}; {n_pairs} cells have two genes that reach this share together "
-        f"{doublets}"
+        f"Guides are counted in {where} {key!r}. A cell is assigned the gene with at least {config.guide_min_umis} "
+        f"UMIs and a share of {config.guide_min_share:g}; {n_pairs} cells have two genes that reach this share together "
+        f"{doublets if config.combinations else 'and are excluded'}"
     )
     about = {
         where: key, "min_umis": config.guide_min_umis, "min_share": config.guide_min_share, "cells_with_two": n_pairs

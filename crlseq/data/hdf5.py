@@ -1,4 +1,4 @@
-"""What a file from a stranger may hold and a reader must not follow: other files, circles, endless heaps, false sizes."""
+"""What a stranger's file may hold and a reader must not follow: other files, circles, endless heaps, false sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refuse_traps(handle: h5py.File, path: Path) -> None:
 
 
 def refuse_claims(element: Any, path: Path) -> None:
-    """Refuse an HDF5 file or zarr store that says it holds over `EXPANSION` times its size, before room is made for it."""
+    """Refuse a file or store that says it holds over `EXPANSION` times its size, before room is made for it."""
     arrays: list[Any] = [element] if hasattr(element, "nbytes") else []
     if isinstance(element, h5py.Group):
         element.visititems(lambda name, item: arrays.append(item) if isinstance(item, h5py.Dataset) else None)

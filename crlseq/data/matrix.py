@@ -34,7 +34,7 @@ class Screen:
     obs: pd.DataFrame
     var: pd.DataFrame
     genes: pd.Index
-    matrix: Any  # with `shape` and row slicing: ndarray, scipy CSR, h5py or zarr array, backed sparse data set, StoredMatrix
+    matrix: Any  # ndarray, CSR, h5py or zarr array, backed sparse data set or StoredMatrix: sliced by rows
     layers: tuple[str, ...]
     source: str
 
@@ -260,7 +260,7 @@ class Scan:
         return cls(np.zeros(screen.n_cells), np.zeros(screen.n_genes, dtype=np.int64))
 
     def add(self, screen: Screen, rows: slice, block: sp.csr_matrix) -> None:
-        """Take in the cells `rows` of a screen; InputError at the first NaN or infinite value, with its cell and gene."""
+        """Take in the cells `rows`; InputError at the first NaN or infinite value, with its cell and gene."""
         values = block.data
         finite = np.isfinite(values)
         if not finite.all():

@@ -83,7 +83,7 @@ class Perturbations:
 
 
 def candidates(obs: pd.DataFrame) -> list[Perturbations]:
-    """Readings of ``obs`` with two perturbations or more, the best first; a column appears once per possible reading."""
+    """Readings of ``obs`` with two perturbations or more, the best first; a column appears once per reading."""
     return [reading for reading in _readings(obs, _label_columns(obs), None, None) if len(reading.names) > 1]
 
 

@@ -31,7 +31,7 @@ from crlseq.config import DataConfig
 from crlseq.data.matrix import Scan, open_screen
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.data.preprocess import kind_of_values
-from crlseq.data.store import MANIFEST, Manifest, digest_of, read_manifest
+from crlseq.data.store import MANIFEST, Manifest, read_manifest, sha256_of
 from crlseq.data.storewriter import Buckets, write_matrix, write_tables
 from crlseq.errors import InputError
 from crlseq.storage.runfolder import locked, move_into_place, partial_of
@@ -288,7 +288,7 @@ def _write_store(plan: _Plan, store: Path, buckets: Buckets, progress: _Progress
     """Buckets in order into shards, then tables and the manifest."""
     start = np.concatenate([[0], buckets.counts().cumsum()])
     for name in write_matrix(store, buckets, start, len(plan.var), progress.shards):
-        progress.shards[name] = digest_of(store / name)
+        progress.shards[name] = sha256_of(store / name)
         progress.save()
     write_tables(store, plan.obs.iloc[np.argsort(plan.place)], plan.var)
     manifest = Manifest(
@@ -302,7 +302,7 @@ def _write_store(plan: _Plan, store: Path, buckets: Buckets, progress: _Progress
         n_genes=len(plan.var),
         n_nonzero=int(start[-1]),
         inputs=tuple(path.name for path in plan.paths),
-        files={str(file.relative_to(store)): digest_of(file) for file in _files(store) if file.name != MANIFEST},
+        files={str(file.relative_to(store)): sha256_of(file) for file in _files(store) if file.name != MANIFEST},
         identity=progress.done["identity"],
     )
     (store / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

@@ -83,7 +83,7 @@ class Preprocessing:
         return sp.csr_matrix((values, column, start), shape=(cells.shape[0], len(self.genes)))
 
     def _normalised(self, cells: sp.csr_matrix, values: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """log1p(count / total of the cell * target_sum) for counts, or unchanged: of `values` of cells from `start` on."""
+        """log1p(count / total of the cell * target_sum) of counts, others unchanged; cells begin at `start` in `values`."""
         if self.target_sum is None:
             return values
         ends = np.append(cells.data, 0)  # where the last cells are empty
@@ -166,7 +166,7 @@ def refuse_silent_cells(screen: Screen, scanned: Scan, used: np.ndarray) -> None
 def plan_preprocessing(
     screen: Screen, scanned: Scan, values: tuple[str, str], used: np.ndarray, config: DataConfig, seed: int = 0
 ) -> Preprocessing:
-    """Decide target sum and genes, by at most `N_CELLS_FOR_GENES` of the `used` cells; `values` as `kind_of_values` says.
+    """Decide target sum and genes, by at most `N_CELLS_FOR_GENES` of the `used` cells; `values` is of `kind_of_values`.
 
     Genes are those listed, or the most variable (scanpy's "seurat" flavour on normalised cells), or all. InputError if
     a gene asked for is missing or has no count, or fewer than two genes are left.

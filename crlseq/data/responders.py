@@ -9,8 +9,8 @@ cell has the coordinate
 0 on average for control cells and 1 for responders. A responder's own score is taken out of the mean that it is
 projected on, since it would find itself there. The coordinates of a perturbation's cells are a mixture of control's
 normal distribution, known from control cells, and a second one, fitted by EM; responders are the cells with a posterior
-of `THRESHOLD` or more, d is their mean again, and so on until they do not change. Training cells alone have a say in d and the
-mixture.
+of `THRESHOLD` or more, d is their mean again, and so on until they do not change. Only training cells determine d and
+the mixture.
 
 All cells stay where there is no ground to tell them apart: without a detectable effect, in combinations, where one
 shifted normal describes the coordinates as well (BIC), or where the two means are closer than `SEPARATION` standard
@@ -58,8 +58,8 @@ class Responders:
         if told.empty:
             return "Responders: no perturbation has cells that look like control cells; none are excluded."
         return (
-            f"Responders: {len(self.escaped)} cells of {len(told)} perturbations look like control cells and are excluded "
-            f"({few([f'{r.n_left_out} of {r.n_cells} {r.perturbation}' for r in told.itertuples()])}); "
+            f"Responders: {len(self.escaped)} cells of {len(told)} perturbations look like control cells and are "
+            f"excluded ({few([f'{r.n_left_out} of {r.n_cells} {r.perturbation}' for r in told.itertuples()])}); "
             "this choice makes the effects of the remaining cells larger."
         )
 
@@ -72,7 +72,7 @@ class Responders:
 def find_responders(data: PerturbSeqData, scores: np.ndarray, fdr: np.ndarray) -> Responders:
     """Tell responders from escaped cells in every single perturbation with a detectable effect.
 
-    `scores` are (cells, q) principal components; `fdr` (perturbations,) is of the effect tests, NaN counts as no effect.
+    `scores` (cells, q) are principal components; `fdr` (perturbations,) is of the effect tests, NaN: no effect.
     """
     train, validation, test = (data.cells_by_condition(code) for code in (splits.TRAIN, splits.VALIDATION, splits.TEST))
     x = _centred(scores.astype(np.float64), data.batch, train[0])

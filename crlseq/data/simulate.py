@@ -80,9 +80,9 @@ def simulate(
 
     The signal is ``e = u W`` (linear) or ``e = LeakyReLU0.2(u W1 + b1) W2`` (network, ``4 n_latents`` hidden units),
     scaled to unit standard deviation. With ``loading_density`` < 1 each latent moves that share of the genes, drawn at
-    random, and with the network mixing each has hidden units of its own, so that it moves no other gene. Gaussian values are ``e + 0.3 N(0, 1)``; counts are negative binomial with
-    mean ``d * softmax(b + 0.35 e)`` and variance ``mean + 0.2 mean^2``, ``b`` normal with standard deviation 1.2,
-    ``d`` log-normal about ``depth``.
+    random, and with the network mixing each has hidden units of its own, so that it moves no other gene. Gaussian values
+    are ``e + 0.3 N(0, 1)``; counts are negative binomial with mean ``d * softmax(b + 0.35 e)`` and variance
+    ``mean + 0.2 mean^2``, ``b`` normal with standard deviation 1.2, ``d`` log-normal about ``depth``.
 
     Parameters
     ----------

@@ -80,7 +80,7 @@ def verify(source: str | Path) -> str:
     assert manifest is not None
     for name, expected in manifest.files.items():
         try:
-            found = digest_of(Path(source) / name)
+            found = sha256_of(Path(source) / name)
         except FileNotFoundError:
             raise InputError(f"The store {source} is damaged: {name} is missing.", RESTORE) from None
         except OSError as error:
@@ -90,10 +90,10 @@ def verify(source: str | Path) -> str:
                 f"The store {source} is damaged: {name} has changed since it was written (its checksum differs).",
                 RESTORE,
             )
-    return digest_of(Path(source) / MANIFEST)
+    return sha256_of(Path(source) / MANIFEST)
 
 
-def digest_of(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,7 @@ import zarr
 from numcodecs import Blosc
 from zarr.codecs import BloscCodec
 
-from crlseq.data.store import digest_of
+from crlseq.data.store import sha256_of
 
 BUCKET_VALUES = 100_000_000  # dense values of a bucket: at a density of 10 %, 80 MB
 MAX_BUCKETS = 1024  # what a block is spread over; of very many cells each holds more
@@ -119,7 +119,7 @@ def write_matrix(
     begin = bucket = 0  # the first value that is held, and the bucket to read next
     for i, first in enumerate(range(0, n, shard)):
         names = [f"X/{name}/c/{i}" for name in arrays]
-        if all(name in done and _has_digest(store / name, done[name]) for name in names):
+        if all((store / name).is_file() and done.get(name) == sha256_of(store / name) for name in names):
             continue
         last = min(first + shard, n)
         if first >= begin + len(genes):  # what lies between was written before
@@ -142,14 +142,10 @@ def _sharded(group: Any, name: str, dtype: np.dtype[Any], n: int, shard: int) ->
     return group.create_array(name, shape=(n,), chunks=(CHUNK,), shards=(shard,), dtype=dtype, compressors=codec)
 
 
-def _has_digest(path: Path, digest: str) -> bool:
-    return path.is_file() and digest_of(path) == digest
-
-
 def write_tables(store: Path, obs: pd.DataFrame, var: pd.DataFrame) -> None:
     """Tables of cells and genes, and what else makes the folder an AnnData store."""
     with warnings.catch_warnings(), ad.settings.override(allow_write_nullable_strings=True):
-        # Of anndata and zarr, about sharding to come and consolidated metadata and strings that zarr v3 has yet to settle.
+        # Of anndata and zarr: sharding to come, consolidated metadata, and strings that zarr v3 has yet to settle.
         warnings.simplefilter("ignore")
         group = zarr.open_group(str(store), mode="a", zarr_format=3)
         for name, elem in {"obs": obs, "var": var, **{n: {} for n in EMPTY}}.items():

@@ -130,8 +130,8 @@ def test_an_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(
     prepare(paths, folder / "whole")
     kind, number = where.split()
     owner: Any
-    owner, name = (storewriter.Buckets, "add") if kind == "block" else (storewriter, "digest_of")
-    owner, name = (owner, name) if kind == "block" else (crlseq.data.prepare, "digest_of")  # type: ignore[attr-defined]
+    owner, name = (storewriter.Buckets, "add") if kind == "block" else (storewriter, "sha256_of")
+    owner, name = (owner, name) if kind == "block" else (crlseq.data.prepare, "sha256_of")  # type: ignore[attr-defined]
     inner, calls = getattr(owner, name), 0
 
     def stopping(*args: Any) -> Any:
