@@ -270,9 +270,8 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
                 f"Labels there are written like {labels.condition_names[-1]!r}.",
             )
         held_out[found] = True
-    order = np.array([len(parts) for parts in labels.conditions])
     if not config.combinations:
-        held_out |= order > 1
+        held_out |= np.array([len(parts) > 1 for parts in labels.conditions])
     notes = [f"{n} cells are labelled {label!r} and are excluded." for label, n in sorted(labels.dropped.items())]
     small = (counts < config.min_cells) & ~held_out
     small[0] = False

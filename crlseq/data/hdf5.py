@@ -43,6 +43,14 @@ def refuse_claims(element: Any, path: Path) -> None:
         )
 
 
+def refuse_values_for_groups(screen: Any, path: Path) -> None:
+    """Refuse a file with a value in the place of a group that results are added to, long after this."""
+    for slot in ("obsm", "varm", "uns"):
+        there = screen.get(slot, {})
+        if isinstance(there, h5py.Dataset) and there.dtype.names is None:
+            raise InputError(f"{path} has a value where the group {slot} belongs.", "It is damaged; write it again.")
+
+
 def _refuse_endless_heaps(path: Path) -> None:
     """HDF5 steps through a global heap, which holds texts, by the sizes of its objects: by 0 it goes on for ever.
 

@@ -17,7 +17,7 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
-from crlseq.data.hdf5 import refuse_claims, refuse_traps
+from crlseq.data.hdf5 import refuse_claims, refuse_traps, refuse_values_for_groups
 from crlseq.data.store import StoredMatrix, read_manifest
 from crlseq.errors import CrlseqError, InputError, few
 from crlseq.storage.files import refuse_links_outside
@@ -111,7 +111,8 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
             matrix = _row_sliceable(source.X if layer is None else source.layers[layer], name)
         yield _checked(source.obs, source.var, matrix, layers, name)
         return
-    path, name = Path(source), str(source)
+    path = Path(source)
+    name = str(path)
     with open_store(path) as store:
         with readable(name, "the table of cells or genes"):
             for part in ("obs", "var"):
@@ -148,7 +149,7 @@ def open_store(path: Path) -> Iterator[Any]:
         if "obs" not in store or "var" not in store:
             raise InputError(f"{path} is not an AnnData zarr store: it has no obs and var.", hint)
         if is_folder:
-            refuse_links_outside(path)
+            refuse_links_outside(path)  # likewise
         yield store
         return
     try:
@@ -163,14 +164,9 @@ def open_store(path: Path) -> Iterator[Any]:
         with readable(str(path), "the file"):
             if "obs" not in handle or "var" not in handle:
                 raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
-            refuse_traps(handle, path)  # damage and links that no writer of h5ad files makes
+            refuse_traps(handle, path)  # what damage or a stranger put there, and readers would follow
             screen = _expression_modality(handle, path) if handle.attrs.get("encoding-type") == "MuData" else handle
-            for slot in ("obsm", "varm", "uns"):  # results are added there, long after this
-                there = screen.get(slot, {})
-                if isinstance(there, h5py.Dataset) and there.dtype.names is None:
-                    raise InputError(
-                        f"{path} has a value where the group {slot} belongs.", "It is damaged; write it again."
-                    )
+            refuse_values_for_groups(screen, path)
         yield screen
 
 
