@@ -211,11 +211,9 @@ def _stream(
 ) -> StreamedExpression:
     """Rows of a store, read when asked for; of the controls of each split, `CONTROL_POOL` stay in memory."""
     assert isinstance(screen.matrix, StoredMatrix)
-    pools = [
-        np.flatnonzero((labels.condition == 0) & (split == c))[:CONTROL_POOL] for c in range(1, len(splits.SPLITS))
-    ]
-    sparse = is_sparse(n_values, (screen.n_cells, len(record.genes)))
-    held = np.sort(np.concatenate(pools))
+    controls = labels.condition == 0
+    pools = [np.flatnonzero(controls & (split == code))[:CONTROL_POOL] for code in range(1, len(splits.SPLITS))]
+    sparse, held = is_sparse(n_values, (screen.n_cells, len(record.genes))), np.sort(np.concatenate(pools))
     return StreamedExpression(screen.matrix, record, record.places(screen.genes), sparse, held)
 
 
@@ -282,10 +280,7 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
         )
     fitted = ~held_out & ~small
     if counts[0] < 2:
-        raise InputError(
-            f"Only {counts[0]} cells are controls.",
-            "At least two control cells are needed; several hundred are better.",
-        )
+        raise InputError(f"Only {counts[0]} cells are controls.", "At least two are needed, better several hundred.")
     if fitted[1:].sum() < 2:
         raise InputError(
             f"{fitted[1:].sum()} perturbations remain to fit; the largest has {counts[1:].max(initial=0)} cells.",
@@ -303,7 +298,7 @@ def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.
     missing = int((column.isna().to_numpy() & labelled).sum())
     if missing:
         raise InputError(
-            f"{missing} cells have no value in the batch column {key!r}.", "Fill in the values or remove the cells."
+            f"{missing} cells have no value in the batch column {key!r}.", "Fill them in or drop the cells."
         )
     codes, names = pd.factorize(column.astype(str), sort=True)
     return codes.astype(np.int64), tuple(map(str, names))

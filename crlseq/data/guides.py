@@ -155,16 +155,12 @@ def read_guide_map(path: str | Path) -> dict[str, str]:
         if not line.strip() or line.startswith("#"):
             continue
         if len(fields) < 2 or not all(fields[:2]):
-            raise InputError(
-                f"Line {number} of the guide map {path} has no guide and gene.", "Write a guide, a tab and its gene."
-            )
+            raise InputError(f"Line {number} of guide map {path} has no guide and gene.", "Write guide, tab, gene.")
         guide, gene = fields[:2]
         if not genes and number == 1 and gene.casefold() in ("gene", "target", "target_gene", "gene_name", "symbol"):
             continue
         if genes.setdefault(guide, gene) != gene:
-            raise InputError(
-                f"Line {number} of the guide map {path} gives {guide!r} a second gene.", "Give each guide one gene."
-            )
+            raise InputError(f"Line {number} of guide map {path} gives {guide!r} a second gene.", "Give it one gene.")
     if not genes:
         raise InputError(f"The guide map {path} is empty.", "Write one guide, a tab and its gene per line.")
     return genes
@@ -291,9 +287,7 @@ def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> t
 
 def _no_counts(source: str, key: str, there: list[str]) -> InputError:
     listed = few([*map(repr, sorted(there))]) or "none"
-    return InputError(
-        f"{source} has no guide counts {key!r}.", f"Name a table of obsm or a modality of an .h5mu file: {listed}."
-    )
+    return InputError(f"{source} has no guide counts {key!r}.", f"Name a table of obsm or an .h5mu modality: {listed}.")
 
 
 def _table_of(element: Any, key: str) -> tuple[sp.csr_matrix, list[str]]:

@@ -16,6 +16,7 @@ from crlseq.errors import InputError
 HEAP = b"GCOL\1"  # signature and version
 HEAP_SIZE, OBJECT = struct.Struct("<8xQ"), struct.Struct("<H6xQ")  # index and size of an object
 EXPANSION, SMALL = 1100, 1 << 26  # deflate's limit is 1,032; and bytes that do no harm
+DAMAGED = "It is damaged; copy or download it again."
 
 
 def refuse_traps(handle: h5py.File, path: Path) -> None:
@@ -38,9 +39,7 @@ def refuse_claims(element: Any, path: Path) -> None:
     size = sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size
     claimed = sum(int(array.nbytes) for array in arrays)
     if claimed > EXPANSION * size + SMALL:
-        raise InputError(
-            f"{path} has {size} bytes and claims to hold {claimed}.", "It is damaged; copy or download it again."
-        )
+        raise InputError(f"{path} has {size} bytes and claims to hold {claimed}.", DAMAGED)
 
 
 def refuse_values_for_groups(screen: Any, path: Path) -> None:
@@ -66,9 +65,7 @@ def _refuse_endless_heaps(path: Path) -> None:
                 index, length = OBJECT.unpack_from(content, place)
                 step = (OBJECT.size + (length + 7) // 8 * 8 if index else length) % 2**64
                 if step == 0:
-                    raise InputError(
-                        f"{path} has a text heap that never ends.", "It is damaged; copy or download it again."
-                    )
+                    raise InputError(f"{path} has a text heap that never ends.", DAMAGED)
                 place += step
             start = content.find(HEAP, start + 1)
 
@@ -89,9 +86,7 @@ def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
             return
         address = h5py.h5o.get_info(item.id).addr
         if address in around:
-            raise InputError(
-                f"{path} has a group {name!r} that lies within itself.", "It is damaged; write it again with anndata."
-            )
+            raise InputError(f"{path} has a group {name!r} that lies within itself.", "Write it again with anndata.")
         if address in seen:
             return
         seen.add(address)
@@ -110,7 +105,4 @@ def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
 
 def _refuse_outside(elsewhere: bool, path: Path, name: str) -> None:
     if elsewhere:
-        raise InputError(
-            f"{path} reads {name!r} from another file.",
-            "Write it again with anndata, as one file.",
-        )
+        raise InputError(f"{path} reads {name!r} from another file.", "Write it again with anndata.")

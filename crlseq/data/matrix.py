@@ -157,9 +157,7 @@ def open_store(path: Path) -> Iterator[Any]:
             raise InputError(f"{path} is not an h5ad file.", hint)
         handle = h5py.File(path, "r")
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be opened: {error}.", "The file may be cut short; copy or download it again."
-        ) from None
+        raise InputError(f"{path} cannot be opened: {error}.", "It may be cut short; copy it again.") from None
     with handle:
         with readable(str(path), "the file"):
             if "obs" not in handle or "var" not in handle:
@@ -198,9 +196,7 @@ def _row_sliceable(element: Any, source: str) -> Any:
     else:  # rows of a CSC matrix cannot be sliced from disk at a bearable speed
         element = within(element.to_memory() if hasattr(element, "to_memory") else element).tocsr()
     if len(element.shape) != 2:
-        raise InputError(
-            f"{source}: the matrix has {len(element.shape)} dimensions instead of 2.", "Expected cells x genes."
-        )
+        raise InputError(f"{source}: the matrix has {len(element.shape)} dimensions, not 2.", "Expected cells x genes.")
     return element
 
 
@@ -226,15 +222,11 @@ def _checked(obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: s
         if not index.is_unique:
             first = str(index[index.duplicated()][0])
             raise InputError(
-                f"{source}: the {kind} name {first!r} occurs more than once.",
-                f"Use `adata.{call}_names_make_unique()`.",
+                f"{source}: the {kind} name {first!r} occurs more than once.", f"Use `{call}_names_make_unique`."
             )
         odd = next((name for name in map(str, index) if NO_TEXT.search(name)), None)
         if odd is not None:
-            raise InputError(
-                f"{source}: the {kind} name {odd!r} is not valid text.",
-                "Rename it; names are UTF-8 without NUL.",
-            )
+            raise InputError(f"{source}: the {kind} name {odd!r} is not valid text.", "Rename it in UTF-8 without NUL.")
     return Screen(obs, var, genes, matrix, layers, source)
 
 

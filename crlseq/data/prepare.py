@@ -147,18 +147,12 @@ def _refuse_output(target: Path, resume: bool, force: bool) -> None:
         if not force:
             raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
         if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
-            raise InputError(
-                f"{target} exists, is not a store of crlseq and is left alone.", "Choose another --output."
-            )
+            raise InputError(f"{target} exists, is not a crlseq store and is left alone.", "Choose another --output.")
     foreign = sorted(file.name for file in partial.iterdir() if file.name not in PARTS) if partial.is_dir() else []
     if foreign or (partial.exists() and not partial.is_dir()):
-        raise InputError(
-            f"{partial} is not an unfinished store of crlseq and is left alone.", "Choose another --output."
-        )
+        raise InputError(f"{partial} is not an unfinished crlseq store and is left alone.", "Choose another --output.")
     if partial.exists() and not (resume or force):
-        raise InputError(
-            f"There is an unfinished store in {partial}.", "Continue with --resume, or start over with --force."
-        )
+        raise InputError(f"{partial} is an unfinished store.", "Continue with --resume, or start over with --force.")
 
 
 def _empty(partial: Path) -> None:
@@ -218,17 +212,15 @@ def _joined(tables: list[pd.DataFrame], paths: Sequence[Path]) -> pd.DataFrame:
     if len(pd.unique(names)) < len(names):
         names = np.array([f"{name}-{i}" for name, i in zip(names, files, strict=True)], dtype=object)
     columns: dict[str, Any] = {}
+    rows = [pd.RangeIndex(int(a), int(b)) for a, b in pairwise(np.cumsum([0, *map(len, tables)]))]
     for key in dict.fromkeys(str(column) for table in tables for column in table.columns):
-        rows = [pd.RangeIndex(int(a), int(b)) for a, b in pairwise(np.cumsum([0, *map(len, tables)]))]
         parts = [table[key].set_axis(own) for table, own in zip(tables, rows, strict=True) if key in table]
         joined = pd.concat(parts).reindex(range(len(names)))
         if joined.dtype == object:  # texts, categories that differ, or truth values of some cells alone
             joined = joined.map(str, na_action="ignore").astype("category")
         columns[key] = joined.to_numpy() if isinstance(joined.dtype, np.dtype) else joined.array
-    columns.setdefault(
-        INPUT_KEY,
-        pd.Categorical([paths[i].name for i in files.tolist()], categories=list(dict.fromkeys(p.name for p in paths))),
-    )
+    inputs = [path.name for path in paths]
+    columns.setdefault(INPUT_KEY, pd.Categorical(np.array(inputs)[files], categories=list(dict.fromkeys(inputs))))
     return pd.DataFrame(columns, index=pd.Index(names, dtype=object))
 
 

@@ -124,7 +124,7 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
     if asked == "counts" or (asked == "auto" and whole):
         if not whole:
             raise InputError(
-                f"{source}: {scanned.n_fractional} values are not whole numbers, so these are not counts.", hint
+                f"{source} does not hold counts: {scanned.n_fractional} values are not whole numbers.", hint
             )
         if asked == "auto":
             _refuse_odd_integers(scanned, source, hint)
@@ -147,10 +147,7 @@ def _refuse_odd_integers(scanned: Scan, source: str, hint: str) -> None:
         odd = f"all values are whole, none is zero and the largest is {scanned.maximum:g}, as of rounded logarithms"
     else:
         return
-    raise InputError(
-        f"{source}: {odd}, which are neither counts nor log-normalised values.",
-        hint + " --values overrides this check.",
-    )
+    raise InputError(f"{source}: {odd}, neither counts nor log-normalised values.", hint + " --values overrides this.")
 
 
 def refuse_silent_cells(screen: Screen, scanned: Scan, used: np.ndarray) -> None:
@@ -186,9 +183,7 @@ def plan_preprocessing(
         chosen = expressed[_highly_variable(screen, record, cells, most, expressed, n_top, seed)]
         choice = f"{len(chosen)} most variable of {len(expressed)} genes"
     if len(chosen) < 2:
-        raise InputError(
-            f"{screen.source}: only {len(chosen)} gene can be fitted.", "At least two genes with values are needed."
-        )
+        raise InputError(f"{screen.source}: only {len(chosen)} gene can be fitted.", "At least two are needed.")
     return replace(record, genes=tuple(screen.genes[chosen]), gene_choice=choice)
 
 
@@ -198,14 +193,10 @@ def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> 
     if missing:
         close = difflib.get_close_matches(missing[0], screen.genes, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"Genes there are named like {screen.genes[0]!r}."
-        raise InputError(
-            f"{screen.source}: {len(missing)} of the listed genes are missing, first {missing[0]!r}.", hint
-        )
+        raise InputError(f"{screen.source}: {len(missing)} listed genes are missing, first {missing[0]!r}.", hint)
     if silent[position].any():
         first = screen.genes[position[silent[position]][0]]
-        raise InputError(
-            f"{screen.source}: the listed gene {first!r} is zero in every cell.", "Remove it from the list."
-        )
+        raise InputError(f"{screen.source}: the listed gene {first!r} is zero in every cell.", "Remove it.")
     return np.unique(position)
 
 

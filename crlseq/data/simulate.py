@@ -211,9 +211,7 @@ def _refuse_impossible(given: Mapping[str, Any]) -> None:
     if given["escapers"] > 1:
         raise ValueError(f"escapers is a share of the cells, not {given['escapers']:g}.")
     if given["n_doubles"] > n_single * (n_single - 1) // 2:
-        raise ValueError(
-            f"n_doubles = {given['n_doubles']} is more than the number of pairs of {n_single} perturbations."
-        )
+        raise ValueError(f"n_doubles = {given['n_doubles']} exceeds the number of pairs of {n_single} perturbations.")
 
 
 def _draw_graph(p: int, expected_parents: float, rng: np.random.Generator) -> tuple[Floats, NDArray[np.int64]]:
