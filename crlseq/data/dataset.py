@@ -270,20 +270,20 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
         held_out[found] = True
     if not config.combinations:
         held_out |= np.array([len(parts) > 1 for parts in labels.conditions])
-    notes = [f"{n} cells are labelled {label!r} and are excluded." for label, n in sorted(labels.dropped.items())]
+    notes = [f"Cells labelled {label!r} are excluded ({n})." for label, n in sorted(labels.dropped.items())]
     small = (counts < config.min_cells) & ~held_out
     small[0] = False
     if small.any():
         names = [labels.condition_names[c] for c in np.flatnonzero(small)]
         notes.append(
-            f"{len(names)} perturbations have fewer than {config.min_cells} cells and are excluded: {few(names)}."
+            f"Perturbations with fewer than {config.min_cells} cells are excluded ({len(names)}): {few(names)}."
         )
     fitted = ~held_out & ~small
     if counts[0] < 2:
-        raise InputError(f"Only {counts[0]} cells are controls.", "At least two are needed, better several hundred.")
+        raise InputError(f"Too few control cells: {counts[0]}.", "At least two are needed, better several hundred.")
     if fitted[1:].sum() < 2:
         raise InputError(
-            f"{fitted[1:].sum()} perturbations remain to fit; the largest has {counts[1:].max(initial=0)} cells.",
+            f"Too few perturbations to fit: {fitted[1:].sum()}; the largest has {counts[1:].max(initial=0)} cells.",
             "At least two are needed; see --min-cells, --hold-out and --combinations.",
         )
     held_out &= counts > 0
@@ -298,7 +298,7 @@ def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.
     missing = int((column.isna().to_numpy() & labelled).sum())
     if missing:
         raise InputError(
-            f"{missing} cells have no value in the batch column {key!r}.", "Fill them in or drop the cells."
+            f"Cells without a value in the batch column {key!r}: {missing}.", "Fill them in or drop the cells."
         )
     codes, names = pd.factorize(column.astype(str), sort=True)
     return codes.astype(np.int64), tuple(map(str, names))

@@ -113,7 +113,7 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
         meant = asked == "continuous" or (not whole and TRANSFORMED_SHARE <= share <= 1 - TRANSFORMED_SHARE)
         if not meant or asked in ("counts", "log"):
             raise InputError(
-                f"{source}: {scanned.n_negative} values are negative (the smallest is {scanned.minimum:g}).",
+                f"{source} has negative values ({scanned.n_negative}, the smallest {scanned.minimum:g}).",
                 hint + " If they are intended, use --values continuous.",
             )
         return "continuous", f"{share:.0%} of the non-zero values are negative: used unchanged"
@@ -122,7 +122,7 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
     if asked == "counts" or (asked == "auto" and whole):
         if not whole:
             raise InputError(
-                f"{source} does not hold counts: {scanned.n_fractional} values are not whole numbers.", hint
+                f"{source} does not hold counts: some values ({scanned.n_fractional}) are not whole numbers.", hint
             )
         if asked == "auto":
             _refuse_odd_integers(scanned, source, hint)
@@ -153,7 +153,7 @@ def refuse_silent_cells(screen: Screen, scanned: Scan, used: np.ndarray) -> None
     silent = np.flatnonzero((scanned.totals == 0) & used)
     if len(silent):
         raise InputError(
-            f"{screen.source}: {len(silent)} cells have no counts at all (the first is {str(screen.obs.index[silent[0]])!r}).",
+            f"{screen.source}: cells without any counts: {len(silent)} (first {str(screen.obs.index[silent[0]])!r}).",
             "Remove them with `sc.pp.filter_cells(adata, min_counts=1)`.",
         )
 
@@ -181,7 +181,7 @@ def plan_preprocessing(
         chosen = expressed[_highly_variable(screen, record, cells, most, expressed, n_top, seed)]
         choice = f"{len(chosen)} most variable of {len(expressed)} genes"
     if len(chosen) < 2:
-        raise InputError(f"{screen.source}: only {len(chosen)} gene can be fitted.", "At least two are needed.")
+        raise InputError(f"{screen.source}: too few genes to fit: {len(chosen)}.", "At least two are needed.")
     return replace(record, genes=tuple(screen.genes[chosen]), gene_choice=choice)
 
 
@@ -191,7 +191,7 @@ def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> 
     if missing:
         close = difflib.get_close_matches(missing[0], screen.genes, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"Genes there are named like {screen.genes[0]!r}."
-        raise InputError(f"{screen.source}: {len(missing)} listed genes are missing, first {missing[0]!r}.", hint)
+        raise InputError(f"{screen.source}: listed genes are missing ({len(missing)}), first {missing[0]!r}.", hint)
     if silent[position].any():
         first = screen.genes[position[silent[position]][0]]
         raise InputError(f"{screen.source}: the listed gene {first!r} is zero in every cell.", "Remove it.")

@@ -56,7 +56,7 @@ def test_weird_labels(tmp_path: Path, weird: list[str]) -> None:
 def test_labels_called_na_are_dropped_and_counted(tmp_path: Path) -> None:
     run = fit_h5ad(relabelled(g0="NA", g1="nan"), tmp_path)
     assert sorted(run.interventions["perturbation"]) == SINGLES[2:]
-    assert "30 cells are labelled 'NA' and are excluded." in run.info["notes"]
+    assert "Cells labelled 'NA' are excluded (30)." in run.info["notes"]
 
 
 def integers() -> ad.AnnData:
@@ -104,7 +104,7 @@ def test_nullable_strings(tmp_path: Path) -> None:
     adata.obs["perturbation"] = labels
     adata.obs["age"] = pd.array([1, None] * (len(adata) // 2), dtype="Int64")
     run = fit_h5ad(adata, tmp_path)
-    assert run.info["notes"][0] == "1 cells are labelled 'missing' and are excluded."
+    assert run.info["notes"][0] == "Cells labelled 'missing' are excluded (1)."
     kept = ad.read_h5ad(tmp_path / "RUN" / "crlseq.h5ad")
     assert kept.obs["perturbation"].isna().sum() == 1
     assert str(kept.obs["age"].dtype) == "Int64"
