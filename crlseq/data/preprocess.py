@@ -105,7 +105,7 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
     continuous values (scaled data, residuals, simulations) are negative for a good part. A few negative
     values are a mistake in the file. InputError if the values are none of these, or contradict what was asked for.
     """
-    hint = "Give UMI counts or log-normalised values (`sc.pp.normalize_total`, `sc.pp.log1p`) in X or with --layer."
+    hint = "Give raw counts or log-normalised values (`sc.pp.normalize_total`, `sc.pp.log1p`) in X or with --layer."
     if not scanned.n_nonzero:
         raise InputError(f"{source}: all values are zero.", hint)
     whole, share = scanned.n_fractional == 0, scanned.n_negative / scanned.n_nonzero
