@@ -235,7 +235,7 @@ def _renumbered(labels: Perturbations, selection: Selection) -> tuple[np.ndarray
             names.append(labels.condition_names[c])
     position = np.full(len(labels.conditions) + 1, -1)  # the last entry serves condition -1
     position[known] = np.arange(len(known))
-    note = f"Held out but not predicted, because one of their perturbations was not fitted: {few(names)}."
+    note = f"Held out but not predicted, because not all of their perturbations were fitted: {few(names)}."
     return position[labels.condition], known, number, [note] if names else []
 
 
