@@ -37,31 +37,22 @@ class Alignment:
 def align(record: Preprocessing, screen: Screen) -> tuple[Alignment, list[str]]:
     """Find the fitted genes in a screen by name; sentences on what is missing there and what is dropped.
 
-    Raises
-    ------
-    InputError
-        If fewer than half of the fitted genes are there.
+    InputError if fewer than half of the fitted genes are there.
     """
     places = screen.genes.get_indexer(pd.Index(record.genes))
     present, source = np.flatnonzero(places >= 0), screen.source
     n, missing = len(places), np.flatnonzero(places < 0)
+    first = "".join(repr(record.genes[j]) for j in missing[:1])
+    lacking = f"{source}: {len(missing)} of the {n} fitted genes are missing, first {first}."
     if len(present) < MIN_COMMON * n:
-        raise InputError(
-            f"{source}: {len(missing)} of the {n} fitted genes are missing, first {record.genes[missing[0]]!r}.",
-            "Give cells that were measured on the same genes, under the same names.",
-        )
-    notes = []
-    if len(missing):
-        notes.append(
-            f"{source}: {len(missing)} of the {n} fitted genes are missing, first {record.genes[missing[0]]!r}. "
-            "The model is given their mean over the fit's control cells."
-        )
+        raise InputError(lacking, "Give cells with the same genes under the same names.")
+    notes = [f"{lacking} They get their mean over the fit's control cells."] if first else []
     dropped = screen.n_genes - len(present)
     if screen.n_genes > record.n_genes_in_file or (len(missing) and dropped):
-        notes.append(f"{source}: {dropped} of its {screen.n_genes} genes were not fitted, and are dropped.")
+        notes.append(f"{source}: {dropped} of its {screen.n_genes} genes were not fitted and are ignored.")
     if record.values == "counts" and screen.n_genes != record.n_genes_in_file:
         notes.append(
-            f"{source} has {screen.n_genes} genes and the fitted file {record.n_genes_in_file}: "
-            "the totals that counts are scaled by are those of the genes that are there."
+            f"{source} has {screen.n_genes} genes, the fitted file {record.n_genes_in_file}: counts are scaled by "
+            "totals over the genes present."
         )
     return Alignment(present, places[present], n), notes

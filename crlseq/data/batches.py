@@ -14,27 +14,18 @@ SHARED = 2  # controls that the pieces of a step choose among, as a multiple of 
 
 @dataclass(frozen=True)
 class BatchIndex:
-    """Cells of one step: C conditions with up to B perturbed cells and as many control partners.
+    """Cells of one step: C conditions with up to B perturbed cells and as many control partners."""
 
-    ``condition`` (C,), ``perturbed`` and ``control`` (C, B) cell indices, ``mask`` (C, B) False where a row
-    only fills up.
-    """
-
-    condition: np.ndarray
-    perturbed: np.ndarray
-    control: np.ndarray
-    mask: np.ndarray
+    condition: np.ndarray  # (C,)
+    perturbed: np.ndarray  # (C, B) cells
+    control: np.ndarray  # (C, B) cells
+    mask: np.ndarray  # (C, B) False where a row only fills up
 
 
 class ControlPartners:
-    """Draws control cells as partners of perturbed cells, from the perturbed cells' own batch.
+    """Draws partners of perturbed cells from `controls` (indices of cells) of the same `batch` (cells,).
 
-    Parameters
-    ----------
-    controls
-        Indices of the control cells to draw from.
-    batch
-        (cells,) experimental batch. A batch without controls draws from all of them.
+    A batch without controls draws from all of them.
     """
 
     def __init__(self, controls: np.ndarray, batch: np.ndarray) -> None:
@@ -75,14 +66,8 @@ def epoch_batches(
     """Every perturbed cell once, with a fresh control partner, in random order.
 
     A condition's cells are shuffled and cut into even pieces of at most `batch_size`; a step takes
-    `conditions_per_step` pieces. Pieces of fewer than two cells are left out: no MMD without a pair.
-
-    Parameters
-    ----------
-    cells_by_condition
-        Cell indices of each condition; condition 0, the control, is passed over.
-    shuffled
-        Cells lie in random order: pieces are runs of neighbours, which a store reads at once.
+    `conditions_per_step` pieces. Pieces of fewer than two cells are left out: no MMD without a pair. Where the cells of
+    a condition lie `shuffled`, pieces are runs of neighbours, which a store reads at once.
     """
     pieces: list[tuple[int, np.ndarray]] = []
     for c, cells in enumerate(cells_by_condition):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import scipy.sparse as sp
 from crlseq.config import DataConfig
 from crlseq.data import splits
 from crlseq.data.guides import Guides, read_labels
-from crlseq.data.matrix import Screen, open_screen, scan
-from crlseq.data.perturbations import Perturbations
+from crlseq.data.matrix import Scan, Screen, open_screen, scan
+from crlseq.data.perturbations import Perturbations, refuse_missing_column
 from crlseq.data.preprocess import (
     Preprocessing,
     is_sparse,
@@ -28,7 +27,7 @@ from crlseq.data.preprocess import (
 )
 from crlseq.data.store import Manifest, StoredMatrix, read_manifest
 from crlseq.data.streamed import StreamedExpression
-from crlseq.errors import InputError
+from crlseq.errors import InputError, few
 
 ROWS = 4096  # cells taken at once where all are gone through
 CONTROL_POOL = 16_384  # which stay in memory: at 500 values a cell, 65 MB
@@ -37,49 +36,23 @@ IN_MEMORY = 0.25  # share of the machine's memory up to which a store is loaded 
 
 @dataclass(frozen=True)
 class PerturbSeqData:
-    """A screen in numbers. Row i of everything is cell i of the file; condition 0 is the control.
+    """A screen in numbers. Row i of everything is cell i of the file; condition 0 is the control."""
 
-    Attributes
-    ----------
-    x
-        (cells, genes) float32 normalised expression, CSR or dense; or read when it is asked for, from a store.
-    cell_names
-        Names of the cells, unique.
-    condition
-        (cells,) int64 index into ``conditions``; -1 for cells that take no part.
-    conditions
-        For each condition the ascending indices of its single perturbations; () for the control.
-    condition_names, perturbation_names
-        Their labels. Perturbations are those of fitted conditions and no others.
-    batch, batch_names
-        (cells,) int64 experimental batch, and its labels; one batch without a batch key.
-    split
-        (cells,) int8 code of `splits.SPLITS`.
-    totals
-        (cells,) counts of each cell over all genes of the file; None for values that are no counts.
-    notes
-        Sentences about what was left out and why.
-    guides
-        What guides were read as, where the configuration names any.
-    shuffled
-        Whether the cells of each condition lie together in random order, as in a prepared store.
-    """
-
-    x: sp.csr_matrix | np.ndarray | StreamedExpression
-    cell_names: pd.Index
-    condition: np.ndarray
-    conditions: tuple[tuple[int, ...], ...]
+    x: sp.csr_matrix | np.ndarray | StreamedExpression  # (cells, genes) float32, normalised; streamed: from a store
+    cell_names: pd.Index  # unique
+    condition: np.ndarray  # (cells,) int64 index into `conditions`; -1 of cells that take no part
+    conditions: tuple[tuple[int, ...], ...]  # ascending indices of single perturbations; () of the control
     condition_names: tuple[str, ...]
-    perturbation_names: tuple[str, ...]
-    batch: np.ndarray
+    perturbation_names: tuple[str, ...]  # of perturbations in fitted conditions and no others
+    batch: np.ndarray  # (cells,) int64 index into `batch_names`; one batch without a batch key
     batch_names: tuple[str, ...]
-    split: np.ndarray
-    totals: np.ndarray | None
+    split: np.ndarray  # (cells,) int8 code of `splits.SPLITS`
+    totals: np.ndarray | None  # (cells,) counts over all genes of the file; None for values that are no counts
     preprocessing: Preprocessing
     labels: Perturbations
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # sentences about what was left out and why
     guides: Guides | None = None
-    shuffled: bool = False
+    shuffled: bool = False  # cells of each condition lie together in random order, as in a prepared store
 
     @property
     def n_genes(self) -> int:
@@ -140,7 +113,7 @@ class PerturbSeqData:
     def counts(self, index: np.ndarray) -> sp.csr_matrix:
         """(len(index), genes) counts, got back from normalised values (exact below 10^5, float32's precision)."""
         if self.totals is None or self.preprocessing.target_sum is None:
-            raise ValueError("these values are no counts.")
+            raise ValueError("these values are not counts.")
         rows = sp.csr_matrix(self.x[index]).astype(np.float64).expm1()
         counts = sp.csr_matrix(sp.diags_array(self.totals[index] / self.preprocessing.target_sum).tocsr() @ rows)
         counts.data = np.rint(counts.data)
@@ -155,13 +128,7 @@ class PerturbSeqData:
 
 
 def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) -> PerturbSeqData:
-    """Read, check, normalise and split a screen.
-
-    Raises
-    ------
-    InputError
-        For anything in the file that cannot be used; the message says what, the hint what to do.
-    """
+    """Read, check, normalise and split a screen; InputError for anything in it that cannot be used."""
     manifest = read_manifest(source) if config.layer is None else None
     if manifest is not None:
         config = _as_prepared(config, manifest)
@@ -174,60 +141,36 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
             labels.condition, selection.fitted, selection.held_out,
             config.validation_cells, config.hold_out_cells, np.random.default_rng([seed, 0]), shuffled,
         )  # fmt: skip
-        used = split != splits.UNUSED
         scanned = scan(screen)
-        values = kind_of_values(scanned, screen.source, config.values)
-        if values[0] != "continuous":
-            refuse_silent_cells(screen, scanned, used)
-        # Genes are chosen on training cells alone, so that test cells have no say in the model.
-        trained = split == splits.TRAIN
-        record = plan_preprocessing(
-            screen, scanned, values, trained, config.n_top_genes, config.genes, config.layer, seed
-        )
+        record = _preprocessing(screen, scanned, split, config, seed)
         n_values = int(scanned.detected[record.columns(screen.genes, screen.source)].sum())
         if shuffled and _is_streamed(config, n_values):
-            assert isinstance(screen.matrix, StoredMatrix)
-            held = [
-                np.flatnonzero((labels.condition == 0) & (split == c))[:CONTROL_POOL]
-                for c in range(1, len(splits.SPLITS))
-            ]
-            sparse = is_sparse(n_values, (screen.n_cells, len(record.genes)))
-            x: sp.csr_matrix | np.ndarray | StreamedExpression = StreamedExpression(
-                screen.matrix, record, record.places(screen.genes), sparse, np.sort(np.concatenate(held))
-            )
+            x: sp.csr_matrix | np.ndarray | StreamedExpression = _stream(screen, record, n_values, labels, split)
         else:
             x = load(screen, record, n_values)
         cell_names = screen.obs.index.astype(str)
-    notes = [*([] if guides is None else [guides.reason]), *selection.notes]
-    if record.n_silent_genes:
-        notes.append(
-            f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are left out."
-        )
-    notes += _lonely_batches(batch, batch_names, labels, split)
-    kept = np.flatnonzero(selection.fitted | selection.held_out)
-    parts = sorted({part for c in np.flatnonzero(selection.fitted) for part in labels.conditions[c]})
-    renumbered = {part: i for i, part in enumerate(parts)}
-    known = [c for c in kept if all(part in renumbered for part in labels.conditions[c])]
-    if len(known) < len(kept):
-        names = [labels.condition_names[c] for c in kept if c not in set(known)]
-        notes.append(f"Held out, but without a fitted part to predict from: {_few(names)}.")
-    position = np.full(len(labels.conditions) + 1, -1)  # the last entry serves condition -1
-    position[known] = np.arange(len(known))
-    condition = position[labels.condition]
+    condition, known, number, unpredictable = _renumbered(labels, selection)
+    silent = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are excluded."
     return PerturbSeqData(
         x=x,
         cell_names=cell_names,
         condition=condition,
-        conditions=tuple(tuple(renumbered[part] for part in labels.conditions[c]) for c in known),
+        conditions=tuple(tuple(number[part] for part in labels.conditions[c]) for c in known),
         condition_names=tuple(labels.condition_names[c] for c in known),
-        perturbation_names=tuple(labels.names[part] for part in parts),
+        perturbation_names=tuple(labels.names[part] for part in number),
         batch=batch,
         batch_names=batch_names,
         split=split,
         totals=scanned.totals if record.values == "counts" else None,
         preprocessing=record,
         labels=labels,
-        notes=tuple(notes),
+        notes=(
+            *([] if guides is None else [guides.reason]),
+            *selection.notes,
+            *([silent] if record.n_silent_genes else []),
+            *_lonely_batches(batch, batch_names, labels, split),
+            *unpredictable,
+        ),
         guides=guides,
         shuffled=shuffled,
     )
@@ -248,6 +191,14 @@ def _is_sorted(condition: np.ndarray) -> bool:
     return bool((np.diff(known) >= 0).all() and (condition[len(known) :] < 0).all())
 
 
+def _preprocessing(screen: Screen, scanned: Scan, split: np.ndarray, config: DataConfig, seed: int) -> Preprocessing:
+    values = kind_of_values(scanned, screen.source, config.values)
+    if values[0] != "continuous":
+        refuse_silent_cells(screen, scanned, split != splits.UNUSED)
+    # Genes are chosen on training cells alone, so that test cells have no say in the model.
+    return plan_preprocessing(screen, scanned, values, split == splits.TRAIN, config, seed)
+
+
 def _is_streamed(config: DataConfig, n_values: int) -> bool:
     if config.streamed is not None:
         return config.streamed
@@ -255,22 +206,52 @@ def _is_streamed(config: DataConfig, n_values: int) -> bool:
     return 8 * n_values > IN_MEMORY * memory
 
 
+def _stream(
+    screen: Screen, record: Preprocessing, n_values: int, labels: Perturbations, split: np.ndarray
+) -> StreamedExpression:
+    """Rows of a store, read when asked for; of the controls of each split, `CONTROL_POOL` stay in memory."""
+    assert isinstance(screen.matrix, StoredMatrix)
+    controls = labels.condition == 0
+    pools = [np.flatnonzero(controls & (split == code))[:CONTROL_POOL] for code in range(1, len(splits.SPLITS))]
+    sparse, held = is_sparse(n_values, (screen.n_cells, len(record.genes))), np.sort(np.concatenate(pools))
+    return StreamedExpression(screen.matrix, record, record.places(screen.genes), sparse, held)
+
+
+def _renumbered(labels: Perturbations, selection: Selection) -> tuple[np.ndarray, list[int], dict[int, int], list[str]]:
+    """Conditions that are fitted, or held out and made of fitted perturbations, counted from 0.
+
+    Returns
+    -------
+    The condition of each cell (cells,) or -1; these conditions by their numbers in the labels; the number of each
+    fitted perturbation by that in the labels; and a note on the conditions that are left out here.
+    """
+    fitted = {part for c in np.flatnonzero(selection.fitted) for part in labels.conditions[c]}
+    number = {part: i for i, part in enumerate(sorted(fitted))}
+    known, names = list[int](), list[str]()
+    for c in np.flatnonzero(selection.fitted | selection.held_out).tolist():
+        if fitted.issuperset(labels.conditions[c]):
+            known.append(c)
+        else:
+            names.append(labels.condition_names[c])
+    position = np.full(len(labels.conditions) + 1, -1)  # the last entry serves condition -1
+    position[known] = np.arange(len(known))
+    note = f"Held out but not predicted, because not all of their perturbations were fitted: {few(names)}."
+    return position[labels.condition], known, number, [note] if names else []
+
+
 @dataclass(frozen=True)
 class Selection:
-    """Which conditions are fitted and which held out, (conditions,) bool each, and why others are not."""
+    """Which conditions are fitted and which held out."""
 
-    fitted: np.ndarray
+    fitted: np.ndarray  # (conditions,) bool
     held_out: np.ndarray
-    notes: list[str]
+    notes: list[str]  # why others are neither
 
 
 def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     """Conditions to fit and to hold out.
 
-    Raises
-    ------
-    InputError
-        If a condition to hold out is not there, or too few controls or perturbations are left.
+    InputError if a condition to hold out is not there, or too few controls or perturbations are left.
     """
     counts = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
     held_out = np.zeros(len(labels.conditions), dtype=bool)
@@ -287,26 +268,22 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
                 f"Labels there are written like {labels.condition_names[-1]!r}.",
             )
         held_out[found] = True
-    order = np.array([len(parts) for parts in labels.conditions])
     if not config.combinations:
-        held_out |= order > 1
-    notes = [f"{n} cells are labelled {label!r} and are left out." for label, n in sorted(labels.dropped.items())]
+        held_out |= np.array([len(parts) > 1 for parts in labels.conditions])
+    notes = [f"Cells labelled {label!r} are excluded ({n})." for label, n in sorted(labels.dropped.items())]
     small = (counts < config.min_cells) & ~held_out
     small[0] = False
     if small.any():
         names = [labels.condition_names[c] for c in np.flatnonzero(small)]
         notes.append(
-            f"{len(names)} perturbations have fewer than {config.min_cells} cells and are left out: {_few(names)}."
+            f"Perturbations with fewer than {config.min_cells} cells are excluded ({len(names)}): {few(names)}."
         )
     fitted = ~held_out & ~small
     if counts[0] < 2:
-        raise InputError(
-            f"Only {counts[0]} cells are controls.",
-            "At least two control cells are needed, and some hundred are better.",
-        )
+        raise InputError(f"Too few control cells: {counts[0]}.", "At least two are needed, better several hundred.")
     if fitted[1:].sum() < 2:
         raise InputError(
-            f"{fitted[1:].sum()} perturbations are left to fit; the largest has {counts[1:].max(initial=0)} cells.",
+            f"Too few perturbations to fit: {fitted[1:].sum()}; the largest has {counts[1:].max(initial=0)} cells.",
             "At least two are needed; see --min-cells, --hold-out and --combinations.",
         )
     held_out &= counts > 0
@@ -316,16 +293,12 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
 def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     if key is None:
         return np.zeros(screen.n_cells, dtype=np.int64), ("all",)
-    if key not in screen.obs:
-        columns = [str(column) for column in screen.obs.columns]
-        first = difflib.get_close_matches(key, columns)
-        listed = _few([repr(column) for column in dict.fromkeys([*first, *columns])])
-        raise InputError(f"The cells have no column {key!r} for --batch-key.", f"Columns: {listed}.")
+    refuse_missing_column(screen.obs, key, "--batch-key")
     column = screen.obs[key]
     missing = int((column.isna().to_numpy() & labelled).sum())
     if missing:
         raise InputError(
-            f"{missing} cells have no value in the batch column {key!r}.", "Fill them or remove the cells."
+            f"Cells without a value in the batch column {key!r}: {missing}.", "Fill them in or drop the cells."
         )
     codes, names = pd.factorize(column.astype(str), sort=True)
     return codes.astype(np.int64), tuple(map(str, names))
@@ -341,11 +314,7 @@ def _lonely_batches(batch: np.ndarray, names: tuple[str, ...], labels: Perturbat
     alone = np.setdiff1d(labels.condition[perturbed], labels.condition[perturbed & np.isin(batch, controls)])
     without = [labels.condition_names[c] for c in alone]
     return [
-        f"Batches without control cells: {_few([names[b] for b in lonely])}. What such a batch does cannot be told from"
-        " what perturbations do: its cells take no part in finding targets and graph"
-        + (f", and perturbations that have no others get no target: {_few(without)}." if without else ".")
+        f"Batches without control cells: {few([names[b] for b in lonely])}. Batch and perturbation effects cannot be"
+        " separated there, so their cells are excluded from finding targets and graph"
+        + (f"; perturbations found only there get no target: {few(without)}." if without else ".")
     ]
-
-
-def _few(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -13,7 +13,7 @@ import pandas as pd
 from crlseq.data.matrix import open_store, readable, within
 from crlseq.errors import InputError
 
-HINT = "Give a CSV with a gene's name and then its numbers in each line, or an h5ad with genes as observations."
+HINT = "Give a CSV with one gene per line, its name first and then its numbers, or an h5ad with genes as observations."
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,22 @@ class Embeddings:
 def read_embeddings(path: str | Path) -> Embeddings:
     """Read and check a table of gene vectors.
 
-    Raises
-    ------
-    InputError
-        If it is missing, no such table, empty or constant, names a gene twice, or holds what is no finite number.
+    InputError if it is missing, no table, empty or constant, names a gene twice, or has a value that is not finite.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"There is no file {path} of embeddings.", "Check the path.")
+        raise InputError(f"There is no embeddings file {path}.", "Check the path.")
     source = f"The embeddings {path}"
     names, values = _from_h5ad(path) if h5py.is_hdf5(path) else _from_text(path)
     if not len(names) or values.shape[1] == 0:
-        raise InputError(f"{source} hold {len(names)} genes and {values.shape[1]} numbers for each.", HINT)
+        raise InputError(f"{source} have {len(names)} genes and {values.shape[1]} numbers per gene.", HINT)
     repeated = names[names.duplicated()]
     if len(repeated):
         raise InputError(f"{source} name {str(repeated[0])!r} more than once.", "Keep one vector for each gene.")
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
         raise InputError(
-            f"{source} hold no finite number for {str(names[row])!r} in column {column + 1}.",
+            f"{source} have no finite number for {str(names[row])!r} in column {column + 1}.",
             "Remove or fill it first.",
         )
     varies = np.ptp(values, axis=0) > 1e-12 * np.abs(values).max(axis=0)
@@ -88,7 +85,7 @@ def _from_text(path: Path) -> tuple[pd.Index, np.ndarray]:
             row = int(np.flatnonzero(numbers.isna())[0])
             text = str(body[column].iloc[row])[:40]
             raise InputError(
-                f"The embeddings {path} hold {text!r} for {str(names[row])!r} in column {place + 1}, which is no number.",
+                f"The embeddings {path} have {text!r} for {str(names[row])!r} in column {place + 1}, which is not a number.",
                 HINT,
             )
     return names, body.to_numpy(dtype=float)

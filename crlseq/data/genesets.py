@@ -17,32 +17,19 @@ MIN_FITTED = 5  # fitted genes of a set whose activity is told from a single gen
 MAX_LINE, MAX_FILE = 4_000_000, 500_000_000  # bytes: ten times what the largest collections take
 MAX_ENTRIES = 200_000_000  # sets times genes of an encoder: 3 GB while it is trained
 GZIP = b"\x1f\x8b"
+Line = tuple[str, str, tuple[str, ...]]  # name, description and all genes
 _ENSEMBL = re.compile(r"ENS[A-Z]{0,6}G\d{11}")
 
 
 @dataclass(frozen=True)
 class GeneSets:
-    """The sets that an encoder reads.
+    """The sets that an encoder reads, a unit each."""
 
-    Attributes
-    ----------
-    names
-        A unit each: the first set in the file with these fitted genes.
-    same
-        Other sets with the same fitted genes, which no data tell from the first; joined by "; ".
-    members
-        (sets, G) bool.
-    lines
-        Name, description and all genes of every set in `names` and `same`, as in the file.
-    n_small
-        How many sets were left out, with fewer than `MIN_FITTED` fitted genes.
-    """
-
-    names: tuple[str, ...]
-    same: tuple[str, ...]
-    members: NDArray[np.bool_]
-    lines: tuple[tuple[str, str, tuple[str, ...]], ...]
-    n_small: int
+    names: tuple[str, ...]  # of each unit: the first set in the file with these fitted genes
+    same: tuple[str, ...]  # other sets with the same fitted genes, which no data tell from the first; joined by "; "
+    members: NDArray[np.bool_]  # (sets, genes)
+    lines: tuple[Line, ...]  # of each set in `names` and `same`
+    n_small: int  # sets left out, with fewer than `MIN_FITTED` fitted genes
 
     def in_words(self) -> str:
         """``Encoder: 87 gene sets, which hold 210 of 299 fitted genes; left out: ...``"""
@@ -50,7 +37,7 @@ class GeneSets:
         left = [f"{self.n_small} with fewer than {MIN_FITTED} fitted genes"] if self.n_small else []
         left += [f"{n_same} with the same fitted genes as another"] if n_same else []
         return (
-            f"The encoder reads {len(self.names)} gene sets, which hold {held} of {self.members.shape[1]} fitted genes."
+            f"The encoder reads {len(self.names)} gene sets, which contain {held} of {self.members.shape[1]} fitted genes."
             + (f" Left out: {' and '.join(left)}." if left else "")
         )
 
@@ -71,13 +58,10 @@ class GeneSets:
 def fitted_sets(path: Path, genes: Sequence[str]) -> GeneSets:
     """Sets of a gmt file with at least `MIN_FITTED` of the fitted genes, in the order of the file.
 
-    Raises
-    ------
-    InputError
-        If the file cannot be read or is malformed, no set has enough of the genes, or there are too many sets.
+    InputError if the file cannot be read or is malformed, no set has enough of the genes, or there are too many sets.
     """
     place = {name: j for j, name in enumerate(genes)}
-    units = dict[tuple[int, ...], list[tuple[str, str, tuple[str, ...]]]]()
+    units = dict[tuple[int, ...], list[Line]]()
     seen, n_small, common = list[str](), 0, False
     for name, about, own in read_gmt(path):
         seen += own[: max(0, 200 - len(seen))]
@@ -95,7 +79,7 @@ def fitted_sets(path: Path, genes: Sequence[str]) -> GeneSets:
     refuse_unmatched(str(path), seen, common, genes)
     if not units:
         raise InputError(
-            f"No gene set of {path} holds {MIN_FITTED} or more of the {len(genes)} fitted genes.",
+            f"No gene set of {path} contains {MIN_FITTED} or more of the {len(genes)} fitted genes.",
             "Fit more genes, or give other gene sets.",
         )
     members = np.zeros((len(units), len(genes)), dtype=bool)
@@ -111,29 +95,21 @@ def fitted_sets(path: Path, genes: Sequence[str]) -> GeneSets:
 
 
 def refuse_unmatched(source: str, seen: Sequence[str], common: bool, genes: Sequence[str] | np.ndarray) -> None:
-    """Refuse sets without genes, or with none in `common` with those that were fitted; `seen` are the first ones.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse sets without genes, or with none in `common` with those that were fitted; `seen` are the first ones."""
     if not seen:
-        raise InputError(f"There is no gene set in {source}.", "Give a gmt file: a gene set a line.")
+        raise InputError(f"There is no gene set in {source}.", "Give a gmt file with one gene set per line.")
     if not common:
         raise InputError(
-            f"No gene set of {source} holds a gene that was fitted: its genes are {_naming(seen)}, those of the run "
+            f"No gene set of {source} contains a fitted gene: its genes are {_naming(seen)}, those of the run "
             f"{_naming(genes)}.",
-            "Give gene sets with the names of the run's genes, or fit the screen with theirs.",
+            "Use the same gene names in the gene sets and in the screen.",
         )
 
 
 def read_gmt(path: Path) -> Iterator[tuple[str, str, list[str]]]:
     """Name, description (unless it is a link) and genes of each line; one line is in memory at a time.
 
-    Raises
-    ------
-    InputError
-        If the file cannot be read, is packed or no text, or a line is malformed, too long or repeats a name.
+    InputError if the file cannot be read, is packed or no text, or a line is malformed, too long or repeats a name.
     """
     at, read = dict[str, int](), 0
     number = 0
@@ -143,37 +119,31 @@ def read_gmt(path: Path) -> Iterator[tuple[str, str, list[str]]]:
                 number, read = number + 1, read + len(line)
                 where = f"Line {number} of {path}"
                 if number == 1 and line.startswith(GZIP):
-                    raise InputError(f"{path} is packed with gzip.", "Unpack it first: gunzip.")
+                    raise InputError(f"{path} is compressed with gzip.", "Decompress it first with gunzip.")
                 if len(line) > MAX_LINE or read > MAX_FILE:
-                    raise InputError(f"{where} is beyond the size of a gmt file.", f"Give one of at most {MAX_FILE:,} bytes, {MAX_LINE:,} a line.")  # fmt: skip
+                    raise InputError(f"{where} is too large for a gmt file.", f"At most {MAX_FILE:,} bytes are read, and {MAX_LINE:,} per line.")  # fmt: skip
                 if not line.strip():
                     continue
                 if b"\0" in line:
-                    raise InputError(f"{where} is no text.", "Give a gmt file, unpacked.")
+                    raise InputError(f"{where} is not text.", "Give an uncompressed gmt file.")
                 name, *rest = (part.strip() for part in line.decode("utf-8-sig").split("\t"))
                 if not name or len(rest) < 2 or "\r" in line.decode("utf-8-sig").strip():
-                    raise InputError(f"{where} is not a gene set in gmt format.", "A line holds a name, a description and genes, with tabs between them.")  # fmt: skip
+                    raise InputError(f"{where} is not a gene set in gmt format.", "Each line has a name, a description and genes, separated by tabs.")  # fmt: skip
                 if name in at:
-                    raise InputError(f"{where} repeats the name of the gene set in line {at[name]}.", "Give each gene set a name of its own.")  # fmt: skip
+                    raise InputError(f"{where} repeats the name of the gene set in line {at[name]}.", "Give each gene set a unique name.")  # fmt: skip
                 at[name] = number
                 description, *genes = rest
                 yield name, "" if description.startswith(("http:", "https:")) else description, [*filter(None, genes)]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.", "Give a gmt file.") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"Line {number} of {path} is not UTF-8 text.", "Give a gmt file, unpacked.") from error
+        raise InputError(f"Line {number} of {path} is not UTF-8 text.", "Give an uncompressed gmt file.") from error
 
 
 def check_gmt(path: Path) -> None:
-    """Read a gmt file for its faults alone, before anything slower is done; not a pipe, which can be read only once.
-
-    Raises
-    ------
-    InputError
-        As `read_gmt`, or if there is no gene set in it.
-    """
+    """Read a gmt file for its faults alone, before anything slower is done; not a pipe, which can be read only once."""
     if not path.is_fifo() and not sum(1 for _ in read_gmt(path)):
-        raise InputError(f"There is no gene set in {path}.", "Give a gmt file: a gene set a line.")
+        raise InputError(f"There is no gene set in {path}.", "Give a gmt file with one gene set per line.")
 
 
 def _naming(genes: Sequence[str] | np.ndarray) -> str:

@@ -1,8 +1,8 @@
 """Guides -> perturbations: which gene a guide is of, and which guides a cell carries.
 
 *Genes of guides.* A table (``--guide-map``) says it, or the names do: one style of writing is chosen for all of them,
-the one of `STYLES` that fits most, and a name that it does not fit is a gene of its own. Guides whose gene is a known
-control label, or the given one, are control guides.
+the one of `GUIDE_STYLES` that fits most, and a name that it does not fit is a gene of its own. Guides whose gene is a
+known control label, or the given one, are control guides.
 
 *Guides of cells.* A column names them (several joined by ``|``, ``;`` or ``,``, or by ``--separator``), or they are
 counted. Of a cell's counts, guides of one gene are summed; with the largest two sums a >= b of a total N, the cell
@@ -30,21 +30,28 @@ import pandas as pd
 import scipy.sparse as sp
 
 from crlseq.config import DataConfig
-from crlseq.data.matrix import Screen, as_csr, open_store, readable
-from crlseq.data.perturbations import CONTROL_LABELS, NEVER_PERTURBATIONS, Perturbations, read_perturbations
-from crlseq.errors import InputError, UsageError
+from crlseq.data.matrix import EXPRESSION, Screen, as_csr, open_store, readable
+from crlseq.data.perturbations import (
+    CONTROL_LABELS,
+    NEVER_PERTURBATIONS,
+    Perturbations,
+    read_perturbations,
+    refuse_missing_column,
+)
+from crlseq.errors import InputError, UsageError, few
 
 GUIDE_LABELS = "crlseq_perturbation"  # column of obs with what guides were read as
 CONTROL = "control"
 JOINED, BETWEEN_GUIDES = "+", re.compile(r"\s*[|;,]+\s*")
 AMBIGUOUS, UNASSIGNED = "multiple", "unassigned"
+MANY, NONE = -2, -1  # in place of a cell's gene: of the two labels above
 CONTROL_GUIDES = CONTROL_LABELS | frozenset(
     {"neg", "negctrl", "non-target", "nontarget", "scramble", "scrambled", "safe-targeting", "safe_targeting"}
     | {"no_site", "no-site", "one_non-gene_site", "one_intergenic_site"}
 )
 # How libraries write a gene and its guide; a prefix such as "sg" is taken off first.
 _PREFIX = re.compile(r"^(?:sgRNA|gRNA|sg)[_\-. ](?=.)|^sg(?=[A-Z])")
-STYLES: tuple[tuple[str, re.Pattern[str]], ...] = (
+GUIDE_STYLES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("GENE_+_POSITION", re.compile(r"(.+?)_[+-]_\d+(?:\..*)?")),
     ("GENE_SEQUENCE", re.compile(r"(.+)[_\-.:][ACGT]{17,}")),
     ("GENE_g1", re.compile(r"(.+)[_\-. ](?:sgRNA|gRNA|guide|sg|g|cr)[_\-. ]?\d+", re.IGNORECASE)),
@@ -52,29 +59,16 @@ STYLES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("GENE_1", re.compile(r"(.+)[_\-.]\d+")),
 )
 _NUMBERED = re.compile(r"(.{4,}?|.+?(?=[_\-. ]))[_\-. ]?\d+")  # "ctrl3", "NT_3", and not "NT3"
-MOST_NAMES = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Guides:
-    """What guides say of every cell.
+    """What guides say of every cell."""
 
-    Attributes
-    ----------
-    labels
-        (cells,) categorical: the control label, ``A``, ``A+B``, or why a cell has none.
-    control_label
-        Label of cells with control guides alone.
-    reason
-        What was read, and how, in a sentence or two.
-    record
-        The same for ``run.json``: thresholds, the rule, ``genes`` by guide, and ``cells`` by label.
-    """
-
-    labels: pd.Categorical
-    control_label: str
-    reason: str
-    record: dict[str, Any]
+    labels: pd.Categorical  # (cells,) the control label, "A", "A+B", or why a cell has none
+    control_label: str  # of cells with control guides alone
+    reason: str  # what was read, and how, in a sentence or two
+    record: dict[str, Any]  # the same for run.json: thresholds, the rule, genes by guide, and cells by label
 
 
 def read_labels(
@@ -82,17 +76,12 @@ def read_labels(
 ) -> tuple[Perturbations, Guides | None]:
     """Perturbations of all cells, from guides if the configuration names any.
 
-    Raises
-    ------
-    InputError
-        If guides or labels cannot be read.
-    UsageError
-        If more than one place was named to read them from.
+    InputError if they cannot be read; UsageError if more than one place was named to read them from.
     """
     places = ("perturbation_key", "guide_key", "guide_counts")
     given = [f"--{name.replace('_', '-')}" for name in places if getattr(config, name) is not None]
     if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} were both given.", "Give the one that holds the perturbations.")
+        raise UsageError(f"{' and '.join(given)} were both given.", "Give only the one that has the perturbations.")
     if config.guide_key is None and config.guide_counts is None:
         if config.guide_map is not None:
             raise UsageError("--guide-map needs guides.", "Name them with --guide-key or --guide-counts.")
@@ -107,24 +96,11 @@ def read_labels(
 def genes_of_guides(
     names: Iterable[str], control_label: str | None = None, table: Mapping[str, str] | None = None
 ) -> tuple[dict[str, str], str]:
-    """Gene of each guide, and by which rule.
+    """Gene of each guide, sorted by guide, and the rule: one of `GUIDE_STYLES`, ``sgGENE`` (a prefix), or ``table``.
 
-    Parameters
-    ----------
-    control_label
-        Gene, or name, of control guides; None: any of `CONTROL_GUIDES`.
-    table
-        Gene by guide, in place of the rule.
-
-    Returns
-    -------
-    Genes by guide, sorted; control guides have the control label (``control`` where none was given). The rule: a name
-    of `STYLES`, ``sgGENE`` for a prefix alone, or ``table``.
-
-    Raises
-    ------
-    InputError
-        If a guide is not in the table, or no style fits half of the names.
+    Control guides have the control label (``control`` where none was given): those whose gene or name it is, or, where
+    none was given, any of `CONTROL_GUIDES`. InputError if a guide is not in the table of genes by guide, or no style
+    fits half of the names.
     """
     guides = sorted(set(names))
     if table is not None:
@@ -132,7 +108,7 @@ def genes_of_guides(
         if missing:
             raise InputError(
                 f"{len(missing)} of {len(guides)} guides are not in the guide map, first {missing[0]!r}.",
-                "Add a line for each: the guide, a tab, its gene.",
+                "Add one line per guide: the guide, a tab, its gene.",
             )
         parsed, rule = {guide: table[guide] for guide in guides}, "table"
     else:
@@ -143,14 +119,14 @@ def genes_of_guides(
 
 def _by_style(guides: Sequence[str], control_label: str | None) -> tuple[dict[str, str], str]:
     short = {guide: _PREFIX.sub("", guide) for guide in guides}
-    fits = {name: {g: m[1] for g in guides if (m := style.fullmatch(short[g]))} for name, style in STYLES}
+    fits = {name: {g: m[1] for g in guides if (m := style.fullmatch(short[g]))} for name, style in GUIDE_STYLES}
     fits["sgGENE"] = {g: short[g] for g in guides if short[g] != g}
     rule = max(fits, key=lambda name: len(fits[name]))  # the first of equals
     named = [g for g in guides if not _is_control(g, fits[rule].get(g, short[g]), control_label)]
     if 2 * sum(g in fits[rule] for g in named) < len(named):
         first = next(g for g in named if g not in fits[rule])
         raise InputError(
-            f"The names of the {len(guides)} guides do not say which genes they are of, such as {first!r}.",
+            f"The names of the {len(guides)} guides do not contain their genes in a known style, such as {first!r}.",
             "Give a table of guides and genes with --guide-map; if the names are genes, use --perturbation-key.",
         )
     return {g: fits[rule].get(g, short[g]) for g in guides}, rule
@@ -166,10 +142,7 @@ def _is_control(guide: str, gene: str, control_label: str | None) -> bool:
 def read_guide_map(path: str | Path) -> dict[str, str]:
     """Gene by guide from a table with a guide and its gene a line, tabs or commas between; a header is passed over.
 
-    Raises
-    ------
-    InputError
-        If it cannot be read, a line has not two fields, or a guide is given two genes.
+    InputError if it cannot be read, a line has not two fields, or a guide is given two genes.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -182,18 +155,14 @@ def read_guide_map(path: str | Path) -> dict[str, str]:
         if not line.strip() or line.startswith("#"):
             continue
         if len(fields) < 2 or not all(fields[:2]):
-            raise InputError(
-                f"Line {number} of the guide map {path} has no guide and gene.", "Write a guide, a tab and its gene."
-            )
+            raise InputError(f"Line {number} of guide map {path} has no guide and gene.", "Write guide, tab, gene.")
         guide, gene = fields[:2]
         if not genes and number == 1 and gene.casefold() in ("gene", "target", "target_gene", "gene_name", "symbol"):
             continue
         if genes.setdefault(guide, gene) != gene:
-            raise InputError(
-                f"Line {number} of the guide map {path} gives {guide!r} a second gene.", "Give each guide one gene."
-            )
+            raise InputError(f"Line {number} of guide map {path} gives {guide!r} a second gene.", "Give it one gene.")
     if not genes:
-        raise InputError(f"The guide map {path} is empty.", "Write a guide, a tab and its gene a line.")
+        raise InputError(f"The guide map {path} is empty.", "Write one guide, a tab and its gene per line.")
     return genes
 
 
@@ -204,17 +173,15 @@ def _genes(names: Iterable[str], config: DataConfig) -> tuple[dict[str, str], st
     torn = next((gene for gene in genes.values() if mark in gene), None)
     if torn is not None:
         raise InputError(
-            f"The gene {torn!r} of a guide holds {mark!r}, which joins the genes of a combination.",
-            "Name another mark with --separator, or rename the gene in a --guide-map.",
+            f"The gene {torn!r} of a guide contains {mark!r}, which separates the genes of a combination.",
+            "Choose another --separator, or rename the gene in a --guide-map.",
         )
     return genes, rule
 
 
 def _from_column(screen: Screen, config: DataConfig) -> Guides:
     key = str(config.guide_key)
-    if key not in screen.obs:
-        columns = ", ".join(repr(str(column)) for column in screen.obs.columns[:MOST_NAMES])
-        raise InputError(f"The cells have no column {key!r} for --guide-key.", f"Columns: {columns or 'none'}.")
+    refuse_missing_column(screen.obs, key, "--guide-key")
     column = screen.obs[key].astype(object)
     codes, texts = pd.factorize(column.map(lambda value: str(value).strip(), na_action="ignore"))
     parts = [_split(text, config.separator) for text in texts]
@@ -240,93 +207,63 @@ def _split(text: str, separator: str | None) -> list[str]:
 
 
 def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataConfig) -> Guides:
-    key = config.guide_counts
-    assert key is not None
+    key = str(config.guide_counts)
     counts, names, where = guide_counts(screen, source, key)
     genes, rule = _genes(names, config)
-    control = config.control_label or CONTROL
-    targets = sorted(set(genes.values()) - {control})
-    number = {control: 0} | {gene: i for i, gene in enumerate(targets, 1)}
+    control, mark = config.control_label or CONTROL, config.separator or JOINED
+    targets = [control, *sorted(set(genes.values()) - {control})]
+    number = {gene: i for i, gene in enumerate(targets)}
     column = np.array([number[genes[name]] for name in names], dtype=np.int64)
     member = sp.csr_matrix((np.ones(len(names)), (np.arange(len(names)), column)), (len(names), len(number)))
-    by_gene = counts @ member
-    first, second = assign(sp.csr_matrix(by_gene), config.guide_min_umis, config.guide_min_share)
-    pairs = (first >= 0) & (second >= 0)
+    first, second = assign(sp.csr_matrix(counts @ member), config.guide_min_umis, config.guide_min_share)
+    pairs = second != NONE
     if not config.combinations:  # two genes in a cell of a screen with one guide a cell: a doublet
         first = np.where(pairs, MANY, first)
-    mark = config.separator or JOINED
-    written = np.array([*number, AMBIGUOUS, UNASSIGNED], dtype=object)[first]
+    written = np.array([*targets, AMBIGUOUS, UNASSIGNED], dtype=object)[first]
     for cell in np.flatnonzero(pairs & (first >= 0)):
         both = sorted({int(first[cell]), int(second[cell])} - {0})
-        written[cell] = mark.join(targets[i - 1] for i in both) or control
-    about = {
-        where: key,
-        "min_umis": config.guide_min_umis,
-        "min_share": config.guide_min_share,
-        "cells_with_two": int(pairs.sum()),
-    }
-    two = (
-        " (doublets, if each cell was given one guide: --no-combinations leaves them out)"
-        if config.combinations
-        else ""
-    )
+        written[cell] = mark.join(targets[i] for i in both) or control
+    n_pairs = int(pairs.sum())
+    doublets = "(doublets, if each cell was given one guide; --no-combinations excludes them)"
     text = (
-        f"Guides are counted in {where} {key!r}; a cell has the gene with {config.guide_min_umis} UMIs or more and "
-        f"{config.guide_min_share:g} of all, and {int(pairs.sum())} cells two genes that have as much together"
-        f"{two or ', which are left out'}"
+        f"Guides are counted in {where} {key!r}. A cell is assigned the gene with at least {config.guide_min_umis} "
+        f"UMIs and a share of {config.guide_min_share:g}; {n_pairs} cells have two genes that reach this share together "
+        f"{doublets if config.combinations else 'and are excluded'}"
     )
+    about = {
+        where: key, "min_umis": config.guide_min_umis, "min_share": config.guide_min_share, "cells_with_two": n_pairs
+    }  # fmt: skip
     return _guides(pd.Categorical(written), control, genes, rule, text, about)
-
-
-MANY, NONE = -2, -1  # places of the last two labels
 
 
 def assign(counts: sp.csr_matrix, min_umis: int, min_share: float) -> tuple[np.ndarray, np.ndarray]:
     """First and second gene (cells,) of each cell by the rule at the head of this file.
 
-    Parameters
-    ----------
-    counts
-        (cells, genes) UMIs, guides of a gene summed.
-
-    Returns
-    -------
-    Columns of `counts`; the first is -1 where a cell has too few UMIs and -2 where it is ambiguous, the second -1 where
-    there is none.
+    `counts` are (cells, genes) UMIs, guides of a gene summed. The genes are columns of it: the first is `NONE` where a
+    cell has too few UMIs and `MANY` where it is ambiguous, the second `NONE` where there is none.
     """
-    n = counts.shape[0]
-    first, second = np.full(n, NONE), np.full(n, NONE)
+    n, size, start = counts.shape[0], np.diff(counts.indptr), counts.indptr[:-1]
     total = np.asarray(counts.sum(1), dtype=float).ravel()
-    rows = np.repeat(np.arange(n), np.diff(counts.indptr))
-    order = np.lexsort((counts.indices, -counts.data, rows))  # equal counts in the order of the columns
-    value, column = counts.data[order], counts.indices[order]
-    size, start = np.diff(counts.indptr), counts.indptr[:-1]
+    order = np.lexsort((counts.indices, -counts.data, np.repeat(np.arange(n), size)))  # equal counts as the columns are
+    value, column = np.append(counts.data[order], 0.0), np.append(counts.indices[order], NONE)
 
     def ranked(rank: int) -> tuple[np.ndarray, np.ndarray]:
-        there = size > rank
-        at = np.where(there, start + rank, 0)
-        if not len(value):
-            return np.zeros(n), np.full(n, NONE)
-        return np.where(there, value[at], 0.0), np.where(there, column[at], NONE)
+        at = np.where(size > rank, start + rank, len(order))
+        return value[at], column[at]
 
     (a, gene_a), (b, gene_b) = ranked(0), ranked(1)
     enough = a >= min_umis
     tolerance = 1e-9 * np.maximum(total, 1.0)  # 0.8 of 15 is 12
     single = enough & (a >= min_share * total - tolerance)
     double = enough & ~single & (b >= min_umis) & (a + b >= min_share * total - tolerance)
-    first[enough] = MANY
-    first[single | double] = gene_a[single | double]
-    second[double] = gene_b[double]
-    return first, second
+    first = np.where(single | double, gene_a, np.where(enough, MANY, NONE))
+    return first, np.where(double, gene_b, NONE)
 
 
 def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> tuple[sp.csr_matrix, list[str], str]:
     """Counts (cells, guides), names of guides, and whether they are of ``obsm`` or a ``modality``.
 
-    Raises
-    ------
-    InputError
-        If there is nothing of that name, guides have no names, or values are no counts.
+    InputError if there is nothing of that name, guides have no names, or values are no counts.
     """
     if isinstance(source, ad.AnnData):
         if key not in source.obsm:
@@ -336,9 +273,9 @@ def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> t
         there = list(store["obsm"]) if "obsm" in store else []
         if key in there:
             return *_table_of(ad.io.read_elem(store["obsm"][key]), key), "obsm"
-        modalities = store.parent if store.name == "/mod/rna" else {}
-        if key not in modalities or key == "rna":
-            raise _no_counts(screen.source, key, [*there, *(name for name in modalities if name != "rna")])
+        modalities = store.parent if store.name == f"/mod/{EXPRESSION}" else {}
+        if key not in modalities or key == EXPRESSION:
+            raise _no_counts(screen.source, key, [*there, *(name for name in modalities if name != EXPRESSION)])
         guides = modalities[key]
         cells, names = (ad.io.read_elem(guides[part]).index.astype(str) for part in ("obs", "var"))
         counts = _as_counts(ad.io.read_elem(guides["X"]), key)
@@ -349,10 +286,8 @@ def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> t
 
 
 def _no_counts(source: str, key: str, there: list[str]) -> InputError:
-    listed = ", ".join(map(repr, sorted(there)[:MOST_NAMES])) or "none"
-    return InputError(
-        f"{source} has no guide counts {key!r}.", f"Name a table of obsm or a modality of an .h5mu file: {listed}."
-    )
+    listed = few([*map(repr, sorted(there))]) or "none"
+    return InputError(f"{source} has no guide counts {key!r}.", f"Name a table of obsm or an .h5mu modality: {listed}.")
 
 
 def _table_of(element: Any, key: str) -> tuple[sp.csr_matrix, list[str]]:
@@ -368,11 +303,11 @@ def _as_counts(values: Any, key: str) -> sp.csr_matrix:
     try:
         counts = as_csr(values)
     except (TypeError, ValueError) as error:
-        raise InputError(f"The guide counts {key!r} are no numbers.", "Give UMI counts.") from error
+        raise InputError(f"The guide counts {key!r} are not numbers.", "Give UMI counts.") from error
     bad = (~np.isfinite(counts.data)) | (counts.data < 0) | (counts.data != np.rint(counts.data))
     if bad.any():
         raise InputError(
-            f"The guide counts {key!r} hold {counts.data[np.flatnonzero(bad)[0]]:g}, which is no count.",
+            f"The guide counts {key!r} have the value {counts.data[np.flatnonzero(bad)[0]]:g}, which is not a count.",
             "Give raw UMI counts.",
         )
     return counts
@@ -384,12 +319,12 @@ def _guides(
     """With words: the rule, an example, and how many guides are of how many genes and of the control."""
     perturbing = [guide for guide, gene in genes.items() if gene != control]
     example = next((g for g in perturbing if genes[g] != g), None)
-    how = "as the guide map says" if rule == "table" else f"written {rule}"
-    such = "" if example is None else f", {example!r} is {genes[example]!r}"
+    how = "the guide map" if rule == "table" else f"names like {rule}"
+    such = "" if example is None else f" ({example!r} is {genes[example]!r})"
     n_genes = len({genes[guide] for guide in perturbing})
     reason = (
-        f"{where}. They are {how}{such}: {len(perturbing)} guides of {n_genes} genes and "
-        f"{len(genes) - len(perturbing)} control guides."
+        f"{where}. Genes are read from {how}{such}: {len(perturbing)} guides target {n_genes} genes and "
+        f"{len(genes) - len(perturbing)} are controls."
     )
     cells = labels.value_counts()
     unnamed = int((labels.codes < 0).sum())

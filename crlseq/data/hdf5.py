@@ -1,4 +1,4 @@
-"""What an HDF5 file may hold and a reader must not follow: other files, circles, and heaps that never end."""
+"""What a stranger's file may hold and a reader must not follow: other files, circles, endless heaps, false sizes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,45 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import zarr
 
 from crlseq.errors import InputError
 
 HEAP = b"GCOL\1"  # signature and version
 HEAP_SIZE, OBJECT = struct.Struct("<8xQ"), struct.Struct("<H6xQ")  # index and size of an object
+EXPANSION, SMALL = 1100, 1 << 26  # deflate's limit is 1,032; and bytes that do no harm
+DAMAGED = "It is damaged; copy or download it again."
 
 
 def refuse_traps(handle: h5py.File, path: Path) -> None:
-    """Refuse a file before anything in it is followed.
+    """Refuse a file that takes data from other files, has a group within itself, or a heap that never ends.
 
-    Raises
-    ------
-    InputError
-        If it takes data from other files, if a group lies within itself, or if a heap never ends.
+    This comes before anything in it is followed.
     """
     if handle.id.get_create_plist().get_sizes() == (8, 8):  # as everybody writes them
         _refuse_endless_heaps(path)
     _refuse_odd_links(handle, path)
+
+
+def refuse_claims(element: Any, path: Path) -> None:
+    """Refuse a file or store that says it holds over `EXPANSION` times its size, before room is made for it."""
+    arrays: list[Any] = [element] if hasattr(element, "nbytes") else []
+    if isinstance(element, h5py.Group):
+        element.visititems(lambda name, item: arrays.append(item) if isinstance(item, h5py.Dataset) else None)
+    elif isinstance(element, zarr.Group):
+        arrays += [item for _, item in element.members(max_depth=None) if isinstance(item, zarr.Array)]
+    size = sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    claimed = sum(int(array.nbytes) for array in arrays)
+    if claimed > EXPANSION * size + SMALL:
+        raise InputError(f"{path} has {size} bytes and claims to hold {claimed}.", DAMAGED)
+
+
+def refuse_values_for_groups(screen: Any, path: Path) -> None:
+    """Refuse a file with a value in the place of a group that results are added to, long after this."""
+    for slot in ("obsm", "varm", "uns"):
+        there = screen.get(slot, {})
+        if isinstance(there, h5py.Dataset) and there.dtype.names is None:
+            raise InputError(f"{path} has a value where the group {slot} belongs.", "It is damaged; write it again.")
 
 
 def _refuse_endless_heaps(path: Path) -> None:
@@ -44,9 +65,7 @@ def _refuse_endless_heaps(path: Path) -> None:
                 index, length = OBJECT.unpack_from(content, place)
                 step = (OBJECT.size + (length + 7) // 8 * 8 if index else length) % 2**64
                 if step == 0:
-                    raise InputError(
-                        f"{path} has a heap of texts that never ends.", "It is damaged; copy or download it again."
-                    )
+                    raise InputError(f"{path} has a text heap that never ends.", DAMAGED)
                 place += step
             start = content.find(HEAP, start + 1)
 
@@ -61,24 +80,20 @@ def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
 
     def look(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
-            if item.external or (item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())):
-                raise _from_outside(path, name)
-            return
+            elsewhere = item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())
+            _refuse_outside(bool(item.external or elsewhere), path, name)
         if not isinstance(item, h5py.Group):
             return
         address = h5py.h5o.get_info(item.id).addr
         if address in around:
-            raise InputError(
-                f"{path} has a group {name!r} that lies within itself.", "It is damaged; write it again with anndata."
-            )
+            raise InputError(f"{path} has a group {name!r} that lies within itself.", "Write it again with anndata.")
         if address in seen:
             return
         seen.add(address)
         around.add(address)
         for child in item:
             link = item.get(child, getlink=True)
-            if isinstance(link, h5py.ExternalLink):
-                raise _from_outside(path, name)
+            _refuse_outside(isinstance(link, h5py.ExternalLink), path, name)
             inner = None
             with suppress(KeyError, OSError, RuntimeError) if isinstance(link, h5py.SoftLink) else nullcontext():
                 inner = item[child]  # a soft link may lead nowhere
@@ -88,7 +103,6 @@ def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
     look("/", handle)
 
 
-def _from_outside(path: Path, name: str) -> InputError:
-    return InputError(
-        f"{path} takes {name!r} from another file.", "Write it again with anndata, which puts everything into one."
-    )
+def _refuse_outside(elsewhere: bool, path: Path, name: str) -> None:
+    if elsewhere:
+        raise InputError(f"{path} reads {name!r} from another file.", "Write it again with anndata.")

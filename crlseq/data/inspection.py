@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,24 @@ from crlseq.errors import InputError
 BATCH_WORDS = ("batch", "rep", "donor", "lane", "gem_group", "plate", "sample", "library", "channel")
 SYMBOL_COLUMNS = ("gene_name", "gene_symbol", "gene_symbols", "gene_short_name", "feature_name", "symbol")
 MAX_BATCHES = 100
+OPTIONS = (  # that say how labels and values are read
+    "guide_key", "guide_counts", "guide_map", "guide_min_umis", "guide_min_share", "perturbation_key", "control_label",
+    "separator", "combinations", "layer", "batch_key", "values", "min_cells",
+)  # fmt: skip
 
 
 def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, Any]:
     """Everything that ``crlseq check`` shows, as numbers, strings and lists; problems are listed, not raised.
 
-    Raises
-    ------
-    InputError
-        If the file cannot be opened as a screen at all, or a prepared store is not what was written.
+    InputError if the file cannot be opened as a screen at all, or a prepared store is not what was written.
     """
-    if read_manifest(source) is not None:
+    if isinstance(source, str | Path) and read_manifest(source) is not None:
         verify(source)
     with open_screen(source, config.layer) as screen:
         found: dict[str, Any] = {
-            "file": screen.source,
-            "n_cells": screen.n_cells,
-            "n_genes": screen.n_genes,
-            "layers": list(screen.layers),
+            "file": screen.source, "n_cells": screen.n_cells, "n_genes": screen.n_genes, "layers": list(screen.layers),
             "problems": [],
-        }
+        }  # fmt: skip
         scanned = _attempt(found, lambda: scan(screen))
         if scanned is not None:
             found["density"] = scanned.n_nonzero / (screen.n_cells * screen.n_genes)
@@ -53,18 +52,16 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
         found["columns"] = [
             {
                 "column": c.key, "style": c.style, "control": c.control_label, "separator": c.separator,
-                "perturbations": c.n_perturbations, "combinations": c.n_combinations, "control_cells": c.n_control,
-                "why": c.reason,
+                "perturbations": len(c.names), "combinations": sum(len(parts) > 1 for parts in c.conditions),
+                "control_cells": int(c.is_control.sum()), "why": c.reason,
             }
             for c in candidates(screen.obs)
         ]  # fmt: skip
         found["batches"] = _batch_columns(screen)
-        read = _attempt(found, lambda: read_labels(screen, source, config))
-        labels: Perturbations | None = None
-        if read is not None:
-            labels, guides = read
+        labels, guides = _attempt(found, lambda: read_labels(screen, source, config)) or (None, None)
+        if labels is not None:
             found["guides"] = None if guides is None else guides.record
-            found |= _describe_labels(labels, screen, config)
+            found |= _describe_labels(labels, screen)
             selection = _attempt(found, lambda: select_conditions(labels, config))
             if selection is not None:
                 found["fitted_conditions"] = int(selection.fitted[1:].sum())
@@ -72,13 +69,12 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
                 used = np.append(selection.fitted | selection.held_out, False)[labels.condition]
                 if scanned is not None and found.get("values", "continuous") != "continuous":
                     _attempt(found, lambda: refuse_silent_cells(screen, scanned, used))
-        if not found["problems"]:
-            assert labels is not None
-            found["command"] = _command(screen, labels, config)
+            if not found["problems"]:
+                found["command"] = _command(screen, labels, config)
         return found
 
 
-def _attempt(found: dict[str, Any], action: Any) -> Any:
+def _attempt(found: dict[str, Any], action: Callable[[], Any]) -> Any:
     try:
         return action()
     except InputError as error:
@@ -86,7 +82,7 @@ def _attempt(found: dict[str, Any], action: Any) -> Any:
         return None
 
 
-def _describe_labels(labels: Perturbations, screen: Screen, config: DataConfig) -> dict[str, Any]:
+def _describe_labels(labels: Perturbations, screen: Screen) -> dict[str, Any]:
     counts = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
     measured = _gene_names(screen)
     return {
@@ -122,28 +118,15 @@ def _batch_columns(screen: Screen) -> list[dict[str, Any]]:
 
 
 def _command(screen: Screen, labels: Perturbations, config: DataConfig) -> str:
+    """The fit that reads the labels in this way; what is as by default is not said."""
+    asked = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DataConfig(), name)}
+    if labels.key != GUIDE_LABELS:
+        asked |= {"perturbation_key": labels.key, "control_label": labels.control_label}
+        asked |= {} if labels.separator is None else {"separator": labels.separator}
+    words = ["crlseq", "fit", screen.source]
+    for name in OPTIONS:
+        if name in asked:
+            flag = f"--{name.replace('_', '-')}"
+            words += ["--no-combinations"] if name == "combinations" else [flag, str(asked[name])]
     name = Path(screen.source).stem if Path(screen.source).suffix else "screen"
-    words, default = ["crlseq", "fit", screen.source], DataConfig()
-    control, separator = config.control_label, config.separator
-    if labels.key == GUIDE_LABELS:
-        for option in ("guide_key", "guide_counts", "guide_map", "guide_min_umis", "guide_min_share"):
-            if getattr(config, option) != getattr(default, option):
-                words += [f"--{option.replace('_', '-')}", str(getattr(config, option))]
-    else:
-        words += ["--perturbation-key", labels.key]
-        control, separator = labels.control_label, labels.separator if labels.separator is not None else separator
-    if control is not None:
-        words += ["--control-label", control]
-    if separator is not None:
-        words += ["--separator", separator]
-    if not config.combinations:
-        words += ["--no-combinations"]
-    for option in ("layer", "batch_key"):
-        value = getattr(config, option)
-        if value is not None:
-            words += [f"--{option.replace('_', '-')}", value]
-    if config.values != "auto":
-        words += ["--values", config.values]
-    if config.min_cells != DataConfig().min_cells:
-        words += ["--min-cells", str(config.min_cells)]
     return shlex.join([*words, "--output", f"{name}-run"])

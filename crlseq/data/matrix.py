@@ -17,12 +17,11 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
-from crlseq.data.hdf5 import refuse_traps
+from crlseq.data.hdf5 import refuse_claims, refuse_traps, refuse_values_for_groups
 from crlseq.data.store import StoredMatrix, read_manifest
-from crlseq.errors import CrlseqError, InputError
+from crlseq.errors import CrlseqError, InputError, few
 from crlseq.storage.files import refuse_links_outside
 
-EXPANSION, SMALL = 1100, 1 << 26  # deflate's limit is 1,032; and bytes that do no harm
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
 EXPRESSION = "rna"  # modality of a MuData file that is the screen
 BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
@@ -30,16 +29,12 @@ BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
 
 @dataclass(frozen=True)
 class Screen:
-    """Labels of cells and genes, and the expression matrix, which may still lie on disk.
-
-    ``matrix`` is anything with ``shape`` and row slicing: ndarray, scipy CSR, h5py or zarr array, or an
-    AnnData backed sparse data set.
-    """
+    """Labels of cells and genes, and the expression matrix, which may still lie on disk."""
 
     obs: pd.DataFrame
     var: pd.DataFrame
     genes: pd.Index
-    matrix: Any
+    matrix: Any  # ndarray, CSR, h5py or zarr array, backed sparse data set or StoredMatrix: sliced by rows
     layers: tuple[str, ...]
     source: str
 
@@ -58,15 +53,19 @@ class Screen:
         step = max(1, BLOCK_VALUES // max(self.n_genes, 1))
         for start in range(first, self.n_cells, step):
             rows = slice(start, min(start + step, self.n_cells))
-            yield rows, as_csr(self.matrix[rows])
+            yield rows, self._read(rows)
 
     def rows(self, index: np.ndarray) -> sp.csr_matrix:
         """Cells by ascending index as float64 CSR, read as few contiguous runs."""
         if isinstance(self.matrix, StoredMatrix):
-            return as_csr(self.matrix[index])
+            return self._read(index)
         runs = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1)
-        parts = [as_csr(self.matrix[int(run[0]) : int(run[-1]) + 1]) for run in runs if len(run)]
+        parts = [self._read(slice(int(run[0]), int(run[-1]) + 1)) for run in runs if len(run)]
         return sp.csr_matrix(sp.vstack(parts, format="csr"))
+
+    def _read(self, rows: slice | np.ndarray) -> sp.csr_matrix:
+        with readable(self.source, "the matrix"):
+            return as_csr(self.matrix[rows])
 
 
 def as_csr(block: Any) -> sp.csr_matrix:
@@ -86,9 +85,7 @@ def readable(source: str, what: str) -> Iterator[None]:
     """Turns whatever a reader throws at a damaged file into one `InputError`."""
     try:
         yield
-    except CrlseqError:
-        raise
-    except MemoryError:
+    except (CrlseqError, MemoryError):
         raise
     except Exception as error:  # h5py, zarr and anndata raise almost every type for damaged files
         detail = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")[:200]
@@ -100,53 +97,37 @@ def readable(source: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> Iterator[Screen]:
-    """Open an h5ad file, a zarr store or an AnnData in memory, without reading the matrix.
+    """Open a screen without reading its matrix, ``X`` or the given layer.
 
-    Parameters
-    ----------
-    source
-        Path of a ``.h5ad`` file, a ``.h5mu`` file with a modality ``rna``, or a ``.zarr`` folder or zip; or an AnnData.
-    layer
-        Name of the layer to use; None for ``X``.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, not an AnnData file or damaged, the layer is not there, or names of cells or
-        genes are not unique.
+    It is a ``.h5ad`` file, a ``.h5mu`` file with a modality ``rna``, a ``.zarr`` folder or zip, or an AnnData.
+    InputError if the file is missing, not an AnnData file or damaged, the layer is not there, or names of cells or
+    genes are not unique.
     """
     if isinstance(source, ad.AnnData):
-        adata, name = source, "the AnnData"
+        name = "the AnnData"
         with readable(name, "the matrix"):  # which may be backed by a file
-            there = {key: value for key, value in adata.layers.items() if key is not None}  # X, from anndata 0.13 on
-            matrix = _row_sliceable(adata.X if layer is None else _named_layer(there, layer, name), name)
-        yield _checked(adata.obs, adata.var, matrix, tuple(there), name)
+            layers = tuple(key for key in source.layers if key is not None)  # X, from anndata 0.13 on
+            _refuse_absent(layer, layers, layer is not None or source.X is not None, name)
+            matrix = _row_sliceable(source.X if layer is None else source.layers[layer], name)
+        yield _checked(source.obs, source.var, matrix, layers, name)
         return
     path = Path(source)
+    name = str(path)
     with open_store(path) as store:
-        name = str(path)
         with readable(name, "the table of cells or genes"):
             for part in ("obs", "var"):
-                _refuse_claims(store[part], path)
+                refuse_claims(store[part], path)
             obs, var = ad.io.read_elem(store["obs"]), ad.io.read_elem(store["var"])
         with readable(name, "the list of layers"):
             layers = tuple(sorted(store["layers"])) if "layers" in store else ()
-        if layer is None and read_manifest(path) is not None:
-            with readable(name, "the matrix"):
-                matrix = StoredMatrix(path)
-            yield _checked(obs, var, matrix, layers, name)
-            return
         with readable(name, "the matrix"):
-            if layer is None:
-                if "X" not in store:
-                    raise InputError(
-                        f"{name} has no matrix X.", f"Name a layer with --layer; there are: {_listed(layers)}."
-                    )
-                element = store["X"]
+            if layer is None and read_manifest(path) is not None:
+                matrix = StoredMatrix(path)
             else:
-                element = _named_layer({key: store["layers"][key] for key in layers}, layer, name)
-            _refuse_claims(element, path)
-            matrix = _row_sliceable(element, name)
+                _refuse_absent(layer, layers, "X" in store, name)
+                element = store["X"] if layer is None else store["layers"][layer]
+                refuse_claims(element, path)
+                matrix = _row_sliceable(element, name)
         yield _checked(obs, var, matrix, layers, name)
 
 
@@ -168,32 +149,23 @@ def open_store(path: Path) -> Iterator[Any]:
         if "obs" not in store or "var" not in store:
             raise InputError(f"{path} is not an AnnData zarr store: it has no obs and var.", hint)
         if is_folder:
-            refuse_links_outside(path)
+            refuse_links_outside(path)  # likewise
         yield store
         return
     try:
-        is_hdf5 = h5py.is_hdf5(path)
-        handle = h5py.File(path, "r") if is_hdf5 else None
+        if not h5py.is_hdf5(path):
+            raise InputError(f"{path} is not an h5ad file.", hint)
+        handle = h5py.File(path, "r")
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be opened: {error}.", "The file may be cut short; copy or download it again."
-        ) from None
-    if handle is None:
-        raise InputError(f"{path} is not an h5ad file.", hint)
+        raise InputError(f"{path} cannot be opened: {error}.", "It may be cut short; copy it again.") from None
     with handle:
         with readable(str(path), "the file"):
-            whole = "obs" in handle and "var" in handle
-        if not whole:
-            raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
-        with readable(str(path), "the file"):
-            refuse_traps(handle, path)
-            if handle.attrs.get("encoding-type") == "MuData":
-                handle = _expression_modality(handle, path)
-            for slot in ("obsm", "varm", "uns"):  # results are added there, long after this
-                there = handle.get(slot, {})
-                if isinstance(there, h5py.Dataset) and there.dtype.names is None:
-                    raise InputError(f"{path} has a value in the place of {slot}.", "It is damaged; write it again.")
-        yield handle
+            if "obs" not in handle or "var" not in handle:
+                raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
+            refuse_traps(handle, path)  # what damage or a stranger put there, and readers would follow
+            screen = _expression_modality(handle, path) if handle.attrs.get("encoding-type") == "MuData" else handle
+            refuse_values_for_groups(screen, path)
+        yield screen
 
 
 def _expression_modality(handle: h5py.File, path: Path) -> Any:
@@ -201,68 +173,38 @@ def _expression_modality(handle: h5py.File, path: Path) -> Any:
     if EXPRESSION not in modalities or not {"obs", "var"} <= modalities[EXPRESSION].keys():
         raise InputError(
             f"{path} has no modality {EXPRESSION!r} with cells and genes.",
-            f"Name the one with the expression {EXPRESSION!r}; there are: {_listed(modalities)}.",
+            f"Rename the modality with the expression to {EXPRESSION!r}; there are: {few([*map(repr, modalities)]) or 'none'}.",
         )
     return modalities[EXPRESSION]
 
 
-def _refuse_claims(element: Any, path: Path) -> None:
-    """Refuse a file that says it holds more than `EXPANSION` times its size, before room is made for it."""
-    arrays: list[Any] = [element] if hasattr(element, "nbytes") else []
-    if isinstance(element, h5py.Group):
-        element.visititems(lambda name, item: arrays.append(item) if isinstance(item, h5py.Dataset) else None)
-    elif isinstance(element, zarr.Group):
-        arrays += [item for _, item in element.members(max_depth=None) if isinstance(item, zarr.Array)]
-    size = sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size
-    claimed = sum(int(array.nbytes) for array in arrays)
-    if claimed > EXPANSION * size + SMALL:
-        raise InputError(
-            f"{path} has {size} bytes and claims to hold {claimed}.", "It is damaged; copy or download it again."
-        )
+def _refuse_absent(layer: str | None, layers: tuple[str, ...], has_x: bool, source: str) -> None:
+    there = ", ".join(map(repr, sorted(layers))) or "none"
+    if layer is None and not has_x:
+        raise InputError(f"{source} has no matrix X.", f"Name a layer with --layer; layers: {there}.")
+    if layer is not None and layer not in layers:
+        raise InputError(f"{source} has no layer {layer!r}.", f"Layers: {there}.")
 
 
 def _row_sliceable(element: Any, source: str) -> Any:
-    if element is None:
-        raise InputError(f"{source} has no matrix X.", "Put the expression into X or name a layer with --layer.")
     if isinstance(element, (h5py.Group, zarr.Group)):
-        dataset = ad.io.sparse_dataset(element)
-        # Rows of a CSC matrix cannot be sliced from disk at a bearable speed.
-        element = dataset if dataset.format == "csr" else within(dataset.to_memory()).tocsr()
-    # What remains is an AnnData's: in memory, or backed by a data set or a sparse data set.
-    elif hasattr(element, "format"):
-        if element.format != "csr":
-            element = within(element.to_memory() if hasattr(element, "to_memory") else element).tocsr()
+        element = ad.io.sparse_dataset(element)
+    if not hasattr(element, "format"):
+        element = element if isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)) else np.asarray(element)
+    elif element.format == "csr":
         within(element)
-    elif not isinstance(element, (h5py.Dataset, zarr.Array, np.ndarray)):
-        element = np.asarray(element)
+    else:  # rows of a CSC matrix cannot be sliced from disk at a bearable speed
+        element = within(element.to_memory() if hasattr(element, "to_memory") else element).tocsr()
     if len(element.shape) != 2:
-        raise InputError(
-            f"{source}: the matrix has {len(element.shape)} dimensions instead of 2.", "Expected cells x genes."
-        )
+        raise InputError(f"{source}: the matrix has {len(element.shape)} dimensions, not 2.", "Expected cells x genes.")
     return element
 
 
 def within(matrix: Any) -> Any:
-    """The matrix; scipy's compiled code would follow indices and row pointers of a sparse one out of its memory.
-
-    Raises
-    ------
-    ValueError
-        If they lead there.
-    """
+    """The matrix; ValueError if its indices or row pointers lead out of it: scipy's compiled code would follow them."""
     if hasattr(matrix, "check_format"):
         matrix.check_format(full_check=True)
     return matrix
-
-
-def _named_layer(layers: dict[str, Any], layer: str, source: str) -> Any:
-    if layer not in layers:
-        raise InputError(f"{source} has no layer {layer!r}.", f"Layers there: {_listed(sorted(layers))}.")
-    return layers[layer]
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(repr(str(name)) for name in names) or "none"
 
 
 def _checked(obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: str) -> Screen:
@@ -280,28 +222,24 @@ def _checked(obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: s
         if not index.is_unique:
             first = str(index[index.duplicated()][0])
             raise InputError(
-                f"{source}: the {kind} name {first!r} occurs more than once.",
-                f"Use `adata.{call}_names_make_unique()`.",
+                f"{source}: the {kind} name {first!r} occurs more than once.", f"Use `{call}_names_make_unique`."
             )
         odd = next((name for name in map(str, index) if NO_TEXT.search(name)), None)
         if odd is not None:
-            raise InputError(
-                f"{source}: the {kind} name {odd!r} is no valid text.",
-                "Rename it; names are UTF-8 without NUL.",
-            )
+            raise InputError(f"{source}: the {kind} name {odd!r} is not valid text.", "Rename it in UTF-8 without NUL.")
     return Screen(obs, var, genes, matrix, layers, source)
 
 
 @dataclass
 class Scan:
-    """What passing over values found. ``totals`` (cells,) sums; ``detected`` (genes,) cells with a non-zero value."""
+    """What passing over values found."""
 
-    totals: np.ndarray
-    detected: np.ndarray
+    totals: np.ndarray  # (cells,) sums
+    detected: np.ndarray  # (genes,) cells with a value other than 0
     n_nonzero: int = 0
     n_negative: int = 0
     n_fractional: int = 0
-    minimum: float = 0.0
+    minimum: float = 0.0  # zeros that are stored nowhere count as well
     maximum: float = 0.0
 
     @classmethod
@@ -310,13 +248,7 @@ class Scan:
         return cls(np.zeros(screen.n_cells), np.zeros(screen.n_genes, dtype=np.int64))
 
     def add(self, screen: Screen, rows: slice, block: sp.csr_matrix) -> None:
-        """Take in the cells `rows` of a screen.
-
-        Raises
-        ------
-        InputError
-            At the first NaN or infinite value, naming its cell and gene.
-        """
+        """Take in the cells `rows`; InputError at the first NaN or infinite value, with its cell and gene."""
         values = block.data
         finite = np.isfinite(values)
         if not finite.all():
@@ -333,21 +265,13 @@ class Scan:
         self.n_negative += int((values < 0).sum())
         self.n_fractional += int((values != np.rint(values)).sum())
         if len(values):
-            # Zeros that are stored nowhere count as well.
             self.minimum = min(self.minimum, float(values.min()))
             self.maximum = max(self.maximum, float(values.max()))
 
 
 def scan(screen: Screen) -> Scan:
-    """One pass over the matrix in blocks.
-
-    Raises
-    ------
-    InputError
-        At the first NaN or infinite value, naming its cell and gene.
-    """
+    """One pass over the matrix in blocks; InputError at the first NaN or infinite value, with its cell and gene."""
     found = Scan.of(screen)
-    with readable(screen.source, "the matrix"):
-        for rows, block in screen.blocks():
-            found.add(screen, rows, block)
+    for rows, block in screen.blocks():
+        found.add(screen, rows, block)
     return found

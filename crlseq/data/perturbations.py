@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from crlseq.data.matrix import NO_TEXT
-from crlseq.errors import InputError
+from crlseq.errors import InputError, few
 
 Ints = NDArray[np.int64]
 
@@ -33,82 +33,48 @@ NEVER_PERTURBATIONS = frozenset({"nan", "none", "na", "<na>", "unassigned", "neg
 
 MISSING = "missing"
 STRATEGY_KEY = "genetic_perturbation_strategy"
-STRATEGIES = frozenset({"control", "no perturbations"})
-# style, columns that it uses, control labels that it uses; in the order in which agreeing columns are preferred
-STYLES: tuple[tuple[str, tuple[str, ...], frozenset[str]], ...] = (
-    ("pertpy/scPerturb", ("perturbation",), frozenset({"control", "nt", "non-targeting"})),
-    ("CPA", ("guide_ids",), frozenset({""})),
-    ("GEARS", ("condition",), frozenset({"ctrl"})),
-    ("cell-eval", ("target_gene", "gene"), frozenset({"non-targeting"})),
-    ("CELLxGENE", ("genetic_perturbation_id",), STRATEGIES),
-)
-KNOWN_KEYS = tuple(key for _, keys, _ in STYLES for key in keys)
 SEPARATORS = (" || ", "+", ",", "_")
 # Names hold "," (chemicals) and "_" (guides, loci) as well; these two need evidence, except where a style says so.
 STRONG_SEPARATORS = frozenset({" || ", "+"})
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way to read the perturbations of a file.
+class Style:
+    """How one source of files writes labels."""
 
-    Attributes
-    ----------
-    key, control_label
-        Column of ``obs``, and its label of control cells.
-    separator
-        What joins the parts of combinations; None if no label is split.
-    style
-        ``pertpy/scPerturb``, ``GEARS``, ``CPA``, ``cell-eval``, ``CELLxGENE`` or ``plain``.
-    n_perturbations, n_combinations, n_control
-        Single perturbations in the vocabulary, distinct combinations, control cells.
-    reason
-        Why it is proposed, as one sentence.
-    """
+    name: str
+    columns: tuple[str, ...]  # names of its label column
+    controls: frozenset[str]  # labels of control cells there, in lower case
+    separator: str | None = None  # what joins combinations for certain
+    control_column: str | None = None  # has the control label, where the labels of control cells are guides
 
-    key: str
-    control_label: str
-    separator: str | None
-    style: str
-    n_perturbations: int
-    n_combinations: int
-    n_control: int
-    reason: str
+
+# In the order in which agreeing columns are preferred.
+STYLES = (
+    Style("pertpy/scPerturb", ("perturbation",), frozenset({"control", "nt", "non-targeting"})),
+    Style("CPA", ("guide_ids",), frozenset({""}), ","),
+    Style("GEARS", ("condition",), frozenset({"ctrl"})),
+    Style("cell-eval", ("target_gene", "gene"), frozenset({"non-targeting"})),
+    Style("CELLxGENE", ("genetic_perturbation_id",), frozenset({"control", "no perturbations"}), " || ", STRATEGY_KEY),
+)
+STYLE_OF = {column: style for style in STYLES for column in style.columns}
+PLAIN = Style("plain", (), frozenset())
 
 
 @dataclass(frozen=True, eq=False)
 class Perturbations:
-    """Which perturbations every cell carries.
+    """Which perturbations every cell carries."""
 
-    Attributes
-    ----------
-    key, control_label, separator, style
-        As in `Candidate`.
-    reason
-        What was chosen and why, as one or two sentences.
-    names
-        Sorted vocabulary of single perturbations, those that are seen only in combinations included.
-    conditions
-        Ascending indices into ``names`` per condition: ``()``, the control, then singles, then combinations by
-        size; each in the order of names.
-    condition_names
-        ``control_label``, ``A``, ``A+B`` (with ``separator``).
-    condition
-        int64 (cells,): index into ``conditions``; -1 where the cell is dropped.
-    dropped
-        Label -> number of cells that are dropped, since it names no perturbation; ``missing`` where there is none.
-    """
-
-    key: str
+    key: str  # column of obs
     control_label: str
-    separator: str | None
-    style: str
-    reason: str
-    names: tuple[str, ...]
-    conditions: tuple[tuple[int, ...], ...]
-    condition_names: tuple[str, ...]
-    condition: Ints
-    dropped: dict[str, int]
+    separator: str | None  # what joins the parts of combinations; None if no label is split
+    style: str  # name of one of `STYLES`, or "plain"
+    reason: str  # what was chosen and why, as one or two sentences
+    names: tuple[str, ...]  # sorted single perturbations, those seen only in combinations included
+    conditions: tuple[tuple[int, ...], ...]  # indices into `names`: (), the control, then singles, then others by size
+    condition_names: tuple[str, ...]  # `control_label`, "A", "A+B" (with `separator`)
+    condition: Ints  # (cells,) index into `conditions`; -1 where the cell is dropped
+    dropped: dict[str, int]  # cells by a label that names no perturbation; "missing" where there is none
 
     @property
     def is_control(self) -> NDArray[np.bool_]:
@@ -116,40 +82,22 @@ class Perturbations:
         return np.asarray(self.condition == 0)
 
 
-def candidates(obs: pd.DataFrame) -> list[Candidate]:
-    """Propose ways to read the perturbations of ``obs``, the best first; a column appears once per possible reading."""
-    found = []
-    for r in _readings(obs, _label_columns(obs), None, None):
-        if len(r.names) > 1:
-            counts = len(r.names), sum(len(condition) > 1 for condition in r.conditions), int(r.is_control.sum())
-            found.append(Candidate(r.key, r.control_label, r.separator, r.style, *counts, r.reason))
-    return found
+def candidates(obs: pd.DataFrame) -> list[Perturbations]:
+    """Readings of ``obs`` with two perturbations or more, the best first; a column appears once per reading."""
+    return [reading for reading in _readings(obs, _label_columns(obs), None, None) if len(reading.names) > 1]
 
 
 def read_perturbations(
     obs: pd.DataFrame, key: str | None = None, control_label: str | None = None, separator: str | None = None
 ) -> Perturbations:
-    """Read the perturbations of all cells; what is not given is detected.
+    """Read the perturbations of all cells from a column; what is not given is detected.
 
-    Parameters
-    ----------
-    obs
-        Cell annotations, one row per cell.
-    key
-        Column of ``obs``.
-    control_label
-        Label of control cells, exactly as in the column.
-    separator
-        What joins the parts of combinations; ``""`` if labels are never combinations.
-
-    Raises
-    ------
-    InputError
-        If there is no such column or control label, nothing can be detected, two readings are possible, or there
-        are fewer than two perturbations besides the control.
+    `control_label` is exactly as in the column; `separator` joins the parts of combinations, ``""`` if there are none.
+    InputError if there is no such column or control label, nothing can be detected, two readings are possible, or there
+    are fewer than two perturbations besides the control.
     """
-    if key is not None and key not in obs.columns:
-        raise InputError(f"The cells have no column '{key}'.", _column_hint(obs, key))
+    if key is not None:
+        refuse_missing_column(obs, key, "--perturbation-key")
     readings = _readings(obs, _label_columns(obs) if key is None else [key], control_label, separator)
     usable = [reading for reading in readings if len(reading.names) > 1]
     if not usable:
@@ -159,7 +107,7 @@ def read_perturbations(
     if len(same_column) > 1:
         raise _ambiguous_column(same_column)
     # A known name beats the others whatever they say; equals must agree.
-    rivals = [r for r in usable[1:] if (r.key in KNOWN_KEYS) == (chosen.key in KNOWN_KEYS)]
+    rivals = [r for r in usable[1:] if (r.key in STYLE_OF) == (chosen.key in STYLE_OF)]
     for rival in rivals:
         if difference := _difference(chosen, rival):
             raise InputError(
@@ -169,7 +117,7 @@ def read_perturbations(
     given = {"--perturbation-key": key, "--control-label": control_label, "--separator": separator}
     told = " and ".join(option for option, value in given.items() if value is not None)
     same = " and ".join(f"'{rival.key}'" for rival in rivals)
-    notes = (f" The same groups of cells are in {same}." if same else "") + (f" As told by {told}." if told else "")
+    notes = (f" The same groups of cells are in {same}." if same else "") + (f" As set by {told}." if told else "")
     return replace(chosen, reason=chosen.reason + notes)
 
 
@@ -182,26 +130,29 @@ def _readings(
     readings = []
     for key in keys:
         labels, codes = _labels(obs[key])
-        # CELLxGENE says in a second column which cells are controls; their own labels are guides
-        marked = key == "genetic_perturbation_id" and STRATEGY_KEY in obs
-        strategies, strategy_codes = _labels(obs[STRATEGY_KEY]) if marked else ([], codes)
+        style = STYLE_OF.get(key, PLAIN)
+        marked = style.control_column in obs
+        strategies, strategy_codes = _labels(obs[style.control_column]) if marked else ([], codes)
         if control_label is not None:
             controls = sorted({control_label.strip()} & {*labels, *strategies})
         else:
-            controls = [strategy for strategy in strategies if strategy.casefold() in STRATEGIES]
-            known = CONTROL_LABELS | ({""} if key == "guide_ids" else set())
+            controls = [strategy for strategy in strategies if strategy.casefold() in style.controls]
+            known = CONTROL_LABELS | (frozenset() if style.control_column else style.controls)
             controls = controls or [label for label in labels if label.casefold() in known]
         for control in controls:
             used, used_codes, guides = labels, codes, set[str]()
             if control in strategies:
                 by_strategy = strategy_codes == strategies.index(control)
                 own = [labels[code] for code in np.unique(codes[by_strategy]) if code >= 0]
-                guides = {part.strip() for label in own for part in label.split("||") if not _is_never(part.strip())}
+                joint = style.separator.strip() if style.separator else None
+                parts = {part.strip() for label in own for part in (label.split(joint) if joint else [label])}
+                guides = {part for part in parts if not _is_never(part)}
                 used, used_codes = [*labels, control], np.where(by_strategy, len(labels), codes)
             rules = _Rules(key, control, frozenset(guides), frozenset(used))
             options = rules.separators() if separator is None else [separator or None]
             readings += [rules.read(used, used_codes, option) for option in options]
-    return sorted(readings, key=lambda r: KNOWN_KEYS.index(r.key) if r.key in KNOWN_KEYS else len(KNOWN_KEYS))
+    order = [*STYLE_OF]
+    return sorted(readings, key=lambda r: order.index(r.key) if r.key in STYLE_OF else len(order))
 
 
 @dataclass(frozen=True)
@@ -232,7 +183,7 @@ class _Rules:
 
     def separators(self) -> list[str | None]:
         """Every separator with which the labels can be read (None: no combinations); two or more are ambiguous."""
-        strong = STRONG_SEPARATORS | {{"CPA": ",", "CELLxGENE": " || "}.get(self.style)}
+        strong = STRONG_SEPARATORS | {self.style.separator}
         no_names = NEVER_PERTURBATIONS | CONTROL_LABELS | {""}
         labels = [label for label in self.labels if label != self.control and label.casefold() not in no_names]
         certain: list[str | None] = []
@@ -246,9 +197,9 @@ class _Rules:
         return certain + possible + ([] if certain else [None])
 
     @property
-    def style(self) -> str:
-        control = self.control.casefold()
-        return next((name for name, keys, controls in STYLES if self.key in keys and control in controls), "plain")
+    def style(self) -> Style:
+        style = STYLE_OF.get(self.key, PLAIN)
+        return style if self.control.casefold() in style.controls else PLAIN
 
     def read(self, labels: Sequence[str], codes: Ints, separator: str | None) -> Perturbations:
         counts = np.bincount(codes + 1, minlength=len(labels) + 1)
@@ -271,14 +222,15 @@ class _Rules:
         if all(parts in ([], [labels[code]]) for code, parts in parts_of.items()):
             separator = None
         joined = [(separator or "").join(names[i] for i in condition) for condition in conditions[1:]]
-        style = "" if self.style == "plain" else f" (as in {self.style} files)"
-        mark = f"'{STRATEGY_KEY}' is '{self.control}' in" if self.guides else f"its label '{self.control}' marks"
+        style = "" if self.style is PLAIN else f" (as in {self.style.name} files)"
+        column = STYLE_OF.get(self.key, PLAIN).control_column
+        mark = f"'{column}' is '{self.control}' in" if self.guides else f"its label '{self.control}' marks"
         split = "no label is a combination" if separator is None else f"labels are split at '{separator}'"
         return Perturbations(
             key=self.key,
             control_label=self.control,
             separator=separator,
-            style=self.style,
+            style=self.style.name,
             reason=f"Column '{self.key}'{style} holds the perturbations, {mark} control cells, and {split}.",
             names=tuple(names),
             conditions=tuple(conditions),
@@ -370,26 +322,33 @@ def _nothing_found(
         )
     if key is None:
         known = "a known control label" if control_label is None else f"the label '{control_label}'"
-        return InputError(f"No column has {known}.", _column_hint(obs, "perturbation"))
+        columns = _some([str(column) for column in obs.columns], "perturbation")
+        hint = "Name the column with --perturbation-key and its control with --control-label"
+        return InputError(f"No column has {known}.", f"{hint}; columns: {columns}.")
     labels = _labels(obs[key])[0]
-    missing = "none of its labels is a known one" if control_label is None else f"none is labelled '{control_label}'"
+    missing = (
+        "none of its labels is a known control label"
+        if control_label is None
+        else f"none is labelled '{control_label}'"
+    )
     return InputError(
         f"Column '{key}' has no control cells: {missing}.",
-        f"Say which label is the control with --control-label; labels: {_some(labels, control_label or 'control')}.",
+        f"Name the control label with --control-label; labels: {_some(labels, control_label or 'control')}.",
     )
 
 
-def _column_hint(obs: pd.DataFrame, key: str) -> str:
-    columns = _some([str(column) for column in obs.columns], key)
-    return f"Name the column with --perturbation-key and its control with --control-label; columns: {columns}."
+def refuse_missing_column(obs: pd.DataFrame, key: str, option: str) -> None:
+    """Refuse a column of cells that an option names and that is not there."""
+    if key not in obs:
+        columns = _some([str(column) for column in obs.columns], key)
+        raise InputError(f"The cells have no column '{key}' for {option}.", f"Columns: {columns}.")
 
 
 def _some(values: Sequence[str], like: str) -> str:
     """Up to eight values, those first that resemble ``like``."""
     alike = [value for value in values if like.casefold() in value.casefold()]
-    first = list(dict.fromkeys([*difflib.get_close_matches(like, values[:20000]), *alike, *values]))[:8]
-    more = f" and {len(values) - 8} more" if len(values) > 8 else ""
-    return ", ".join(f"'{value}'" for value in first) + more if first else "none"
+    ordered = dict.fromkeys([*difflib.get_close_matches(like, values[:20000]), *alike, *values])
+    return few([f"'{value}'" for value in ordered]) or "none"
 
 
 def _options(option: str, values: Sequence[str]) -> str:

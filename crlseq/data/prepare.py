@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,15 +25,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 
 from crlseq._version import __version__
 from crlseq.config import DataConfig
-from crlseq.data.matrix import Scan, Screen, open_screen, readable
+from crlseq.data.matrix import Scan, open_screen
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.data.preprocess import kind_of_values
-from crlseq.data.store import MANIFEST, Manifest, digest_of, read_manifest
-from crlseq.data.storewriter import Buckets, MatrixWriter, write_tables
+from crlseq.data.store import MANIFEST, Manifest, read_manifest, sha256_of
+from crlseq.data.storewriter import Buckets, write_matrix, write_tables
 from crlseq.errors import InputError
 from crlseq.storage.runfolder import locked, move_into_place, partial_of
 
@@ -45,6 +44,9 @@ PARTS = frozenset({"lock", "progress.json", "buckets", "store"})
 class _Plan:
     """The cells of all files, one after the other: their table, labels, and places in the store."""
 
+    paths: list[Path]
+    options: DataConfig
+    seed: int
     obs: pd.DataFrame
     var: pd.DataFrame
     labels: Perturbations
@@ -105,10 +107,10 @@ def prepare(
     if done is not None:
         if done.identity != identity:
             raise InputError(
-                f"The store {target} is finished, but was made of other files or with other options.",
+                f"The store {target} is finished, but was made from other files or with other options.",
                 "Choose another --output, or replace it with --force.",
             )
-        note(f"{target} is finished already.")
+        note(f"{target} is already finished.")
         if partial.is_dir():  # stopped after the store was moved into place
             with suppress(OSError):
                 with locked(partial):
@@ -124,11 +126,11 @@ def prepare(
         with locked(partial):
             if not resume:
                 _empty(partial)
-            progress = _Progress.of(partial / "progress.json", identity)
-            sizes = progress.done["buckets"]
-            buckets = Buckets(partial / "buckets", len(plan.obs), len(plan.var), plan.dtype, sizes)
-            kind = _distribute(paths, options, plan, buckets, progress, stage)
-            manifest = _write_store(paths, seed, identity, plan, partial, buckets, progress, kind, stage)
+            progress = _Progress(partial / "progress.json", identity)
+            buckets = Buckets(partial / "buckets", len(plan.obs), len(plan.var), plan.dtype, progress.buckets)
+            kind = _distribute(plan, buckets, progress, stage)
+            stage("writing the store")
+            manifest = _write_store(plan, partial / "store", buckets, progress, kind)
             move_into_place(partial / "store", target)
             _empty(partial)
         partial.rmdir()
@@ -145,16 +147,12 @@ def _refuse_output(target: Path, resume: bool, force: bool) -> None:
         if not force:
             raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
         if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
-            raise InputError(
-                f"{target} exists and is not a store of crlseq; it is left alone.", "Choose another --output."
-            )
+            raise InputError(f"{target} exists, is not a crlseq store and is left alone.", "Choose another --output.")
     foreign = sorted(file.name for file in partial.iterdir() if file.name not in PARTS) if partial.is_dir() else []
     if foreign or (partial.exists() and not partial.is_dir()):
-        raise InputError(f"{partial} is no unfinished store of crlseq; it is left alone.", "Choose another --output.")
+        raise InputError(f"{partial} is not an unfinished crlseq store and is left alone.", "Choose another --output.")
     if partial.exists() and not (resume or force):
-        raise InputError(
-            f"There is an unfinished store in {partial}.", "Go on with --resume, or start over with --force."
-        )
+        raise InputError(f"{partial} is an unfinished store.", "Continue with --resume, or start over with --force.")
 
 
 def _empty(partial: Path) -> None:
@@ -164,13 +162,7 @@ def _empty(partial: Path) -> None:
 
 
 def _identity(paths: Sequence[Path], options: DataConfig, seed: int) -> str:
-    """Of what is prepared; files by name, size and time of change, since reading them all again would take a pass.
-
-    Raises
-    ------
-    InputError
-        If there is no such file.
-    """
+    """Of what is prepared; files by name, size and time of change, since reading them all again would take a pass."""
     if missing := [path for path in paths if not path.exists()]:
         raise InputError(f"There is no file {missing[0]}.", "Check the path.")
     stats = [
@@ -184,21 +176,22 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-def _plan(paths: Sequence[Path], options: DataConfig, seed: int) -> _Plan:
+def _plan(paths: list[Path], options: DataConfig, seed: int) -> _Plan:
     tables, dtypes, first, var = [], [], [0], pd.DataFrame()
     for path in paths:
         with open_screen(path, options.layer) as screen:
             tables.append(screen.obs)
-            dtypes.append(_dtype(screen.matrix))
+            dtype = np.dtype(screen.matrix.dtype)
+            dtypes.append(dtype if dtype.kind in "iuf" else np.dtype(np.float32))
             first.append(first[-1] + screen.n_cells)
             if len(tables) == 1:
                 var = screen.var.set_axis(screen.genes, axis=0)
             elif missing := sorted({*var.index} ^ {*screen.genes}):
                 there, lacking = (path, paths[0]) if missing[0] in screen.genes else (paths[0], path)
                 raise InputError(
-                    f"The files have not the same genes: {len(missing)} are in one alone, first {missing[0]!r}, which"
+                    f"The files do not have the same genes: {len(missing)} are in only one, first {missing[0]!r}, which"
                     f" {there} has and {lacking} lacks.",
-                    "Take the genes that all files have, and prepare those.",
+                    "Keep only the genes that all files have.",
                 )
     obs = _joined(tables, paths)
     labels = read_perturbations(obs, options.perturbation_key, options.control_label, options.separator)
@@ -207,7 +200,7 @@ def _plan(paths: Sequence[Path], options: DataConfig, seed: int) -> _Plan:
     order = np.lexsort((np.random.default_rng(seed).random(len(obs)), condition))
     place = np.empty(len(obs), dtype=np.int64)
     place[order] = np.arange(len(obs))
-    return _Plan(obs, var, labels, np.array(first), place, np.result_type(*dtypes))
+    return _Plan(paths, options, seed, obs, var, labels, np.array(first), place, np.result_type(*dtypes))
 
 
 def _joined(tables: list[pd.DataFrame], paths: Sequence[Path]) -> pd.DataFrame:
@@ -219,41 +212,36 @@ def _joined(tables: list[pd.DataFrame], paths: Sequence[Path]) -> pd.DataFrame:
     if len(pd.unique(names)) < len(names):
         names = np.array([f"{name}-{i}" for name, i in zip(names, files, strict=True)], dtype=object)
     columns: dict[str, Any] = {}
+    rows = [pd.RangeIndex(int(a), int(b)) for a, b in pairwise(np.cumsum([0, *map(len, tables)]))]
     for key in dict.fromkeys(str(column) for table in tables for column in table.columns):
-        rows = [pd.RangeIndex(int(a), int(b)) for a, b in pairwise(np.cumsum([0, *map(len, tables)]))]
         parts = [table[key].set_axis(own) for table, own in zip(tables, rows, strict=True) if key in table]
         joined = pd.concat(parts).reindex(range(len(names)))
         if joined.dtype == object:  # texts, categories that differ, or truth values of some cells alone
             joined = joined.map(str, na_action="ignore").astype("category")
         columns[key] = joined.to_numpy() if isinstance(joined.dtype, np.dtype) else joined.array
-    columns.setdefault(
-        INPUT_KEY,
-        pd.Categorical([paths[i].name for i in files.tolist()], categories=list(dict.fromkeys(p.name for p in paths))),
-    )
+    inputs = [path.name for path in paths]
+    columns.setdefault(INPUT_KEY, pd.Categorical(np.array(inputs)[files], categories=list(dict.fromkeys(inputs))))
     return pd.DataFrame(columns, index=pd.Index(names, dtype=object))
 
 
 class _Progress:
     """What is done, on disk: blocks of each file with what they held, sizes of buckets, digests of shards."""
 
-    def __init__(self, path: Path, done: dict[str, Any]) -> None:
-        self.path, self.done = path, done
-
-    @classmethod
-    def of(cls, path: Path, identity: str) -> _Progress:
-        if not path.exists():
-            return cls(path, {"identity": identity, "files": {}, "buckets": {}, "shards": {}})
-        try:
-            done = json.loads(path.read_text(encoding="utf-8"))
-            same = done["identity"] == identity
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged.", "Start over with --force.") from error
-        if not same:
-            raise InputError(
-                "The unfinished store was begun with other files or other options.",
-                "Repeat its options to resume it, or start over with --force.",
-            )
-        return cls(path, done)
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path = path
+        self.done: dict[str, Any] = {"identity": identity, "files": {}, "buckets": {}, "shards": {}}
+        if path.exists():
+            try:
+                self.done = json.loads(path.read_text(encoding="utf-8"))
+                same = self.done["identity"] == identity
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path} is damaged.", "Start over with --force.") from error
+            if not same:
+                raise InputError(
+                    "The unfinished store was started from other files or with other options.",
+                    "Repeat its options to resume it, or start over with --force.",
+                )
+        self.files, self.buckets, self.shards = (self.done[name] for name in ("files", "buckets", "shards"))
 
     def save(self) -> None:
         beside = self.path.with_name(self.path.name + ".tmp")
@@ -261,24 +249,17 @@ class _Progress:
         os.replace(beside, self.path)
 
 
-def _distribute(
-    paths: Sequence[Path],
-    options: DataConfig,
-    plan: _Plan,
-    buckets: Buckets,
-    progress: _Progress,
-    stage: Callable[[str], None],
-) -> str:
+def _distribute(plan: _Plan, buckets: Buckets, progress: _Progress, stage: Callable[[str], None]) -> str:
     """Every file's cells into buckets; the kind of values that all hold."""
     kinds: list[str] = []
-    for number, path in enumerate(paths):
+    for number, path in enumerate(plan.paths):
         stage(f"reading {path.name}")
-        with open_screen(path, options.layer) as screen:
-            done = progress.done["files"].setdefault(str(number), {"cells": 0})
+        with open_screen(path, plan.options.layer) as screen:
+            done = progress.files.setdefault(str(number), {"cells": 0})
             found = Scan.of(screen)
             vars(found).update(done.get("scan", {}))
             position = plan.var.index.get_indexer(screen.genes).astype(np.int32)
-            for rows, block in _blocks(screen, done["cells"]):
+            for rows, block in screen.blocks(done["cells"]):
                 found.add(screen, rows, block)
                 block.indices = position[block.indices]
                 block.sort_indices()
@@ -286,50 +267,35 @@ def _distribute(
                 done["cells"] = rows.stop
                 done["scan"] = {k: v for k, v in vars(found).items() if not isinstance(v, np.ndarray)}
                 progress.save()
-            kinds.append(kind_of_values(found, screen.source, options.values)[0])
+            kinds.append(kind_of_values(found, screen.source, plan.options.values)[0])
             if kinds[-1] != kinds[0]:
                 raise InputError(
-                    f"{path} holds {kinds[-1]} values, but {paths[0]} {kinds[0]} values.",
+                    f"{path} has values of kind {kinds[-1]}, but {plan.paths[0]} of kind {kinds[0]}.",
                     "Prepare files of one kind together, or name a layer with --layer.",
                 )
     return kinds[0]
 
 
-def _blocks(screen: Screen, first: int) -> Iterator[tuple[slice, sp.csr_matrix]]:
-    """Blocks of a file; only what goes wrong in reading them is the file's fault."""
-    blocks = screen.blocks(first)
-    while True:
-        with readable(screen.source, "the matrix"):
-            block = next(blocks, None)
-        if block is None:
-            return
-        yield block
-
-
-def _dtype(matrix: Any) -> np.dtype[Any]:
-    dtype = np.dtype(matrix.dtype)
-    return dtype if dtype.kind in "iuf" else np.dtype(np.float32)
-
-
-def _write_store(
-    paths: Sequence[Path], seed: int, identity: str, plan: _Plan, partial: Path, buckets: Buckets, progress: _Progress, kind: str,
-    stage: Callable[[str], None],
-) -> Manifest:  # fmt: skip
+def _write_store(plan: _Plan, store: Path, buckets: Buckets, progress: _Progress, kind: str) -> Manifest:
     """Buckets in order into shards, then tables and the manifest."""
-    stage("writing the store")
-    store = partial / "store"
-    writer = MatrixWriter(store, buckets, len(plan.var))
-    shards = progress.done["shards"]
-    for name in writer.write(shards):
-        shards[name] = digest_of(store / name)
+    start = np.concatenate([[0], buckets.counts().cumsum()])
+    for name in write_matrix(store, buckets, start, len(plan.var), progress.shards):
+        progress.shards[name] = sha256_of(store / name)
         progress.save()
-    order = np.argsort(plan.place)
-    write_tables(store, plan.obs.iloc[order], plan.var)
-    labels = plan.labels
-    files = {str(file.relative_to(store)): digest_of(file) for file in _files(store) if file.name != MANIFEST}
+    write_tables(store, plan.obs.iloc[np.argsort(plan.place)], plan.var)
     manifest = Manifest(
-        __version__, labels.key, labels.control_label, labels.separator or "", seed, kind, len(plan.obs),
-        len(plan.var), int(writer.start[-1]), tuple(path.name for path in paths), files, identity,
-    )  # fmt: skip
+        version=__version__,
+        perturbation_key=plan.labels.key,
+        control_label=plan.labels.control_label,
+        separator=plan.labels.separator or "",
+        seed=plan.seed,
+        values=kind,
+        n_cells=len(plan.obs),
+        n_genes=len(plan.var),
+        n_nonzero=int(start[-1]),
+        inputs=tuple(path.name for path in plan.paths),
+        files={str(file.relative_to(store)): sha256_of(file) for file in _files(store) if file.name != MANIFEST},
+        identity=progress.done["identity"],
+    )
     (store / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anndata as ad
@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from crlseq.data.matrix import Scan, Screen, readable
+from crlseq.config import DataConfig
+from crlseq.data.matrix import Scan, Screen
 from crlseq.errors import InputError
 
 MAX_LOG = 30.0  # log1p of the largest count a screen could hold is 20 or so
@@ -24,17 +25,13 @@ TRANSFORMED_SHARE = 0.05  # share of negative values among the non-zero ones abo
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What was done to the values: recorded in ``run.json``, enough to do it again to other cells.
+    """What was done to the values: recorded in ``run.json``, enough to do it again to other cells."""
 
-    ``values`` is ``counts``, ``log`` or ``continuous``; ``target_sum`` the total that counts were scaled to,
-    None for the others; ``genes`` the fitted genes in the file's order.
-    """
-
-    values: str
+    values: str  # "counts", "log" or "continuous"
     reason: str
     layer: str | None
-    target_sum: float | None
-    genes: tuple[str, ...]
+    target_sum: float | None  # the total that counts were scaled to; None for the others
+    genes: tuple[str, ...]  # the fitted ones, in the file's order
     gene_choice: str
     n_genes_in_file: int
     n_silent_genes: int
@@ -45,79 +42,56 @@ class Preprocessing:
         return cls(**{**values, "genes": tuple(values["genes"])})
 
     def columns(self, genes: pd.Index, source: str) -> np.ndarray:
-        """Places (fitted genes,) of the fitted genes among `genes`.
-
-        Raises
-        ------
-        InputError
-            If one is missing.
-        """
+        """Places (fitted genes,) of the fitted genes among `genes`; InputError if one is missing."""
         columns = genes.get_indexer(pd.Index(self.genes))
         if (columns < 0).any():
             missing = self.genes[int(np.flatnonzero(columns < 0)[0])]
             raise InputError(
                 f"{source}: {(columns < 0).sum()} of the {len(columns)} fitted genes are missing, first {missing!r}.",
-                "Give cells that were measured on the same genes.",
+                "Give cells with the same genes.",
             )
         return np.asarray(columns)
 
     def check(self, block: sp.csr_matrix, source: str) -> None:
-        """Refuse cells that are plainly not of the fitted kind.
-
-        Raises
-        ------
-        InputError
-            If a value is NaN or infinite, or the fit was on counts and a value is no count.
-        """
+        """Refuse cells that are plainly not of the fitted kind, or have a value that is NaN or infinite."""
         if not np.isfinite(block.data).all():
-            raise InputError(f"{source} holds NaN or infinite values.", "Remove or replace them first.")
+            raise InputError(f"{source} has NaN or infinite values.", "Remove or replace them first.")
         if self.values == "counts" and ((block.data < 0) | (block.data != np.rint(block.data))).any():
             raise InputError(
-                f"{source} holds values that are no counts, but the fit was on counts.",
+                f"{source} has values that are not counts, but the fit used counts.",
                 "Give raw counts in the same layer.",
             )
         if self.values == "log" and block.nnz and block.data.max() > MAX_LOG:
             raise InputError(
-                f"{source} reaches {block.data.max():g}, but the fit was on log-normalised values.",
-                "Give values normalised in the same way.",
+                f"{source} has values up to {block.data.max():g}, but the fit used log-normalised values.",
+                "Give values normalised in the same way as the fit's.",
             )
 
-    def apply(self, counts: sp.csr_matrix) -> sp.csr_matrix:
-        """Normalised cells (n, all genes): log1p(count / total * target_sum) for counts, unchanged otherwise."""
-        if self.target_sum is None:
-            return counts
-        values = np.repeat(self._factor(counts), np.diff(counts.indptr))
-        np.log1p(np.multiply(values, counts.data, out=values), out=values)
-        return sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
+    def apply(self, cells: sp.csr_matrix) -> sp.csr_matrix:
+        """Normalised float64 cells (n, all genes)."""
+        values = self._normalised(cells, cells.data, cells.indptr)
+        return sp.csr_matrix((values, cells.indices, cells.indptr), shape=cells.shape)
 
-    def expression(self, counts: sp.csr_matrix, place: np.ndarray) -> sp.csr_matrix:
-        """Normalised float32 cells (n, fitted genes).
-
-        Parameters
-        ----------
-        counts
-            Canonical cells (n, all genes), of any kind of numbers.
-        place
-            (all genes,) int32 column of each fitted gene, -1 of the others; see `places`.
-        """
-        shape = (counts.shape[0], len(self.genes))
-        column, values = place[counts.indices], counts.data
-        start: np.ndarray = counts.indptr
+    def expression(self, cells: sp.csr_matrix, place: np.ndarray) -> sp.csr_matrix:
+        """Normalised float32 cells (n, fitted genes) of canonical ones (n, all genes); for `place` see `places`."""
+        column, values = place[cells.indices], cells.data
+        start: np.ndarray = cells.indptr
         if len(self.genes) < len(place):
             kept = np.flatnonzero(column >= 0)
             column, values, start = column[kept], values[kept], np.searchsorted(kept, start)
-        if self.target_sum is not None:
-            factor = np.repeat(self._factor(counts), np.diff(start))
-            values = np.log1p(np.multiply(factor, values, out=factor), out=factor)
-        return sp.csr_matrix((values.astype(np.float32), column, start), shape=shape)
+        values = self._normalised(cells, values, start).astype(np.float32)
+        return sp.csr_matrix((values, column, start), shape=(cells.shape[0], len(self.genes)))
 
-    def _factor(self, counts: sp.csr_matrix) -> np.ndarray:
-        """What the counts of each cell (n,) are multiplied with."""
-        assert self.target_sum is not None
-        ends = np.append(counts.data, 0)  # where the last cells are empty
-        totals = np.add.reduceat(ends, counts.indptr[:-1], dtype=np.float64) if counts.shape[0] else np.zeros(0)
-        totals[np.diff(counts.indptr) == 0] = 0.0
-        return np.asarray(self.target_sum / np.maximum(totals, 1e-300))
+    def _normalised(self, cells: sp.csr_matrix, values: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """log1p(count / total of the cell * target_sum) of counts, others unchanged; cells begin at `start` in `values`."""
+        if self.target_sum is None:
+            return values
+        ends = np.append(cells.data, 0)  # where the last cells are empty
+        totals = np.add.reduceat(ends, cells.indptr[:-1], dtype=np.float64) if cells.shape[0] else np.zeros(0)
+        totals[np.diff(cells.indptr) == 0] = 0.0
+        scaled = np.repeat(self.target_sum / np.maximum(totals, 1e-300), np.diff(start))
+        np.log1p(np.multiply(scaled, values, out=scaled), out=scaled)
+        return scaled
 
     def places(self, genes: pd.Index) -> np.ndarray:
         """(all genes,) int32 column of each fitted gene, in the file's order; -1 of the others."""
@@ -129,16 +103,9 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
 
     Counts are whole and not negative; log-normalised values are fractional, not negative and small;
     continuous values (scaled data, residuals, simulations) are negative for a good part. A few negative
-    values are a mistake in the file.
-
-    Raises
-    ------
-    InputError
-        If the values are none of these, or contradict what was asked for.
+    values are a mistake in the file. InputError if the values are none of these, or contradict what was asked for.
     """
-    hint = (
-        "Give raw UMI counts or log-normalised values (`sc.pp.normalize_total`, `sc.pp.log1p`), in X or with --layer."
-    )
+    hint = "Give raw counts or log-normalised values (`sc.pp.normalize_total`, `sc.pp.log1p`) in X or with --layer."
     if not scanned.n_nonzero:
         raise InputError(f"{source}: all values are zero.", hint)
     whole, share = scanned.n_fractional == 0, scanned.n_negative / scanned.n_nonzero
@@ -146,16 +113,16 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
         meant = asked == "continuous" or (not whole and TRANSFORMED_SHARE <= share <= 1 - TRANSFORMED_SHARE)
         if not meant or asked in ("counts", "log"):
             raise InputError(
-                f"{source}: {scanned.n_negative} values are negative (the smallest is {scanned.minimum:g}).",
-                hint + " If they are meant, say --values continuous.",
+                f"{source} has negative values ({scanned.n_negative}, the smallest {scanned.minimum:g}).",
+                hint + " If they are intended, use --values continuous.",
             )
-        return "continuous", f"{share:.0%} of the non-zero values are negative: used as they are"
+        return "continuous", f"{share:.0%} of the non-zero values are negative: used unchanged"
     if asked == "continuous":
-        return "continuous", "as asked: used as they are"
+        return "continuous", "as requested: used unchanged"
     if asked == "counts" or (asked == "auto" and whole):
         if not whole:
             raise InputError(
-                f"{source}: {scanned.n_fractional} values are not whole numbers, so these are no counts.", hint
+                f"{source} does not hold counts: some values ({scanned.n_fractional}) are not whole numbers.", hint
             )
         if asked == "auto":
             _refuse_odd_integers(scanned, source, hint)
@@ -169,20 +136,16 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
 
 
 def _refuse_odd_integers(scanned: Scan, source: str, hint: str) -> None:
-    n_values = len(scanned.totals) * len(scanned.detected)
-    odd = None
+    no_zero = scanned.n_nonzero == len(scanned.totals) * len(scanned.detected)
     if scanned.maximum <= 1:
         odd = "all values are 0 or 1"
-    elif scanned.n_nonzero == n_values and len(scanned.totals) > 1 and np.ptp(scanned.totals) == 0:
-        odd = "all cells have the same total and no zero, as ranks have"
-    elif scanned.n_nonzero == n_values and scanned.maximum <= 20:
-        odd = (
-            f"the matrix is whole-numbered, has no zero and reaches only {scanned.maximum:g}, as rounded logarithms do"
-        )
-    if odd:
-        raise InputError(
-            f"{source}: {odd}, which are neither counts nor log-normalised values.", hint + " --values overrules this."
-        )
+    elif no_zero and len(scanned.totals) > 1 and np.ptp(scanned.totals) == 0:
+        odd = "all cells have the same total and no zero, as ranks do"
+    elif no_zero and scanned.maximum <= 20:
+        odd = f"all values are whole, none is zero and the largest is {scanned.maximum:g}, as of rounded logarithms"
+    else:
+        return
+    raise InputError(f"{source}: {odd}, neither counts nor log-normalised values.", hint + " --values overrides this.")
 
 
 def refuse_silent_cells(screen: Screen, scanned: Scan, used: np.ndarray) -> None:
@@ -190,55 +153,36 @@ def refuse_silent_cells(screen: Screen, scanned: Scan, used: np.ndarray) -> None
     silent = np.flatnonzero((scanned.totals == 0) & used)
     if len(silent):
         raise InputError(
-            f"{screen.source}: {len(silent)} cells have no counts at all (the first is {str(screen.obs.index[silent[0]])!r}).",
+            f"{screen.source}: cells without any counts: {len(silent)} (first {str(screen.obs.index[silent[0]])!r}).",
             "Remove them with `sc.pp.filter_cells(adata, min_counts=1)`.",
         )
 
 
 def plan_preprocessing(
-    screen: Screen,
-    scanned: Scan,
-    values: tuple[str, str],
-    used: np.ndarray,
-    n_top_genes: int | str = 5000,
-    genes: tuple[str, ...] | None = None,
-    layer: str | None = None,
-    seed: int = 0,
+    screen: Screen, scanned: Scan, values: tuple[str, str], used: np.ndarray, config: DataConfig, seed: int = 0
 ) -> Preprocessing:
-    """Decide target sum and genes; reads at most `N_CELLS_FOR_GENES` cells.
+    """Decide target sum and genes, by at most `N_CELLS_FOR_GENES` of the `used` cells; `values` is of `kind_of_values`.
 
-    Parameters
-    ----------
-    used
-        (cells,) bool, the cells that take part in the fit.
-    n_top_genes
-        Number of highly variable genes (scanpy's "seurat" flavour on normalised cells), or ``all``.
-    genes
-        These genes instead.
-
-    Raises
-    ------
-    InputError
-        If a gene asked for is missing or has no count, or fewer than two genes are left.
+    Genes are those listed, or the most variable (scanpy's "seurat" flavour on normalised cells), or all. InputError if
+    a gene asked for is missing or has no count, or fewer than two genes are left.
     """
     kind, reason = values
     target_sum = float(np.median(scanned.totals[used])) if kind == "counts" else None
     silent = scanned.detected == 0
-    record = Preprocessing(kind, reason, layer, target_sum, (), "", screen.n_genes, int(silent.sum()))
+    record = Preprocessing(kind, reason, config.layer, target_sum, (), "", screen.n_genes, int(silent.sum()))
     expressed = np.flatnonzero(~silent)
-    if genes is not None:
-        chosen, choice = _asked_genes(screen, silent, genes), f"{len(genes)} genes as listed"
-    elif n_top_genes == "all" or len(expressed) <= int(n_top_genes):
-        chosen, choice = expressed, f"all {len(expressed)} genes with a value"
+    if config.genes is not None:
+        chosen, choice = _asked_genes(screen, silent, config.genes), f"{len(config.genes)} genes as listed"
+    elif config.n_top_genes == "all" or len(expressed) <= int(config.n_top_genes):
+        chosen, choice = expressed, f"all {len(expressed)} genes with a non-zero value"
     else:
-        chosen = expressed[_highly_variable(screen, record, scanned, used, expressed, int(n_top_genes), seed)]
+        most = min(N_CELLS_FOR_GENES, N_VALUES_FOR_GENES * screen.n_cells // scanned.n_nonzero)
+        cells, n_top = np.flatnonzero(used), int(config.n_top_genes)
+        chosen = expressed[_highly_variable(screen, record, cells, most, expressed, n_top, seed)]
         choice = f"{len(chosen)} most variable of {len(expressed)} genes"
     if len(chosen) < 2:
-        raise InputError(
-            f"{screen.source}: only {len(chosen)} gene can be fitted.", "At least two genes with values are needed."
-        )
-    fitted = tuple(screen.genes[chosen])
-    return Preprocessing(kind, reason, layer, target_sum, fitted, choice, screen.n_genes, int(silent.sum()))
+        raise InputError(f"{screen.source}: too few genes to fit: {len(chosen)}.", "At least two are needed.")
+    return replace(record, genes=tuple(screen.genes[chosen]), gene_choice=choice)
 
 
 def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> np.ndarray:
@@ -247,35 +191,25 @@ def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> 
     if missing:
         close = difflib.get_close_matches(missing[0], screen.genes, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"Genes there are named like {screen.genes[0]!r}."
-        raise InputError(
-            f"{screen.source}: {len(missing)} of the listed genes are not there, first {missing[0]!r}.", hint
-        )
+        raise InputError(f"{screen.source}: listed genes are missing ({len(missing)}), first {missing[0]!r}.", hint)
     if silent[position].any():
         first = screen.genes[position[silent[position]][0]]
-        raise InputError(f"{screen.source}: the listed gene {first!r} is zero in every cell.", "Take it off the list.")
+        raise InputError(f"{screen.source}: the listed gene {first!r} is zero in every cell.", "Remove it.")
     return np.unique(position)
 
 
 def _highly_variable(
-    screen: Screen,
-    record: Preprocessing,
-    scanned: Scan,
-    used: np.ndarray,
-    columns: np.ndarray,
-    n_top: int,
-    seed: int,
+    screen: Screen, record: Preprocessing, cells: np.ndarray, most: int, columns: np.ndarray, n_top: int, seed: int
 ) -> np.ndarray:
+    """Ascending places (n_top,) in `columns` of the most variable genes, by at most so many of the cells."""
     import scanpy as sc  # late: seconds to import
 
-    cells = np.flatnonzero(used)
-    most = min(N_CELLS_FOR_GENES, N_VALUES_FOR_GENES * screen.n_cells // scanned.n_nonzero)
     if len(cells) > most:
         cells = np.sort(np.random.default_rng(seed).choice(cells, most, replace=False))
-    parts = []
-    with readable(screen.source, "the matrix"):
-        for i in range(0, len(cells), ROWS):
-            part = record.apply(screen.rows(cells[i : i + ROWS]))[:, columns]
-            parts.append(part.astype(np.float32))
+    parts = [
+        record.apply(screen.rows(cells[i : i + ROWS]))[:, columns].astype(np.float32)
+        for i in range(0, len(cells), ROWS)
+    ]
     sample = ad.AnnData(sp.csr_matrix(sp.vstack(parts, format="csr")))
     del parts
     if record.values == "continuous":  # no mean-variance trend to take out
@@ -288,12 +222,8 @@ def _highly_variable(
 def load(screen: Screen, record: Preprocessing, n_values: int) -> sp.csr_matrix | np.ndarray:
     """Normalised float32 expression (cells, fitted genes) of the whole screen, read in blocks.
 
-    CSR when most values are zero, else a dense array.
-
-    Parameters
-    ----------
-    n_values
-        Values of the fitted genes that are not 0: each is put in its place at once, and nothing is held twice.
+    CSR when most values are zero, else a dense array. `n_values` of the fitted genes are not 0: each is put in its
+    place at once, and nothing is held twice.
     """
     place, shape = record.places(screen.genes), (screen.n_cells, len(record.genes))
     sparse = is_sparse(n_values, shape)
@@ -301,15 +231,14 @@ def load(screen: Screen, record: Preprocessing, n_values: int) -> sp.csr_matrix 
     data = np.empty(n_values if sparse else 0, dtype=np.float32)
     indices = np.empty(len(data), dtype=np.int32)
     start = np.zeros(screen.n_cells + 1, dtype=np.int64)
-    with readable(screen.source, "the matrix"):
-        for rows, block in screen.blocks():
-            part = record.expression(block, place)
-            if not sparse:
-                dense[rows] = part.toarray()
-                continue
-            start[rows.start + 1 : rows.stop + 1] = start[rows.start] + part.indptr[1:]
-            entries = slice(start[rows.start], start[rows.stop])
-            data[entries], indices[entries] = part.data, part.indices
+    for rows, block in screen.blocks():
+        part = record.expression(block, place)
+        if not sparse:
+            dense[rows] = part.toarray()
+            continue
+        start[rows.start + 1 : rows.stop + 1] = start[rows.start] + part.indptr[1:]
+        entries = slice(start[rows.start], start[rows.stop])
+        data[entries], indices[entries] = part.data, part.indices
     return sp.csr_matrix((data, indices, start), shape=shape) if sparse else dense
 
 

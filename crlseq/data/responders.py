@@ -9,8 +9,8 @@ cell has the coordinate
 0 on average for control cells and 1 for responders. A responder's own score is taken out of the mean that it is
 projected on, since it would find itself there. The coordinates of a perturbation's cells are a mixture of control's
 normal distribution, known from control cells, and a second one, fitted by EM; responders are the cells with a posterior
-of `THRESHOLD` or more, d is their mean again, and so on until they do not change. Training cells alone have a say in d and the
-mixture.
+of `THRESHOLD` or more, d is their mean again, and so on until they do not change. Only training cells determine d and
+the mixture.
 
 All cells stay where there is no ground to tell them apart: without a detectable effect, in combinations, where one
 shifted normal describes the coordinates as well (BIC), or where the two means are closer than `SEPARATION` standard
@@ -30,6 +30,7 @@ import pandas as pd
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.errors import few
 
 THRESHOLD = 0.5
 DETECTABLE = 0.05
@@ -43,31 +44,23 @@ MIN_WIDTH = 0.2  # of the responders, as a share of control's standard deviation
 class Responders:
     """Who responds.
 
-    Attributes
-    ----------
-    posterior
-        (cells,) float32 probability that a cell responds to its perturbation; NaN where that was not told.
-    escaped
-        Ascending indices (int64) of the training and validation cells below `THRESHOLD`.
-    table
-        ``perturbation, n_cells`` (training and validation), ``n_left_out, share`` (of training cells that respond, by
-        the mixture), ``separation`` (of the means, in standard deviations of control), ``why`` (all stay).
+    ``table`` has ``perturbation, n_cells`` (training and validation), ``n_left_out, share`` (of training cells that
+    respond, by the mixture), ``separation`` (of the means, in standard deviations of control), ``why`` (all stay).
     """
 
-    posterior: np.ndarray
-    escaped: np.ndarray
+    posterior: np.ndarray  # (cells,) float32 probability that a cell responds to its perturbation; NaN where not told
+    escaped: np.ndarray  # ascending indices (int64) of the training and validation cells below `THRESHOLD`
     table: pd.DataFrame
 
     def in_words(self) -> str:
         """How many cells of which perturbations."""
         told = self.table[self.table["n_left_out"] > 0].sort_values("n_left_out", ascending=False, kind="stable")
         if told.empty:
-            return "Responders: no perturbation has cells that look as control cells do; none are left out."
-        some = ", ".join(f"{r.n_left_out} of {r.n_cells} {r.perturbation}" for r in told[:8].itertuples())
-        more = f" and {len(told) - 8} more" if len(told) > 8 else ""
+            return "Responders: no perturbation has cells that look like control cells; none are excluded."
         return (
-            f"Responders: {len(self.escaped)} cells of {len(told)} perturbations look as control cells do and are left "
-            f"out ({some}{more}); effects of those that stay are larger by the choice."
+            f"Responders: {len(self.escaped)} cells of {len(told)} perturbations look like control cells and are "
+            f"excluded ({few([f'{r.n_left_out} of {r.n_cells} {r.perturbation}' for r in told.itertuples()])}); "
+            "this choice makes the effects of the remaining cells larger."
         )
 
     def record(self) -> dict[str, Any]:
@@ -79,12 +72,7 @@ class Responders:
 def find_responders(data: PerturbSeqData, scores: np.ndarray, fdr: np.ndarray) -> Responders:
     """Tell responders from escaped cells in every single perturbation with a detectable effect.
 
-    Parameters
-    ----------
-    scores
-        (cells, q) principal component scores.
-    fdr
-        (perturbations,) of the effect tests; NaN counts as no effect.
+    `scores` (cells, q) are principal components; `fdr` (perturbations,) is of the effect tests, NaN: no effect.
     """
     train, validation, test = (data.cells_by_condition(code) for code in (splits.TRAIN, splits.VALIDATION, splits.TEST))
     x = _centred(scores.astype(np.float64), data.batch, train[0])
@@ -162,7 +150,7 @@ def _tell_apart(x: np.ndarray, is_train: np.ndarray, control: np.ndarray) -> _Mi
         posterior = 1 / (1 + np.exp(-np.clip(log_odds, -50, 50)))
         now = is_train & (posterior >= THRESHOLD)
         if now.sum() < MIN_CELLS:
-            return _Mixture(posterior, share, separation, f"fewer than {MIN_CELLS} training cells would be left")
+            return _Mixture(posterior, share, separation, f"fewer than {MIN_CELLS} training cells would remain")
         if np.array_equal(now, responds):
             break
         responds = now

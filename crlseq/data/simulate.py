@@ -7,9 +7,9 @@ equal arguments give equal cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import anndata
 import numpy as np
@@ -80,9 +80,9 @@ def simulate(
 
     The signal is ``e = u W`` (linear) or ``e = LeakyReLU0.2(u W1 + b1) W2`` (network, ``4 n_latents`` hidden units),
     scaled to unit standard deviation. With ``loading_density`` < 1 each latent moves that share of the genes, drawn at
-    random, and with the network mixing each has hidden units of its own, so that it moves no other gene. Gaussian values are ``e + 0.3 N(0, 1)``; counts are negative binomial with
-    mean ``d * softmax(b + 0.35 e)`` and variance ``mean + 0.2 mean^2``, ``b`` normal with standard deviation 1.2,
-    ``d`` log-normal about ``depth``.
+    random, and with the network mixing each has hidden units of its own, so that it moves no other gene. Gaussian values
+    are ``e + 0.3 N(0, 1)``; counts are negative binomial with mean ``d * softmax(b + 0.35 e)`` and variance
+    ``mean + 0.2 mean^2``, ``b`` normal with standard deviation 1.2, ``d`` log-normal about ``depth``.
 
     Parameters
     ----------
@@ -136,104 +136,82 @@ def simulate(
     >>> adata.uns["truth"]["adjacency"].shape, adata.obsm["true_latents"].shape
     ((3, 3), (300, 3))
     """
-    _check(
-        sizes={
-            "n_latents": n_latents,
-            "perturbations_per_latent": perturbations_per_latent,
-            "n_genes": n_genes,
-            "cells_per_perturbation": cells_per_perturbation,
-            "n_control": n_control,
-            "n_batches": n_batches,
-        },
-        amounts={
-            "expected_parents": expected_parents,
-            "n_doubles": n_doubles,
-            "escapers": escapers,
-            "batch_scale": batch_scale,
-            "seed": seed,
-        },
-        kinds={
-            "equations": (equations, ("linear", "relu")),
-            "intervention": (intervention, ("hard", "soft", "shift")),
-            "mixing": (mixing, ("linear", "network")),
-            "noise": (noise, ("counts", "gaussian")),
-        },
-    )
-    if not (np.isfinite(depth) and depth > 0):
-        raise ValueError(f"depth must be a positive number, not {depth}.")
-    if expected_parents > (n_latents - 1) / 2:
-        raise ValueError(
-            f"expected_parents = {expected_parents:g} asks for more edges than a DAG of {n_latents} latents can have"
-            f" (at most {(n_latents - 1) / 2:g} per latent)."
-        )
-    if not 0 < loading_density <= 1:
-        raise ValueError(f"loading_density must be above 0 and at most 1, not {loading_density}.")
-    if escapers > 1:
-        raise ValueError(f"escapers is a share of the cells, not {escapers:g}.")
-    n_single = n_latents * perturbations_per_latent
-    if n_doubles > n_single * (n_single - 1) // 2:
-        raise ValueError(f"n_doubles = {n_doubles} is more than the pairs of {n_single} perturbations.")
-
-    rng = np.random.default_rng(seed)
+    _refuse_impossible(locals())
+    rng, n_single = np.random.default_rng(seed), n_latents * perturbations_per_latent
     adjacency, order = _draw_graph(n_latents, expected_parents, rng)
     effects = _draw_effects(n_latents, n_single, intervention, rng)
     conditions: list[tuple[int, ...]] = [(), *((i,) for i in range(n_single)), *_draw_pairs(n_single, n_doubles, rng)]
     sizes = [n_control] + [cells_per_perturbation] * (len(conditions) - 1)
-    latents = np.concatenate(
-        [
-            _draw_latents(n, adjacency, order, effects, members, equations, rng)
-            for n, members in zip(sizes, conditions, strict=True)
-        ]
-    )
+
+    def latents_under(members: tuple[int, ...], n: int) -> Floats:
+        return _draw_latents(n, adjacency, order, effects, members, equations, rng)
+
+    latents = np.concatenate([latents_under(members, n) for members, n in zip(conditions, sizes, strict=True)])
+    labels = ["+".join(f"g{i}" for i in members) or CONTROL for members in conditions]
+    obs: dict[str, Any] = {"perturbation": pd.Categorical(np.repeat(np.array(labels, dtype=object), sizes))}
     escaped = np.zeros(len(latents), dtype=bool)
     if escapers:  # without them nothing is drawn: one seed, one screen
         escaped[n_control:] = rng.random(len(latents) - n_control) < escapers
-        latents[escaped] = _draw_latents(int(escaped.sum()), adjacency, order, effects, (), equations, rng)
+        latents[escaped] = latents_under((), int(escaped.sum()))
     loaded = rng.random((n_latents, n_genes)) < loading_density if loading_density < 1 else None
     signal = _draw_mixing(n_latents, n_genes, mixing, loaded, rng)(latents)
     signal /= signal.std() or 1.0
-    batch = rng.integers(n_batches, size=len(latents)) if n_batches > 1 else np.zeros(len(latents), np.int64)
     if n_batches > 1:
+        batch = rng.integers(n_batches, size=len(latents))
         signal += (batch_scale * rng.standard_normal((n_batches, n_genes)))[batch]
-    values = _counts(signal, depth, rng) if noise == "counts" else _gaussian(signal, rng)
-
-    labels = ["+".join(f"g{i}" for i in members) or CONTROL for members in conditions]
-    obs: dict[str, Any] = {"perturbation": pd.Categorical(np.repeat(np.array(labels, dtype=object), sizes))}
-    if n_batches > 1:
         obs["batch"] = pd.Categorical([f"b{i}" for i in batch], categories=[f"b{i}" for i in range(n_batches)])
     if escapers:
         obs["escaped"] = escaped
-    data = anndata.AnnData(
-        values,
-        obs=pd.DataFrame(obs, index=pd.Index([f"c{i}" for i in range(len(latents))], dtype=object)),
-        var=pd.DataFrame(index=pd.Index([f"gene{i}" for i in range(n_genes)], dtype=object)),
-    )
-    data.obsm["true_latents"] = latents
-    singles = pd.Index([f"g{i}" for i in range(n_single)], dtype=object)
-    data.uns["truth"] = {
+    values = _counts(signal, depth, rng) if noise == "counts" else _gaussian(signal, rng)
+    truth = {
         "adjacency": adjacency,
-        "target": pd.DataFrame({"latent": effects.target}, index=singles),
+        "target": pd.DataFrame({"latent": effects.target}, index=_names("g", n_single)),
         "orientation": "adjacency[i, j] != 0 means latent i -> latent j",
         "note": f"{equations} structural equations, {intervention} interventions, {mixing} mixing of {n_latents} latents"
         f" into {n_genes} genes, {noise} noise, seed {seed}",
-    }
-    if loaded is not None:
-        data.uns["truth"]["loaded"] = loaded
-    return data
+    } | ({} if loaded is None else {"loaded": loaded})
+    cells, genes = pd.DataFrame(obs, index=_names("c", len(latents))), pd.DataFrame(index=_names("gene", n_genes))
+    return anndata.AnnData(values, cells, genes, uns={"truth": truth}, obsm={"true_latents": latents})
 
 
-def _check(sizes: dict[str, int], amounts: dict[str, float], kinds: dict[str, tuple[str, tuple[str, ...]]]) -> None:
-    for name, size in sizes.items():
-        if size < 1 or size != int(size):
-            raise ValueError(f"{name} must be a whole number of at least 1, not {size}.")
-    for name, amount in amounts.items():
-        if not (np.isfinite(amount) and amount >= 0):
-            raise ValueError(f"{name} must be a finite number of at least 0, not {amount}.")
-        if name in ("n_doubles", "seed") and amount != int(amount):
-            raise ValueError(f"{name} must be a whole number, not {amount}.")
-    for name, (kind, known) in kinds.items():
-        if kind not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, not {kind!r}.")
+def _names(kind: str, n: int) -> pd.Index:
+    return pd.Index([f"{kind}{i}" for i in range(n)], dtype=object)
+
+
+def _refuse_impossible(given: Mapping[str, Any]) -> None:
+    """The arguments of `simulate`, by name."""
+    for name in (
+        "n_latents",
+        "perturbations_per_latent",
+        "n_genes",
+        "cells_per_perturbation",
+        "n_control",
+        "n_batches",
+    ):
+        if given[name] < 1 or given[name] != int(given[name]):
+            raise ValueError(f"{name} must be a whole number of at least 1, not {given[name]}.")
+    for name in ("expected_parents", "n_doubles", "escapers", "batch_scale", "seed"):
+        if not (np.isfinite(given[name]) and given[name] >= 0):
+            raise ValueError(f"{name} must be a finite number of at least 0, not {given[name]}.")
+        if name in ("n_doubles", "seed") and given[name] != int(given[name]):
+            raise ValueError(f"{name} must be a whole number, not {given[name]}.")
+    for name, kinds in (("equations", Equations), ("intervention", Intervention), ("mixing", Mixing), ("noise", Noise)):
+        if given[name] not in get_args(kinds):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, not {given[name]!r}.")
+    if not (np.isfinite(given["depth"]) and given["depth"] > 0):
+        raise ValueError(f"depth must be a positive number, not {given['depth']}.")
+    p, n_single = given["n_latents"], given["n_latents"] * given["perturbations_per_latent"]
+    if given["expected_parents"] > (p - 1) / 2:
+        raise ValueError(
+            f"expected_parents = {given['expected_parents']:g} asks for more edges than a DAG of {p} latents can have"
+            f" (at most {(p - 1) / 2:g} per latent)."
+        )
+    if not 0 < given["loading_density"] <= 1:
+        raise ValueError(f"loading_density must be above 0 and at most 1, not {given['loading_density']}.")
+    if given["escapers"] > 1:
+        raise ValueError(f"escapers is a share of the cells, not {given['escapers']:g}.")
+    if given["n_doubles"] > n_single * (n_single - 1) // 2:
+        raise ValueError(f"n_doubles = {given['n_doubles']} exceeds the number of pairs of {n_single} perturbations.")
 
 
 def _draw_graph(p: int, expected_parents: float, rng: np.random.Generator) -> tuple[Floats, NDArray[np.int64]]:
@@ -296,10 +274,8 @@ def _draw_mixing(
             loadings *= loaded
         return lambda latents: latents @ loadings
     hidden = 4 * p
-    first, last = (
-        rng.standard_normal((p, hidden)) / np.sqrt(p),
-        rng.standard_normal((hidden, n_genes)) / np.sqrt(hidden),
-    )
+    first = rng.standard_normal((p, hidden)) / np.sqrt(p)
+    last = rng.standard_normal((hidden, n_genes)) / np.sqrt(hidden)
     if loaded is not None:  # unit h reads latent h % p alone, as strongly as another does all
         first = np.tile(np.eye(p), 4) * (first * np.sqrt(p))
         last *= np.tile(loaded, (4, 1))

@@ -14,20 +14,14 @@ from crlseq.errors import InputError
 
 
 def state_of(source: str | Path | ad.AnnData) -> list[tuple[str, int, int, int, int]]:
-    """What differs if a file was written to or replaced; nothing for an AnnData in memory.
-
-    Raises
-    ------
-    InputError
-        If a folder on the way may not be searched.
-    """
+    """What differs if a file was written to or replaced; nothing for an AnnData in memory."""
     if isinstance(source, ad.AnnData):
         return []
     path = Path(source)
     try:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         about = [(str(file), file.stat()) for file in files if file.exists()]
-    except OSError as error:
+    except OSError as error:  # a folder on the way may not be searched
         raise InputError(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from None
     return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in about]
 
@@ -45,10 +39,7 @@ def content_of(data: PerturbSeqData) -> str:
 def digest_of(source: str | Path | ad.AnnData) -> str:
     """Digest of the input's bytes; of all files of a zarr store by path; empty for an AnnData in memory.
 
-    Raises
-    ------
-    InputError
-        If a file cannot be read, or a prepared store is not what was written.
+    InputError if a file cannot be read, or a prepared store is not what was written.
     """
     if isinstance(source, ad.AnnData):
         return ""
@@ -61,8 +52,7 @@ def digest_of(source: str | Path | ad.AnnData) -> str:
             digest.update(str(file.relative_to(path)).encode())
         try:
             with file.open("rb") as handle:
-                while piece := handle.read(1 << 22):
-                    digest.update(piece)
+                hashlib.file_digest(handle, lambda: digest)
         except FileNotFoundError:
             raise InputError(f"There is no file {path}.", "Check the path.") from None
         except OSError as error:

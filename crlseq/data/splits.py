@@ -20,22 +20,12 @@ def split_cells(
     rng: np.random.Generator,
     shuffled: bool = False,
 ) -> np.ndarray:
-    """One code of `SPLITS` for every cell.
+    """One code of `SPLITS` for every cell, given its condition (below 0: dropped).
 
-    Parameters
-    ----------
-    condition
-        (cells,) condition of each cell; below 0: dropped.
-    fitted, held_out
-        (conditions,) bool. Cells of fitted conditions are divided; cells of held-out ones are all test cells;
-        of others, unused.
-    validation, test
-        Shares of a fitted condition's cells. A share that comes to fewer than two cells, or leaves fewer than
-        two to train on, is not taken.
-    rng
-        Draws the cells; conditions are visited in order, so one seed gives one split.
-    shuffled
-        Cells of a condition lie in random order: a stretch of them is as good as a draw, and is read at once.
+    Cells of `fitted` conditions (conditions,) are divided; those of `held_out` ones are all test cells; others are
+    unused. `validation` and `test` are shares of a fitted condition's cells; one that comes to fewer than two cells, or
+    leaves fewer than two to train on, is not taken. Conditions are visited in order, so one seed gives one split. Where
+    cells of a condition lie `shuffled`, a stretch of them is as good as a draw, and is read at once.
     """
     split = np.zeros(len(condition), dtype=np.int8)
     order = np.argsort(condition, kind="stable")

@@ -28,30 +28,26 @@ from crlseq.errors import InputError
 MANIFEST = "crlseq.json"
 FORMAT = 1
 NEVER_WRITTEN = 2**64 - 1  # of a chunk that holds zeros alone
-HASHED = 1 << 22
 BLOSC = Blosc()  # what to decode is in the bytes
 RESTORE = "Restore it, or prepare it again."
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """How a store was made: ``perturbation_key, control_label, separator`` that its cells are sorted by, and files.
-
-    ``identity`` is a digest of what was prepared: inputs by name, size and time of change, options, seed; ``files`` are the SHA-256 digests of all files by their paths within the store; ``values`` is the kind of values.
-    """
+    """How a store was made."""
 
     version: str
-    perturbation_key: str
+    perturbation_key: str  # with the next two: what its cells are sorted by
     control_label: str
     separator: str
     seed: int
-    values: str
+    values: str  # their kind
     n_cells: int
     n_genes: int
     n_nonzero: int
     inputs: tuple[str, ...]
-    files: dict[str, str]
-    identity: str = ""  # of stores that were made before it was kept
+    files: dict[str, str]  # SHA-256 of every file by its path within the store
+    identity: str  # digest of what was prepared: inputs by name, size and time of change, options, seed
 
     def to_json(self) -> str:
         """As it lies at the root of the store."""
@@ -59,13 +55,7 @@ class Manifest:
 
 
 def read_manifest(source: Any) -> Manifest | None:
-    """The manifest of a prepared store; None for any other source.
-
-    Raises
-    ------
-    InputError
-        If the manifest is damaged or of a later format.
-    """
+    """The manifest of a prepared store; None for any other source; InputError if it is damaged or of a later format."""
     if not isinstance(source, str | Path) or not (Path(source) / MANIFEST).is_file():
         return None
     path = Path(source) / MANIFEST
@@ -81,47 +71,33 @@ def read_manifest(source: Any) -> Manifest | None:
     return manifest
 
 
-def verify(source: Any) -> str:
+def verify(source: str | Path) -> str:
     """Compare every file of a store with its digest; the digest of the manifest, which stands for them all.
 
-    Raises
-    ------
-    InputError
-        If a file is missing or is not what was written.
+    InputError if a file is missing or is not what was written.
     """
     manifest = read_manifest(source)
     assert manifest is not None
     for name, expected in manifest.files.items():
         try:
-            found = digest_of(Path(source) / name)
+            found = sha256_of(Path(source) / name)
         except FileNotFoundError:
             raise InputError(f"The store {source} is damaged: {name} is missing.", RESTORE) from None
         except OSError as error:
             raise InputError(f"{source}: {name} cannot be read: {error.strerror}.", RESTORE) from None
         if found != expected:
-            raise InputError(
-                f"The store {source} is damaged: {name} is not what was written, its checksum differs.", RESTORE
-            )
-    return digest_of(Path(source) / MANIFEST)
+            raise InputError(f"The store {source} is damaged: {name} has changed since it was written.", RESTORE)
+    return sha256_of(Path(source) / MANIFEST)
 
 
-def digest_of(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while piece := handle.read(HASHED):
-            digest.update(piece)
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardedVector:
-    """A one-dimensional sharded zarr array of Blosc chunks.
-
-    Raises
-    ------
-    InputError
-        If it is laid out in another way.
-    """
+    """A one-dimensional sharded zarr array of Blosc chunks; InputError if it is laid out in another way."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -135,7 +111,7 @@ class ShardedVector:
             if not plain or sharding["configuration"].get("index_location", "end") != "end":
                 raise ValueError("codecs")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder} is not an array that crlseq prepare wrote.", RESTORE) from error
+            raise InputError(f"{folder} is not an array written by crlseq prepare.", RESTORE) from error
         self.folder = folder
         self.places: dict[int, np.ndarray] = {}
 
@@ -193,7 +169,7 @@ class StoredMatrix:
         start: Any = group["indptr"]
         self.start = np.asarray(start[:], dtype=np.int64)
         if len(self.start) != self.shape[0] + 1:
-            raise InputError(f"The store {store} is damaged: X/indptr is not of its cells.", RESTORE)
+            raise InputError(f"The store {store} is damaged: X/indptr does not match its cells.", RESTORE)
         self.values, self.genes = ShardedVector(store / "X" / "data"), ShardedVector(store / "X" / "indices")
         self.dtype = self.values.dtype
 

@@ -15,7 +15,7 @@ import zarr
 from numcodecs import Blosc
 from zarr.codecs import BloscCodec
 
-from crlseq.data.store import digest_of
+from crlseq.data.store import sha256_of
 
 BUCKET_VALUES = 100_000_000  # dense values of a bucket: at a density of 10 %, 80 MB
 MAX_BUCKETS = 1024  # what a block is spread over; of very many cells each holds more
@@ -30,13 +30,8 @@ class Buckets:
     """Cells on their way to the store, in files by stretches of places; a file is a row of records.
 
     A record: how many cells, and bytes of genes and of values; the cells' places and numbers of values; genes; values.
-
-    Parameters
-    ----------
-    dtype
-        Of the values.
-    sizes
-        Bytes of each bucket that are good; kept up to date. What a file holds beyond is of an interrupted block.
+    `sizes` are the bytes of each bucket that are good, kept up to date: what a file holds beyond is of an interrupted
+    block.
     """
 
     def __init__(self, folder: Path, n_cells: int, n_genes: int, dtype: np.dtype[Any], sizes: dict[str, int]) -> None:
@@ -56,10 +51,8 @@ class Buckets:
             rows = slice(int(edges[bucket]), int(edges[bucket + 1]))
             entries = slice(int(block.indptr[rows.start]), int(block.indptr[rows.stop]))
             counts = np.diff(block.indptr[rows.start : rows.stop + 1]).astype(np.int64)
-            genes, values = (
-                _packed(block.indices[entries].astype(np.int32)),
-                _packed(block.data[entries].astype(self.dtype)),
-            )
+            genes = _packed(block.indices[entries].astype(np.int32))
+            values = _packed(block.data[entries].astype(self.dtype))
             header = np.array([len(counts), len(genes), len(values)], dtype=np.int64)
             known = self.sizes.get(str(bucket), 0)
             with (self.folder / str(bucket)).open("r+b" if known else "wb") as handle:
@@ -105,68 +98,54 @@ def _packed(values: np.ndarray) -> bytes:
     return bytes(PACKING.encode(np.ascontiguousarray(values)))
 
 
-class MatrixWriter:
-    """``X`` of a store as CSR, from buckets."""
+def write_matrix(
+    store: Path, buckets: Buckets, start: np.ndarray, n_genes: int, done: Mapping[str, str]
+) -> Iterator[str]:
+    """``X`` of a store as CSR from buckets and row pointers; yields the name of each shard once its file is there.
 
-    def __init__(self, store: Path, buckets: Buckets, n_genes: int) -> None:
-        self.store, self.buckets = store, buckets
-        self.start = np.concatenate([[0], buckets.counts().cumsum()])
-        n = int(self.start[-1])
-        self.shard = min(SHARD, max(1, -(-n // CHUNK)) * CHUNK)
-        group = zarr.open_group(str(store), mode="a", zarr_format=3).require_group("X")
-        group.attrs.update(
-            {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [buckets.n_cells, n_genes]}
-        )
-        self.arrays = [
-            self._array(group, name, dtype, n)
-            for name, dtype in (("indices", np.dtype(np.int32)), ("data", buckets.dtype))
-        ]
-        start = group.create_array(
-            "indptr", shape=self.start.shape, chunks=(TABLE_CHUNK,), dtype=self.start.dtype, overwrite=True
-        )
-        start[:] = self.start
+    What shards are `done` (digests by name) stay as they are.
+    """
+    n = int(start[-1])
+    shard = min(SHARD, max(1, -(-n // CHUNK)) * CHUNK)
+    group = zarr.open_group(str(store), mode="a", zarr_format=3).require_group("X")
+    shape = [buckets.n_cells, n_genes]
+    group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": shape})
+    arrays = {
+        name: _sharded(group, name, dtype, n, shard)
+        for name, dtype in (("indices", np.dtype(np.int32)), ("data", buckets.dtype))
+    }
+    group.create_array("indptr", shape=start.shape, chunks=(TABLE_CHUNK,), dtype=start.dtype, overwrite=True)[:] = start
+    genes, values = np.zeros(0, np.int32), np.zeros(0, buckets.dtype)
+    begin = bucket = 0  # the first value that is held, and the bucket to read next
+    for i, first in enumerate(range(0, n, shard)):
+        names = [f"X/{name}/c/{i}" for name in arrays]
+        if all((store / name).is_file() and done.get(name) == sha256_of(store / name) for name in names):
+            continue
+        last = min(first + shard, n)
+        if first >= begin + len(genes):  # what lies between was written before
+            bucket = (int(np.searchsorted(start, first, side="right")) - 1) // buckets.cells
+            begin, genes, values = int(start[bucket * buckets.cells]), genes[:0], values[:0]
+        while begin + len(genes) < last:
+            more = buckets.read(bucket)
+            genes, values = np.concatenate([genes, more[0]]), np.concatenate([values, more[1]])
+            bucket += 1
+        genes, values, begin = genes[first - begin :], values[first - begin :], first
+        for name, array, held in zip(names, arrays.values(), (genes, values), strict=True):
+            array[first:last] = held[: last - first]
+            yield name
 
-    def _array(self, group: Any, name: str, dtype: np.dtype[Any], n: int) -> Any:
-        if name in group:
-            return group[name]
-        codec = BloscCodec(cname="zstd", clevel=3, shuffle="shuffle", typesize=dtype.itemsize)
-        return group.create_array(
-            name, shape=(n,), chunks=(CHUNK,), shards=(self.shard,), dtype=dtype, compressors=codec
-        )
 
-    def write(self, done: Mapping[str, str]) -> Iterator[str]:
-        """Write what shards are not `done` (names and digests); yields each name once its file is there."""
-        n, cells = int(self.start[-1]), self.buckets.cells
-        genes, values = np.zeros(0, np.int32), np.zeros(0, self.buckets.dtype)
-        begin = bucket = 0  # the first value that is held, and the bucket to read next
-        for i, first in enumerate(range(0, n, self.shard)):
-            if all(self._is_done(name, done) for name in self._names(i)):
-                continue
-            last = min(first + self.shard, n)
-            if first >= begin + len(genes):  # what lies between was written before
-                bucket = (int(np.searchsorted(self.start, first, side="right")) - 1) // cells
-                begin, genes, values = int(self.start[bucket * cells]), genes[:0], values[:0]
-            while begin + len(genes) < last:
-                more = self.buckets.read(bucket)
-                genes, values = np.concatenate([genes, more[0]]), np.concatenate([values, more[1]])
-                bucket += 1
-            genes, values, begin = genes[first - begin :], values[first - begin :], first
-            for name, array, held in zip(self._names(i), self.arrays, (genes, values), strict=True):
-                array[first:last] = held[: last - first]
-                yield name
-
-    def _names(self, shard: int) -> tuple[str, str]:
-        return f"X/indices/c/{shard}", f"X/data/c/{shard}"
-
-    def _is_done(self, name: str, done: Mapping[str, str]) -> bool:
-        path = self.store / name
-        return name in done and path.is_file() and digest_of(path) == done[name]
+def _sharded(group: Any, name: str, dtype: np.dtype[Any], n: int, shard: int) -> Any:
+    if name in group:
+        return group[name]
+    codec = BloscCodec(cname="zstd", clevel=3, shuffle="shuffle", typesize=dtype.itemsize)
+    return group.create_array(name, shape=(n,), chunks=(CHUNK,), shards=(shard,), dtype=dtype, compressors=codec)
 
 
 def write_tables(store: Path, obs: pd.DataFrame, var: pd.DataFrame) -> None:
     """Tables of cells and genes, and what else makes the folder an AnnData store."""
     with warnings.catch_warnings(), ad.settings.override(allow_write_nullable_strings=True):
-        # Of anndata and zarr, about sharding to come and consolidated metadata and strings that zarr v3 has yet to settle.
+        # Of anndata and zarr: sharding to come, consolidated metadata, and strings that zarr v3 has yet to settle.
         warnings.simplefilter("ignore")
         group = zarr.open_group(str(store), mode="a", zarr_format=3)
         for name, elem in {"obs": obs, "var": var, **{n: {} for n in EMPTY}}.items():

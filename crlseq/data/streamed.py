@@ -14,16 +14,8 @@ ROWS = 1024  # cells read at once: what is in float64 on the way
 class StreamedExpression:
     """Normalised expression (cells, fitted genes) with the rows that an array in memory would have, to the bit.
 
-    Parameters
-    ----------
-    matrix
-        Cells as the store has them.
-    place
-        See `Preprocessing.places`.
-    sparse
-        Whether rows are CSR, or dense.
-    held
-        Cells that are asked for again and again and stay in memory.
+    `matrix` has cells as in the store; for `place` see `Preprocessing.places`; rows are CSR if `sparse`; the cells in
+    `held` are asked for again and again and stay in memory.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ def test_weird_labels(tmp_path: Path, weird: list[str]) -> None:
 def test_labels_called_na_are_dropped_and_counted(tmp_path: Path) -> None:
     run = fit_h5ad(relabelled(g0="NA", g1="nan"), tmp_path)
     assert sorted(run.interventions["perturbation"]) == SINGLES[2:]
-    assert "30 cells are labelled 'NA' and are left out." in run.info["notes"]
+    assert "Cells labelled 'NA' are excluded (30)." in run.info["notes"]
 
 
 def integers() -> ad.AnnData:
@@ -104,7 +104,7 @@ def test_nullable_strings(tmp_path: Path) -> None:
     adata.obs["perturbation"] = labels
     adata.obs["age"] = pd.array([1, None] * (len(adata) // 2), dtype="Int64")
     run = fit_h5ad(adata, tmp_path)
-    assert run.info["notes"][0] == "1 cells are labelled 'missing' and are left out."
+    assert run.info["notes"][0] == "Cells labelled 'missing' are excluded (1)."
     kept = ad.read_h5ad(tmp_path / "RUN" / "crlseq.h5ad")
     assert kept.obs["perturbation"].isna().sum() == 1
     assert str(kept.obs["age"].dtype) == "Int64"
@@ -175,7 +175,7 @@ def test_silent_genes_are_dropped_aloud(tmp_path: Path) -> None:
     x[:, [3, 8]] = 0
     adata.X = x
     run = fit_h5ad(adata, tmp_path)
-    assert "2 of 40 genes are zero in every cell and are left out." in run.info["notes"]
+    assert "2 of 40 genes are zero in every cell and are excluded." in run.info["notes"]
     assert not {"gene3", "gene8"} & set(run.programs["gene"])
     kept = ad.read_h5ad(tmp_path / "RUN" / "crlseq.h5ad")
     assert kept.varm["crlseq_programs"].shape == (40, 2)

@@ -36,7 +36,7 @@ def test_units_by_hand(tmp_path: Path) -> None:
     assert [np.flatnonzero(row).tolist() for row in found.members] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10]]
     assert found.lines[0] == ("first", "about it", ("G3", "G0", "G1", "G2", "G4", "elsewhere"))
     assert found.in_words() == (
-        "The encoder reads 2 gene sets, which hold 11 of 12 fitted genes. Left out: 1 with fewer than 5 fitted genes and "
+        "The encoder reads 2 gene sets, which contain 11 of 12 fitted genes. Left out: 1 with fewer than 5 fitted genes and "
         "1 with the same fitted genes as another."
     )
 
@@ -55,7 +55,7 @@ def test_what_is_written_makes_the_same_units(
     text = "".join("\t".join([name, "", *sorted(own)]) + "\n" for name, own in sets.items())
     (folder / "a.gmt").write_text(text, encoding="utf-8", newline="\n")
     if not any(len(own & set(GENES)) >= 5 for own in sets.values()):
-        with pytest.raises(InputError, match="holds 5 or more"):
+        with pytest.raises(InputError, match="contains 5 or more"):
             fitted_sets(folder / "a.gmt", GENES)
         return
     found = fitted_sets(folder / "a.gmt", GENES)
@@ -79,11 +79,11 @@ BAD = {
     "empty": (b"", "There is no gene set"),
     "blank lines": (b"\n \n\t\n", "There is no gene set"),
     "sets without genes": (b"A\tabout\t\n", "There is no gene set"),
-    "packed": (gzip.compress(LINE), "packed with gzip"),
+    "packed": (gzip.compress(LINE), "compressed with gzip"),
     "binary": (b"\x89HDF\r\n\x1a\n" + bytes(range(256)), "not UTF-8|no text"),
-    "zeros": (b"A\tabout\tG0\0G1\n", "Line 1 .* is no text"),
+    "zeros": (b"A\tabout\tG0\0G1\n", "Line 1 .* is not text"),
     "another encoding": ("A\tä\tG0\n".encode("latin-1"), "Line 1 .* not UTF-8"),
-    "wide characters": (LINE.decode().encode("utf-16"), "Line 1 .* is no text"),
+    "wide characters": (LINE.decode().encode("utf-16"), "Line 1 .* is not text"),
     "commas": (LINE + b"B,about,G0,G1\n", "Line 2 .* is not a gene set"),
     "a name alone": (LINE + b"B\n", "Line 2 .* is not a gene set"),
     "no name": (b"\tabout\tG0\n", "Line 1 .* is not a gene set"),
@@ -94,7 +94,7 @@ BAD = {
         "its genes are Ensembl identifiers .such as ENSG00000096968., those of the run symbols in capitals .such as G0.",
     ),
     "Entrez identifiers": (b"A\tabout\t6772\t3717\n", "Entrez identifiers"),
-    "small sets": (b"A\tabout\tG0\tG1\n", "holds 5 or more of the 12 fitted genes"),
+    "small sets": (b"A\tabout\tG0\tG1\n", "contains 5 or more of the 12 fitted genes"),
 }
 
 
@@ -120,7 +120,7 @@ def test_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="more than 1 gene sets of 12 genes"):
         fitted_sets(path, GENES)
     monkeypatch.setattr("crlseq.data.genesets.MAX_LINE", 20)
-    with pytest.raises(InputError, match=r"Line 1 .* beyond the size"):
+    with pytest.raises(InputError, match=r"Line 1 .* too large"):
         list(read_gmt(path))
 
 

@@ -47,7 +47,7 @@ def test_genes_by_names(names: str, rule: str, genes: str) -> None:
 
 
 def test_names_that_say_no_gene_are_refused() -> None:
-    with pytest.raises(InputError, match="do not say which genes"):
+    with pytest.raises(InputError, match="do not contain their genes"):
         genes_of_guides(["STAT1", "IRF1", "Atg5", "control"])
 
 
@@ -133,8 +133,8 @@ def test_a_column_of_guides() -> None:
     assert data.guides.record["rule"] == "GENEg1"
     assert data.guides.record["genes"]["NTg0"] == "control" and data.guides.record["genes"]["GENE3g2"] == "GENE3"
     assert data.notes[0] == (
-        "Guides are named in column 'grna'. They are written GENEg1, 'GENE0g1' is 'GENE0': 12 guides of 6 genes and "
-        "3 control guides."
+        "Guides are named in column 'grna'. Genes are read from names like GENEg1 ('GENE0g1' is 'GENE0'): 12 guides "
+        "target 6 genes and 3 are controls."
     )
 
 
@@ -264,17 +264,17 @@ def _matrix(values: Any) -> Any:
         (_bad_map("GENE0g1\tA\nGENE0g1\tB"), "a second gene"),
         (_bad_map("GENE0g1\tA"), "14 of 15 guides are not in the guide map"),
         (_bad_map("\n"), "is empty"),
-        (_bad_map("".join(f"{guide}\tA+B\n" for guide in sorted(set(guided().obs["grna"])))), "holds '\\+'"),
+        (_bad_map("".join(f"{guide}\tA+B\n" for guide in sorted(set(guided().obs["grna"])))), "contains '\\+'"),
         (_matrix(lambda adata: np.ones((adata.n_obs, 3))), "do not name their guides"),
         (
             _matrix(lambda adata: pd.DataFrame(0.5, index=adata.obs_names, columns=["Ag1", "Bg1"])),
-            "0.5, which is no count",
+            "0.5, which is not a count",
         ),
         (
             _matrix(lambda adata: pd.DataFrame(-1, index=adata.obs_names, columns=["Ag1", "Bg1"])),
-            "-1, which is no count",
+            "-1, which is not a count",
         ),
-        (_matrix(lambda adata: pd.DataFrame("x", index=adata.obs_names, columns=["Ag1", "Bg1"])), "are no numbers"),
+        (_matrix(lambda adata: pd.DataFrame("x", index=adata.obs_names, columns=["Ag1", "Bg1"])), "are not numbers"),
     ],
 )
 def test_what_cannot_be_used(tmp_path: Path, change: Any, says: str) -> None:

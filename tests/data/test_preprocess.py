@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from crlseq.config import DataConfig
 from crlseq.data.matrix import Scan, open_screen, scan
 from crlseq.data.preprocess import Preprocessing, kind_of_values, load, plan_preprocessing
 from crlseq.errors import InputError
@@ -91,29 +92,30 @@ def test_plan_by_hand() -> None:
     used = np.array([True, True, True, False])
     with open_screen(ad.AnnData(x)) as screen:
         found = scan(screen)
-        plan = plan_preprocessing(screen, found, ("counts", "because"), used, "all")
+        plan = plan_preprocessing(screen, found, ("counts", "because"), used, DataConfig(n_top_genes="all"))
         # Totals of used cells are 4, 10 and 40; the totals are of all genes.
         assert plan.target_sum == 10.0
         assert plan.genes == ("0", "1", "2")
         assert (plan.n_silent_genes, plan.n_genes_in_file) == (1, 4)
-        assert plan.gene_choice == "all 3 genes with a value"
+        assert plan.gene_choice == "all 3 genes with a non-zero value"
         loaded = load(screen, plan, 8)
         dense = loaded if isinstance(loaded, np.ndarray) else loaded.toarray()
         assert dense.dtype == np.float32
         np.testing.assert_allclose(dense, np.log1p(x[:, :3] * (10 / np.array([4, 10, 40, 8]))[:, None]), rtol=1e-6)
-        listed = plan_preprocessing(screen, found, ("log", ""), used, "all", ("2", "0"))
+        listed = plan_preprocessing(screen, found, ("log", ""), used, DataConfig(genes=("2", "0")))
         assert listed.genes == ("0", "2")  # the file's order
         assert listed.target_sum is None
         with pytest.raises(InputError, match="'3' is zero in every cell"):
-            plan_preprocessing(screen, found, ("log", ""), used, "all", ("0", "3"))
+            plan_preprocessing(screen, found, ("log", ""), used, DataConfig(genes=("0", "3")))
         with pytest.raises(InputError, match="'x'"):
-            plan_preprocessing(screen, found, ("log", ""), used, "all", ("x", "0"))
+            plan_preprocessing(screen, found, ("log", ""), used, DataConfig(genes=("x", "0")))
 
 
 def test_most_variable_genes_of_continuous_values() -> None:
     x = np.random.default_rng(1).standard_normal((200, 6)) * np.array([1, 5, 1, 4, 0.1, 3])
     with open_screen(ad.AnnData(x)) as screen:
-        plan = plan_preprocessing(screen, scan(screen), ("continuous", ""), np.ones(200, bool), 3)
+        config = DataConfig(n_top_genes=3)
+        plan = plan_preprocessing(screen, scan(screen), ("continuous", ""), np.ones(200, bool), config)
     assert plan.genes == ("1", "3", "5")
 
 
@@ -123,7 +125,8 @@ def test_unused_cells_have_no_say_in_the_genes() -> None:
     used = np.arange(200) < 100
     x[~used, 3] *= 1000
     with open_screen(ad.AnnData(x)) as screen:
-        assert plan_preprocessing(screen, scan(screen), ("continuous", ""), used, 2).genes == ("0", "1")
+        plan = plan_preprocessing(screen, scan(screen), ("continuous", ""), used, DataConfig(n_top_genes=2))
+    assert plan.genes == ("0", "1")
 
 
 def test_other_cells_are_checked() -> None:

@@ -68,7 +68,7 @@ def test_escapers_are_found(share: float) -> None:
 def test_all_cells_stay_where_all_respond() -> None:
     found, _ = found_in(escaping(0.0))
     assert not len(found.escaped) and np.isnan(found.posterior).all()
-    assert "none are left out" in found.in_words()
+    assert "none are excluded" in found.in_words()
     assert (found.table["why"] != "").all()
 
 
@@ -129,7 +129,7 @@ def test_a_fit_of_responders(tmp_path: Path) -> None:
     assert not (obs["crlseq_split"][~left] == "unused").any()
     assert run.info["cells"]["unused"] == left.sum()
     assert sum(row["n_left_out"] for row in record["perturbations"]) == left.sum()
-    assert any("left out" in note and "Responders" in note for note in run.info["notes"])
+    assert any("excluded" in note and "Responders" in note for note in run.info["notes"])
     assert run.interventions["n_cells"].tolist() == [150, 150, 150]  # what the tests saw
     again = run.annotate(adata.copy())
     np.testing.assert_array_equal(again.obs["crlseq_responder"].to_numpy(), obs["crlseq_responder"].to_numpy())

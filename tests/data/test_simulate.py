@@ -205,7 +205,7 @@ def test_batches_shift_genes() -> None:
         ("batch_scale", -0.1, "batch_scale must be"),
         ("loading_density", 0.0, "loading_density must be above 0"),
         ("loading_density", 1.5, "loading_density must be above 0"),
-        ("n_doubles", 16, "more than the pairs of 6 perturbations"),
+        ("n_doubles", 16, "exceeds the number of pairs of 6 perturbations"),
         ("seed", -1, "seed must be"),
         ("mixing", "cubic", "mixing must be one of linear, network"),
         ("noise", "poisson", "noise must be one of counts, gaussian"),

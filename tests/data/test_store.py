@@ -197,7 +197,7 @@ def test_a_changed_byte_is_found(copy: Path, name: str) -> None:
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)
-    with pytest.raises(InputError, match=f"{name} is not what was written"):
+    with pytest.raises(InputError, match=f"{name} has changed since it was written"):
         verify(copy)
 
 

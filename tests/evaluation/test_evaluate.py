@@ -258,7 +258,7 @@ def test_bad_evaluation_sets(finished: Run, screen: ad.AnnData) -> None:
             evaluate(finished, adata.copy())
     fractional = screen.copy()
     fractional.X = dense(screen) + 0.5
-    with pytest.raises(InputError, match="no counts"):
+    with pytest.raises(InputError, match="not counts"):
         evaluate(finished, fractional)
 
 

@@ -48,7 +48,7 @@ def read(source: Path | ad.AnnData, made: Made | None = None) -> Outcome:
         assert refusal is not None
         check_sentence(refusal)
         # `check` promises that the command that it prints works, but for the choice of genes.
-        assert problems != [] or "gene can be fitted" in refusal.message, f"check saw nothing: {refusal}"
+        assert problems != [] or "too few genes to fit" in refusal.message, f"check saw nothing: {refusal}"
         return {"outcome": "refused", "detail": refusal.message}
     assert not problems, problems
     check_numbers(data)

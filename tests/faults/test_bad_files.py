@@ -259,7 +259,7 @@ def test_names_that_are_no_text(name: str) -> None:
         adata.var_names = [name, *adata.var_names[1:]]
     except UnicodeEncodeError:
         pytest.skip("from pandas 3 on no index can hold such a name")
-    with pytest.raises(InputError, match="is no valid text"):
+    with pytest.raises(InputError, match="is not valid text"):
         read_data(adata, DataConfig(), 0)
 
 
@@ -286,7 +286,7 @@ def test_a_heap_of_texts_that_never_ends(screen_file: Path, tmp_path: Path, inde
     (tmp_path / "odd.h5ad").write_bytes(content)
 
     def read_it() -> Outcome:
-        refused(tmp_path / "odd.h5ad", "has a heap of texts that never ends")
+        refused(tmp_path / "odd.h5ad", "has a text heap that never ends")
         return {"outcome": "refused"}
 
     no_fault(read_it, index)
@@ -317,7 +317,7 @@ def test_a_heap_that_never_ends_within_a_run(
 
     def ask() -> Outcome:
         answer = invoke(*READERS[command])
-        check_refusal(answer.code, answer.out, answer.err, 3, "has a heap of texts that never ends")
+        check_refusal(answer.code, answer.out, answer.err, 3, "has a text heap that never ends")
         return {"outcome": "refused"}
 
     no_fault(ask, command)

@@ -279,7 +279,7 @@ def test_missing_genes_are_filled_and_told(finished: Run, screen: ad.AnnData) ->
     assert found.var["control_mean"].iloc[5] == pytest.approx(mean, rel=1e-5)
     told.clear()
     predict(finished, "g0", source=ad.concat([screen, more(screen)], axis=1, merge="first"), note=told.append)
-    assert any("3 of its 43 genes were not fitted, and are dropped" in text for text in told)
+    assert any("3 of its 43 genes were not fitted and are ignored" in text for text in told)
     with pytest.raises(InputError, match="22 of the 40 fitted genes are missing, first 'gene0'"):
         predict(finished, "g0", source=screen[:, 22:].copy())
 
