@@ -134,7 +134,7 @@ def _distance(inner: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return distance.clamp_(min=0).to(inner.dtype)
 
 
-def factored_terms(
+def sparse_loss_terms(
     model: DiscrepancyVAE,
     cells: StepCells,
     conditions: Tensor,

@@ -127,31 +127,52 @@ def mend_checkpoint(path: Path) -> bool:
     return False
 
 
-class Keeper:
+class Checkpoints:
     """What a fit goes on from after the last whole epoch: in memory always, on disk now and then and when it ends early.
 
     Parameters
     ----------
     path
-        Where to write checkpoints; None for nowhere.
+        Where to write; None for nowhere.
+    identity
+        What is fitted (input and configuration): states of another fit are refused.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path, self.state, self.written = path, dict[str, Any](), True
+    def __init__(self, path: Path | None, identity: str) -> None:
+        self.path, self.identity = path, identity
+        self.state, self.written = dict[str, Any](), True
 
-    def keep(self, state: dict[str, Any], write: bool) -> None:
-        """Keep a copy, and write it."""
+    def last(self) -> dict[str, Any] | None:
+        """The state on disk, if there is one.
+
+        Raises
+        ------
+        InputError
+            If it is damaged or of another fit.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        saved = load_checkpoint(self.path)
+        if saved["identity"] != self.identity:
+            raise InputError(
+                "The unfinished run was started with another input or other options.",
+                "Repeat its options to resume it, or start over with --force.",
+            )
+        return saved
+
+    def take(self, state: dict[str, Any], write: bool) -> None:
+        """Hold a copy of the state, and write it."""
         self.state, self.written = copy.deepcopy(state), False
         if write:
             self.write()
 
     def write(self) -> None:
-        """Write what is kept, unless it is written or there is no place for it."""
+        """Write the state that is held, unless it is written or there is no place for it."""
         if self.path is not None and not self.written:
-            save_checkpoint(self.path, self.state)
+            save_checkpoint(self.path, {"identity": self.identity, **self.state})
         self.written = True
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

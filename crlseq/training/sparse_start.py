@@ -124,7 +124,7 @@ def condition_prior(scm: LatentSCM, conditions: Tensor, weights: Tensor) -> tupl
         (C, M, p) target weights of the conditions' perturbations.
     """
     mechanism = scm.mechanism(conditions, weights)
-    adjacency = (scm.adjacency * mechanism.keep[:, None, :]).to(DTYPE)
+    adjacency = (scm.adjacency * mechanism.retention[:, None, :]).to(DTYPE)
     total = torch.linalg.inv(torch.eye(adjacency.shape[-1], dtype=DTYPE) - adjacency)
     mean = ((scm.intercept + mechanism.shift).to(DTYPE)[:, None, :] @ total)[:, 0]
     return mean, total.mT @ (torch.exp(2 * mechanism.log_scale).to(DTYPE)[..., None] * total)
