@@ -32,21 +32,7 @@ from torch import Tensor
 
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.expression_rows import Rows, product
-from crlseq.model.losses import kl_divergence, mean_kernel, mean_over_cells
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """`crlseq.model.losses.multi_kernel` and the estimator of MMD^2."""
-
-    bandwidth: float
-    n_kernels: int
-    unbiased: bool
-
-    def mean(self, distance: Tensor, rows: Tensor | None, columns: Tensor | None, within: bool) -> Tensor:
-        """Mean kernel of pairs, within one set or between two."""
-        without_diagonal = within and self.unbiased
-        return mean_kernel(distance, self.bandwidth, self.n_kernels, rows, columns, without_diagonal)
+from crlseq.model.losses import Kernel, kl_divergence, mean_over_cells
 
 
 @dataclass(frozen=True)

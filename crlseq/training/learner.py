@@ -78,7 +78,7 @@ class Learner:
         def descend(part: Step) -> dict[str, Tensor]:
             self.noise.set_state(drawn)  # the noise is drawn for the whole batch
             terms = self.objective(part, self.noise)
-            total = weighted_total(terms, self.weights.of_terms(self.objective.anchored))
+            total = weighted_total(terms, self.weights.terms)
             total.backward()  # type: ignore[no-untyped-call]
             return {name: value.detach() for name, value in {**terms, "total": total}.items()}
 
@@ -112,8 +112,8 @@ class Learner:
             found = self._summed({name: torch.tensor(value).double() for name, value in self.validation_terms.items()})
             record |= {f"validation_{name}": value for name, value in found.items()}
             # Weighted as at the end of training, so that epochs compare.
-            final = final_weights(self.config.model, self.objective.anchored)
-            record["validation_total"] = sum(weight * found[name] for name, weight in final.items() if weight)
+            final = final_weights(self.config.model)
+            record["validation_total"] = sum(final[name] * value for name, value in found.items() if final[name])
         record["temperature"] = self.weights.temperature
         if not all(math.isfinite(value) and abs(value) < EXPLODED for value in record.values()):
             return False

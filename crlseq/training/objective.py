@@ -16,8 +16,8 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.streamed import StreamedExpression
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.expression_rows import DenseRows, Rows, SparseRows
-from crlseq.model.losses import anchor_term, interventional_terms, loss_terms
-from crlseq.model.sparse_losses import Kernel, StepCells, sparse_loss_terms, step_cells
+from crlseq.model.losses import Kernel, anchor_term, interventional_terms, loss_terms
+from crlseq.model.sparse_losses import StepCells, sparse_loss_terms, step_cells
 from crlseq.training.warm_start import Anchor
 
 
@@ -186,8 +186,7 @@ class Objective:
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """Terms, and with Gaussian noise the posterior means of both sides."""
         output = self.model(control, conditions, eps[0])
-        estimator = self.kernel.bandwidth, self.kernel.n_kernels, self.kernel.unbiased
-        terms = loss_terms(self.model, output, control, perturbed, *estimator, mask)
+        terms = loss_terms(self.model, output, control, perturbed, self.kernel, mask)
         if self.model.log_noise is None:
             return terms, None
         inference = self.model.infer(perturbed, conditions, eps[1])
