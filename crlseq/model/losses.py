@@ -94,14 +94,9 @@ class Kernel:
 def mmd_squared(
     a: Tensor, b: Tensor, kernel: Kernel, a_mask: Tensor | None = None, b_mask: Tensor | None = None
 ) -> Tensor:
-    """Squared maximum mean discrepancy (Gretton et al. 2012, JMLR 13, eqs. 3 and 5) of sets of cells: to (...).
+    """Squared maximum mean discrepancy (Gretton et al. 2012, JMLR 13, eqs. 3 and 5) of cells (..., n, G) and (..., m, G).
 
-    Parameters
-    ----------
-    a, b
-        (..., n, G) and (..., m, G) cells.
-    a_mask, b_mask
-        (..., n) and (..., m): 1 for cells, 0 for rows that only fill up.
+    Masks (..., n) and (..., m) are 1 for cells and 0 for rows that only fill up.
     """
     distances = squared_distances(a, a), squared_distances(b, b), squared_distances(a, b)
     return mmd_of_distances(*distances, kernel, a_mask, b_mask)

@@ -78,20 +78,9 @@ class StepCells:
 
 @torch.no_grad()
 def step_cells(
-    rows: Rows,
-    n_controls: int,
-    control: Tensor,
-    perturbed: Tensor,
-    counts: tuple[int, ...],
-    kernel: Kernel,
+    rows: Rows, n_controls: int, control: Tensor, perturbed: Tensor, counts: tuple[int, ...], kernel: Kernel
 ) -> StepCells:
-    """The cells of a step.
-
-    Parameters
-    ----------
-    counts
-        Pairs of each condition, whose perturbed cells are neighbours in `rows`.
-    """
+    """The cells of a step; ``counts`` are the pairs of each condition, whose perturbed cells are neighbours in `rows`."""
     n, last = n_controls, n_controls + sum(counts)
     width = control.shape[1]
     mask = None
@@ -121,23 +110,12 @@ def _distance(inner: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def sparse_loss_terms(
-    model: DiscrepancyVAE,
-    cells: StepCells,
-    conditions: Tensor,
-    eps: tuple[Tensor, Tensor],
-    kernel: Kernel,
+    model: DiscrepancyVAE, cells: StepCells, conditions: Tensor, eps: tuple[Tensor, Tensor], kernel: Kernel
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     """Terms ``mmd``, ``reconstruction``, ``kl`` and ``graph``, and posterior means (C, B, p) of controls and perturbed.
 
     The mean of `crlseq.model.losses.loss_terms` and `interventional_terms`, for Gaussian noise and the identity as
-    output.
-
-    Parameters
-    ----------
-    conditions
-        (C, M) single perturbations of each condition, filled up with -1.
-    eps
-        Standard normal draws (C, B, p) of the control and of the perturbed cells.
+    output. ``conditions`` (C, M) are filled up with -1; ``eps`` are standard normal draws (C, B, p) of both sides.
     """
     scm, encoder, mask = model.scm, model.encoder, cells.mask
     weight, bias = model.decoder.output.weight, model.decoder.output.bias

@@ -31,6 +31,7 @@ from crlseq.run.run import FORMAT, Run
 from crlseq.training.trainer import Fit, resolve_device
 from crlseq.training.warm_start import WarmStart
 
+TOP_GENES = 10  # of a program in run.json
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-learn")
 
 
@@ -147,7 +148,7 @@ def _training_row(fitted: Fit) -> dict[str, Any]:
 
 
 def _set_row(fitted: Fit, data: PerturbSeqData, start: WarmStart | None, sets: GeneSets) -> dict[str, Any]:
-    """What ``run.json`` says of the sets that the encoder reads."""
+    """What ``run.json`` holds of the sets that the encoder reads."""
     row: dict[str, Any] = {
         "n_sets": len(sets.names),
         "n_small": sets.n_small,
@@ -171,11 +172,13 @@ def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:
 
 
 def _program_rows(
-    programs: pd.DataFrame, interventions: pd.DataFrame, numbers: dict[str, np.ndarray], top: int = 10
+    programs: pd.DataFrame, interventions: pd.DataFrame, numbers: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """Name, label, drivers and genes of each program, and its `numbers` (p,) by name; None for NaN."""
     labels = program_labels(interventions, len(numbers["scale"]))
-    genes = programs[(programs["rank"] <= top) & (programs["loading"] != 0)].groupby("program")["gene"].agg(", ".join)
+    genes = (
+        programs[(programs["rank"] <= TOP_GENES) & (programs["loading"] != 0)].groupby("program")["gene"].agg(", ".join)
+    )
     rows = []
     for k, label in enumerate(labels):
         drivers = interventions.loc[interventions["program"] == f"P{k}", "perturbation"]
@@ -200,7 +203,7 @@ def _metrics(evaluation: pd.DataFrame, interventions: pd.DataFrame, dag: Dag) ->
 
 
 def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict[str, Any]:
-    """What ``run.json`` says of a discovery."""
+    """What ``run.json`` holds of a discovery."""
     row: dict[str, Any] = {
         "intervention": discovery.kind,
         "equations": discovery.equations,

@@ -65,8 +65,7 @@ def load_model(path: Path) -> DiscrepancyVAE:
 def build(state: dict[str, Tensor], architecture: dict[str, Any]) -> DiscrepancyVAE:
     """A model with these weights, in evaluation mode."""
     model = DiscrepancyVAE(**architecture).to(state["scm.graph"].dtype)
-    # Runs of earlier versions have not measured all of what the latents miss.
-    model.load_state_dict({**{name: value for name, value in model.named_buffers() if "." not in name}, **state})
+    model.load_state_dict(state)
     return model.eval()
 
 
@@ -75,7 +74,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     The checkpoint that was there stays beside as `previous_of`.
     """
-    buffer = io.BytesIO()  # torch tells of a full disk in an error of its own
+    buffer = io.BytesIO()  # torch reports a full disk in an error of its own
     torch.save(state, buffer)
     content = buffer.getvalue()
     beside = path.with_name(path.name + ".tmp")
@@ -130,12 +129,8 @@ def mend_checkpoint(path: Path) -> bool:
 class Checkpoints:
     """What a fit goes on from after the last whole epoch: in memory always, on disk now and then and when it ends early.
 
-    Parameters
-    ----------
-    path
-        Where to write; None for nowhere.
-    identity
-        What is fitted (input and configuration): states of another fit are refused.
+    Without a path nothing is written. The identity is what is fitted (input and configuration): states of another fit are
+    refused.
     """
 
     def __init__(self, path: Path | None, identity: str) -> None:

@@ -101,12 +101,7 @@ class Objective:
     """Loss terms of batches (`crlseq.model.losses`); with Gaussian noise the bound counts perturbed cells as well.
 
     A linear output layer with Gaussian noise is computed from the non-zeros (`crlseq.model.sparse_losses`); the published
-    output, which is not linear, from dense rows.
-
-    Parameters
-    ----------
-    anchor
-        Latents that the encoder is held to; None for none.
+    output, which is not linear, from dense rows. The encoder is held to the latents of the ``anchor``, if there is one.
     """
 
     def __init__(
@@ -133,11 +128,8 @@ class Objective:
     def prepare(self, batch: BatchIndex, own: np.ndarray | None = None) -> Step:
         """What a batch asks of the screen and not of the model: it can be done ahead, in another thread.
 
-        Parameters
-        ----------
-        own
-            Conditions of the batch to compute; None for all. The terms are then this part's share of the batch's:
-            those of parts that make up the batch add up to its terms.
+        With ``own`` conditions of the batch the terms are this part's share: those of parts that make up the batch add up
+        to its terms.
         """
         share = None
         whole: tuple[int, int] = batch.mask.shape

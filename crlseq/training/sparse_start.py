@@ -94,10 +94,8 @@ def sparse_loadings(
             u, spread = _posterior(score, precise @ loading.T, groups, prior)
         mean_u = member.T @ u / size
         centred = u - member @ mean_u
-        gram, cross = (
-            centred.T @ centred + spread,
-            _product(x.T, centred),
-        )  # they sum to 0 in every batch, so x need not
+        gram = centred.T @ centred + spread
+        cross = _product(x.T, centred)  # centred latents sum to 0 in every batch, so x need not
         before, unit = masks, noise.sqrt()[:, None]
         masks, share = fit_masks(
             slab, masks, share, torch.ones_like(masks), cross / scale / unit, gram / scale[:, None] / scale
@@ -116,12 +114,9 @@ def _product(x: Any, table: Tensor) -> Tensor:
 
 
 def condition_prior(scm: LatentSCM, conditions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Means (C, p) and covariances (C, p, p), float64, of latents under conditions (C, M); equations are linear.
+    """Means (C, p) and covariances (C, p, p), float64, of latents under conditions (C, M) with target weights (C, M, p).
 
-    Parameters
-    ----------
-    weights
-        (C, M, p) target weights of the conditions' perturbations.
+    Equations are linear.
     """
     mechanism = scm.mechanism(conditions, weights)
     adjacency = (scm.adjacency * mechanism.retention[:, None, :]).to(DTYPE)
@@ -141,14 +136,8 @@ def _posterior(
 ) -> tuple[Tensor, Tensor]:
     """Posterior means (n, p) of latents, and the sum over cells of their covariances.
 
-    Parameters
-    ----------
-    score
-        (n, p) ``(x - c) D^-1 B'`` of the cells.
-    information
-        (p, p) ``B D^-1 B'``.
-    groups
-        Cells of each condition.
+    ``score`` (n, p) is ``(x - c) D^-1 B'`` of the cells, ``information`` (p, p) ``B D^-1 B'``, ``groups`` the cells of each
+    condition.
     """
     means, total = torch.empty_like(score), torch.zeros_like(information)
     for mean, covariance, cells in zip(*prior, groups, strict=False):

@@ -160,9 +160,9 @@ def fit_model(
     gene_sets
         (S, G) bool members of the sets that the encoder reads; None for one that reads all genes.
     on_retry
-        Called with a sentence when an epoch is done again, since a loss was not finite: from the weights before it, with
-        a quarter of the learning rate from there on, at most `MAX_SLOWER` times in a fit; and when steps are computed in
-        more parts, since memory had run out.
+        Called with a sentence when an epoch is repeated, from the weights before it and with a quarter of the learning
+        rate from there on, since a loss was not finite (at most `MAX_SLOWER` times in a fit); and when steps are computed
+        in more parts, since memory ran out.
 
     Raises
     ------
@@ -203,7 +203,7 @@ def fit_model(
 
 
 class _Epochs:
-    """The epochs of a fit: what each asks of the screen, and what is done where one fails or the fit was stopped."""
+    """The `n` epochs of a fit: what each asks of the screen, and what is done where one fails or the fit was stopped."""
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ from crlseq.training.set_start import start_from_sets
 from crlseq.training.sparse_start import Loadings, control_deviation, sparse_loadings
 
 RIDGE = 1e-6  # of the regressions, relative
-WORSE = 2.0  # variance of latents that sparse loadings tell, over that of the discovery's, up to which they are taken
+WORSE = 2.0  # variance of latents by sparse loadings, over that of the discovery's, up to which they are taken
 MIN_VARIANCE = 1e-2  # of an anchor: latents have unit noise, and none is read off a cell without error
 
 
@@ -37,7 +37,7 @@ class WarmStart:
     """What a fit starts from.
 
     ``tested`` (K,) bool: perturbations whose effect was tested. Those among them without a target act on no latent;
-    targets of the others, which occur in combinations alone, stay to be learned.
+    targets of the others, which occur only in combinations, are learned.
     """
 
     discovery: Discovery
@@ -117,14 +117,10 @@ def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) 
 def _sparsify(
     model: DiscrepancyVAE, discovery: Discovery, data: PerturbSeqData, place: np.ndarray, train: np.ndarray
 ) -> tuple[Loadings, Discovery]:
-    """Sparse loadings, and the discovery with the latents that all genes tell through them.
+    """Sparse loadings, and the discovery with the latents that all genes give through them.
 
     Where the structural model does not describe the latents, or they are not linear in expression, these stay as they are.
-
-    Parameters
-    ----------
-    place, train
-        (cells,) rows of the discovery's latents, and cells that it was fitted to.
+    ``place`` (cells,) are rows of the discovery's latents, ``train`` the cells that it was fitted to.
     """
     table, u = torch.from_numpy(data.perturbation_table()), discovery.latents[place[train]]
     loading, _, noise = _decode(u, data, train)
@@ -137,7 +133,7 @@ def _sparsify(
     weights = model.target_weights(table)
     found = sparse_loadings(model.scm, data, train[known], u[known], discovery.noise, weights, (loading, noise))
     axes, variance = found.readout()
-    # All genes tell as much as their components, unless a program has hardly a gene of its own.
+    # All genes hold as much as their components, unless a program has hardly a gene of its own.
     if not ((variance > 0) & (variance <= WORSE * np.maximum(discovery.noise, MIN_VARIANCE))).all():
         return found, discovery
     latents = np.empty_like(discovery.latents)
@@ -188,7 +184,7 @@ def regress(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray,
 
 
 def _linear_output(layer: nn.Linear, weight: np.ndarray, bias: np.ndarray) -> None:
-    """Weights (out, p) on the pairs of hidden units (v, -v); the other units start without a say."""
+    """Weights (out, p) on the pairs of hidden units (v, -v); the other units start at 0."""
     p, share = weight.shape[1], weight / (1 + NEGATIVE_SLOPE)
     nn.init.zeros_(layer.weight)
     _write(layer.weight[:, : 2 * p], np.concatenate([share, -share], 1))
