@@ -9,7 +9,7 @@ changed (action), and the latents decoded (prediction):
     z ~ q(z | x),   u = SCM(z),   u_c = SCM_c(z),   reconstruction f(u),   virtual cell f(u_c) + e.
 
 The published model has e = 0. With ``noise="gaussian"`` the model of a cell is x = f(u) + noise with
-one variance a gene, and abduction takes that noise along as well: e = x - f(u). A virtual cell is then
+one variance per gene, and abduction takes that noise along as well: e = x - f(u). A virtual cell is then
 its control cell plus the decoded effect (and what the latents miss of it, `missed`), and an intervention without
 effect changes nothing.
 """
@@ -58,7 +58,7 @@ class DiscrepancyVAE(nn.Module):
     output_activation
         See `Decoder`.
     noise
-        ``gaussian`` (a learned variance a gene, abducted) or ``none`` (published).
+        ``gaussian`` (a learned variance per gene, abducted) or ``none`` (published).
     n_gene_sets, leak
         Of an encoder that reads gene sets, see `GeneSetLayer`; 0 for one that reads all genes.
     decoder

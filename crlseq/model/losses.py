@@ -162,7 +162,7 @@ def interventional_terms(
 
 
 def anchor_term(mean: Tensor, anchor: Tensor, variance: Tensor, n_genes: int, mask: Tensor | None = None) -> Tensor:
-    """Squared distance of posterior means to given ones, ``sum_k (mean - anchor)^2 / (2 variance)``, a gene.
+    """Squared distance of posterior means to given ones, ``sum_k (mean - anchor)^2 / (2 variance)``, per gene.
 
     The negative log-likelihood of ``anchor`` (C, B, p) as a measurement of z with noise ``variance`` (p,).
     """

@@ -3,7 +3,7 @@
     f_g(u) = b_g + sum_k w_gk s_gk(u_k),    s_gk = sum_j V_gkj LeakyReLU(a_kj u_k + c_kj),    Var s_gk = 1 over control cells
 
 A hidden unit reads one program, so that a mask of 0 cuts a gene off from the program whatever the weights are. Moran et
-al. 2022 (TMLR) mask what a network of all programs reads, gene by gene, at the cost of a network a gene; sums of functions
+al. 2022 (TMLR) mask what a network of all programs reads, gene by gene, at the cost of a network per gene; sums of functions
 of single programs (with the same prior: Bai et al. 2022, JASA, "Spike-and-slab group lassos") keep the output layer
 linear, thus the cost of the dense decoder, and lose effects that only two programs together have. Unit variance of the
 shapes settles the scale between w and V: a mask is the standard deviation that its program gives the gene.

@@ -360,7 +360,7 @@ def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings) -> Extr
     """The map from gene vectors to what the fitted perturbations do."""
     cells = data.cells_by_condition(splits.TRAIN)
     own = np.zeros(len(data.perturbation_names), dtype=bool)
-    own[[parts[0] for c, parts in enumerate(data.conditions) if len(parts) == 1 and len(cells[c])]] = True
+    own[[p[0] for c, p in enumerate(data.conditions) if len(p) == 1 and len(cells[c])]] = True
     control = data.dense(cells[0][np.linspace(0, len(cells[0]) - 1, min(500, len(cells[0]))).astype(int)])
     return fit_extrapolation(fitted.model, table, data.perturbation_names, own, control)
 

@@ -164,10 +164,12 @@ def _set_row(fitted: Fit, data: PerturbSeqData, start: WarmStart | None, sets: G
 
 def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:
     rows = []
-    for c, (name, parts) in enumerate(zip(data.condition_names, data.conditions, strict=True)):
+    for c, (name, perturbations) in enumerate(zip(data.condition_names, data.conditions, strict=True)):
         counts = np.bincount(data.split[data.condition == c], minlength=len(splits.SPLITS))
         cells = {code_name: int(n) for code_name, n in zip(splits.SPLITS, counts, strict=True) if n}
-        rows.append({"name": name, "perturbations": [data.perturbation_names[k] for k in parts], "cells": cells})
+        rows.append(
+            {"name": name, "perturbations": [data.perturbation_names[k] for k in perturbations], "cells": cells}
+        )
     return rows
 
 
@@ -191,7 +193,7 @@ def _program_rows(
 
 def _metrics(evaluation: pd.DataFrame, interventions: pd.DataFrame, dag: Dag) -> dict[str, Any]:
     metrics: dict[str, Any] = {
-        "n_detected": int((interventions["fdr"] <= 0.05).sum()),
+        "n_detected": int((interventions["fdr"] <= DETECTABLE_FDR).sum()),
         "n_edges": int(dag.declared.sum()),
     }
     if len(evaluation):

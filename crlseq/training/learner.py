@@ -30,7 +30,7 @@ class Learner:
     Attributes
     ----------
     history
-        A record an epoch: ``epoch``, the terms, ``validation_*`` terms, ``temperature``.
+        One record per epoch: ``epoch``, the terms, ``validation_*`` terms, ``temperature``.
     best_epoch, best_loss, best_state
         The settled epoch with the lowest validation loss (-1: none yet), that loss, and its weights.
     """

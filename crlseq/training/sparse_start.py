@@ -24,7 +24,7 @@ from crlseq.model.spike_slab import SpikeSlab, fit_masks
 
 MAX_CELLS = 10_000  # that loadings are estimated on
 ITERATIONS, TOLERANCE = 60, 0.1  # of EM; a change of the masks that ends it, in standard errors
-SMALLEST_NOISE = 1e-2  # of a gene, as a share of the mean
+LEAST_NOISE = 1e-2  # of a gene, as a share of the mean
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,15 @@ def sparse_loadings(
         loading = (masks * unit / scale).T
         center = mean_x - mean_u @ loading
         noise = total + (loading * (gram @ loading - 2 * cross.T)).sum(0) / n
-        noise = noise.clamp_min(max(SMALLEST_NOISE * float(noise.mean()), 1e-8))
+        noise = noise.clamp_min(least_noise(noise))
         if float((masks - before).abs().max()) < TOLERANCE / n**0.5:
             break
     return Loadings(loading, (size / n * center).sum(0), noise, share)
+
+
+def least_noise(variances: np.ndarray | Tensor) -> float:
+    """The smallest noise variance of a gene, of variances (G,): without one the likelihood has no bound."""
+    return max(LEAST_NOISE * float(variances.mean()), 1e-8)
 
 
 def _product(x: Any, table: Tensor) -> Tensor:

@@ -29,14 +29,15 @@ from crlseq.training.memory_split import SplitSteps
 from crlseq.training.objective import Objective
 from crlseq.training.residuals import measure_missed
 from crlseq.training.schedules import schedule
+from crlseq.training.sparse_start import least_noise
 from crlseq.training.warm_start import Anchor, WarmStart, warm_start
 
 CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result
 BANDWIDTH_CELLS = 1000
 VALIDATION_BATCH, VALIDATION_CONDITIONS = 64, 16  # cells of a condition, and conditions, scored at once
 
-MIN_IN_STEP, MAX_IN_STEP, ENOUGH_STEPS = 8, 64, 20  # perturbations in a step, and steps an epoch keeps
-MIN_EPOCHS, MIN_STEPS = 100, 2000  # a small screen makes few steps an epoch and needs as many as a large one
+MIN_IN_STEP, MAX_IN_STEP, ENOUGH_STEPS = 8, 64, 20  # perturbations in a step, and steps per epoch to keep
+MIN_EPOCHS, MIN_STEPS = 100, 2000  # a small screen makes few steps per epoch and needs as many as a large one
 
 History = list[dict[str, float]]
 
@@ -108,7 +109,7 @@ def architecture_of(
 
 
 def resolve_step(training: TrainingConfig, cells_by_condition: list[np.ndarray]) -> int:
-    """The number of perturbations in a step: as asked, or 8, or as many more as leave `ENOUGH_STEPS` an epoch.
+    """The number of perturbations in a step: as asked, or 8, or as many more as leave `ENOUGH_STEPS` per epoch.
 
     What a step costs whatever its cells (products of weights with weights, the optimiser) is shared by all of them.
     """
@@ -360,6 +361,5 @@ def _start_noise(model: DiscrepancyVAE, data: PerturbSeqData) -> None:
         cells = data.cells(0, splits.TRAIN)[:BANDWIDTH_CELLS]
         variance = torch.from_numpy(data.dense(cells)).double().var(0, correction=0)
         # A gene that is constant in control cells would have a noise of zero and a likelihood without bound.
-        floor = max(float(variance.mean()) * 1e-2, 1e-8)
         with torch.no_grad():
-            model.log_noise.copy_(variance.clamp_min(floor).log())
+            model.log_noise.copy_(variance.clamp_min(least_noise(variance)).log())

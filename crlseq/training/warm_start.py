@@ -25,7 +25,7 @@ from crlseq.model.networks import GeneSetLayer
 from crlseq.model.scm import LOG_SCALE_BOUND, NEGATIVE_SLOPE, LatentSCM
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.set_start import start_from_sets
-from crlseq.training.sparse_start import Loadings, control_deviation, sparse_loadings
+from crlseq.training.sparse_start import Loadings, control_deviation, least_noise, sparse_loadings
 
 RIDGE = 1e-6  # of the regressions, relative
 WORSE = 2.0  # variance of latents by sparse loadings, over that of the discovery's, up to which they are taken
@@ -91,7 +91,7 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
         _write(model.decoder.hidden.bias, np.zeros(2 * p))
         _linear_output(model.decoder.output, loadings.T, center)
     if model.log_noise is not None:
-        _write(model.log_noise, np.log(np.maximum(noise, max(1e-2 * float(noise.mean()), 1e-8))))
+        _write(model.log_noise, np.log(np.maximum(noise, least_noise(noise))))
     noises = np.zeros((len(data.split), p), dtype=np.float32)
     noises[discovery.index] = model.scm.abduct(torch.from_numpy(discovery.latents).to(model.scm.graph.dtype)).numpy()
     return Anchor(noises, measured)
