@@ -78,12 +78,7 @@ def sync(path: Path) -> None:
 
 
 def refuse_links_outside(folder: Path) -> None:
-    """Refuse a folder with a link that leads out of it: what it says would be another's, and writing would harm them.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse, by `InputError`, a folder with a link that leads out of it: its content would be another's, and harmed."""
     inside = folder.resolve()
     for file in sorted(folder.rglob("*")):
         if file.is_symlink() and not file.resolve().is_relative_to(inside):

@@ -43,12 +43,7 @@ def partial_of(target: Path) -> Path:
 
 
 def refuse_output(target: Path, resume: bool, force: bool) -> None:
-    """Refuse a place that cannot be written, or that holds what would be lost.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse, by `InputError`, a place that cannot be written, or that holds what would be lost."""
     if not target.name:
         raise InputError(f"The output {target} is no place for a run.", "Choose another --output.")
     partial = partial_of(target)
@@ -84,12 +79,7 @@ def _is_ours(file: Path) -> bool:
 
 
 def refuse_part_of_run(path: Path) -> None:
-    """Refuse to replace a file of a finished run by what a later command makes.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse, by `InputError`, to replace a file of a finished run by what a later command makes."""
     if path.name in RUN_FILES and (path.resolve().parent / "run.json").is_file():
         raise InputError(f"{path} is a part of the run, which is left as it was fitted.", "Choose another --output.")
 

@@ -32,15 +32,16 @@ class SplitSteps:
 
     def prepare(self, batch: BatchIndex) -> SplitStep:
         """What a batch asks of the screen: at once where it is computed whole, else part by part as it is used."""
-        if self.n > 1:
-            return SplitStep(self, batch, None)
-        try:
-            return SplitStep(self, batch, self.objective.prepare(batch, self.ranks.own(batch.mask)))
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-        self.divide(1, batch)
-        return SplitStep(self, batch, None)
+        whole = None
+        if self.n == 1:
+            try:
+                whole = self.objective.prepare(batch, self.ranks.own(batch.mask))
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+            if whole is None:
+                self.divide(1, batch)
+        return SplitStep(self, batch, whole)
 
     def conditions(self, batch: BatchIndex, n: int) -> list[np.ndarray | None]:
         """Those of each part, among those that this rank computes; None for all."""
@@ -83,13 +84,7 @@ class SplitStep:
         self.steps, self.batch, self.whole = steps, batch, whole
 
     def terms(self, begin: Callable[[], None], of: Callable[[Step], Terms]) -> Terms:
-        """The sums over parts of what ``of(part)`` gives; where memory runs out from ``begin()`` on, in smaller parts.
-
-        Raises
-        ------
-        InputError
-            If they cannot be smaller.
-        """
+        """The sums over parts of what ``of(part)`` gives; where memory runs out from ``begin()`` on, in smaller parts."""
         while True:
             n = self.steps.n
             try:
