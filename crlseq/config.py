@@ -105,14 +105,14 @@ class Config(_Section):
     def _refuse_contradictions(self) -> Self:
         if self.training.ensemble > 1 and self.model.method == "linear":
             raise UsageError(
-                "The linear method trains no model whose seeds could be compared.",
-                "Leave --ensemble or --method linear out.",
+                "The linear method trains no network, so there are no seeds to compare.",
+                "Drop --ensemble or --method linear.",
             )
         output = (self.model.noise, self.model.output_activation)
         if self.model.decoder == "sparse" and output != ("gaussian", "identity"):
             raise UsageError(
                 "The sparse decoder needs noise = gaussian and output_activation = identity.",
-                "Leave --decoder sparse or the preset paper out.",
+                "Drop --decoder sparse or the preset paper.",
             )
         return self
 

@@ -122,7 +122,7 @@ def fit(
     elif options or preset:
         raise UsageError("A configuration and single options were both given.", "Give one of them.")
     if resume and output is None:
-        raise UsageError("There is nothing to resume without an output.", "Give the folder of the unfinished run.")
+        raise UsageError("--resume needs an output.", "Give the folder of the unfinished run.")
     resolve_device(config.training.device)  # fails before anything is read
     if output is None:
         return _fit(Job(source, config, progress, ranks))
@@ -171,8 +171,8 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
             return
         if first["input"] != digest:
             raise InputError(
-                f"{source} is not the same file for rank {ranks.rank} as for rank 0.",
-                "Give all machines the same file.",
+                f"Rank {ranks.rank} and rank 0 read different files as {source}.",
+                "Give every machine the same file.",
             )
         with on_threads(_threads(config, data)):
             fit_model(left_out(data, first["escaped"].numpy()), config, first["n_latents"], ranks=ranks)
@@ -303,7 +303,7 @@ def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
     identity = f"{screen.identity}\n{start.n_latents}\n{'' if sets is None else sets.digest()}"
     checkpoint = folder and folder / "resume.pt"
     if checkpoint is not None and mend_checkpoint(checkpoint):
-        progress.note("The last checkpoint is damaged: going on from the one before.")
+        progress.note("The last checkpoint is damaged; the fit continues from the one before.")
     with on_threads(_threads(job.config, tested.data)):
         return fit_model(
             tested.data, job.config, start.n_latents, checkpoint, hashlib.sha256(identity.encode()).hexdigest(),
@@ -373,7 +373,9 @@ def _write(job: Job, screen: Screen, run: Run, folder: Path) -> None:
     save_weights(folder / "model.safetensors", *run.weights)
     run.write_h5ad(job.source, folder / "crlseq.h5ad")
     if state_of(job.source) != screen.state and digest_of(job.source) != screen.digest:
-        raise InputError(f"{job.source} was changed while it was fitted.", "Fit a file again that nobody writes to.")
+        raise InputError(
+            f"{job.source} was changed while it was fitted.", "Fit again while nothing writes to the file."
+        )
     if run.map is not None:
         with by_hdf5():
             run.map.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")

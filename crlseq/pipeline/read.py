@@ -64,8 +64,8 @@ def read_cells(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) ->
     streamed = isinstance(data.x, StreamedExpression)
     if streamed and config.data.responders:
         raise UsageError(
-            "--responders leaves out single cells, which a store that is read in runs cannot.",
-            "Load the store whole with --in-memory, or leave --responders out.",
+            "--responders excludes single cells, which a streamed store does not allow.",
+            "Load the whole store with --in-memory, or drop --responders.",
         )
     suit_allocator(streamed)
     torch.set_num_threads(threads)  # numba, which scanpy starts to choose genes, sets its own number
@@ -73,7 +73,7 @@ def read_cells(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) ->
     if ranks.size > in_step:
         raise UsageError(
             f"{ranks.size} processes cannot share steps of {in_step} perturbations.",
-            "Start fewer, or set perturbations_per_step in the configuration file.",
+            "Start fewer processes, or raise perturbations_per_step in the configuration file.",
         )
     return data
 

@@ -53,7 +53,7 @@ def load_model(path: Path) -> DiscrepancyVAE:
         with torch.device("meta"), _NoDraws():  # before room is made for what the architecture claims
             expected = DiscrepancyVAE(**architecture).state_dict()
         if odd := [name for name in state if name not in expected or state[name].shape != expected[name].shape]:
-            raise ValueError(f"{odd[0]} has not the shape that it should have")
+            raise ValueError(f"{odd[0]} does not have the expected shape")
         return build(state, architecture)
     except Exception as error:  # safetensors raises its own type, torch and JSON many
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -151,7 +151,7 @@ class Checkpoints:
         if saved["identity"] != self.identity:
             raise InputError(
                 "The unfinished run was started with another input or other options.",
-                "Repeat its options to resume it, or start over with --force.",
+                "Resume it with the same options, or start over with --force.",
             )
         return saved
 

@@ -83,5 +83,5 @@ def refuse_links_outside(folder: Path) -> None:
     for file in sorted(folder.rglob("*")):
         if file.is_symlink() and not file.resolve().is_relative_to(inside):
             raise InputError(
-                f"{file} is a link that leads out of {folder}.", "Put a copy of what it stands for in its place."
+                f"{file} is a link that leads out of {folder}.", "Replace the link by a copy of its target."
             )

@@ -169,7 +169,7 @@ def joined() -> Iterator[Ranks]:
         if code is not None:
             raise SystemExit(code) from None
         if isinstance(error, KeyboardInterrupt):
-            raise LostRankError("Another rank was lost, or the job was told to stop.") from None
+            raise LostRankError("Another rank was lost, or the job was stopped.") from None
         raise
     finally:
         dist.destroy_process_group()

@@ -135,7 +135,7 @@ class Learner:
         """
         if self.slower == MAX_SLOWER:
             raise ConvergenceError(
-                f"The loss is not finite in epoch {epoch + 1}, with a learning rate {SLOWER**-MAX_SLOWER:.0f} times smaller as well.",
+                f"The loss is not finite in epoch {epoch + 1}, even with a learning rate {SLOWER**-MAX_SLOWER:.0f} times smaller.",
                 "Lower the learning rate, or look for extreme values in the file.",
             )
         self.slower += 1

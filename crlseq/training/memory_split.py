@@ -68,12 +68,12 @@ class SplitSteps:
             if n >= len(batch.mask if own is None else own):
                 raise InputError(
                     "There is not enough memory for a step of one perturbation.",
-                    "Lower --batch-size or --n-top-genes, or use a larger machine; then fit again, or --resume there.",
+                    "Lower --batch-size or --n-top-genes and fit again, or use --resume on a larger machine.",
                 )
             self.n = 2 * n
             self.note(
-                f"There is not enough memory for a step: from here on each is computed in {self.n} parts, with the same"
-                " result but for rounding."
+                f"There is not enough memory for a step; from now on each is computed in {self.n} parts, with the same result"
+                " up to rounding."
             )
 
 

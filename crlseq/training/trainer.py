@@ -263,7 +263,9 @@ class _Epochs:
                 for learner in exploded:
                     learner.slow_down(epoch)
                 self._load(copy.deepcopy(checkpoints.state))  # a copy: the state must outlast another attempt
-                self.note(f"The loss is not finite in epoch {epoch + 1}: again with a quarter of the learning rate.")
+                self.note(
+                    f"The loss is not finite in epoch {epoch + 1}; it is repeated with a quarter of the learning rate."
+                )
                 continue
             self.on_epoch(active[0].history[-1], self.n)
             last = epoch + 1 == self.n or all(learner.exhausted(epoch, self.n) for learner in self.learners)
