@@ -214,8 +214,7 @@ class Start:
 def _fit(job: Job) -> Run:
     """The six steps; memory that a step has freed is given back before the next one."""
     with on_threads(_threads(job.config)):
-        job.progress.stage("reading the screen")
-        screen = read_screen(job.source, job.config, job.folder, job.ranks, job.progress.note)
+        screen = read_screen(job.source, job.config, job.folder, job.ranks, job.progress.stage, job.progress.note)
         give_back()
         tested = _test(job, screen)
         start = _discover(job, tested)

@@ -38,11 +38,20 @@ class Screen:
 
 
 def read_screen(
-    source: str | Path | ad.AnnData, config: Config, folder: Path | None, ranks: Ranks, note: Callable[[str], None]
+    source: str | Path | ad.AnnData,
+    config: Config,
+    folder: Path | None,
+    ranks: Ranks,
+    stage: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> Screen:
-    """The screen, gene sets and gene vectors; `folder` is the run's, `note` gets what was decided on the way."""
+    """Step 1: the screen, gene sets and gene vectors, of which the small ones are looked through before the screen is read.
+
+    ``folder`` is the run's; ``stage`` and ``note`` report what is done and what was decided on the way.
+    """
     vectors = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
     gmt = _gmt(config, folder)
+    stage("reading the screen")
     # A store is compared with its checksums before anything is made of it.
     state, digest = state_of(source), digest_of(source)
     data = read_cells(source, config, ranks)
