@@ -33,7 +33,6 @@ from screens import make_screen
 
 import crlseq
 from crlseq.model import losses
-from crlseq.model import sparse_losses as factored
 from crlseq.model.expression_rows import DenseRows, SparseRows
 from crlseq.pipeline.fit import Progress, fit
 from crlseq.training.objective import CellSource, Objective
@@ -86,7 +85,7 @@ def watch() -> Stopwatch:
     for rows in (SparseRows, DenseRows):
         watch.wrap(rows, "times", "products")
         watch.wrap(rows, "transposed_times", "products")
-    watch.wrap(factored.Kernel, "mean", "MMD")
+    watch.wrap(losses.Kernel, "mean", "MMD")
     watch.wrap(losses, "mmd_squared", "MMD")
     watch.wrap(torch.Tensor, "backward", "backward")
     watch.wrap(torch.optim.Adam, "step", "optimiser")

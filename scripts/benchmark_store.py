@@ -77,7 +77,7 @@ def train(store: str, streamed: bool, epochs: int, threads: int) -> None:
     from crlseq.config import make_config
     from crlseq.data import splits
     from crlseq.data.dataset import read_data
-    from crlseq.training.memory import give_back, return_blocks
+    from crlseq.training.memory import give_back, suit_allocator
     from crlseq.training.trainer import fit_model
 
     torch.set_num_threads(threads)
@@ -85,8 +85,8 @@ def train(store: str, streamed: bool, epochs: int, threads: int) -> None:
     data = read_data(store, config.data, 0)
     torch.set_num_threads(threads)
     give_back()
-    if streamed:  # as a fit does
-        return_blocks()
+    if streamed:
+        suit_allocator(streamed)  # as a fit does
     cells = int(((data.split == splits.TRAIN) & (data.condition > 0)).sum())
     times = [time.perf_counter()]
     fit_model(data, config, 15, on_epoch=lambda record, n: times.append(time.perf_counter()))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crlseq.discovery.likelihood import Kind
 from crlseq.discovery.moments import DTYPE, Moments
-from crlseq.model.scm import MAX_LOG_SCALE, LatentSCM, Mechanism
+from crlseq.model.scm import LOG_SCALE_BOUND, LatentSCM, Mechanism
 
 P, Q = 4, 7
 TARGETS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
@@ -46,7 +46,7 @@ class Truth:
         generator = torch.Generator().manual_seed(seed)
         values, environment = [], []
         for c in range(len(TARGETS) + 1):
-            own = Mechanism(self.mechanism.keep[c], self.mechanism.log_scale[c], self.mechanism.shift[c])
+            own = Mechanism(self.mechanism.retention[c], self.mechanism.log_scale[c], self.mechanism.shift[c])
             z = torch.randn(n if c else 4 * n, P, generator=generator, dtype=DTYPE)
             noise = self.noise**0.5 * torch.randn(len(z), Q, generator=generator, dtype=DTYPE)
             values.append(self.scm(z, own) @ self.W + self.offset + noise)
@@ -61,7 +61,7 @@ def truth(kind: Kind = "hard", graph: Tensor = GRAPH, noise: float = 0.05, seed:
     scm = LatentSCM(P, len(TARGETS), kind).double()
     scm.graph.copy_(graph)
     scm.shift.copy_(SHIFTS)
-    scm.log_scale.copy_(MAX_LOG_SCALE * torch.atanh(LOG_SCALES / MAX_LOG_SCALE))
+    scm.log_scale.copy_(LOG_SCALE_BOUND * torch.atanh(LOG_SCALES / LOG_SCALE_BOUND))
     scm.retention_logit.copy_(RETENTIONS.logit())
     scm.requires_grad_(False)
     conditions = torch.arange(-1, len(TARGETS))[:, None]  # -1: no perturbation, the control

@@ -89,7 +89,7 @@ def test_names_are_unique_over_sections() -> None:
         {"epochs": 0}, {"epochs": 1.5}, {"epochs": "x"}, {"learning_rate": 0}, {"learning_rate": float("nan")},
         {"kl_weight": float("inf")}, {"kl_weight": -1}, {"validation_cells": 0.5}, {"validation_cells": 0},
         {"hold_out_cells": 1}, {"min_cells": 1}, {"n_top_genes": 1}, {"n_top_genes": "some"}, {"mmd_bandwidth": 0},
-        {"mmd_kernels": 21}, {"seed": 2**32}, {"device": "gpu"}, {"hold_out": "A+B"}, {"wrong": 1}, {"preset": "fast"},
+        {"mmd_kernels": 21}, {"method": "linear", "ensemble": 2}, {"preset": "paper", "decoder": "sparse"}, {"seed": 2**32}, {"device": "gpu"}, {"hold_out": "A+B"}, {"wrong": 1}, {"preset": "fast"},
         {"file": {"data": {"wrong": 1}}}, {"file": {"wrong": {}}}, {"file": {"data": [1]}}, {"file": {"preset": ["paper"]}},
     ],
 )  # fmt: skip

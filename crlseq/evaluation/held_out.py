@@ -13,7 +13,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.evaluation.metrics import MMD_KERNELS, l2_distance, pearson_delta
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.losses import mmd_of_distances, squared_distances
+from crlseq.model.losses import Kernel, mmd_of_distances, squared_distances
 from crlseq.training.residuals import controls_by_batch, mean_effect
 
 SOURCE_CELLS = 500  # controls of a condition's batches that virtual cells are made of
@@ -155,7 +155,8 @@ def _discrepancies(
     pairs = [x[tuple(torch.triu_indices(len(x), len(x), offset=1))] for x in (within_control, within)]
     bandwidth = max(float(torch.cat([*pairs, between.flatten()]).median()), 1e-12)
     virtual_within, virtual_between = squared_distances(v, v).double(), squared_distances(v, m).double()
+    kernel = Kernel(bandwidth, MMD_KERNELS)
     return (
-        float(mmd_of_distances(virtual_within, within, virtual_between, bandwidth, MMD_KERNELS)),
-        float(mmd_of_distances(within_control, within, between, bandwidth, MMD_KERNELS)),
+        float(mmd_of_distances(virtual_within, within, virtual_between, kernel)),
+        float(mmd_of_distances(within_control, within, between, kernel)),
     )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy.spatial.distance import cdist
 
-from crlseq.model.losses import mmd_squared, multi_kernel, squared_distances
+from crlseq.model.losses import Kernel, mmd_squared, multi_kernel, squared_distances
 
 MMD_KERNELS = 5
 LEGACY_BATCH, LEGACY_BANDWIDTH, LEGACY_KERNELS = 32, 1000.0, 10  # of Zhang et al. 2023
@@ -81,7 +81,7 @@ def perturbation_discrimination(predicted: np.ndarray, measured: np.ndarray, lef
 def unbiased_mmd(a: np.ndarray, b: np.ndarray, bandwidth: float) -> float:
     """Unbiased MMD^2 between cells (n, genes) and (m, genes), five kernels around `bandwidth` (Gretton et al. 2012)."""
     x, y = torch.from_numpy(a).double(), torch.from_numpy(b).double()
-    return float(mmd_squared(x, y, bandwidth, MMD_KERNELS))
+    return float(mmd_squared(x, y, Kernel(bandwidth, MMD_KERNELS)))
 
 
 def legacy_scores(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
@@ -96,7 +96,9 @@ def legacy_scores(predicted: np.ndarray, measured: np.ndarray) -> dict[str, floa
     for start in range(0, len(measured) - size + 1, size):
         x, y = predicted[start : start + size], measured[start : start + size]
         a, b = x.mean(0), y.mean(0)
-        mmd = mmd_squared(torch.from_numpy(x), torch.from_numpy(y), LEGACY_BANDWIDTH, LEGACY_KERNELS, unbiased=False)
+        mmd = mmd_squared(
+            torch.from_numpy(x), torch.from_numpy(y), Kernel(LEGACY_BANDWIDTH, LEGACY_KERNELS, unbiased=False)
+        )
         r2 = max(1 - float(((a - b) ** 2).sum() / ((a - a.mean()) ** 2).sum()), 0.0)
         found.append((float(mmd), r2, float(np.sqrt(((x - y) ** 2).mean() / (y**2).mean()))))
     return dict(zip(("legacy_mmd2", "legacy_r2", "legacy_rmse"), map(float, np.mean(found, axis=0)), strict=True))

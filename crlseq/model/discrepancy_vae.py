@@ -9,7 +9,7 @@ changed (action), and the latents decoded (prediction):
     z ~ q(z | x),   u = SCM(z),   u_c = SCM_c(z),   reconstruction f(u),   virtual cell f(u_c) + e.
 
 The published model has e = 0. With ``noise="gaussian"`` the model of a cell is x = f(u) + noise with
-one variance a gene, and abduction takes that noise along as well: e = x - f(u). A virtual cell is then
+one variance per gene, and abduction takes that noise along as well: e = x - f(u). A virtual cell is then
 its control cell plus the decoded effect (and what the latents miss of it, `missed`), and an intervention without
 effect changes nothing.
 """
@@ -58,7 +58,7 @@ class DiscrepancyVAE(nn.Module):
     output_activation
         See `Decoder`.
     noise
-        ``gaussian`` (a learned variance a gene, abducted) or ``none`` (published).
+        ``gaussian`` (a learned variance per gene, abducted) or ``none`` (published).
     n_gene_sets, leak
         Of an encoder that reads gene sets, see `GeneSetLayer`; 0 for one that reads all genes.
     decoder
@@ -109,16 +109,10 @@ class DiscrepancyVAE(nn.Module):
         perturbations: Tensor,
         eps: Tensor | None = None,
     ) -> ModelOutput:
-        """Virtual interventional cells from control cells.
+        """Virtual interventional cells from the control cells (C, B, G) that each condition starts from.
 
-        Parameters
-        ----------
-        control
-            (C, B, G) expression of the control cells that each condition starts from.
-        perturbations
-            (C, M) int64 single perturbations of each condition, filled up with -1.
-        eps
-            (C, B, p) standard normal draws; None takes the posterior mean.
+        ``perturbations`` (C, M) int64 single ones of each condition, filled up with -1; ``eps`` (C, B, p) standard
+        normal draws, None for the posterior mean.
         """
         mean, variance = self.encoder(control)
         z = mean if eps is None else mean + variance.sqrt() * eps
@@ -156,16 +150,7 @@ class DiscrepancyVAE(nn.Module):
 
         The interventional evidence lower bound: with u of the posterior and z_c = SCM_c^-1(u) the noise that gives
         it under the condition, log q(u | x) - log p_c(u) = sum_k (z_c^2 - eps^2 - log variance) / 2 + log scale of z_c
-        (both SCMs are triangular with unit slope), one draw a cell.
-
-        Parameters
-        ----------
-        x
-            (C, B, G) cells of each condition.
-        perturbations
-            (C, M) int64, filled up with -1.
-        eps
-            (C, B, p) standard normal draws.
+        (both SCMs are triangular with unit slope), one draw per cell. Cells x are (C, B, G), the rest as in `forward`.
         """
         mean, variance = self.encoder(x)
         mechanism = self.scm.mechanism(perturbations, self.target_weights(perturbations))

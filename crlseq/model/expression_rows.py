@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,31 +18,9 @@ from torch.nn import functional as F
 WIDTH = 64  # columns of a table that are read at a time
 
 
-class Rows(Protocol):
-    """N cells by G genes."""
-
-    def times(self, table: Tensor) -> Tensor:
-        """X T: (G, n) to (N, n). As all methods here without a gradient; see `product`."""
-
-    def transposed_times(self, values: Tensor) -> Tensor:
-        """X^T V: (N, n) to (G, n)."""
-
-    def norms(self) -> Tensor:
-        """(N,) float64 squared norms."""
-
-    def inner(self, a: slice, b: slice) -> Tensor:
-        """(a, b) inner products of cells."""
-
-    def inner_within(self, first: int, counts: tuple[int, ...], width: int) -> Tensor:
-        """(C, B, B) inner products within sets of at most B = `width` neighbouring cells, from row `first` on."""
-
-    def moments(self, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of values and of their squares, (G,) float64 each, over cells of which each counts so many times."""
-
-
 @dataclass(frozen=True)
 class DenseRows:
-    """Rows that are stored densely."""
+    """N cells by G genes, stored densely. As for `SparseRows`, methods are without a gradient; see `product`."""
 
     x: Tensor  # (N, G)
 
@@ -63,14 +41,14 @@ class DenseRows:
         return self.x[a] @ self.x[b].T
 
     def inner_within(self, first: int, counts: tuple[int, ...], width: int) -> Tensor:
-        """(C, B, B) inner products within sets; rows and columns beyond a set's size are 0."""
+        """(C, B, B) inner products within sets of at most B = `width` neighbouring cells, from row `first` on; else 0."""
         bounds = _bounds(first, counts)
         x = torch.nn.utils.rnn.pad_sequence([self.x[a:b] for a, b in itertools.pairwise(bounds)], batch_first=True)
         x = F.pad(x, (0, 0, 0, width - x.shape[1]))
         return x @ x.mT
 
     def moments(self, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of values and of their squares by gene."""
+        """Sums of values and of their squares, (G,) float64 each, over cells of which each counts so many times."""
         x = self.x.double()
         return counts.double() @ x, counts.double() @ x**2
 
@@ -159,6 +137,9 @@ class SparseRows:
             torch.segment_reduce(weighted, "sum", offsets=offsets),
             torch.segment_reduce(weighted * value, "sum", offsets=offsets),
         )
+
+
+Rows = DenseRows | SparseRows
 
 
 def _bounds(first: int, counts: tuple[int, ...]) -> list[int]:

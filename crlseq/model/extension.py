@@ -18,14 +18,8 @@ def extended(model: DiscrepancyVAE, shift: Tensor, residual: Tensor, residual_er
 
     What the fitted perturbations do stays as it is. Perturbation u is the combination of the rows K + u p to K + u p + p,
     of which row j shifts latent j alone, since one perturbation has one shift and a new one may raise one latent and
-    lower another.
-
-    Parameters
-    ----------
-    shift
-        (U, p): what the perturbations add to the latents' equations.
-    residual, residual_error
-        (U, G): what they do past the latents, and its standard error.
+    lower another. ``shift`` (U, p) is what they add to the latents' equations, ``residual`` (U, G) what they do past the
+    latents, and ``residual_error`` its standard error.
     """
     scm, encoder = model.scm, model.intervention_encoder
     n, p = shift.shape

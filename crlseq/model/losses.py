@@ -8,6 +8,7 @@ Cells come as (C, B, .): C conditions of up to B cells; masks (C, B) say which r
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,80 +58,64 @@ class _MultiKernel(torch.autograd.Function):
         return gradients[0] * ctx.saved_tensors[0], None, None
 
 
-def median_bandwidth(cells: Tensor, mask: Tensor | None = None) -> float:
+def median_bandwidth(cells: Tensor) -> float:
     """Median squared distance between pairs of distinct cells (n, G): the median heuristic."""
     distance = squared_distances(cells, cells)
     rows, columns = torch.triu_indices(len(cells), len(cells), offset=1)
     return max(float(distance[rows, columns].median()), 1e-12)
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """`multi_kernel`, and the estimator of MMD^2.
+
+    Unbiased is the U-statistic, which leaves the diagonals out, can be negative and needs two cells on each side; the
+    other is the V-statistic.
+    """
+
+    bandwidth: float | Tensor
+    n_kernels: int
+    unbiased: bool = True
+
+    def mean(self, distance: Tensor, rows: Tensor | None, columns: Tensor | None, within: bool) -> Tensor:
+        """Mean over the pairs (..., n, m) of cells that masks (..., n) and (..., m) keep, within one set or between two."""
+        kernel, without_diagonal = multi_kernel(distance, self.bandwidth, self.n_kernels), within and self.unbiased
+        if rows is None or columns is None:
+            n, m = distance.shape[-2:]
+            if not without_diagonal:
+                return kernel.mean((-1, -2))
+            return (kernel.sum((-1, -2)) - kernel.diagonal(dim1=-2, dim2=-1).sum(-1)) / (n * (m - 1))
+        weight = rows.to(kernel.dtype)[..., :, None] * columns.to(kernel.dtype)[..., None, :]
+        if without_diagonal:
+            weight = weight * (1 - torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device))
+        return (kernel * weight).sum((-1, -2)) / weight.sum((-1, -2))
+
+
 def mmd_squared(
-    a: Tensor,
-    b: Tensor,
-    bandwidth: float | Tensor,
-    n_kernels: int,
-    unbiased: bool = True,
-    a_mask: Tensor | None = None,
-    b_mask: Tensor | None = None,
+    a: Tensor, b: Tensor, kernel: Kernel, a_mask: Tensor | None = None, b_mask: Tensor | None = None
 ) -> Tensor:
-    """Squared maximum mean discrepancy (Gretton et al. 2012, JMLR 13, eqs. 3 and 5).
+    """Squared maximum mean discrepancy (Gretton et al. 2012, JMLR 13, eqs. 3 and 5) of cells (..., n, G) and (..., m, G).
 
-    Parameters
-    ----------
-    a, b
-        (..., n, G) and (..., m, G) cells.
-    bandwidth, n_kernels
-        See `multi_kernel`.
-    unbiased
-        True: U-statistic, which leaves the diagonals out and can be negative; False: V-statistic.
-    a_mask, b_mask
-        (..., n) and (..., m): 1 for cells, 0 for rows that only fill up. Unbiased needs two cells a side.
-
-    Returns
-    -------
-    (...) MMD^2 of each pair of sets.
+    Masks (..., n) and (..., m) are 1 for cells and 0 for rows that only fill up.
     """
     distances = squared_distances(a, a), squared_distances(b, b), squared_distances(a, b)
-    return mmd_of_distances(*distances, bandwidth, n_kernels, unbiased, a_mask, b_mask)
+    return mmd_of_distances(*distances, kernel, a_mask, b_mask)
 
 
 def mmd_of_distances(
     within_a: Tensor,
     within_b: Tensor,
     between: Tensor,
-    bandwidth: float | Tensor,
-    n_kernels: int,
-    unbiased: bool = True,
+    kernel: Kernel,
     a_mask: Tensor | None = None,
     b_mask: Tensor | None = None,
 ) -> Tensor:
     """`mmd_squared` from squared distances (..., n, n), (..., m, m) and (..., n, m)."""
     return (
-        mean_kernel(within_a, bandwidth, n_kernels, a_mask, a_mask, unbiased)
-        + mean_kernel(within_b, bandwidth, n_kernels, b_mask, b_mask, unbiased)
-        - 2 * mean_kernel(between, bandwidth, n_kernels, a_mask, b_mask)
+        kernel.mean(within_a, a_mask, a_mask, within=True)
+        + kernel.mean(within_b, b_mask, b_mask, within=True)
+        - 2 * kernel.mean(between, a_mask, b_mask, within=False)
     )
-
-
-def mean_kernel(
-    distance: Tensor,
-    bandwidth: float | Tensor,
-    n_kernels: int,
-    rows: Tensor | None = None,
-    columns: Tensor | None = None,
-    without_diagonal: bool = False,
-) -> Tensor:
-    """Mean of `multi_kernel` over the pairs (..., n, m) of cells that masks (..., n) and (..., m) keep: to (...)."""
-    kernel = multi_kernel(distance, bandwidth, n_kernels)
-    if rows is None or columns is None:
-        n, m = distance.shape[-2:]
-        if not without_diagonal:
-            return kernel.mean((-1, -2))
-        return (kernel.sum((-1, -2)) - kernel.diagonal(dim1=-2, dim2=-1).sum(-1)) / (n * (m - 1))
-    weight = rows.to(kernel.dtype)[..., :, None] * columns.to(kernel.dtype)[..., None, :]
-    if without_diagonal:
-        weight = weight * (1 - torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device))
-    return (kernel * weight).sum((-1, -2)) / weight.sum((-1, -2))
 
 
 def kl_divergence(mean: Tensor, variance: Tensor) -> Tensor:
@@ -151,9 +136,7 @@ def loss_terms(
     output: ModelOutput,
     control: Tensor,
     perturbed: Tensor,
-    bandwidth: float | Tensor,
-    n_kernels: int,
-    unbiased: bool,
+    kernel: Kernel,
     mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Unweighted terms ``mmd``, ``reconstruction``, ``kl`` and ``graph``, each a scalar.
@@ -165,7 +148,7 @@ def loss_terms(
     kl = mean_over_cells(kl_divergence(output.mean, output.variance), mask)
     if model.log_noise is not None:
         kl = kl / control.shape[-1]
-    mmd = mmd_squared(output.virtual, perturbed, bandwidth, n_kernels, unbiased, mask, mask).mean()
+    mmd = mmd_squared(output.virtual, perturbed, kernel, mask, mask).mean()
     reconstruction = _reconstruction(model, output.reconstruction, control, mask)
     return {"mmd": mmd, "reconstruction": reconstruction, "kl": kl, "graph": model.scm.adjacency.abs().sum()}
 
@@ -179,7 +162,7 @@ def interventional_terms(
 
 
 def anchor_term(mean: Tensor, anchor: Tensor, variance: Tensor, n_genes: int, mask: Tensor | None = None) -> Tensor:
-    """Squared distance of posterior means to given ones, ``sum_k (mean - anchor)^2 / (2 variance)``, a gene.
+    """Squared distance of posterior means to given ones, ``sum_k (mean - anchor)^2 / (2 variance)``, per gene.
 
     The negative log-likelihood of ``anchor`` (C, B, p) as a measurement of z with noise ``variance`` (p,).
     """
@@ -196,4 +179,4 @@ def _reconstruction(model: DiscrepancyVAE, reconstructed: Tensor, x: Tensor, mas
 
 def weighted_total(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """Sum of terms times weights; a term of weight 0 takes no part, so that its NaN cannot either."""
-    return torch.stack([weight * terms[name] for name, weight in weights.items() if weight != 0]).sum()
+    return torch.stack([weights[name] * term for name, term in terms.items() if weights[name] != 0]).sum()

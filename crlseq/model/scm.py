@@ -22,18 +22,18 @@ import torch
 from torch import Tensor, nn
 
 NEGATIVE_SLOPE = 0.2  # of the leaky ReLU in the networks, as published
-MAX_LOG_SCALE = 3.0
+LOG_SCALE_BOUND = 3.0  # of an intervention: an unbounded one lets one outlying cell explode a condition's variance
 
 
 @dataclass(frozen=True)
 class Mechanism:
     """What an intervention does to each latent's equation. All (..., n_latents); broadcast over cells.
 
-    ``keep`` multiplies the parents' contribution (1: untouched), ``log_scale`` is added to the log
+    ``retention`` multiplies the parents' contribution (1: untouched), ``log_scale`` is added to the log
     standard deviation of the noise, ``shift`` is added to the latent.
     """
 
-    keep: Tensor
+    retention: Tensor
     log_scale: Tensor
     shift: Tensor
 
@@ -43,10 +43,8 @@ class LatentSCM(nn.Module):
 
     Parameters
     ----------
-    n_latents
-        Number of latents p.
-    n_perturbations
-        Number of single perturbations K.
+    n_latents, n_perturbations
+        Sizes p and K (single perturbations).
     intervention
         ``shift``, ``hard`` or ``soft``: which parameters of an intervention are free.
     equations
@@ -59,9 +57,9 @@ class LatentSCM(nn.Module):
     graph : (p, p)
         Free weights; only the strict upper triangle is used, so the latents' order is topological.
     intercept : (p,)
-        Added to every latent; a buffer, 0 but for nonlinear equations, whose kinks have a place.
+        Added to every latent; a buffer, 0 except with nonlinear equations, whose kinks have a place.
     shift, log_scale, retention_logit : (K,)
-        One number a perturbation. The last two are used by the kinds of intervention that have them.
+        The last two are used by the kinds of intervention that have them.
     """
 
     def __init__(
@@ -97,51 +95,28 @@ class LatentSCM(nn.Module):
         return torch.full_like(self.shift, 1.0 if self.intervention == "shift" else 0.0)
 
     def mechanism(self, perturbations: Tensor, target_weights: Tensor) -> Mechanism:
-        """Mechanisms of conditions, each a combination of single perturbations.
+        """Mechanisms, of fields (C, p), of conditions (C, M): int64 single perturbations, filled up with -1.
 
-        Parameters
-        ----------
-        perturbations
-            (C, M) int64 indices of single perturbations; -1 fills up conditions of fewer than M.
-        target_weights
-            (C, M, p) target weights of each, from the intervention encoder.
-
-        Returns
-        -------
-        Mechanism with fields (C, p).
+        ``target_weights`` (C, M, p) are those of each, from the intervention encoder.
         """
-        there = (perturbations >= 0).to(target_weights.dtype)[..., None]  # (C, M, 1)
         index = perturbations.clamp_min(0)
-        weight = target_weights * there  # (C, M, p)
-        keep = (1 - weight * (1 - self.retention()[index][..., None])).prod(1)
+        weight = target_weights * (perturbations >= 0).to(target_weights.dtype)[..., None]  # (C, M, p)
+        retention = (1 - weight * (1 - self.retention()[index][..., None])).prod(1)
         shift = (weight * self.shift[index][..., None]).sum(1)
         if self.intervention == "shift":
-            return Mechanism(keep, torch.zeros_like(shift), shift)
-        # Bounded: an unbounded scale lets one outlying cell explode the variance of a whole condition.
-        log_scale = (weight * (MAX_LOG_SCALE * torch.tanh(self.log_scale / MAX_LOG_SCALE))[index][..., None]).sum(1)
-        return Mechanism(keep, log_scale, shift)
+            return Mechanism(retention, torch.zeros_like(shift), shift)
+        log_scale = (weight * (LOG_SCALE_BOUND * torch.tanh(self.log_scale / LOG_SCALE_BOUND))[index][..., None]).sum(1)
+        return Mechanism(retention, log_scale, shift)
 
     def forward(self, z: Tensor, mechanism: Mechanism | None = None) -> Tensor:
-        """Latents u from exogenous noise z.
-
-        Parameters
-        ----------
-        z
-            (..., B, p) noise.
-        mechanism
-            Fields (..., p), one mechanism for each batch of B cells; None for control cells.
-
-        Returns
-        -------
-        (..., B, p) latents u.
-        """
+        """Exogenous noise z (..., B, p) to latents u of that shape; a mechanism per batch of B cells, None for controls."""
         adjacency = self.adjacency
         if mechanism is None:
             source = z + self.intercept
         else:
             shift = self.intercept + mechanism.shift
             source = z * mechanism.log_scale.exp()[..., None, :] + shift[..., None, :]
-            adjacency = adjacency * mechanism.keep[..., None, :]  # scales column k: what k receives
+            adjacency = adjacency * mechanism.retention[..., None, :]  # scales column k: what k receives
         if self.equations == "linear":
             # u (I - A) = source; A is strictly upper triangular, so the solve is exact and never singular.
             system = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device) - adjacency
@@ -160,7 +135,7 @@ class LatentSCM(nn.Module):
         """Exogenous noise z that gives latents u: the inverse of `forward`. Shapes as there."""
         adjacency = self.adjacency
         if mechanism is not None:
-            adjacency = adjacency * mechanism.keep[..., None, :]
+            adjacency = adjacency * mechanism.retention[..., None, :]
         phi = u if self.equations == "linear" else torch.relu(u)
         z = u - phi @ adjacency - self.intercept
         if mechanism is None:

@@ -3,7 +3,7 @@
     f_g(u) = b_g + sum_k w_gk s_gk(u_k),    s_gk = sum_j V_gkj LeakyReLU(a_kj u_k + c_kj),    Var s_gk = 1 over control cells
 
 A hidden unit reads one program, so that a mask of 0 cuts a gene off from the program whatever the weights are. Moran et
-al. 2022 (TMLR) mask what a network of all programs reads, gene by gene, at the cost of a network a gene; sums of functions
+al. 2022 (TMLR) mask what a network of all programs reads, gene by gene, at the cost of a network per gene; sums of functions
 of single programs (with the same prior: Bai et al. 2022, JASA, "Spike-and-slab group lassos") keep the output layer
 linear, thus the cost of the dense decoder, and lose effects that only two programs together have. Unit variance of the
 shapes settles the scale between w and V: a mask is the standard deviation that its program gives the gene.
@@ -24,12 +24,8 @@ FLAT = 1e-6  # standard deviation of a shape that counts as none
 class MaskedLinear(nn.Module):
     """Output layer with weights (G, H) ``mask[g, h % p] * shape[g, h]``: unit h belongs to program h % p.
 
-    Attributes
-    ----------
-    mask, shape, bias
-        (G, p), (G, H) and (G,).
-    share
-        (p,) buffer: eta, the share of a program's masks that are of the slab.
+    ``mask`` (G, p), ``shape`` (G, H), ``bias`` (G,), and ``share`` (p,), a buffer: eta, the share of a program's masks that
+    are of the slab.
     """
 
     share: Tensor
@@ -69,10 +65,7 @@ class ProgramUnits(nn.Module):
 class SparseDecoder(Decoder):
     """Latents to mean expression through masks; see above.
 
-    Parameters
-    ----------
-    n_hidden
-        Hidden units in all: as many whole units a program, and at least two, which carry a linear map.
+    The ``n_hidden`` units are shared out: as many whole ones per program, and at least two, which carry a linear map.
     """
 
     hidden: ProgramUnits  # type: ignore[assignment]
@@ -101,12 +94,8 @@ class SparseDecoder(Decoder):
     def fit_masks(self, prior: SpikeSlab, noise: Tensor, h: Tensor, mean_x: Tensor, cross: Tensor) -> None:
         """Masks, their shares of the slab, and biases at the mode, given shapes and noise variances (G,); in place.
 
-        Parameters
-        ----------
-        h
-            (n, H) features of cells.
-        mean_x, cross
-            (G,) mean of the cells' expression, and (G, H) sums over cells of it times the features about their mean.
+        ``h`` (n, H) features of cells, ``mean_x`` (G,) mean of their expression, and ``cross`` (G, H) sums over cells of
+        expression times the features about their mean.
         """
         output, unit = self.output, noise.double().sqrt()[:, None]
         centred = (h - h.mean(0)).double()

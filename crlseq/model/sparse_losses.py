@@ -32,21 +32,7 @@ from torch import Tensor
 
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.expression_rows import Rows, product
-from crlseq.model.losses import kl_divergence, mean_kernel, mean_over_cells
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """`crlseq.model.losses.multi_kernel` and the estimator of MMD^2."""
-
-    bandwidth: float
-    n_kernels: int
-    unbiased: bool
-
-    def mean(self, distance: Tensor, rows: Tensor | None, columns: Tensor | None, within: bool) -> Tensor:
-        """Mean kernel of pairs, within one set or between two."""
-        without_diagonal = within and self.unbiased
-        return mean_kernel(distance, self.bandwidth, self.n_kernels, rows, columns, without_diagonal)
+from crlseq.model.losses import Kernel, kl_divergence, mean_over_cells
 
 
 @dataclass(frozen=True)
@@ -92,20 +78,9 @@ class StepCells:
 
 @torch.no_grad()
 def step_cells(
-    rows: Rows,
-    n_controls: int,
-    control: Tensor,
-    perturbed: Tensor,
-    counts: tuple[int, ...],
-    kernel: Kernel,
+    rows: Rows, n_controls: int, control: Tensor, perturbed: Tensor, counts: tuple[int, ...], kernel: Kernel
 ) -> StepCells:
-    """The cells of a step.
-
-    Parameters
-    ----------
-    counts
-        Pairs of each condition, whose perturbed cells are neighbours in `rows`.
-    """
+    """The cells of a step; ``counts`` are the pairs of each condition, whose perturbed cells are neighbours in `rows`."""
     n, last = n_controls, n_controls + sum(counts)
     width = control.shape[1]
     mask = None
@@ -134,24 +109,13 @@ def _distance(inner: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return distance.clamp_(min=0).to(inner.dtype)
 
 
-def factored_terms(
-    model: DiscrepancyVAE,
-    cells: StepCells,
-    conditions: Tensor,
-    eps: tuple[Tensor, Tensor],
-    kernel: Kernel,
+def sparse_loss_terms(
+    model: DiscrepancyVAE, cells: StepCells, conditions: Tensor, eps: tuple[Tensor, Tensor], kernel: Kernel
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     """Terms ``mmd``, ``reconstruction``, ``kl`` and ``graph``, and posterior means (C, B, p) of controls and perturbed.
 
     The mean of `crlseq.model.losses.loss_terms` and `interventional_terms`, for Gaussian noise and the identity as
-    output.
-
-    Parameters
-    ----------
-    conditions
-        (C, M) single perturbations of each condition, filled up with -1.
-    eps
-        Standard normal draws (C, B, p) of the control and of the perturbed cells.
+    output. ``conditions`` (C, M) are filled up with -1; ``eps`` are standard normal draws (C, B, p) of both sides.
     """
     scm, encoder, mask = model.scm, model.encoder, cells.mask
     weight, bias = model.decoder.output.weight, model.decoder.output.bias

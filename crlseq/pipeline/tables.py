@@ -31,6 +31,7 @@ from crlseq.run.run import FORMAT, Run
 from crlseq.training.trainer import Fit, resolve_device
 from crlseq.training.warm_start import WarmStart
 
+TOP_GENES = 10  # of a program in run.json
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-learn")
 
 
@@ -43,38 +44,78 @@ def tables_of(
     sets: GeneSets | None = None,
 ) -> Run:
     """Tables of a fit; ``info`` lacks what only the whole job knows (input, times, command)."""
-    discovery = None if start is None else start.discovery
-    programs = find_programs(fitted.model, data)
-    # Without a detectable effect there is no claim, whatever a network learned, nor where there are cells and no
-    # controls to compare them with; the published model claims all.
-    untold = np.isnan(tests["p_value"]) & (tests["n_cells"] > 0)
-    silent = ((tests["fdr"] > DETECTABLE_FDR) | untold) & (config.model.method != "gradient")
-    found = find_interventions(fitted.model, programs, ~silent)
-    dag = find_dag(fitted.model, programs, config.model, discovery)
-    decoder = fitted.model.decoder
-    program_rows = program_table(
-        data.genes, programs.loading, programs.total_effect, isinstance(decoder, SparseDecoder)
+    discovery, model = None if start is None else start.discovery, fitted.model
+    read = find_programs(model, data)
+    found = find_interventions(model, read, _with_claims(tests, config))
+    dag = find_dag(model, read, config.model, discovery)
+    edge_support, target_support, program_support = _support(discovery, len(read.scale), len(found.target))
+    sparse = model.decoder if isinstance(model.decoder, SparseDecoder) else None
+    programs = program_table(data.genes, read.loading, read.total_effect, sparse is not None)
+    interventions = intervention_table(
+        data.perturbation_names, found.target, found.weight, found.shift, found.retention, found.noise_scale,
+        target_support, tests,
+    )  # fmt: skip
+    edges = edge_table(dag.weights, dag.declared, edge_support, dag.identification.verdict)
+    evaluation = evaluate_held_out(model, data, config.training.seed)
+    pathways = None if sets is None else pathway_table(model, data, read, sets)
+    numbers = {
+        "scale": read.scale,
+        "center": read.center,
+        "variance_explained": variance_explained(model, data),
+        "effect_explained": effect_explained(model, data, found.target),
+        "stability": program_support,
+    }
+    info = _fit_rows(fitted, data, config) | {
+        "n_latents": len(read.scale),
+        "programs": _program_rows(programs, interventions, numbers),
+        "adjacency": dag.weights.tolist(),
+        "identification": asdict(dag.identification),
+        "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
+        "sparsity": None if sparse is None else _sparsity_row(sparse, programs),
+        "training": _training_row(fitted),
+        "gene_sets": None if sets is None else _set_row(fitted, data, start, sets),
+        "metrics": _metrics(evaluation, interventions, dag),
+    }
+    agreement = None
+    if fitted.others:
+        kept, *others = (read_model(each.cpu(), data) for each in (model, *fitted.others))
+        agreement = seed_agreement(kept, others, interventions, edges)
+    history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"]).astype(
+        {"epoch": int, "total": float}
     )
-    support = np.full(dag.weights.shape, np.nan)
-    target_support = np.full(len(found.target), np.nan)
-    stability = None if discovery is None else discovery.stability
-    if discovery is not None and stability is not None:
-        support = stability.edge.numpy()
-        target_support[discovery.environments] = stability.target.numpy()
-    intervention_rows = intervention_table(
-        data.perturbation_names,
-        found.target,
-        found.weight,
-        found.shift,
-        found.retention,
-        found.noise_scale,
-        target_support,
-        tests,
-    )
-    edges = edge_table(dag.weights, dag.declared, support, dag.identification.verdict)
-    evaluation = evaluate_held_out(fitted.model, data, config.training.seed)
-    pathways = None if sets is None else pathway_table(fitted.model, data, programs, sets)
-    info = {
+    weights = ({name: value.cpu() for name, value in model.state_dict().items()}, fitted.architecture)
+    return Run(
+        info, programs, interventions, edges, history, evaluation,
+        weights=weights, ensemble=agreement, pathways=pathways,
+    )  # fmt: skip
+
+
+def _with_claims(tests: dict[str, np.ndarray], config: Config) -> np.ndarray:
+    """(K,) bool: perturbations that something is claimed of, all of them in the published model.
+
+    Elsewhere there is no claim without a detectable effect, whatever a network learned, nor where there are cells and
+    no controls to compare them with.
+    """
+    untested = np.isnan(tests["p_value"]) & (tests["n_cells"] > 0)
+    claims: np.ndarray = ~((tests["fdr"] > DETECTABLE_FDR) | untested) | (config.model.method == "gradient")
+    return claims
+
+
+def _support(
+    discovery: Discovery | None, n_latents: int, n_perturbations: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bootstrap support of edges (p, p), of targets (K,) and of programs (p,); NaN where there is none."""
+    targets = np.full(n_perturbations, np.nan)
+    if discovery is None or discovery.stability is None:
+        return np.full((n_latents, n_latents), np.nan), targets, np.full(n_latents, np.nan)
+    stability = discovery.stability
+    targets[discovery.environments] = stability.target.numpy()
+    return stability.edge.numpy(), targets, stability.program.numpy()
+
+
+def _fit_rows(fitted: Fit, data: PerturbSeqData, config: Config) -> dict[str, Any]:
+    """What was fitted, by which versions, and how cells, labels and genes were read."""
+    return {
         "format": FORMAT,
         "version": __version__,
         "config": config.model_dump(mode="json"),
@@ -91,56 +132,29 @@ def tables_of(
         "cells": {name: int((data.split == code).sum()) for code, name in enumerate(splits.SPLITS)},
         "conditions": _condition_rows(data),
         "notes": [*data.notes, *fitted.notes],
-        "n_latents": len(programs.scale),
-        "programs": _program_rows(
-            program_rows,
-            intervention_rows,
-            {
-                "scale": programs.scale,
-                "center": programs.center,
-                "variance_explained": variance_explained(fitted.model, data),
-                "effect_explained": effect_explained(fitted.model, data, found.target),
-                "stability": np.full(len(programs.scale), np.nan) if stability is None else stability.program.numpy(),
-            },
-        ),
-        "adjacency": dag.weights.tolist(),
-        "identification": asdict(dag.identification),
-        "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
-        "sparsity": _sparsity_row(decoder, program_rows) if isinstance(decoder, SparseDecoder) else None,
-        "training": {
-            "epochs_run": len(fitted.history),
-            "best_epoch": fitted.best_epoch,
-            "stopped_early": fitted.stopped_early,
-            "bandwidth": fitted.bandwidth,
-            "kept_seed": fitted.seed,
-            "parts_of_steps": fitted.parts,
-            "seed_losses": list(fitted.seed_losses),
-        },
-        "gene_sets": None if sets is None else _set_row(fitted, data, start, sets),
-        "metrics": _metrics(evaluation, intervention_rows, dag),
     }
-    agreement = None
-    if fitted.others:
-        kept, *others = (read_model(model.cpu(), data) for model in (fitted.model, *fitted.others))
-        agreement = seed_agreement(kept, others, intervention_rows, edges)
-    history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"]).astype(
-        {"epoch": int, "total": float}
-    )
-    weights = ({name: value.cpu() for name, value in fitted.model.state_dict().items()}, fitted.architecture)
-    return Run(
-        info, program_rows, intervention_rows, edges, history, evaluation,
-        weights=weights, ensemble=agreement, pathways=pathways,
-    )  # fmt: skip
+
+
+def _training_row(fitted: Fit) -> dict[str, Any]:
+    return {
+        "epochs_run": len(fitted.history),
+        "best_epoch": fitted.best_epoch,
+        "stopped_early": fitted.stopped_early,
+        "bandwidth": fitted.bandwidth,
+        "kept_seed": fitted.seed,
+        "parts_of_steps": fitted.parts_of_steps,
+        "seed_losses": list(fitted.seed_losses),
+    }
 
 
 def _set_row(fitted: Fit, data: PerturbSeqData, start: WarmStart | None, sets: GeneSets) -> dict[str, Any]:
-    """What ``run.json`` says of the sets that the encoder reads."""
+    """What ``run.json`` holds of the sets that the encoder reads."""
     row: dict[str, Any] = {
         "n_sets": len(sets.names),
         "n_small": sets.n_small,
         "n_same": len(sets.lines) - len(sets.names),
+        "n_genes": int(sets.members.any(0).sum()),
     }
-    row["n_genes"] = int(sets.members.any(0).sum())
     if start is not None:
         shares = explained_by_sets(fitted.model, data, start)
         for name, values in zip(("explained", "explained_by_all_genes"), shares, strict=True):
@@ -150,19 +164,23 @@ def _set_row(fitted: Fit, data: PerturbSeqData, start: WarmStart | None, sets: G
 
 def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:
     rows = []
-    for c, (name, parts) in enumerate(zip(data.condition_names, data.conditions, strict=True)):
+    for c, (name, perturbations) in enumerate(zip(data.condition_names, data.conditions, strict=True)):
         counts = np.bincount(data.split[data.condition == c], minlength=len(splits.SPLITS))
         cells = {code_name: int(n) for code_name, n in zip(splits.SPLITS, counts, strict=True) if n}
-        rows.append({"name": name, "perturbations": [data.perturbation_names[k] for k in parts], "cells": cells})
+        rows.append(
+            {"name": name, "perturbations": [data.perturbation_names[k] for k in perturbations], "cells": cells}
+        )
     return rows
 
 
 def _program_rows(
-    programs: pd.DataFrame, interventions: pd.DataFrame, numbers: dict[str, np.ndarray], top: int = 10
+    programs: pd.DataFrame, interventions: pd.DataFrame, numbers: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """Name, label, drivers and genes of each program, and its `numbers` (p,) by name; None for NaN."""
     labels = program_labels(interventions, len(numbers["scale"]))
-    genes = programs[(programs["rank"] <= top) & (programs["loading"] != 0)].groupby("program")["gene"].agg(", ".join)
+    genes = (
+        programs[(programs["rank"] <= TOP_GENES) & (programs["loading"] != 0)].groupby("program")["gene"].agg(", ".join)
+    )
     rows = []
     for k, label in enumerate(labels):
         drivers = interventions.loc[interventions["program"] == f"P{k}", "perturbation"]
@@ -175,7 +193,7 @@ def _program_rows(
 
 def _metrics(evaluation: pd.DataFrame, interventions: pd.DataFrame, dag: Dag) -> dict[str, Any]:
     metrics: dict[str, Any] = {
-        "n_detected": int((interventions["fdr"] <= 0.05).sum()),
+        "n_detected": int((interventions["fdr"] <= DETECTABLE_FDR).sum()),
         "n_edges": int(dag.declared.sum()),
     }
     if len(evaluation):
@@ -187,7 +205,7 @@ def _metrics(evaluation: pd.DataFrame, interventions: pd.DataFrame, dag: Dag) ->
 
 
 def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict[str, Any]:
-    """What ``run.json`` says of a discovery."""
+    """What ``run.json`` holds of a discovery."""
     row: dict[str, Any] = {
         "intervention": discovery.kind,
         "equations": discovery.equations,

@@ -199,7 +199,7 @@ def effect_errors(
         share = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).to(mean.dtype) / n
         moved = error * torch.randn(error.shape, generator=generator, dtype=mean.dtype)
         shift = mechanism.shift + (weights * moved[..., None]).sum(1)
-        after = _mean_decoded(model, model.scm(z, Mechanism(mechanism.keep, mechanism.log_scale, shift)), share)
+        after = _mean_decoded(model, model.scm(z, Mechanism(mechanism.retention, mechanism.log_scale, shift)), share)
         # With noise abducted, what the latents miss of a cell is in both and cancels.
         before = share @ control[0] if model.log_noise is None else _mean_decoded(model, model.scm(z), share)
         draws.append(after - before)

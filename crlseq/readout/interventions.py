@@ -46,6 +46,6 @@ def find_interventions(model: DiscrepancyVAE, programs: Programs, claims: np.nda
         weight=np.where(claimed.reshape(-1, 1), weight, np.nan),
         target=np.where(claimed, target, -1),
         shift=of_target(mechanism.shift) / programs.scale[target],
-        retention=of_target(mechanism.keep),
+        retention=of_target(mechanism.retention),
         noise_scale=of_target(mechanism.log_scale.exp()),
     )

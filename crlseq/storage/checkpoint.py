@@ -53,7 +53,7 @@ def load_model(path: Path) -> DiscrepancyVAE:
         with torch.device("meta"), _NoDraws():  # before room is made for what the architecture claims
             expected = DiscrepancyVAE(**architecture).state_dict()
         if odd := [name for name in state if name not in expected or state[name].shape != expected[name].shape]:
-            raise ValueError(f"{odd[0]} has not the shape that it should have")
+            raise ValueError(f"{odd[0]} does not have the expected shape")
         return build(state, architecture)
     except Exception as error:  # safetensors raises its own type, torch and JSON many
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -65,8 +65,7 @@ def load_model(path: Path) -> DiscrepancyVAE:
 def build(state: dict[str, Tensor], architecture: dict[str, Any]) -> DiscrepancyVAE:
     """A model with these weights, in evaluation mode."""
     model = DiscrepancyVAE(**architecture).to(state["scm.graph"].dtype)
-    # Runs of earlier versions have not measured all of what the latents miss.
-    model.load_state_dict({**{name: value for name, value in model.named_buffers() if "." not in name}, **state})
+    model.load_state_dict(state)
     return model.eval()
 
 
@@ -75,7 +74,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     The checkpoint that was there stays beside as `previous_of`.
     """
-    buffer = io.BytesIO()  # torch tells of a full disk in an error of its own
+    buffer = io.BytesIO()  # torch reports a full disk in an error of its own
     torch.save(state, buffer)
     content = buffer.getvalue()
     beside = path.with_name(path.name + ".tmp")
@@ -127,31 +126,48 @@ def mend_checkpoint(path: Path) -> bool:
     return False
 
 
-class Keeper:
+class Checkpoints:
     """What a fit goes on from after the last whole epoch: in memory always, on disk now and then and when it ends early.
 
-    Parameters
-    ----------
-    path
-        Where to write checkpoints; None for nowhere.
+    Without a path nothing is written. The identity is what is fitted (input and configuration): states of another fit are
+    refused.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path, self.state, self.written = path, dict[str, Any](), True
+    def __init__(self, path: Path | None, identity: str) -> None:
+        self.path, self.identity = path, identity
+        self.state, self.written = dict[str, Any](), True
 
-    def keep(self, state: dict[str, Any], write: bool) -> None:
-        """Keep a copy, and write it."""
+    def last(self) -> dict[str, Any] | None:
+        """The state on disk, if there is one.
+
+        Raises
+        ------
+        InputError
+            If it is damaged or of another fit.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        saved = load_checkpoint(self.path)
+        if saved["identity"] != self.identity:
+            raise InputError(
+                "The unfinished run was started with another input or other options.",
+                "Resume it with the same options, or start over with --force.",
+            )
+        return saved
+
+    def take(self, state: dict[str, Any], write: bool) -> None:
+        """Hold a copy of the state, and write it."""
         self.state, self.written = copy.deepcopy(state), False
         if write:
             self.write()
 
     def write(self) -> None:
-        """Write what is kept, unless it is written or there is no place for it."""
+        """Write the state that is held, unless it is written or there is no place for it."""
         if self.path is not None and not self.written:
-            save_checkpoint(self.path, self.state)
+            save_checkpoint(self.path, {"identity": self.identity, **self.state})
         self.written = True
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

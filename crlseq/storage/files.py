@@ -78,15 +78,10 @@ def sync(path: Path) -> None:
 
 
 def refuse_links_outside(folder: Path) -> None:
-    """Refuse a folder with a link that leads out of it: what it says would be another's, and writing would harm them.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse, by `InputError`, a folder with a link that leads out of it: its content would be another's, and harmed."""
     inside = folder.resolve()
     for file in sorted(folder.rglob("*")):
         if file.is_symlink() and not file.resolve().is_relative_to(inside):
             raise InputError(
-                f"{file} is a link that leads out of {folder}.", "Put a copy of what it stands for in its place."
+                f"{file} is a link that leads out of {folder}.", "Replace the link by a copy of its target."
             )

@@ -36,12 +36,7 @@ def watched(farewell: str) -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGHUP into `KeyboardInterrupt` within the block; outside the main thread do nothing.
 
     SIGINT is watched even where the process was started with it ignored, as shells start jobs in the background of a
-    script; SIGHUP is not, since that is what ``nohup`` is for.
-
-    Parameters
-    ----------
-    farewell
-        Line to stderr where the process had to be ended.
+    script; SIGHUP is not, since that is what ``nohup`` is for. ``farewell`` goes to stderr where the process had to be ended.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -77,7 +72,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """Print what cannot be raised, but for an interrupt, which comes again, and a full disk, which is told of."""
+    """Print what cannot be raised, except an interrupt, which comes again, and a full disk, which is reported."""
     error = unraisable.exc_value
     if not (_received and isinstance(error, KeyboardInterrupt)) and not of_full_disk(error):
         sys.__unraisablehook__(unraisable)

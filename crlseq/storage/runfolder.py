@@ -43,14 +43,9 @@ def partial_of(target: Path) -> Path:
 
 
 def refuse_output(target: Path, resume: bool, force: bool) -> None:
-    """Refuse a place that cannot be written, or that holds what would be lost.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse, by `InputError`, a place that cannot be written, or that holds what would be lost."""
     if not target.name:
-        raise InputError(f"The output {target} is no place for a run.", "Choose another --output.")
+        raise InputError(f"The output {target} cannot be a run folder.", "Choose another --output.")
     partial = partial_of(target)
     try:
         ancestor = next(folder for folder in target.absolute().parents if folder.exists())
@@ -60,19 +55,22 @@ def refuse_output(target: Path, resume: bool, force: bool) -> None:
         raise InputError(f"{target} cannot be written: {error.strerror}.", "Choose another --output.") from None
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         raise InputError(
-            f"{target} cannot be written: {ancestor} is no folder that may be written to.", "Choose another --output."
+            f"{target} cannot be written: {ancestor} is not a writable folder.", "Choose another --output."
         )
     if exists and not force:
         raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
     if exists and not (target / "run.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target} exists and is not a run of crlseq; it is left alone.", "Choose another --output.")
+        raise InputError(
+            f"{target} exists and is not a run of crlseq; it is left unchanged.", "Choose another --output."
+        )
     if foreign:
         raise InputError(
-            f"{partial} holds {foreign[0]!r}, which is no part of a run; it is left alone.", "Choose another --output."
+            f"{partial} holds {foreign[0]!r}, which is not part of a run; nothing is removed.",
+            "Choose another --output.",
         )
     if unfinished and not (resume or force):
         raise InputError(
-            f"There is an unfinished run in {partial}.", "Go on with --resume, or start over with --force."
+            f"There is an unfinished run in {partial}.", "Continue with --resume, or start over with --force."
         )
 
 
@@ -84,14 +82,9 @@ def _is_ours(file: Path) -> bool:
 
 
 def refuse_part_of_run(path: Path) -> None:
-    """Refuse to replace a file of a finished run by what a later command makes.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse, by `InputError`, to replace a file of a finished run by what a later command makes."""
     if path.name in RUN_FILES and (path.resolve().parent / "run.json").is_file():
-        raise InputError(f"{path} is a part of the run, which is left as it was fitted.", "Choose another --output.")
+        raise InputError(f"{path} is a part of the run, which must stay as it was fitted.", "Choose another --output.")
 
 
 @contextmanager
@@ -115,7 +108,9 @@ def locked(folder: Path) -> Iterator[None]:
                 raise
         # The file may be one that another process has just removed.
         if not held or not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-            raise InputError(f"Another crlseq is writing to {folder}.", "Wait for it, or choose another --output.")
+            raise InputError(
+                f"Another crlseq process is writing to {folder}.", "Wait for it to end, or choose another --output."
+            )
         try:
             yield
         finally:

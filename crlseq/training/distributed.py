@@ -8,7 +8,7 @@ up to those of one process (`crlseq.training.objective`), whatever the number of
 What only the first rank finds out (latents and graph to start from, a checkpoint) is sent to the others as bytes that
 are read as checkpoints are: tensors and primitives, nothing executable.
 
-A rank that fails says so in the store that ``torchrun`` keeps; the first to fail prints why, and the others end with its
+A rank that fails writes so to the store that ``torchrun`` keeps; the first to fail prints why, and the others end with its
 exit code. A rank that is lost without a word closes its connections, which ends the collective operations of the others
 at once; a machine that is lost ends them after `STEP_TIMEOUT`.
 """
@@ -95,7 +95,7 @@ class Ranks:
         import torch.distributed as dist
 
         for tensor in tensors:
-            with _lost_is_told():
+            with _lost_rank_reported():
                 dist.broadcast(tensor, 0, group=self.waiting)
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
@@ -106,7 +106,7 @@ class Ranks:
         import torch.distributed as dist
 
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with _lost_is_told():
+        with _lost_rank_reported():
             dist.all_reduce(flat)
         parts = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
@@ -138,7 +138,7 @@ def joined() -> Iterator[Ranks]:
     Raises
     ------
     LostRankError
-        If another rank is gone without a word, or the job was told to stop.
+        If another rank is gone without a word, or the job is stopped.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
@@ -169,14 +169,14 @@ def joined() -> Iterator[Ranks]:
         if code is not None:
             raise SystemExit(code) from None
         if isinstance(error, KeyboardInterrupt):
-            raise LostRankError("Another rank was lost, or the job was told to stop.") from None
+            raise LostRankError("Another rank was lost, or the job was stopped.") from None
         raise
     finally:
         dist.destroy_process_group()
 
 
 def _exit_code_of_first(error: BaseException, words: Store, rank: int) -> int | None:
-    """The exit code of the rank that failed first and tells why; None if it is this one."""
+    """The exit code of the rank that failed first and reports why; None if it is this one."""
     code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
     try:
         first = json.loads(words.compare_set("failed", "", json.dumps({"rank": rank, "exit_code": code})))
@@ -186,7 +186,7 @@ def _exit_code_of_first(error: BaseException, words: Store, rank: int) -> int | 
 
 
 @contextmanager
-def _lost_is_told() -> Iterator[None]:
+def _lost_rank_reported() -> Iterator[None]:
     """Backends report a lost peer as a RuntimeError of their own wording."""
     try:
         yield

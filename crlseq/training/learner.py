@@ -15,7 +15,7 @@ from crlseq.errors import ConvergenceError
 from crlseq.model.losses import weighted_total
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.distributed import Ranks
-from crlseq.training.memory_split import Work
+from crlseq.training.memory_split import SplitStep
 from crlseq.training.objective import Objective, Step
 from crlseq.training.schedules import Weights, final_weights, settled
 from crlseq.training.sparsity import Sparsity
@@ -30,7 +30,7 @@ class Learner:
     Attributes
     ----------
     history
-        A record an epoch: ``epoch``, the terms, ``validation_*`` terms, ``temperature``.
+        One record per epoch: ``epoch``, the terms, ``validation_*`` terms, ``temperature``.
     best_epoch, best_loss, best_state
         The settled epoch with the lowest validation loss (-1: none yet), that loss, and its weights.
     """
@@ -68,21 +68,21 @@ class Learner:
         self.terms: dict[str, Tensor] = {}
         self.validation_terms: dict[str, float] = {}
 
-    def learn(self, work: Work, n_steps: int) -> None:
+    def learn(self, step: SplitStep, n_steps: int) -> None:
         """One of the epoch's steps of gradient descent."""
         drawn = self.noise.get_state()
 
         def begin() -> None:
             self.optimizer.zero_grad(set_to_none=True)
 
-        def descend(step: Step) -> dict[str, Tensor]:
+        def descend(part: Step) -> dict[str, Tensor]:
             self.noise.set_state(drawn)  # the noise is drawn for the whole batch
-            terms = self.objective(step, self.noise)
-            total = weighted_total(terms, self.weights.of_terms(self.objective.anchored))
+            terms = self.objective(part, self.noise)
+            total = weighted_total(terms, self.weights.terms)
             total.backward()  # type: ignore[no-untyped-call]
             return {name: value.detach() for name, value in {**terms, "total": total}.items()}
 
-        terms = work.terms(begin, descend)
+        terms = step.terms(begin, descend)
         parameters = list(self.model.parameters())
         self.ranks.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.config.training.gradient_norm is not None:
@@ -94,15 +94,15 @@ class Learner:
             self.terms[name] = self.terms.get(name, 0.0) + value.double() / n_steps
 
     @torch.no_grad()
-    def validate(self, work: Work, share: float) -> None:
+    def validate(self, step: SplitStep, share: float) -> None:
         """Terms of validation cells, which are this share of all."""
         drawn = self.validation_noise.get_state()
 
-        def judge(step: Step) -> dict[str, Tensor]:
+        def judge(part: Step) -> dict[str, Tensor]:
             self.validation_noise.set_state(drawn)
-            return self.objective(step, self.validation_noise)
+            return self.objective(part, self.validation_noise)
 
-        for name, term in work.terms(lambda: None, judge).items():
+        for name, term in step.terms(lambda: None, judge).items():
             self.validation_terms[name] = self.validation_terms.get(name, 0.0) + share * term.item()
 
     def end(self, epoch: int, n_epochs: int) -> bool:
@@ -112,8 +112,8 @@ class Learner:
             found = self._summed({name: torch.tensor(value).double() for name, value in self.validation_terms.items()})
             record |= {f"validation_{name}": value for name, value in found.items()}
             # Weighted as at the end of training, so that epochs compare.
-            final = final_weights(self.config.model, self.objective.anchored)
-            record["validation_total"] = sum(weight * found[name] for name, weight in final.items() if weight)
+            final = final_weights(self.config.model)
+            record["validation_total"] = sum(final[name] * value for name, value in found.items() if final[name])
         record["temperature"] = self.weights.temperature
         if not all(math.isfinite(value) and abs(value) < EXPLODED for value in record.values()):
             return False
@@ -135,7 +135,7 @@ class Learner:
         """
         if self.slower == MAX_SLOWER:
             raise ConvergenceError(
-                f"The loss is not finite in epoch {epoch + 1}, with a learning rate {SLOWER**-MAX_SLOWER:.0f} times smaller as well.",
+                f"The loss is not finite in epoch {epoch + 1}, even with a learning rate {SLOWER**-MAX_SLOWER:.0f} times smaller.",
                 "Lower the learning rate, or look for extreme values in the file.",
             )
         self.slower += 1

@@ -1,4 +1,4 @@
-"""When freed memory goes back to the system.
+"""When freed memory goes back to the system, and whether it ran out.
 
 glibc gives a freed block of 32 MB or more back at once, and fetching it again costs a page fault for every 4 kB: on a
 virtual machine the systems of 30 programs took six times as long in page faults as in arithmetic. So a fit keeps what it
@@ -14,35 +14,29 @@ KEPT = 1 << 30
 RETURNED = 1 << 22
 
 
-def keep_blocks() -> None:
-    """Have blocks below 1 GB stay with the process as they are freed."""
-    _set(M_MMAP_THRESHOLD, KEPT)
-    _set(M_TRIM_THRESHOLD, KEPT)
+def suit_allocator(streamed: bool) -> None:
+    """Have freed blocks below 1 GB stay with the process, or, where a screen is read as training goes, below 4 MB.
 
-
-def return_blocks() -> None:
-    """Have blocks from 4 MB on go back: reading in one thread and computing in another would hold twice what they use."""
-    _set(M_MMAP_THRESHOLD, RETURNED)
-    _set(M_TRIM_THRESHOLD, RETURNED)
+    Reading in one thread and computing in another would else hold twice what they use.
+    """
+    for threshold in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        _of_glibc("mallopt", threshold, RETURNED if streamed else KEPT)
 
 
 def give_back() -> None:
     """Return what is freed: else what reading took for a moment would stay with the whole fit."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
+    _of_glibc("malloc_trim", 0)
 
 
-def _set(parameter: int, value: int) -> None:
+def _of_glibc(function: str, *arguments: int) -> None:
     try:
-        ctypes.CDLL(None).mallopt(parameter, value)
+        getattr(ctypes.CDLL(None), function)(*arguments)
     except (AttributeError, OSError, TypeError):  # another C library
         return
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the machine or of a device: torch tells of it in errors of its own."""
+    """Whether memory ran out, of the machine or of a device: torch reports it in errors of its own."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -22,34 +22,29 @@ from crlseq.training.objective import Objective, Step
 Terms = dict[str, Tensor]
 
 
-class Parts:
-    """Into how many parts steps are divided: one, and twice as many whenever memory runs out.
+class SplitSteps:
+    """Steps in `n` parts each: one, and twice as many whenever memory runs out, of which `note` gets a sentence."""
 
-    Parameters
-    ----------
-    tell
-        Told in words when there are more.
-    """
-
-    def __init__(self, objective: Objective, ranks: Ranks, tell: Callable[[str], None]) -> None:
-        self.objective, self.ranks, self.tell = objective, ranks, tell
+    def __init__(self, objective: Objective, ranks: Ranks, note: Callable[[str], None]) -> None:
+        self.objective, self.ranks, self.note = objective, ranks, note
         self.n = 1
         self._lock = threading.Lock()  # models of an ensemble are trained at the same time
 
-    def prepare(self, batch: BatchIndex) -> Work:
-        """What is asked of the screen for a batch: at once where it is computed whole, else part by part as it is used."""
-        if self.n > 1:
-            return Work(self, batch, None)
-        try:
-            return Work(self, batch, self.objective.prepare(batch, self.ranks.own(batch.mask)))
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-        self.divide(1, batch)
-        return Work(self, batch, None)
+    def prepare(self, batch: BatchIndex) -> SplitStep:
+        """What a batch asks of the screen: at once where it is computed whole, else part by part as it is used."""
+        whole = None
+        if self.n == 1:
+            try:
+                whole = self.objective.prepare(batch, self.ranks.own(batch.mask))
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+            if whole is None:
+                self.divide(1, batch)
+        return SplitStep(self, batch, whole)
 
-    def of(self, batch: BatchIndex, n: int) -> list[np.ndarray | None]:
-        """The conditions of each part, of those that this rank computes; one that is None stands for all."""
+    def conditions(self, batch: BatchIndex, n: int) -> list[np.ndarray | None]:
+        """Those of each part, among those that this rank computes; None for all."""
         own = self.ranks.own(batch.mask)
         if n == 1:
             return [own]
@@ -57,7 +52,7 @@ class Parts:
         return [own[part] for part in deal(batch.mask[own].sum(1), min(n, max(len(own), 1)))]
 
     def divide(self, n: int, batch: BatchIndex) -> None:
-        """Twice as many parts as the `n` that memory did not suffice for, unless another has done so.
+        """Twice as many parts as the `n` that memory did not suffice for, unless another thread has done so.
 
         Raises
         ------
@@ -73,48 +68,42 @@ class Parts:
             if n >= len(batch.mask if own is None else own):
                 raise InputError(
                     "There is not enough memory for a step of one perturbation.",
-                    "Lower --batch-size or --n-top-genes, or use a larger machine; then fit again, or --resume there.",
+                    "Lower --batch-size or --n-top-genes and fit again, or use --resume on a larger machine.",
                 )
             self.n = 2 * n
-            self.tell(
-                f"There is not enough memory for a step: from here on each is computed in {self.n} parts, with the same"
-                " result but for rounding."
+            self.note(
+                f"There is not enough memory for a step; from now on each is computed in {self.n} parts, with the same result"
+                " up to rounding."
             )
 
 
-class Work:
-    """A batch whose terms are to be computed, whole or in parts; several models may do so."""
+class SplitStep:
+    """One step, whole or in parts; several models may compute its terms."""
 
-    def __init__(self, parts: Parts, batch: BatchIndex, whole: Step | None) -> None:
-        self.parts, self.batch, self.whole = parts, batch, whole
+    def __init__(self, steps: SplitSteps, batch: BatchIndex, whole: Step | None) -> None:
+        self.steps, self.batch, self.whole = steps, batch, whole
 
     def terms(self, begin: Callable[[], None], of: Callable[[Step], Terms]) -> Terms:
-        """The sums over parts of what ``of(part)`` gives; where memory runs out from ``begin()`` on, in smaller parts.
-
-        Raises
-        ------
-        InputError
-            If they cannot be smaller.
-        """
+        """The sums over parts of what ``of(part)`` gives; where memory runs out from ``begin()`` on, in smaller parts."""
         while True:
-            n = self.parts.n
+            n = self.steps.n
             try:
                 begin()
-                return _sum(of(step) for step in self._steps(n))
+                return _sum(of(part) for part in self._parts(n))
             except Exception as error:  # which holds what was computed until the block ends
                 if not out_of_memory(error):
                     raise
             begin()
             self.whole = None
-            self.parts.divide(n, self.batch)
+            self.steps.divide(n, self.batch)
 
-    def _steps(self, n: int) -> Iterator[Step]:
+    def _parts(self, n: int) -> Iterator[Step]:
         whole = self.whole
         if n == 1 and whole is not None:
             yield whole
             return
-        for own in self.parts.of(self.batch, n):
-            yield self.parts.objective.prepare(self.batch, own)
+        for own in self.steps.conditions(self.batch, n):
+            yield self.steps.objective.prepare(self.batch, own)
 
 
 def _sum(found: Iterator[Terms]) -> Terms:

@@ -16,8 +16,8 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.streamed import StreamedExpression
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.expression_rows import DenseRows, Rows, SparseRows
-from crlseq.model.losses import anchor_term, interventional_terms, loss_terms
-from crlseq.model.sparse_losses import Kernel, StepCells, factored_terms, step_cells
+from crlseq.model.losses import Kernel, anchor_term, interventional_terms, loss_terms
+from crlseq.model.sparse_losses import StepCells, sparse_loss_terms, step_cells
 from crlseq.training.warm_start import Anchor
 
 
@@ -74,7 +74,7 @@ class CellSource:
 
 
 @dataclass(frozen=True)
-class Part:
+class StepShare:
     """Which conditions of a batch a step computes, and their shares of its conditions and of its cells."""
 
     own: Tensor
@@ -86,7 +86,7 @@ class Part:
 class Step:
     """A batch as tensors: conditions (C, M), mask (C, B) or None, cells, and what their latents are held to (2, C, B, p).
 
-    ``whole`` is (C, B) of the batch, and ``part`` what of it is computed; None for all. Cells are `StepCells`, or the dense rows (C, B, G) of controls and of perturbed cells.
+    ``whole`` is (C, B) of the batch, and ``share`` what of it is computed; None for all. Cells are `StepCells`, or the dense rows (C, B, G) of controls and of perturbed cells.
     """
 
     conditions: Tensor
@@ -94,19 +94,14 @@ class Step:
     cells: StepCells | tuple[Tensor, Tensor]
     anchors: Tensor | None
     whole: tuple[int, int]
-    part: Part | None
+    share: StepShare | None
 
 
 class Objective:
     """Loss terms of batches (`crlseq.model.losses`); with Gaussian noise the bound counts perturbed cells as well.
 
     A linear output layer with Gaussian noise is computed from the non-zeros (`crlseq.model.sparse_losses`); the published
-    output, which is not linear, from dense rows.
-
-    Parameters
-    ----------
-    anchor
-        Latents that the encoder is held to; None for none.
+    output, which is not linear, from dense rows. The encoder is held to the latents of the ``anchor``, if there is one.
     """
 
     def __init__(
@@ -118,7 +113,7 @@ class Objective:
         self.device, self.dtype = weight.device, weight.dtype
         self.source = CellSource(data, self.device, self.dtype)
         self.table = torch.from_numpy(data.perturbation_table()).to(self.device)
-        self.factored = model.log_noise is not None and model.decoder.output_activation == "identity"
+        self.linear_output = model.log_noise is not None and model.decoder.output_activation == "identity"
         self.anchored = anchor is not None
         if anchor is not None:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
@@ -133,46 +128,43 @@ class Objective:
     def prepare(self, batch: BatchIndex, own: np.ndarray | None = None) -> Step:
         """What a batch asks of the screen and not of the model: it can be done ahead, in another thread.
 
-        Parameters
-        ----------
-        own
-            Conditions of the batch to compute; None for all. The terms are then this part's share of the batch's:
-            those of parts that make up the batch add up to its terms.
+        With ``own`` conditions of the batch the terms are this part's share: those of parts that make up the batch add up
+        to its terms.
         """
-        part = None
+        share = None
         whole: tuple[int, int] = batch.mask.shape
         if own is not None:
             of_conditions, of_cells = len(own) / len(batch.mask), float(batch.mask[own].sum() / batch.mask.sum())
             # A part without conditions computes one for a share of 0: its gradients are there, as those of the others.
             own = own if len(own) else np.array([0])
             batch = BatchIndex(*(field[own] for field in (batch.condition, batch.perturbed, batch.control, batch.mask)))
-            part = Part(torch.from_numpy(own).to(self.device), of_conditions, of_cells)
+            share = StepShare(torch.from_numpy(own).to(self.device), of_conditions, of_cells)
         mask = None if batch.mask.all() else torch.from_numpy(batch.mask).to(self.device)
         conditions = self.table[torch.from_numpy(batch.condition).to(self.device)]
         cells: StepCells | tuple[Tensor, Tensor]
-        if self.factored:
+        if self.linear_output:
             cells = self._cells(batch)
         else:
             cells = self.source.dense(batch.control), self.source.dense(batch.perturbed)
         anchors = None
         if self.anchored:
             anchors = self.anchors[torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)]
-        return Step(conditions, mask, cells, anchors, whole, part)
+        return Step(conditions, mask, cells, anchors, whole, share)
 
     def __call__(self, step: Step, generator: torch.Generator) -> dict[str, Tensor]:
         """Unweighted terms, each a scalar; of a part, its share. Noise is drawn for the whole batch, whoever computes it."""
         n_draws = 1 if self.model.log_noise is None else 2
         eps = [self._draws((*step.whole, self.model.scm.graph.shape[0]), generator) for _ in range(n_draws)]
-        if step.part is None:
+        if step.share is None:
             return self._terms(step, eps)
-        terms = self._terms(step, [draws[step.part.own] for draws in eps])
-        shares = {"mmd": step.part.of_conditions, "graph": step.part.of_conditions}
-        return {name: shares.get(name, step.part.of_cells) * term for name, term in terms.items()}
+        terms = self._terms(step, [draws[step.share.own] for draws in eps])
+        shares = {"mmd": step.share.of_conditions, "graph": step.share.of_conditions}
+        return {name: shares.get(name, step.share.of_cells) * term for name, term in terms.items()}
 
     def _terms(self, step: Step, eps: list[Tensor]) -> dict[str, Tensor]:
         means: tuple[Tensor, Tensor] | None
         if isinstance(step.cells, StepCells):
-            terms, means = factored_terms(self.model, step.cells, step.conditions, (eps[0], eps[1]), self.kernel)
+            terms, means = sparse_loss_terms(self.model, step.cells, step.conditions, (eps[0], eps[1]), self.kernel)
         else:
             terms, means = self._dense(step.conditions, *step.cells, step.mask, eps)
         if step.anchors is not None and means is not None:
@@ -186,8 +178,7 @@ class Objective:
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """Terms, and with Gaussian noise the posterior means of both sides."""
         output = self.model(control, conditions, eps[0])
-        estimator = self.kernel.bandwidth, self.kernel.n_kernels, self.kernel.unbiased
-        terms = loss_terms(self.model, output, control, perturbed, *estimator, mask)
+        terms = loss_terms(self.model, output, control, perturbed, self.kernel, mask)
         if self.model.log_noise is None:
             return terms, None
         inference = self.model.infer(perturbed, conditions, eps[1])

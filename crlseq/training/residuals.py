@@ -53,7 +53,7 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
     control = torch.from_numpy(data.dense(some)).to(weight.device, weight.dtype)[None]
     z = model.encoder(control)[0]
     before = model.decoder.mean(model.scm(z))[0]
-    known = [c for c, parts in enumerate(data.conditions) if len(parts) == 1 and len(cells[c]) >= MIN_CELLS]
+    known = [c for c, p in enumerate(data.conditions) if len(p) == 1 and len(cells[c]) >= MIN_CELLS]
     perturbations = [data.conditions[c][0] for c in known]
     # In place: of many perturbations each such array is as large as many cells.
     measured, noise, control_noise = (np.empty((len(known), data.n_genes)) for _ in range(3))

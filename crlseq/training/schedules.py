@@ -16,26 +16,19 @@ FINAL_RATE = 0.02  # learning rate at the last epoch, as a share of the first
 
 @dataclass(frozen=True)
 class Weights:
-    """What one epoch minimises: sum of weight times term; and how."""
+    """What one epoch minimises: sum of weight times term, ``terms`` by name; and how."""
 
-    mmd: float
-    reconstruction: float
-    kl: float
-    graph: float
+    terms: dict[str, float]
     temperature: float
     learning_rate: float
     sparsity: float  # of the way from a slab to the spike of a sparse decoder, in logarithms of the rate
 
-    def of_terms(self, anchored: bool = False) -> dict[str, float]:
-        """Weights by name of the loss term."""
-        weights = {"mmd": self.mmd, "reconstruction": self.reconstruction, "kl": self.kl, "graph": self.graph}
-        return weights | ({"anchor": 1.0} if anchored else {})
 
-
-def final_weights(model: ModelConfig, anchored: bool = False) -> dict[str, float]:
-    """Weights of the terms at the end of every schedule."""
-    end = Weights(model.mmd_weight, 1.0, model.kl_weight, model.graph_weight, model.max_temperature, 0.0, 1.0)
-    return end.of_terms(anchored)
+def final_weights(model: ModelConfig) -> dict[str, float]:
+    """Weights of the terms at the end of every schedule; a fit without a warm start has no anchor."""
+    return {
+        "mmd": model.mmd_weight, "reconstruction": 1.0, "kl": model.kl_weight, "graph": model.graph_weight, "anchor": 1.0,
+    }  # fmt: skip
 
 
 def schedule(epoch: int, n_epochs: int, model: ModelConfig, training: TrainingConfig) -> Weights:
@@ -57,10 +50,7 @@ def schedule(epoch: int, n_epochs: int, model: ModelConfig, training: TrainingCo
         heat = _ramp(epoch, 0, SHARPEN * n)
         rate = 1 - (1 - FINAL_RATE) * _ramp(epoch, COOL * n, n)
     return Weights(
-        mmd=model.mmd_weight * mmd,
-        reconstruction=1.0,
-        kl=model.kl_weight * kl,
-        graph=model.graph_weight,
+        terms=final_weights(model) | {"mmd": model.mmd_weight * mmd, "kl": model.kl_weight * kl},
         temperature=1 + (model.max_temperature - 1) * heat,
         learning_rate=training.learning_rate * rate,
         sparsity=1.0 if training.schedule == "published" else heat,

@@ -27,12 +27,9 @@ PENALTIES = np.logspace(-4, 2, 13)  # by cell
 
 @torch.no_grad()
 def start_from_sets(encoder: Encoder, data: PerturbSeqData, cells: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Write activities and read-out into `encoder`; the variance (p,) of z that they leave unexplained.
+    """Write activities and read-out into `encoder`, from training cells (n,) and their exogenous noise z (n, p).
 
-    Parameters
-    ----------
-    cells, z
-        (n,) training cells and their (n, p) exogenous noise.
+    Returns the variance (p,) of z that they leave unexplained.
     """
     layer = encoder.hidden
     assert isinstance(layer, GeneSetLayer)

@@ -24,7 +24,7 @@ from crlseq.model.spike_slab import SpikeSlab, fit_masks
 
 MAX_CELLS = 10_000  # that loadings are estimated on
 ITERATIONS, TOLERANCE = 60, 0.1  # of EM; a change of the masks that ends it, in standard errors
-SMALLEST_NOISE = 1e-2  # of a gene, as a share of the mean
+LEAST_NOISE = 1e-2  # of a gene, as a share of the mean
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,8 @@ def sparse_loadings(
             u, spread = _posterior(score, precise @ loading.T, groups, prior)
         mean_u = member.T @ u / size
         centred = u - member @ mean_u
-        gram, cross = (
-            centred.T @ centred + spread,
-            _product(x.T, centred),
-        )  # they sum to 0 in every batch, so x need not
+        gram = centred.T @ centred + spread
+        cross = _product(x.T, centred)  # centred latents sum to 0 in every batch, so x need not
         before, unit = masks, noise.sqrt()[:, None]
         masks, share = fit_masks(
             slab, masks, share, torch.ones_like(masks), cross / scale / unit, gram / scale[:, None] / scale
@@ -105,10 +103,15 @@ def sparse_loadings(
         loading = (masks * unit / scale).T
         center = mean_x - mean_u @ loading
         noise = total + (loading * (gram @ loading - 2 * cross.T)).sum(0) / n
-        noise = noise.clamp_min(max(SMALLEST_NOISE * float(noise.mean()), 1e-8))
+        noise = noise.clamp_min(least_noise(noise))
         if float((masks - before).abs().max()) < TOLERANCE / n**0.5:
             break
     return Loadings(loading, (size / n * center).sum(0), noise, share)
+
+
+def least_noise(variances: np.ndarray | Tensor) -> float:
+    """The smallest noise variance of a gene, of variances (G,): without one the likelihood has no bound."""
+    return max(LEAST_NOISE * float(variances.mean()), 1e-8)
 
 
 def _product(x: Any, table: Tensor) -> Tensor:
@@ -116,15 +119,12 @@ def _product(x: Any, table: Tensor) -> Tensor:
 
 
 def condition_prior(scm: LatentSCM, conditions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Means (C, p) and covariances (C, p, p), float64, of latents under conditions (C, M); equations are linear.
+    """Means (C, p) and covariances (C, p, p), float64, of latents under conditions (C, M) with target weights (C, M, p).
 
-    Parameters
-    ----------
-    weights
-        (C, M, p) target weights of the conditions' perturbations.
+    Equations are linear.
     """
     mechanism = scm.mechanism(conditions, weights)
-    adjacency = (scm.adjacency * mechanism.keep[:, None, :]).to(DTYPE)
+    adjacency = (scm.adjacency * mechanism.retention[:, None, :]).to(DTYPE)
     total = torch.linalg.inv(torch.eye(adjacency.shape[-1], dtype=DTYPE) - adjacency)
     mean = ((scm.intercept + mechanism.shift).to(DTYPE)[:, None, :] @ total)[:, 0]
     return mean, total.mT @ (torch.exp(2 * mechanism.log_scale).to(DTYPE)[..., None] * total)
@@ -141,14 +141,8 @@ def _posterior(
 ) -> tuple[Tensor, Tensor]:
     """Posterior means (n, p) of latents, and the sum over cells of their covariances.
 
-    Parameters
-    ----------
-    score
-        (n, p) ``(x - c) D^-1 B'`` of the cells.
-    information
-        (p, p) ``B D^-1 B'``.
-    groups
-        Cells of each condition.
+    ``score`` (n, p) is ``(x - c) D^-1 B'`` of the cells, ``information`` (p, p) ``B D^-1 B'``, ``groups`` the cells of each
+    condition.
     """
     means, total = torch.empty_like(score), torch.zeros_like(information)
     for mean, covariance, cells in zip(*prior, groups, strict=False):

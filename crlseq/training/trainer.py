@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
@@ -21,22 +21,23 @@ from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth
 from crlseq.model.networks import GeneSetLayer
-from crlseq.storage.checkpoint import Keeper, load_checkpoint
+from crlseq.storage.checkpoint import Checkpoints
 from crlseq.threads import ahead, in_parallel
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.learner import Learner
-from crlseq.training.memory_split import Parts, Work
+from crlseq.training.memory_split import SplitSteps
 from crlseq.training.objective import Objective
 from crlseq.training.residuals import measure_missed
 from crlseq.training.schedules import schedule
+from crlseq.training.sparse_start import least_noise
 from crlseq.training.warm_start import Anchor, WarmStart, warm_start
 
 CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result
 BANDWIDTH_CELLS = 1000
 VALIDATION_BATCH, VALIDATION_CONDITIONS = 64, 16  # cells of a condition, and conditions, scored at once
 
-MIN_IN_STEP, MAX_IN_STEP, ENOUGH_STEPS = 8, 64, 20  # perturbations in a step, and steps an epoch keeps
-MIN_EPOCHS, MIN_STEPS = 100, 2000  # a small screen makes few steps an epoch and needs as many as a large one
+MIN_IN_STEP, MAX_IN_STEP, ENOUGH_STEPS = 8, 64, 20  # perturbations in a step, and steps per epoch to keep
+MIN_EPOCHS, MIN_STEPS = 100, 2000  # a small screen makes few steps per epoch and needs as many as a large one
 
 History = list[dict[str, float]]
 
@@ -46,8 +47,8 @@ class Fit:
     """A fitted model: the kept weights, the losses of every epoch, and how it ended.
 
     Of an ensemble it is the one that validated best, of ``seed``; ``others`` are those of the other seeds, and
-    ``seed_losses`` the lowest validation loss of each seed, None where no cells validated. ``notes`` tell what had to be
-    done again.
+    ``seed_losses`` the lowest validation loss of each seed, None where no cells validated. ``parts_of_steps`` is in how many
+    parts steps were computed at the end (more than one: memory had run out), ``notes`` what had to be done again.
     """
 
     model: DiscrepancyVAE
@@ -58,7 +59,7 @@ class Fit:
     stopped_early: bool
     seed: int
     others: tuple[DiscrepancyVAE, ...] = ()
-    parts: int = 1  # that steps were computed in at the end, as memory had run out
+    parts_of_steps: int = 1
     notes: tuple[str, ...] = ()
     seed_losses: tuple[float | None, ...] = ()
 
@@ -108,7 +109,7 @@ def architecture_of(
 
 
 def resolve_step(training: TrainingConfig, cells_by_condition: list[np.ndarray]) -> int:
-    """The number of perturbations in a step: as asked, or 8, or as many more as leave `ENOUGH_STEPS` an epoch.
+    """The number of perturbations in a step: as asked, or 8, or as many more as leave `ENOUGH_STEPS` per epoch.
 
     What a step costs whatever its cells (products of weights with weights, the optimiser) is shared by all of them.
     """
@@ -160,9 +161,9 @@ def fit_model(
     gene_sets
         (S, G) bool members of the sets that the encoder reads; None for one that reads all genes.
     on_retry
-        Told in words when an epoch is done again, since a loss was not finite: from the weights before it, with a
-        quarter of the learning rate from there on, at most `MAX_SLOWER` times in a fit; and when steps are computed in
-        more parts, since memory had run out.
+        Called with a sentence when an epoch is repeated, from the weights before it and with a quarter of the learning
+        rate from there on, since a loss was not finite (at most `MAX_SLOWER` times in a fit); and when steps are computed
+        in more parts, since memory ran out.
 
     Raises
     ------
@@ -178,98 +179,124 @@ def fit_model(
     )
     bandwidth = ranks.from_first(_bandwidth(config.model, data, training.seed))
     learners = _learners(data, config, architecture, bandwidth, start, gene_sets, ranks)
-    notes: list[str] = []
-
-    def told(text: str) -> None:
-        notes.append(text)
-        on_retry(text)
-
-    parts = Parts(learners[0].objective, ranks, told)
-    train_cells = data.cells_by_condition(splits.TRAIN)
-    n_epochs = 0 if config.model.method == "linear" else resolve_epochs(training, train_cells)
-    in_step = resolve_step(training, train_cells)
-    partners = ControlPartners(data.control_pool(splits.TRAIN), data.batch)
-    validation = _validation_batches(data, training.seed)
-    n_judged = sum(len(batch.condition) for batch in validation)
-    first, saved = 0, None
-    if first_rank and checkpoint is not None and checkpoint.exists():
-        saved = load_checkpoint(checkpoint)
-        if saved.get("identity") != identity:
-            raise InputError(
-                "The unfinished run was started with another input or other options.",
-                "Repeat its options to resume it, or start over with --force.",
-            )
-    saved = ranks.from_first(saved)
-    if saved is not None:
-        first, parts.n = saved["epoch"] + 1, saved["parts"]
-        notes += saved["notes"]
-        for learner, state in zip(learners, saved["learners"], strict=True):
-            learner.load(state)
-        for record in learners[0].history:
-            on_epoch(record, n_epochs)
-
-    def steps(batches: list[BatchIndex]) -> Iterator[tuple[Work, BatchIndex]]:
-        return zip(ahead(parts.prepare, batches), batches, strict=True)
-
-    # Several models share what a step asks of the screen, and the threads: each is computed on one.
-    alone = len(learners) == 1 or ranks.size > 1 or parts.objective.device.type != "cpu"
-    threads = 1 if alone else torch.get_num_threads()
-    with Keeper(checkpoint if first_rank else None) as keeper:
-
-        def keep(epoch: int, write: bool) -> None:
-            states = [learner.state() for learner in learners]
-            state = {"identity": identity, "epoch": epoch, "learners": states, "parts": parts.n, "notes": notes}
-            keeper.keep(state, write)
-
-        if first < n_epochs:
-            keep(first - 1, write=False)
-        written, epoch = time.monotonic(), first
-        while epoch < n_epochs:
-            # Asked before an epoch and not after it, so that a fit resumed behind its last epoch stops as well.
-            active = [learner for learner in learners if not learner.exhausted(epoch - 1, n_epochs)]
-            if not active:
-                break
-            # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
-            rng = np.random.default_rng([training.seed, 1, epoch])
-            noise = int(rng.integers(2**62))
-            for i, learner in enumerate(learners):
-                learner.begin(epoch, n_epochs, schedule(epoch, n_epochs, config.model, training), noise + i)
-            batches = epoch_batches(train_cells, partners, training.batch_size, in_step, rng, data.shuffled)
-            for work, _ in steps(batches):
-                list(in_parallel(methodcaller("learn", work, len(batches)), active, threads))
-            for work, batch in steps(validation):
-                list(in_parallel(methodcaller("validate", work, len(batch.condition) / n_judged), active, threads))
-            exploded = [learner for learner in active if not learner.end(epoch, n_epochs)]
-            if exploded:
-                for learner in exploded:
-                    learner.slow_down(epoch)
-                # The copy that is kept must outlast another attempt.
-                for learner, state in zip(learners, copy.deepcopy(keeper.state["learners"]), strict=True):
-                    learner.load(state)
-                told(f"The loss is not finite in epoch {epoch + 1}: again with a quarter of the learning rate.")
-                continue
-            on_epoch(active[0].history[-1], n_epochs)
-            last = epoch + 1 == n_epochs or all(learner.exhausted(epoch, n_epochs) for learner in learners)
-            due = last or epoch == first or time.monotonic() - written > CHECKPOINT_SECONDS
-            keep(epoch, write=due)
-            written = time.monotonic() if due else written
-            epoch += 1
+    epochs = _Epochs(data, config, learners, ranks, on_epoch, on_retry)
+    with Checkpoints(checkpoint if first_rank else None, identity) as checkpoints:
+        saved = ranks.from_first(checkpoints.last())
+        if saved is not None:
+            epochs.resume(saved)
+        epochs.run(checkpoints)
     for learner in learners:
         learner.keep_best()
-    kept = min(learners, key=lambda learner: learner.best_loss)
-    if first_rank and kept.model.log_noise is not None:
-        measure_missed(kept.model, data, training.seed)
+    best = min(learners, key=lambda learner: learner.best_loss)
+    if first_rank and best.model.log_noise is not None:
+        measure_missed(best.model, data, training.seed)
     return Fit(
-        kept.model, architecture, kept.history, kept.best_epoch, bandwidth,
-        stopped_early=len(kept.history) < n_epochs,
-        seed=training.seed + learners.index(kept),
-        others=tuple(learner.model for learner in learners if learner is not kept),
-        parts=parts.n,
-        notes=tuple(notes),
+        best.model, architecture, best.history, best.best_epoch, bandwidth,
+        stopped_early=len(best.history) < epochs.n,
+        seed=training.seed + learners.index(best),
+        others=tuple(learner.model for learner in learners if learner is not best),
+        parts_of_steps=epochs.steps.n,
+        notes=tuple(epochs.notes),
         seed_losses=tuple(
             learner.history[learner.best_epoch].get("validation_total") for learner in learners if learner.history
         ),
     )  # fmt: skip
+
+
+class _Epochs:
+    """The `n` epochs of a fit: what each asks of the screen, and what is done where one fails or the fit was stopped."""
+
+    def __init__(
+        self,
+        data: PerturbSeqData,
+        config: Config,
+        learners: list[Learner],
+        ranks: Ranks,
+        on_epoch: Callable[[dict[str, float], int], None],
+        on_retry: Callable[[str], None],
+    ) -> None:
+        self.data, self.config, self.learners = data, config, learners
+        self.on_epoch, self.on_retry = on_epoch, on_retry
+        self.notes: list[str] = []
+        self.steps = SplitSteps(learners[0].objective, ranks, self.note)
+        self.train_cells = data.cells_by_condition(splits.TRAIN)
+        self.n = 0 if config.model.method == "linear" else resolve_epochs(config.training, self.train_cells)
+        self.first = 0
+        self.in_step = resolve_step(config.training, self.train_cells)
+        self.partners = ControlPartners(data.control_pool(splits.TRAIN), data.batch)
+        self.validation = _validation_batches(data, config.training.seed)
+        # Several models share what a step asks of the screen, and the threads: each is computed on one.
+        alone = len(learners) == 1 or ranks.size > 1 or self.steps.objective.device.type != "cpu"
+        self.threads = 1 if alone else torch.get_num_threads()
+
+    def note(self, text: str) -> None:
+        """Report, and remember, what was done again or otherwise."""
+        self.notes.append(text)
+        self.on_retry(text)
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """What is needed to go on behind `epoch`."""
+        states = [learner.state() for learner in self.learners]
+        return {"epoch": epoch, "learners": states, "parts": self.steps.n, "notes": self.notes}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.first, self.steps.n = saved["epoch"] + 1, saved["parts"]
+        self.notes += saved["notes"]
+        self._load(saved)
+        for record in self.learners[0].history:
+            self.on_epoch(record, self.n)
+
+    def run(self, checkpoints: Checkpoints) -> None:
+        """All epochs that are left, until no learner's validation loss gets better."""
+        if self.first < self.n:
+            checkpoints.take(self.state(self.first - 1), write=False)
+        written, epoch = time.monotonic(), self.first
+        while epoch < self.n:
+            # Asked before an epoch and not after it, so that a fit resumed behind its last epoch stops as well.
+            active = [learner for learner in self.learners if not learner.exhausted(epoch - 1, self.n)]
+            if not active:
+                break
+            self._learn(epoch, active)
+            exploded = [learner for learner in active if not learner.end(epoch, self.n)]
+            if exploded:
+                for learner in exploded:
+                    learner.slow_down(epoch)
+                self._load(copy.deepcopy(checkpoints.state))  # a copy: the state must outlast another attempt
+                self.note(
+                    f"The loss is not finite in epoch {epoch + 1}; it is repeated with a quarter of the learning rate."
+                )
+                continue
+            self.on_epoch(active[0].history[-1], self.n)
+            last = epoch + 1 == self.n or all(learner.exhausted(epoch, self.n) for learner in self.learners)
+            due = last or epoch == self.first or time.monotonic() - written > CHECKPOINT_SECONDS
+            checkpoints.take(self.state(epoch), write=due)
+            written = time.monotonic() if due else written
+            epoch += 1
+
+    def _learn(self, epoch: int, active: list[Learner]) -> None:
+        """Train on every cell once, then validate."""
+        # Seeded by epoch, not carried along: a resumed run draws what an uninterrupted one would.
+        training = self.config.training
+        rng = np.random.default_rng([training.seed, 1, epoch])
+        noise = int(rng.integers(2**62))
+        for i, learner in enumerate(self.learners):
+            learner.begin(epoch, self.n, schedule(epoch, self.n, self.config.model, training), noise + i)
+        batches = epoch_batches(
+            self.train_cells, self.partners, training.batch_size, self.in_step, rng, self.data.shuffled
+        )
+        for step in ahead(self.steps.prepare, batches):
+            self._each(methodcaller("learn", step, len(batches)), active)
+        n_judged = sum(len(batch.condition) for batch in self.validation)
+        for step in ahead(self.steps.prepare, self.validation):
+            self._each(methodcaller("validate", step, len(step.batch.condition) / n_judged), active)
+
+    def _each(self, act: Callable[[Learner], None], active: list[Learner]) -> None:
+        list(in_parallel(act, active, self.threads))
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for learner, saved in zip(self.learners, state["learners"], strict=True):
+            learner.load(saved)
 
 
 def _learners(
@@ -336,6 +363,5 @@ def _start_noise(model: DiscrepancyVAE, data: PerturbSeqData) -> None:
         cells = data.cells(0, splits.TRAIN)[:BANDWIDTH_CELLS]
         variance = torch.from_numpy(data.dense(cells)).double().var(0, correction=0)
         # A gene that is constant in control cells would have a noise of zero and a likelihood without bound.
-        floor = max(float(variance.mean()) * 1e-2, 1e-8)
         with torch.no_grad():
-            model.log_noise.copy_(variance.clamp_min(floor).log())
+            model.log_noise.copy_(variance.clamp_min(least_noise(variance)).log())

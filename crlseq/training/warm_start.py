@@ -22,13 +22,13 @@ from crlseq.discovery.result import Discovery
 from crlseq.discovery.verdict import DESCRIBED
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.networks import GeneSetLayer
-from crlseq.model.scm import MAX_LOG_SCALE, NEGATIVE_SLOPE, LatentSCM
+from crlseq.model.scm import LOG_SCALE_BOUND, NEGATIVE_SLOPE, LatentSCM
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.set_start import start_from_sets
-from crlseq.training.sparse_start import Loadings, control_deviation, sparse_loadings
+from crlseq.training.sparse_start import Loadings, control_deviation, least_noise, sparse_loadings
 
 RIDGE = 1e-6  # of the regressions, relative
-WORSE = 2.0  # variance of latents that sparse loadings tell, over that of the discovery's, up to which they are taken
+WORSE = 2.0  # variance of latents by sparse loadings, over that of the discovery's, up to which they are taken
 MIN_VARIANCE = 1e-2  # of an anchor: latents have unit noise, and none is read off a cell without error
 
 
@@ -37,7 +37,7 @@ class WarmStart:
     """What a fit starts from.
 
     ``tested`` (K,) bool: perturbations whose effect was tested. Those among them without a target act on no latent;
-    targets of the others, which occur in combinations alone, stay to be learned.
+    targets of the others, which occur only in combinations, are learned.
     """
 
     discovery: Discovery
@@ -91,7 +91,7 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
         _write(model.decoder.hidden.bias, np.zeros(2 * p))
         _linear_output(model.decoder.output, loadings.T, center)
     if model.log_noise is not None:
-        _write(model.log_noise, np.log(np.maximum(noise, max(1e-2 * float(noise.mean()), 1e-8))))
+        _write(model.log_noise, np.log(np.maximum(noise, least_noise(noise))))
     noises = np.zeros((len(data.split), p), dtype=np.float32)
     noises[discovery.index] = model.scm.abduct(torch.from_numpy(discovery.latents).to(model.scm.graph.dtype)).numpy()
     return Anchor(noises, measured)
@@ -108,7 +108,7 @@ def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) 
     encoder.given.copy_(torch.from_numpy(given))
     encoder.is_given.copy_(torch.from_numpy(found | tested))
     _write(scm.shift, np.where(found, discovery.shift, scm.shift.double().numpy()))
-    _write(scm.log_scale, MAX_LOG_SCALE * np.arctanh(discovery.log_scale / MAX_LOG_SCALE))
+    _write(scm.log_scale, LOG_SCALE_BOUND * np.arctanh(discovery.log_scale / LOG_SCALE_BOUND))
     if scm.intervention == "soft":
         kept = np.clip(discovery.retention, 1e-3, 1 - 1e-3)
         _write(scm.retention_logit, np.where(found, np.log(kept / (1 - kept)), scm.retention_logit.double().numpy()))
@@ -117,14 +117,10 @@ def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) 
 def _sparsify(
     model: DiscrepancyVAE, discovery: Discovery, data: PerturbSeqData, place: np.ndarray, train: np.ndarray
 ) -> tuple[Loadings, Discovery]:
-    """Sparse loadings, and the discovery with the latents that all genes tell through them.
+    """Sparse loadings, and the discovery with the latents that all genes give through them.
 
     Where the structural model does not describe the latents, or they are not linear in expression, these stay as they are.
-
-    Parameters
-    ----------
-    place, train
-        (cells,) rows of the discovery's latents, and cells that it was fitted to.
+    ``place`` (cells,) are rows of the discovery's latents, ``train`` the cells that it was fitted to.
     """
     table, u = torch.from_numpy(data.perturbation_table()), discovery.latents[place[train]]
     loading, _, noise = _decode(u, data, train)
@@ -137,7 +133,7 @@ def _sparsify(
     weights = model.target_weights(table)
     found = sparse_loadings(model.scm, data, train[known], u[known], discovery.noise, weights, (loading, noise))
     axes, variance = found.readout()
-    # All genes tell as much as their components, unless a program has hardly a gene of its own.
+    # All genes hold as much as their components, unless a program has hardly a gene of its own.
     if not ((variance > 0) & (variance <= WORSE * np.maximum(discovery.noise, MIN_VARIANCE))).all():
         return found, discovery
     latents = np.empty_like(discovery.latents)
@@ -188,7 +184,7 @@ def regress(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray,
 
 
 def _linear_output(layer: nn.Linear, weight: np.ndarray, bias: np.ndarray) -> None:
-    """Weights (out, p) on the pairs of hidden units (v, -v); the other units start without a say."""
+    """Weights (out, p) on the pairs of hidden units (v, -v); the other units start at 0."""
     p, share = weight.shape[1], weight / (1 + NEGATIVE_SLOPE)
     nn.init.zeros_(layer.weight)
     _write(layer.weight[:, : 2 * p], np.concatenate([share, -share], 1))

@@ -16,7 +16,7 @@ from crlseq.training.learner import MAX_SLOWER
 from crlseq.training.objective import Objective, Step
 from tests.support import Answer, clear_screen, invoke
 
-AGAIN = "The loss is not finite in epoch {}: again with a quarter of the learning rate."
+AGAIN = "The loss is not finite in epoch {}; it is repeated with a quarter of the learning rate."
 
 
 def fit(screen_file: Path, folder: Path, epochs: int, **training: float) -> Answer:
@@ -39,11 +39,11 @@ def check_finite(folder: Path) -> crlseq.Run:
 def check_given_up(answer: Answer, folder: Path, epochs_done: int) -> None:
     """Exit code 4, one sentence and a hint, and a checkpoint of the last good epoch."""
     assert answer.code == 4, answer.err
-    retries = [line.strip() for line in answer.err.splitlines() if "again with" in line]
+    retries = [line.strip() for line in answer.err.splitlines() if "repeated with" in line]
     assert retries == [AGAIN.format(epochs_done + 1)] * MAX_SLOWER
     message, hint = answer.err.splitlines()[-2:]
     assert message == (
-        f"crlseq: The loss is not finite in epoch {epochs_done + 1}, with a learning rate 1024 times smaller as well."
+        f"crlseq: The loss is not finite in epoch {epochs_done + 1}, even with a learning rate 1024 times smaller."
     )
     assert hint == "  Lower the learning rate, or look for extreme values in the file."
     assert not (folder / "RUN").exists()
@@ -61,7 +61,7 @@ def test_a_learning_rate_of_a_thousand_is_hopeless(screen_file: Path, tmp_path: 
 def test_a_learning_rate_that_is_too_large_is_lowered(screen_file: Path, tmp_path: Path) -> None:
     answer = fit(screen_file, tmp_path, 2, learning_rate=30.0)
     assert answer.code == 0, answer.err
-    assert 1 <= answer.err.count("again with a quarter") <= MAX_SLOWER
+    assert 1 <= answer.err.count("repeated with a quarter") <= MAX_SLOWER
     run = check_finite(tmp_path / "RUN")
     assert run.info["notes"][-1].startswith("The loss is not finite in epoch")
 
@@ -83,7 +83,7 @@ def test_gradients_that_explode_once(screen_file: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(torch.optim.Adam, "step", exploding)
     answer = fit(screen_file, tmp_path, 3)
     assert answer.code == 0, answer.err
-    assert answer.err.count("again with") == 1
+    assert answer.err.count("repeated with") == 1
     run = check_finite(tmp_path / "RUN")
     assert run.history["epoch"].tolist() == [0, 1, 2]
     assert run.info["training"]["epochs_run"] == 3
@@ -110,7 +110,7 @@ def test_a_loss_that_is_no_number_once(
     losses(monkeypatch, lambda n: value if n == 3 else 0.0)
     answer = fit(screen_file, tmp_path, 2)
     assert answer.code == 0, answer.err
-    assert answer.err.count("again with") == 1
+    assert answer.err.count("repeated with") == 1
     check_finite(tmp_path / "RUN")
 
 

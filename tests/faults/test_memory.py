@@ -23,7 +23,7 @@ FIT: dict[str, Any] = {
     "method": "gradient", "n_latents": 2, "epochs": 3, "batch_size": 16, "dtype": "float64", "ensemble": 2,
 }  # fmt: skip
 WORDS = [word for name, value in FIT.items() for word in (f"--{name.replace('_', '-')}", value)]
-SAID = "There is not enough memory for a step: from here on each is computed in {} parts"
+SAID = "There is not enough memory for a step; from now on each is computed in {} parts"
 ERRORS = [
     MemoryError(),
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),

@@ -95,7 +95,7 @@ def test_a_fit_goes_on_from_the_checkpoint_before(
     notes: list[str] = []
     run = crlseq.fit(screen_file, tmp_path / "RUN", resume=True, progress=Progress(note=notes.append), **GRADIENT)
     assert run.path is not None
-    assert notes == ["The last checkpoint is damaged: going on from the one before."]
+    assert notes == ["The last checkpoint is damaged; the fit continues from the one before."]
     assert results(run.path) == results(whole.path)
 
 
@@ -132,7 +132,7 @@ def test_two_processes_on_one_output(screen_file: Path, tmp_path: Path) -> None:
     crlseq.fit(screen_file, tmp_path / "RUN", progress=at_stage("reading the screen", second), **GRADIENT)
     assert [answer.code for answer in answers] == [3, 3, 3]
     assert "unfinished run" in answers[0].err
-    assert all("Another crlseq is writing" in answer.err for answer in answers[1:])
+    assert all("Another crlseq process is writing" in answer.err for answer in answers[1:])
 
 
 def test_an_output_that_another_process_finished_meanwhile(
@@ -276,7 +276,7 @@ def test_a_loss_that_explodes_once_is_done_again_with_smaller_steps(
     seen = explode(monkeypatch, lambda n: n == 2)
     notes: list[str] = []
     run = crlseq.fit(screen_file, tmp_path / "RUN", progress=Progress(note=notes.append), **GRADIENT)
-    assert notes == ["The loss is not finite in epoch 2: again with a quarter of the learning rate."]
+    assert notes == ["The loss is not finite in epoch 2; it is repeated with a quarter of the learning rate."]
     assert run.history["epoch"].tolist() == [0, 1, 2] and len(seen) == 4
     assert np.isfinite(run.history.to_numpy()).all()
     assert load_checkpoint(run.path / "resume.pt")["learners"][0]["slower"] == 1  # type: ignore[operator]
@@ -284,7 +284,7 @@ def test_a_loss_that_explodes_once_is_done_again_with_smaller_steps(
 
 def test_a_hopeless_fit_keeps_its_history(screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = explode(monkeypatch, lambda n: n > 1)
-    with pytest.raises(ConvergenceError, match=r"epoch 2, with a learning rate 1024 times smaller as well"):
+    with pytest.raises(ConvergenceError, match=r"epoch 2, even with a learning rate 1024 times smaller"):
         crlseq.fit(screen_file, tmp_path / "RUN", **GRADIENT)
     assert len(seen) == 1 + 1 + MAX_SLOWER
     saved = load_checkpoint(tmp_path / "RUN.partial" / "resume.pt")

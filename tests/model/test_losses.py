@@ -11,6 +11,7 @@ from sklearn.metrics.pairwise import euclidean_distances, rbf_kernel
 
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import (
+    Kernel,
     kl_divergence,
     loss_terms,
     median_bandwidth,
@@ -29,12 +30,12 @@ def k(d2):  # one kernel of bandwidth 1
 
 def test_unbiased_mmd_by_hand():
     expected = k(1) + k(4) - 2 * (k(4) + k(16) + k(1) + k(9)) / 4
-    assert mmd_squared(A, B, 1.0, 1).item() == pytest.approx(expected, abs=1e-14)
+    assert mmd_squared(A, B, Kernel(1.0, 1)).item() == pytest.approx(expected, abs=1e-14)
 
 
 def test_biased_mmd_by_hand():
     expected = (2 + 2 * k(1)) / 4 + (2 + 2 * k(4)) / 4 - 2 * (k(4) + k(16) + k(1) + k(9)) / 4
-    assert mmd_squared(A, B, 1.0, 1, unbiased=False).item() == pytest.approx(expected, abs=1e-14)
+    assert mmd_squared(A, B, Kernel(1.0, 1, unbiased=False)).item() == pytest.approx(expected, abs=1e-14)
 
 
 def test_bandwidths_double_around_the_middle():
@@ -62,8 +63,8 @@ def test_mmd_equals_scikit_learn_kernels(seed, n, m, g, kernels):
     unbiased = (aa.sum() - np.trace(aa)) / (n * (n - 1)) + (bb.sum() - np.trace(bb)) / (m * (m - 1)) - 2 * ab.mean()
     biased = aa.mean() + bb.mean() - 2 * ab.mean()
     ta, tb = torch.tensor(a), torch.tensor(b)
-    assert mmd_squared(ta, tb, float(g), kernels).item() == pytest.approx(unbiased, abs=1e-9)
-    assert mmd_squared(ta, tb, float(g), kernels, unbiased=False).item() == pytest.approx(biased, abs=1e-9)
+    assert mmd_squared(ta, tb, Kernel(float(g), kernels)).item() == pytest.approx(unbiased, abs=1e-9)
+    assert mmd_squared(ta, tb, Kernel(float(g), kernels, unbiased=False)).item() == pytest.approx(biased, abs=1e-9)
 
 
 def test_masked_rows_do_not_count():
@@ -71,15 +72,15 @@ def test_masked_rows_do_not_count():
     a, b = torch.randn(2, 5, 3).double(), torch.randn(2, 5, 3).double()
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
     a[0, 3:], b[0, 3:] = 10, -10
-    masked = mmd_squared(a, b, 2.0, 5, a_mask=mask, b_mask=mask)
-    assert masked[0].item() == pytest.approx(mmd_squared(a[0, :3], b[0, :3], 2.0, 5).item(), abs=1e-12)
-    assert masked[1].item() == pytest.approx(mmd_squared(a[1], b[1], 2.0, 5).item(), abs=1e-12)
+    masked = mmd_squared(a, b, Kernel(2.0, 5), a_mask=mask, b_mask=mask)
+    assert masked[0].item() == pytest.approx(mmd_squared(a[0, :3], b[0, :3], Kernel(2.0, 5)).item(), abs=1e-12)
+    assert masked[1].item() == pytest.approx(mmd_squared(a[1], b[1], Kernel(2.0, 5)).item(), abs=1e-12)
 
 
 def test_unbiased_mmd_of_equal_distributions_is_zero_on_average():
     rng = np.random.default_rng(0)
     draws = [
-        mmd_squared(torch.tensor(rng.normal(size=(20, 5))), torch.tensor(rng.normal(size=(20, 5))), 5.0, 5).item()
+        mmd_squared(*(torch.tensor(rng.normal(size=(20, 5))) for _ in range(2)), Kernel(5.0, 5)).item()
         for _ in range(300)
     ]
     assert abs(np.mean(draws)) < 4 * np.std(draws) / math.sqrt(300)
@@ -114,7 +115,7 @@ def test_gaussian_terms_are_the_evidence_lower_bound_per_gene():
         model.log_noise.normal_()
     x, y = torch.randn(2, 6, 7).double(), torch.randn(2, 6, 7).double()
     output = model(x, torch.tensor([[0], [1]]), torch.randn(2, 6, 3).double())
-    terms = loss_terms(model, output, x, y, 1.0, 5, unbiased=True)
+    terms = loss_terms(model, output, x, y, Kernel(1.0, 5))
     normal = torch.distributions.Normal(output.reconstruction, (model.log_noise / 2).exp())
     assert terms["reconstruction"].item() == pytest.approx(-normal.log_prob(x).sum(-1).mean().item() / 7)
     posterior = torch.distributions.Normal(output.mean, output.variance.sqrt())

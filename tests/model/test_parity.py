@@ -6,7 +6,7 @@ import torch
 
 from crlseq.config import make_config
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.losses import loss_terms, mmd_squared, weighted_total
+from crlseq.model.losses import Kernel, loss_terms, mmd_squared, weighted_total
 from crlseq.training.schedules import schedule
 from crlseq.training.trainer import architecture_of
 from tests.paths import shared
@@ -64,10 +64,11 @@ def run(published, case, dtype):
     perturbations = targets[None] if case == "double" else targets[None, :1]
     output = model(x, perturbations, eps)
     unbiased = config.mmd_estimator == "unbiased"
-    terms = loss_terms(model, output, x, y, config.mmd_bandwidth, config.mmd_kernels, unbiased)
+    terms = loss_terms(model, output, x, y, Kernel(config.mmd_bandwidth, config.mmd_kernels, unbiased))
     final = schedule(99, 100, config, make_config("paper").training)
-    assert final.of_terms() == pytest.approx({"mmd": 10, "reconstruction": 1, "kl": 2, "graph": 1e-3})
-    total = weighted_total(terms, final.of_terms())
+    assert final.terms == pytest.approx({"mmd": 10, "reconstruction": 1, "kl": 2, "graph": 1e-3, "anchor": 1})
+    assert "anchor" not in terms
+    total = weighted_total(terms, final.terms)
     total.backward()
     return model, output, terms, total, (output.virtual, y)
 
@@ -86,8 +87,8 @@ def quantities(published, case, dtype):
         "kl": terms["kl"],
         "l1": terms["graph"],
         "total": total,
-        "mmd_sigma5": mmd_squared(virtual, y, 5.0, 10, unbiased=False)[0],
-        "mmd_sigma200": mmd_squared(virtual, y, 200.0, 10, unbiased=False)[0],
+        "mmd_sigma5": mmd_squared(virtual, y, Kernel(5.0, 10, unbiased=False))[0],
+        "mmd_sigma200": mmd_squared(virtual, y, Kernel(200.0, 10, unbiased=False))[0],
     }
     both = published[f"{case}.targets"]
     for i, target in enumerate(both, start=1):

@@ -55,7 +55,7 @@ def test_nonlinear_equations_by_hand():
 def test_combination_multiplies_retentions_and_adds_shifts_and_log_scales():
     scm = chain()
     both = scm.mechanism(torch.tensor([[0, 1]]), ON_P1.expand(1, 2, 3))
-    assert both.keep[0].tolist() == pytest.approx([1, 1 / 8, 1])
+    assert both.retention[0].tolist() == pytest.approx([1, 1 / 8, 1])
     assert both.shift[0].tolist() == pytest.approx([0, 6, 0])
     assert both.log_scale[0].exp().tolist() == pytest.approx([1, 2, 1])
 
@@ -65,7 +65,7 @@ def test_fill_up_parts_change_nothing():
     weights = torch.softmax(torch.randn(1, 2, 3, dtype=torch.float64), -1)
     alone = scm.mechanism(torch.tensor([[1]]), weights[:, :1])
     filled = scm.mechanism(torch.tensor([[1, -1]]), weights)
-    for field in ("keep", "log_scale", "shift"):
+    for field in ("retention", "log_scale", "shift"):
         assert torch.equal(getattr(alone, field), getattr(filled, field))
 
 
@@ -73,7 +73,7 @@ def test_half_a_target_weight_gives_half_a_shift():
     scm = chain("shift")
     mechanism = scm.mechanism(torch.tensor([[0]]), torch.tensor([[[0.5, 0.5, 0.0]]], dtype=torch.float64))
     assert mechanism.shift[0].tolist() == [2.5, 2.5, 0.0]
-    assert mechanism.keep[0].tolist() == [1, 1, 1]
+    assert mechanism.retention[0].tolist() == [1, 1, 1]
 
 
 @settings(max_examples=40, deadline=None)

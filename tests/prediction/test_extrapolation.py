@@ -120,7 +120,7 @@ def test_an_extended_model_does_what_was_given_and_what_it_did() -> None:
         conditions = torch.tensor([[4, 5, 6], [0, 2, -1]])
         got = new.scm.mechanism(conditions, new.target_weights(conditions))
         torch.testing.assert_close(got.shift[:1], shift)
-        torch.testing.assert_close(got.keep[0], torch.ones(3).double())
+        torch.testing.assert_close(got.retention[0], torch.ones(3).double())
         assert not got.log_scale[0].any()
         torch.testing.assert_close(new.missed(conditions)[:1], residual)
         x = torch.randn((1, 6, 5), dtype=torch.float64)

@@ -14,7 +14,7 @@ from crlseq.config import ModelConfig
 from crlseq.data.batches import BatchIndex
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.losses import loss_terms
+from crlseq.model.losses import Kernel, loss_terms
 from crlseq.training.objective import CellSource, Objective
 from crlseq.training.warm_start import Anchor
 
@@ -175,7 +175,7 @@ def test_the_published_objective_leaves_perturbed_cells_to_the_mmd() -> None:
     eps = torch.from_numpy(draws()[0])[None]
     control, perturbed = torch.from_numpy(X[None, :2]), torch.from_numpy(X[None, 2:4])
     output = made(control, torch.tensor([[0]]), eps)
-    expected = loss_terms(made, output, control, perturbed, 1.0, ModelConfig().mmd_kernels, True)
+    expected = loss_terms(made, output, control, perturbed, Kernel(1.0, ModelConfig().mmd_kernels))
     for name, value in expected.items():
         assert terms[name].item() == pytest.approx(value.item())
     u = X[:2] + math.sqrt(VARIANCE) * draws()[0]

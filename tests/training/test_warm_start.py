@@ -123,7 +123,7 @@ def test_graph_and_interventions_are_those_discovered(started: Started) -> None:
     each = np.flatnonzero(claimed)
     assert mechanism.shift.numpy()[each, found.target[each]] == pytest.approx(found.shift[each])
     assert mechanism.log_scale.numpy()[each, found.target[each]] == pytest.approx(found.log_scale[each])
-    assert mechanism.keep.numpy()[each, found.target[each]] == pytest.approx(found.retention[each])
+    assert mechanism.retention.numpy()[each, found.target[each]] == pytest.approx(found.retention[each])
 
 
 @torch.no_grad()

@@ -89,23 +89,23 @@ def model(
     return made
 
 
-def objective(made: DiscrepancyVAE, data: Screen, config: ModelConfig, factored: bool, draws: torch.dtype) -> Objective:
+def objective(made: DiscrepancyVAE, data: Screen, config: ModelConfig, sparse: bool, draws: torch.dtype) -> Objective:
     """The objective in either form; draws are made in `draws`, so that dtypes compare."""
     anchor = Anchor(np.zeros((200, made.scm.graph.shape[0])), np.full(made.scm.graph.shape[0], 0.5))
     found = Objective(made, data, config, 30.0, anchor)  # type: ignore[arg-type]
-    assert found.factored
-    found.factored = factored
+    assert found.linear_output
+    found.linear_output = sparse
     dtype = found.dtype
     found._draws = lambda shape, g: torch.randn(shape, generator=g, dtype=draws).to(dtype)  # type: ignore[method-assign]
     return found
 
 
 def value_and_gradient(
-    made: DiscrepancyVAE, data: Screen, config: ModelConfig, factored: bool, cells: BatchIndex, dtype: torch.dtype
+    made: DiscrepancyVAE, data: Screen, config: ModelConfig, sparse: bool, cells: BatchIndex, dtype: torch.dtype
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     made = made.to(dtype)
     made.zero_grad()
-    found = objective(made, data, config, factored, torch.float64)
+    found = objective(made, data, config, sparse, torch.float64)
     terms = found(found.prepare(cells), torch.Generator().manual_seed(3))
     weighted_total(terms, WEIGHTS).backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad.double().clone() for name, p in made.named_parameters() if p.grad is not None}

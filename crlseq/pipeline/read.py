@@ -1,0 +1,98 @@
+"""What a fit reads: the screen and the tables beside it, and by what a change of them is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import torch
+
+from crlseq._version import __version__
+from crlseq.config import Config, to_toml
+from crlseq.data import splits
+from crlseq.data.dataset import PerturbSeqData, read_data
+from crlseq.data.embeddings import Embeddings, read_embeddings
+from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
+from crlseq.data.source import content_of, digest_of, state_of
+from crlseq.data.streamed import StreamedExpression
+from crlseq.errors import UsageError
+from crlseq.prediction.extrapolation import refuse_strangers
+from crlseq.run.run import GENE_SETS
+from crlseq.training.distributed import Ranks
+from crlseq.training.memory import suit_allocator
+from crlseq.training.trainer import resolve_step
+
+
+@dataclass(frozen=True)
+class Screen:
+    """A screen as read, with the tables beside it; `state` and `digest` are its file's, `identity` that of the fit."""
+
+    data: PerturbSeqData
+    state: list[tuple[str, int, int, int, int]]
+    digest: str
+    identity: str
+    sets: GeneSets | None
+    vectors: Embeddings | None
+
+
+def read_screen(
+    source: str | Path | ad.AnnData,
+    config: Config,
+    folder: Path | None,
+    ranks: Ranks,
+    stage: Callable[[str], None],
+    note: Callable[[str], None],
+) -> Screen:
+    """Step 1: the screen, gene sets and gene vectors, of which the small ones are looked through before the screen is read.
+
+    ``folder`` is the run's; ``stage`` and ``note`` report what is done and what was decided on the way.
+    """
+    vectors = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
+    gmt = _gmt(config, folder)
+    stage("reading the screen")
+    # A store is compared with its checksums before anything is made of it.
+    state, digest = state_of(source), digest_of(source)
+    data = read_cells(source, config, ranks)
+    if vectors is not None:
+        refuse_strangers(vectors, data.perturbation_names, str(config.data.embeddings))
+    for text in data.notes:
+        note(text)
+    sets = None if gmt is None else fitted_sets(gmt, data.genes)
+    if sets is not None:
+        note(sets.in_words())
+    identity = f"{__version__}\n{digest or content_of(data)}\n{to_toml(config)}"
+    return Screen(data, state, digest, identity, sets, vectors)
+
+
+def read_cells(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) -> PerturbSeqData:
+    """The cells, as every rank reads them."""
+    threads = torch.get_num_threads()
+    data = read_data(source, config.data, config.training.seed)
+    streamed = isinstance(data.x, StreamedExpression)
+    if streamed and config.data.responders:
+        raise UsageError(
+            "--responders excludes single cells, which a streamed store does not allow.",
+            "Load the whole store with --in-memory, or drop --responders.",
+        )
+    suit_allocator(streamed)
+    torch.set_num_threads(threads)  # numba, which scanpy starts to choose genes, sets its own number
+    in_step = resolve_step(config.training, data.cells_by_condition(splits.TRAIN))
+    if ranks.size > in_step:
+        raise UsageError(
+            f"{ranks.size} processes cannot share steps of {in_step} perturbations.",
+            "Start fewer processes, or raise perturbations_per_step in the configuration file.",
+        )
+    return data
+
+
+def _gmt(config: Config, folder: Path | None) -> Path | None:
+    """The file of gene sets, looked through; a fit that goes on does without it, by the copy in its folder."""
+    if config.data.gene_sets is None:
+        return None
+    path = Path(config.data.gene_sets)
+    if folder is not None and (folder / GENE_SETS).exists() and not path.exists():
+        path = folder / GENE_SETS
+    check_gmt(path)
+    return path
