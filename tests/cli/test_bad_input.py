@@ -227,7 +227,7 @@ def test_duplicate_cell_names(folder: Path, write: Callable[[ad.AnnData], Path])
         ("# a comment\n\n", "empty"),
         ("gene1\ngene_2\n", "'gene_2'"),
         ("gene1\ngene3\n", "'gene3' is zero"),
-        ("gene1\n", "only 1 gene"),
+        ("gene1\n", "too few genes to fit: 1"),
     ],
 )
 def test_gene_lists(folder: Path, write: Callable[[ad.AnnData], Path], content: str, says: str) -> None:

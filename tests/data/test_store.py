@@ -226,5 +226,5 @@ def test_a_store_of_a_later_version(copy: Path) -> None:
 
 def test_arrays_of_another_layout_are_refused(copy: Path) -> None:
     for name in ("X/indptr", "obs"):
-        with pytest.raises(InputError, match="not an array that crlseq prepare wrote"):
+        with pytest.raises(InputError, match="not an array written by crlseq prepare"):
             ShardedVector(copy / name)
