@@ -109,7 +109,7 @@ def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) 
     encoder.is_given.copy_(torch.from_numpy(found | tested))
     _write(scm.shift, np.where(found, discovery.shift, scm.shift.double().numpy()))
     _write(scm.log_scale, MAX_LOG_SCALE * np.arctanh(discovery.log_scale / MAX_LOG_SCALE))
-    if scm.intervention == "soft":
+    if scm.kind.retention is None:
         kept = np.clip(discovery.retention, 1e-3, 1 - 1e-3)
         _write(scm.retention_logit, np.where(found, np.log(kept / (1 - kept)), scm.retention_logit.double().numpy()))
 
