@@ -16,16 +16,15 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from crlseq.discovery.edges import Edges, reachable, select_edges
-from crlseq.discovery.likelihood import LinearModel, Solution
+from crlseq.discovery.edges import Edges, reachable, score_absent, select_edges
+from crlseq.discovery.likelihood import Solution, allowed_edges
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import propose_targets
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.threads import in_parallel
 
-REFIT_STEPS = 20
-FRESH_STEPS = 20
-ROUNDS = 3  # of moving perturbations; from the fit hardly any move
+REPLICATE_STEPS = 20  # of scoring, from the fit or from fresh targets
+MOVING_ROUNDS = 3  # of moving perturbations; from the fit hardly any move
 DOUBTFUL = 0.25  # of the threshold: an absent edge with this score statistic is offered to the elimination again
 
 
@@ -185,11 +184,9 @@ def _refit(edges: Edges, moments: Moments, generator: torch.Generator) -> Soluti
     Targets move one at a time from those of the fit, and are proposed afresh: what wins is the better likelihood of
     the two, so that another partition that explains the cells as well lowers the support too.
     """
-    old = edges.solution
-    model = LinearModel(moments, old.model.p, old.model.kind, old.model.floor, old.model.fit_noise)
-    now = reassign_targets(model.solve(old.theta, old.targets, old.mask, REFIT_STEPS), ROUNDS)
+    now = reassign_targets(edges.solution.refitted(moments=moments, steps=REPLICATE_STEPS), MOVING_ROUNDS)
     rival = _afresh(now, generator)
-    if model.kind == "shift":  # whose graph the data do not determine
+    if now.model.intervention.graph == "nothing":
         now = rival or now
     else:
         now = select_edges(rival, scale=edges.dispersion).solution if rival else _select(now, edges.dispersion)
@@ -205,11 +202,12 @@ def _afresh(now: Solution, generator: torch.Generator) -> Solution | None:
     targets = torch.from_numpy(column).argsort()[proposed]  # named as in now
     if torch.equal(targets, now.targets[0]):
         return None
-    full = 1 - torch.eye(p, dtype=DTYPE)[None] if model.kind != "shift" else now.mask
-    other = reassign_targets(model.solve(model.start(targets[None]), targets[None], full, FRESH_STEPS), ROUNDS)
+    full = allowed_edges(p, model.kind)
+    start = model.start(targets[None])
+    other = reassign_targets(model.solve(start, targets[None], full, REPLICATE_STEPS), MOVING_ROUNDS)
     if torch.equal(other.targets, now.targets):
         return None
-    return other if bool(other.nll[0] < model.solve(now.theta, now.targets, full, FRESH_STEPS).nll[0]) else None
+    return other if bool(other.nll[0] < now.refitted(mask=full, steps=REPLICATE_STEPS).nll[0]) else None
 
 
 def _shared(targets: Tensor, others: Tensor, p: int) -> Tensor:
@@ -220,19 +218,11 @@ def _shared(targets: Tensor, others: Tensor, p: int) -> Tensor:
 
 def _select(now: Solution, scale: float) -> Solution:
     """Edge selection from the declared graph and the doubtful edges beside it rather than from the dense graph."""
-    model, p = now.model, now.model.p
-    cells, full = float(model.moments.counts.sum()), 1 - torch.eye(p, dtype=DTYPE)[None]
-    _, gradient, information = model.information(now.theta, now.targets, full)
-    on = torch.cat([now.mask[0].flatten().bool(), torch.ones(model.size - p * p, dtype=torch.bool)])
-    absent = torch.nonzero(~on & torch.cat([full[0].flatten().bool(), on[p * p :]]))[:, 0]
-    cross = information[0][absent][:, on]
-    inside = torch.linalg.solve(information[0][on][:, on], cross.T).T
-    left = (information[0].diagonal()[absent] - (inside * cross).sum(1)).clamp_min(1e-30)
-    statistic = cells * gradient[0, absent] ** 2 / left / scale
-    threshold = math.log(cells)
+    absent, statistic = score_absent(now)
+    doubtful = DOUBTFUL * math.log(float(now.model.moments.counts.sum()))
     mask = now.mask.clone()
-    mask.view(-1)[absent[statistic > DOUBTFUL * threshold]] = 1
-    return select_edges(model.solve(now.theta, now.targets, mask, REFIT_STEPS), scale=scale).solution
+    mask.view(-1)[absent[statistic / scale > doubtful]] = 1
+    return select_edges(now.refitted(mask=mask, steps=REPLICATE_STEPS), scale=scale).solution
 
 
 def _deviation(shifts: Tensor) -> Tensor:

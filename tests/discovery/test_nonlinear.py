@@ -113,7 +113,7 @@ def test_a_chain_is_recovered(preference):
 def test_nonlinear_equations_are_preferred_where_they_hold(preference):
     assert preference.chosen
     assert preference.gain > 5 * preference.error
-    assert preference.misfit[1] == pytest.approx(1, abs=0.3)
+    assert preference.misfit.value == pytest.approx(1, abs=0.3)
 
 
 def test_per_cell_agrees_with_the_fit(preference):

@@ -7,14 +7,17 @@ from functools import lru_cache
 import pytest
 import torch
 
-from crlseq.discovery.likelihood import Kind, fit_linear
+from crlseq.config import InterventionKind
+from crlseq.discovery.likelihood import fit_linear
 from crlseq.discovery.moments import Moments, environment_moments, fold_moments
 from crlseq.discovery.verdict import KindComparison, compare_kinds
 from tests.structural import GRAPH, NO_EDGES, TARGETS, P, matched, truth
 
 
 @lru_cache
-def compared(of: Kind, asked: Kind | None = None, edges: bool = True, seed: int = 0, n: int = 200) -> KindComparison:
+def compared(
+    of: InterventionKind, asked: InterventionKind | None = None, edges: bool = True, seed: int = 0, n: int = 200
+) -> KindComparison:
     """Comparison on cells of the structural model under interventions ``of`` a kind."""
     values, environment = truth(of, GRAPH if edges else NO_EDGES, seed=seed).cells(n, seed)
     dense = fit_linear(environment_moments(values, environment), P, "hard", restarts=2, noise_floor=0.03)
@@ -55,7 +58,7 @@ def test_shifts_are_seen_and_tell_no_graph(seed: int) -> None:
 
 
 @pytest.mark.parametrize("of", ["hard", "soft"])
-def test_a_graph_that_is_truly_empty_is_not_identified(of: Kind) -> None:
+def test_a_graph_that_is_truly_empty_is_not_identified(of: InterventionKind) -> None:
     found = compared(of, edges=False)
     assert (found.kind, found.verdict) == ("shift", "not identified")
     assert not found.edges.adjacency.any()
@@ -70,7 +73,7 @@ def test_shifts_that_were_asked_for_leave_the_graph_open_whatever_the_data() -> 
 
 
 @pytest.mark.parametrize("asked", ["hard", "soft"])
-def test_a_kind_that_was_asked_for_is_taken_and_the_verdict_comes_from_the_data(asked: Kind) -> None:
+def test_a_kind_that_was_asked_for_is_taken_and_the_verdict_comes_from_the_data(asked: InterventionKind) -> None:
     found = compared("hard", asked)
     assert found.kind == asked == found.edges.solution.model.kind
     assert found.verdict == {"hard": "identified", "soft": "ancestry only"}[asked]
