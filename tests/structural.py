@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crlseq.config import InterventionKind
 from crlseq.discovery.moments import DTYPE, Moments
-from crlseq.model.scm import MAX_LOG_SCALE, LatentSCM, Mechanism
+from crlseq.model.scm import MAX_TRAINED_LOG_SCALE, LatentSCM, Mechanism
 
 P, Q = 4, 7
 TARGETS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
@@ -61,7 +61,7 @@ def truth(kind: InterventionKind = "hard", graph: Tensor = GRAPH, noise: float =
     scm = LatentSCM(P, len(TARGETS), kind).double()
     scm.graph.copy_(graph)
     scm.shift.copy_(SHIFTS)
-    scm.log_scale.copy_(MAX_LOG_SCALE * torch.atanh(LOG_SCALES / MAX_LOG_SCALE))
+    scm.log_scale.copy_(MAX_TRAINED_LOG_SCALE * torch.atanh(LOG_SCALES / MAX_TRAINED_LOG_SCALE))
     scm.retention_logit.copy_(RETENTIONS.logit())
     scm.requires_grad_(False)
     conditions = torch.arange(-1, len(TARGETS))[:, None]  # -1: no perturbation, the control

@@ -202,17 +202,14 @@ class LinearModel:
         ridge = torch.zeros(self.size, dtype=DTYPE)
         ridge[self.at["G"]] = 2 * EDGE_RIDGE
         ridge[self.at["scale"]] = ridge[self.at["retention"]] = PERTURBATION_RIDGE
-        ridge[self.at["shift"]] = 1 / (LARGE_SHIFT**2 * self.moments.counts.sum())
+        ridge[self.at["shift"]] = 1 / (LARGE_SHIFT**2 * self.moments.cells())
         return score.with_ridge(theta, ridge, self.free(mask))
 
-    def solve(
-        self, theta: Tensor, targets: Tensor, mask: Tensor, steps: int = 100, tolerance: float = 0.01
-    ) -> Solution:
+    def solve(self, theta: Tensor, targets: Tensor, mask: Tensor, steps: int = 100) -> Solution:
         """Damped scoring from ``theta`` (R, P), with targets (R, K) and allowed edges (R, p, p) held fixed."""
         theta, (nll, _, information), converged = solve(
-            lambda there: self.information(there, targets, mask),
-            theta, self.free(mask), self.moments.counts.sum(), steps, tolerance,
-        )  # fmt: skip
+            lambda there: self.information(there, targets, mask), theta, self.free(mask), self.moments.cells(), steps
+        )
         return Solution(self, theta, targets, mask, nll, information, converged)
 
 

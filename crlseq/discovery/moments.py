@@ -18,10 +18,17 @@ class Moments:
     covariances: Tensor
     counts: Tensor
 
+    def cells(self) -> Tensor:
+        """Number of cells."""
+        return self.counts.sum()
+
+    def weight(self) -> Tensor:
+        """Share of the cells (C,)."""
+        return self.counts / self.counts.sum()
+
     def pooled(self) -> Tensor:
         """Mean covariance within environments (q, q)."""
-        weight = (self.counts / self.counts.sum())[:, None, None]
-        return (self.covariances * weight).sum(0)
+        return (self.covariances * self.weight()[:, None, None]).sum(0)
 
 
 def environment_moments(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crlseq.discovery.misfit import Misfit, misfit_of
 from crlseq.discovery.moments import environment_moments
-from crlseq.discovery.nonlinear import MAX_CELLS, NonlinearSolution, fit_nonlinear
+from crlseq.discovery.nonlinear import NonlinearSolution, fit_nonlinear
 
 
 def misfit_of_equations(solution: NonlinearSolution, values: Tensor, environment: Tensor, n_parameters: int) -> Misfit:
@@ -35,9 +35,7 @@ class Preference:
 def prefers_nonlinear(
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
-    targets: Tensor | None = None,
     seed: int = 0,
-    max_cells: int = MAX_CELLS,
 ) -> Preference:
     """Nonlinear against linear equations under shifts, fitted to ``train``, compared on ``test`` (values, environment).
 
@@ -47,8 +45,8 @@ def prefers_nonlinear(
     fitted (constant or collinear components, environments without cells) keeps linear equations.
     """
     try:
-        linear = fit_nonlinear(*train, targets, seed, max_cells, relu=False)
-        nonlinear = fit_nonlinear(*train, targets, seed, max_cells)
+        linear = fit_nonlinear(*train, seed, relu=False)
+        nonlinear = fit_nonlinear(*train, seed)
         parameters = linear.B.numel() + linear.B.shape[0] + len(linear.shift)
         kinks = int((nonlinear.adjacency != 0).any(1).sum())
         edges = int((nonlinear.adjacency != 0).sum())

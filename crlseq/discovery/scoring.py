@@ -23,21 +23,14 @@ from crlseq.discovery.moments import DTYPE, Moments
 Score = tuple[Tensor, Tensor, Tensor]  # objective (R,), gradient (R, P), information (R, P, P), all per cell
 MAX_STEP = 1.5  # largest change of a parameter in one step
 WHOLE = 0.9  # share of the parameters that move, above which all are solved for: leaving few out costs a copy
+TOLERANCE = 0.01  # log-likelihood units over all cells: a hundredth of what decides anything
 NO_HOPE = 1e7  # damping at which a search gives up
 
 
 def solve(
-    score: Callable[[Tensor], Score],
-    theta: Tensor,
-    free: Tensor,
-    cells: Tensor,
-    steps: int = 100,
-    tolerance: float = 0.01,
+    score: Callable[[Tensor], Score], theta: Tensor, free: Tensor, cells: Tensor, steps: int = 100
 ) -> tuple[Tensor, Score, Tensor]:
     """Levenberg-damped scoring from ``theta`` (R, P): where it ends, the score there, and which converged (R,).
-
-    Converged: the gain that the quadratic model expects of the next step is below ``tolerance`` log-likelihood
-    units over all cells (a hundredth of what decides anything).
 
     Parameters
     ----------
@@ -53,7 +46,7 @@ def solve(
     search = _Search(score, theta, free, cells)
     for _ in range(steps):
         step, solved = search.direction()
-        search.check_convergence(step, solved, tolerance)
+        search.check_convergence(step, solved)
         if bool(search.ended().all()):
             break
         search.update(step, solved)
@@ -88,9 +81,10 @@ class _Search:
         step[:, moving] = -torch.cholesky_solve(gradient[:, moving, None], root)[..., 0]
         return step, failed == 0
 
-    def check_convergence(self, step: Tensor, solved: Tensor, tolerance: float) -> None:
+    def check_convergence(self, step: Tensor, solved: Tensor) -> None:
+        """Converged: the quadratic model expects less than `TOLERANCE` of the next step."""
         gain = -0.5 * (self.at[1] * step).sum(1) * self.cells
-        self.converged = self.converged | ((gain < tolerance) & solved & torch.isfinite(self.at[0]))
+        self.converged = self.converged | ((gain < TOLERANCE) & solved & torch.isfinite(self.at[0]))
 
     def update(self, step: Tensor, solved: Tensor) -> None:
         """Go where the objective falls, and trust the quadratic model more there and less elsewhere."""
@@ -125,7 +119,7 @@ class Deviations:
 
 def deviations(moments: Moments, mean: Tensor, covariance: Tensor) -> Deviations:
     """Objective and its derivatives by means (R, C, q) and covariances (R, C, q, q) of a model."""
-    weight = moments.counts / moments.counts.sum()
+    weight = moments.weight()
     root, failed = torch.linalg.cholesky_ex(covariance)
     precision = torch.cholesky_inverse(root)
     d = moments.means - mean
@@ -172,7 +166,7 @@ class LinearScore:
     def __init__(self, s: Implied, moments: Moments, targets: Tensor, at: dict[str, slice]) -> None:
         (r, c, q), p, size = s.mean.shape, s.graph.shape[1], max(place.stop for place in at.values())
         self.s, self.at, self.targets, self.fit = s, at, targets, deviations(moments, s.mean, s.covariance)
-        self.weight = moments.counts / moments.counts.sum()
+        self.weight = moments.weight()
         self.wide, self.w = self.weight[:, None, None], self.weight[1:]  # of all environments, of perturbations
         self.gradient = torch.zeros(r, size, dtype=DTYPE)
         self.information = torch.zeros(r, size, size, dtype=DTYPE)

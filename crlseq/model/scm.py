@@ -25,7 +25,7 @@ from crlseq.config import InterventionKind
 from crlseq.model.interventions import INTERVENTIONS
 
 NEGATIVE_SLOPE = 0.2  # of the leaky ReLU in the networks, as published
-MAX_LOG_SCALE = 3.0
+MAX_TRAINED_LOG_SCALE = 3.0  # |s| of the network's interventions stays below
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class LatentSCM(nn.Module):
         if not self.kind.scales:
             return Mechanism(keep, torch.zeros_like(shift), shift)
         # Bounded: an unbounded scale lets one outlying cell explode the variance of a whole condition.
-        log_scale = (weight * (MAX_LOG_SCALE * torch.tanh(self.log_scale / MAX_LOG_SCALE))[index][..., None]).sum(1)
+        bounded = MAX_TRAINED_LOG_SCALE * torch.tanh(self.log_scale / MAX_TRAINED_LOG_SCALE)
+        log_scale = (weight * bounded[index][..., None]).sum(1)
         return Mechanism(keep, log_scale, shift)
 
     def forward(self, z: Tensor, mechanism: Mechanism | None = None) -> Tensor:

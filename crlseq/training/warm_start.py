@@ -22,7 +22,7 @@ from crlseq.discovery.misfit import DESCRIBED
 from crlseq.discovery.result import Discovery
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.networks import GeneSetLayer
-from crlseq.model.scm import MAX_LOG_SCALE, NEGATIVE_SLOPE, LatentSCM
+from crlseq.model.scm import MAX_TRAINED_LOG_SCALE, NEGATIVE_SLOPE, LatentSCM
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.training.set_start import start_from_sets
 from crlseq.training.sparse_start import Loadings, control_deviation, sparse_loadings
@@ -108,7 +108,7 @@ def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) 
     encoder.given.copy_(torch.from_numpy(given))
     encoder.is_given.copy_(torch.from_numpy(found | tested))
     _write(scm.shift, np.where(found, discovery.shift, scm.shift.double().numpy()))
-    _write(scm.log_scale, MAX_LOG_SCALE * np.arctanh(discovery.log_scale / MAX_LOG_SCALE))
+    _write(scm.log_scale, MAX_TRAINED_LOG_SCALE * np.arctanh(discovery.log_scale / MAX_TRAINED_LOG_SCALE))
     if scm.kind.retention is None:
         kept = np.clip(discovery.retention, 1e-3, 1 - 1e-3)
         _write(scm.retention_logit, np.where(found, np.log(kept / (1 - kept)), scm.retention_logit.double().numpy()))

@@ -14,9 +14,10 @@ from crlseq.config import InterventionKind
 from crlseq.discovery import likelihood as linear
 from crlseq.discovery.likelihood import LinearModel, Solution, allowed_edges, fit_linear
 from crlseq.discovery.moments import DTYPE, Moments, environment_moments
+from crlseq.model.interventions import INTERVENTIONS
 from tests.structural import GRAPH, LOG_SCALES, RETENTIONS, SHIFTS, TARGETS, P, Q, Truth, matched, truth
 
-KINDS: tuple[InterventionKind, ...] = ("hard", "soft", "shift")
+KINDS = tuple(INTERVENTIONS)
 K = len(TARGETS)
 FLOOR = 0.02
 
@@ -27,7 +28,7 @@ def at_truth(true: Truth, kind: InterventionKind, moments: Moments) -> tuple[Lin
     scale = linear.MAX_FITTED_LOG_SCALE * torch.atanh(LOG_SCALES / linear.MAX_FITTED_LOG_SCALE)
     return model, model.pack({
         "G": true.scm.adjacency[None], "W": true.W[None], "shift": SHIFTS[None], "scale": scale[None],
-        "retention": RETENTIONS.logit()[None, : K if kind == "soft" else 0],
+        "retention": RETENTIONS.logit()[None, : K if model.learns_retention else 0],
         "psi": torch.full((1, Q), math.log(true.noise - FLOOR), dtype=DTYPE), "offset": true.offset[None],
     })  # fmt: skip
 
@@ -86,7 +87,8 @@ def test_the_objective_is_minus_the_log_likelihood_of_the_cells(kind: Interventi
         ridge = linear.EDGE_RIDGE * (named["G"][r] ** 2).sum()
         ridge += 0.5 * (named["shift"][r] ** 2).sum() / (linear.LARGE_SHIFT**2 * len(values))
         for name in ("retention", "scale"):
-            ridge += 0.5 * linear.PERTURBATION_RIDGE * (named[name][r] ** 2).sum() * (kind != "shift")
+            free = name == "retention" or INTERVENTIONS[kind].scales
+            ridge += 0.5 * linear.PERTURBATION_RIDGE * (named[name][r] ** 2).sum() * free
         objective = model.information(theta, targets, mask)[0][r]
         torch.testing.assert_close(objective, cell.mean() + ridge)
         each = model.per_environment(model.pack(named), targets, model.moments)[r]
@@ -107,8 +109,8 @@ def test_the_gradient_is_that_of_autograd(kind: InterventionKind, fit_noise: boo
     for name in model.at:
         moves = bool(gradient[:, model.at[name]].abs().sum() > 1e-6)
         still = {"psi"} if not fit_noise else set()
-        still |= {"scale"} if kind == "shift" else set()
-        still |= {"retention"} if kind != "soft" else set()
+        still |= set() if model.intervention.scales else {"scale"}
+        still |= set() if model.learns_retention else {"retention"}
         assert moves == (name not in still), name
 
 
@@ -178,7 +180,7 @@ def test_under_shifts_any_graph_has_the_same_likelihood_and_under_hard_intervent
             **named, "G": other[None], "W": (eye - other) @ torch.linalg.inv(eye - named["G"]) @ named["W"]
         })  # fmt: skip
         before, after = (model.per_environment(t, TARGETS[None], model.moments) for t in (theta, turned))
-        if kind == "shift":
+        if INTERVENTIONS[kind].graph == "nothing":
             torch.testing.assert_close(before, after)
         else:
             torch.testing.assert_close(before[:, 0], after[:, 0])  # control cells never tell
