@@ -39,21 +39,22 @@ INTERVENTIONS: dict[InterventionKind, Intervention] = {
         retention=0.0,
         scales=True,
         graph="edges",
-        reason="Interventions that cut their targets off from upstream programs explain held-out cells better than any"
-        " model without edges (by {gain} log-likelihood units), so that single edges can be told.",
+        reason="Interventions cut their targets off from upstream programs. With edges the model predicts held-out cells"
+        " better than any model without (gain {gain} log-likelihood units), so single edges are identified.",
     ),
     "soft": Intervention(
         retention=None,
         scales=True,
         graph="ancestry",
-        reason="Interventions that weaken what their targets receive from upstream programs explain held-out cells"
-        " better than any model without edges (by {gain} log-likelihood units), so that who is upstream can be told,"
-        " single edges less surely.",
+        reason="Interventions weaken the input of their targets from upstream programs. With edges the model predicts"
+        " held-out cells better than any model without (gain {gain} log-likelihood units), so ancestry is identified;"
+        " single edges are less certain.",
     ),
     "shift": Intervention(
         retention=1.0,
         scales=False,
         graph="nothing",
-        reason="Shifts were asked for, and with linear equations every graph, the empty one too, fits shifts as well.",
+        reason="Shifts were asked for. Shifts with linear equations fit equally well with any graph, including the empty"
+        " one.",
     ),
 }

@@ -31,7 +31,7 @@ def test_hard_interventions_are_seen(seed: int) -> None:
     assert (found.kind, found.verdict) == ("hard", "identified")
     assert torch.equal(matched(found.edges.adjacency, found.edges.solution.targets[0]) != 0, GRAPH != 0)
     assert found.edges.solution.model.kind == "hard"
-    assert "cut their targets off" in found.reason and "single edges can be told" in found.reason
+    assert "cut their targets off" in found.reason and "single edges are identified" in found.reason
     assert set(found.held_out) == {"hard", "no edges", "shift"}
     assert found.held_out["hard"] < found.held_out["no edges"] < found.held_out["shift"]
     assert found.gain > 3 * found.error > 0
@@ -43,7 +43,7 @@ def test_soft_interventions_are_seen(seed: int) -> None:
     assert (found.kind, found.verdict) == ("soft", "ancestry only")
     assert found.edges.solution.model.kind == "soft"
     assert found.edges.adjacency.any()
-    assert "weaken what their targets receive" in found.reason and "single edges less surely" in found.reason
+    assert "weaken the input of their targets" in found.reason and "single edges are less certain" in found.reason
     assert set(found.held_out) == {"soft", "no edges", "shift"}
     assert found.held_out["soft"] < found.held_out["no edges"]
 
