@@ -72,28 +72,13 @@ def bootstrap(
     What made ``values`` is held fixed: components, and where they are straightened latents the network, which is not
     trained again. Their support says how sure the graph is given these coordinates, not how sure the coordinates are.
 
-    Parameters
-    ----------
-    values, variances
-        (N, q) float64: the cells that ``edges`` was fitted to, and their posterior variances if they had any.
-    environment
-        (N,) long, 0 control, ``i + 1`` perturbation ``i`` of the fit.
-    edges
-        The fit.
-    n
-        Replicates. The standard error of a support ``s`` is ``sqrt(s (1 - s) / n)``.
-    threads
-        Replicates computed at the same time; each has random numbers of its own, so that it changes no result.
-
-    Raises
-    ------
-    ValueError
-        If ``n`` is not positive or the environments are not those of the fit.
+    ``values`` and ``variances`` (N, q), float64, are the cells that ``edges`` was fitted to and their posterior variances
+    if they have any; ``environment`` (N,) is 0 for control, ``i + 1`` for perturbation ``i`` of the fit: a `ValueError`
+    if they are others. The standard error of a support ``s`` from ``n`` replicates is ``sqrt(s (1 - s) / n)``. Each
+    replicate has random numbers of its own, so that ``threads`` change no result.
     """
     fit = edges.solution
     counts = torch.bincount(environment, minlength=fit.model.k + 1)
-    if n < 1:
-        raise ValueError(f"the number of replicates must be at least 1, not {n}.")
     if len(counts) != fit.model.k + 1 or not torch.equal(counts.to(DTYPE), fit.model.moments.counts):
         raise ValueError("environment must hold the cells of the fit, no others.")
     draw = _sampler(values, variances, environment)

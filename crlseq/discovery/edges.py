@@ -23,14 +23,11 @@ MIN_EFFECT = 0.25  # |G|: standard deviations of the child's own noise per unit 
 
 @dataclass(frozen=True)
 class Edges:
-    """Declared graph: refitted solution, ``adjacency`` and ``ratio`` (p, p; twice the log-likelihood that an edge
-    is worth, over the dispersion), and the ``threshold`` that it passed."""
+    """Declared graph: refitted solution, ``adjacency`` (p, p), and the dispersion that likelihood ratios were over."""
 
     solution: Solution
     adjacency: Tensor
-    ratio: Tensor
     dispersion: float
-    threshold: float
 
 
 def reachable(mask: Tensor) -> Tensor:
@@ -60,8 +57,7 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
     small = (now.adjacency().abs() < min_effect) & now.mask[0].bool()
     if bool(small.any()):
         now = now.refitted(mask=now.mask * (~small), steps=NEAR_STEPS)
-    ratio = _Profile(now, phi).wald(0.0).view_as(small)
-    return Edges(now, now.adjacency(), ratio, phi, threshold)
+    return Edges(now, now.adjacency(), phi)
 
 
 class _Profile:
@@ -77,11 +73,11 @@ class _Profile:
         self.covariance = covariance / float(model.moments.counts.sum()) * dispersion
         self.value, self.on = now.theta[0].clone(), now.mask[0].flatten().bool()
 
-    def wald(self, off: float = torch.inf) -> Tensor:
-        """Twice the log-likelihood that each edge is worth (p p), over the dispersion; ``off`` where there is none."""
+    def wald(self) -> Tensor:
+        """Twice the log-likelihood that each edge is worth (p p), over the dispersion; infinite where there is none."""
         n = len(self.on)
         variance = self.covariance[:n].diagonal().clamp_min(1e-30)
-        return torch.where(self.on, self.value[:n] ** 2 / variance, off)
+        return torch.where(self.on, self.value[:n] ** 2 / variance, torch.inf)
 
     def weakest(self, threshold: float, cycles_too: bool) -> int | None:
         """The edge below the threshold that is worth least, else with ``cycles_too`` that of a cycle."""

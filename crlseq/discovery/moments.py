@@ -36,17 +36,8 @@ def environment_moments(
 ) -> Moments:
     """Moments of cells (N, q) by environment (N,), 0 for control; covariances divide by the number of cells.
 
-    Parameters
-    ----------
-    variances
-        (N, q) posterior variances that are added to the covariances (aggregated posterior).
-    n_environments
-        Given: environments may be without cells, and have count, mean and covariance 0.
-
-    Raises
-    ------
-    ValueError
-        If an environment has fewer than two cells and `n_environments` is not given.
+    Posterior ``variances`` (N, q) are added to the covariances (aggregated posterior). With ``n_environments`` those
+    without cells have count, mean and covariance 0; without, one of fewer than two cells is a `ValueError`.
     """
     n = int(environment.max()) + 1 if n_environments is None else n_environments
     counts = torch.bincount(environment, minlength=n).to(DTYPE)

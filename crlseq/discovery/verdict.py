@@ -110,7 +110,7 @@ def compare_kinds(
         )
     empty = torch.zeros(dense.model.p, dense.model.p, dtype=DTYPE)
     left = misfit(models[plain])
-    without = Edges(models[plain], empty, empty, left.dispersion, hard.threshold)
+    without = Edges(models[plain], empty, left.dispersion)
     return KindComparison(plain, "not identified", reason, without, held_out, gain, error, left)
 
 
@@ -129,7 +129,7 @@ def require_description(comparison: KindComparison) -> KindComparison:
     scaled = _without_edges(comparison.edges.solution, "hard", OTHER_KIND_STEPS)
     shifts = _without_edges(scaled, "shift", FOLD_STEPS)
     empty = torch.zeros_like(comparison.edges.adjacency)
-    edges = Edges(shifts, empty, empty, misfit(shifts).dispersion, comparison.edges.threshold)
+    edges = Edges(shifts, empty, misfit(shifts).dispersion)
     return replace(comparison, kind="shift", verdict="not identified", reason=reason, edges=edges)
 
 
