@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from crlseq.errors import InputError, UsageError
 
 Device = Literal["auto", "cpu", "cuda"]
+InterventionKind = Literal["shift", "hard", "soft"]  # what each is: `crlseq.model.interventions`
 
 
 class _Section(BaseModel):
@@ -57,7 +58,7 @@ class ModelConfig(_Section):
     method: Literal["straighten", "linear", "gradient"] = "straighten"  # how targets and graph are found
     n_latents: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     n_hidden: int = Field(default=128, ge=1)
-    intervention: Literal["auto", "shift", "hard", "soft"] = "auto"
+    intervention: Literal["auto", InterventionKind] = "auto"
     equations: Literal["auto", "linear", "nonlinear"] = "auto"
     decoder: Literal["dense", "sparse"] = "dense"  # sparse: a program moves few genes, under a spike-and-slab lasso
     causal_layer: bool = True  # False: the paper's ablation with u = z + shifts

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crlseq.discovery.likelihood import Kind
+from crlseq.config import InterventionKind
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.model.scm import LOG_SCALE_BOUND, LatentSCM, Mechanism
 
@@ -55,7 +55,7 @@ class Truth:
 
 
 @torch.no_grad()
-def truth(kind: Kind = "hard", graph: Tensor = GRAPH, noise: float = 0.05, seed: int = 0) -> Truth:
+def truth(kind: InterventionKind = "hard", graph: Tensor = GRAPH, noise: float = 0.05, seed: int = 0) -> Truth:
     """Programs 0 to 3, each with two perturbations, under interventions of ``kind``; ``graph`` is upper triangular."""
     generator = torch.Generator().manual_seed(seed)
     scm = LatentSCM(P, len(TARGETS), kind).double()

@@ -17,8 +17,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
+from crlseq.config import InterventionKind
+from crlseq.model.interventions import INTERVENTIONS
+
 Equations = Literal["linear", "relu"]
-Intervention = Literal["hard", "soft", "shift"]
 Mixing = Literal["linear", "network"]
 Noise = Literal["counts", "gaussian"]
 Floats = NDArray[np.float64]
@@ -55,7 +57,7 @@ def simulate(
     n_control: int = 2000,
     expected_parents: float = 1.0,
     equations: Equations = "linear",
-    intervention: Intervention = "hard",
+    intervention: InterventionKind = "hard",
     mixing: Mixing = "linear",
     noise: Noise = "counts",
     depth: float = 5000.0,
@@ -195,7 +197,12 @@ def _refuse_impossible(given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a finite number of at least 0, not {given[name]}.")
         if name in ("n_doubles", "seed") and given[name] != int(given[name]):
             raise ValueError(f"{name} must be a whole number, not {given[name]}.")
-    for name, kinds in (("equations", Equations), ("intervention", Intervention), ("mixing", Mixing), ("noise", Noise)):
+    for name, kinds in (
+        ("equations", Equations),
+        ("intervention", InterventionKind),
+        ("mixing", Mixing),
+        ("noise", Noise),
+    ):
         if given[name] not in get_args(kinds):
             raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, not {given[name]!r}.")
     if not (np.isfinite(given["depth"]) and given["depth"] > 0):
@@ -225,12 +232,13 @@ def _draw_graph(p: int, expected_parents: float, rng: np.random.Generator) -> tu
     return adjacency, order
 
 
-def _draw_effects(p: int, n_single: int, intervention: Intervention, rng: np.random.Generator) -> _Effects:
+def _draw_effects(p: int, n_single: int, intervention: InterventionKind, rng: np.random.Generator) -> _Effects:
     target = np.concatenate([np.arange(p), rng.integers(p, size=n_single - p)]).astype(np.int64)
     shift = rng.uniform(*SHIFT, n_single) * rng.choice([-1.0, 1.0], n_single)
     soft = rng.uniform(*RETENTION, n_single)  # drawn for every kind: one seed, one set of targets and shifts
-    retention = {"hard": np.zeros(n_single), "soft": soft, "shift": np.ones(n_single)}[intervention]
-    log_scale = np.full(n_single, 0.0 if intervention == "shift" else np.log(NOISE_SCALE))
+    kind = INTERVENTIONS[intervention]
+    retention = soft if kind.retention is None else np.full(n_single, kind.retention)
+    log_scale = np.full(n_single, np.log(NOISE_SCALE) if kind.scales else 0.0)
     return _Effects(target, shift, log_scale, retention)
 
 

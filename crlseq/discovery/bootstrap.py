@@ -16,16 +16,15 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from crlseq.discovery.edges import Edges, reachable, select_edges
-from crlseq.discovery.likelihood import LinearModel, Solution
+from crlseq.discovery.edges import Edges, reachable, score_absent, select_edges
+from crlseq.discovery.likelihood import Solution, allowed_edges
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import propose_targets
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.threads import in_parallel
 
-REFIT_STEPS = 20
-FRESH_STEPS = 20
-ROUNDS = 3  # of moving perturbations; from the fit hardly any move
+REPLICATE_STEPS = 20  # of scoring, from the fit or from fresh targets
+MOVING_ROUNDS = 3  # of moving perturbations; from the fit hardly any move
 DOUBTFUL = 0.25  # of the threshold: an absent edge with this score statistic is offered to the elimination again
 
 
@@ -73,28 +72,13 @@ def bootstrap(
     What made ``values`` is held fixed: components, and where they are straightened latents the network, which is not
     trained again. Their support says how sure the graph is given these coordinates, not how sure the coordinates are.
 
-    Parameters
-    ----------
-    values, variances
-        (N, q) float64: the cells that ``edges`` was fitted to, and their posterior variances if they had any.
-    environment
-        (N,) long, 0 control, ``i + 1`` perturbation ``i`` of the fit.
-    edges
-        The fit.
-    n
-        Replicates. The standard error of a support ``s`` is ``sqrt(s (1 - s) / n)``.
-    threads
-        Replicates computed at the same time; each has random numbers of its own, so that it changes no result.
-
-    Raises
-    ------
-    ValueError
-        If ``n`` is not positive or the environments are not those of the fit.
+    ``values`` and ``variances`` (N, q), float64, are the cells that ``edges`` was fitted to and their posterior variances
+    if they have any; ``environment`` (N,) is 0 for control, ``i + 1`` for perturbation ``i`` of the fit: a `ValueError`
+    if they are others. The standard error of a support ``s`` from ``n`` replicates is ``sqrt(s (1 - s) / n)``. Each
+    replicate has random numbers of its own, so that ``threads`` change no result.
     """
     fit = edges.solution
     counts = torch.bincount(environment, minlength=fit.model.k + 1)
-    if n < 1:
-        raise ValueError(f"the number of replicates must be at least 1, not {n}.")
     if len(counts) != fit.model.k + 1 or not torch.equal(counts.to(DTYPE), fit.model.moments.counts):
         raise ValueError("environment must hold the cells of the fit, no others.")
     draw = _sampler(values, variances, environment)
@@ -185,11 +169,9 @@ def _refit(edges: Edges, moments: Moments, generator: torch.Generator) -> Soluti
     Targets move one at a time from those of the fit, and are proposed afresh: what wins is the better likelihood of
     the two, so that another partition that explains the cells as well lowers the support too.
     """
-    old = edges.solution
-    model = LinearModel(moments, old.model.p, old.model.kind, old.model.floor, old.model.fit_noise)
-    now = reassign_targets(model.solve(old.theta, old.targets, old.mask, REFIT_STEPS), ROUNDS)
+    now = reassign_targets(edges.solution.refitted(moments=moments, steps=REPLICATE_STEPS), MOVING_ROUNDS)
     rival = _afresh(now, generator)
-    if model.kind == "shift":  # whose graph the data do not determine
+    if now.model.intervention.graph == "nothing":
         now = rival or now
     else:
         now = select_edges(rival, scale=edges.dispersion).solution if rival else _select(now, edges.dispersion)
@@ -205,11 +187,12 @@ def _afresh(now: Solution, generator: torch.Generator) -> Solution | None:
     targets = torch.from_numpy(column).argsort()[proposed]  # named as in now
     if torch.equal(targets, now.targets[0]):
         return None
-    full = 1 - torch.eye(p, dtype=DTYPE)[None] if model.kind != "shift" else now.mask
-    other = reassign_targets(model.solve(model.start(targets[None]), targets[None], full, FRESH_STEPS), ROUNDS)
+    full = allowed_edges(p, model.kind)
+    start = model.start(targets[None])
+    other = reassign_targets(model.solve(start, targets[None], full, REPLICATE_STEPS), MOVING_ROUNDS)
     if torch.equal(other.targets, now.targets):
         return None
-    return other if bool(other.nll[0] < model.solve(now.theta, now.targets, full, FRESH_STEPS).nll[0]) else None
+    return other if bool(other.nll[0] < now.refitted(mask=full, steps=REPLICATE_STEPS).nll[0]) else None
 
 
 def _shared(targets: Tensor, others: Tensor, p: int) -> Tensor:
@@ -220,19 +203,11 @@ def _shared(targets: Tensor, others: Tensor, p: int) -> Tensor:
 
 def _select(now: Solution, scale: float) -> Solution:
     """Edge selection from the declared graph and the doubtful edges beside it rather than from the dense graph."""
-    model, p = now.model, now.model.p
-    cells, full = float(model.moments.counts.sum()), 1 - torch.eye(p, dtype=DTYPE)[None]
-    _, gradient, information = model.information(now.theta, now.targets, full)
-    on = torch.cat([now.mask[0].flatten().bool(), torch.ones(model.size - p * p, dtype=torch.bool)])
-    absent = torch.nonzero(~on & torch.cat([full[0].flatten().bool(), on[p * p :]]))[:, 0]
-    cross = information[0][absent][:, on]
-    inside = torch.linalg.solve(information[0][on][:, on], cross.T).T
-    left = (information[0].diagonal()[absent] - (inside * cross).sum(1)).clamp_min(1e-30)
-    statistic = cells * gradient[0, absent] ** 2 / left / scale
-    threshold = math.log(cells)
+    absent, statistic = score_absent(now)
+    doubtful = DOUBTFUL * math.log(float(now.model.moments.counts.sum()))
     mask = now.mask.clone()
-    mask.view(-1)[absent[statistic > DOUBTFUL * threshold]] = 1
-    return select_edges(model.solve(now.theta, now.targets, mask, REFIT_STEPS), scale=scale).solution
+    mask.view(-1)[absent[statistic / scale > doubtful]] = 1
+    return select_edges(now.refitted(mask=mask, steps=REPLICATE_STEPS), scale=scale).solution
 
 
 def _deviation(shifts: Tensor) -> Tensor:

@@ -20,25 +20,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crlseq.config import ModelConfig
+from crlseq.config import InterventionKind, ModelConfig
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.discovery.bootstrap import Stability, bootstrap
 from crlseq.discovery.components import whitened_components
-from crlseq.discovery.edges import dispersion, misfit, select_edges
-from crlseq.discovery.likelihood import Kind, Solution, fit_linear
+from crlseq.discovery.edges import select_edges
+from crlseq.discovery.likelihood import Solution, fit_linear
+from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import environment_moments, fold_moments, noise_level
 from crlseq.discovery.n_latents import LatentChoice, choose_n_latents
 from crlseq.discovery.nonlinear_test import prefers_nonlinear
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.discovery.result import Coordinates, Discovery, environments_of, finish, finish_nonlinear
 from crlseq.discovery.straighten import CAUSAL, FREE, Straightener, starting_directions
-from crlseq.discovery.verdict import KindComparison, compare_kinds, describes, require_description
+from crlseq.discovery.verdict import KindComparison, compare_kinds, require_description
 from crlseq.errors import InputError
+from crlseq.model.interventions import INTERVENTIONS
 from crlseq.threads import in_parallel, on_threads
 
-STRAIGHT = 1.05  # misfit up to which moments count as described; where mixing is linear it is 1.00 to 1.03
-CHANCE = 3.0  # standard deviations of chance that come on top
 COMPONENTS = 40
 MAX_ENVIRONMENTS = 300  # perturbations that shape the graph: those with the largest effects
 MIN_NOISE = 0.8  # share of the measurement noise that every component has at least
@@ -106,7 +106,7 @@ def _discover(
     """`discover` once components, environments, training cells and the number of latents are known."""
     y, environment, train = components
     stage("fitting the interventional likelihood")
-    kind: Kind | None = None if config.intervention == "auto" else config.intervention
+    kind: InterventionKind | None = None if config.intervention == "auto" else config.intervention
     cells = plain = Coordinates(y[:, : p + 10 if p > 10 else 20], None, environment, train)
     values, _, environments = cells.of_fit()
     moments = environment_moments(values, environments)
@@ -116,9 +116,9 @@ def _discover(
     dense = keep("likelihood", lambda: reassign_targets(start()))
     comparison = linear = keep("kinds", lambda: _compare(dense, cells, kind, seed, each))
     straightened = False
-    excess, error = misfit(dense)
-    if excess > STRAIGHT + CHANCE * error and config.method == "straighten":
-        if comparison.kind == "shift" and config.equations != "linear" and kind in (None, "shift"):
+    if not misfit(dense).describes and config.method == "straighten":
+        open_graph = INTERVENTIONS[comparison.kind].graph == "nothing"
+        if open_graph and config.equations != "linear" and kind in (None, comparison.kind):
             stage("trying nonlinear equations")
             test = torch.from_numpy(data.split == splits.VALIDATION) & (environment >= 0)
             flat = y[:, :p].double()
@@ -160,7 +160,11 @@ def _number(
 
 
 def _compare(
-    dense: Solution, cells: Coordinates, kind: Kind | None, seed: int, each: Callable[..., Iterable[Any]] = map
+    dense: Solution,
+    cells: Coordinates,
+    kind: InterventionKind | None,
+    seed: int,
+    each: Callable[..., Iterable[Any]] = map,
 ) -> KindComparison:
     generator = torch.Generator().manual_seed(seed)
     values, variances, environment = cells.of_fit()
@@ -169,7 +173,7 @@ def _compare(
 
 
 def _straighten(
-    y: Tensor, cells: Coordinates, dense: Solution, linear: KindComparison, kind: Kind | None, seed: int
+    y: Tensor, cells: Coordinates, dense: Solution, linear: KindComparison, kind: InterventionKind | None, seed: int
 ) -> tuple[Coordinates, KindComparison] | None:
     """Straightened latents and the models on them; None if the structural model describes them no better.
 
@@ -179,13 +183,13 @@ def _straighten(
     best: tuple[Coordinates, KindComparison] | None = None
     start = dense
     for attempt in range(ATTEMPTS):
-        found = _straightened(y, cells, start, dispersion(dense), kind, seed + attempt)
+        found = _straightened(y, cells, start, misfit(dense).dispersion, kind, seed + attempt)
         if found is None:  # what is wrong is not the mixing
             break
         reference = linear if best is None else best[1]
-        if dispersion(found[1].edges.solution) < dispersion(reference.edges.solution):
+        if found[1].misfit.dispersion < reference.misfit.dispersion:
             best = found
-        if best is None or describes(best[1].edges.solution):
+        if best is None or best[1].misfit.describes:
             break
         targets = best[1].edges.solution.targets
         start = dense.model.solve(dense.model.start(targets), targets, dense.mask, PARTITION_STEPS)
@@ -193,7 +197,7 @@ def _straighten(
 
 
 def _straightened(
-    y: Tensor, cells: Coordinates, start: Solution, worst: float, kind: Kind | None, seed: int
+    y: Tensor, cells: Coordinates, start: Solution, worst: float, kind: InterventionKind | None, seed: int
 ) -> tuple[Coordinates, KindComparison] | None:
     """One training from a solution in the first components; None if free latents have a misfit of `worst` or more."""
     train, environment = cells.train, cells.environment
@@ -202,16 +206,17 @@ def _straightened(
     for free in FREE:
         straightener.train(free)
     free_fit = straightener.fit_prior("hard", fresh=True)
-    if dispersion(free_fit) >= worst:
+    if misfit(free_fit).dispersion >= worst:
         return None
     comparison = _compare(free_fit, Coordinates(*straightener.encode(y), environment, train), kind, seed)
     straightener.train(CAUSAL, comparison.kind)
     final = reassign_targets(straightener.fit_prior(comparison.kind, fresh=True))
     if comparison.verdict == "not identified":
-        edges = replace(comparison.edges, solution=final, dispersion=dispersion(final))
+        edges = replace(comparison.edges, solution=final, dispersion=misfit(final).dispersion)
     else:
         edges = select_edges(final)
-    return Coordinates(*straightener.encode(y), environment, train), replace(comparison, edges=edges)
+    comparison = replace(comparison, edges=edges, misfit=misfit(edges.solution))
+    return Coordinates(*straightener.encode(y), environment, train), comparison
 
 
 def _supported(comparison: KindComparison, stability: Stability) -> KindComparison:
@@ -220,8 +225,6 @@ def _supported(comparison: KindComparison, stability: Stability) -> KindComparis
     kept = (edges.adjacency != 0) & (stability.edge >= DECLARED_SUPPORT)
     if stability.n == 0 or bool((kept == (edges.adjacency != 0)).all()):
         return comparison
-    mask = solution.mask * kept
-    theta = solution.theta.clone()
-    theta[:, solution.model.at["G"]] *= mask.flatten(1)
-    solution = solution.model.solve(theta, solution.targets, mask)
-    return replace(comparison, edges=replace(edges, solution=solution, adjacency=solution.adjacency()))
+    solution = solution.refitted(mask=solution.mask * kept)
+    edges = replace(edges, solution=solution, adjacency=solution.adjacency())
+    return replace(comparison, edges=edges, misfit=misfit(solution))

@@ -18,10 +18,17 @@ class Moments:
     covariances: Tensor
     counts: Tensor
 
+    def cells(self) -> Tensor:
+        """Number of cells."""
+        return self.counts.sum()
+
+    def weight(self) -> Tensor:
+        """Share of the cells (C,)."""
+        return self.counts / self.counts.sum()
+
     def pooled(self) -> Tensor:
         """Mean covariance within environments (q, q)."""
-        weight = (self.counts / self.counts.sum())[:, None, None]
-        return (self.covariances * weight).sum(0)
+        return (self.covariances * self.weight()[:, None, None]).sum(0)
 
 
 def environment_moments(
@@ -29,17 +36,8 @@ def environment_moments(
 ) -> Moments:
     """Moments of cells (N, q) by environment (N,), 0 for control; covariances divide by the number of cells.
 
-    Parameters
-    ----------
-    variances
-        (N, q) posterior variances that are added to the covariances (aggregated posterior).
-    n_environments
-        Given: environments may be without cells, and have count, mean and covariance 0.
-
-    Raises
-    ------
-    ValueError
-        If an environment has fewer than two cells and `n_environments` is not given.
+    Posterior ``variances`` (N, q) are added to the covariances (aggregated posterior). With ``n_environments`` those
+    without cells have count, mean and covariance 0; without, one of fewer than two cells is a `ValueError`.
     """
     n = int(environment.max()) + 1 if n_environments is None else n_environments
     counts = torch.bincount(environment, minlength=n).to(DTYPE)

@@ -24,12 +24,12 @@ from crlseq.discovery.edges import MIN_EFFECT, reachable
 from crlseq.discovery.moments import DTYPE, environment_moments
 from crlseq.discovery.propose import propose_targets
 
-RIDGE = 1e-6  # on G, per cell: a component may never be open
+REGRESSION_RIDGE = 1e-6  # on G, per cell: a component may never be open
 TRIED = 3  # best absent edges by score that are refitted, with either sign of the parent
 TRIAL_STEPS, STEPS = 15, 60
 DEGENERATE = 1e-8  # smallest over largest eigenvalue of the covariance within environments
 MAX_CELLS = 8000
-ROUNDS = 3  # of growing, turning and pruning: one or two where the equations hold
+SEARCH_ROUNDS = 3  # of growing, turning and pruning: one or two where the equations hold
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,6 @@ class NonlinearSolution:
         z = self.residuals(values, environment)
         nll: Tensor = 0.5 * (z**2).sum(1) - torch.linalg.slogdet(self.B)[1]
         return nll
-
-    def per_environment(self, values: Tensor, environment: Tensor) -> Tensor:
-        """Mean of `per_cell` by environment (K + 1,); 0 for an environment without cells."""
-        n = len(self.targets) + 1
-        total = torch.zeros(n, dtype=DTYPE).index_add_(0, environment, self.per_cell(values, environment))
-        mean: Tensor = total / torch.bincount(environment, minlength=n).clamp_min(1)
-        return mean
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,7 @@ def _solve(cells: _Cells, state: _State) -> _Regressions:
     hit = _hit(state.targets, p)
     gram = _grams(torch.cat([f, u], 1), cells, hit)
     on = state.mask.T  # (k, j)
-    square = gram[:, :p, :p] * on[:, :, None] * on[:, None] + torch.diag_embed(1 - on + RIDGE * n * on)
+    square = gram[:, :p, :p] * on[:, :, None] * on[:, None] + torch.diag_embed(1 - on + REGRESSION_RIDGE * n * on)
     k = torch.arange(p)
     right = gram[k, :p, p + k] * on
     G = torch.linalg.solve(square, right) * on
@@ -267,16 +260,16 @@ def _wald(cells: _Cells, state: _State) -> Tensor:
     p = len(state.mask)
     gram = _grams(r.f, cells, _hit(state.targets, p))
     on = state.mask.T
-    square = gram * on[:, :, None] * on[:, None] + torch.diag_embed(1 - on + RIDGE * len(cells.u) * on)
+    square = gram * on[:, :, None] * on[:, None] + torch.diag_embed(1 - on + REGRESSION_RIDGE * len(cells.u) * on)
     error = torch.linalg.inv(square).diagonal(dim1=1, dim2=2).T * r.variance
     return torch.where(state.mask > 0, r.G**2 / error, torch.inf)
 
 
-def _prune(cells: _Cells, state: _State, threshold: float, min_effect: float) -> _State:
+def _prune(cells: _Cells, state: _State, threshold: float) -> _State:
     """Edges whose loss costs less than the threshold, or that are small, go, weakest first, each with a refit."""
     while bool(state.mask.any()):
         wald = _wald(cells, state)
-        small = (_solve(cells, state).G.abs() < min_effect) & (state.mask > 0)
+        small = (_solve(cells, state).G.abs() < MIN_EFFECT) & (state.mask > 0)
         best = None
         order = torch.where(small, wald.clamp_max(1e6) - 1e6, wald).flatten().argsort()[:TRIED].tolist()
         for e in order:
@@ -294,7 +287,7 @@ def _prune(cells: _Cells, state: _State, threshold: float, min_effect: float) ->
     return state
 
 
-def _start(values: Tensor, environment: Tensor, targets: Tensor | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _start(values: Tensor, environment: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mixing (p, p), offset (p,) and targets (K,) of the linear equations: in whitened components the lines of the
     mean shifts are orthogonal; the nearest orthogonal matrix is never ill-conditioned."""
     if not bool(torch.isfinite(values).all()):
@@ -304,10 +297,7 @@ def _start(values: Tensor, environment: Tensor, targets: Tensor | None, seed: in
     scale, axes = torch.linalg.eigh(moments.pooled())
     if scale[0] <= DEGENERATE * scale[-1]:
         raise ValueError("components are constant or collinear within environments.")
-    if targets is None:
-        targets = propose_targets(moments, p, 1, torch.Generator().manual_seed(seed))[0]
-    elif len(targets) != len(moments.counts) - 1 or int(targets.min()) < 0 or int(targets.max()) >= p:
-        raise ValueError("targets must name one of the components for every perturbation.")
+    targets = propose_targets(moments, p, 1, torch.Generator().manual_seed(seed))[0]
     whiten = axes / scale.sqrt()
     delta = (moments.means[1:] - moments.means[0]) @ whiten * moments.counts[1:, None].sqrt()
     one = _hit(targets, p)[1:]
@@ -318,12 +308,12 @@ def _start(values: Tensor, environment: Tensor, targets: Tensor | None, seed: in
     return mixing * torch.where(sign == 0, 1.0, sign), moments.means[0], targets
 
 
-def _sample(environment: Tensor, max_cells: int, seed: int) -> Tensor:
-    """Indices of at most about ``max_cells`` cells, the same share of every environment, two at least."""
+def _sample(environment: Tensor, seed: int) -> Tensor:
+    """Indices of at most about `MAX_CELLS` cells, the same share of every environment, two at least."""
     order = torch.randperm(len(environment), generator=torch.Generator().manual_seed(seed))
-    if len(environment) <= max_cells:
+    if len(environment) <= MAX_CELLS:
         return order
-    share = max_cells / len(environment)
+    share = MAX_CELLS / len(environment)
     kept = []
     for c in range(int(environment.max()) + 1):
         cells = order[environment[order] == c]
@@ -331,25 +321,10 @@ def _sample(environment: Tensor, max_cells: int, seed: int) -> Tensor:
     return torch.cat(kept)
 
 
-def fit_nonlinear(
-    values: Tensor,
-    environment: Tensor,
-    targets: Tensor | None = None,
-    seed: int = 0,
-    max_cells: int = MAX_CELLS,
-    relu: bool = True,
-    min_effect: float = MIN_EFFECT,
-) -> NonlinearSolution:
+def fit_nonlinear(values: Tensor, environment: Tensor, seed: int = 0, relu: bool = True) -> NonlinearSolution:
     """Maximum likelihood of the equations, the graph chosen by BIC (``relu=False``: no edges, linear equations).
 
-    Parameters
-    ----------
-    values, environment
-        Components (N, p), float64, and environments (N,), 0 for control.
-    targets
-        (K,) to start from; by default the best lines through the mean shifts.
-    max_cells
-        Cells used, drawn at random in equal shares of all environments.
+    ``values`` (N, p) are components, ``environment`` (N,) 0 for control.
 
     Raises
     ------
@@ -358,9 +333,9 @@ def fit_nonlinear(
         are fewer perturbations than components.
     """
     values = values.to(DTYPE)
-    kept = _sample(environment, max_cells, seed)
+    kept = _sample(environment, seed)
     values, environment = values[kept], environment[kept]
-    mixing, offset, targets = _start(values, environment, targets, seed)
+    mixing, offset, targets = _start(values, environment, seed)
     cells = _Cells((values - offset) @ mixing, environment, torch.bincount(environment).to(DTYPE))
     p = values.shape[1]
     threshold = math.log(len(values))
@@ -369,14 +344,14 @@ def fit_nonlinear(
     for _ in range(3):
         state = _refit(cells, _retarget(cells, state), STEPS)
     best = state
-    for _ in range(ROUNDS if relu else 0):
+    for _ in range(SEARCH_ROUNDS if relu else 0):
         while state.mask.sum() < 2 * p and (grown := _grow(cells, state, threshold)) is not None:
             state = grown
             moved = _retarget(cells, state)
             if moved is not state:
                 state = _refit(cells, moved, STEPS)
         state = _turn(cells, state)
-        state = _refit(cells, _prune(cells, state, threshold, min_effect), STEPS)
+        state = _refit(cells, _prune(cells, state, threshold), STEPS)
         bic = 2 * len(values) * (best.nll - state.nll) - threshold * float(state.mask.sum() - best.mask.sum())
         if bic < 1:
             break

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crlseq.discovery.likelihood import MAX_LOG_SCALE, LinearModel, Solution
+from crlseq.discovery.likelihood import MAX_FITTED_LOG_SCALE, LinearModel, Solution
 from crlseq.discovery.moments import DTYPE, Moments
 
-RETENTIONS = (0.05, 0.275, 0.5, 0.725, 0.95)  # tried for soft interventions: their likelihood is flat between
-BORDER = 0.98  # of MAX_LOG_SCALE, which the model's tanh reaches nowhere
-REFIT_STEPS = 20
+TRIED_RETENTIONS = (0.05, 0.275, 0.5, 0.725, 0.95)  # where they are learned: the likelihood is flat between
+BORDER = 0.98  # of MAX_FITTED_LOG_SCALE, which the model's tanh reaches nowhere
+MOVED_STEPS = 20  # of scoring after a round of moves
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def assign_targets(model: LinearModel, theta: Tensor, moments: Moments) -> Assig
     w = model.unpack(theta)
     graph, loadings, offset = w["G"][0], w["W"][0], w["offset"][0]
     eye = torch.eye(model.p, dtype=DTYPE)
-    levels = {"hard": (0.0,), "soft": RETENTIONS, "shift": (1.0,)}[model.kind]
-    keep = torch.tensor(levels, dtype=DTYPE)
-    column = 1 - eye * (1 - keep[:, None, None])  # (L, p, p): row k scales the columns of G under target k
+    fixed = model.intervention.retention
+    retention = torch.tensor(TRIED_RETENTIONS if fixed is None else (fixed,), dtype=DTYPE)
+    column = 1 - eye * (1 - retention[:, None, None])  # (L, p, p): row k scales the columns of G under target k
     total = torch.linalg.inv(eye - graph * column[:, :, None]) @ loadings  # T_k W (L, p, p, q)
     x = total.diagonal(dim1=1, dim2=2).transpose(1, 2)  # (L, p, q)
     base = total.transpose(2, 3) @ total + torch.diag(model.floor + w["psi"][0].exp())
@@ -62,7 +62,7 @@ def assign_targets(model: LinearModel, theta: Tensor, moments: Moments) -> Assig
     delta, covariances = moments.means[1:] - offset, moments.covariances[1:]
     g = u @ delta.T  # (L, p, K)
     v = torch.einsum("lpa,kab,lpb->lpk", u, covariances, u)
-    bound = 0.0 if model.kind == "shift" else BORDER * MAX_LOG_SCALE
+    bound = BORDER * MAX_FITTED_LOG_SCALE if model.intervention.scales else 0.0
     grow = torch.tensor([-bound, bound], dtype=DTYPE).mul(2).expm1()  # e^{2s} - 1
     t = (v / h).clamp(1 + grow[0] * h, 1 + grow[1] * h)  # log t + v / (h t) falls, then rises: the clamp is exact
     trace = precision.flatten(2) @ (covariances + delta[:, :, None] * delta[:, None]).flatten(1).T
@@ -72,14 +72,14 @@ def assign_targets(model: LinearModel, theta: Tensor, moments: Moments) -> Assig
     targets = nll.argmin(0)
     at = level.gather(0, targets[None])[0], targets, torch.arange(len(targets))
     log_scale = 0.5 * torch.log1p((t - 1) / h)
-    return Assignment(targets, (g / h)[at], log_scale[at], keep[at[0]], nll.T)
+    return Assignment(targets, (g / h)[at], log_scale[at], retention[at[0]], nll.T)
 
 
 def move(model: LinearModel, theta: Tensor, found: Assignment, moved: Tensor) -> Tensor:
     """``theta`` (1, P) with shift, noise scale and retention of the perturbations ``moved`` (K,) as ``found``."""
     theta = theta.clone()
-    raw = {"shift": found.shift, "scale": MAX_LOG_SCALE * torch.atanh(found.log_scale / MAX_LOG_SCALE)}
-    if model.kind == "soft":
+    raw = {"shift": found.shift, "scale": MAX_FITTED_LOG_SCALE * torch.atanh(found.log_scale / MAX_FITTED_LOG_SCALE)}
+    if model.learns_retention:
         raw["retention"] = torch.logit(found.retention)
     for name, value in raw.items():
         theta[0, model.at[name]] = torch.where(moved, value, theta[0, model.at[name]])
@@ -99,7 +99,8 @@ def reassign_targets(solution: Solution, rounds: int = 10) -> Solution:
         moved = targets != now.targets[0]
         if not bool(moved.any()):
             break
-        trial = model.solve(move(model, now.theta, found, moved), targets[None], now.mask, REFIT_STEPS)
+        theta = move(model, now.theta, found, moved)
+        trial = now.refitted(theta=theta, targets=targets[None], steps=MOVED_STEPS)
         if not bool(trial.nll[0] < now.nll[0]):
             break
         now = trial

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crlseq.config import InterventionKind
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.discovery.bootstrap import Stability
-from crlseq.discovery.edges import dispersion, reachable
-from crlseq.discovery.likelihood import Kind, Solution
+from crlseq.discovery.edges import reachable
+from crlseq.discovery.likelihood import Solution
 from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.n_latents import LatentChoice
 from crlseq.discovery.nonlinear_test import Preference
@@ -62,7 +63,7 @@ class Discovery:
     shift: np.ndarray
     log_scale: np.ndarray
     retention: np.ndarray
-    kind: Kind
+    kind: InterventionKind
     equations: str
     verdict: Verdict
     reason: str
@@ -136,7 +137,7 @@ def finish(
     target[chosen] = place[solution.targets[0]].numpy()
     shift[chosen] = named["shift"][0].numpy()
     log_scale[chosen] = model.log_scale(named["scale"])[0].numpy()
-    retention[chosen] = model.keep(named["retention"])[0].numpy()
+    retention[chosen] = model.retention(named["retention"])[0].numpy()
     others = np.setdiff1d(np.flatnonzero(effect > 0), chosen)
     if len(others):  # they do not shape the graph, but have a place in it
         environment = environments_of(data, others)
@@ -162,7 +163,7 @@ def finish(
         held_out=comparison.held_out,
         gain=comparison.gain,
         gain_error=comparison.error,
-        dispersion=dispersion(solution),
+        dispersion=comparison.misfit.dispersion,
         straightened=straightened,
         stability=None if stability is None else stability.reordered(order),
         environments=chosen,
@@ -175,7 +176,7 @@ def finish_nonlinear(
 ) -> Discovery:
     """Shifts under nonlinear equations, in components (N, p) as they are: the programs are read off them."""
     solution, n = preference.nonlinear, len(values)
-    assert solution is not None
+    assert solution is not None and preference.misfit is not None
     index, k = _fitted_cells(data), len(data.perturbation_names)
     order = _order(solution.adjacency)
     target, shift = np.full(k, -1), np.zeros(k)
@@ -198,7 +199,7 @@ def finish_nonlinear(
         held_out={"linear": float("nan"), "nonlinear": solution.nll},
         gain=preference.gain * n,
         gain_error=preference.error * n,
-        dispersion=preference.misfit[1],
+        dispersion=preference.misfit.value,
         straightened=False,
         stability=None,
         environments=chosen,

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from crlseq.discovery.likelihood import Kind, LinearModel, Solution, allowed_edges
+from crlseq.config import InterventionKind
+from crlseq.discovery.likelihood import LinearModel, Solution, allowed_edges
 from crlseq.discovery.moments import DTYPE, Moments, environment_moments
 from crlseq.discovery.propose import propose_targets
 
@@ -68,7 +69,7 @@ def starting_directions(solution: Solution, wide: Moments) -> Tensor:
     old = solution.model
     q = wide.means.shape[1]
     if q > old.q:
-        model = LinearModel(wide, old.p, old.kind, old.floor)
+        model = old.like(wide)
         named = old.unpack(solution.theta)
         extra = (wide.covariances[0].diagonal()[old.q :] - old.floor).clamp_min(0.05 * old.floor).log()[None]
         psi = named["psi"].clamp_min(math.log(0.05 * old.floor))  # a component without noise would not move again
@@ -160,22 +161,21 @@ class Straightener:
         mean, variance = self.encode(self.y)
         return environment_moments(mean, self.environment, variance)
 
-    def fit_prior(self, kind: Kind, fresh: bool) -> Solution:
+    def fit_prior(self, kind: InterventionKind, fresh: bool) -> Solution:
         """The structural model on the present latents: from where it was, and from fresh targets if that is better."""
         moments = self.moments()
         model = LinearModel(moments, self.p, kind, fit_noise=False)
         mask = allowed_edges(self.p, kind)
         found = []
         if self.solution is not None:
-            start = model.adopt(self.solution)
-            found.append(model.solve(start, self.solution.targets, mask, steps=40))
+            found.append(self.solution.refitted(moments=moments, kind=kind, mask=mask, steps=40))
         if fresh or not found:
             targets = propose_targets(moments, self.p, 3, self.generator)
             found.append(model.solve(model.start(targets), targets, mask.expand(3, -1, -1), steps=60).best())
         self.solution = min(found, key=lambda s: float(s.nll[0]))
         return self.solution
 
-    def train(self, stage: Stage, kind: Kind | None = None) -> float:
+    def train(self, stage: Stage, kind: InterventionKind | None = None) -> float:
         """Steps of a stage, with a free prior or that of a `kind` of intervention; the mean loss at its end."""
         losses: list[float] = []
         n = len(self.y)
@@ -210,7 +210,7 @@ class Straightener:
             losses.append(float(loss.detach()))
         return sum(losses[-100:]) / max(1, len(losses[-100:]))
 
-    def _prior(self, kind: Kind | None, fresh: bool) -> tuple[Tensor, Tensor]:
+    def _prior(self, kind: InterventionKind | None, fresh: bool) -> tuple[Tensor, Tensor]:
         if kind is not None:
             solution = self.fit_prior(kind, fresh)
             mean, covariance = solution.model.environments(solution.theta, solution.targets)

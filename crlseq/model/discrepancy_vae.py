@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from crlseq.config import InterventionKind
 from crlseq.model.networks import Decoder, Encoder, InterventionEncoder
 from crlseq.model.scm import LatentSCM, Mechanism
 from crlseq.model.sparse_decoder import SparseDecoder
@@ -71,7 +72,7 @@ class DiscrepancyVAE(nn.Module):
         n_latents: int,
         n_perturbations: int,
         n_hidden: int = 128,
-        intervention: str = "soft",
+        intervention: InterventionKind = "soft",
         equations: str = "linear",
         causal: bool = True,
         output_activation: str = "identity",

@@ -44,9 +44,9 @@ def extended(model: DiscrepancyVAE, shift: Tensor, residual: Tensor, residual_er
         "residual_error": (first * residual_error[:, None]).flatten(0, 1),
     }
     state = dict(model.state_dict())
-    if scm.intervention != "soft":  # of which the others are ends
-        state["scm.retention_logit"] = torch.full_like(scm.shift, LARGE if scm.intervention == "shift" else -LARGE)
-    if scm.intervention == "shift":
+    if scm.kind.retention is not None:  # the new model learns it: the logit of a fixed one, bounded
+        state["scm.retention_logit"] = torch.full_like(scm.shift, scm.kind.retention).logit().clamp(-LARGE, LARGE)
+    if not scm.kind.scales:
         state["scm.log_scale"] = torch.zeros_like(scm.shift)
     new.load_state_dict({
         name: torch.cat([value, rows[name].to(value.dtype)]) if name in rows else value for name, value in state.items()

@@ -21,6 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from crlseq.config import InterventionKind
+from crlseq.model.interventions import INTERVENTIONS
+
 NEGATIVE_SLOPE = 0.2  # of the leaky ReLU in the networks, as published
 LOG_SCALE_BOUND = 3.0  # of an intervention: an unbounded one lets one outlying cell explode a condition's variance
 
@@ -46,7 +49,7 @@ class LatentSCM(nn.Module):
     n_latents, n_perturbations
         Sizes p and K (single perturbations).
     intervention
-        ``shift``, ``hard`` or ``soft``: which parameters of an intervention are free.
+        One of `crlseq.model.interventions.INTERVENTIONS`: which parameters of an intervention are free.
     equations
         ``linear`` or ``nonlinear``: phi is the identity or ReLU.
     causal
@@ -66,12 +69,12 @@ class LatentSCM(nn.Module):
         self,
         n_latents: int,
         n_perturbations: int,
-        intervention: str = "soft",
+        intervention: InterventionKind = "soft",
         equations: str = "linear",
         causal: bool = True,
     ) -> None:
         super().__init__()
-        self.intervention = intervention
+        self.intervention, self.kind = intervention, INTERVENTIONS[intervention]
         self.equations = equations
         self.graph = nn.Parameter(torch.empty(n_latents, n_latents).normal_(std=0.1), requires_grad=causal)
         if not causal:
@@ -79,9 +82,11 @@ class LatentSCM(nn.Module):
         self.intercept: Tensor
         self.register_buffer("intercept", torch.zeros(n_latents))
         self.shift = nn.Parameter(torch.ones(n_perturbations))
-        self.log_scale = nn.Parameter(torch.zeros(n_perturbations), requires_grad=intervention != "shift")
+        self.log_scale = nn.Parameter(torch.zeros(n_perturbations), requires_grad=self.kind.scales)
         # sigmoid(2) = 0.88: soft interventions start near a shift and earn their cuts.
-        self.retention_logit = nn.Parameter(torch.full((n_perturbations,), 2.0), requires_grad=intervention == "soft")
+        self.retention_logit = nn.Parameter(
+            torch.full((n_perturbations,), 2.0), requires_grad=self.kind.retention is None
+        )
 
     @property
     def adjacency(self) -> Tensor:
@@ -90,9 +95,9 @@ class LatentSCM(nn.Module):
 
     def retention(self) -> Tensor:
         """(K,) share of the parents' contribution that an intervened latent keeps."""
-        if self.intervention == "soft":
+        if self.kind.retention is None:
             return torch.sigmoid(self.retention_logit)
-        return torch.full_like(self.shift, 1.0 if self.intervention == "shift" else 0.0)
+        return torch.full_like(self.shift, self.kind.retention)
 
     def mechanism(self, perturbations: Tensor, target_weights: Tensor) -> Mechanism:
         """Mechanisms, of fields (C, p), of conditions (C, M): int64 single perturbations, filled up with -1.
@@ -103,7 +108,7 @@ class LatentSCM(nn.Module):
         weight = target_weights * (perturbations >= 0).to(target_weights.dtype)[..., None]  # (C, M, p)
         retention = (1 - weight * (1 - self.retention()[index][..., None])).prod(1)
         shift = (weight * self.shift[index][..., None]).sum(1)
-        if self.intervention == "shift":
+        if not self.kind.scales:
             return Mechanism(retention, torch.zeros_like(shift), shift)
         log_scale = (weight * (LOG_SCALE_BOUND * torch.tanh(self.log_scale / LOG_SCALE_BOUND))[index][..., None]).sum(1)
         return Mechanism(retention, log_scale, shift)

@@ -9,6 +9,7 @@ import numpy as np
 from crlseq.config import ModelConfig
 from crlseq.discovery.result import Discovery
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.interventions import INTERVENTIONS
 from crlseq.readout.programs import Programs
 
 DECLARED_WEIGHT = 0.1  # one standard deviation of the source moves the target by at least a tenth of its own
@@ -49,7 +50,8 @@ def identify_gradient(config: ModelConfig) -> Identification:
         return Identification(
             "not identified", "The model was fitted without structural equations, so it has no graph."
         )
-    if config.equations != "nonlinear" and config.intervention == "shift":
+    kind = None if config.intervention == "auto" else INTERVENTIONS[config.intervention]
+    if config.equations != "nonlinear" and kind is not None and kind.graph == "nothing":
         return Identification(
             "not identified",
             "With linear structural equations and shifts alone the decoder can absorb any graph, the empty one too: "

@@ -19,6 +19,7 @@ from torch import Tensor
 from crlseq.discovery.bootstrap import Stability
 from crlseq.discovery.edges import Edges
 from crlseq.discovery.likelihood import LinearModel, Solution
+from crlseq.discovery.misfit import Misfit
 from crlseq.discovery.moments import Moments
 from crlseq.discovery.n_latents import LatentChoice
 from crlseq.discovery.nonlinear import NonlinearSolution
@@ -37,7 +38,17 @@ Kept = TypeVar("Kept", bound=type)
 # The classes that a file may name, by their names.
 CLASSES: dict[str, type] = {
     kind.__name__: kind
-    for kind in (Edges, KindComparison, LatentChoice, Moments, NonlinearSolution, Preference, Solution, Stability)
+    for kind in (
+        Edges,
+        KindComparison,
+        LatentChoice,
+        Misfit,
+        Moments,
+        NonlinearSolution,
+        Preference,
+        Solution,
+        Stability,
+    )
 }
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from crlseq.data import splits
 from crlseq.data.dataset import ROWS, PerturbSeqData
 from crlseq.data.projection import Projection
+from crlseq.discovery.misfit import DESCRIBED
 from crlseq.discovery.result import Discovery
-from crlseq.discovery.verdict import DESCRIBED
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.networks import GeneSetLayer
 from crlseq.model.scm import LOG_SCALE_BOUND, NEGATIVE_SLOPE, LatentSCM
@@ -109,7 +109,7 @@ def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) 
     encoder.is_given.copy_(torch.from_numpy(found | tested))
     _write(scm.shift, np.where(found, discovery.shift, scm.shift.double().numpy()))
     _write(scm.log_scale, LOG_SCALE_BOUND * np.arctanh(discovery.log_scale / LOG_SCALE_BOUND))
-    if scm.intervention == "soft":
+    if scm.kind.retention is None:
         kept = np.clip(discovery.retention, 1e-3, 1 - 1e-3)
         _write(scm.retention_logit, np.where(found, np.log(kept / (1 - kept)), scm.retention_logit.double().numpy()))
 

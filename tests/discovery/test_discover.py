@@ -15,6 +15,7 @@ from crlseq.data.simulate import simulate
 from crlseq.discovery import discover as module
 from crlseq.discovery.discover import discover
 from crlseq.discovery.likelihood import fit_linear
+from crlseq.discovery.misfit import DESCRIBED, Misfit
 from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.result import Discovery
 from crlseq.errors import InputError
@@ -75,7 +76,7 @@ def test_targets_and_graph_are_recovered(hard: Screen, found: Discovery) -> None
     assert hard.adjacency.sum() >= 2
     assert (found.kind, found.verdict, found.equations) == ("hard", "identified", "linear")
     assert not found.straightened
-    assert found.dispersion < module.STRAIGHT
+    assert found.dispersion < 1.05
     assert found.gain > 2 * found.gain_error
     assert (found.retention == 0).all()
     assert (
@@ -208,9 +209,9 @@ def test_only_the_method_straighten_straightens_and_only_where_the_model_fails(
 
     monkeypatch.setattr(module, "_straighten", straighten)
     hard.discover()
-    monkeypatch.setattr(module, "misfit", lambda solution: (module.STRAIGHT + 0.01, 0.01))  # within chance
+    monkeypatch.setattr(module, "misfit", lambda solution: Misfit(DESCRIBED + 0.01, 0.01))  # within chance
     hard.discover()
-    monkeypatch.setattr(module, "misfit", lambda solution: (2.0, 0.01))
+    monkeypatch.setattr(module, "misfit", lambda solution: Misfit(2.0, 0.01))
     hard.discover(CONFIG.model_copy(update={"method": "linear"}))
     assert not called
     again = hard.discover()
@@ -229,7 +230,7 @@ def test_straightened_latents_take_the_place_of_the_components(
             dense, cells, None, 0
         )
 
-    monkeypatch.setattr(module, "misfit", lambda solution: (2.0, 0.01))
+    monkeypatch.setattr(module, "misfit", lambda solution: Misfit(2.0, 0.01))
     monkeypatch.setattr(module, "_straighten", straighten)
     again = hard.discover()
     assert again.straightened
@@ -247,8 +248,7 @@ def attempts(screen: Screen, monkeypatch: pytest.MonkeyPatch, misfits: list[floa
     )
     values, _, numbers = cells.of_fit()
     dense = fit_linear(environment_moments(values, numbers), 4, "hard", 1, 0)
-    linear = module._compare(dense, cells, None, 0)
-    of_misfit: dict[Any, float] = {linear.edges.solution: 2.0, dense: 2.0}
+    linear = replace(module._compare(dense, cells, None, 0), misfit=Misfit(2.0, 0.0))
     starts: list[Any] = []
 
     def straightened(y: Any, cells: Any, start: Any, worst: float, kind: Any, seed: int) -> Any:
@@ -258,12 +258,11 @@ def attempts(screen: Screen, monkeypatch: pytest.MonkeyPatch, misfits: list[floa
         if excess is None:
             return None
         solution = replace(linear.edges.solution, targets=dense.targets.roll(len(starts), 1))
-        of_misfit[solution] = excess
-        return cells, replace(linear, edges=replace(linear.edges, solution=solution), gain=excess)
+        edges = replace(linear.edges, solution=solution)
+        return cells, replace(linear, edges=edges, gain=excess, misfit=Misfit(excess, 0.0))
 
     monkeypatch.setattr(module, "_straightened", straightened)
-    monkeypatch.setattr(module, "dispersion", of_misfit.__getitem__)
-    monkeypatch.setattr(module, "describes", lambda solution: of_misfit[solution] < 1.2)
+    monkeypatch.setattr(module, "misfit", lambda solution: Misfit(2.0, 0.0))
     found = module._straighten(y, cells, dense, linear, None, 7)
     assert starts[0] is dense
     for start in starts[1:]:  # from a partition that was found

@@ -10,28 +10,32 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from crlseq.config import InterventionKind
 from crlseq.discovery import likelihood as linear
-from crlseq.discovery.likelihood import Kind, LinearModel, Solution, allowed_edges, fit_linear
+from crlseq.discovery.likelihood import LinearModel, Solution, allowed_edges, fit_linear
 from crlseq.discovery.moments import DTYPE, Moments, environment_moments
+from crlseq.model.interventions import INTERVENTIONS
 from tests.structural import GRAPH, LOG_SCALES, RETENTIONS, SHIFTS, TARGETS, P, Q, Truth, matched, truth
 
-KINDS: tuple[Kind, ...] = ("hard", "soft", "shift")
+KINDS = tuple(INTERVENTIONS)
 K = len(TARGETS)
 FLOOR = 0.02
 
 
-def at_truth(true: Truth, kind: Kind, moments: Moments) -> tuple[LinearModel, Tensor]:
+def at_truth(true: Truth, kind: InterventionKind, moments: Moments) -> tuple[LinearModel, Tensor]:
     """The model of `moments`, and the parameters (1, P) of the truth."""
     model = LinearModel(moments, P, kind, FLOOR)
-    scale = linear.MAX_LOG_SCALE * torch.atanh(LOG_SCALES / linear.MAX_LOG_SCALE)
+    scale = linear.MAX_FITTED_LOG_SCALE * torch.atanh(LOG_SCALES / linear.MAX_FITTED_LOG_SCALE)
     return model, model.pack({
         "G": true.scm.adjacency[None], "W": true.W[None], "shift": SHIFTS[None], "scale": scale[None],
-        "retention": RETENTIONS.logit()[None, : K if kind == "soft" else 0],
+        "retention": RETENTIONS.logit()[None, : K if model.learns_retention else 0],
         "psi": torch.full((1, Q), math.log(true.noise - FLOOR), dtype=DTYPE), "offset": true.offset[None],
     })  # fmt: skip
 
 
-def somewhere(kind: Kind, restarts: int = 2, fit_noise: bool = True) -> tuple[LinearModel, Tensor, Tensor, Tensor]:
+def somewhere(
+    kind: InterventionKind, restarts: int = 2, fit_noise: bool = True
+) -> tuple[LinearModel, Tensor, Tensor, Tensor]:
     """A model of arbitrary moments, with arbitrary parameters, targets and a cyclic graph with edges missing."""
     generator = torch.Generator().manual_seed(3)
 
@@ -48,7 +52,7 @@ def somewhere(kind: Kind, restarts: int = 2, fit_noise: bool = True) -> tuple[Li
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_implied_moments_are_those_of_the_structural_model(kind: Kind) -> None:
+def test_implied_moments_are_those_of_the_structural_model(kind: InterventionKind) -> None:
     true = truth(kind)
     moments = true.moments(100)
     model, theta = at_truth(true, kind, moments)
@@ -58,7 +62,7 @@ def test_implied_moments_are_those_of_the_structural_model(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cells_of_the_structural_model_have_the_implied_moments(kind: Kind) -> None:
+def test_cells_of_the_structural_model_have_the_implied_moments(kind: InterventionKind) -> None:
     true = truth(kind)
     model, theta = at_truth(true, kind, true.moments(100))
     mean, covariance = model.environments(theta, TARGETS[None])
@@ -70,7 +74,7 @@ def test_cells_of_the_structural_model_have_the_implied_moments(kind: Kind) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_objective_is_minus_the_log_likelihood_of_the_cells(kind: Kind) -> None:
+def test_the_objective_is_minus_the_log_likelihood_of_the_cells(kind: InterventionKind) -> None:
     values, environment = truth().cells(20)
     model, theta, targets, mask = somewhere(kind)
     model = LinearModel(environment_moments(values, environment), P, kind, FLOOR)
@@ -80,10 +84,11 @@ def test_the_objective_is_minus_the_log_likelihood_of_the_cells(kind: Kind) -> N
     constant = 0.5 * Q * math.log(2 * math.pi)
     for r in range(2):
         cell = -MultivariateNormal(mean[r, environment], covariance[r, environment]).log_prob(values) - constant
-        ridge = linear.RIDGE * (named["G"][r] ** 2).sum()
+        ridge = linear.EDGE_RIDGE * (named["G"][r] ** 2).sum()
         ridge += 0.5 * (named["shift"][r] ** 2).sum() / (linear.LARGE_SHIFT**2 * len(values))
         for name in ("retention", "scale"):
-            ridge += 0.5 * linear.RIDGE_SCALE * (named[name][r] ** 2).sum() * (kind != "shift")
+            free = name == "retention" or INTERVENTIONS[kind].scales
+            ridge += 0.5 * linear.PERTURBATION_RIDGE * (named[name][r] ** 2).sum() * free
         objective = model.information(theta, targets, mask)[0][r]
         torch.testing.assert_close(objective, cell.mean() + ridge)
         each = model.per_environment(model.pack(named), targets, model.moments)[r]
@@ -93,7 +98,7 @@ def test_the_objective_is_minus_the_log_likelihood_of_the_cells(kind: Kind) -> N
 
 @pytest.mark.parametrize("fit_noise", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_is_that_of_autograd(kind: Kind, fit_noise: bool) -> None:
+def test_the_gradient_is_that_of_autograd(kind: InterventionKind, fit_noise: bool) -> None:
     model, theta, targets, mask = somewhere(kind, fit_noise=fit_noise)
     theta.requires_grad_()
     nll, gradient, _ = model.information(theta, targets, mask)
@@ -104,13 +109,13 @@ def test_the_gradient_is_that_of_autograd(kind: Kind, fit_noise: bool) -> None:
     for name in model.at:
         moves = bool(gradient[:, model.at[name]].abs().sum() > 1e-6)
         still = {"psi"} if not fit_noise else set()
-        still |= {"scale"} if kind == "shift" else set()
-        still |= {"retention"} if kind != "soft" else set()
+        still |= set() if model.intervention.scales else {"scale"}
+        still |= set() if model.learns_retention else {"retention"}
         assert moves == (name not in still), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_information_is_the_curvature_where_the_moments_are_the_models_own(kind: Kind) -> None:
+def test_the_information_is_the_curvature_where_the_moments_are_the_models_own(kind: InterventionKind) -> None:
     true = truth(kind)
     model, theta = at_truth(true, kind, true.moments(100))
     mask = torch.ones(1, P, P, dtype=DTYPE)
@@ -125,9 +130,9 @@ def test_the_information_is_the_curvature_where_the_moments_are_the_models_own(k
     assert not information[0][free][:, ~free].any()  # what is fixed has no say in a step
     # nothing but the ridge pulls at the truth
     ridge = torch.zeros_like(theta)
-    ridge[:, model.at["G"]] = 2 * linear.RIDGE
+    ridge[:, model.at["G"]] = 2 * linear.EDGE_RIDGE
     ridge[:, model.at["shift"]] = 1 / (linear.LARGE_SHIFT**2 * model.moments.counts.sum())
-    ridge[:, model.at["scale"]] = ridge[:, model.at["retention"]] = linear.RIDGE_SCALE
+    ridge[:, model.at["scale"]] = ridge[:, model.at["retention"]] = linear.PERTURBATION_RIDGE
     torch.testing.assert_close(gradient, ridge * theta * free)
 
 
@@ -175,7 +180,7 @@ def test_under_shifts_any_graph_has_the_same_likelihood_and_under_hard_intervent
             **named, "G": other[None], "W": (eye - other) @ torch.linalg.inv(eye - named["G"]) @ named["W"]
         })  # fmt: skip
         before, after = (model.per_environment(t, TARGETS[None], model.moments) for t in (theta, turned))
-        if kind == "shift":
+        if INTERVENTIONS[kind].graph == "nothing":
             torch.testing.assert_close(before, after)
         else:
             torch.testing.assert_close(before[:, 0], after[:, 0])  # control cells never tell
@@ -186,7 +191,7 @@ def taken_away(model: LinearModel, theta: Tensor) -> Tensor:
     """Total effects of all programs on each perturbation's target, times what it takes away of them (K, p)."""
     named = model.unpack(theta)
     total = torch.linalg.inv(torch.eye(P, dtype=DTYPE) - named["G"][0]) - torch.eye(P, dtype=DTYPE)
-    return total[:, TARGETS].T * (1 - model.keep(named["retention"])[0])[:, None]
+    return total[:, TARGETS].T * (1 - model.retention(named["retention"])[0])[:, None]
 
 
 def test_soft_interventions_tell_ancestry_and_no_more() -> None:
@@ -241,12 +246,12 @@ def test_converged_says_whether_steps_sufficed() -> None:
     assert again.converged.tolist() == [True]
 
 
-def dense_fit(moments: Moments, targets: Tensor, kind: Kind = "hard") -> Solution:
+def dense_fit(moments: Moments, targets: Tensor, kind: InterventionKind = "hard") -> Solution:
     return fit_linear(moments, P, kind, noise_floor=FLOOR, targets=targets[None])
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_names_of_programs_do_not_matter(kind: Kind) -> None:
+def test_names_of_programs_do_not_matter(kind: InterventionKind) -> None:
     moments = environment_moments(*truth(kind).cells(200))
     new = torch.tensor([2, 0, 3, 1])  # new name of each program
     one, two = dense_fit(moments, TARGETS, kind), dense_fit(moments, new[TARGETS], kind)
@@ -337,7 +342,7 @@ def copies(moments: Moments) -> Moments:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spoil", [rank_one, constant_component, no_shift, no_variance, far_away, copies])
-def test_degenerate_moments_never_give_nan(spoil: object, kind: Kind) -> None:
+def test_degenerate_moments_never_give_nan(spoil: object, kind: InterventionKind) -> None:
     assert callable(spoil)
     found = fit_linear(spoil(truth(kind).moments(50)), P, kind, restarts=2, steps=25)
     for value in (found.theta, found.nll, found.information, found.adjacency(), *found.directions()):
@@ -346,7 +351,7 @@ def test_degenerate_moments_never_give_nan(spoil: object, kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fit_noise", [True, False])
-def test_two_cells_an_environment_never_give_nan(kind: Kind, fit_noise: bool) -> None:
+def test_two_cells_an_environment_never_give_nan(kind: InterventionKind, fit_noise: bool) -> None:
     values, environment = truth(kind).cells(30)
     first = torch.cat([torch.nonzero(environment == c)[:2, 0] for c in range(K + 1)])
     moments = environment_moments(values[first][:, :P] if not fit_noise else values[first], environment[first])

@@ -57,8 +57,6 @@ def test_likelihood_by_hand():
     # v - o = (1, 1): u = (3, 1), z = (2.5, 1 - 9) and, shifted, (2.5, -12); (-1, 1): u = (-1, 1), z = (-1.5, 1); det 2
     expected = torch.tensor([0.5 * (6.25 + 64), 0.5 * (6.25 + 144), 0.5 * (2.25 + 1)], dtype=DTYPE) - math.log(2)
     assert torch.allclose(by_hand().per_cell(values, environment), expected)
-    mean = torch.stack([(expected[0] + expected[2]) / 2, expected[1]])
-    assert torch.allclose(by_hand().per_environment(values, environment), mean)
 
 
 def point(mask, seed=1):
@@ -113,7 +111,7 @@ def test_a_chain_is_recovered(preference):
 def test_nonlinear_equations_are_preferred_where_they_hold(preference):
     assert preference.chosen
     assert preference.gain > 5 * preference.error
-    assert preference.misfit[1] == pytest.approx(1, abs=0.3)
+    assert preference.misfit.value == pytest.approx(1, abs=0.3)
 
 
 def test_per_cell_agrees_with_the_fit(preference):

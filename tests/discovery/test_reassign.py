@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from crlseq.discovery.likelihood import MAX_LOG_SCALE, Kind, LinearModel, Solution
+from crlseq.config import InterventionKind
+from crlseq.discovery.likelihood import MAX_FITTED_LOG_SCALE, LinearModel, Solution
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.reassign import assign_targets, move, reassign_targets
 
@@ -28,7 +29,7 @@ def parameters(model: LinearModel, seed: int = 0) -> torch.Tensor:
     })  # fmt: skip
 
 
-def exact(kind: Kind, targets: torch.Tensor = TRUE) -> tuple[LinearModel, torch.Tensor]:
+def exact(kind: InterventionKind, targets: torch.Tensor = TRUE) -> tuple[LinearModel, torch.Tensor]:
     """A model whose moments are those that its parameters imply."""
     counts = torch.full((len(targets) + 1,), 200.0, dtype=DTYPE)
     k = len(targets) + 1
@@ -41,13 +42,13 @@ def exact(kind: Kind, targets: torch.Tensor = TRUE) -> tuple[LinearModel, torch.
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft", "shift"])
-def test_moments_of_the_model_give_its_targets_shifts_and_scales(kind: Kind) -> None:
+def test_moments_of_the_model_give_its_targets_shifts_and_scales(kind: InterventionKind) -> None:
     model, theta = exact(kind)
     found = assign_targets(model, theta, model.moments)
     assert torch.equal(found.targets, TRUE)
     # a retention of sigmoid(0) = 1/2 is one of those tried
     torch.testing.assert_close(found.shift, model.unpack(theta)["shift"][0])
-    scale = 0.0 if kind == "shift" else MAX_LOG_SCALE * math.tanh(-0.4 / MAX_LOG_SCALE)
+    scale = 0.0 if kind == "shift" else MAX_FITTED_LOG_SCALE * math.tanh(-0.4 / MAX_FITTED_LOG_SCALE)
     torch.testing.assert_close(found.log_scale, torch.full((6,), scale, dtype=DTYPE))
     retention = {"hard": 0.0, "soft": 0.5, "shift": 1.0}[kind]
     assert found.retention[2:].tolist() == [retention] * 4  # program 0 has no parents: any retention is as good
@@ -70,7 +71,7 @@ def test_the_closed_form_is_the_minimum_of_the_likelihood_and_its_value() -> Non
             near = at.clone()
             near[:, model.at[name]] += step
             worse = model.per_environment(near, found.targets[None], other)[0, 1:]
-            inside = found.log_scale.abs() < 0.97 * MAX_LOG_SCALE
+            inside = found.log_scale.abs() < 0.97 * MAX_FITTED_LOG_SCALE
             assert bool((worse > value)[inside].all())
     for target in range(P):  # every other target, at its own best shift and scale, is no better than claimed
         same = torch.full((6,), target)

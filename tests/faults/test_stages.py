@@ -15,6 +15,7 @@ import torch
 
 import crlseq
 from crlseq.discovery import discover as discovery
+from crlseq.discovery import misfit
 from crlseq.discovery.n_latents import LatentChoice
 from crlseq.pipeline.fit import Progress
 from crlseq.storage.checkpoint import save_checkpoint
@@ -35,7 +36,7 @@ def _straightened() -> Iterator[None]:
     """Every fit straightens, in few steps, and keeps what comes of it."""
     once = discovery._straightened
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(discovery, "STRAIGHT", -math.inf)
+        patch.setattr(misfit, "DESCRIBED", -math.inf)
         patch.setattr(discovery, "FREE", (replace(discovery.FREE[0], steps=20), replace(discovery.FREE[1], steps=20)))
         patch.setattr(discovery, "CAUSAL", replace(discovery.CAUSAL, steps=20))
         patch.setattr(
