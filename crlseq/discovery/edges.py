@@ -15,12 +15,14 @@ from torch import Tensor
 
 from crlseq.discovery.likelihood import Solution
 from crlseq.discovery.moments import DTYPE
+from crlseq.storage.stage_cache import cached_on_disk
 
 REFIT_STEPS = 6  # from the conditional maximum of the quadratic model: close already
 FALLBACK_STEPS = 30
 MIN_EFFECT = 0.25  # |G|: standard deviations of the child's own noise per unit of the parent
 
 
+@cached_on_disk()
 @dataclass(frozen=True)
 class Edges:
     """Declared graph: refitted solution, ``adjacency`` and ``ratio`` (p, p; twice the log-likelihood that an edge

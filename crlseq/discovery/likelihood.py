@@ -26,6 +26,7 @@ from torch import Tensor
 
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import propose_targets
+from crlseq.storage.stage_cache import cached_on_disk
 
 Kind = Literal["hard", "soft", "shift"]
 MAX_LOG_SCALE = 1.5  # |s| stays below: an unbounded scale drives a degenerate environment to infinity
@@ -38,6 +39,7 @@ MAX_STEP = 1.5  # largest change of a parameter in one step
 FIXED_LOG_NOISE = -20.0
 
 
+@cached_on_disk("moments", "p", "kind", "floor", "fit_noise")
 class LinearModel:
     """The likelihood of one data set and kind of intervention; parameters packed as (R, P), R restarts.
 
@@ -315,6 +317,7 @@ class LinearModel:
         return Solution(self, theta, targets, mask, nll, information, converged)
 
 
+@cached_on_disk()
 @dataclass(frozen=True)
 class Solution:
     """Maximum of the likelihood from R starts; ``nll`` (R,) per cell, ``information`` (R, P, P) per cell."""

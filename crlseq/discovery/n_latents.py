@@ -19,6 +19,7 @@ from torch import Tensor
 
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import propose_targets
+from crlseq.storage.stage_cache import cached_on_disk
 
 TRACY_WIDOM_99 = 2.02  # 99th percentile of the Tracy-Widom law for real data
 SAME_RAY = math.sqrt(0.5)  # cosine of 45 degrees: nearer to the ray than to what is orthogonal to it
@@ -33,6 +34,7 @@ BEYOND = 4  # how far the curve goes past the number chosen
 MAX_CURVE = 16  # points; with more, every number near the one chosen and a few of the others
 
 
+@cached_on_disk()
 @dataclass(frozen=True)
 class LatentChoice:
     """The number of latents, why, and the ``curve`` of ``n_latents``, ``held_out``, ``standard_error``.

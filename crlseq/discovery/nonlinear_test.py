@@ -10,6 +10,7 @@ from torch import Tensor
 
 from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.nonlinear import MAX_CELLS, NonlinearSolution, fit_nonlinear
+from crlseq.storage.stage_cache import cached_on_disk
 
 
 def misfit(solution: NonlinearSolution, values: Tensor, environment: Tensor, n_parameters: int = 0) -> float:
@@ -29,6 +30,7 @@ def misfit(solution: NonlinearSolution, values: Tensor, environment: Tensor, n_p
     return float(deviance / expected) if expected > 0 else math.nan
 
 
+@cached_on_disk()
 @dataclass(frozen=True)
 class Preference:
     """Whether held-out cells prefer nonlinear equations: ``gain`` per cell and its standard ``error``, ``misfit`` of

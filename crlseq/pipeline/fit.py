@@ -29,8 +29,9 @@ from crlseq.data.projection import Projection, principal_components
 from crlseq.data.responders import find_responders, left_out
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.data.streamed import StreamedExpression
-from crlseq.discovery.discover import discover
 from crlseq.discovery.effects import effect_tests
+from crlseq.discovery.methods.registry import find_programs
+from crlseq.discovery.task import Task
 from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.tables import tables_of
 from crlseq.prediction.extrapolation import FILE as EMBEDDINGS
@@ -42,7 +43,7 @@ from crlseq.run.summary import sets_in_words
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_weights
 from crlseq.storage.files import by_hdf5
 from crlseq.storage.runfolder import move_into_place, partial_of, refuse_output, working_folder
-from crlseq.storage.stage_cache import Stages
+from crlseq.storage.stage_cache import StageCache
 from crlseq.threads import on_threads
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.memory import give_back, keep_blocks, return_blocks
@@ -241,8 +242,8 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, training.seed)
     of_fit = f"{__version__}\n{digest or content_of(data)}\n{to_toml(config)}"
-    stages = Stages(folder, hashlib.sha256(of_fit.encode()).hexdigest())
-    tests = stages.result("effects", lambda: effect_tests(data, projection.scores, training.seed))
+    cache = StageCache(folder, hashlib.sha256(of_fit.encode()).hexdigest())
+    tests = cache.get("effects", lambda: effect_tests(data, projection.scores, training.seed))
     responders, escaped = None, np.zeros(0, dtype=np.int64)
     if config.data.responders:
         responders = find_responders(data, projection.scores, tests["fdr"])
@@ -250,9 +251,9 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
         data = left_out(data, escaped, responders.in_words())
         progress.note(responders.in_words())
     try:
-        start, n_latents, reason = _start(data, config, projection, tests, progress, stages)
+        start, n_latents, reason = _start(data, config, projection, tests, progress, cache)
     except InputError:  # there is nothing to go on with
-        stages.forget()
+        cache.clear()
         raise
     give_back()
     of_sets = "" if sets is None else sets.digest()
@@ -317,7 +318,7 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
             found.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
     write_report(run, folder / "report.html")
     previous_of(folder / "resume.pt").unlink(missing_ok=True)
-    stages.forget()
+    cache.clear()
     return run
 
 
@@ -349,27 +350,12 @@ def _start(
     projection: Projection,
     tests: dict[str, np.ndarray],
     progress: Progress,
-    stages: Stages,
+    cache: StageCache,
 ) -> tuple[WarmStart | None, int, str]:
     """What the fit starts from (None: random weights), the number of programs, and why that many."""
-    asked, k = config.model.n_latents, len(data.perturbation_names)
     effect = np.where(tests["fdr"] <= DETECTABLE_FDR, np.maximum(tests["energy"], 1e-12), 0.0)  # NaN counts as none
-    # The ablation without structural equations has no graph that a likelihood could find.
-    gradient = config.model.method == "gradient" or not config.model.causal_layer
-    if not gradient and not effect.any():
-        progress.note(
-            "No single perturbation has a detectable effect: targets are learned by gradient, without claims."
-        )
-        gradient = True
-    if gradient:
-        if asked == "auto":
-            return None, k, "one a perturbation, as published"
-        if asked > k:
-            raise InputError(
-                f"{asked} programs were asked for, but only {k} perturbations are fitted.",
-                "Each program needs a perturbation of its own: ask for fewer programs.",
-            )
-        return None, asked, "as asked"
-    discovery = discover(data, effect, config.model, config.training.seed, progress.stage, progress.note, stages.result)
-    reason = "as asked" if discovery.choice is None else discovery.choice.reason
-    return WarmStart(discovery, ~np.isnan(tests["p_value"]), projection), len(discovery.adjacency), reason
+    task = Task(data, effect, config.model, config.training.seed, progress.stage, progress.note, cache)
+    programs = find_programs(task)
+    if programs.discovery is None:
+        return None, programs.n, programs.reason
+    return WarmStart(programs.discovery, ~np.isnan(tests["p_value"]), projection), programs.n, programs.reason

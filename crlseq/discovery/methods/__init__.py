@@ -1,0 +1,1 @@
+"""One file per discovery method; `crlseq.discovery.methods.protocol` says how to add one."""

@@ -1,0 +1,106 @@
+"""What a discovery method is given: the screen, the options, and what to report to and compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crlseq.config import ModelConfig
+from crlseq.data import splits
+from crlseq.data.dataset import PerturbSeqData
+from crlseq.discovery.likelihood import Kind
+from crlseq.discovery.n_latents import LatentChoice
+from crlseq.storage.stage_cache import StageCache, cached_on_disk
+from crlseq.threads import Item, Made, in_parallel
+
+
+@dataclass(frozen=True)
+class Task:
+    """A discovery to make.
+
+    Attributes
+    ----------
+    data
+        The screen.
+    effect
+        (K,) size of each perturbation's effect; 0 without one, and for perturbations that only occur in combinations.
+    config, seed
+        Options, and where all random numbers come from.
+    stage, note
+        Called with what is being done, and with what was found.
+    cache
+        Gives what a stage computes, now or in an earlier attempt.
+    threads
+        How many may be computed on.
+    """
+
+    data: PerturbSeqData
+    effect: np.ndarray
+    config: ModelConfig
+    seed: int
+    stage: Callable[[str], None] = lambda text: None
+    note: Callable[[str], None] = lambda text: None
+    cache: StageCache = field(default_factory=StageCache)
+    threads: int = field(default_factory=torch.get_num_threads)
+
+    @property
+    def kind(self) -> Kind | None:
+        """The kind of intervention that was asked for."""
+        return None if self.config.intervention == "auto" else self.config.intervention
+
+    def in_parallel(self, make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+        """`map` on all threads."""
+        return in_parallel(make, items, self.threads)
+
+    def environments(self, perturbations: np.ndarray) -> Tensor:
+        """(cells,) environment of each cell: 0 control, i + 1 the single perturbation ``perturbations[i]``, -1 others.
+
+        A cell whose batch has no controls is one of the others.
+        """
+        data = self.data
+        number: dict[tuple[int, ...], int] = {(): 0} | {(int(k),): i + 1 for i, k in enumerate(perturbations)}
+        of_condition = np.array([*(number.get(parts, -1) for parts in data.conditions), -1])
+        return torch.from_numpy(np.where(data.comparable(), of_condition[data.condition], -1))
+
+    def cells_of(self, split: int, environment: Tensor) -> Tensor:
+        """(cells,) bool: the cells of a split that belong to an environment."""
+        return torch.from_numpy(self.data.split == split) & (environment >= 0)
+
+    def fitted_cells(self) -> np.ndarray:
+        """Indices of the training and validation cells."""
+        seen = np.isin(self.data.split, (splits.TRAIN, splits.VALIDATION))
+        return np.flatnonzero(seen & (self.data.condition >= 0))
+
+
+@cached_on_disk()
+@dataclass(frozen=True)
+class Cells:
+    """Cells (N, q) as the likelihood sees them: posterior variances if straightened, environments (N,), training (N,)."""
+
+    values: Tensor
+    variances: Tensor | None
+    environment: Tensor
+    train: Tensor
+
+    def training(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Values (n, q) in float64, variances and environments of the training cells."""
+        variances = None if self.variances is None else self.variances[self.train]
+        return self.values[self.train].double(), variances, self.environment[self.train]
+
+    def first(self, q: int) -> Cells:
+        """The cells in their first components."""
+        return replace(self, values=self.values[:, :q])
+
+
+@dataclass(frozen=True)
+class Start:
+    """Cells in whitened components, the perturbations (m,) that shape the graph, and how many programs to look for."""
+
+    cells: Cells
+    environments: np.ndarray
+    n_latents: int
+    choice: LatentChoice | None
