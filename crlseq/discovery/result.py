@@ -25,56 +25,28 @@ CHUNK = 100_000  # cells whose latents are computed at a time
 
 @dataclass(frozen=True)
 class Discovery:
-    """What a method found. Latents are in topological order, with noise of unit variance over control cells.
+    """What a method found. Latents are in topological order, with noise of unit variance over control cells."""
 
-    Attributes
-    ----------
-    index, latents
-        (n,) training and validation cells, and their (n, p) latents.
-    noise
-        (p,) variance that a cell's latents are known with.
-    adjacency, intercept
-        (p, p) weights of the declared edges, row -> column; (p,) constants of the equations.
-    target
-        (K,) int64 latent of each perturbation, -1 without a claim.
-    shift, log_scale, retention
-        (K,) what each does to its target; 0, 0, 1 without a claim.
-    kind, equations, verdict
-        Kind of intervention and of equations that fit, and what that says about the graph.
-    held_out, gain, gain_error
-        Negative log-likelihood per held-out cell by model; what the graph gains on all of them, and its standard error.
-    misfit
-        Of the model that the verdict is about (1: none).
-    environments
-        (m,) perturbations that shaped the graph.
-    straightened
-        Whether a network straightened the latents.
-    stability
-        Of the bootstrap, programs in order; None without one. Its K are the perturbations of `environments`.
-    choice
-        How the number of latents was chosen; None if it was asked for.
-    """
-
-    index: np.ndarray
-    latents: np.ndarray
-    noise: np.ndarray
-    adjacency: np.ndarray
-    intercept: np.ndarray
-    target: np.ndarray
-    shift: np.ndarray
-    log_scale: np.ndarray
-    retention: np.ndarray
-    kind: Kind
-    equations: str
+    index: np.ndarray  # (n,) training and validation cells
+    latents: np.ndarray  # (n, p)
+    noise: np.ndarray  # (p,) variance that a cell's latents are known with
+    adjacency: np.ndarray  # (p, p) weights of the declared edges, row -> column
+    intercept: np.ndarray  # (p,) constants of the equations
+    target: np.ndarray  # (K,) int64 latent of each perturbation, -1 without a claim
+    shift: np.ndarray  # (K,) what each does to its target; 0 without a claim
+    log_scale: np.ndarray  # (K,) likewise; 0 without a claim
+    retention: np.ndarray  # (K,) likewise; 1 without a claim
+    kind: Kind  # of intervention that fits
+    equations: str  # linear or nonlinear
     verdict: Verdict
-    held_out: dict[str, float]
-    gain: float
+    held_out: dict[str, float]  # negative log-likelihood per held-out cell by model
+    gain: float  # of the graph, in log-likelihood of all held-out cells
     gain_error: float
-    misfit: float
-    environments: np.ndarray
-    straightened: bool = False
-    stability: Stability | None = None
-    choice: LatentChoice | None = None
+    misfit: float  # of the model that the verdict is about (1: none)
+    environments: np.ndarray  # (m,) perturbations that shaped the graph
+    straightened: bool = False  # by a network
+    stability: Stability | None = None  # programs in order; its K are the perturbations of `environments`
+    choice: LatentChoice | None = None  # of the number of latents; None if it was asked for
 
 
 @dataclass(frozen=True)

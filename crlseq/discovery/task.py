@@ -20,30 +20,14 @@ from crlseq.threads import Item, Made, in_parallel
 
 @dataclass(frozen=True)
 class Task:
-    """A discovery to make.
-
-    Attributes
-    ----------
-    data
-        The screen.
-    effect
-        (K,) size of each perturbation's effect; 0 without one, and for perturbations that only occur in combinations.
-    config, seed
-        Options, and where all random numbers come from.
-    stage, note
-        Called with what is being done, and with what was found.
-    cache
-        Gives what a stage computes, now or in an earlier attempt.
-    threads
-        How many may be computed on.
-    """
+    """A discovery to make."""
 
     data: PerturbSeqData
-    effect: np.ndarray
+    effect: np.ndarray  # (K,) of each perturbation; 0 without one, and where it only occurs in combinations
     config: ModelConfig
     seed: int
-    stage: Callable[[str], None] = lambda text: None
-    note: Callable[[str], None] = lambda text: None
+    stage: Callable[[str], None] = lambda text: None  # called with what is being done
+    note: Callable[[str], None] = lambda text: None  # called with what was found
     cache: StageCache = field(default_factory=StageCache)
     threads: int = field(default_factory=torch.get_num_threads)
 
@@ -79,12 +63,12 @@ class Task:
 @cached_on_disk()
 @dataclass(frozen=True)
 class Cells:
-    """Cells (N, q) as the likelihood sees them: posterior variances if straightened, environments (N,), training (N,)."""
+    """Cells as the likelihood sees them."""
 
-    values: Tensor
-    variances: Tensor | None
-    environment: Tensor
-    train: Tensor
+    values: Tensor  # (N, q)
+    variances: Tensor | None  # (N, q) posterior variances, if straightened
+    environment: Tensor  # (N,)
+    train: Tensor  # (N,) bool
 
     def training(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Values (n, q) in float64, variances and environments of the training cells."""

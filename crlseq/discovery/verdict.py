@@ -36,31 +36,15 @@ class Verdict:
 @cached_on_disk()
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a graph selected by likelihood.
+    """What is known of a graph selected by likelihood."""
 
-    Attributes
-    ----------
-    kind
-        Of the interventions under which it was selected: ``hard`` or ``soft``.
-    shifts_asked
-        Whether the user asked for mere shifts.
-    n_edges
-        Edges selected.
-    gain, error
-        Log-likelihood of held-out cells over that of the best model without edges, and its standard error.
-    misfit
-        Of the model, with its standard deviation; None while unknown.
-    support
-        Largest bootstrap support of a selected edge; None without a bootstrap.
-    """
-
-    kind: Kind
-    shifts_asked: bool
+    kind: Kind  # of the interventions under which it was selected: hard or soft
+    shifts_asked: bool  # by the user
     n_edges: int
-    gain: float
-    error: float
-    misfit: tuple[float, float] | None = None
-    support: float | None = None
+    gain: float  # log-likelihood of held-out cells over that of the best model without edges
+    error: float  # standard error of the gain
+    misfit: tuple[float, float] | None = None  # with its standard deviation; None while unknown
+    support: float | None = None  # largest of a selected edge; None without a bootstrap
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -130,4 +114,9 @@ def judge_gradient(config: ModelConfig) -> Verdict:
             "A graph read off the gradient steps of a single fit was no better than an empty one in simulations: take"
             " it as a sketch, not as a finding."
         )
-    return Verdict("not identified", reason)
+    return nothing_identified(reason)
+
+
+def nothing_identified(theory: str) -> Verdict:
+    """The verdict on a method that identifies no graph, for a reason that its theory gives."""
+    return Verdict("not identified", theory)

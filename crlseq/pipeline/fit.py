@@ -30,7 +30,7 @@ from crlseq.data.responders import find_responders, left_out
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.data.streamed import StreamedExpression
 from crlseq.discovery.effects import effect_tests
-from crlseq.discovery.methods.registry import find_programs
+from crlseq.discovery.methods import find_programs
 from crlseq.discovery.task import Task
 from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.tables import tables_of

@@ -13,7 +13,7 @@ Identified: nothing that is declared. In simulations the graph of a single fit w
 
 from __future__ import annotations
 
-from crlseq.discovery.methods.protocol import Programs
+from crlseq.discovery.methods import Programs
 from crlseq.discovery.task import Task
 from crlseq.discovery.verdict import Answer
 from crlseq.errors import InputError

@@ -15,7 +15,7 @@ since the decoder can absorb any graph.
 from __future__ import annotations
 
 from crlseq.discovery.discover import discover
-from crlseq.discovery.methods.protocol import Programs
+from crlseq.discovery.methods import Programs
 from crlseq.discovery.task import Task
 from crlseq.discovery.verdict import Answer
 

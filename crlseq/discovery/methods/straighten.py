@@ -22,7 +22,7 @@ from crlseq.discovery.discover import Refined, compare_on, discover
 from crlseq.discovery.edges import dispersion, misfit, select_edges
 from crlseq.discovery.kind_comparison import KindComparison
 from crlseq.discovery.likelihood import Solution
-from crlseq.discovery.methods.protocol import Programs
+from crlseq.discovery.methods import Programs
 from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.nonlinear_test import prefers_nonlinear
 from crlseq.discovery.reassign import reassign_targets
