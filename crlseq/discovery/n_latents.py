@@ -76,19 +76,20 @@ def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> Late
     """
     values, environment = _usable(values.to(DTYPE), environment)
     if not bool((environment == 0).any()) or int(environment.max()) < 1:
-        return LatentChoice(1, [], "There are too few cells to tell more than one latent.")
+        return LatentChoice(1, [], "There are too few cells to distinguish more than one program.")
     found = _shifts(values, environment)
     if found is None or found.rank == 0:
-        return LatentChoice(1, [], "No perturbation moves the mean beyond sampling noise.")
+        return LatentChoice(1, [], "The perturbations do not shift the mean beyond sampling noise.")
     rays, members = _bundle(found)
     if len(rays) == 0:
-        return LatentChoice(1, [], "No single perturbation moves the mean beyond sampling noise.")
+        return LatentChoice(1, [], "No single perturbation shifts the mean beyond sampling noise.")
     joined = _opposite(rays, members, found)
     n = max(1, min(len(rays) - joined, found.rank))
+    pairs = "none of them" if not joined else f"{joined} pair{'s' * (joined > 1)} of them"
     reason = (
-        f"{int(found.effect.sum())} of {len(found.effect)} perturbations have an effect; it has {len(rays)}"
-        f" direction{'s' * (len(rays) > 1)}, {joined} pair{'s' * (joined != 1)} of them the two sides of one latent;"
-        f" the mean shifts have rank {found.rank}."
+        f"{int(found.effect.sum())} of {len(found.effect)} perturbations have an effect; effects span {len(rays)}"
+        f" direction{'s' * (len(rays) > 1)}, {pairs} opposite ends of one program{' each' * (joined > 1)}; the mean"
+        f" shifts have rank {found.rank}."
     )
     return LatentChoice(n, _curve(values, environment, n, found, seed), reason)
 

@@ -112,7 +112,8 @@ def nonlinear_result(task: Task, start: Start, preference: Preference) -> Discov
     """Shifts under nonlinear equations, in the first components as they are: the programs are read off them."""
     solution, values, k = preference.nonlinear, start.cells.values, len(task.effect)
     assert solution is not None
-    index, n, p = task.fitted_cells(), len(values), start.n_latents
+    index, p = task.fitted_cells(), start.n_latents
+    gain, error = preference.gain * len(values), preference.error * len(values)
     order = _topological(solution.adjacency)
     target, shift = np.full(k, -1), np.zeros(k)
     target[start.environments] = torch.argsort(order)[solution.targets].numpy()
@@ -129,10 +130,10 @@ def nonlinear_result(task: Task, start: Start, preference: Preference) -> Discov
         retention=np.ones(k),
         kind="shift",
         equations="nonlinear",
-        verdict=judge_nonlinear(),
+        verdict=judge_nonlinear(gain, error),
         held_out={"linear": float("nan"), "nonlinear": solution.nll},
-        gain=preference.gain * n,
-        gain_error=preference.error * n,
+        gain=gain,
+        gain_error=error,
         misfit=preference.misfit[1],
         environments=start.environments,
         choice=start.choice,

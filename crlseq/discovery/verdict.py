@@ -18,6 +18,7 @@ DECISIVE = 2.0  # standard errors of a held-out gain
 DESCRIBED = 1.1  # misfit up to which the structural model describes the cells
 CHANCE = 3.0  # standard deviations of the misfit that come on top
 DECLARED_SUPPORT = 0.5  # an edge that just passes its likelihood ratio is found in half of the replicates
+ANY_GRAPH = "Shifts with linear equations fit equally well with any graph, including the empty one."
 
 
 @dataclass(frozen=True)
@@ -51,32 +52,36 @@ def judge(evidence: Evidence) -> Verdict:
     """The verdict on a graph selected by likelihood."""
     if objection := _objection(evidence):
         return Verdict("not identified", objection)
-    hard = evidence.kind == "hard"
-    cut = "cut their targets off from" if hard else "weaken what their targets receive from"
-    told = "single edges can be told" if hard else "who is upstream can be told, single edges less surely"
+    gain = f"(gain {evidence.gain:.0f} ± {evidence.error:.0f} log-likelihood units)"
+    better = f"With edges the model predicts held-out cells better than any model without {gain}"
+    if evidence.kind == "hard":
+        reason = (
+            f"Interventions cut their targets off from upstream programs. {better}, so single edges are identified."
+        )
+        return Verdict("identified", reason)
     reason = (
-        f"Interventions that {cut} upstream programs explain held-out cells better than any model without edges"
-        f" (by {evidence.gain:.0f} ± {evidence.error:.0f} log-likelihood units), so that {told}."
+        f"Interventions weaken the input of their targets from upstream programs. {better}, so ancestry is identified;"
+        " single edges are less certain."
     )
-    return Verdict("identified" if hard else "ancestry only", reason)
+    return Verdict("ancestry only", reason)
 
 
 def _objection(evidence: Evidence) -> str | None:
     """The first reason not to believe the graph."""
     gain = f"{evidence.gain:+.0f} ± {evidence.error:.0f} log-likelihood units"
     if evidence.n_edges == 0:
-        return "No edge is worth its parameter, and mere shifts fit every graph as well as the empty one."
+        return f"No edge improves the fit enough to be selected. {ANY_GRAPH}"
     if not evidence.gain > DECISIVE * evidence.error:
         return (
-            f"Held-out cells are explained no better with edges than without ({gain}), as with mere shifts, which"
-            " every graph fits as well as the empty one."
+            f"Edges do not predict held-out cells better (gain {gain}; more than {DECISIVE:.0f} standard errors are"
+            f" needed). {ANY_GRAPH}"
         )
     if evidence.shifts_asked:
-        return "Shifts were asked for, and with linear equations every graph, the empty one too, fits shifts as well."
+        return f"Shifts were asked for. {ANY_GRAPH}"
     if evidence.misfit is not None and not described(*evidence.misfit):
         return (
-            f"The structural model does not describe the cells (misfit {evidence.misfit[0]:.2f}, where 1 is none), so"
-            f" that what edges gain on held-out cells ({gain}) may come from what it misses."
+            f"The model fits poorly (misfit {evidence.misfit[0]:.2f}; ideal 1.0), so the edges' gain ({gain}) may be an"
+            " artefact."
         )
     if evidence.support is not None and evidence.support < DECLARED_SUPPORT:
         return (
@@ -91,12 +96,16 @@ def described(misfit: float, error: float, limit: float = DESCRIBED) -> bool:
     return misfit <= limit + CHANCE * error
 
 
-def judge_nonlinear() -> Verdict:
-    """The verdict on nonlinear equations under shifts that passed `crlseq.discovery.nonlinear_test`."""
+def judge_nonlinear(gain: float, error: float) -> Verdict:
+    """The verdict on nonlinear equations under shifts that passed `crlseq.discovery.nonlinear_test`.
+
+    ``gain`` and ``error``: in log-likelihood over linear equations.
+    """
     return Verdict(
         "ancestry only",
-        "Held-out cells fit nonlinear equations better, and these explain most of what linear ones leave. If expression"
-        " is linear in the programs, shifts then tell who is upstream.",
+        f"Nonlinear equations predict held-out cells better than linear ones (gain {gain:.0f} ± {error:.0f}"
+        " log-likelihood units) and explain most of their misfit. If expression is linear in the programs, shifts then"
+        " identify ancestry.",
     )
 
 
@@ -106,13 +115,13 @@ def judge_gradient(config: ModelConfig) -> Verdict:
         reason = "The model was fitted without structural equations, so it has no graph."
     elif config.equations != "nonlinear" and config.intervention == "shift":
         reason = (
-            "With linear structural equations and shifts alone the decoder can absorb any graph, the empty one too: the"
-            " edges come from the optimiser, not from the data."
+            "With linear equations and shifts alone, the decoder can absorb any graph, including the empty one: the"
+            " edges reflect the optimiser, not the data."
         )
     else:
         reason = (
-            "A graph read off the gradient steps of a single fit was no better than an empty one in simulations: take"
-            " it as a sketch, not as a finding."
+            "In simulations, a graph learned by gradient in a single fit was no better than an empty one: treat it as a"
+            " sketch, not a finding."
         )
     return nothing_identified(reason)
 

@@ -106,7 +106,7 @@ def packed(value: Any) -> Any:
     kind, attributes = CLASSES.get(type(value).__name__, (None, ()))
     if kind is type(value):
         return {"kind": kind.__name__, "value": {name: packed(getattr(value, name)) for name in attributes}}
-    raise TypeError(f"{type(value).__name__} is nothing that a stage may hold")
+    raise TypeError(f"{type(value).__name__} cannot be stored in a stage file")
 
 
 def unpacked(value: Any) -> Any:

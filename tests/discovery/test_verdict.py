@@ -28,9 +28,9 @@ def test_without_an_objection_the_kind_decides(kind: Any, answer: Answer, unknow
     ("change", "words"),
     [
         ({"n_edges": 0}, ["No edge"]),
-        ({"gain": 40.0}, ["Held-out cells", "+40 ± 20"]),
-        ({"gain": -3.0}, ["Held-out cells", "-3 ± 20"]),
-        ({"gain": float("nan")}, ["Held-out cells"]),
+        ({"gain": 40.0}, ["held-out cells", "+40 ± 20", "2 standard errors"]),
+        ({"gain": -3.0}, ["held-out cells", "-3 ± 20"]),
+        ({"gain": float("nan")}, ["held-out cells"]),
         ({"shifts_asked": True}, ["Shifts were asked for"]),
         ({"misfit": (1.51, 0.01)}, ["misfit 1.51", "+55 ± 20"]),
         ({"support": 0.45}, ["bootstrap removed the last edge", "0.45"]),

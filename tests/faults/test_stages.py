@@ -204,12 +204,12 @@ def test_only_registered_classes_are_packed() -> None:
     class Odd:
         x: int
 
-    with pytest.raises(TypeError, match="Odd is nothing"):
+    with pytest.raises(TypeError, match="Odd cannot"):
         packed([Odd(1)])
     cached_on_disk()(Odd)
     assert unpacked(packed([Odd(1)])) == [Odd(1)]
     del CLASSES["Odd"]
-    with pytest.raises(TypeError, match="Path is nothing"):
+    with pytest.raises(TypeError, match="Path cannot"):
         packed([Path("x")])
     for odd in ({"kind": "Path", "value": {}}, {"kind": "LatentChoice", "value": {}}, {"value": 3}):
         with pytest.raises((KeyError, TypeError)):

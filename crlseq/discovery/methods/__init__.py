@@ -64,6 +64,8 @@ def find_programs(task: Task) -> Programs:
     if not task.config.causal_layer:  # the ablation without structural equations has no graph to find
         name = "gradient"
     elif name != "gradient" and not task.effect.any():
-        task.note("No single perturbation has a detectable effect: targets are learned by gradient, without claims.")
+        task.note(
+            "No single perturbation has a detectable effect: targets are learned by gradient, and none is claimed."
+        )
         name = "gradient"
     return method_of(name).find(task)

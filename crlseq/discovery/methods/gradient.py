@@ -25,7 +25,7 @@ def find(task: Task) -> Programs:
     """The number of programs alone."""
     asked, k = task.config.n_latents, len(task.effect)
     if asked == "auto":
-        return Programs(k, "one a perturbation, as published", None)
+        return Programs(k, "one per perturbation, as published", None)
     if asked > k:
         raise InputError(
             f"{asked} programs were asked for, but only {k} perturbations are fitted.",
