@@ -116,7 +116,7 @@ def count_components(
         found, intercept, prior, v = _fit_loadings(dense, axes, alpha, threads)
         guess = _regress(_residuals(dense, intercept, alpha), v)
         some = slice(CHUNK)
-        weights = _moments(dense[some], _log_size(dense[some], intercept) + intercept + v[some] @ found, alpha)[0]
+        weights = _working(dense[some], _log_size(dense[some], intercept) + intercept + v[some] @ found, alpha)[0]
         rough = _low_rank_information(found, weights, prior)
     q = len(found)
     scores = np.empty((len(cells), q), dtype=np.float32)
@@ -130,7 +130,7 @@ def count_components(
         # Any start leads to the same end, for the likelihood is concave; this one halves the way.
         start = _residuals(part, intercept, alpha) @ guess
         v, s = _score(part, start, _log_size(part, intercept), found, intercept, prior, alpha, MAX_STEPS, rough)
-        return v, _moments(part, s + intercept + v @ found, alpha)[0].double().sum(0)
+        return v, _working(part, s + intercept + v @ found, alpha)[0].double().sum(0)
 
     chunks = list(_chunks(len(cells)))
     for rows, (v, weight) in zip(chunks, in_parallel(score, chunks, threads), strict=True):
@@ -242,7 +242,7 @@ def _fit_loadings(x: Tensor, axes: Floats, alpha: float, threads: int) -> tuple[
         packed = torch.zeros(g, pairs.shape[1], dtype=torch.float64)
         gradient = torch.zeros(g, q + 1, dtype=torch.float64)
         for rows in _chunks(n):
-            w, score = _moments(x[rows], s[rows] + b + v[rows] @ loadings, alpha)
+            w, score = _working(x[rows], s[rows] + b + v[rows] @ loadings, alpha)
             design = torch.cat([v[rows], torch.ones(len(w), 1)], 1)
             packed += w.T @ (design[:, pairs[0]] * design[:, pairs[1]])
             gradient += score.T @ design
@@ -278,7 +278,7 @@ def _score(
     active, stale = torch.arange(len(x)), torch.ones(len(x), dtype=torch.bool)
     for i in range(steps):
         own = x if len(active) == len(x) else x[active]
-        w, score = _moments(own, state[active] @ design + b, alpha)
+        w, score = _working(own, state[active] @ design + b, alpha)
         renewed = active[stale]
         if len(renewed):
             roughly = rough is not None and i < ROUGH_STEPS
@@ -348,7 +348,7 @@ def _unpacked(upper: Tensor, n: int) -> Tensor:
     return upper.index_select(-1, place.flatten()).view(*upper.shape[:-1], n, n)
 
 
-def _moments(x: Tensor, eta: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _working(x: Tensor, eta: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Working weights and scores of negative-binomial counts with log mean `eta`."""
     mean = eta.clamp(-12, MAX_ETA).exp_()
     scale = 1 / (1 + alpha * mean)

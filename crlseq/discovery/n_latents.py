@@ -27,7 +27,7 @@ SAME_RAY = math.sqrt(0.5)  # cosine of 45 degrees: nearer to the ray than to wha
 ONE_LATENT = -0.5
 THIRD_MOMENT, LOG_VARIANCE = 0.5, 0.1  # weights in the exclusion score, against the cosine's 1
 MAX_DEVIATION = 5.0  # standard deviations, in third moments
-CHANCE = 0.01  # that any perturbation without effect is taken for one with an effect
+FALSE_EFFECTS = 0.01  # chance that any perturbation without effect is taken for one with an effect
 MAX_RAYS = 200
 MAX_CURVE_PERTURBATIONS = 300  # the strongest; the curve is for the eye
 BEYOND = 4  # how far the curve goes past the number chosen
@@ -142,8 +142,8 @@ def _shifts(values: Tensor, environment: Tensor) -> _Shifts | None:
     shifts = (means[1:] - means[0]) / error[:, None]
     leading = shifts @ axes
     k, q, r = len(shifts), shifts.shape[1], axes.shape[1]
-    effect = (shifts**2).sum(1) > float(chdtri(q, CHANCE / k))
-    effect |= (leading**2).sum(1) > float(chdtri(r, 0.1 * CHANCE / k))  # stricter: chosen on the same shifts
+    effect = (shifts**2).sum(1) > float(chdtri(q, FALSE_EFFECTS / k))
+    effect |= (leading**2).sum(1) > float(chdtri(r, 0.1 * FALSE_EFFECTS / k))  # stricter: chosen on the same shifts
     return _Shifts(shifts, leading, values @ white @ axes, residuals @ white @ axes, environment, effect, rank)
 
 
@@ -158,7 +158,7 @@ def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
     power = (d**2).sum(1)
     size = power.clamp_min(1e-12).sqrt()
     reach = SAME_RAY * (1 - r / power.clamp_min(1e-12)).clamp_min(0.05).sqrt()  # noise widens the angle
-    off = float(chdtri(r - 1, CHANCE / k)) if r > 1 else math.inf
+    off = float(chdtri(r - 1, FALSE_EFFECTS / k)) if r > 1 else math.inf
     sums = d.new_zeros(0, r)
     for i in power.argsort(descending=True).tolist():
         if not effect[i]:
@@ -172,12 +172,14 @@ def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
             if power[i] * (1 - (cosine**2).max()) < off or len(sums) == MAX_RAYS:
                 continue
         sums = torch.cat([sums, d[i : i + 1]])
-    members = torch.full((k,), -1)
+
+    def members_of(rays: Tensor) -> Tensor:
+        nearest = (d @ rays.T / size[:, None]).max(1)
+        return torch.where(effect & (nearest.values > reach), nearest.indices, -1)
+
     settled = False
     while len(sums) and not settled:
-        cosine = d @ _unit(sums).T / size[:, None]
-        nearest = cosine.max(1)
-        members = torch.where(effect & (nearest.values > reach), nearest.indices, -1)
+        members = members_of(_unit(sums))
         sums = torch.zeros_like(sums).index_add_(0, members.clamp_min(0), d * (members >= 0)[:, None])
         sums = sums[torch.bincount(members[members >= 0], minlength=len(sums)) > 0]
         cosine = _unit(sums) @ _unit(sums).T - 2 * torch.eye(len(sums), dtype=DTYPE)
@@ -186,10 +188,8 @@ def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
             a, b = divmod(int(cosine.argmax()), len(sums))
             sums[a] += sums[b]
             sums = sums[torch.arange(len(sums)) != b]
-    if len(sums):
-        nearest = (d @ _unit(sums).T / size[:, None]).max(1)
-        members = torch.where(effect & (nearest.values > reach), nearest.indices, -1)
-    return _unit(sums), members
+    rays = _unit(sums)
+    return rays, members_of(rays) if len(rays) else torch.full((k,), -1)
 
 
 def _opposite(rays: Tensor, members: Tensor, found: _Shifts) -> int:
