@@ -49,8 +49,8 @@ def whitened_components(data: PerturbSeqData, n_components: int, seed: int) -> S
     """(cells, q) components of every cell, centred on the control cells of its batch, overall deviation 1.
 
     Estimated on training cells alone; q is `n_components` or what genes and cells allow. Cells that take no part
-    are 0. The perturbed genes themselves are left out: that a knock-out lowers its own transcript is its assay and
-    no program, yet it would give every perturbation a direction of its own. Cells are gone through some at a time.
+    are 0. The perturbed genes themselves are left out: that a knock-out lowers its own transcript reflects the assay,
+    not a program, yet it would give every perturbation a direction of its own. Cells are read in chunks.
     """
     genes = np.flatnonzero(~np.isin(data.genes, data.perturbation_names))
     if len(genes) < 2:
@@ -99,14 +99,8 @@ def count_components(
 ) -> Scores:
     """(len(cells), n_components) whitened components of counts, loadings estimated on the cells `fitted`.
 
-    Parameters
-    ----------
-    counts
-        Cell indices to their counts (cells, genes).
-
-    Notes
-    -----
-    Cost: cells x genes x n_components^2, genes at most `MAX_GENES`.
+    ``counts`` gives the counts (cells, genes) of cell indices. Cost: cells x genes x n_components^2, genes at most
+    `MAX_GENES`.
     """
     x, genes, axes = _select(counts(fitted), n_components)
     alpha = dispersion(x)
@@ -306,15 +300,10 @@ def _information(loadings: Tensor) -> Information:
 
 
 def _low_rank_information(loadings: Tensor, weights: Tensor, prior: Tensor) -> Information:
-    """`_information` but for what cells differ in little, for a fraction of its cost.
+    """`_information` except for what cells differ in little, for a fraction of its cost.
 
-    Principal components of the cells' information matrices, in the metric of their mean, so that an error counts by
-    what it makes of a step.
-
-    Parameters
-    ----------
-    weights
-        (n, genes) working weights of some cells.
+    Principal components of the information matrices of some cells, with working weights (n, genes), in the metric of
+    their mean, so that an error counts by what it makes of a step.
     """
     design = torch.cat([loadings, torch.ones(1, loadings.shape[1])])
     one, other = torch.triu_indices(len(design), len(design))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from crlseq.discovery.result import Discovery, Judged, linear_result
 from crlseq.discovery.task import Cells, Start, Task
 from crlseq.discovery.verdict import DECLARED_SUPPORT, described, judge
 from crlseq.errors import InputError
-from crlseq.threads import on_threads
+from crlseq.threads import in_parallel, on_threads
 
 STRAIGHT = 1.05  # misfit up to which linear equations are left as they are; where mixing is linear it is 1.00 to 1.03
 COMPONENTS = 40
@@ -48,16 +49,8 @@ Refine = Callable[[Task, Start, Cells, Solution, KindComparison], Refined]
 def discover(task: Task, refine: Refine | None = None) -> Discovery:
     """Targets, interventions and graph of a screen, from its single perturbations with an effect.
 
-    Parameters
-    ----------
-    refine
-        What to do where linear equations do not describe the cells: it gives other coordinates of the cells with a
-        comparison of models on them, a finished discovery, or None if it does no better.
-
-    Raises
-    ------
-    InputError
-        If there are more latents than perturbations with an effect.
+    Where linear equations do not describe the cells, ``refine`` gives other coordinates of the cells with a comparison
+    of models on them, a finished discovery, or None if it does no better.
     """
     start = find_components(task)
     p, cache = start.n_latents, task.cache
@@ -93,7 +86,7 @@ def find_components(task: Task) -> Start:
 
 
 def number_of_programs(task: Task, cells: Cells, n_environments: int) -> tuple[int, LatentChoice | None]:
-    """The number that was asked for, or one chosen."""
+    """The number that was asked for, or one chosen; an `InputError` if perturbations are fewer."""
     asked = task.config.n_latents
     if asked == "auto":
         choice = choose_n_latents(cells.values[cells.train], cells.environment[cells.train], task.seed)
@@ -112,8 +105,8 @@ def fit_likelihood(task: Task, cells: Cells, p: int) -> Solution:
     values, _, environment = cells.training()
     moments = environment_moments(values, environment)
     restarts = RESTARTS if p < MANY_LATENTS else FEW_RESTARTS
-    floor = MIN_NOISE * noise_level(moments)
-    return reassign_targets(fit_linear(moments, p, "hard", restarts, task.seed, floor, each=task.in_parallel))
+    floor, each = MIN_NOISE * noise_level(moments), partial(in_parallel, threads=task.threads)
+    return reassign_targets(fit_linear(moments, p, "hard", restarts, task.seed, floor, each=each))
 
 
 def compare_on(task: Task, cells: Cells, dense: Solution, seed: int) -> KindComparison:

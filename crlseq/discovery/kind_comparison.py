@@ -49,16 +49,8 @@ def compare_kinds(
     deviations of what one parameter per perturbation gives by chance. The gain of a graph over none is
     cross-validated: summed over cells, with its standard error over environments.
 
-    Parameters
-    ----------
-    dense
-        Hard interventions with a dense graph, fitted to all cells.
-    folds
-        Moments of the other cells and of the held-out ones, of the same environments.
-    kind
-        ``shift``, ``hard`` or ``soft`` to take that kind; the evidence still comes from the data.
-    threads
-        Models and folds computed at the same time.
+    ``dense`` has hard interventions with a dense graph, fitted to all cells; ``folds`` are moments of the other cells
+    and of the held-out ones. A given ``kind`` is taken; the evidence still comes from the data.
     """
     edges = hard = select_edges(dense)
     if kind == "soft" or (kind is None and _weakened(hard.solution)):

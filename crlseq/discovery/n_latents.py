@@ -65,14 +65,9 @@ class _Shifts:
 def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> LatentChoice:
     """Number of latents that the perturbations act on.
 
-    Parameters
-    ----------
-    values
-        Cells (N, q), components in which measurement noise is about even; q above the number expected.
-    environment
-        (N,), 0 for control, else one perturbation; those with fewer than two cells are left out.
-    seed
-        Of the halves that the curve is computed on.
+    ``values`` (N, q) are components in which measurement noise is about even, q above the number expected;
+    ``environment`` (N,) is 0 for control, else one perturbation; those with fewer than two cells are left out. The seed
+    is that of the halves that the curve is computed on.
     """
     values, environment = _usable(values.to(DTYPE), environment)
     if not bool((environment == 0).any()) or int(environment.max()) < 1:

@@ -56,14 +56,8 @@ def starting_directions(solution: Solution, wide: Moments) -> Tensor:
     """Encoder directions (q, p) on all components from a linear fit on the first: ``psi^-1 W'(W psi^-1 W')^-1``.
 
     The fitted noise holds the nonlinear residue of each component, so that these are the directions in which the
-    structural model fits best, not those of largest variance (principal components start far worse).
-
-    Parameters
-    ----------
-    solution
-        On the first components.
-    wide
-        Moments of all components.
+    structural model fits best, not those of largest variance (principal components start far worse). The solution is
+    on the first components, ``wide`` are moments of all.
     """
     old = solution.model
     q = wide.means.shape[1]
@@ -125,14 +119,8 @@ class StraighteningVAE(nn.Module):
 class Straightener:
     """Trains one network; `train` goes through a phase, `encode` and `moments` read off the latents.
 
-    Parameters
-    ----------
-    y
-        (N, q) whitened components, overall standard deviation about 1, float64.
-    environment
-        (N,) long; 0 control.
-    directions
-        (q, p) from `starting_directions`.
+    ``y`` (N, q) are whitened components with a standard deviation of about 1, ``environment`` (N,) is 0 for control,
+    ``directions`` (q, p) are those of `starting_directions`.
     """
 
     def __init__(self, y: Tensor, environment: Tensor, directions: Tensor, seed: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +15,6 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.discovery.likelihood import Kind
 from crlseq.discovery.n_latents import LatentChoice
 from crlseq.storage.stage_cache import StageCache, cached_on_disk
-from crlseq.threads import Item, Made, in_parallel
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,6 @@ class Task:
     def kind(self) -> Kind | None:
         """The kind of intervention that was asked for."""
         return None if self.config.intervention == "auto" else self.config.intervention
-
-    def in_parallel(self, make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-        """`map` on all threads."""
-        return in_parallel(make, items, self.threads)
 
     def environments(self, perturbations: np.ndarray) -> Tensor:
         """(cells,) environment of each cell: 0 control, i + 1 the single perturbation ``perturbations[i]``, -1 others.

@@ -32,10 +32,7 @@ CLASSES: dict[str, tuple[type, tuple[str, ...]]] = {}
 def cached_on_disk(*attributes: str) -> Callable[[Class], Class]:
     """Class decorator: results of stages may hold instances.
 
-    Parameters
-    ----------
-    attributes
-        Attributes that hold what the constructor takes, in its order; by default a dataclass's fields.
+    ``attributes`` hold what the constructor takes, in its order; by default they are a dataclass's fields.
     """
 
     def register(kind: Class) -> Class:
@@ -51,14 +48,9 @@ def is_stage_file(name: str) -> bool:
 
 
 class StageCache:
-    """Results by stage: read where they are on disk, else computed and written.
+    """Results by stage: read where they are on disk, else computed and written; without a folder always computed.
 
-    Parameters
-    ----------
-    folder
-        Where they are kept; None for nowhere.
-    identity
-        What they must have been computed for.
+    The ``identity`` says what they are computed for: results of another are not read.
     """
 
     def __init__(self, folder: Path | None = None, identity: str = "") -> None:
@@ -88,13 +80,7 @@ class StageCache:
 
 
 def packed(value: Any) -> Any:
-    """The value as tensors and primitives that `unpacked` takes back.
-
-    Raises
-    ------
-    TypeError
-        For anything else in it.
-    """
+    """The value as tensors and primitives that `unpacked` takes back; a `TypeError` for anything else in it."""
     if value is None or isinstance(value, bool | int | float | str | Tensor):
         return value
     if isinstance(value, np.ndarray):
@@ -110,13 +96,7 @@ def packed(value: Any) -> Any:
 
 
 def unpacked(value: Any) -> Any:
-    """What `packed` was given.
-
-    Raises
-    ------
-    KeyError, TypeError, ValueError
-        If it is not what `packed` gives.
-    """
+    """What `packed` was given; a `KeyError`, `TypeError` or `ValueError` if the value is not what it gives."""
     if not isinstance(value, dict):
         return value
     kind, content = value["kind"], value["value"]
