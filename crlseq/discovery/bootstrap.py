@@ -21,6 +21,7 @@ from crlseq.discovery.likelihood import Solution, allowed_edges
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import propose_targets
 from crlseq.discovery.reassign import reassign_targets
+from crlseq.storage.stage_cache import cached_on_disk
 from crlseq.threads import in_parallel
 
 REPLICATE_STEPS = 20  # of scoring, from the fit or from fresh targets
@@ -28,6 +29,7 @@ MOVING_ROUNDS = 3  # of moving perturbations; from the fit hardly any move
 DOUBTFUL = 0.25  # of the threshold: an absent edge with this score statistic is offered to the elimination again
 
 
+@cached_on_disk()
 @dataclass(frozen=True)
 class Stability:
     """Shares of ``n`` replicates, programs named as in the fit; ``failed`` more replicates found no maximum.

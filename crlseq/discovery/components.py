@@ -49,8 +49,8 @@ def whitened_components(data: PerturbSeqData, n_components: int, seed: int) -> S
     """(cells, q) components of every cell, centred on the control cells of its batch, overall deviation 1.
 
     Estimated on training cells alone; q is `n_components` or what genes and cells allow. Cells that take no part
-    are 0. The perturbed genes themselves are left out: that a knock-out lowers its own transcript is its assay and
-    no program, yet it would give every perturbation a direction of its own. Cells are gone through some at a time.
+    are 0. The perturbed genes themselves are left out: that a knock-out lowers its own transcript reflects the assay,
+    not a program, yet it would give every perturbation a direction of its own. Cells are read in chunks.
     """
     genes = np.flatnonzero(~np.isin(data.genes, data.perturbation_names))
     if len(genes) < 2:
@@ -99,14 +99,8 @@ def count_components(
 ) -> Scores:
     """(len(cells), n_components) whitened components of counts, loadings estimated on the cells `fitted`.
 
-    Parameters
-    ----------
-    counts
-        Cell indices to their counts (cells, genes).
-
-    Notes
-    -----
-    Cost: cells x genes x n_components^2, genes at most `MAX_GENES`.
+    ``counts`` gives the counts (cells, genes) of cell indices. Cost: cells x genes x n_components^2, genes at most
+    `MAX_GENES`.
     """
     x, genes, axes = _select(counts(fitted), n_components)
     alpha = dispersion(x)
@@ -116,7 +110,7 @@ def count_components(
         found, intercept, prior, v = _fit_loadings(dense, axes, alpha, threads)
         guess = _regress(_residuals(dense, intercept, alpha), v)
         some = slice(CHUNK)
-        weights = _moments(dense[some], _log_size(dense[some], intercept) + intercept + v[some] @ found, alpha)[0]
+        weights = _working(dense[some], _log_size(dense[some], intercept) + intercept + v[some] @ found, alpha)[0]
         rough = _low_rank_information(found, weights, prior)
     q = len(found)
     scores = np.empty((len(cells), q), dtype=np.float32)
@@ -130,7 +124,7 @@ def count_components(
         # Any start leads to the same end, for the likelihood is concave; this one halves the way.
         start = _residuals(part, intercept, alpha) @ guess
         v, s = _score(part, start, _log_size(part, intercept), found, intercept, prior, alpha, MAX_STEPS, rough)
-        return v, _moments(part, s + intercept + v @ found, alpha)[0].double().sum(0)
+        return v, _working(part, s + intercept + v @ found, alpha)[0].double().sum(0)
 
     chunks = list(_chunks(len(cells)))
     for rows, (v, weight) in zip(chunks, in_parallel(score, chunks, threads), strict=True):
@@ -242,7 +236,7 @@ def _fit_loadings(x: Tensor, axes: Floats, alpha: float, threads: int) -> tuple[
         packed = torch.zeros(g, pairs.shape[1], dtype=torch.float64)
         gradient = torch.zeros(g, q + 1, dtype=torch.float64)
         for rows in _chunks(n):
-            w, score = _moments(x[rows], s[rows] + b + v[rows] @ loadings, alpha)
+            w, score = _working(x[rows], s[rows] + b + v[rows] @ loadings, alpha)
             design = torch.cat([v[rows], torch.ones(len(w), 1)], 1)
             packed += w.T @ (design[:, pairs[0]] * design[:, pairs[1]])
             gradient += score.T @ design
@@ -278,7 +272,7 @@ def _score(
     active, stale = torch.arange(len(x)), torch.ones(len(x), dtype=torch.bool)
     for i in range(steps):
         own = x if len(active) == len(x) else x[active]
-        w, score = _moments(own, state[active] @ design + b, alpha)
+        w, score = _working(own, state[active] @ design + b, alpha)
         renewed = active[stale]
         if len(renewed):
             roughly = rough is not None and i < ROUGH_STEPS
@@ -306,15 +300,10 @@ def _information(loadings: Tensor) -> Information:
 
 
 def _low_rank_information(loadings: Tensor, weights: Tensor, prior: Tensor) -> Information:
-    """`_information` but for what cells differ in little, for a fraction of its cost.
+    """`_information` except for what cells differ in little, for a fraction of its cost.
 
-    Principal components of the cells' information matrices, in the metric of their mean, so that an error counts by
-    what it makes of a step.
-
-    Parameters
-    ----------
-    weights
-        (n, genes) working weights of some cells.
+    Principal components of the information matrices of some cells, with working weights (n, genes), in the metric of
+    their mean, so that an error counts by what it makes of a step.
     """
     design = torch.cat([loadings, torch.ones(1, loadings.shape[1])])
     one, other = torch.triu_indices(len(design), len(design))
@@ -348,7 +337,7 @@ def _unpacked(upper: Tensor, n: int) -> Tensor:
     return upper.index_select(-1, place.flatten()).view(*upper.shape[:-1], n, n)
 
 
-def _moments(x: Tensor, eta: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _working(x: Tensor, eta: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Working weights and scores of negative-binomial counts with log mean `eta`."""
     mean = eta.clamp(-12, MAX_ETA).exp_()
     scale = 1 / (1 + alpha * mean)

@@ -15,12 +15,14 @@ from torch import Tensor
 from crlseq.discovery.likelihood import Solution
 from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import DTYPE
+from crlseq.storage.stage_cache import cached_on_disk
 
 NEAR_STEPS = 6  # from the conditional maximum of the quadratic model: close already
 FAR_STEPS = 30  # where the quadratic model reached too far
 MIN_EFFECT = 0.25  # |G|: standard deviations of the child's own noise per unit of the parent
 
 
+@cached_on_disk()
 @dataclass(frozen=True)
 class Edges:
     """Declared graph: refitted solution, ``adjacency`` (p, p), and the dispersion that likelihood ratios were over."""

@@ -20,25 +20,14 @@ BEYOND = 20.0
 def energy_test(
     scores: np.ndarray, is_perturbed: np.ndarray, strata: np.ndarray, stages: tuple[int, ...], rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Energy distance 2 E|x-y| - E|x-x'| - E|y-y'| and its permutation p-value (Székely and Rizzo 2013).
+    """Energy distance 2 E|x-y| - E|x-x'| - E|y-y'| (a U-statistic, can be negative) and its permutation p-value
+    p = (1 + #{permuted >= observed}) / (1 + #permuted) (Székely and Rizzo 2013).
 
-    Parameters
-    ----------
-    scores
-        (n, q) cells of both sets.
-    is_perturbed
-        (n,) bool; both sets need two cells or more.
-    strata
-        (n,) labels are permuted within these (experimental batches).
-    stages
-        Numbers of permutations: a stage is drawn only if fewer than `ENOUGH` of those before it reached the
-        observed distance (Besag and Clifford 1991, Biometrika 78), so that a perturbation without effect is
-        done after the first. Nor is it drawn where the observed distance is `BEYOND` all that it could reach; it
-        then counts as drawn.
-
-    Returns
-    -------
-    distance (U-statistic, can be negative) and p = (1 + #{permuted >= observed}) / (1 + #permuted).
+    ``scores`` (n, q) are cells of both sets, of which ``is_perturbed`` (n,) and the others need two or more; labels are
+    permuted within ``strata`` (n,), experimental batches. ``stages`` are numbers of permutations: a stage is drawn only
+    if fewer than `ENOUGH` of those before it reached the observed distance (Besag and Clifford 1991, Biometrika 78), so
+    that a perturbation without effect is done after the first. Nor is it drawn where the observed distance is `BEYOND`
+    all that it could reach; it then counts as drawn.
     """
     distances = _distances(scores)
     row_means = distances.mean(1)
@@ -105,17 +94,10 @@ def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
 
 
 def effect_tests(data: PerturbSeqData, scores: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Test of every single perturbation on training and validation cells.
+    """Test of every single perturbation on training and validation cells, by principal component scores (cells, q).
 
-    Parameters
-    ----------
-    scores
-        (cells, q) principal component scores.
-
-    Returns
-    -------
-    ``energy``, ``p_value``, ``fdr`` and ``n_cells``, each (perturbations,). NaN where a perturbation occurs in
-    combinations alone, or in batches without controls alone.
+    Gives ``energy``, ``p_value``, ``fdr`` and ``n_cells``, each (perturbations,); NaN where a perturbation only occurs
+    in combinations, or in batches without controls.
     """
     cells = data.cells_by_condition(splits.TRAIN, splits.VALIDATION)
     comparable = data.comparable()

@@ -28,6 +28,7 @@ from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import propose_targets
 from crlseq.discovery.scoring import Implied, LinearScore, Score, solve
 from crlseq.model.interventions import INTERVENTIONS
+from crlseq.storage.stage_cache import cached_on_disk
 
 MAX_FITTED_LOG_SCALE = 1.5  # |s| stays below: an unbounded scale drives a degenerate environment to infinity
 EDGE_RIDGE = 1e-4  # on G, per cell: only decides directions that the data leave flat
@@ -38,6 +39,7 @@ FIXED_LOG_NOISE = -20.0
 NEAR_END = 1.5  # |logit| at which a learned retention starts from a fixed one of 0 or 1
 
 
+@cached_on_disk("moments", "p", "kind", "floor", "fit_noise")
 class LinearModel:
     """The likelihood of one data set and kind of intervention; parameters packed as (R, P), R restarts.
 
@@ -213,6 +215,7 @@ class LinearModel:
         return Solution(self, theta, targets, mask, nll, information, converged)
 
 
+@cached_on_disk()
 @dataclass(frozen=True)
 class Solution:
     """Maximum of the likelihood from R starts; ``nll`` (R,) per cell, ``information`` (R, P, P) per cell."""

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crlseq.storage.stage_cache import cached_on_disk
+
 DTYPE = torch.float64
 
 
+@cached_on_disk()
 @dataclass(frozen=True)
 class Moments:
     """Sufficient statistics: means (C, q), covariances (C, q, q), counts (C,); environment 0 is control."""

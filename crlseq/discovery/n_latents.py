@@ -19,6 +19,7 @@ from torch import Tensor
 
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import propose_targets
+from crlseq.storage.stage_cache import cached_on_disk
 
 TRACY_WIDOM_99 = 2.02  # 99th percentile of the Tracy-Widom law for real data
 SAME_RAY = math.sqrt(0.5)  # cosine of 45 degrees: nearer to the ray than to what is orthogonal to it
@@ -26,13 +27,14 @@ SAME_RAY = math.sqrt(0.5)  # cosine of 45 degrees: nearer to the ray than to wha
 ONE_LATENT = -0.5
 THIRD_MOMENT, LOG_VARIANCE = 0.5, 0.1  # weights in the exclusion score, against the cosine's 1
 MAX_DEVIATION = 5.0  # standard deviations, in third moments
-CHANCE = 0.01  # that any perturbation without effect is taken for one with an effect
+FALSE_EFFECTS = 0.01  # chance that any perturbation without effect is taken for one with an effect
 MAX_RAYS = 200
 MAX_CURVE_PERTURBATIONS = 300  # the strongest; the curve is for the eye
 BEYOND = 4  # how far the curve goes past the number chosen
 MAX_CURVE = 16  # points; with more, every number near the one chosen and a few of the others
 
 
+@cached_on_disk()
 @dataclass(frozen=True)
 class LatentChoice:
     """The number of latents, why, and the ``curve`` of ``n_latents``, ``held_out``, ``standard_error``.
@@ -63,30 +65,26 @@ class _Shifts:
 def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> LatentChoice:
     """Number of latents that the perturbations act on.
 
-    Parameters
-    ----------
-    values
-        Cells (N, q), components in which measurement noise is about even; q above the number expected.
-    environment
-        (N,), 0 for control, else one perturbation; those with fewer than two cells are left out.
-    seed
-        Of the halves that the curve is computed on.
+    ``values`` (N, q) are components in which measurement noise is about even, q above the number expected;
+    ``environment`` (N,) is 0 for control, else one perturbation; those with fewer than two cells are left out. The seed
+    is that of the halves that the curve is computed on.
     """
     values, environment = _usable(values.to(DTYPE), environment)
     if not bool((environment == 0).any()) or int(environment.max()) < 1:
-        return LatentChoice(1, [], "There are too few cells to tell more than one latent.")
+        return LatentChoice(1, [], "There are too few cells to distinguish more than one program.")
     found = _shifts(values, environment)
     if found is None or found.rank == 0:
-        return LatentChoice(1, [], "No perturbation moves the mean beyond sampling noise.")
+        return LatentChoice(1, [], "The perturbations do not shift the mean beyond sampling noise.")
     rays, members = _bundle(found)
     if len(rays) == 0:
-        return LatentChoice(1, [], "No single perturbation moves the mean beyond sampling noise.")
+        return LatentChoice(1, [], "No single perturbation shifts the mean beyond sampling noise.")
     joined = _opposite(rays, members, found)
     n = max(1, min(len(rays) - joined, found.rank))
+    pairs = "none of them" if not joined else f"{joined} pair{'s' * (joined > 1)} of them"
     reason = (
-        f"{int(found.effect.sum())} of {len(found.effect)} perturbations have an effect; it has {len(rays)}"
-        f" direction{'s' * (len(rays) > 1)}, {joined} pair{'s' * (joined != 1)} of them the two sides of one latent;"
-        f" the mean shifts have rank {found.rank}."
+        f"{int(found.effect.sum())} of {len(found.effect)} perturbations have an effect; effects span {len(rays)}"
+        f" direction{'s' * (len(rays) > 1)}, {pairs} opposite ends of one program{' each' * (joined > 1)}; the mean"
+        f" shifts have rank {found.rank}."
     )
     return LatentChoice(n, _curve(values, environment, n, found, seed), reason)
 
@@ -139,8 +137,8 @@ def _shifts(values: Tensor, environment: Tensor) -> _Shifts | None:
     shifts = (means[1:] - means[0]) / error[:, None]
     leading = shifts @ axes
     k, q, r = len(shifts), shifts.shape[1], axes.shape[1]
-    effect = (shifts**2).sum(1) > float(chdtri(q, CHANCE / k))
-    effect |= (leading**2).sum(1) > float(chdtri(r, 0.1 * CHANCE / k))  # stricter: chosen on the same shifts
+    effect = (shifts**2).sum(1) > float(chdtri(q, FALSE_EFFECTS / k))
+    effect |= (leading**2).sum(1) > float(chdtri(r, 0.1 * FALSE_EFFECTS / k))  # stricter: chosen on the same shifts
     return _Shifts(shifts, leading, values @ white @ axes, residuals @ white @ axes, environment, effect, rank)
 
 
@@ -155,7 +153,7 @@ def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
     power = (d**2).sum(1)
     size = power.clamp_min(1e-12).sqrt()
     reach = SAME_RAY * (1 - r / power.clamp_min(1e-12)).clamp_min(0.05).sqrt()  # noise widens the angle
-    off = float(chdtri(r - 1, CHANCE / k)) if r > 1 else math.inf
+    off = float(chdtri(r - 1, FALSE_EFFECTS / k)) if r > 1 else math.inf
     sums = d.new_zeros(0, r)
     for i in power.argsort(descending=True).tolist():
         if not effect[i]:
@@ -169,12 +167,14 @@ def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
             if power[i] * (1 - (cosine**2).max()) < off or len(sums) == MAX_RAYS:
                 continue
         sums = torch.cat([sums, d[i : i + 1]])
-    members = torch.full((k,), -1)
+
+    def members_of(rays: Tensor) -> Tensor:
+        nearest = (d @ rays.T / size[:, None]).max(1)
+        return torch.where(effect & (nearest.values > reach), nearest.indices, -1)
+
     settled = False
     while len(sums) and not settled:
-        cosine = d @ _unit(sums).T / size[:, None]
-        nearest = cosine.max(1)
-        members = torch.where(effect & (nearest.values > reach), nearest.indices, -1)
+        members = members_of(_unit(sums))
         sums = torch.zeros_like(sums).index_add_(0, members.clamp_min(0), d * (members >= 0)[:, None])
         sums = sums[torch.bincount(members[members >= 0], minlength=len(sums)) > 0]
         cosine = _unit(sums) @ _unit(sums).T - 2 * torch.eye(len(sums), dtype=DTYPE)
@@ -183,10 +183,8 @@ def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
             a, b = divmod(int(cosine.argmax()), len(sums))
             sums[a] += sums[b]
             sums = sums[torch.arange(len(sums)) != b]
-    if len(sums):
-        nearest = (d @ _unit(sums).T / size[:, None]).max(1)
-        members = torch.where(effect & (nearest.values > reach), nearest.indices, -1)
-    return _unit(sums), members
+    rays = _unit(sums)
+    return rays, members_of(rays) if len(rays) else torch.full((k,), -1)
 
 
 def _opposite(rays: Tensor, members: Tensor, found: _Shifts) -> int:

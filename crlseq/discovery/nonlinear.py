@@ -23,6 +23,7 @@ from torch import Tensor
 from crlseq.discovery.edges import MIN_EFFECT, reachable
 from crlseq.discovery.moments import DTYPE, environment_moments
 from crlseq.discovery.propose import propose_targets
+from crlseq.storage.stage_cache import cached_on_disk
 
 REGRESSION_RIDGE = 1e-6  # on G, per cell: a component may never be open
 TRIED = 3  # best absent edges by score that are refitted, with either sign of the parent
@@ -32,6 +33,7 @@ MAX_CELLS = 8000
 SEARCH_ROUNDS = 3  # of growing, turning and pruning: one or two where the equations hold
 
 
+@cached_on_disk()
 @dataclass(frozen=True)
 class NonlinearSolution:
     """Fitted equations: ``B`` (p, p), ``offset`` and ``intercept`` (p,), ``adjacency`` (p, p; a DAG), ``targets`` and

@@ -10,6 +10,7 @@ from torch import Tensor
 from crlseq.discovery.misfit import Misfit, misfit_of
 from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.nonlinear import NonlinearSolution, fit_nonlinear
+from crlseq.storage.stage_cache import cached_on_disk
 
 
 def misfit_of_equations(solution: NonlinearSolution, values: Tensor, environment: Tensor, n_parameters: int) -> Misfit:
@@ -19,17 +20,17 @@ def misfit_of_equations(solution: NonlinearSolution, values: Tensor, environment
     return misfit_of(0.5 * second, moments, n_parameters)
 
 
+@cached_on_disk()
 @dataclass(frozen=True)
 class Preference:
     """Whether held-out cells prefer nonlinear equations: ``gain`` per cell and its standard ``error``, ``misfit`` and
-    fit of nonlinear equations (None where one of the fits failed), and the ``reason`` in words."""
+    fit of nonlinear equations (None where one of the fits failed)."""
 
     chosen: bool
     gain: float
     error: float
     misfit: Misfit | None
     nonlinear: NonlinearSolution | None
-    reason: str
 
 
 def prefers_nonlinear(
@@ -53,17 +54,9 @@ def prefers_nonlinear(
         before = misfit_of_equations(linear, *train, parameters)
         after = misfit_of_equations(nonlinear, *train, parameters + edges + kinks)
         difference = linear.per_cell(*test) - nonlinear.per_cell(*test)
-    except (ValueError, RuntimeError) as error:  # torch's errors of singular matrices are RuntimeErrors
-        return Preference(False, 0.0, math.nan, None, None, f"Nonlinear equations cannot be fitted: {error}")
+    except (ValueError, RuntimeError):  # torch's errors of singular matrices are RuntimeErrors
+        return Preference(False, 0.0, math.nan, None, None)
     gain, error_of_gain = float(difference.mean()), float(difference.std() / math.sqrt(max(1, len(difference))))
     explains = math.isfinite(after.error) and after.value - 1 < 0.5 * (before.value - 1)
     chosen = bool(edges and gain > 2 * error_of_gain and explains)
-    if chosen:
-        reason = "Held-out cells fit nonlinear equations better, and these explain most of what linear ones leave."
-    elif not edges:
-        reason = "No nonlinear effect is worth its parameter."
-    elif not gain > 2 * error_of_gain:
-        reason = "Held-out cells do not fit nonlinear equations better."
-    else:
-        reason = "Nonlinear equations leave most of the misfit: components bend in ways that no sparse graph explains."
-    return Preference(chosen, gain, error_of_gain, after, nonlinear, reason)
+    return Preference(chosen, gain, error_of_gain, after, nonlinear)

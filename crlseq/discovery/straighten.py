@@ -4,7 +4,7 @@
 
 A variational autoencoder on the whitened components ``y`` whose prior of every environment ``c`` is a Gaussian.
 The prior step is exact and never a gradient step: the prior that maximises the bound is the Gaussian that fits the
-aggregated posterior (means plus posterior variances) of the environment's cells. Three stages:
+aggregated posterior (means plus posterior variances) of the environment's cells. Three phases:
 
 1. *free*: ``mu_c, S_c`` are the environment's own moments. A map that makes all environments Gaussian at once is
    fixed up to an affine map, so this straightens without believing any graph or target. ``beta`` > 1 presses.
@@ -41,7 +41,7 @@ SHRINK = 2  # pseudo-cells per latent that pull a free covariance to the pooled 
 
 
 @dataclass(frozen=True)
-class Stage:
+class Phase:
     """Steps of training, weight of the KL term, and whether the rate falls to nothing on the way (by a cosine)."""
 
     steps: int
@@ -49,22 +49,16 @@ class Stage:
     settle: bool = False
 
 
-FREE = (Stage(3000, 4.0), Stage(3000, settle=True))
-CAUSAL = Stage(5000, settle=True)
+FREE = (Phase(3000, 4.0), Phase(3000, settle=True))
+CAUSAL = Phase(5000, settle=True)
 
 
 def starting_directions(solution: Solution, wide: Moments) -> Tensor:
     """Encoder directions (q, p) on all components from a linear fit on the first: ``psi^-1 W'(W psi^-1 W')^-1``.
 
     The fitted noise holds the nonlinear residue of each component, so that these are the directions in which the
-    structural model fits best, not those of largest variance (principal components start far worse).
-
-    Parameters
-    ----------
-    solution
-        On the first components.
-    wide
-        Moments of all components.
+    structural model fits best, not those of largest variance (principal components start far worse). The solution is
+    on the first components, ``wide`` are moments of all.
     """
     old = solution.model
     q = wide.means.shape[1]
@@ -124,16 +118,10 @@ class StraighteningVAE(nn.Module):
 
 
 class Straightener:
-    """Trains one network; `train` goes through a stage, `encode` and `moments` read off the latents.
+    """Trains one network; `train` goes through a phase, `encode` and `moments` read off the latents.
 
-    Parameters
-    ----------
-    y
-        (N, q) whitened components, overall standard deviation about 1, float64.
-    environment
-        (N,) long; 0 control.
-    directions
-        (q, p) from `starting_directions`.
+    ``y`` (N, q) are whitened components with a standard deviation of about 1, ``environment`` (N,) is 0 for control,
+    ``directions`` (q, p) are those of `starting_directions`.
     """
 
     def __init__(self, y: Tensor, environment: Tensor, directions: Tensor, seed: int = 0) -> None:
@@ -175,11 +163,11 @@ class Straightener:
         self.solution = min(found, key=lambda s: float(s.nll[0]))
         return self.solution
 
-    def train(self, stage: Stage, kind: InterventionKind | None = None) -> float:
-        """Steps of a stage, with a free prior or that of a `kind` of intervention; the mean loss at its end."""
+    def train(self, phase: Phase, kind: InterventionKind | None = None) -> float:
+        """Steps of a phase, with a free prior or that of a `kind` of intervention; the mean loss at its end."""
         losses: list[float] = []
         n = len(self.y)
-        for step in range(stage.steps):
+        for step in range(phase.steps):
             if step % REFIT_EVERY == 0:
                 mean, covariance = self._prior(kind, fresh=step % (FRESH * REFIT_EVERY) == 0)
                 root = torch.linalg.cholesky(covariance)
@@ -188,8 +176,8 @@ class Straightener:
                 offset = root.diagonal(dim1=1, dim2=2).log().sum(1).float()
                 mean, whiten = mean.float(), whiten.float()
             rate = LEARNING_RATE * min(1.0, (step + 1) / 100)
-            if stage.settle:
-                rate *= 0.5 * (1 + math.cos(math.pi * (step + 1) / stage.steps)) + 0.01
+            if phase.settle:
+                rate *= 0.5 * (1 + math.cos(math.pi * (step + 1) / phase.steps)) + 0.01
             self.optimizer.param_groups[0]["lr"] = rate
             if self.position + BATCH > n:
                 self.order, self.position = torch.randperm(n, generator=self.generator), 0
@@ -202,7 +190,7 @@ class Straightener:
             reconstruction = 0.5 * ((y - self.vae.decode(v)) ** 2 * torch.exp(-noise) + noise).sum(1)
             z = (whiten[c] @ (m - mean[c])[..., None])[..., 0]
             kl = 0.5 * (z**2 + diagonal[c] * log_variance.exp() - log_variance).sum(1) + offset[c]
-            loss = (reconstruction + stage.beta * kl).mean()
+            loss = (reconstruction + phase.beta * kl).mean()
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.vae.parameters(), 100.0)

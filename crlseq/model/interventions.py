@@ -25,7 +25,7 @@ class Intervention:
     graph
         What linear equations identify. ``nothing``: any graph has the same likelihood, so that none is fitted.
     reason
-        The sentence that explains the verdict where edges gain on held-out cells; ``{gain}`` is what they gain.
+        First sentence of the verdict's reason: what the interventions were seen to do, or that they were asked for.
     """
 
     retention: float | None
@@ -39,22 +39,18 @@ INTERVENTIONS: dict[InterventionKind, Intervention] = {
         retention=0.0,
         scales=True,
         graph="edges",
-        reason="Interventions cut their targets off from upstream programs. With edges the model predicts held-out cells"
-        " better than any model without (gain {gain} log-likelihood units), so single edges are identified.",
+        reason="Interventions cut their targets off from upstream programs.",
     ),
     "soft": Intervention(
         retention=None,
         scales=True,
         graph="ancestry",
-        reason="Interventions weaken the input of their targets from upstream programs. With edges the model predicts"
-        " held-out cells better than any model without (gain {gain} log-likelihood units), so ancestry is identified;"
-        " single edges are less certain.",
+        reason="Interventions weaken the input of their targets from upstream programs.",
     ),
     "shift": Intervention(
         retention=1.0,
         scales=False,
         graph="nothing",
-        reason="Shifts were asked for. Shifts with linear equations fit equally well with any graph, including the empty"
-        " one.",
+        reason="Shifts were asked for.",
     ),
 }

@@ -26,8 +26,9 @@ from crlseq.data.embeddings import Embeddings
 from crlseq.data.projection import Projection, principal_components
 from crlseq.data.responders import Responders, find_responders, left_out
 from crlseq.data.source import digest_of, state_of
-from crlseq.discovery.discover import discover
 from crlseq.discovery.effects import effect_tests
+from crlseq.discovery.methods import find_programs
+from crlseq.discovery.task import Task
 from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.read import Screen, read_cells, read_screen
 from crlseq.pipeline.tables import tables_of
@@ -40,7 +41,7 @@ from crlseq.run.summary import sets_in_words
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_weights
 from crlseq.storage.files import by_hdf5
 from crlseq.storage.runfolder import move_into_place, partial_of, refuse_output, working_folder
-from crlseq.storage.stage_cache import Stages
+from crlseq.storage.stage_cache import StageCache
 from crlseq.threads import on_threads
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.memory import give_back
@@ -199,7 +200,7 @@ class Tested:
     projection: Projection
     tests: dict[str, np.ndarray]
     responders: Responders | None
-    stages: Stages
+    stages: StageCache
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def _fit(job: Job) -> Run:
         run = _read_out(job, screen, tested, start, fitted)
         if job.folder is not None:
             _write(job, screen, run, job.folder)
-            tested.stages.forget()
+            tested.stages.clear()
         return run
 
 
@@ -240,8 +241,8 @@ def _test(job: Job, screen: Screen) -> Tested:
     data, seed = screen.data, job.config.training.seed
     job.progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, seed)
-    stages = Stages(job.folder, hashlib.sha256(screen.identity.encode()).hexdigest())
-    tests = stages.result("effects", lambda: effect_tests(data, projection.scores, seed))
+    stages = StageCache(job.folder, hashlib.sha256(screen.identity.encode()).hexdigest())
+    tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed))
     if not job.config.data.responders:
         return Tested(data, projection, tests, None, stages)
     responders = find_responders(data, projection.scores, tests["fdr"])
@@ -254,7 +255,7 @@ def _discover(job: Job, tested: Tested) -> Start:
     try:
         return Start(*_start(tested.data, job.config, tested.projection, tested.tests, job.progress, tested.stages))
     except InputError:  # there is nothing to go on with
-        tested.stages.forget()
+        tested.stages.clear()
         raise
 
 
@@ -264,30 +265,15 @@ def _start(
     projection: Projection,
     tests: dict[str, np.ndarray],
     progress: Progress,
-    stages: Stages,
+    cache: StageCache,
 ) -> tuple[WarmStart | None, int, str]:
     """What the fit starts from (None: random weights), the number of programs, and why that many."""
-    asked, k = config.model.n_latents, len(data.perturbation_names)
     effect = np.where(tests["fdr"] <= DETECTABLE_FDR, np.maximum(tests["energy"], 1e-12), 0.0)  # NaN counts as none
-    # The ablation without structural equations has no graph that a likelihood could find.
-    gradient = config.model.method == "gradient" or not config.model.causal_layer
-    if not gradient and not effect.any():
-        progress.note(
-            "No single perturbation has a detectable effect: targets are learned by gradient, without claims."
-        )
-        gradient = True
-    if gradient:
-        if asked == "auto":
-            return None, k, "one a perturbation, as published"
-        if asked > k:
-            raise InputError(
-                f"{asked} programs were asked for, but only {k} perturbations are fitted.",
-                "Each program needs a perturbation of its own: ask for fewer programs.",
-            )
-        return None, asked, "as asked"
-    discovery = discover(data, effect, config.model, config.training.seed, progress.stage, progress.note, stages.result)
-    reason = "as asked" if discovery.choice is None else discovery.choice.reason
-    return WarmStart(discovery, ~np.isnan(tests["p_value"]), projection), len(discovery.adjacency), reason
+    task = Task(data, effect, config.model, config.training.seed, progress.stage, progress.note, cache)
+    programs = find_programs(task)
+    if programs.discovery is None:
+        return None, programs.n, programs.reason
+    return WarmStart(programs.discovery, ~np.isnan(tests["p_value"]), projection), programs.n, programs.reason
 
 
 def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:

@@ -212,7 +212,7 @@ def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict
         "held_out": discovery.held_out,
         "gain_of_edges": discovery.gain,
         "gain_error": discovery.gain_error,
-        "dispersion": discovery.dispersion,
+        "dispersion": discovery.misfit,
         "straightened": discovery.straightened,
         "n_latents_curve": None if discovery.choice is None else discovery.choice.curve,
         "bootstrap": None,

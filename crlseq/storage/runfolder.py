@@ -13,6 +13,7 @@ from pathlib import Path
 from crlseq.errors import InputError
 from crlseq.run.run import ENSEMBLE, GENE_SETS, PATHWAYS, TABLES
 from crlseq.storage.files import sync
+from crlseq.storage.stage_cache import is_stage_file
 
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
 RUN_FILES = frozenset(
@@ -75,10 +76,8 @@ def refuse_output(target: Path, resume: bool, force: bool) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    from crlseq.storage.stage_cache import STAGES, file_of
-
-    ours = RUN_FILES | {file_of(stage) for stage in STAGES}
-    return file.name.removesuffix(".tmp") in ours and not file.is_dir() and not file.is_symlink()
+    name = file.name.removesuffix(".tmp")
+    return (name in RUN_FILES or is_stage_file(name)) and not file.is_dir() and not file.is_symlink()
 
 
 def refuse_part_of_run(path: Path) -> None:

@@ -1,14 +1,14 @@
-"""What finished stages of a fit found, on disk until the run is finished: an interrupt costs one stage, not all of them.
+"""Results of finished stages of a fit, on disk until the run is finished: an interrupt costs one stage, not all.
 
-A file a stage, written as checkpoints are: tensors and primitives, with a checksum, nothing executable. A result that is
-damaged, or of another input, configuration or version, is computed again. Random numbers are drawn from the seed by every
-stage for itself, so that what follows is the same to the bit.
+One file per stage, written as checkpoints are: tensors and primitives, with a checksum, nothing executable. A result
+that is damaged, or of another input, configuration or version, is computed again. Every stage draws its random numbers
+from the seed by itself, so that what follows is the same to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,104 +16,71 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crlseq.discovery.bootstrap import Stability
-from crlseq.discovery.edges import Edges
-from crlseq.discovery.likelihood import LinearModel, Solution
-from crlseq.discovery.misfit import Misfit
-from crlseq.discovery.moments import Moments
-from crlseq.discovery.n_latents import LatentChoice
-from crlseq.discovery.nonlinear import NonlinearSolution
-from crlseq.discovery.nonlinear_test import Preference
-from crlseq.discovery.verdict import KindComparison
 from crlseq.errors import InputError
 from crlseq.storage.checkpoint import load_checkpoint, save_checkpoint
 
-STAGES = (
-    "effects", "components", "more components", "number", "likelihood", "kinds", "equations", "straightened", "bootstrap",
-)  # fmt: skip
+FORMAT = 2
+PREFIX, SUFFIX = "stage-", ".pt"
 
-Found = TypeVar("Found")
-Kept = TypeVar("Kept", bound=type)
+Result = TypeVar("Result")
+Class = TypeVar("Class", bound=type)
 
-# The classes that a file may name, by their names.
-CLASSES: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        Edges,
-        KindComparison,
-        LatentChoice,
-        Misfit,
-        Moments,
-        NonlinearSolution,
-        Preference,
-        Solution,
-        Stability,
-    )
-}
+# By name: the classes that a file may hold, and the attributes that make one again.
+CLASSES: dict[str, tuple[type, tuple[str, ...]]] = {}
 
 
-def kept(kind: Kept) -> Kept:
-    """Class decorator: results of stages may hold such dataclasses."""
-    CLASSES[kind.__name__] = kind
-    return kind
+def cached_on_disk(*attributes: str) -> Callable[[Class], Class]:
+    """Class decorator: results of stages may hold instances.
 
-
-def file_of(stage: str) -> str:
-    """Name of a stage's file."""
-    return f"stage-{stage.replace(' ', '-')}.pt"
-
-
-class Stages:
-    """Results by stage: read where they are on disk, else computed and written.
-
-    Parameters
-    ----------
-    folder
-        Where to keep them; None for nowhere.
-    identity
-        What they must have been found for.
+    ``attributes`` hold what the constructor takes, in its order; by default they are a dataclass's fields.
     """
 
-    def __init__(self, folder: Path | None, identity: str = "") -> None:
+    def register(kind: Class) -> Class:
+        CLASSES[kind.__name__] = kind, attributes or tuple(field.name for field in fields(kind))
+        return kind
+
+    return register
+
+
+def is_stage_file(name: str) -> bool:
+    """Whether a file in the folder of an unfinished run holds the result of a stage."""
+    return name.startswith(PREFIX) and name.endswith(SUFFIX)
+
+
+class StageCache:
+    """Results by stage: read where they are on disk, else computed and written; without a folder always computed.
+
+    The ``identity`` says what they are computed for: results of another are not read.
+    """
+
+    def __init__(self, folder: Path | None = None, identity: str = "") -> None:
         self.folder, self.identity = folder, identity
 
-    def result(self, stage: str, make: Callable[[], Found]) -> Found:
-        """What `make` gives: dataclasses of `CLASSES`, tensors, arrays, primitives, and tuples, lists and dicts of them.
-
-        Raises
-        ------
-        KeyError
-            For a stage that is not one of `STAGES`.
-        """
+    def get(self, stage: str, compute: Callable[[], Result]) -> Result:
+        """What `compute` gives: registered classes, tensors, arrays, primitives, and tuples, lists and dicts of them."""
         if self.folder is None:
-            return make()
-        path = self.folder / file_of(STAGES[STAGES.index(stage)])
+            return compute()
+        path = self.folder / f"{PREFIX}{stage.replace(' ', '-')}{SUFFIX}"
         try:
             saved = load_checkpoint(path)
-            if saved["identity"] == self.identity:
-                found: Found = unpacked(saved["found"])
-                return found
+            if (saved["format"], saved["identity"]) == (FORMAT, self.identity):
+                cached: Result = unpacked(saved["result"])
+                return cached
         except (InputError, KeyError, TypeError, ValueError):  # not there, damaged, or of another version
             pass
         path.unlink(missing_ok=True)
-        result = make()
-        save_checkpoint(path, {"identity": self.identity, "found": packed(result)})
+        result = compute()
+        save_checkpoint(path, {"format": FORMAT, "identity": self.identity, "result": packed(result)})
         return result
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Remove the files."""
-        for stage in STAGES if self.folder is not None else ():
-            (self.folder / file_of(stage)).unlink(missing_ok=True)  # type: ignore[operator]
+        for path in [] if self.folder is None else self.folder.glob(f"{PREFIX}*{SUFFIX}"):
+            path.unlink(missing_ok=True)
 
 
 def packed(value: Any) -> Any:
-    """The value as tensors and primitives that `unpacked` takes back.
-
-    Raises
-    ------
-    TypeError
-        For anything else in it.
-    """
+    """The value as tensors and primitives that `unpacked` takes back; a `TypeError` for anything else in it."""
     if value is None or isinstance(value, bool | int | float | str | Tensor):
         return value
     if isinstance(value, np.ndarray):
@@ -122,23 +89,14 @@ def packed(value: Any) -> Any:
         return {"kind": type(value).__name__, "value": [packed(item) for item in value]}
     if isinstance(value, dict):
         return {"kind": "dict", "value": [[packed(key), packed(item)] for key, item in value.items()]}
-    if isinstance(value, LinearModel):
-        arguments = (value.moments, value.p, value.kind, value.floor, value.fit_noise)
-        return {"kind": "LinearModel", "value": [packed(item) for item in arguments]}
-    if is_dataclass(value) and CLASSES.get(type(value).__name__) is type(value):
-        content = {field.name: packed(getattr(value, field.name)) for field in fields(value)}
-        return {"kind": type(value).__name__, "value": content}
-    raise TypeError(f"{type(value).__name__} is nothing that a stage keeps")
+    kind, attributes = CLASSES.get(type(value).__name__, (None, ()))
+    if kind is type(value):
+        return {"kind": kind.__name__, "value": {name: packed(getattr(value, name)) for name in attributes}}
+    raise TypeError(f"{type(value).__name__} cannot be stored in a stage file")
 
 
 def unpacked(value: Any) -> Any:
-    """What `packed` was given.
-
-    Raises
-    ------
-    KeyError, TypeError, ValueError
-        If it is not what `packed` gives.
-    """
+    """What `packed` was given; a `KeyError`, `TypeError` or `ValueError` if the value is not what it gives."""
     if not isinstance(value, dict):
         return value
     kind, content = value["kind"], value["value"]
@@ -149,6 +107,5 @@ def unpacked(value: Any) -> Any:
     if kind in ("list", "tuple"):
         items = [unpacked(item) for item in content]
         return items if kind == "list" else tuple(items)
-    if kind == "LinearModel":
-        return LinearModel(*(unpacked(item) for item in content))
-    return CLASSES[kind](**{name: unpacked(item) for name, item in content.items()})
+    made, attributes = CLASSES[kind]
+    return made(*(unpacked(content[name]) for name in attributes))

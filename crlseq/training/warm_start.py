@@ -124,7 +124,7 @@ def _sparsify(
     """
     table, u = torch.from_numpy(data.perturbation_table()), discovery.latents[place[train]]
     loading, _, noise = _decode(u, data, train)
-    if discovery.equations != "linear" or discovery.straightened or not discovery.dispersion <= DESCRIBED:
+    if discovery.equations != "linear" or discovery.straightened or not discovery.misfit <= DESCRIBED:
         # Straightened latents are posterior means; the others are estimates, whose moments hold their error.
         variance = discovery.noise if discovery.straightened else np.zeros(u.shape[1])
         return sparse_loadings(model.scm, data, train, u, variance, None, (loading, noise)), discovery

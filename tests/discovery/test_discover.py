@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,12 @@ from crlseq.config import ModelConfig, make_config
 from crlseq.data.dataset import read_data
 from crlseq.data.simulate import simulate
 from crlseq.discovery import discover as module
+from crlseq.discovery.bootstrap import Stability
 from crlseq.discovery.discover import discover
-from crlseq.discovery.likelihood import fit_linear
-from crlseq.discovery.misfit import DESCRIBED, Misfit
-from crlseq.discovery.moments import environment_moments
+from crlseq.discovery.misfit import Misfit
 from crlseq.discovery.result import Discovery
+from crlseq.discovery.task import Task
+from crlseq.discovery.verdict import DECLARED_SUPPORT
 from crlseq.errors import InputError
 
 SIZES: dict[str, Any] = {
@@ -44,8 +44,10 @@ class Screen:
         self.latents = adata.obsm["true_latents"]
 
     def discover(self, config: ModelConfig = CONFIG, **changes: Any) -> Discovery:
-        effect = np.ones(len(self.data.perturbation_names))
-        return discover(changes.pop("data", self.data), changes.pop("effect", effect), config, 0, **changes)
+        return discover(self.task(config, **changes))
+
+    def task(self, config: ModelConfig = CONFIG, **changes: Any) -> Task:
+        return Task(**{"data": self.data, "effect": np.ones(12), "config": config, "seed": 0, **changes})
 
     def place(self, found: Discovery) -> np.ndarray:
         """The program found for each true latent, if every perturbation's target agrees with it."""
@@ -74,9 +76,9 @@ def test_targets_and_graph_are_recovered(hard: Screen, found: Discovery) -> None
     place = hard.place(found)
     assert np.array_equal(found.adjacency[np.ix_(place, place)] != 0, hard.adjacency)
     assert hard.adjacency.sum() >= 2
-    assert (found.kind, found.verdict, found.equations) == ("hard", "identified", "linear")
+    assert (found.kind, found.verdict.answer, found.equations) == ("hard", "identified", "linear")
     assert not found.straightened
-    assert found.dispersion < 1.05
+    assert found.misfit < 1.05
     assert found.gain > 2 * found.gain_error
     assert (found.retention == 0).all()
     assert (
@@ -116,7 +118,7 @@ def test_one_seed_one_result(hard: Screen, found: Discovery) -> None:
 def test_shifts_tell_no_graph(shifted: Screen) -> None:
     found = shifted.discover()
     shifted.place(found)
-    assert (found.kind, found.verdict) == ("shift", "not identified")
+    assert (found.kind, found.verdict.answer) == ("shift", "not identified")
     assert shifted.adjacency.any() and not found.adjacency.any()
     assert (found.retention == 1).all() and not found.log_scale.any()
 
@@ -153,7 +155,7 @@ def test_doubles_do_not_take_part(hard: Screen, monkeypatch: pytest.MonkeyPatch)
     assert double.sum() == 200
     components_of(hard, np.where(double[:, None], 1e3, y), monkeypatch)
     found = hard.discover()
-    for name in ("adjacency", "target", "shift", "dispersion"):
+    for name in ("adjacency", "target", "shift", "misfit"):
         assert np.array_equal(getattr(found, name), getattr(plain, name))
     # but their cells have latents
     assert np.isin(np.flatnonzero(double & np.isin(hard.data.split, (1, 2))), found.index).all()
@@ -175,9 +177,9 @@ def test_only_the_largest_effects_shape_the_graph_and_the_others_find_their_plac
 
 def test_a_kind_that_was_asked_for_is_taken(hard: Screen) -> None:
     found = hard.discover(CONFIG.model_copy(update={"intervention": "shift"}))
-    assert (found.kind, found.verdict) == ("shift", "not identified")
+    assert (found.kind, found.verdict.answer) == ("shift", "not identified")
     assert not found.adjacency.any()
-    assert found.reason.startswith("Shifts were asked for")
+    assert found.verdict.reason.startswith("Shifts were asked for")
 
 
 def test_the_number_of_programs_is_found_and_told(hard: Screen) -> None:
@@ -194,99 +196,43 @@ def test_bootstrap_support_is_in_the_order_of_the_programs(hard: Screen, found: 
     assert sure.stability is not None and sure.stability.n == 3
     assert np.array_equal(sure.adjacency != 0, found.adjacency != 0)
     support = sure.stability.edge.numpy()
-    assert (support[sure.adjacency != 0] >= module.DECLARED_SUPPORT).all()
-    assert support[sure.adjacency == 0].max() < module.DECLARED_SUPPORT
+    assert (support[sure.adjacency != 0] >= DECLARED_SUPPORT).all()
+    assert support[sure.adjacency == 0].max() < DECLARED_SUPPORT
     assert (sure.stability.target.numpy() > 0.5).all()
 
 
-def test_only_the_method_straighten_straightens_and_only_where_the_model_fails(
+def test_without_its_last_edge_a_graph_is_not_identified(
     hard: Screen, found: Discovery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    called: list[bool] = []
+    """Edges that the bootstrap does not support are not declared; without any there is no graph to identify."""
 
-    def straighten(*args: object) -> None:
-        called.append(True)  # finds nothing better
+    def unsure(values: Any, variances: Any, environment: Any, edges: Any, n: int, *rest: Any) -> Stability:
+        p, k = len(edges.adjacency), len(edges.solution.targets[0])
+        one = torch.ones(k, dtype=torch.float64)
+        support = torch.full((p, p), DECLARED_SUPPORT - 0.05, dtype=torch.float64)
+        return Stability(support, support, one, one[:, None].expand(k, p) / p, one[:p], one, n, 0)
 
-    monkeypatch.setattr(module, "_straighten", straighten)
-    hard.discover()
-    monkeypatch.setattr(module, "misfit", lambda solution: Misfit(DESCRIBED + 0.01, 0.01))  # within chance
-    hard.discover()
-    monkeypatch.setattr(module, "misfit", lambda solution: Misfit(2.0, 0.01))
-    hard.discover(CONFIG.model_copy(update={"method": "linear"}))
-    assert not called
-    again = hard.discover()
-    assert called and not again.straightened
-    assert np.array_equal(again.adjacency, found.adjacency)
+    assert found.verdict.answer == "identified"
+    monkeypatch.setattr(module, "bootstrap", unsure)
+    left = hard.discover(CONFIG.model_copy(update={"bootstrap": 20}))
+    assert left.verdict.answer == "not identified"
+    assert "bootstrap removed the last edge" in left.verdict.reason and "0.45" in left.verdict.reason
+    assert left.kind == "shift" and not left.adjacency.any()
+    assert (left.retention == 1).all() and not left.log_scale.any()
+    hard.place(left)
+    assert left.stability is not None and left.misfit == pytest.approx(found.misfit)
 
 
-def test_straightened_latents_take_the_place_of_the_components(
+def test_a_graph_that_does_not_describe_the_cells_is_not_identified_and_its_misfit_is_the_one_recorded(
     hard: Screen, found: Discovery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What straightening hands over is what comes out: here the same solution, its cells moved and made uncertain."""
-
-    def straighten(y: Any, cells: Any, dense: Any, *rest: Any) -> Any:
-        variances = 0.5 * cells.values.new_ones(cells.values.shape)
-        return replace(cells, values=cells.values.double() + 1, variances=variances), module._compare(
-            dense, cells, None, 0
-        )
-
-    monkeypatch.setattr(module, "misfit", lambda solution: Misfit(2.0, 0.01))
-    monkeypatch.setattr(module, "_straighten", straighten)
-    again = hard.discover()
-    assert again.straightened
-    moved = again.latents - found.latents
-    assert np.abs(moved - moved[0]).max() < 1e-9 < np.abs(moved[0]).max()
-    assert not np.allclose(again.noise, found.noise)
-
-
-def attempts(screen: Screen, monkeypatch: pytest.MonkeyPatch, misfits: list[float | None]) -> tuple[Any, list[Any]]:
-    """What `_straighten` keeps if its trainings end with these misfits (None: latents no better), and their starts."""
-    y = torch.from_numpy(module.whitened_components(screen.data, module.COMPONENTS, 0)).double()
-    environment = module.environments_of(screen.data, np.arange(12))
-    cells = module.Coordinates(
-        y[:, :10], None, environment, torch.from_numpy(screen.data.split == 1) & (environment >= 0)
+    monkeypatch.setattr(
+        module, "misfit", lambda solution: Misfit(1.51 if solution.model.kind == "hard" else 1.60, 0.01)
     )
-    values, _, numbers = cells.of_fit()
-    dense = fit_linear(environment_moments(values, numbers), 4, "hard", 1, 0)
-    linear = replace(module._compare(dense, cells, None, 0), misfit=Misfit(2.0, 0.0))
-    starts: list[Any] = []
-
-    def straightened(y: Any, cells: Any, start: Any, worst: float, kind: Any, seed: int) -> Any:
-        assert worst == 2.0 and seed == 7 + len(starts)
-        starts.append(start)
-        excess = misfits[len(starts) - 1]
-        if excess is None:
-            return None
-        solution = replace(linear.edges.solution, targets=dense.targets.roll(len(starts), 1))
-        edges = replace(linear.edges, solution=solution)
-        return cells, replace(linear, edges=edges, gain=excess, misfit=Misfit(excess, 0.0))
-
-    monkeypatch.setattr(module, "_straightened", straightened)
-    monkeypatch.setattr(module, "misfit", lambda solution: Misfit(2.0, 0.0))
-    found = module._straighten(y, cells, dense, linear, None, 7)
-    assert starts[0] is dense
-    for start in starts[1:]:  # from a partition that was found
-        assert any(torch.equal(start.targets, dense.targets.roll(i, 1)) for i in range(1, len(starts)))
-    return None if found is None else found[1].gain, starts
-
-
-@pytest.mark.parametrize(
-    ("misfits", "kept", "trained"),
-    [
-        ([1.1], 1.1, 1),  # described: enough
-        ([1.5, 1.1], 1.1, 2),
-        ([1.5, 1.7, 1.4], 1.4, 3),
-        ([1.4, 1.7, 1.5], 1.4, 3),
-        ([2.5], None, 1),  # worse than the linear model
-        ([None], None, 1),
-        ([1.5, None], 1.5, 2),
-    ],
-)
-def test_straightening_is_done_again_until_it_describes_the_cells_and_the_best_is_kept(
-    hard: Screen, monkeypatch: pytest.MonkeyPatch, misfits: list[float | None], kept: float | None, trained: int
-) -> None:
-    found, starts = attempts(hard, monkeypatch, misfits)
-    assert found == kept and len(starts) == trained
+    left = hard.discover()
+    assert (left.kind, left.verdict.answer) == ("shift", "not identified")
+    assert "misfit 1.51" in left.verdict.reason and left.misfit == 1.51
+    assert left.gain == found.gain and not left.adjacency.any()
 
 
 def test_threads_change_nothing_and_are_given_back(hard: Screen, found: Discovery) -> None:

@@ -54,7 +54,7 @@ def test_orthogonal_lines_are_counted():
     shifts = np.vstack([2 * np.eye(4), -1.5 * np.eye(4), 3 * np.eye(4)])
     found = choose_n_latents(*moved(shifts, 8))
     assert found.n_latents == 4
-    assert found.reason.startswith("12 of 12 perturbations have an effect; it has 4 directions, 0 pairs")
+    assert found.reason.startswith("12 of 12 perturbations have an effect; effects span 4 directions, none of them")
 
 
 def test_perturbations_without_effect_are_no_latents():

@@ -11,7 +11,7 @@ from torch import Tensor
 from crlseq.discovery.likelihood import LinearModel, Solution, allowed_edges, fit_linear
 from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import DTYPE, environment_moments
-from crlseq.discovery.straighten import SHRINK, Stage, Straightener, StraighteningVAE, starting_directions
+from crlseq.discovery.straighten import SHRINK, Phase, Straightener, StraighteningVAE, starting_directions
 from tests.structural import TARGETS, P, Q, truth
 
 SHIFTS = torch.tensor([[0.0, 0], [3, 0], [-3, 0], [0, 3], [0, -3]], dtype=DTYPE)
@@ -78,8 +78,8 @@ def test_a_bent_toy_becomes_straighter() -> None:
     solution = linear_fit(y, environment)
     straightener = Straightener(y, environment, solution.directions()[0])
     before = explained(u, straightener.encode(y)[0])
-    straightener.train(Stage(400, 4.0))
-    straightener.train(Stage(200, settle=True))
+    straightener.train(Phase(400, 4.0))
+    straightener.train(Phase(200, settle=True))
     after = explained(u, straightener.encode(y)[0])
     assert before < 0.9
     assert 1 - after < 0.8 * (1 - before)
@@ -91,8 +91,8 @@ def test_a_bent_toy_becomes_straighter() -> None:
 def test_causal_training_keeps_the_kind_and_lowers_the_loss() -> None:
     y, environment, _ = bent()
     straightener = Straightener(y, environment, linear_fit(y, environment).directions()[0])
-    first = straightener.train(Stage(100), "hard")
-    later = straightener.train(Stage(200, settle=True), "hard")
+    first = straightener.train(Phase(100), "hard")
+    later = straightener.train(Phase(200, settle=True), "hard")
     assert later < first
     assert straightener.solution is not None
     assert straightener.solution.model.kind == "hard"
@@ -106,7 +106,7 @@ def test_one_seed_one_result() -> None:
     def trained(seed: int) -> Tensor:
         straightener = Straightener(y, environment, directions, seed)
         torch.rand(7)  # the global generator has no say
-        straightener.train(Stage(30), "hard")
+        straightener.train(Phase(30), "hard")
         return straightener.encode(y)[0]
 
     one, again, other = trained(1), trained(1), trained(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,38 @@ import pytest
 import torch
 
 import crlseq
-from crlseq.discovery import discover as discovery
+from crlseq.discovery import discover as steps
 from crlseq.discovery import misfit
+from crlseq.discovery.likelihood import LinearModel
+from crlseq.discovery.methods import straighten
+from crlseq.discovery.moments import Moments
 from crlseq.discovery.n_latents import LatentChoice
 from crlseq.pipeline.fit import Progress
 from crlseq.storage.checkpoint import save_checkpoint
-from crlseq.storage.stage_cache import STAGES, Stages, file_of, packed, unpacked
+from crlseq.storage.stage_cache import CLASSES, StageCache, cached_on_disk, is_stage_file, packed, unpacked
 from tests.cli.test_repeat import results
 from tests.support import RUN_FILES
 
 FIT: dict[str, Any] = {"epochs": 1, "bootstrap": 2, "equations": "linear"}
-# What each stage calls.
+# What each stage calls, and where.
 CALLS = {
-    "whitened_components": "components", "_number": "number", "fit_linear": "likelihood", "_compare": "kinds",
-    "_straighten": "straightened", "bootstrap": "bootstrap",
+    "components": (steps, "whitened_components"), "number": (steps, "number_of_programs"),
+    "likelihood": (steps, "fit_likelihood"), "kinds": (steps, "compare_on"),
+    "straightened": (straighten, "straightened"), "bootstrap": (steps, "bootstrap"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _straightened() -> Iterator[None]:
-    """Every fit straightens, in few steps, and keeps what comes of it."""
-    once = discovery._straightened
+    """Every fit straightens, in few steps, and takes what comes of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(misfit, "DESCRIBED", -math.inf)
-        patch.setattr(discovery, "FREE", (replace(discovery.FREE[0], steps=20), replace(discovery.FREE[1], steps=20)))
-        patch.setattr(discovery, "CAUSAL", replace(discovery.CAUSAL, steps=20))
+        patch.setattr(straighten, "FREE", tuple(replace(free, steps=20) for free in straighten.FREE))
+        patch.setattr(straighten, "CAUSAL", replace(straighten.CAUSAL, steps=20))
         patch.setattr(
-            discovery,
-            "_straighten",
-            lambda y, cells, start, linear, kind, seed: once(y, cells, start, math.inf, kind, seed),
+            straighten,
+            "straightened",
+            lambda task, cells, dense, linear: straighten.train_once(task, cells, dense, math.inf, task.seed),
         )
         yield
 
@@ -59,17 +62,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that grows with the stages that are computed."""
     made: list[str] = []
 
-    def counting(name: str, stage: str) -> Callable[..., Any]:
-        function = getattr(discovery, name)
-
+    def counting(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             made.append(stage)
             return function(*arguments, **options)
 
         return call
 
-    for name, stage in CALLS.items():
-        monkeypatch.setattr(discovery, name, counting(name, stage))
+    for stage, (module, name) in CALLS.items():
+        monkeypatch.setattr(module, name, counting(stage, getattr(module, name)))
     return made
 
 
@@ -82,8 +83,8 @@ def interrupted(screen_file: Path, folder: Path, stage: str) -> set[str]:
 
     with pytest.raises(KeyboardInterrupt):
         crlseq.fit(screen_file, folder, progress=Progress(stage=interrupt), **FIT)
-    left = {path.name for path in folder.with_name(f"{folder.name}.partial").iterdir()}
-    return {name for name in STAGES if file_of(name) in left}
+    left = folder.with_name(f"{folder.name}.partial").glob("stage-*.pt")
+    return {path.stem.removeprefix("stage-") for path in left}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_goes_on_behind_the_last_stage(
     assert interrupted(screen_file, tmp_path / "RUN", stage) == done
     made = counted(monkeypatch)
     run = crlseq.fit(screen_file, tmp_path / "RUN", resume=True, **FIT)
-    assert set(made) == {*CALLS.values()} - done
+    assert set(made) == {*CALLS} - done
     assert results(tmp_path / "RUN") == results(whole)
     assert run.info["discovery"] == crlseq.load(whole).info["discovery"]
     assert run.info["discovery"]["straightened"]
@@ -118,19 +119,21 @@ def test_damaged_foreign_and_planted_results_are_computed_again(
     screen_file: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(screen_file, tmp_path / "RUN", "bootstrapping")
-    at = {stage: tmp_path / "RUN.partial" / file_of(stage) for stage in STAGES}
+    at = {stage: tmp_path / "RUN.partial" / f"stage-{stage}.pt" for stage in CALLS}
     content = at["components"].read_bytes()
     at["components"].write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
     at["number"].unlink()
-    save_checkpoint(at["number"], {"identity": "of another fit", "found": 1})
+    save_checkpoint(at["number"], {"format": 2, "identity": "of another fit", "result": 1})
     at["likelihood"].write_bytes(at["likelihood"].read_bytes()[:-1])
     at["kinds"].write_bytes(pickle.dumps(Planted()))
     at["straightened"].unlink()
-    save_checkpoint(at["straightened"], {"identity": "x", "found": Planted()})
+    save_checkpoint(at["straightened"], {"format": 2, "identity": "x", "result": Planted()})
+    (tmp_path / "RUN.partial" / "stage-of-another-version.pt").write_bytes(b"?")
     made = counted(monkeypatch)
     crlseq.fit(screen_file, tmp_path / "RUN", resume=True, **FIT)
-    assert set(made) == {*CALLS.values()}
+    assert set(made) == {*CALLS}
     assert results(tmp_path / "RUN") == results(whole)
+    assert {path.name for path in (tmp_path / "RUN").iterdir()} == RUN_FILES
 
 
 def test_other_cells_in_memory_are_another_fit(tmp_path: Path, screen: Any) -> None:
@@ -157,7 +160,7 @@ def _stop_at_reading_off(text: str) -> None:
 
 
 def test_comes_back_as_it_was(tmp_path: Path) -> None:
-    stages = Stages(tmp_path, "one")
+    cache = StageCache(tmp_path, "one")
     matrix = torch.arange(6.0).reshape(2, 3).T  # not contiguous
     value = (
         1,
@@ -168,20 +171,46 @@ def test_comes_back_as_it_was(tmp_path: Path) -> None:
         {3: matrix, "x": np.arange(3)},
         LatentChoice(2, [{"p": 1.0}], "as seen"),
     )
-    found = [stages.result("number", lambda: value), stages.result("number", lambda: ())]
+    found = [cache.get("number", lambda: value), cache.get("number", lambda: ())]
     assert found[0] is value
     *plain, table, choice = found[1]
     assert plain == [*value[:5]] and type(found[1]) is tuple and choice == value[-1]
     assert torch.equal(table[3], matrix) and table[3].stride() == matrix.stride()
     np.testing.assert_array_equal(table["x"], np.arange(3))
     assert table["x"].dtype == np.arange(3).dtype
-    assert Stages(tmp_path, "another").result("number", lambda: 7) == 7
-    stages.forget()
+    assert StageCache(tmp_path, "another").get("number", lambda: 7) == 7
+    cache.clear()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_else_is_packed() -> None:
-    with pytest.raises(TypeError, match="Path is nothing"):
+def test_a_result_of_an_older_version_is_computed_again(tmp_path: Path) -> None:
+    cache = StageCache(tmp_path, "one")
+    cache.get("more numbers", lambda: 1)
+    (path,) = tmp_path.iterdir()
+    assert path.name == "stage-more-numbers.pt" and is_stage_file(path.name) and not is_stage_file("resume.pt")
+    path.unlink()
+    save_checkpoint(path, {"identity": "one", "found": 2})  # as written before the format had a number
+    assert cache.get("more numbers", lambda: 3) == 3 == cache.get("more numbers", lambda: 4)
+
+
+def test_a_model_is_made_again_from_its_arguments() -> None:
+    moments = Moments(torch.zeros(3, 2), torch.eye(2).expand(3, -1, -1), torch.tensor([4.0, 4.0, 4.0]))
+    again = unpacked(packed(LinearModel(moments, 1, "soft", 0.3, fit_noise=False)))
+    assert (again.p, again.kind, again.floor, again.fit_noise) == (1, "soft", 0.3, False)
+    assert torch.equal(again.moments.covariances, moments.covariances)
+
+
+def test_only_registered_classes_are_packed() -> None:
+    @dataclass(frozen=True)
+    class Odd:
+        x: int
+
+    with pytest.raises(TypeError, match="Odd cannot"):
+        packed([Odd(1)])
+    cached_on_disk()(Odd)
+    assert unpacked(packed([Odd(1)])) == [Odd(1)]
+    del CLASSES["Odd"]
+    with pytest.raises(TypeError, match="Path cannot"):
         packed([Path("x")])
     for odd in ({"kind": "Path", "value": {}}, {"kind": "LatentChoice", "value": {}}, {"value": 3}):
         with pytest.raises((KeyError, TypeError)):
@@ -189,6 +218,6 @@ def test_nothing_else_is_packed() -> None:
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
-    assert Stages(None).result("number", lambda: 3) == 3
-    with pytest.raises(ValueError, match="not in"):
-        Stages(Path()).result("nothing", lambda: 3)
+    cache = StageCache()
+    assert cache.get("number", lambda: 3) == 3 and cache.get("number", lambda: 4) == 4
+    cache.clear()

@@ -8,9 +8,10 @@ from crlseq.config import make_config
 from crlseq.data import splits
 from crlseq.data.dataset import read_data
 from crlseq.data.simulate import simulate
+from crlseq.discovery.verdict import judge_gradient
 from crlseq.evaluation.held_out import evaluate_held_out, virtual_cells
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.readout.dag import DECLARED_WEIGHT, find_dag, identify_gradient
+from crlseq.readout.dag import DECLARED_WEIGHT, find_dag
 from crlseq.readout.interventions import find_interventions
 from crlseq.readout.programs import encode, find_programs
 
@@ -95,8 +96,8 @@ def test_standardised_weights_do_not_depend_on_the_units_of_the_latents(data):
     ],
 )
 def test_the_verdict_gives_its_reason(options, word):
-    found = identify_gradient(make_config(**options).model)
-    assert found.verdict == "not identified"
+    found = judge_gradient(make_config(**options).model)
+    assert found.answer == "not identified"
     assert word in found.reason
 
 

@@ -15,6 +15,7 @@ from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.projection import principal_components
 from crlseq.data.simulate import simulate
 from crlseq.discovery.result import Discovery
+from crlseq.discovery.verdict import Verdict
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import LatentSCM
 from crlseq.model.sparse_decoder import SparseDecoder
@@ -66,8 +67,8 @@ def truth(screen: ad.AnnData) -> Truth:
     discovery = Discovery(
         index=np.arange(screen.n_obs), latents=latents, noise=(mixed**2).sum(0), adjacency=adjacency[np.ix_(order, order)],
         intercept=np.zeros(P), target=target, shift=np.array(shift), log_scale=np.full(K, np.log(0.7)),
-        retention=np.zeros(K), kind="hard", equations="linear", verdict="identified", reason="", held_out={}, gain=1.0,
-        gain_error=0.1, dispersion=1.0, straightened=False, stability=None, environments=np.arange(K), choice=None,
+        retention=np.zeros(K), kind="hard", equations="linear", verdict=Verdict("identified", ""), held_out={}, gain=1.0,
+        gain_error=0.1, misfit=1.0, environments=np.arange(K),
     )  # fmt: skip
     start = WarmStart(discovery, np.ones(K, bool), principal_components(data, 20, 0))
     return Truth(data, start, np.asarray(true["loaded"])[order], screen.obsm["true_latents"][:, order])

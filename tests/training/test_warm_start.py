@@ -16,6 +16,7 @@ from crlseq.data.projection import principal_components
 from crlseq.data.simulate import simulate
 from crlseq.discovery.discover import discover
 from crlseq.discovery.result import Discovery
+from crlseq.discovery.task import Task
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.training.trainer import architecture_of, fit_model
 from crlseq.training.warm_start import MIN_VARIANCE, Anchor, WarmStart, warm_start
@@ -45,7 +46,7 @@ def started() -> Started:
     effect = np.ones(K)
     effect[[IDLE, UNTESTED]] = 0
     config = make_config(n_latents=P, bootstrap=0, epochs=2, seed=1)
-    discovery = discover(data, effect, config.model, 0)
+    discovery = discover(Task(data, effect, config.model, 0))
     tested = np.arange(K) != UNTESTED
     start = WarmStart(discovery, tested, principal_components(data, 30, 0))
     model, anchor = begin(data, start, config)
@@ -64,7 +65,7 @@ def rows(data: PerturbSeqData, cells: np.ndarray) -> Tensor:
 
 def test_the_screen_has_something_to_start_from(started: Started) -> None:
     assert started.discovery.adjacency.any()
-    assert started.discovery.verdict == "identified"
+    assert started.discovery.verdict.answer == "identified"
 
 
 @torch.no_grad()

@@ -1,0 +1,110 @@
+"""The linear method in coordinates that a network straightens, where cells are not described without.
+
+    maximise over networks f, g    sum_cells E_q(v|y) [ log N(y; g(v), noise) ] - beta KL( q(v|y) || N(mean_c, covariance_c) )
+    and over W, G, c of the linear method on the latents v
+
+The network is that of `crlseq.discovery.straighten`. Where mere shifts fit best, nonlinear equations
+(`crlseq.discovery.nonlinear_test`) are tried first.
+
+Source: this project; ReLU equations after Zhang et al. 2023, arXiv 2307.06250.
+Assumes: as the linear method, except that components are a network of the programs, one that makes the environments'
+latents Gaussian at once.
+Identified: as by the linear method on the straightened latents; under shifts with nonlinear equations who is upstream
+of whom, if expression is linear in the programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from crlseq.data import splits
+from crlseq.discovery.discover import Refined, compare_on, discover
+from crlseq.discovery.edges import select_edges
+from crlseq.discovery.kind_comparison import KindComparison
+from crlseq.discovery.likelihood import Solution
+from crlseq.discovery.methods import Programs
+from crlseq.discovery.misfit import misfit
+from crlseq.discovery.moments import environment_moments
+from crlseq.discovery.nonlinear_test import prefers_nonlinear
+from crlseq.discovery.reassign import reassign_targets
+from crlseq.discovery.result import nonlinear_result
+from crlseq.discovery.straighten import CAUSAL, FREE, Straightener, starting_directions
+from crlseq.discovery.task import Cells, Start, Task
+from crlseq.discovery.verdict import Answer
+
+AT_MOST: Answer = "identified"
+ATTEMPTS = 3  # trainings of the network where the first ones do not describe the cells
+PARTITION_STEPS = 60
+
+
+def find(task: Task) -> Programs:
+    """Targets and graph, straightened where that describes the cells better."""
+    return Programs.of(discover(task, refine))
+
+
+def refine(task: Task, start: Start, cells: Cells, dense: Solution, linear: KindComparison) -> Refined:
+    """Nonlinear equations under shifts, or straightened latents."""
+    model = linear.edges.solution.model
+    open_graph = model.intervention.graph == "nothing"
+    if open_graph and task.config.equations != "linear" and task.kind in (None, model.kind):
+        task.stage("trying nonlinear equations")
+        values, environment = start.cells.values[:, : start.n_latents].double(), cells.environment
+        sides = [task.cells_of(split, environment) for split in (splits.TRAIN, splits.VALIDATION)]
+        train, test = [(values[side], environment[side]) for side in sides]
+        preference = task.cache.get("equations", lambda: prefers_nonlinear(train, test, seed=task.seed))
+        if preference.chosen:
+            return nonlinear_result(task, start, preference)
+    task.stage("straightening the latents")
+    return task.cache.get("straightened", lambda: straightened(task, start.cells, dense, linear))
+
+
+def straightened(
+    task: Task, components: Cells, dense: Solution, linear: KindComparison
+) -> tuple[Cells, KindComparison] | None:
+    """Straightened latents and the models on them; None if the structural model describes them no better.
+
+    A training can end in a wrong partition of the perturbations. Where the latents are not described it is done again,
+    from the partition that the best one found and with another seed: the lowest misfit is kept.
+    """
+    best: tuple[Cells, KindComparison] | None = None
+    start = dense
+    for attempt in range(ATTEMPTS):
+        found = train_once(task, components, start, misfit(dense).dispersion, task.seed + attempt)
+        if found is None:  # what is wrong is not the mixing
+            break
+        reference = linear if best is None else best[1]
+        if misfit(found[1].edges.solution).dispersion < misfit(reference.edges.solution).dispersion:
+            best = found
+        if best is None or misfit(best[1].edges.solution).describes:
+            break
+        targets = best[1].edges.solution.targets
+        start = dense.model.solve(dense.model.start(targets), targets, dense.mask, PARTITION_STEPS)
+    return best
+
+
+def train_once(
+    task: Task, components: Cells, start: Solution, worst: float, seed: int
+) -> tuple[Cells, KindComparison] | None:
+    """One training from a solution in the first components; None if free latents have a misfit of `worst` or more."""
+    y, train, environment = components.values, components.train, components.environment
+    directions = starting_directions(start, environment_moments(y[train], environment[train]))
+    network = Straightener(y[train].double(), environment[train], directions, seed)
+
+    def latents() -> Cells:
+        return Cells(*network.encode(y), environment, train)
+
+    for free in FREE:
+        network.train(free)
+    free_fit = network.fit_prior("hard", fresh=True)
+    if misfit(free_fit).dispersion >= worst:
+        return None
+    comparison = compare_on(task, latents(), free_fit, seed)
+    kind = comparison.edges.solution.model.kind
+    network.train(CAUSAL, kind)
+    final = reassign_targets(network.fit_prior(kind, fresh=True))
+    if final.model.intervention.graph == "nothing":
+        edges = replace(comparison.edges, solution=final, dispersion=misfit(final).dispersion)
+        return latents(), replace(comparison, edges=edges)
+    edges = select_edges(final)
+    evidence = replace(comparison.evidence, n_edges=int((edges.adjacency != 0).sum()))
+    return latents(), replace(comparison, edges=edges, evidence=evidence)

@@ -1,0 +1,84 @@
+"""What a discovery method is given: the screen, the options, and what to report to and compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crlseq.config import InterventionKind, ModelConfig
+from crlseq.data import splits
+from crlseq.data.dataset import PerturbSeqData
+from crlseq.discovery.n_latents import LatentChoice
+from crlseq.storage.stage_cache import StageCache, cached_on_disk
+
+
+@dataclass(frozen=True)
+class Task:
+    """A discovery to make."""
+
+    data: PerturbSeqData
+    effect: np.ndarray  # (K,) of each perturbation; 0 without one, and where it only occurs in combinations
+    config: ModelConfig
+    seed: int
+    stage: Callable[[str], None] = lambda text: None  # called with what is being done
+    note: Callable[[str], None] = lambda text: None  # called with what was found
+    cache: StageCache = field(default_factory=StageCache)
+    threads: int = field(default_factory=torch.get_num_threads)
+
+    @property
+    def kind(self) -> InterventionKind | None:
+        """The kind of intervention that was asked for."""
+        return None if self.config.intervention == "auto" else self.config.intervention
+
+    def environments(self, perturbations: np.ndarray) -> Tensor:
+        """(cells,) environment of each cell: 0 control, i + 1 the single perturbation ``perturbations[i]``, -1 others.
+
+        A cell whose batch has no controls is one of the others.
+        """
+        data = self.data
+        number: dict[tuple[int, ...], int] = {(): 0} | {(int(k),): i + 1 for i, k in enumerate(perturbations)}
+        of_condition = np.array([*(number.get(parts, -1) for parts in data.conditions), -1])
+        return torch.from_numpy(np.where(data.comparable(), of_condition[data.condition], -1))
+
+    def cells_of(self, split: int, environment: Tensor) -> Tensor:
+        """(cells,) bool: the cells of a split that belong to an environment."""
+        return torch.from_numpy(self.data.split == split) & (environment >= 0)
+
+    def fitted_cells(self) -> np.ndarray:
+        """Indices of the training and validation cells."""
+        seen = np.isin(self.data.split, (splits.TRAIN, splits.VALIDATION))
+        return np.flatnonzero(seen & (self.data.condition >= 0))
+
+
+@cached_on_disk()
+@dataclass(frozen=True)
+class Cells:
+    """Cells as the likelihood sees them."""
+
+    values: Tensor  # (N, q)
+    variances: Tensor | None  # (N, q) posterior variances, if straightened
+    environment: Tensor  # (N,)
+    train: Tensor  # (N,) bool
+
+    def training(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Values (n, q) in float64, variances and environments of the training cells."""
+        variances = None if self.variances is None else self.variances[self.train]
+        return self.values[self.train].double(), variances, self.environment[self.train]
+
+    def first(self, q: int) -> Cells:
+        """The cells in their first components."""
+        return replace(self, values=self.values[:, :q])
+
+
+@dataclass(frozen=True)
+class Start:
+    """Cells in whitened components, the perturbations (m,) that shape the graph, and how many programs to look for."""
+
+    cells: Cells
+    environments: np.ndarray
+    n_latents: int
+    choice: LatentChoice | None

@@ -1,0 +1,138 @@
+"""Kinds of intervention: told apart on cells of a known structural model; the verdict that this leads to."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from crlseq.config import InterventionKind
+from crlseq.discovery.kind_comparison import KindComparison, compare_kinds, without_graph
+from crlseq.discovery.likelihood import fit_linear
+from crlseq.discovery.moments import Moments, environment_moments, fold_moments
+from crlseq.discovery.verdict import Verdict, judge
+from tests.structural import GRAPH, NO_EDGES, TARGETS, P, matched, truth
+
+
+@lru_cache
+def compared(
+    of: InterventionKind, asked: InterventionKind | None = None, edges: bool = True, seed: int = 0, n: int = 200
+) -> KindComparison:
+    """Comparison on cells of the structural model under interventions ``of`` a kind."""
+    values, environment = truth(of, GRAPH if edges else NO_EDGES, seed=seed).cells(n, seed)
+    dense = fit_linear(environment_moments(values, environment), P, "hard", restarts=2, noise_floor=0.03)
+    folds = fold_moments(values, environment, None, 3, torch.Generator().manual_seed(seed))
+    return compare_kinds(dense, folds, asked)
+
+
+def outcome(found: KindComparison) -> tuple[InterventionKind, Verdict]:
+    """The kind of the model that is left, and the verdict."""
+    return found.edges.solution.model.kind, judge(found.evidence)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_hard_interventions_are_seen(seed: int) -> None:
+    found = compared("hard", seed=seed)
+    kind, verdict = outcome(found)
+    assert (kind, verdict.answer) == ("hard", "identified")
+    assert torch.equal(matched(found.edges.adjacency, found.edges.solution.targets[0]) != 0, GRAPH != 0)
+    assert "cut their targets off" in verdict.reason and "single edges are identified" in verdict.reason
+    assert set(found.held_out) == {"hard", "no edges", "shift"}
+    assert found.held_out["hard"] < found.held_out["no edges"] < found.held_out["shift"]
+    assert found.evidence.gain > 3 * found.evidence.error > 0
+    assert found.evidence.n_edges == 3
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_soft_interventions_are_seen(seed: int) -> None:
+    found = compared("soft", seed=seed)
+    kind, verdict = outcome(found)
+    assert (kind, verdict.answer) == ("soft", "ancestry only")
+    assert found.edges.adjacency.any()
+    assert "weaken the input of their targets" in verdict.reason and "ancestry is identified" in verdict.reason
+    assert set(found.held_out) == {"soft", "no edges", "shift"}
+    assert found.held_out["soft"] < found.held_out["no edges"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_shifts_are_seen_and_tell_no_graph(seed: int) -> None:
+    found = compared("shift", seed=seed)
+    kind, verdict = outcome(found)
+    assert (kind, verdict.answer) == ("shift", "not identified")
+    assert not found.edges.adjacency.any()
+    assert found.held_out["shift"] == pytest.approx(found.held_out["no edges"], abs=0.02)
+
+
+@pytest.mark.parametrize("of", ["hard", "soft"])
+def test_a_graph_that_is_truly_empty_is_not_identified(of: InterventionKind) -> None:
+    found = compared(of, edges=False)
+    kind, verdict = outcome(found)
+    assert (kind, verdict.answer) == ("shift", "not identified")
+    assert not found.edges.adjacency.any() and found.evidence.n_edges == 0
+    assert verdict.reason.startswith("No edge improves the fit enough to be selected.")
+
+
+def test_shifts_that_were_asked_for_leave_the_graph_open_whatever_the_data() -> None:
+    found = compared("hard", "shift")
+    kind, verdict = outcome(found)
+    assert (kind, verdict.answer) == ("shift", "not identified")
+    assert not found.edges.adjacency.any()
+    assert verdict.reason.startswith("Shifts were asked for")
+
+
+@pytest.mark.parametrize("asked", ["hard", "soft"])
+def test_a_kind_that_was_asked_for_is_taken_and_the_verdict_comes_from_the_data(asked: InterventionKind) -> None:
+    kind, verdict = outcome(compared("hard", asked))
+    assert kind == asked
+    assert verdict.answer == {"hard": "identified", "soft": "ancestry only"}[asked]
+    kind, verdict = outcome(compared("hard", asked, edges=False))
+    assert (kind, verdict.answer) == ("shift", "not identified")
+
+
+def test_edges_that_gain_nothing_on_held_out_cells_are_not_claimed() -> None:
+    values, environment = truth("hard").cells(200)
+    dense = fit_linear(environment_moments(values, environment), P, "hard", targets=TARGETS[None], noise_floor=0.03)
+    shifted = truth("shift").cells(200)  # the held-out cells are of shifts
+    folds = fold_moments(*shifted, None, 2, torch.Generator().manual_seed(0))
+    found = compare_kinds(dense, folds, "hard")
+    verdict = judge(found.evidence)
+    assert verdict.answer == "not identified"
+    assert found.evidence.gain < 2 * found.evidence.error
+    assert "Edges do not predict held-out cells better" in verdict.reason
+    assert not found.edges.adjacency.any()
+
+
+def test_held_out_likelihoods_are_per_held_out_cell_and_the_gain_their_difference() -> None:
+    found = compared("hard")
+    cells = 200 * (len(TARGETS) + 4)  # each held out once
+    difference = found.held_out["no edges"] - found.held_out["hard"]
+    assert found.evidence.gain == pytest.approx(difference * cells, rel=1e-9)
+
+
+def test_a_graph_has_to_beat_the_better_model_without_edges() -> None:
+    """Under mere shifts free noise scales are needless parameters; beating them alone would be no sign of a graph."""
+    found = compared("shift", "hard")
+    assert found.held_out["shift"] < found.held_out["no edges"]
+    cells = 200 * (len(TARGETS) + 4)
+    assert found.evidence.gain == pytest.approx((found.held_out["shift"] - found.held_out["hard"]) * cells, rel=1e-9)
+    assert judge(found.evidence).answer == "not identified"
+
+
+def test_environments_without_cells_in_a_fold_have_no_say() -> None:
+    values, environment = truth("hard").cells(200)
+    whole = environment_moments(values, environment)
+    dense = fit_linear(whole, P, "hard", targets=TARGETS[None], noise_floor=0.03)
+    only_control = environment_moments(values[environment == 0], environment[environment == 0], None, len(TARGETS) + 1)
+    folds: list[tuple[Moments, Moments]] = [(whole, only_control)]
+    found = compare_kinds(dense, folds, "hard")
+    assert all(value == value for value in found.held_out.values())  # no NaN
+    assert abs(found.evidence.gain) < 20  # control cells do not tell models apart
+
+
+def test_shifts_in_place_of_a_graph_are_those_of_the_comparison() -> None:
+    """Whether a graph fails on held-out cells or for another reason, the same model is left."""
+    graph, asked = compared("hard", "hard").edges, compared("hard", "shift").edges
+    left = without_graph(graph)
+    assert torch.equal(left.solution.theta, asked.solution.theta) and left.dispersion == asked.dispersion
+    assert not left.adjacency.any()

@@ -1,0 +1,182 @@
+"""Discovery methods: registered, told apart, and each no surer than its theory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from crlseq.config import ModelConfig
+from crlseq.discovery import discover as steps
+from crlseq.discovery import methods
+from crlseq.discovery.discover import compare_on
+from crlseq.discovery.likelihood import Solution, fit_linear
+from crlseq.discovery.methods import NAMES, find_programs, method_of, straighten
+from crlseq.discovery.misfit import DESCRIBED, Misfit, misfit
+from crlseq.discovery.moments import environment_moments
+from crlseq.discovery.result import Discovery
+from crlseq.discovery.task import Cells
+from crlseq.discovery.verdict import Answer
+from crlseq.errors import InputError
+from tests.discovery.test_discover import CONFIG, Screen
+
+ORDER: tuple[Answer, ...] = ("not identified", "ancestry only", "identified")
+
+
+@pytest.fixture(scope="module")
+def hard() -> Screen:
+    return Screen(n_doubles=2)
+
+
+def found_by(screen: Screen, method: str, **changes: Any) -> Discovery:
+    discovery = method_of(method).find(screen.task(CONFIG, **changes)).discovery
+    assert discovery is not None
+    return discovery
+
+
+def test_the_configuration_offers_the_methods_that_there_are() -> None:
+    files = {path.stem for path in Path(methods.__path__[0]).glob("*.py")} - {"__init__"}
+    assert set(NAMES) == files
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_method_says_what_it_assumes_and_identifies(name: str) -> None:
+    document = method_of(name).__doc__ or ""
+    assert all(f"\n{word}:" in document for word in ("Source", "Assumes", "Identified"))
+    assert method_of(name).AT_MOST in get_args(Answer)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_method_claims_more_than_its_theory(hard: Screen, name: str) -> None:
+    programs = method_of(name).find(hard.task())
+    assert (programs.n, programs.reason) == (4, "as asked")
+    if programs.discovery is not None:
+        assert programs.discovery.adjacency.shape == (4, 4) and programs.discovery.target.shape == (12,)
+        assert ORDER.index(programs.discovery.verdict.answer) <= ORDER.index(method_of(name).AT_MOST)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_programs_than_perturbations_are_refused(hard: Screen, name: str) -> None:
+    with pytest.raises(InputError, match="13 programs were asked for, but only 12"):
+        method_of(name).find(hard.task(CONFIG.model_copy(update={"n_latents": 13})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "effect", "notes"),
+    [
+        ({"method": "gradient"}, 1.0, 0),
+        ({"causal_layer": False}, 1.0, 0),
+        ({"method": "linear"}, 0.0, 1),
+        ({"method": "straighten"}, 0.0, 1),
+        ({"method": "gradient"}, 0.0, 0),
+    ],
+)
+def test_where_nothing_can_be_found_programs_are_learned_by_gradient(
+    hard: Screen, changes: dict[str, Any], effect: float, notes: int
+) -> None:
+    noted: list[str] = []
+    programs = find_programs(hard.task(ModelConfig(**changes), effect=np.full(12, effect), note=noted.append))
+    assert programs.discovery is None and programs.n == 12
+    assert len(noted) == notes
+
+
+# --- straightening
+
+
+def poor_before_selection(solution: Solution) -> Misfit:
+    """The misfit, made poor for a dense graph, which decides on straightening and on nothing else."""
+    p = solution.model.p
+    return Misfit(2.0, 0.01) if float(solution.mask.sum()) == p * (p - 1) else misfit(solution)
+
+
+def test_only_the_method_straighten_straightens_and_only_where_the_model_fails(
+    hard: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[bool] = []
+
+    def straightened(*args: object) -> None:
+        called.append(True)  # finds nothing better
+
+    found = found_by(hard, "linear")
+    monkeypatch.setattr(straighten, "straightened", straightened)
+    found_by(hard, "straighten")
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "misfit", lambda solution: Misfit(DESCRIBED + 0.01, 0.01))  # within chance
+        found_by(hard, "straighten")
+    monkeypatch.setattr(steps, "misfit", poor_before_selection)
+    found_by(hard, "linear")
+    assert not called
+    again = found_by(hard, "straighten")
+    assert called and not again.straightened
+    assert np.array_equal(again.adjacency, found.adjacency)
+
+
+def test_straightened_latents_take_the_place_of_the_components(hard: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What straightening hands over is what comes out: here the same solution, its cells moved and made uncertain."""
+
+    def straightened(task: Any, components: Cells, dense: Any, linear: Any) -> Any:
+        cells = components.first(20)
+        variances = 0.5 * cells.values.new_ones(cells.values.shape)
+        return replace(cells, values=cells.values.double() + 1, variances=variances), linear
+
+    found = found_by(hard, "straighten")
+    monkeypatch.setattr(steps, "misfit", poor_before_selection)
+    monkeypatch.setattr(straighten, "straightened", straightened)
+    again = found_by(hard, "straighten")
+    assert again.straightened
+    moved = again.latents - found.latents
+    assert np.abs(moved - moved[0]).max() < 1e-9 < np.abs(moved[0]).max()
+    assert not np.allclose(again.noise, found.noise)
+
+
+def attempts(screen: Screen, monkeypatch: pytest.MonkeyPatch, misfits: list[float | None]) -> tuple[Any, list[Any]]:
+    """What is kept if trainings end with these misfits (None: latents no better), and what they started from."""
+    task = screen.task(seed=7)
+    start = steps.find_components(task)
+    cells = start.cells.first(10)
+    values, _, numbers = cells.training()
+    dense = fit_linear(environment_moments(values, numbers), 4, "hard", 1, 0)
+    linear = compare_on(task, cells, dense, 0)
+    of_misfit: dict[Any, float] = {linear.edges.solution: 2.0, dense: 2.0}
+    starts: list[Any] = []
+
+    def train_once(task: Any, components: Any, start: Any, worst: float, seed: int) -> Any:
+        assert worst == 2.0 and seed == 7 + len(starts)
+        starts.append(start)
+        excess = misfits[len(starts) - 1]
+        if excess is None:
+            return None
+        solution = replace(linear.edges.solution, targets=dense.targets.roll(len(starts), 1))
+        of_misfit[solution] = excess
+        return cells, replace(linear, edges=replace(linear.edges, solution=solution))
+
+    monkeypatch.setattr(straighten, "train_once", train_once)
+    monkeypatch.setattr(straighten, "misfit", lambda solution: Misfit(of_misfit[solution], 0.0))
+    found = straighten.straightened(task, start.cells, dense, linear)
+    assert starts[0] is dense
+    for again in starts[1:]:  # from a partition that was found
+        assert any(torch.equal(again.targets, dense.targets.roll(i, 1)) for i in range(1, len(starts)))
+    return None if found is None else of_misfit[found[1].edges.solution], starts
+
+
+@pytest.mark.parametrize(
+    ("misfits", "kept", "trained"),
+    [
+        ([1.1], 1.1, 1),  # described: enough
+        ([1.5, 1.1], 1.1, 2),
+        ([1.5, 1.7, 1.4], 1.4, 3),
+        ([1.4, 1.7, 1.5], 1.4, 3),
+        ([2.5], None, 1),  # worse than the linear model
+        ([None], None, 1),
+        ([1.5, None], 1.5, 2),
+    ],
+)
+def test_straightening_is_done_again_until_it_describes_the_cells_and_the_best_is_kept(
+    hard: Screen, monkeypatch: pytest.MonkeyPatch, misfits: list[float | None], kept: float | None, trained: int
+) -> None:
+    found, starts = attempts(hard, monkeypatch, misfits)
+    assert found == kept and len(starts) == trained
