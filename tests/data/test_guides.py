@@ -260,7 +260,7 @@ def _matrix(values: Any) -> Any:
         (lambda adata, folder: {"guide_key": "nothing"}, "no column 'nothing' for --guide-key"),
         (lambda adata, folder: {"guide_counts": "nothing"}, "no guide counts 'nothing'"),
         (lambda adata, folder: {"guide_key": "grna", "guide_map": "/nowhere/map.tsv"}, "cannot be read"),
-        (_bad_map("GENE0g1\tA\nGENE0g2"), "Line 2 of the guide map"),
+        (_bad_map("GENE0g1\tA\nGENE0g2"), "Line 2 of guide map"),
         (_bad_map("GENE0g1\tA\nGENE0g1\tB"), "a second gene"),
         (_bad_map("GENE0g1\tA"), "14 of 15 guides are not in the guide map"),
         (_bad_map("\n"), "is empty"),

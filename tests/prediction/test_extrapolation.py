@@ -208,7 +208,7 @@ BAD: dict[str, tuple[Callable[[Path, pd.DataFrame], object], str]] = {
     "binary.csv": (lambda p, t: p.write_bytes(bytes(range(256)) * 9), "cannot be read"),
     "screen.h5ad": (lambda p, t: screen().write_h5ad(p), "0 of the 18 fitted"),
     "broken.h5ad": (lambda p, t: p.write_bytes(b"\x89HDF\r\n\x1a\n" + b"x" * 99), "cannot be opened"),
-    "absent.csv": (lambda p, t: None, "There is no file"),
+    "absent.csv": (lambda p, t: None, "There is no embeddings file"),
 }
 
 
