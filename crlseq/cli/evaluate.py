@@ -69,7 +69,7 @@ def evaluate(
         raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
     from crlseq.evaluation.compare import limits
     from crlseq.evaluation.evaluate import evaluate as judge
-    from crlseq.run.run import load
+    from crlseq.pipeline.fitted import load
     from crlseq.storage.csv import to_csv
     from crlseq.storage.files import written_whole
 

@@ -34,9 +34,9 @@ def predict(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors alone.")] = False,
 ) -> None:
     """Predict what perturbations, alone or together, would do to control cells."""
+    from crlseq.pipeline.fitted import load
     from crlseq.prediction.predict import predict as predict_cells
     from crlseq.prediction.predict import refuse_file, write_prediction
-    from crlseq.run.run import load
 
     found = load(run)
     refuse_file(output, force, [*run.iterdir(), *([source] if source else [])])

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
@@ -21,10 +20,9 @@ from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturba
 from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError
 from crlseq.evaluation.baselines import Parts
-
-if TYPE_CHECKING:
-    from crlseq.model.discrepancy_vae import DiscrepancyVAE
-    from crlseq.run.run import Run
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.run.run import Run
+from crlseq.run.schema import RunInfo
 
 
 @dataclass(frozen=True)
@@ -104,11 +102,10 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
     """
     if run.path is None:
         raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
-    info, settings = run.info, run.info["config"]["data"]
-    record = Preprocessing.from_json(info["preprocessing"])
+    facts, record = run.facts, run.preprocessing
     notes: list[str] = []
     with open_screen(run.path / "crlseq.h5ad", record.layer) as screen:
-        if "crlseq_split" not in screen.obs or screen.n_cells != info["input"]["n_cells"]:
+        if "crlseq_split" not in screen.obs or screen.n_cells != facts.input.n_cells:
             raise InputError(f"{screen.source} is not what the fit wrote.", "Restore it, or fit again.")
         split = screen.obs["crlseq_split"].astype(str).to_numpy()
         alignment, _ = align(record, screen)
@@ -117,9 +114,9 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
     compared = np.arange(len(record.genes))
     if data is not None:
         with open_screen(data, record.layer) as screen:
-            if info["perturbation_key"] not in screen.obs:
+            if facts.perturbation_key not in screen.obs:
                 raise InputError(
-                    f"{screen.source} has no column {info['perturbation_key']!r}, which holds the perturbations of the fit.",
+                    f"{screen.source} has no column {facts.perturbation_key!r}, which holds the perturbations of the fit.",
                     "Give cells with the same labels.",
                 )
             alignment, said = align(record, screen)
@@ -130,8 +127,8 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
             marks = _fingerprints(screen, alignment.columns)
             if len(compared) < alignment.n_fitted:
                 notes.append(f"{len(compared)} of {alignment.n_fitted} fitted genes are compared.")
-    labels = _labels(tables, info, settings)
-    batch = _batches(tables, settings["batch_key"])
+    labels = _labels(tables, facts)
+    batch = _batches(tables, facts.config.data.batch_key)
     n = len(split)
     fitted_cells = Cells(x, labels.condition[:n], batch[:n])
     train = fitted_cells[(split == "train") & (fitted_cells.condition >= 0)]
@@ -227,16 +224,17 @@ def _gene_places(screen: Screen, genes: tuple[str, ...]) -> dict[str, list[int]]
     return places
 
 
-def _labels(tables: list[pd.DataFrame], info: Mapping[str, Any], settings: Mapping[str, Any]) -> Perturbations:
+def _labels(tables: list[pd.DataFrame], facts: RunInfo) -> Perturbations:
     """Conditions of all cells in one vocabulary, read as at the fit."""
-    keys = [key for key in (info["perturbation_key"], STRATEGY_KEY) if all(key in table for table in tables)]
-    columns = {key: np.concatenate([table[key].astype(object).to_numpy() for table in tables]) for key in keys}
-    first = read_perturbations(tables[0][keys], info["perturbation_key"], info["control_label"], settings["separator"])
+    key, control, separator = facts.perturbation_key, facts.control_label, facts.config.data.separator
+    keys = [name for name in (key, STRATEGY_KEY) if all(name in table for table in tables)]
+    columns = {name: np.concatenate([table[name].astype(object).to_numpy() for table in tables]) for name in keys}
+    first = read_perturbations(tables[0][keys], key, control, separator)
     if len(tables) == 1:
         return first
     # A fit on single perturbations alone has seen no separator: it was asked for, or is found in the other cells.
-    separator = settings["separator"] if first.separator is None else first.separator
-    return read_perturbations(pd.DataFrame(columns), info["perturbation_key"], info["control_label"], separator)
+    separator = separator if first.separator is None else first.separator
+    return read_perturbations(pd.DataFrame(columns), key, control, separator)
 
 
 def _batches(tables: list[pd.DataFrame], key: str | None) -> np.ndarray:

@@ -36,8 +36,7 @@ from crlseq.errors import InputError, UsageError
 from crlseq.evaluation.compare import AXIOMS, METRICS, compare, summarise, verdict
 from crlseq.evaluation.evaluate import Evaluation, evaluate
 from crlseq.pipeline.fit import Progress, fit
-from crlseq.prediction.extrapolation import FILE as EMBEDDINGS
-from crlseq.run.run import GENE_SETS
+from crlseq.storage.runfolder import EMBEDDINGS, GENE_SETS
 
 if TYPE_CHECKING:
     from crlseq.run.run import Run

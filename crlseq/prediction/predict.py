@@ -18,7 +18,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -35,10 +35,8 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import Mechanism
 from crlseq.prediction.counterfactual import counterfactual_quality
 from crlseq.prediction.labels import understand
+from crlseq.run.run import Run
 from crlseq.storage.files import written_whole
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
 
 N_CELLS = 500
 DRAWS = 100
@@ -119,8 +117,8 @@ def predict(
     models = [copy.deepcopy(found).double() for found in ((run.model, wider) if unseen else (run.model,))]
     model = models[0]  # float32 would leave rounding errors where nothing is to change
     control = torch.from_numpy(start.x.astype(float))[None]
-    center = np.array([program["center"] for program in run.info["programs"]])
-    scale = np.array([program["scale"] for program in run.info["programs"]])
+    center = np.array([program.center for program in run.facts.programs])
+    scale = np.array([program.scale for program in run.facts.programs])
     n, p = len(start.x), len(scale)
     eps = None if counterfactual else torch.randn((1, n, p), generator=_generator(seed, 0), dtype=control.dtype)
 
@@ -157,7 +155,7 @@ def predict(
     result = ad.AnnData(
         np.concatenate(blocks),
         obs=obs,
-        var=pd.DataFrame(index=pd.Index(Preprocessing.from_json(run.info["preprocessing"]).genes, dtype=object)),
+        var=pd.DataFrame(index=pd.Index(run.preprocessing.genes, dtype=object)),
     )
     result.var["control_mean"] = control_mean
     result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scale).astype(np.float32)
@@ -170,7 +168,7 @@ def predict(
         "seed": seed,
         "interval": f"95 % over {COVERS}; {COVERS_NOT}",
         "notes": np.array(notes, dtype=object),
-        "version": run.info["version"],
+        "version": run.facts.version,
     }
     return result
 
@@ -233,10 +231,10 @@ def shift_errors(run: Run, variance: np.ndarray) -> np.ndarray:
     n_cells = table["n_cells"].to_numpy(dtype=float)
     squares = table["noise_scale"].fillna(1.0).to_numpy() ** 2 + measured
     errors = np.sqrt(np.divide(squares, n_cells, out=np.full(len(table), np.nan), where=n_cells > 0))
-    bootstrap = (run.info["discovery"] or {}).get("bootstrap") or {}
-    if "shift_error" in bootstrap:
-        place = pd.Index(table["perturbation"]).get_indexer(pd.Index(bootstrap["perturbations"]))
-        found = np.array(bootstrap["shift_error"], dtype=float)  # null in JSON: NaN
+    bootstrap = run.facts.bootstrap
+    if bootstrap is not None:
+        place = pd.Index(table["perturbation"]).get_indexer(pd.Index(bootstrap.perturbations))
+        found = np.array(bootstrap.shift_error, dtype=float)  # null in JSON: NaN
         errors[place] = np.where(np.isnan(found), errors[place], found)
     return np.asarray(errors)
 
@@ -250,7 +248,7 @@ def _start(
     notes: list[str],
 ) -> _Start:
     """The control cells to start from, in the space of the fit; says in `notes` what was decided."""
-    record, own = Preprocessing.from_json(run.info["preprocessing"]), source is None
+    record, own = run.preprocessing, source is None
     if source is None:
         if run.path is None:
             raise InputError("This run was never written to a folder.", "Give the cells to start from.")
@@ -269,7 +267,7 @@ def _start(
                     "Each cell has one counterfactual: lower --n-cells.",
                 )
             notes.append(f"There are {len(controls)} control cells, so that some are used more than once.")
-        key = run.info["config"]["data"]["batch_key"]
+        key = run.facts.config.data.batch_key
         batch = screen.obs[key].astype(str).to_numpy() if key in screen.obs else np.zeros(screen.n_cells)
         rng = np.random.default_rng([seed, 7])
         index, again = np.unique(draw_controls(controls, batch, wanted, rng), return_inverse=True)
@@ -293,12 +291,12 @@ def _control_mean(run: Run, record: Preprocessing) -> np.ndarray:
 
 def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarray:
     """Indices of the control cells of a screen; of every cell where other cells bear no label."""
-    key, label = run.info["perturbation_key"], run.info["control_label"]
+    key, label = run.facts.perturbation_key, run.facts.control_label
     if key not in screen.obs:
         notes.append(f"{screen.source} has no column {key!r}: every cell is taken as unperturbed.")
         return np.arange(screen.n_cells)
     try:
-        separator = run.info["config"]["data"]["separator"]
+        separator = run.facts.config.data.separator
         found = np.flatnonzero(read_perturbations(screen.obs, key, label, separator).is_control)
     except InputError:  # no screen: without perturbations beside the control, or without a control
         if own:
@@ -337,7 +335,7 @@ def draw_controls(controls: np.ndarray, batch: np.ndarray, n: int, rng: np.rando
 
 def _obs(run: Run, names: list[str], cells: np.ndarray, counterfactual: bool) -> pd.DataFrame:
     """Labels of the virtual cells, after the real ones of counterfactuals."""
-    labels = [run.info["control_label"]] * counterfactual + names
+    labels = [run.facts.control_label] * counterfactual + names
     cell = np.tile(cells.astype(object), len(labels))
     perturbation = np.repeat(np.array(labels, dtype=object), len(cells))
     index = pd.Series([f"{c}:{label}" for c, label in zip(cell, perturbation, strict=True)], dtype=object)
@@ -346,7 +344,7 @@ def _obs(run: Run, names: list[str], cells: np.ndarray, counterfactual: bool) ->
     real = np.arange(len(cell)) < len(cells) * counterfactual
     columns: dict[str, Any] = {
         key: pd.Categorical(perturbation, categories=list(dict.fromkeys(labels)))
-        for key in ("perturbation", run.info["perturbation_key"])
+        for key in ("perturbation", run.facts.perturbation_key)
     }
     columns |= {"cell": cell, "predicted": ~real}
     if counterfactual:

@@ -6,16 +6,14 @@ Lengths are in SVG units. Names are full here: the template shortens what it sho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from crlseq.run.export import DETECTABLE_FDR
+from crlseq.run.run import Run
+from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.summary import BASELINES, assignment, short, strongest
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
 
 MAP_ROWS = 150
 NUMBERED = 20  # programs up to which cells of the map are wide enough for a number
@@ -35,13 +33,13 @@ def largest(values: pd.Series) -> float:
 
 def intervention_map(run: Run) -> dict[str, Any] | None:
     """Perturbations by programs: shifts, and rings where bootstrap replicates chose another program."""
-    rows, left_out = strongest(run, MAP_ROWS)
+    rows, left_out = strongest(run.interventions, MAP_ROWS)
     if rows.empty:
         return None
     names = run.program_names
     cell = 38.0 if len(names) <= NUMBERED else 22.0
     end = largest(rows["shift"])
-    shares = assignment(run, rows)
+    shares = assignment(run.facts.bootstrap, rows)
     lines = []
     for i, row in enumerate(rows.to_dict("records")):
         target = names.index(row["program"])

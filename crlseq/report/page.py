@@ -9,7 +9,7 @@ import unicodedata
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -21,11 +21,9 @@ from crlseq.plotting.layout import Point
 from crlseq.readout import enrichment
 from crlseq.report import charts
 from crlseq.report.judgement import judgements
-from crlseq.run.summary import Program, numbers_in_words, sets_in_words, verdicts
+from crlseq.run.run import Run
+from crlseq.run.summary import Program, answers, numbers_in_words, sets_in_words
 from crlseq.storage.files import written_whole
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
 
 GENES = 8  # of a card, that rise and that fall
 DRIVERS = 8  # of a card
@@ -82,20 +80,20 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
     order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), _program_number(run.interventions["program"])))
     interventions = run.interventions.iloc[order]
     judged = judgements(run)
-    answers = verdicts(run)
+    questions = answers(run.facts, run.evaluation, run.history)
     if judged:  # of all baselines, which a fit does not take the time for
-        answers[1] = judged[0].verdict
+        questions[1] = judged[0].answer
     return {
         "run": run,
-        "info": run.info,
+        "info": run.facts,
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "style": Markup(files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")),
-        "verdicts": answers,
+        "answers": questions,
         "dag": _dag(run),
         "programs": [_card(program, enriched) for program in run.described.values()],
         "enriched": enriched is not None,
-        "read_from_sets": sets_in_words(run.info),
+        "read_from_sets": sets_in_words(run.facts),
         "n_fitted_genes": run.programs["gene"].nunique(),
         "interventions": interventions[:ROWS].to_dict("records"),
         "n_interventions": len(interventions),
@@ -160,14 +158,14 @@ def _seeds(run: Run) -> dict[str, Any] | None:
     if run.ensemble is None:
         return None
     kinds = {str(kind): part.drop(columns="kind") for kind, part in run.ensemble.groupby("kind", sort=False)}
-    losses = [loss for loss in run.info["training"].get("seed_losses", []) if loss is not None]
-    first = int(run.info["seed"])
+    losses = [loss for loss in run.facts.training.seed_losses if loss is not None]
+    first = run.facts.seed
     return {
-        "n": int(run.info["config"]["training"]["ensemble"]),
+        "n": run.facts.config.training.ensemble,
         "first": first,
-        "kept": run.info["training"]["kept_seed"],
+        "kept": run.facts.training.kept_seed,
         "losses": (min(losses), max(losses)) if losses else None,
-        "given": run.info["discovery"] is not None,
+        "given": run.facts.discovery is not None,
         "agreed": [
             (kind, int((part["agreement"] >= (AGREED if kind == "program" else 1.0)).sum()), len(part))
             for kind, part in kinds.items()
