@@ -10,7 +10,7 @@ import torch
 
 from crlseq.data.matrix import open_screen
 from crlseq.data.perturbations import CONTROL_LABELS, SEPARATORS, read_perturbations
-from crlseq.errors import InputError, UsageError
+from crlseq.errors import InputError, UsageError, few
 from crlseq.run.run import Run
 
 
@@ -68,8 +68,7 @@ def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str
         requests[parts, unseen] = Request(name, parts, programs, seen)
     strangers = sorted({name for _, unseen in requests for name in unseen})
     if strangers and table is not None:
-        few = ", ".join(strangers[:8]) + (f" and {len(strangers) - 8} more" if len(strangers) > 8 else "")
-        notes.append(f"Never perturbed here, and extrapolated from embeddings: {few}. {table.in_words()}")
+        notes.append(f"Never perturbed here, and extrapolated from embeddings: {few(strangers)}. {table.in_words()}")
     for k in sorted({k for parts, _ in requests for k in parts}):
         if note := _weak_ground(run, names[k], k):
             notes.append(note)

@@ -34,9 +34,8 @@ from crlseq.errors import InputError, UsageError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import Mechanism
 from crlseq.prediction.counterfactual import counterfactual_quality
-from crlseq.prediction.labels import understand
+from crlseq.prediction.labels import Request, understand
 from crlseq.run.run import Run
-from crlseq.storage.files import written_whole
 
 N_CELLS = 500
 DRAWS = 100
@@ -51,6 +50,16 @@ class _Start:
 
     x: np.ndarray
     cells: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Virtual cells (n, G) of a request, their latents (n, p), four means (G,) of the table, and a row of the summary."""
+
+    x: np.ndarray
+    latents: np.ndarray
+    means: tuple[np.ndarray, ...]
+    row: dict[str, Any]
 
 
 @torch.no_grad()
@@ -114,62 +123,69 @@ def predict(
         note(text)
     unseen = sorted({name for request in requests for name in request.unseen})
     wider, rows_of = run.with_unseen(unseen)
+    # float32 would leave rounding errors where nothing is to change.
     models = [copy.deepcopy(found).double() for found in ((run.model, wider) if unseen else (run.model,))]
-    model = models[0]  # float32 would leave rounding errors where nothing is to change
     control = torch.from_numpy(start.x.astype(float))[None]
-    center = np.array([program.center for program in run.facts.programs])
-    scale = np.array([program.scale for program in run.facts.programs])
-    n, p = len(start.x), len(scale)
-    eps = None if counterfactual else torch.randn((1, n, p), generator=_generator(seed, 0), dtype=control.dtype)
-
-    shift_error = shift_errors(run, model.encoder(control)[1].mean((0, 1)).numpy())
+    scale = torch.tensor([program.scale for program in run.facts.programs], dtype=control.dtype)
+    eps = None
+    if not counterfactual:
+        eps = torch.randn((1, len(start.x), len(scale)), generator=_generator(seed, 0), dtype=control.dtype)
+    shift_error = shift_errors(run, models[0].encoder(control)[1].mean((0, 1)).numpy())
     shift_error = np.append(shift_error, np.full(len(models[-1].scm.shift) - len(shift_error), np.nan))
-    control_mean = control[0].mean(0).numpy()
-    blocks, latents, tables, rows = [], [], [], []
-    if counterfactual:
-        blocks.append(start.x)
-        latents.append(model.latents(control)[0].numpy())
+    answers = []
     for request in requests:
         model = models[bool(request.unseen)]
-        parts = [*request.parts, *(row for name in request.unseen for row in rows_of[name])]
-        perturbed = torch.tensor([parts])
-        output = model(control, perturbed, eps)
-        virtual = output.virtual[0]
-        mean = virtual.mean(0).numpy()
-        effect = mean - control_mean
+        perturbed = torch.tensor([[*request.parts, *(row for name in request.unseen for row in rows_of[name])]])
         error = effect_errors(model, control, perturbed, shift_error, _generator(seed, 1)).numpy()
-        tables.append([mean, effect, effect - NORMAL_QUANTILE * error, effect + NORMAL_QUANTILE * error])
-        row: dict[str, Any] = {
-            "n_parts": len(request.parts) + len(request.unseen), "programs": request.programs, "seen": request.seen,
-            "effect_l2": float(np.linalg.norm(effect)),
-            "n_genes_changed": int((np.abs(effect) > NORMAL_QUANTILE * error).sum()),
-        }  # fmt: skip
+        answer = _answer(request, model, control, perturbed, eps, error)
         if counterfactual:
-            row |= counterfactual_quality(model, control, perturbed, torch.from_numpy(scale))
-        rows.append(row)
-        blocks.append(virtual.numpy().astype(np.float32))
-        latents.append(output.latents[0].numpy())
+            answer.row.update(counterfactual_quality(model, control, perturbed, scale))
+        answers.append(answer)
+    real = models[0].latents(control)[0].numpy() if counterfactual else None
+    result = _gathered(run, requests, answers, start, real)
+    result.var["control_mean"] = control[0].mean(0).numpy()
+    result.uns["crlseq_prediction"] |= {
+        "n_cells": len(start.x), "seed": seed, "interval": f"95 % over {COVERS}; {COVERS_NOT}",
+        "notes": np.array(notes, dtype=object), "version": run.facts.version,
+    }  # fmt: skip
+    return result
 
+
+def _answer(
+    request: Request, model: DiscrepancyVAE, control: Tensor, perturbed: Tensor, eps: Tensor | None, error: np.ndarray
+) -> _Answer:
+    """Cells (1, n, G) under perturbations (1, M); `error` (G,) of their mean effect."""
+    output = model(control, perturbed, eps)
+    virtual = output.virtual[0]
+    mean = virtual.mean(0).numpy()
+    effect, half = mean - control[0].mean(0).numpy(), NORMAL_QUANTILE * error
+    row: dict[str, Any] = {
+        "n_parts": len(request.parts) + len(request.unseen), "programs": request.programs, "seen": request.seen,
+        "effect_l2": float(np.linalg.norm(effect)), "n_genes_changed": int((np.abs(effect) > half).sum()),
+    }  # fmt: skip
+    means = (mean, effect, effect - half, effect + half)
+    return _Answer(virtual.numpy().astype(np.float32), output.latents[0].numpy(), means, row)
+
+
+def _gathered(
+    run: Run, requests: list[Request], answers: list[_Answer], start: _Start, real: np.ndarray | None
+) -> ad.AnnData:
+    """All virtual cells in one AnnData, after the real ones if their latents are given."""
+    blocks, latents = [answer.x for answer in answers], [answer.latents for answer in answers]
+    if real is not None:
+        blocks, latents = [start.x, *blocks], [real, *latents]
     names = [request.name for request in requests]
-    obs = _obs(run, names, start.cells, counterfactual)
     result = ad.AnnData(
         np.concatenate(blocks),
-        obs=obs,
+        obs=_obs(run, names, start.cells, real is not None),
         var=pd.DataFrame(index=pd.Index(run.preprocessing.genes, dtype=object)),
     )
-    result.var["control_mean"] = control_mean
+    center, scale = (np.array([getattr(row, name) for row in run.facts.programs]) for name in ("center", "scale"))
     result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scale).astype(np.float32)
     for i, name in enumerate(("mean", "effect", "effect_lower", "effect_upper")):
-        result.varm[f"crlseq_{name}"] = np.stack([table[i] for table in tables], 1)
-    result.uns["crlseq_prediction"] = {
-        "perturbations": np.array(names, dtype=object),
-        "summary": pd.DataFrame(rows, index=pd.Index(names, dtype=object, name="perturbation")),
-        "n_cells": n,
-        "seed": seed,
-        "interval": f"95 % over {COVERS}; {COVERS_NOT}",
-        "notes": np.array(notes, dtype=object),
-        "version": run.facts.version,
-    }
+        result.varm[f"crlseq_{name}"] = np.stack([answer.means[i] for answer in answers], 1)
+    rows = pd.DataFrame([answer.row for answer in answers], index=pd.Index(names, dtype=object, name="perturbation"))
+    result.uns["crlseq_prediction"] = {"perturbations": np.array(names, dtype=object), "summary": rows}
     return result
 
 
@@ -369,15 +385,3 @@ def refuse_file(output: Path, force: bool, inputs: Sequence[Path]) -> None:
         raise InputError(f"{output} is a folder.", "Name a file to write.")
     if exists and not force:
         raise InputError(f"{output} exists.", "Choose another --output, or replace it with --force.")
-
-
-def write_prediction(prediction: ad.AnnData, output: Path) -> None:
-    """Write an h5ad file, whole or not at all.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written.
-    """
-    with written_whole(output) as beside:
-        prediction.write_h5ad(beside)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from crlseq.errors import few
 from crlseq.plotting.drawing import HEAD, Drawing, draw, edge_width, heading, legend
 from crlseq.plotting.layout import Point
 from crlseq.readout import enrichment
@@ -228,13 +229,12 @@ def edge_path(points: list[Point], drawing: Drawing) -> str:
 def _about(program: Program) -> str:
     lines = [f"{program.name}  {program.title}", ", ".join(numbers_in_words(program))]
     if len(program.drivers):
-        told = [
-            f"{row['perturbation']} ({_signed(row['shift'], 1)} SD)" for row in program.drivers[:5].to_dict("records")
-        ]
-        lines.append("perturbed by " + ", ".join(told) + (f" and {len(program.drivers) - 5} more" if len(program.drivers) > 5 else ""))  # fmt: skip
-    for what, names in (("upstream", program.upstream), ("downstream", program.downstream)):
-        if names:
-            lines.append(f"{what}: {', '.join(names)}")
+        rows = program.drivers.to_dict("records")
+        names = few([f"{row['perturbation']} ({_signed(row['shift'], 1)} SD)" for row in rows], 5)
+        lines.append(f"perturbed by {names}")
+    for what, programs in (("upstream", program.upstream), ("downstream", program.downstream)):
+        if programs:
+            lines.append(f"{what}: {', '.join(programs)}")
     return "\n".join(line for line in lines if line)
 
 
