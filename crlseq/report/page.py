@@ -35,6 +35,7 @@ TESTS = {
     enrichment.RANK: "by the ranking of all genes",
     enrichment.DRIVERS: "by its perturbations",
 }
+METRICS = ("pearson_delta", "l2", "mmd2")
 AGREED = 0.9  # correlation of loadings from which programs of two seeds count as the same
 ROWS = 300  # of a table: the page must open, whatever the screen
 FONT = 12.0
@@ -140,7 +141,7 @@ def _sets(enriched: pd.DataFrame) -> dict[str, Any]:
 
 
 def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
-    """Means over conditions, a row a prediction; None where the table lacks it."""
+    """Means over conditions, one row per prediction; None where the table lacks it."""
     rows = []
     for ending, title in (
         ("", "model"),
@@ -148,10 +149,9 @@ def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
         ("_mean", "mean effect of all perturbations"),
         ("_no_change", "no change"),
     ):
-        found = {m: evaluation[m + ending].mean() for m in ("pearson_delta", "l2", "mmd2") if m + ending in evaluation}
-        if found and len(evaluation):
-            rows.append({"title": title, **{m: found.get(m) for m in ("pearson_delta", "l2", "mmd2")}})
-    return rows
+        found = {m: evaluation[m + ending].mean() if m + ending in evaluation else None for m in METRICS}
+        rows.append({"title": title, **found})
+    return rows if len(evaluation) else []
 
 
 def _seeds(run: Run) -> dict[str, Any] | None:

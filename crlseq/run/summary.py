@@ -9,7 +9,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
-from crlseq.run.schema import DETECTABLE_FDR, PROGRAM_NUMBERS, Bootstrap, Identification, RunInfo, Training
+from crlseq.run.schema import DETECTABLE_FDR, PROGRAM_NUMBERS, Bootstrap, RunInfo, Training
 
 TITLE_GENES = 3
 SETTLED = 0.02  # share of the fall of the validation loss that the last fifth of the epochs may still bring
@@ -131,29 +131,28 @@ class Answer:
 
 def answers(facts: RunInfo, evaluation: pd.DataFrame, history: pd.DataFrame) -> list[Answer]:
     """Is the graph identified, are predictions better than baselines, did the fit converge?"""
-    from_random = facts.discovery is None
-    return [_identified(facts.identification), _better(evaluation), _converged(facts.training, history, from_random)]
-
-
-def _identified(found: Identification) -> Answer:
+    found = facts.identification
     grade = {"identified": "good", "ancestry only": "fair"}.get(found.verdict, "poor")
-    return Answer("Is the graph identified?", grade, found.verdict, found.reason)
+    return [
+        Answer("Is the graph identified?", grade, found.verdict, found.reason),
+        Answer("Better than baselines?", *_better(evaluation)),
+        Answer("Did the fit converge?", *_converged(facts.training, history, facts.discovery is None)),
+    ]
 
 
-def _better(evaluation: pd.DataFrame) -> Answer:
+def _better(evaluation: pd.DataFrame) -> tuple[str, str, str]:
     """Against the best of the simple predictions that the table has, condition by condition, by two metrics."""
-    question = "Better than baselines?"
     found = [_compared(evaluation, "l2", "L2 of means", -1.0), _compared(evaluation, "pearson_delta", "Pearson Δ", 1.0)]
     signs = {title: sign for title, sign, sentence in found if sentence}
     if not signs:
-        return Answer(question, "open", "not judged", "No cells were held out: fit with --hold-out-cells to judge.")
+        return "open", "not judged", "No cells were held out: fit with --hold-out-cells to judge."
     answer, grade = answer_of(signs)
     split = str(evaluation["split"].iloc[0])
     sentences = "; ".join(sentence for _, _, sentence in found if sentence)
     reason = f"On {split} cells, against the best simple prediction: {sentences}."
     if split == "validation":
         reason += " Validation cells also chose the epoch: hold cells out with --hold-out-cells for a fair judgement."
-    return Answer(question, grade, answer, reason)
+    return grade, answer, reason
 
 
 def answer_of(signs: Mapping[str, float]) -> tuple[str, str]:
@@ -166,49 +165,53 @@ def answer_of(signs: Mapping[str, float]) -> tuple[str, str]:
     return ", ".join(f"{words[sign]} by {' and '.join(by[sign])}" for sign in there), "fair"
 
 
+def best_baseline(evaluation: pd.DataFrame, metric: str, larger: float) -> tuple[str, pd.DataFrame]:
+    """The simple prediction with the best mean, and the table where all are defined with its values as ``rival``.
+
+    ``larger``: 1 where larger values are better, -1 where smaller ones are.
+    """
+    rivals = {name: f"{metric}_{name}" for name in BASELINES if f"{metric}_{name}" in evaluation}
+    table = evaluation.dropna(subset=[metric, *rivals.values()])
+    best = max(rivals, key=lambda name: larger * table[rivals[name]].mean())
+    return best, table.assign(rival=table[rivals[best]])
+
+
 def _compared(evaluation: pd.DataFrame, metric: str, title: str, larger: float) -> tuple[str, float, str]:
     """The metric, 1, 0 or -1 (better, within two standard errors, worse than the best baseline), and a sentence."""
-    rivals = {name: f"{metric}_{name}" for name in BASELINES if f"{metric}_{name}" in evaluation}
-    table = evaluation.dropna(subset=[metric, *rivals.values()]) if metric in evaluation else evaluation.iloc[:0]
-    if table.empty or not rivals:
+    best, table = best_baseline(evaluation, metric, larger)
+    if table.empty:
         return title, 0.0, ""
-    best = max(rivals, key=lambda name: larger * table[rivals[name]].mean())
-    gain, n = larger * (table[metric] - table[rivals[best]]).to_numpy(), len(table)
+    gain, n = larger * (table[metric] - table["rival"]).to_numpy(), len(table)
     error = gain.std(ddof=1) / np.sqrt(n) if n > 1 else np.inf
     sentence = (
-        f"{title} {table[metric].mean():.3g} against {table[rivals[best]].mean():.3g} ({BASELINES[best]}), better on "
+        f"{title} {table[metric].mean():.3g} against {table['rival'].mean():.3g} ({BASELINES[best]}), better on "
         f"{int((gain > 0).sum())} of {n} conditions"
     )
     return title, (float(np.sign(gain.mean())) if abs(gain.mean()) > 2 * error else 0.0), sentence
 
 
-def _converged(training: Training, history: pd.DataFrame, from_random: bool) -> Answer:
-    question, n = "Did the fit converge?", training.epochs_run
+def _converged(training: Training, history: pd.DataFrame, from_random: bool) -> tuple[str, str, str]:
+    n = training.epochs_run
     if not n:
-        return Answer(question, "good", "yes", "No network was trained: the likelihood's optimum is the model.")
+        return "good", "yes", "No network was trained: the likelihood's optimum is the model."
     kept = f"the weights of epoch {training.best_epoch + 1} of {n} were kept"
     if n > 1 and training.best_epoch == 0 and from_random:
         # A fit that starts from the likelihood's solution may well be best at its start.
-        return Answer(
-            question,
-            "poor",
-            "no",
-            f"The validation loss was lowest in the first of {n} epochs, whose weights were kept.",
-        )
+        return "poor", "no", f"The validation loss was lowest in the first of {n} epochs, whose weights were kept."
     if training.stopped_early:
-        return Answer(question, "good", "yes", f"The validation loss stopped falling; {kept}.")
-    values = history["validation_total" if "validation_total" in history else "total"].to_numpy()
-    what = "validation loss" if "validation_total" in history else "loss"
+        return "good", "yes", f"The validation loss stopped falling; {kept}."
     if n < FEW_EPOCHS:
-        return Answer(question, "open", "not told", f"{n} epochs are too few to say; {kept}.")
+        return "open", "not told", f"{n} epochs are too few to say; {kept}."
+    validated = "validation_total" in history
+    what, values = "validation loss" if validated else "loss", history["validation_total" if validated else "total"]
     before = values[: -max(1, n // 5)]
     share = (before.min() - values.min()) / max(values.max() - values.min(), 1e-30)
     if share > SETTLED:
         reason = (
             f"The last fifth of the epochs still brought {share:.0%} of the fall of the {what}: give more --epochs."
         )
-        return Answer(question, "fair", "not quite", f"{reason} {kept[0].upper()}{kept[1:]}.")
-    return Answer(question, "good", "yes", f"The {what} had settled; {kept}.")
+        return "fair", "not quite", f"{reason} {kept[0].upper()}{kept[1:]}."
+    return "good", "yes", f"The {what} had settled; {kept}."
 
 
 def summary_table(programs: list[Program]) -> pd.DataFrame:

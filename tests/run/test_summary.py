@@ -84,7 +84,8 @@ def answers_of(run: Run) -> list[Answer]:
 
 def measured(**columns: Any) -> pd.DataFrame:
     n = len(columns["l2"])
-    return pd.DataFrame({"condition": [f"c{i}" for i in range(n)], "split": "test", "n_cells": 9, **columns})
+    others = dict.fromkeys(("pearson_delta", "pearson_delta_training", "pearson_delta_mean"), np.nan)
+    return pd.DataFrame({"condition": [f"c{i}" for i in range(n)], "split": "test", "n_cells": 9, **others, **columns})
 
 
 @pytest.mark.parametrize(("verdict", "grade"), [("identified", "good"), ("ancestry only", "fair"), ("not identified", "poor")])  # fmt: skip
