@@ -60,17 +60,7 @@ class Drawing:
 
 
 def draw(run: Run, font: float, page: Point, width_of: Callable[[str, bool], float]) -> Drawing:
-    """Lay a run's DAG out.
-
-    Parameters
-    ----------
-    font
-        Size of the text.
-    page
-        Width and height of what it should fit on, in the same unit.
-    width_of
-        Width of a text, bold or not, in the same unit.
-    """
+    """Lay a run's DAG out, in the unit of ``font``: ``page`` is what it should fit on, ``width_of`` a text, bold or not."""
     programs = run.described
     lines = {name: _label_lines(program) for name, program in programs.items()}
     # Boxes of one size: sizes that say nothing would compete with those of the discs.

@@ -194,14 +194,7 @@ def effect_errors(
 ) -> Tensor:
     """(G,) standard deviations of a mean effect over `DRAWS` draws of noise, control cells and shifts, and of residuals.
 
-    Parameters
-    ----------
-    control
-        (1, n, G) control cells.
-    perturbations
-        (1, M) int64.
-    shift_error
-        (K,) standard errors of the shifts, NaN where there is none.
+    Of control cells (1, n, G) under perturbations (1, M); ``shift_error`` (K,) of the shifts, NaN where there is none.
     """
     mean, variance = model.encoder(control)
     weights = model.target_weights(perturbations)  # (1, M, p)
@@ -331,14 +324,7 @@ def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarr
 def draw_controls(controls: np.ndarray, batch: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """Ascending indices (n,) of controls, from every batch in proportion (largest remainder).
 
-    Each control is drawn as often as any other, or once more.
-
-    Parameters
-    ----------
-    controls
-        Indices to draw from.
-    batch
-        (cells,) label of every cell.
+    Each control is drawn as often as any other, or once more. ``batch`` (cells,) is of every cell.
     """
     rounds, rest = divmod(n, len(controls))
     names, of = np.unique(batch[controls], return_inverse=True)
