@@ -19,7 +19,7 @@ from crlseq.data.matrix import Screen, open_screen, readable
 from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturbations
 from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError, few
-from crlseq.evaluation.baselines import Parts
+from crlseq.evaluation.baselines import Indices
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.run.run import Run
 from crlseq.run.schema import RunInfo
@@ -42,7 +42,7 @@ class Cells:
 
 
 @dataclass(frozen=True)
-class Judged:
+class CellSets:
     """What an evaluation works on.
 
     Attributes
@@ -72,7 +72,7 @@ class Judged:
     control: Cells
     measured: Cells
     compared: np.ndarray
-    conditions: tuple[Parts, ...]
+    conditions: tuple[Indices, ...]
     condition_names: tuple[str, ...]
     names: tuple[str, ...]
     known: dict[int, tuple[int, ...]]
@@ -103,7 +103,7 @@ class _Table:
     marks: list[bytes]  # of other files alone
 
 
-def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls: bool = False) -> Judged:
+def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls: bool = False) -> CellSets:
     """The run's own cells by their split, or other cells against the run's training cells.
 
     Raises
@@ -144,7 +144,7 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
         raise InputError("There are no cells to judge by.", "Give --data, or fit with --hold-out-cells.")
     known, seen, model = _known(run, labels, measured, notes)
     column = {int(gene): i for i, gene in enumerate(compared)}
-    return Judged(
+    return CellSets(
         train=train, control=control, measured=measured, compared=compared, conditions=labels.conditions,
         condition_names=labels.condition_names, names=labels.names, known=known, seen=seen, model=model,
         fitted=np.bincount(train.condition, minlength=len(labels.conditions)) > 0,
@@ -217,7 +217,7 @@ def _new(run: Run, other: _Table, took_part: np.ndarray, perturbed: np.ndarray, 
 def _known(
     run: Run, labels: Perturbations, measured: Cells, notes: list[str]
 ) -> tuple[dict[int, tuple[int, ...]], frozenset[int], DiscrepancyVAE]:
-    """Rows of the model by perturbation, the perturbations that were fitted, and the model: see `Judged`."""
+    """Rows of the model by perturbation, the perturbations that were fitted, and the model: see `CellSets`."""
     number = {name: i for i, name in enumerate(run.interventions["perturbation"])}
     known: dict[int, tuple[int, ...]] = {i: (number[name],) for i, name in enumerate(labels.names) if name in number}
     seen = frozenset(known)

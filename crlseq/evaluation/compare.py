@@ -1,4 +1,4 @@
-"""From one row a condition and predictor to means, paired differences and a verdict in words."""
+"""From one row a condition and predictor to means, paired differences and sentences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 
 from crlseq.evaluation.baselines import BASELINES
 
-# Metric and whether larger is better; in the order of the tables. The first two carry the verdict.
+# Metric and whether larger is better; in the order of the tables. The sentences are of the first two.
 METRICS: dict[str, bool] = {
     "pearson_delta": True,
     "l2": False,
@@ -91,7 +91,7 @@ def compare(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def verdict(comparisons: pd.DataFrame) -> tuple[str, ...]:
+def in_words(comparisons: pd.DataFrame) -> tuple[str, ...]:
     """A sentence a group against the additive baseline, and against the best by Pearson delta and by L2."""
     lines = []
     for group, part in comparisons.groupby("group", sort=False):

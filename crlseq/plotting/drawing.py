@@ -102,14 +102,14 @@ def heading(run: Run) -> str:
 
 def legend(run: Run) -> list[str]:
     """How to read the drawing, as sentences."""
-    told = []
+    sentences = []
     if any(not np.isnan(program.effect_explained) for program in run.described.values()):
-        told.append(f"{LEGEND}.")
+        sentences.append(f"{LEGEND}.")
     if len(run.edges):
         width = "An edge is as wide as its bootstrap support is high" if run.edges["support"].notna().any() else ""
-        told.append("An arrow: the source raises the target; a bar: it lowers it.")
-        told.append(f"{width or 'There is no bootstrap, so that all edges have one width'}.")
-    return told
+        sentences.append("An arrow: the source raises the target; a bar: it lowers it.")
+        sentences.append(f"{width or 'There is no bootstrap, so that all edges have one width'}.")
+    return sentences
 
 
 def _areas(programs: dict[str, Program]) -> dict[str, float]:

@@ -263,10 +263,10 @@ def _start(
             raise InputError("This run was never written to a folder.", "Give the cells to start from.")
         source = run.path / "crlseq.h5ad"
     with open_screen(source, record.layer) as screen:
-        alignment, said = align(record, screen)
+        alignment, about = align(record, screen)
         if len(alignment.present) < alignment.n_fitted and run.path is None:
             record.columns(screen.genes, screen.source)  # nothing to fill them with: says which are missing
-        notes += said
+        notes += about
         controls = _controls(run, screen, own, notes)
         wanted = min(N_CELLS, len(controls)) if n_cells is None else n_cells
         if wanted > len(controls):

@@ -21,7 +21,7 @@ from crlseq.plotting.drawing import HEAD, Drawing, draw, edge_width, heading, le
 from crlseq.plotting.layout import Point
 from crlseq.readout import enrichment
 from crlseq.report import charts
-from crlseq.report.judgement import judgements
+from crlseq.report.evaluations import evaluation_tables
 from crlseq.run.run import Run
 from crlseq.run.summary import Program, answers, numbers_in_words, sets_in_words
 from crlseq.storage.files import written_whole
@@ -81,10 +81,10 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
     script = files("crlseq.report").joinpath("templates/report.js").read_text(encoding="utf-8")
     order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), _program_number(run.interventions["program"])))
     interventions = run.interventions.iloc[order]
-    judged = judgements(run)
+    evaluated = evaluation_tables(run)
     questions = answers(run.facts, run.evaluation, run.history)
-    if judged:  # of all baselines, which a fit does not take the time for
-        questions[1] = judged[0].answer
+    if evaluated:  # of all baselines, which a fit does not take the time for
+        questions[1] = evaluated[0].answer
     return {
         "run": run,
         "info": run.facts,
@@ -107,7 +107,7 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "evaluation": run.evaluation[:ROWS].to_dict("records"),
         "means": _means(run.evaluation),
         "scatters": charts.scatters(run.evaluation),
-        "judged": judged,
+        "evaluated": evaluated,
         "seeds": _seeds(run),
         "losses": charts.losses(run.history),
         "config": json.dumps(run.info["config"], indent=1, ensure_ascii=False),
