@@ -393,3 +393,14 @@ def test_resuming_what_is_finished(run_folder: Path, screen_file: Path) -> None:
     assert crlseq.fit(screen_file, run_folder, resume=True, **options).info == crlseq.load(run_folder).info
     with pytest.raises(InputError, match="finished, but was fitted with other options"):
         crlseq.fit(screen_file, run_folder, resume=True, epochs=4)
+
+
+def test_a_folder_of_0202a24_opens_and_says_the_same(tmp_path: Path) -> None:
+    """Written by the code before modules were moved: every file that a run writes again is the same to the byte."""
+    folder = Path(__file__).parent / "folder_0202a24"
+    run = crlseq.load(folder)
+    run.write_tables(tmp_path)
+    for file in folder.iterdir():
+        assert file.name == "model.safetensors" or (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+    assert run.described["P0"].up["gene"].tolist() and run.facts.training.epochs_run == len(run.history)
+    assert run.model.scm.graph.shape == (5, 5)
