@@ -52,13 +52,14 @@ def group_moments(x: sp.csr_matrix | np.ndarray, group: np.ndarray, n_groups: in
     n = np.bincount(group[there], minlength=n_groups)
     values: Any = x.astype(float)
     squares = values**2 if isinstance(values, np.ndarray) else values.multiply(values)
-    total, square = _dense(indicator @ values), _dense(indicator @ squares)
+    total, square = dense(indicator @ values), dense(indicator @ squares)
     mean = total / np.maximum(n, 1)[:, None]
     spread = np.maximum(square - total * mean, 0.0)
     return GroupMoments(mean, spread / np.maximum(n - 1, 1)[:, None], n)
 
 
-def _dense(values: Any) -> np.ndarray:
+def dense(values: Any) -> np.ndarray:
+    """The same numbers, of a sparse matrix too, in float64."""
     return np.asarray(values if isinstance(values, np.ndarray) else values.toarray(), dtype=float)
 
 

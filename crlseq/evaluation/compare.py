@@ -32,7 +32,6 @@ METRICS: dict[str, bool] = {
 # Of the model's counterfactuals alone: see `crlseq.prediction.counterfactual`.
 AXIOMS = ("composition", "effectiveness", "realised", "reversibility", "change")
 MODEL, CEILING, FLOOR = "model", "split_half", "sampling_floor"
-PREDICTORS = (MODEL, *BASELINES, CEILING, FLOOR)
 WORDS = {
     "no_change": "no change", "mean": "the mean of perturbed cells", "matching_mean": "the matching mean",
     "ridge": "ridge",

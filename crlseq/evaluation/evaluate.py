@@ -10,12 +10,10 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 from scipy.stats import t as student
 
@@ -23,7 +21,7 @@ from crlseq.data.batches import ControlPartners
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.errors import InputError
 from crlseq.evaluation import baselines, metrics
-from crlseq.evaluation.baselines import Controls, GroupMoments, Indices, control_moments, group_moments
+from crlseq.evaluation.baselines import Controls, GroupMoments, Indices, control_moments, dense, group_moments
 from crlseq.evaluation.cells import Cells, CellSets, read_cells
 from crlseq.evaluation.compare import AXIOMS, CEILING, FLOOR, METRICS, MODEL, compare, in_words, summarise
 from crlseq.evaluation.held_out import COMPARED_CELLS, SOURCE_CELLS, virtual_cells
@@ -158,7 +156,7 @@ class _VirtualControls:
         self.controls = control_moments(cells.x[:, self.compared], cells.batch, int(cells.batch.max(initial=0)) + 1)
         some = [rng.permutation(np.flatnonzero(cells.batch == b))[:SOURCE_CELLS] for b in np.unique(cells.batch)]
         chosen = np.sort(np.concatenate(some))
-        self.whole, self.batch = _dense(cells.x[chosen]), cells.batch[chosen]
+        self.whole, self.batch = dense(cells.x[chosen]), cells.batch[chosen]
         self.cells = self.whole[:, self.compared]
         self.made: tuple[Indices, np.ndarray] = ((), self.cells)
         self.scale = torch.tensor([program.scale for program in run.facts.programs], dtype=torch.float64)
@@ -317,7 +315,7 @@ def _compare_cells(
     size = min(len(own) // 2, COMPARED_CELLS)
     batch = np.concatenate([virtual.batch, cells.batch[own]])
     partners = ControlPartners(np.arange(len(virtual.batch)), batch)
-    made, x = virtual.virtual(parts), _dense(cells.x[own])
+    made, x = virtual.virtual(parts), dense(cells.x[own])
     every = partners.draw(np.arange(len(own)) + len(virtual.batch), rng)
     some = rng.permutation(len(own))[: 2 * COMPARED_CELLS]
     bandwidth = median_bandwidth(torch.from_numpy(np.concatenate([virtual.cells[every[some]], x[some]])))
@@ -346,7 +344,3 @@ def _target_genes(sets: CellSets, queries: list[Indices]) -> np.ndarray:
     for row, parts in zip(marked, queries, strict=True):
         row[[g for part in parts for g in sets.gene_places.get(sets.names[part], ())]] = True
     return marked
-
-
-def _dense(x: sp.csr_matrix | np.ndarray) -> Any:
-    return np.asarray(x.toarray() if sp.issparse(x) else x, dtype=float)

@@ -14,7 +14,6 @@ from crlseq.run.run import Run
 from crlseq.run.summary import short
 
 CELLS = 20_000  # drawn at most, evenly spaced in the file
-COLOURED = 3  # perturbations a program, if none were named
 FEW = 400  # of a perturbation
 SHOWN = 0.005  # of the cells beyond either end of the axes: outliers would press the rest together
 
@@ -124,9 +123,7 @@ def _cells(run: Run) -> tuple[np.ndarray, np.ndarray, str]:
 
     from crlseq.data.matrix import open_store, readable
 
-    if run.path is None:
-        raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
-    path = run.path / "crlseq.h5ad"
+    path = run.folder / "crlseq.h5ad"
     with open_store(path) as store, readable(str(path), "the table of cells"):
         obs, latents = ad.io.read_elem(store["obs"]), np.asarray(store["obsm/X_crlseq"])
     found = read_perturbations(

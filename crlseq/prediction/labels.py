@@ -86,6 +86,19 @@ def fitted_separator(run: Run) -> str:
 
 def _parts(run: Run, label: str, names: list[str], known: set[str]) -> list[str]:
     """Perturbations that a label names: fitted ones, `names`, or others that are `known` by their vectors."""
+    parts = _read(run, label, names, known)
+    if not parts:
+        raise InputError(
+            f"{label!r} is the control.", "Name a perturbation; control cells are what virtual cells start from."
+        )
+    repeated = [part for i, part in enumerate(parts) if part in parts[:i]]
+    if repeated:
+        raise InputError(f"{label!r} names {repeated[0]!r} twice.", "Name each perturbation of a combination once.")
+    return parts
+
+
+def _read(run: Run, label: str, names: list[str], known: set[str]) -> list[str]:
+    """The parts of a label; none for the control."""
     control, text = run.facts.control_label, label.strip()
 
     def is_control(part: str) -> bool:
@@ -94,9 +107,7 @@ def _parts(run: Run, label: str, names: list[str], known: set[str]) -> list[str]
     if text in known:
         return [text]
     if is_control(text):
-        raise InputError(
-            f"{label!r} is the control.", "Name a perturbation; control cells are what virtual cells start from."
-        )
+        return []
     by_name = {row.name: row.perturbations for row in run.facts.conditions}
     if text in by_name:
         return list(by_name[text])
@@ -111,13 +122,6 @@ def _parts(run: Run, label: str, names: list[str], known: set[str]) -> list[str]
         # The reading that goes furthest tells what is wrong with it.
         parts = max([*readings, [text]], key=lambda reading: sum(part in known for part in reading))
         raise _not_fitted(run, label, next(part for part in parts if part not in known), names)
-    if not parts:
-        raise InputError(
-            f"{label!r} is the control.", "Name a perturbation; control cells are what virtual cells start from."
-        )
-    repeated = [part for i, part in enumerate(parts) if part in parts[:i]]
-    if repeated:
-        raise InputError(f"{label!r} names {repeated[0]!r} twice.", "Name each perturbation of a combination once.")
     return parts
 
 

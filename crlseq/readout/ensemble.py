@@ -14,8 +14,7 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.readout.dag import DECLARED_WEIGHT
 from crlseq.readout.programs import find_programs
-
-COLUMNS = ("kind", "source", "target", "agreement", "mean", "sd")
+from crlseq.run.schema import ENSEMBLE_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -91,4 +90,4 @@ def seed_agreement(
         own = weights[:, names[source], names[target]]
         same = (np.sign(own[1:]) == np.sign(own[0])) & (np.abs(own[1:]) >= DECLARED_WEIGHT)
         rows.append(("edge", source, target, same.mean(), own.mean(), own.std(ddof=1)))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=list(ENSEMBLE_COLUMNS))

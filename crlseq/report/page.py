@@ -19,6 +19,7 @@ from markupsafe import Markup
 from crlseq.errors import few
 from crlseq.plotting.drawing import HEAD, Drawing, draw, edge_width, heading, legend
 from crlseq.plotting.layout import Point
+from crlseq.plotting.style import limit_of
 from crlseq.readout import enrichment
 from crlseq.report import charts
 from crlseq.report.evaluations import evaluation_tables
@@ -79,7 +80,8 @@ def _brief(value: Any) -> str:
 
 def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
     script = files("crlseq.report").joinpath("templates/report.js").read_text(encoding="utf-8")
-    order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), _program_number(run.interventions["program"])))
+    number = pd.to_numeric(run.interventions["program"].str[1:]).fillna(np.inf)
+    order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), number))
     interventions = run.interventions.iloc[order]
     evaluated = evaluation_tables(run)
     questions = answers(run.facts, run.evaluation, run.history)
@@ -99,7 +101,7 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "n_fitted_genes": run.programs["gene"].nunique(),
         "interventions": interventions[:ROWS].to_dict("records"),
         "n_interventions": len(interventions),
-        "largest_shift": charts.largest(interventions["shift"]),
+        "largest_shift": limit_of(interventions["shift"].to_numpy()),
         "map": charts.intervention_map(run),
         "edges": run.edges[:ROWS].to_dict("records"),
         "ancestry": run.ancestry[:ROWS].to_dict("records"),
@@ -114,30 +116,25 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
     }
 
 
-def _program_number(names: pd.Series) -> np.ndarray:
-    return pd.to_numeric(names.str[1:]).fillna(np.inf).to_numpy()
-
-
 def _card(program: Program, enriched: pd.DataFrame | None) -> dict[str, Any]:
+    sets = None
+    if enriched is not None:  # the first sets of each test, as `crlseq.enrich` orders them
+        tests = enriched[enriched["program"] == program.name].groupby("test", sort=False)
+        sets = {TESTS[str(test)]: part[:SETS].to_dict("records") for test, part in tests}
     genes = {"rise": program.up[:GENES], "fall": program.down[:GENES]}
     return {
         "program": program,
         "numbers": numbers_in_words(program),
         "drivers": program.drivers[:DRIVERS].to_dict("records"),
         "more_drivers": max(0, len(program.drivers) - DRIVERS),
-        "largest_shift": charts.largest(program.drivers["shift"]),
+        "largest_shift": limit_of(program.drivers["shift"].to_numpy()),
         "total": bool(program.downstream),  # else it is the loading
         "genes": {name: table.to_dict("records") for name, table in genes.items()},
-        "largest": charts.largest(pd.concat([table["loading"] for table in genes.values()])),
+        "largest": limit_of(pd.concat([table["loading"] for table in genes.values()]).to_numpy()),
         "pathways": program.pathways[:PATHWAYS].to_dict("records"),
-        "largest_pathway": charts.largest(program.pathways["weight"].astype(float)),
-        "sets": None if enriched is None else _sets(enriched[enriched["program"] == program.name]),
+        "largest_pathway": limit_of(program.pathways["weight"].to_numpy(float)),
+        "sets": sets,
     }
-
-
-def _sets(enriched: pd.DataFrame) -> dict[str, Any]:
-    """The first sets of each test, as `crlseq.enrich` orders them."""
-    return {TESTS[str(test)]: part[:SETS].to_dict("records") for test, part in enriched.groupby("test", sort=False)}
 
 
 def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:

@@ -70,12 +70,10 @@ class Extrapolation:
         mean = np.full((len(names), n), 1 / n)
         if self.choice == "mean":
             return mean
-        place = {name: i for i, name in enumerate(self.table.names)}
-        z = _standardised(self.table.vectors)
-        center = z[[place[name] for name in self.fitted]].mean(0)
-        own, asked = (z[[place[name] for name in wanted]] - center for wanted in (self.fitted, names))
-        gram = own @ own.T / z.shape[1]
-        kernel = asked @ own.T / z.shape[1]
+        own, asked = (_vectors_of(self.table, wanted) for wanted in (self.fitted, names))
+        own, asked = own - own.mean(0), asked - own.mean(0)
+        gram = own @ own.T / own.shape[1]
+        kernel = asked @ own.T / own.shape[1]
         found: np.ndarray = mean + np.linalg.solve(gram + self.penalty * np.eye(n), kernel.T).T @ (np.eye(n) - 1 / n)
         return found
 
@@ -161,9 +159,7 @@ def fit_extrapolation(
         output = model(x, torch.tensor([[k]]))
         effects[i] = (output.virtual.mean((0, 1)) - before).double().numpy()
         shifts[i] = (model.scm.abduct(output.latents) - z).mean((0, 1)).double().numpy()
-    place = {name: i for i, name in enumerate(table.names)}
-    standard = _standardised(table.vectors)
-    own = standard[[place[name] for name in fitted]]
+    own = _vectors_of(table, fitted)
     missed: dict[tuple[str, float], np.ndarray] = {("none", 0.0): effects}
     n = len(fitted)
     if n > 1:
@@ -215,5 +211,8 @@ def load_extrapolation(path: Path) -> Extrapolation:
         )  # fmt: skip
 
 
-def _standardised(vectors: np.ndarray) -> np.ndarray:
-    return np.asarray((vectors - vectors.mean(0)) / vectors.std(0))
+def _vectors_of(table: Embeddings, names: Sequence[str]) -> np.ndarray:
+    """(len(names), d) vectors, standardised over all genes of the table."""
+    place = {name: i for i, name in enumerate(table.names)}
+    vectors: np.ndarray = (table.vectors - table.vectors.mean(0)) / table.vectors.std(0)
+    return vectors[[place[name] for name in names]]
