@@ -1,4 +1,4 @@
-"""From one row a condition and predictor to means, paired differences and sentences."""
+"""From one row per condition and predictor to means, paired differences and sentences."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ METRICS: dict[str, bool] = {
 # Of the model's counterfactuals alone: see `crlseq.prediction.counterfactual`.
 AXIOMS = ("composition", "effectiveness", "realised", "reversibility", "change")
 MODEL, CEILING, FLOOR = "model", "split_half", "sampling_floor"
+PREDICTORS = (MODEL, *BASELINES, CEILING, FLOOR)
 WORDS = {
     "no_change": "no change", "mean": "the mean of perturbed cells", "matching_mean": "the matching mean",
     "ridge": "ridge",
@@ -117,9 +118,9 @@ def limits(summary: pd.DataFrame) -> tuple[str, ...]:
     """A sentence a group: what halves of the measured cells say of each other, and what sampling alone leaves."""
     means = summary.set_index(["group", "predictor", "metric"])["mean"]
     return tuple(
-        f"{group}: one half of a condition's cells predicts the other with Pearson delta "
-        f"{means[group, CEILING, 'pearson_delta']:.3g} and L2 {means[group, CEILING, 'l2']:.3g}; to the true mean, all of "
-        f"them would be at L2 {means[group, FLOOR, 'l2']:.3g}."
+        f"{group}: half of a condition's cells predict the other half with Pearson delta "
+        f"{means[group, CEILING, 'pearson_delta']:.3g} and L2 {means[group, CEILING, 'l2']:.3g}; sampling error alone "
+        f"puts the measured mean at L2 {means[group, FLOOR, 'l2']:.3g} from the true one."
         for group in summary["group"].unique()
     )
 

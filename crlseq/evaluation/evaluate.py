@@ -44,7 +44,7 @@ class Evaluation:
     ----------
     conditions
         ``condition, group, predictor, n_cells``, the metrics of `comparison.METRICS`, and for the model those of
-        `comparison.AXIOMS`; a row a condition and predictor: the model, each baseline, the split-half ceiling and the
+        `comparison.AXIOMS`; one row per condition and predictor: the model, each baseline, the split-half ceiling and the
         sampling floor.
     summary, comparisons
         See `comparison.summarise` and `comparison.compare`.
@@ -104,7 +104,7 @@ def evaluate(
     effects = baselines.training_effects(train.x, train.condition, train.batch, sets.conditions, rng)
     chosen = np.flatnonzero(np.bincount(sets.measured.condition, minlength=len(sets.conditions)) >= 2)
     if not len(chosen):
-        raise InputError("No condition has two cells to judge by.", "Give --data, or fit with --hold-out-cells.")
+        raise InputError("No condition has two cells to evaluate on.", "Give --data, or fit with --hold-out-cells.")
     queries = [sets.conditions[c] for c in chosen]
     place = np.full(len(sets.conditions), -1)
     place[chosen] = np.arange(len(chosen))
@@ -137,9 +137,9 @@ def evaluate(
     noisy = int((_shared_noise(truth) > SHARED_NOISE).sum())
     if data is None and not held_out_controls and noisy > len(chosen) / 4:
         notes.append(
-            f"In {noisy} of {len(chosen)} conditions more than a tenth of the measured change (of its squares) is the sampling "
-            "error of the controls' mean, and the training effects that baselines are made of have it in common with them. "
-            "--held-out-controls, or --data with other controls, judges without it."
+            f"In {noisy} of {len(chosen)} conditions, sampling error of the controls' mean makes up more than a tenth of the "
+            "squared measured change. Baselines built from training effects share this error, which favours them. "
+            "Avoid it with --held-out-controls, or with --data and other controls."
         )
     return Evaluation(
         table, summarise(table, seed), comparisons, in_words(comparisons), (*sets.notes, *notes), predicted, recovery

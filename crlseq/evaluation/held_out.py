@@ -46,7 +46,7 @@ def abducted(model: DiscrepancyVAE, control: np.ndarray, seed: int) -> Callable[
 
 
 def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> pd.DataFrame:
-    """One row a condition: virtual cells against held-out cells (test cells; validation cells without those).
+    """One row per condition: virtual cells against held-out cells (test cells; validation cells without those).
 
     Columns ``condition``, ``split``, ``n_cells``, ``mmd2`` (unbiased, bandwidth = median squared distance of
     the condition's cells to real controls, the same for every model), ``mmd2_no_change`` (real control cells in

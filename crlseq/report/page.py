@@ -142,7 +142,7 @@ def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for ending, title in (
         ("", "model"),
-        ("_training", "training effects (not fitted: the sum of the parts')"),
+        ("_training", "training effects (sum over the parts if not fitted)"),
         ("_mean", "mean effect of all perturbations"),
         ("_no_change", "no change"),
     ):
@@ -198,7 +198,7 @@ def _dag(run: Run) -> dict[str, Any]:
             "path": edge_path(edge.points, drawing),
             "about": f"{edge.source} → {edge.target}\n{programs[edge.source].title} "
             f"{'raises' if edge.weight > 0 else 'lowers'} {programs[edge.target].title}\n"
-            f"weight {edge.weight:+.2f} (SD of the target for one of the source)"
+            f"weight {edge.weight:+.2f} (SD of the target per SD of the source)"
             + ("" if np.isnan(edge.support) else f", support {edge.support:.2f}"),
         }
         for edge in drawing.edges

@@ -112,10 +112,12 @@ class Extrapolation:
         known = f"{len(self.fitted)} fitted perturbations have a vector"
         if self.choice == "ridge":
             return (
-                f"{known}; left out one by one, their effects are predicted with {self.skill:.0%} less squared error."
+                f"{known}; predicting the effect of each from the others reduces the squared error by {self.skill:.0%}."
             )
-        what = "what perturbations do on average" if self.choice == "mean" else "nothing"
-        return f"{known}, and these say nothing of effects: perturbations never seen are predicted to do {what}."
+        what = "the mean effect" if self.choice == "mean" else "no effect"
+        return (
+            f"{known}, but the vectors carry no predictive information: {what} is predicted for unseen perturbations."
+        )
 
 
 def refuse_strangers(table: Embeddings, perturbations: Sequence[str], path: str) -> None:
@@ -129,9 +131,9 @@ def refuse_strangers(table: Embeddings, perturbations: Sequence[str], path: str)
     common = [name for name in perturbations if name in known]
     if len(common) < MIN_PERTURBATIONS:
         raise InputError(
-            f"The embeddings {path} have vectors for {len(common)} of the {len(perturbations)} fitted perturbations, and "
-            f"{MIN_PERTURBATIONS} are needed.",
-            f"Name genes as the labels do, such as {perturbations[0]!r}; there they are named like {table.names[0]!r}.",
+            f"The embeddings {path} have vectors for {len(common)} of the {len(perturbations)} fitted perturbations; at "
+            f"least {MIN_PERTURBATIONS} are needed.",
+            f"Name genes as the labels do (such as {perturbations[0]!r}); the table has names like {table.names[0]!r}.",
         )
 
 

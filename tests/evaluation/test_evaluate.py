@@ -169,7 +169,7 @@ def test_a_double_with_parts_that_were_never_fitted(screen: ad.AnnData, tmp_path
         "g2+g3": "combinations, 0 of 2 parts seen",
         "g2+g4": "combinations, 1 of 2 parts seen",
     }
-    assert "Never fitted, and so without effect in any prediction: g2, g3." in found.notes
+    assert "Not fitted, so no method predicts an effect: g2, g3." in found.notes
     rows = found.conditions.set_index(["condition", "predictor"])
     assert rows.loc[("g2+g3", "model"), "l2"] == rows.loc[("g2+g3", "no_change"), "l2"]
     assert rows.loc[("g2+g4", "model"), "l2"] != rows.loc[("g2+g4", "no_change"), "l2"]
@@ -251,7 +251,7 @@ def test_bad_evaluation_sets(finished: Run, screen: ad.AnnData) -> None:
         "two are needed": screen[screen.obs["perturbation"] != "control"],
         "25 of the 40 fitted genes are missing": screen[:, 25:],
         "no column 'perturbation'": ad.AnnData(screen.X, obs=screen.obs[["batch"]], var=screen.var),
-        "no cells to judge by": screen[screen.obs["perturbation"] == "control"],
+        "no cells to evaluate on": screen[screen.obs["perturbation"] == "control"],
     }
     for message, adata in cases.items():
         with pytest.raises(InputError, match=message):
