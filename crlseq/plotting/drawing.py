@@ -87,6 +87,12 @@ def draw(run: Run, font: float, page: Point, width_of: Callable[[str, bool], flo
     return Drawing(layout.width, layout.height, layout.down, font, nodes, edges)
 
 
+def limit_of(values: np.ndarray) -> float:
+    """End of a symmetric colour scale: the largest of |values|; 1 where there are none."""
+    finite = np.abs(values[np.isfinite(values)])
+    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+
 def edge_width(support: float) -> float:
     """Width of an edge, as a share of the font's size, by its bootstrap support; NaN without a bootstrap."""
     return 0.18 if np.isnan(support) else 0.08 + 0.36 * support

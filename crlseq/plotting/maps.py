@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
-from crlseq.plotting.style import INK, SIGNED, axes_of, finish, label_ticks, limit_of, note
+from crlseq.plotting.drawing import limit_of
+from crlseq.plotting.style import INK, SIGNED, axes_of, finish, label_ticks, note
 from crlseq.run.run import Run
 from crlseq.run.summary import assignment, strongest
 

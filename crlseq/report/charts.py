@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from crlseq.plotting.style import limit_of
+from crlseq.plotting.drawing import limit_of
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.summary import BASELINES, assignment, best_baseline, short, strongest

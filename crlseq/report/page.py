@@ -17,9 +17,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from crlseq.errors import few
-from crlseq.plotting.drawing import HEAD, Drawing, draw, edge_width, heading, legend
+from crlseq.plotting.drawing import HEAD, Drawing, draw, edge_width, heading, legend, limit_of
 from crlseq.plotting.layout import Point
-from crlseq.plotting.style import limit_of
 from crlseq.readout import enrichment
 from crlseq.report import charts
 from crlseq.report.evaluations import evaluation_tables

@@ -211,7 +211,7 @@ class RunInfo(_Part):
     device: str
     threads: int
     packages: dict[str, str]
-    machine: Machine
+    machine: Machine | None
     config: Options
     input: Input
     perturbation_key: str
