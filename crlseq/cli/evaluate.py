@@ -69,7 +69,7 @@ def evaluate(
         raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
     from crlseq.evaluation.compare import limits
     from crlseq.evaluation.evaluate import evaluate as judge
-    from crlseq.run.run import load
+    from crlseq.pipeline.fitted import load
     from crlseq.storage.csv import to_csv
     from crlseq.storage.files import written_whole
 
@@ -88,7 +88,7 @@ def evaluate(
             beside.write_bytes(to_csv(found.conditions))
     if as_json:
         show_json({
-            "verdict": list(found.verdict), "notes": list(found.notes), "summary": found.summary.to_dict("records"),
+            "verdict": list(found.sentences), "notes": list(found.notes), "summary": found.summary.to_dict("records"),
             "comparisons": found.comparisons.to_dict("records"), "conditions": found.conditions.to_dict("records"),
             "recovery": found.recovery,
         })  # fmt: skip
@@ -102,7 +102,7 @@ def evaluate(
             show_table(wide, f"{group}, means of {n} conditions")
     else:
         show_table(found.summary, "")
-    for line in (*found.verdict, *limits(found.summary), *_axioms(found.summary), *_recovery(found.recovery)):
+    for line in (*found.sentences, *limits(found.summary), *_axioms(found.summary), *_recovery(found.recovery)):
         say(line)
 
 

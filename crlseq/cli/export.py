@@ -51,7 +51,7 @@ def export(
     """Write a run in the format of another tool."""
     from crlseq.errors import InputError, UsageError
     from crlseq.export.interchange import FORMATS, write
-    from crlseq.run.run import load
+    from crlseq.pipeline.fitted import load
     from crlseq.storage.runfolder import refuse_part_of_run
 
     if (name is None) != (output is None):

@@ -24,9 +24,9 @@ def report(
     """
     from crlseq.data.genesets import check_gmt
     from crlseq.errors import InputError
+    from crlseq.pipeline.fitted import load
     from crlseq.readout.enrichment import enrich
     from crlseq.report import write_report
-    from crlseq.run.run import load
     from crlseq.storage.runfolder import refuse_part_of_run
 
     if gene_sets is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -13,9 +13,7 @@ import pandas as pd
 from crlseq.data.matrix import open_store, readable
 from crlseq.errors import InputError
 from crlseq.evaluation.recovery import score_recovery
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
+from crlseq.run.run import Run
 
 PLACES = (("uns", "truth"), ("obsm", "true_latents"))
 
@@ -32,7 +30,7 @@ def known_recovery(run: Run, data: str | Path | ad.AnnData | None) -> tuple[dict
         if truth is None:
             continue
         if not _is_truth(truth):
-            return None, ["uns['truth'] is not what `crlseq simulate` writes: nothing is compared with it."]
+            return None, ["uns['truth'] is not in the format of `crlseq simulate` and is ignored."]
         notes, latents = [], None
         try:
             latents = None if true_latents is None else run.latents(source)

@@ -22,7 +22,9 @@ from crlseq._version import __version__
 from crlseq.config import Config
 from crlseq.data.matrix import open_store, readable
 from crlseq.errors import InputError
-from crlseq.run.run import ENSEMBLE, Run, load
+from crlseq.pipeline.fitted import load
+from crlseq.run.run import Run
+from crlseq.storage.runfolder import ENSEMBLE
 
 # Entries of run.json that tell of the circumstances.
 CIRCUMSTANCES = frozenset({

@@ -22,7 +22,7 @@ import pandas as pd
 from crlseq._version import __version__
 from crlseq.errors import InputError, UsageError
 from crlseq.readout.enrichment import TOP_MOST, TOP_SHARE
-from crlseq.run.export import dag_json, graphml, plain_text
+from crlseq.run.graph import dag_json, graphml, plain_text
 from crlseq.run.run import Run
 from crlseq.storage.csv import to_csv
 from crlseq.storage.files import written_whole

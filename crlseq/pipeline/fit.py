@@ -30,20 +30,19 @@ from crlseq.discovery.effects import effect_tests
 from crlseq.discovery.methods import find_programs
 from crlseq.discovery.task import Task
 from crlseq.errors import InputError, UsageError
+from crlseq.pipeline.fitted import FittedRun, load
 from crlseq.pipeline.read import Screen, read_cells, read_screen
 from crlseq.pipeline.tables import tables_of
-from crlseq.prediction.extrapolation import FILE as EMBEDDINGS
-from crlseq.prediction.extrapolation import Extrapolation, fit_extrapolation
 from crlseq.report import write_report
-from crlseq.run.export import DETECTABLE_FDR, SPLIT
-from crlseq.run.run import GENE_SETS, Run, load
+from crlseq.run.schema import DETECTABLE_FDR, SPLIT
 from crlseq.run.summary import sets_in_words
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_weights
 from crlseq.storage.files import by_hdf5
-from crlseq.storage.runfolder import move_into_place, partial_of, refuse_output, working_folder
+from crlseq.storage.runfolder import EMBEDDINGS, GENE_SETS, move_into_place, partial_of, refuse_output, working_folder
 from crlseq.storage.stage_cache import StageCache
 from crlseq.threads import on_threads
 from crlseq.training.distributed import ALONE, Ranks
+from crlseq.training.extrapolation import Extrapolation, fit_extrapolation
 from crlseq.training.memory import give_back
 from crlseq.training.trainer import Fit, fit_model, resolve_device
 from crlseq.training.warm_start import WarmStart
@@ -72,7 +71,7 @@ def fit(
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     **options: Any,
-) -> Run:
+) -> FittedRun:
     """Fit a Discrepancy-VAE to a Perturb-seq screen.
 
     Parameters
@@ -139,7 +138,7 @@ def fit(
     return load(target)
 
 
-def _finished(target: Path, config: Config, progress: Progress, ranks: Ranks) -> Run:
+def _finished(target: Path, config: Config, progress: Progress, ranks: Ranks) -> FittedRun:
     """The run that was to be resumed."""
     run = load(target)
     if run.info["config"] != config.model_dump(mode="json"):
@@ -212,7 +211,7 @@ class Start:
     reason: str
 
 
-def _fit(job: Job) -> Run:
+def _fit(job: Job) -> FittedRun:
     """The six steps; memory that a step has freed is given back before the next one."""
     with on_threads(_threads(job.config)):
         screen = read_screen(job.source, job.config, job.folder, job.ranks, job.progress.stage, job.progress.note)
@@ -296,14 +295,12 @@ def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
         )  # fmt: skip
 
 
-def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fit) -> Run:
+def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fit) -> FittedRun:
     """Step 5: tables, and the record of the whole job."""
     progress, responders, data = job.progress, tested.responders, tested.data
     progress.stage("reading off programs, interventions and the DAG")
     fitted.model.cpu()
     run = tables_of(fitted, data, job.config, tested.tests, start.warm, screen.sets)
-    if words := sets_in_words(run.info):
-        progress.note(words)
     found = None if screen.vectors is None else _extrapolation(fitted, data, screen.vectors)
     if found is not None:
         progress.note(found.in_words())
@@ -331,7 +328,10 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
         cells["crlseq_perturbation"] = data.guides.labels
     if responders is not None:
         cells["crlseq_responder"] = responders.posterior
-    return replace(run, info=info, cells=cells, map=found)
+    run = replace(run, info=info, cells=cells, map=found)
+    if words := sets_in_words(run.facts):
+        progress.note(words)
+    return run
 
 
 def _command() -> str:
@@ -350,7 +350,7 @@ def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings) -> Extr
     return fit_extrapolation(fitted.model, table, data.perturbation_names, own, control)
 
 
-def _write(job: Job, screen: Screen, run: Run, folder: Path) -> None:
+def _write(job: Job, screen: Screen, run: FittedRun, folder: Path) -> None:
     """Step 6: all files of the run; the folder takes its place after that."""
     job.progress.stage("writing")
     run.write_tables(folder)

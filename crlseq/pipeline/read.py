@@ -18,9 +18,9 @@ from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.data.streamed import StreamedExpression
 from crlseq.errors import UsageError
-from crlseq.prediction.extrapolation import refuse_strangers
-from crlseq.run.run import GENE_SETS
+from crlseq.storage.runfolder import GENE_SETS
 from crlseq.training.distributed import Ranks
+from crlseq.training.extrapolation import refuse_strangers
 from crlseq.training.memory import suit_allocator
 from crlseq.training.trainer import resolve_step
 

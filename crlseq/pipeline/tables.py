@@ -20,14 +20,15 @@ from crlseq.data.genesets import GeneSets
 from crlseq.discovery.result import Discovery
 from crlseq.evaluation.held_out import evaluate_held_out
 from crlseq.model.sparse_decoder import SparseDecoder
+from crlseq.pipeline.fitted import FittedRun
 from crlseq.readout.dag import Dag, find_dag
 from crlseq.readout.ensemble import read_model, seed_agreement
 from crlseq.readout.explained import effect_explained, variance_explained
 from crlseq.readout.interventions import find_interventions
 from crlseq.readout.pathways import explained_by_sets, pathway_table
 from crlseq.readout.programs import find_programs
-from crlseq.run.export import DETECTABLE_FDR, edge_table, intervention_table, program_labels, program_table
-from crlseq.run.run import FORMAT, Run
+from crlseq.run.schema import DETECTABLE_FDR, FORMAT
+from crlseq.run.tables import edge_table, intervention_table, program_labels, program_table
 from crlseq.training.trainer import Fit, resolve_device
 from crlseq.training.warm_start import WarmStart
 
@@ -42,7 +43,7 @@ def tables_of(
     tests: dict[str, np.ndarray],
     start: WarmStart | None,
     sets: GeneSets | None = None,
-) -> Run:
+) -> FittedRun:
     """Tables of a fit; ``info`` lacks what only the whole job knows (input, times, command)."""
     discovery, model = None if start is None else start.discovery, fitted.model
     read = find_programs(model, data)
@@ -84,7 +85,7 @@ def tables_of(
         {"epoch": int, "total": float}
     )
     weights = ({name: value.cpu() for name, value in model.state_dict().items()}, fitted.architecture)
-    return Run(
+    return FittedRun(
         info, programs, interventions, edges, history, evaluation,
         weights=weights, ensemble=agreement, pathways=pathways,
     )  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
-from crlseq.plotting.style import INK, SIGNED, axes_of, finish, label_ticks, limit_of, note
+from crlseq.plotting.style import INK, SIGNED, axes_of, finish, label_ticks, note
+from crlseq.readout.drawing import limit_of
 from crlseq.run.run import Run
 from crlseq.run.summary import assignment, strongest
 
@@ -18,7 +19,7 @@ def programs(run: Run, *, n_genes: int | None = None, ax: Axes | None = None, sh
     Parameters
     ----------
     n_genes
-        Genes a program, by \\|loading\\|; None takes as many as make 60 rows, between 2 and 10.
+        Genes per program, by \\|loading\\|; None takes as many as make 60 rows, between 2 and 10.
     ax, show
         See `crlseq.pl.dag`.
 
@@ -64,7 +65,7 @@ def interventions(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bo
     >>> import crlseq
     >>> crlseq.pl.interventions(crlseq.load("RUN"), top=5).figure.savefig("interventions.png")
     """
-    rows, left_out = strongest(run, top)
+    rows, left_out = strongest(run.interventions, top)
     names = run.program_names
     if rows.empty:
         return finish(
@@ -83,7 +84,7 @@ def interventions(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bo
             ax.text(
                 k, i, f"{values[i, k]:+.{decimals}f}", size=6, ha="center", va="center", color="white" if dark else INK
             )
-    shares = assignment(run, rows)
+    shares = assignment(run.facts.bootstrap, rows)
     if shares is not None:
         shares[target] = 0
         i, k = np.nonzero(shares > 0)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 
 from crlseq.run.summary import short
@@ -43,12 +42,6 @@ def note(ax: Axes, text: str) -> Axes:
 def bare(ax: Axes) -> None:
     """Take away the frame above and to the right."""
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def limit_of(values: np.ndarray) -> float:
-    """End of a symmetric colour scale: the largest of |values|; 1 where there are none."""
-    finite = np.abs(values[np.isfinite(values)])
-    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
 
 
 def label_ticks(ax: Axes, axis: str, names: Sequence[str], **look: Any) -> None:

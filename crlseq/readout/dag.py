@@ -11,16 +11,9 @@ from crlseq.discovery.result import Discovery
 from crlseq.discovery.verdict import judge_gradient
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.readout.programs import Programs
+from crlseq.run.schema import Identification
 
 DECLARED_WEIGHT = 0.1  # one standard deviation of the source moves the target by at least a tenth of its own
-
-
-@dataclass(frozen=True)
-class Identification:
-    """``identified``, ``ancestry only`` or ``not identified``, with the reason in one sentence."""
-
-    verdict: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -43,4 +36,4 @@ def find_dag(model: DiscrepancyVAE, programs: Programs, config: ModelConfig, dis
         verdict, declared = judge_gradient(config), np.abs(weights) >= DECLARED_WEIGHT
     else:
         verdict, declared = discovery.verdict, discovery.adjacency != 0
-    return Dag(weights, declared, Identification(verdict.answer, verdict.reason))
+    return Dag(weights, declared, Identification(verdict=verdict.answer, reason=verdict.reason))

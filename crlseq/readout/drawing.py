@@ -5,22 +5,19 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from crlseq.readout.layout import Box, Point, lay_out
+from crlseq.run.run import Run
 from crlseq.run.summary import Program, short
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
 
 # In units of the font's size.
 LINE, MARGIN, LARGEST, HEAD = 1.3, 0.7, 1.6, 0.75
 SMALLEST = 0.2  # radius of the disc of a program that explains nothing
 LABEL = 22  # characters of a line of a label
 DRAWN = 150  # edges at most: more are a tangle that nobody reads, and take long to lay out
-LEGEND = "A disc's area is the share of the perturbations' effects that a program explains"
+LEGEND = "Disc area: share of the perturbations' effects that the program explains"
 
 
 @dataclass(frozen=True)
@@ -63,17 +60,7 @@ class Drawing:
 
 
 def draw(run: Run, font: float, page: Point, width_of: Callable[[str, bool], float]) -> Drawing:
-    """Lay a run's DAG out.
-
-    Parameters
-    ----------
-    font
-        Size of the text.
-    page
-        Width and height of what it should fit on, in the same unit.
-    width_of
-        Width of a text, bold or not, in the same unit.
-    """
+    """Lay a run's DAG out, in the unit of ``font``: ``page`` is what it should fit on, ``width_of`` a text, bold or not."""
     programs = run.described
     lines = {name: _label_lines(program) for name, program in programs.items()}
     # Boxes of one size: sizes that say nothing would compete with those of the discs.
@@ -100,6 +87,12 @@ def draw(run: Run, font: float, page: Point, width_of: Callable[[str, bool], flo
     return Drawing(layout.width, layout.height, layout.down, font, nodes, edges)
 
 
+def limit_of(values: np.ndarray) -> float:
+    """End of a symmetric colour scale: the largest of |values|; 1 where there are none."""
+    finite = np.abs(values[np.isfinite(values)])
+    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+
 def edge_width(support: float) -> float:
     """Width of an edge, as a share of the font's size, by its bootstrap support; NaN without a bootstrap."""
     return 0.18 if np.isnan(support) else 0.08 + 0.36 * support
@@ -107,22 +100,24 @@ def edge_width(support: float) -> float:
 
 def heading(run: Run) -> str:
     """How many edges, and whether to believe them."""
-    verdict, n = run.info["identification"]["verdict"], len(run.edges)
+    verdict, n = run.facts.identification.verdict, len(run.edges)
     edges = "No edge is declared" if not n else "1 edge" if n == 1 else f"{n} edges"
     drawn = f", of which the {DRAWN} strongest are drawn" if n > DRAWN else ""
-    return f"{edges} between {len(run.info['programs'])} programs{drawn}; the graph is {verdict}."
+    return f"{edges} between {len(run.program_names)} programs{drawn}; the graph is {verdict}."
 
 
 def legend(run: Run) -> list[str]:
     """How to read the drawing, as sentences."""
-    told = []
+    sentences = []
     if any(not np.isnan(program.effect_explained) for program in run.described.values()):
-        told.append(f"{LEGEND}.")
+        sentences.append(f"{LEGEND}.")
     if len(run.edges):
-        width = "An edge is as wide as its bootstrap support is high" if run.edges["support"].notna().any() else ""
-        told.append("An arrow: the source raises the target; a bar: it lowers it.")
-        told.append(f"{width or 'There is no bootstrap, so that all edges have one width'}.")
-    return told
+        supported = run.edges["support"].notna().any()
+        sentences.append("Arrow: the source raises the target; bar: it lowers it.")
+        sentences.append(
+            "Edge width: bootstrap support." if supported else "Without a bootstrap, all edges have the same width."
+        )
+    return sentences
 
 
 def _areas(programs: dict[str, Program]) -> dict[str, float]:

@@ -9,23 +9,22 @@ import unicodedata
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from crlseq.errors import few
 from crlseq.readout import enrichment
-from crlseq.readout.drawing import HEAD, Drawing, draw, edge_width, heading, legend
+from crlseq.readout.drawing import HEAD, Drawing, draw, edge_width, heading, legend, limit_of
 from crlseq.readout.layout import Point
 from crlseq.report import charts
-from crlseq.report.judgement import judgements
-from crlseq.run.summary import Program, numbers_in_words, sets_in_words, verdicts
+from crlseq.report.evaluations import evaluation_tables
+from crlseq.run.run import Run
+from crlseq.run.summary import Program, answers, numbers_in_words, sets_in_words
 from crlseq.storage.files import written_whole
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
 
 GENES = 8  # of a card, that rise and that fall
 DRIVERS = 8  # of a card
@@ -36,6 +35,7 @@ TESTS = {
     enrichment.RANK: "by the ranking of all genes",
     enrichment.DRIVERS: "by its perturbations",
 }
+METRICS = ("pearson_delta", "l2", "mmd2")
 AGREED = 0.9  # correlation of loadings from which programs of two seeds count as the same
 ROWS = 300  # of a table: the page must open, whatever the screen
 FONT = 12.0
@@ -79,27 +79,28 @@ def _brief(value: Any) -> str:
 
 def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
     script = files("crlseq.report").joinpath("templates/report.js").read_text(encoding="utf-8")
-    order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), _program_number(run.interventions["program"])))
+    number = pd.to_numeric(run.interventions["program"].str[1:]).fillna(np.inf)
+    order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), number))
     interventions = run.interventions.iloc[order]
-    judged = judgements(run)
-    answers = verdicts(run)
-    if judged:  # of all baselines, which a fit does not take the time for
-        answers[1] = judged[0].verdict
+    evaluated = evaluation_tables(run)
+    questions = answers(run.facts, run.evaluation, run.history)
+    if evaluated:  # of all baselines, which a fit does not take the time for
+        questions[1] = evaluated[0].answer
     return {
         "run": run,
-        "info": run.info,
+        "info": run.facts,
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "style": Markup(files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")),
-        "verdicts": answers,
+        "answers": questions,
         "dag": _dag(run),
         "programs": [_card(program, enriched) for program in run.described.values()],
         "enriched": enriched is not None,
-        "read_from_sets": sets_in_words(run.info),
+        "read_from_sets": sets_in_words(run.facts),
         "n_fitted_genes": run.programs["gene"].nunique(),
         "interventions": interventions[:ROWS].to_dict("records"),
         "n_interventions": len(interventions),
-        "largest_shift": charts.largest(interventions["shift"]),
+        "largest_shift": limit_of(interventions["shift"].to_numpy()),
         "map": charts.intervention_map(run),
         "edges": run.edges[:ROWS].to_dict("records"),
         "ancestry": run.ancestry[:ROWS].to_dict("records"),
@@ -107,52 +108,46 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "evaluation": run.evaluation[:ROWS].to_dict("records"),
         "means": _means(run.evaluation),
         "scatters": charts.scatters(run.evaluation),
-        "judged": judged,
+        "evaluated": evaluated,
         "seeds": _seeds(run),
         "losses": charts.losses(run.history),
         "config": json.dumps(run.info["config"], indent=1, ensure_ascii=False),
     }
 
 
-def _program_number(names: pd.Series) -> np.ndarray:
-    return pd.to_numeric(names.str[1:]).fillna(np.inf).to_numpy()
-
-
 def _card(program: Program, enriched: pd.DataFrame | None) -> dict[str, Any]:
+    sets = None
+    if enriched is not None:  # the first sets of each test, as `crlseq.enrich` orders them
+        tests = enriched[enriched["program"] == program.name].groupby("test", sort=False)
+        sets = {TESTS[str(test)]: part[:SETS].to_dict("records") for test, part in tests}
     genes = {"rise": program.up[:GENES], "fall": program.down[:GENES]}
     return {
         "program": program,
         "numbers": numbers_in_words(program),
         "drivers": program.drivers[:DRIVERS].to_dict("records"),
         "more_drivers": max(0, len(program.drivers) - DRIVERS),
-        "largest_shift": charts.largest(program.drivers["shift"]),
+        "largest_shift": limit_of(program.drivers["shift"].to_numpy()),
         "total": bool(program.downstream),  # else it is the loading
         "genes": {name: table.to_dict("records") for name, table in genes.items()},
-        "largest": charts.largest(pd.concat([table["loading"] for table in genes.values()])),
+        "largest": limit_of(pd.concat([table["loading"] for table in genes.values()]).to_numpy()),
         "pathways": program.pathways[:PATHWAYS].to_dict("records"),
-        "largest_pathway": charts.largest(program.pathways["weight"].astype(float)),
-        "sets": None if enriched is None else _sets(enriched[enriched["program"] == program.name]),
+        "largest_pathway": limit_of(program.pathways["weight"].to_numpy(float)),
+        "sets": sets,
     }
 
 
-def _sets(enriched: pd.DataFrame) -> dict[str, Any]:
-    """The first sets of each test, as `crlseq.enrich` orders them."""
-    return {TESTS[str(test)]: part[:SETS].to_dict("records") for test, part in enriched.groupby("test", sort=False)}
-
-
 def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
-    """Means over conditions, a row a prediction; None where the table lacks it."""
+    """Means over conditions, one row per prediction; None where the table lacks it."""
     rows = []
     for ending, title in (
         ("", "model"),
-        ("_training", "training effects (not fitted: the sum of the parts')"),
+        ("_training", "training effects (sum over the parts if not fitted)"),
         ("_mean", "mean effect of all perturbations"),
         ("_no_change", "no change"),
     ):
-        found = {m: evaluation[m + ending].mean() for m in ("pearson_delta", "l2", "mmd2") if m + ending in evaluation}
-        if found and len(evaluation):
-            rows.append({"title": title, **{m: found.get(m) for m in ("pearson_delta", "l2", "mmd2")}})
-    return rows
+        found = {m: evaluation[m + ending].mean() if m + ending in evaluation else None for m in METRICS}
+        rows.append({"title": title, **found})
+    return rows if len(evaluation) else []
 
 
 def _seeds(run: Run) -> dict[str, Any] | None:
@@ -160,14 +155,14 @@ def _seeds(run: Run) -> dict[str, Any] | None:
     if run.ensemble is None:
         return None
     kinds = {str(kind): part.drop(columns="kind") for kind, part in run.ensemble.groupby("kind", sort=False)}
-    losses = [loss for loss in run.info["training"].get("seed_losses", []) if loss is not None]
-    first = int(run.info["seed"])
+    losses = [loss for loss in run.facts.training.seed_losses if loss is not None]
+    first = run.facts.seed
     return {
-        "n": int(run.info["config"]["training"]["ensemble"]),
+        "n": run.facts.config.training.ensemble,
         "first": first,
-        "kept": run.info["training"]["kept_seed"],
+        "kept": run.facts.training.kept_seed,
         "losses": (min(losses), max(losses)) if losses else None,
-        "given": run.info["discovery"] is not None,
+        "given": run.facts.discovery is not None,
         "agreed": [
             (kind, int((part["agreement"] >= (AGREED if kind == "program" else 1.0)).sum()), len(part))
             for kind, part in kinds.items()
@@ -202,7 +197,7 @@ def _dag(run: Run) -> dict[str, Any]:
             "path": edge_path(edge.points, drawing),
             "about": f"{edge.source} → {edge.target}\n{programs[edge.source].title} "
             f"{'raises' if edge.weight > 0 else 'lowers'} {programs[edge.target].title}\n"
-            f"weight {edge.weight:+.2f} (SD of the target for one of the source)"
+            f"weight {edge.weight:+.2f} (SD of the target per SD of the source)"
             + ("" if np.isnan(edge.support) else f", support {edge.support:.2f}"),
         }
         for edge in drawing.edges
@@ -230,13 +225,12 @@ def edge_path(points: list[Point], drawing: Drawing) -> str:
 def _about(program: Program) -> str:
     lines = [f"{program.name}  {program.title}", ", ".join(numbers_in_words(program))]
     if len(program.drivers):
-        told = [
-            f"{row['perturbation']} ({_signed(row['shift'], 1)} SD)" for row in program.drivers[:5].to_dict("records")
-        ]
-        lines.append("perturbed by " + ", ".join(told) + (f" and {len(program.drivers) - 5} more" if len(program.drivers) > 5 else ""))  # fmt: skip
-    for what, names in (("upstream", program.upstream), ("downstream", program.downstream)):
-        if names:
-            lines.append(f"{what}: {', '.join(names)}")
+        rows = program.drivers.to_dict("records")
+        names = few([f"{row['perturbation']} ({_signed(row['shift'], 1)} SD)" for row in rows], 5)
+        lines.append(f"perturbed by {names}")
+    for what, programs in (("upstream", program.upstream), ("downstream", program.downstream)):
+        if programs:
+            lines.append(f"{what}: {', '.join(programs)}")
     return "\n".join(line for line in lines if line)
 
 

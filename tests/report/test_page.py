@@ -18,7 +18,7 @@ from crlseq.report import write_report
 from crlseq.report.charts import _ticks, effects, intervention_map, losses
 from crlseq.run.run import Run
 from tests.support import check_refusal, files_below, invoke
-from tests.synthetic import synthetic_run
+from tests.synthetic import found_by_bootstrap, synthetic_run
 
 # From pandas 3 on no text in a table can hold half of a pair.
 SURROGATE = "\ud800" if int(pd.__version__.split(".")[0]) < 3 else ""
@@ -121,7 +121,7 @@ def test_names_stay_text(tmp_path: Path) -> None:
     run = synthetic_run(3, 12, [(0, 1)], names=[*EVIL, *EVIL, "a", "b"], genes=[*EVIL, "A", "B", "C"])
     info = json.loads(json.dumps(run.info))
     info["notes"], info["input"]["path"], info["label_reason"] = EVIL, EVIL[0], EVIL[1]
-    info["config"] = {"preset": EVIL[1], "data": EVIL}
+    info["config"]["preset"], info["config"]["data"]["hold_out"] = EVIL[1], EVIL
     info["command"] = EVIL[2]
     html, page = written(replace(run, info=info), tmp_path)
     assert {tag for tag, _ in page.tags} & {"img", "iframe", "object", "embed"} == set()
@@ -166,8 +166,8 @@ def test_without_edges_effects_epochs_or_evaluation(tmp_path: Path) -> None:
     bare = replace(run, interventions=none, evaluation=run.evaluation.iloc[:0])
     html, page = written(bare, tmp_path)
     assert "No edge is declared between 2 programs; the graph is not identified." in page.text["graph"]
-    assert html.count("no detectable effect, no claim") == 6
-    assert "None targets it." in page.text["P0"]
+    assert html.count("no detectable effect, no target claimed") == 6
+    assert "No perturbation targets it." in page.text["P0"]
     assert "held-out" not in page.text and "loss" not in page.text
     assert "there is nothing to map" in page.text["interventions"]
     assert all(f'href="#{name}"' not in html for name in ("held-out", "loss"))
@@ -228,13 +228,13 @@ def test_agreement_of_seeds(tmp_path: Path) -> None:
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["kind", "source", "target", "agreement", "mean", "sd"])
     training = {**run.info["training"], "kept_seed": 1, "seed_losses": [0.25, -0.00004, None]}
-    info = {**run.info, "config": {"preset": "default", "training": {"ensemble": 3}}, "training": training}
+    info = {**run.info, "config": {**run.info["config"], "training": {"ensemble": 3}}, "training": training}
     text = written(replace(run, info=info, ensemble=table), tmp_path)[1].text["seeds"]
-    assert "3 models of seeds 0 to 2; that of seed 1 validated best" in text
+    assert "3 models with seeds 0 to 2; the model of seed 1 has the lowest validation loss" in text
     assert "between 0.0000 and 0.2500" in text  # not -0.0000
-    assert "1 of 2 programs have" in text and "1 of 2 perturbations move" in text and "1 of 1 edges are" in text
+    assert "1 of 2 programs have" in text and "1 of 2 perturbations shift" in text and "1 of 1 edges are" in text
     assert re.search(r"PERT0\s+P0\s+1\.00\s+-1\.23\s+0\.06", text)
-    assert "the likelihood found" not in text  # of a graph that each seed learned for itself
+    assert "found by the likelihood" not in text  # of a graph that each seed learned for itself
 
 
 def test_ticks() -> None:
@@ -268,8 +268,8 @@ def test_effects_are_in_order_and_place() -> None:
 
 def test_the_map_has_a_cell_a_perturbation() -> None:
     run = synthetic_run(3, 20)
-    shares = {"perturbations": ["PERT0"], "assignment": [[0.5, 0.5, 0.0]]}
-    chart = intervention_map(replace(run, info={**run.info, "discovery": {"bootstrap": shares}}))
+    found = found_by_bootstrap(3, {"PERT0": [0.5, 0.5, 0.0]})
+    chart = intervention_map(replace(run, info={**run.info, "discovery": found}))
     assert chart is not None
     assert len(chart["rows"]) == 18
     row = next(row for row in chart["rows"] if row["name"] == "PERT0")

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -28,10 +28,6 @@ from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.extension import extended
 
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
-
-FILE = "embeddings.h5ad"
 MIN_PERTURBATIONS = 5  # to fit a map to, and to tell by leaving one out whether it says anything
 PENALTIES = np.logspace(-2, 4, 25)
 
@@ -74,14 +70,26 @@ class Extrapolation:
         mean = np.full((len(names), n), 1 / n)
         if self.choice == "mean":
             return mean
-        place = {name: i for i, name in enumerate(self.table.names)}
-        z = _standardised(self.table.vectors)
-        center = z[[place[name] for name in self.fitted]].mean(0)
-        own, asked = (z[[place[name] for name in wanted]] - center for wanted in (self.fitted, names))
-        gram = own @ own.T / z.shape[1]
-        kernel = asked @ own.T / z.shape[1]
+        own, asked = (_vectors_of(self.table, wanted) for wanted in (self.fitted, names))
+        own, asked = own - own.mean(0), asked - own.mean(0)
+        gram = own @ own.T / own.shape[1]
+        kernel = asked @ own.T / own.shape[1]
         found: np.ndarray = mean + np.linalg.solve(gram + self.penalty * np.eye(n), kernel.T).T @ (np.eye(n) - 1 / n)
         return found
+
+    @torch.no_grad()
+    def extended(
+        self, model: DiscrepancyVAE, perturbations: Sequence[str], names: Sequence[str]
+    ) -> tuple[DiscrepancyVAE, dict[str, tuple[int, ...]]]:
+        """A model of `perturbations` with those of genes `names` of the table, and the rows that each of these combines."""
+        place = {name: k for k, name in enumerate(perturbations)}
+        rows = [place[name] for name in self.fitted]
+        w = torch.from_numpy(self.weights(names)).to(model.residual.dtype)
+        shift = w @ torch.from_numpy(self.shifts).to(w.dtype)
+        error = torch.from_numpy(self.error).to(w.dtype).expand(len(names), -1)
+        first, p = len(place), shift.shape[1]
+        of_names = {name: tuple(range(first + i * p, first + (i + 1) * p)) for i, name in enumerate(names)}
+        return extended(model, shift, w @ model.residual[rows], error), of_names
 
     def to_anndata(self) -> ad.AnnData:
         """The map as a file that `read_embeddings` takes too."""
@@ -104,10 +112,12 @@ class Extrapolation:
         known = f"{len(self.fitted)} fitted perturbations have a vector"
         if self.choice == "ridge":
             return (
-                f"{known}; left out one by one, their effects are predicted with {self.skill:.0%} less squared error."
+                f"{known}; predicting the effect of each from the others reduces the squared error by {self.skill:.0%}."
             )
-        what = "what perturbations do on average" if self.choice == "mean" else "nothing"
-        return f"{known}, and these say nothing of effects: perturbations never seen are predicted to do {what}."
+        what = "the mean effect" if self.choice == "mean" else "no effect"
+        return (
+            f"{known}, but the vectors carry no predictive information: {what} is predicted for unseen perturbations."
+        )
 
 
 def refuse_strangers(table: Embeddings, perturbations: Sequence[str], path: str) -> None:
@@ -121,9 +131,9 @@ def refuse_strangers(table: Embeddings, perturbations: Sequence[str], path: str)
     common = [name for name in perturbations if name in known]
     if len(common) < MIN_PERTURBATIONS:
         raise InputError(
-            f"The embeddings {path} have vectors for {len(common)} of the {len(perturbations)} fitted perturbations, and "
-            f"{MIN_PERTURBATIONS} are needed.",
-            f"Name genes as the labels do, such as {perturbations[0]!r}; there they are named like {table.names[0]!r}.",
+            f"The embeddings {path} have vectors for {len(common)} of the {len(perturbations)} fitted perturbations; at "
+            f"least {MIN_PERTURBATIONS} are needed.",
+            f"Name genes as the labels do (such as {perturbations[0]!r}); the table has names like {table.names[0]!r}.",
         )
 
 
@@ -151,9 +161,7 @@ def fit_extrapolation(
         output = model(x, torch.tensor([[k]]))
         effects[i] = (output.virtual.mean((0, 1)) - before).double().numpy()
         shifts[i] = (model.scm.abduct(output.latents) - z).mean((0, 1)).double().numpy()
-    place = {name: i for i, name in enumerate(table.names)}
-    standard = _standardised(table.vectors)
-    own = standard[[place[name] for name in fitted]]
+    own = _vectors_of(table, fitted)
     missed: dict[tuple[str, float], np.ndarray] = {("none", 0.0): effects}
     n = len(fitted)
     if n > 1:
@@ -205,21 +213,8 @@ def load_extrapolation(path: Path) -> Extrapolation:
         )  # fmt: skip
 
 
-@torch.no_grad()
-def with_unseen(run: Run, names: Sequence[str]) -> tuple[DiscrepancyVAE, dict[str, tuple[int, ...]]]:
-    """The run's model with perturbations of genes it has vectors for, and the rows that each is the combination of."""
-    model, table = run.model, run.extrapolation
-    if not names or table is None:
-        return model, {}
-    place = {name: k for k, name in enumerate(run.interventions["perturbation"])}
-    rows = [place[name] for name in table.fitted]
-    w = torch.from_numpy(table.weights(names)).to(model.residual.dtype)
-    shift = w @ torch.from_numpy(table.shifts).to(w.dtype)
-    error = torch.from_numpy(table.error).to(w.dtype).expand(len(names), -1)
-    new = extended(model, shift, w @ model.residual[rows], error)
-    first, p = len(place), shift.shape[1]
-    return new, {name: tuple(range(first + i * p, first + (i + 1) * p)) for i, name in enumerate(names)}
-
-
-def _standardised(vectors: np.ndarray) -> np.ndarray:
-    return np.asarray((vectors - vectors.mean(0)) / vectors.std(0))
+def _vectors_of(table: Embeddings, names: Sequence[str]) -> np.ndarray:
+    """(len(names), d) vectors, standardised over all genes of the table."""
+    place = {name: i for i, name in enumerate(table.names)}
+    vectors: np.ndarray = (table.vectors - table.vectors.mean(0)) / table.vectors.std(0)
+    return vectors[[place[name] for name in names]]

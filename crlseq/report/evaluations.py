@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from crlseq.evaluation.baselines import BASELINES
-from crlseq.evaluation.compare import METRICS, MODEL, WORDS, compare, verdict
-from crlseq.run.summary import Verdict, answer_of
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
+from crlseq.evaluation.compare import METRICS, MODEL, WORDS, compare, in_words
+from crlseq.run.run import Run
+from crlseq.run.summary import Answer, answer_of
 
 SHOWN = {
     "pearson_delta": "Pearson Δ", "pearson_delta_top_de": "Pearson Δ, 20 top genes", "l2": "L2",
     "centroid_accuracy": "centroid accuracy", "sign_agreement": "sign agreement", "mmd2": "MMD²",
 }  # fmt: skip
-CARRYING = ("pearson_delta", "l2")  # the metrics of the verdict
+CARRYING = ("pearson_delta", "l2")  # the metrics of the answer
 TITLES = {
     **WORDS, MODEL: "model", "additive": "sum of training effects", "split_half": "(ceiling: the other half of the cells)",
     "sampling_floor": "(floor: sampling error)",
@@ -27,22 +25,22 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """A table of ``crlseq evaluate``: its file, the verdict, sentences, and means by group of conditions."""
+class EvaluationTable:
+    """A table of ``crlseq evaluate``: its file, the answer, sentences, and means by group of conditions."""
 
     name: str
-    verdict: Verdict
+    answer: Answer
     sentences: tuple[str, ...]
     metrics: dict[str, str]
     groups: list[dict[str, Any]]
 
 
-def judgements(run: Run) -> list[Judgement]:
+def evaluation_tables(run: Run) -> list[EvaluationTable]:
     """The tables in the run's folder, by name; other files there are none of ours and are passed over."""
     if run.path is None:
         return []
     tables = {path.name: _read(path) for path in sorted(run.path.glob("*.csv"))}
-    return [_judge(name, table, int(run.info["seed"])) for name, table in tables.items() if table is not None]
+    return [_evaluated(name, table, run.facts.seed) for name, table in tables.items() if table is not None]
 
 
 def _read(path: Path) -> pd.DataFrame | None:
@@ -59,14 +57,14 @@ def _read(path: Path) -> pd.DataFrame | None:
     return table if {MODEL, *BASELINES} <= set(table["predictor"]) else None
 
 
-def _judge(name: str, table: pd.DataFrame, seed: int) -> Judgement:
+def _evaluated(name: str, table: pd.DataFrame, seed: int) -> EvaluationTable:
     comparisons = compare(table[["condition", "group", "predictor", *CARRYING]], seed)
     best = comparisons[comparisons["best"] & comparisons["low"].notna()]
     found: dict[str, list[float]] = {}
-    told, several = [], comparisons["group"].nunique() > 1
+    parts, several = [], comparisons["group"].nunique() > 1
     for row in best.to_dict("records"):
         low, high = (row["low"], row["high"]) if METRICS[row["metric"]] else (-row["high"], -row["low"])
-        told.append(
+        parts.append(
             (f"{row['group']}: " if several else "")
             + f"{SHOWN[row['metric']]} {row['model']:.3g} against {row['value']:.3g} ({TITLES[row['baseline']]}), "
             f"better on {row['better']} of {row['n']} conditions"
@@ -75,7 +73,7 @@ def _judge(name: str, table: pd.DataFrame, seed: int) -> Judgement:
     # Over several groups of conditions: better only if worse in none.
     signs = {title: min(own) if min(own) < 0 else max(own) for title, own in found.items()}
     answer, grade = answer_of(signs) if signs else ("too few conditions to tell", "open")
-    sentences = verdict(comparisons)
+    sentences = in_words(comparisons)
     metrics = {metric: title for metric, title in SHOWN.items() if metric in table}
     groups = []
     for group, part in table.groupby("group", sort=False):
@@ -90,5 +88,5 @@ def _judge(name: str, table: pd.DataFrame, seed: int) -> Judgement:
             for predictor, values in means.iterrows()
         ]
         groups.append({"name": group, "n": part["condition"].nunique(), "rows": rows})
-    reason = f"By {name}, against the best baseline by each metric. {'; '.join(told)}."
-    return Judgement(name, Verdict("Better than baselines?", grade, answer, reason), sentences, metrics, groups)
+    reason = f"By {name}, against the best baseline by each metric. {'; '.join(parts)}."
+    return EvaluationTable(name, Answer("Better than baselines?", grade, answer, reason), sentences, metrics, groups)
