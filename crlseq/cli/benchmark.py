@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from crlseq.cli.options import AsJson, Quiet
 from crlseq.cli.output import say, show_table
 
 SHOWN = ["scenario", "method", "runs", "failed", "ancestor_f1", "target_accuracy", "ari", "shd", "mcc", "n_latents", "verdict", "seconds"]  # fmt: skip
@@ -31,8 +32,8 @@ def benchmark(
         typer.Option(help="Epochs of every network; targets and graphs of default do not depend on it.", min=1),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all if not given.", min=1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole summary as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the summary alone.")] = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Simulate screens, fit them and score targets, programs and graph against the truth.
 
@@ -56,7 +57,7 @@ def benchmark(
     except KeyboardInterrupt:
         say(f"Interrupted. Finished fits are kept in {output}: the same command goes on.")
         raise SystemExit(130) from None  # past the entry point, whose advice is for `crlseq fit`
-    show_table(summary if as_json else summary[SHOWN], "Medians over seeds", as_json)
+    show_table(summary if json else summary[SHOWN], "Medians over seeds", json)
     if not quiet:
         say(f"Written to {output}: benchmark.csv, summary.csv, calibration.csv, benchmark.png, benchmark.svg.")
 

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crlseq.cli.output import say, show_json, show_table
+from crlseq.cli.options import AsJson, Force, RunFolder
+from crlseq.cli.output import refuse_output, say, show_json, show_table
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from crlseq.evaluation.evaluate import Evaluation
 
 SHOWN = (
     "pearson_delta", "pearson_delta_top_de", "pearson_delta_perturbed", "l2", "centroid_accuracy", "discrimination",
@@ -21,7 +24,7 @@ LEGACY = ("legacy_mmd2", "legacy_r2", "legacy_rmse")
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    run: RunFolder,
     data: Annotated[
         Path | None, typer.Option(help="Other cells with the same labels. [the run's test cells]", show_default=False)
     ] = None,
@@ -29,10 +32,13 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="CSV with every condition and predictor.", show_default=False)
     ] = None,
     held_out_controls: Annotated[
-        bool, typer.Option("--held-out-controls", help="Take changes against control cells that were held out as well.")
+        bool,
+        typer.Option(
+            "--held-out-controls", help="Take changes against control cells that were held out as well.", metavar=""
+        ),
     ] = False,
     cross_validate: Annotated[
-        bool, typer.Option("--cross-validate", help="Fit again without a part of the screen, fold by fold.")
+        bool, typer.Option("--cross-validate", help="Fit again without a part of the screen, fold by fold.", metavar="")
     ] = False,
     folds: Annotated[int, typer.Option(help="Of --cross-validate.", min=2)] = 5,
     splits: Annotated[
@@ -42,32 +48,16 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    legacy: Annotated[bool, typer.Option("--legacy", help="Also the metrics of the published tables.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON to stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an --output that exists.")] = False,
+    legacy: Annotated[
+        bool, typer.Option("--legacy", help="Also the metrics of the published tables.", metavar="")
+    ] = False,
+    json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Judge a run by cells that it was not fitted on, beside baselines that any model has to beat."""
-    from crlseq.errors import InputError, UsageError
-
-    if cross_validate and data is not None:
-        raise UsageError(
-            "--cross-validate judges by the run's own screen, and --data names another.", "Give one of them."
-        )
-    if held_out_controls and (cross_validate or data is not None):
-        raise UsageError(
-            "--held-out-controls is about the run's own test cells.", "Leave --data or --cross-validate out."
-        )
-    if splits is not None and not cross_validate:
-        raise UsageError("--splits says what --cross-validate holds out.", "Give both.")
-    if output is not None and output.is_dir():
-        raise InputError(f"{output} is a folder.", "Name a file to write.")
-    from crlseq.storage.runfolder import refuse_part_of_run
-
+    _refuse_contradictions(data, held_out_controls, cross_validate, splits)
     if output is not None:
-        refuse_part_of_run(output)
-    if output is not None and output.exists() and not force:
-        raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
-    from crlseq.evaluation.compare import limits
+        refuse_output(output, force)
     from crlseq.evaluation.evaluate import evaluate as judge
     from crlseq.run.run import load
     from crlseq.storage.csv import to_csv
@@ -86,13 +76,37 @@ def evaluate(
     if output is not None:
         with written_whole(output) as beside:
             beside.write_bytes(to_csv(found.conditions))
-    if as_json:
+    if json:
         show_json({
             "verdict": list(found.verdict), "notes": list(found.notes), "summary": found.summary.to_dict("records"),
             "comparisons": found.comparisons.to_dict("records"), "conditions": found.conditions.to_dict("records"),
             "recovery": found.recovery,
         })  # fmt: skip
-        return
+    else:
+        _show(found, legacy)
+
+
+def _refuse_contradictions(
+    data: Path | None, held_out_controls: bool, cross_validate: bool, splits: str | None
+) -> None:
+    from crlseq.errors import UsageError
+
+    if cross_validate and data is not None:
+        raise UsageError(
+            "--cross-validate judges by the run's own screen, and --data names another.", "Give one of them."
+        )
+    if held_out_controls and (cross_validate or data is not None):
+        raise UsageError(
+            "--held-out-controls is about the run's own test cells.", "Leave --data or --cross-validate out."
+        )
+    if splits is not None and not cross_validate:
+        raise UsageError("--splits says what --cross-validate holds out.", "Give both.")
+
+
+def _show(found: Evaluation, legacy: bool) -> None:
+    """Means per group of conditions on a terminal, the whole summary into a pipe, and what it comes to in words."""
+    from crlseq.evaluation.compare import limits
+
     if sys.stdout.isatty():
         shown = [*SHOWN, *(LEGACY if legacy else ())]
         for group, rows in found.summary.groupby("group", sort=False):

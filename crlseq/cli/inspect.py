@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from crlseq.cli.output import say, show_json, show_table, show_text
+from crlseq.cli.options import AsJson, RunFolder
+from crlseq.cli.output import say, say_verdict, show_json, show_table, show_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,9 +32,6 @@ class _SummaryByDefault(TyperGroup):
 
 
 app = typer.Typer(cls=_SummaryByDefault, no_args_is_help=True, help="What a run found: `inspect RUN` for a summary.")
-
-RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON to stdout.")]
 
 
 def _load(run: Path) -> Run:
@@ -255,7 +253,6 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
     from crlseq.run.export import dag_json
 
     found = _load(run)
-    verdict = found.info["identification"]
     if json:
         show_json(json_module.loads(dag_json(found.dag)))
         return
@@ -265,7 +262,7 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
         show_table(found.edges, "Declared edges (weight: standard deviations of the target by one of the source)")
     else:
         show_text("No edge is declared.")
-    say(f"The graph is {verdict['verdict']}: {verdict['reason']}")
+    say_verdict(found)
 
 
 @app.command()

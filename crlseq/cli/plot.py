@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from crlseq.cli.output import say
+from crlseq.cli.options import Force, RunFolder
+from crlseq.cli.output import refuse_output, say, say_verdict
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -26,7 +27,7 @@ class Kind(StrEnum):
 
 
 def plot(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    run: RunFolder,
     kind: Annotated[Kind, typer.Argument(help="What to plot.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture: .png, .svg or .pdf.", show_default=False)],
     top: Annotated[
@@ -39,19 +40,16 @@ def plot(
         list[str] | None, typer.Option(help="To colour in the embedding; may be repeated. [the strongest]")
     ] = None,
     dpi: Annotated[int, typer.Option(help="Dots per inch of a .png.", min=20, max=1200)] = 150,
-    force: Annotated[bool, typer.Option("--force", help="Replace an --output that exists.")] = False,
+    force: Force = False,
 ) -> None:
     """Draw the DAG, the programs, the intervention map, the losses, the tests of effects or the cells."""
-    from crlseq.errors import InputError, UsageError
+    from crlseq.errors import UsageError
     from crlseq.run.run import load
 
     if output.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{output} is no picture that can be written.", "End its name in .png, .svg or .pdf.")
     options = _options(kind, top, program, perturbation)
-    if output.is_dir():
-        raise InputError(f"{output} is a folder.", "Name a file to write.")
-    if output.exists() and not force:
-        raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
+    refuse_output(output, force)
     found = load(run)
     import matplotlib as mpl
 
@@ -72,7 +70,7 @@ def plot(
         axes.figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=stamp)
     say(f"{kind.value}: {output}")
     if kind is Kind.dag:
-        say(f"The graph is {found.info['identification']['verdict']}: {found.info['identification']['reason']}")
+        say_verdict(found)
 
 
 def _options(kind: Kind, top: int | None, program: list[str] | None, perturbation: list[str] | None) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
+from crlseq.cli.options import AsJson, Force, Quiet, RunFolder
 from crlseq.cli.output import say, show_json
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    run: RunFolder,
     perturbation: Annotated[
         list[str], typer.Option("--perturbation", "-p", help="A, A+B, ...; may be repeated.", show_default=False)
     ],
@@ -29,9 +30,9 @@ def predict(
         bool, typer.Option("--counterfactual", help="The same cells with and without the intervention, in pairs.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0)] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="A summary as JSON to stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors alone.")] = False,
+    force: Force = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Predict what perturbations, alone or together, would do to control cells."""
     from crlseq.prediction.predict import predict as predict_cells

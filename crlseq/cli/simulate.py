@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from crlseq.cli.output import say
+from crlseq.cli.options import Force
+from crlseq.cli.output import refuse_output, say
 
 
 def simulate(
@@ -29,22 +30,16 @@ def simulate(
     batch_scale: Annotated[float, typer.Option(help="Size of batch effects.")] = 0.0,
     loading_density: Annotated[float, typer.Option(help="Share of the genes that a latent moves.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    force: Force = False,
 ) -> None:
     """Simulate a Perturb-seq screen; the true graph and targets are in uns["truth"]."""
+    # Words among them are checked by the simulator itself.
+    options = {name: value for name, value in locals().items() if name not in ("output", "force")}
     from crlseq.data.simulate import simulate as simulate_screen
-    from crlseq.errors import InputError, UsageError
+    from crlseq.errors import UsageError
     from crlseq.storage.files import written_whole
 
-    if output.exists() and not force:
-        raise InputError(f"{output} exists.", "Choose another --output, or replace it with --force.")
-    options: dict[str, Any] = {  # words among them are checked by the simulator itself
-        "n_latents": n_latents, "perturbations_per_latent": perturbations_per_latent, "n_genes": n_genes,
-        "cells_per_perturbation": cells_per_perturbation, "n_control": n_control, "expected_parents": expected_parents,
-        "equations": equations, "intervention": intervention, "mixing": mixing, "noise": noise, "depth": depth,
-        "n_doubles": n_doubles, "escapers": escapers, "n_batches": n_batches, "batch_scale": batch_scale,
-        "loading_density": loading_density, "seed": seed,
-    }  # fmt: skip
+    refuse_output(output, force)
     try:
         adata = simulate_screen(**options)
     except ValueError as error:
