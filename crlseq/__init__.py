@@ -35,18 +35,19 @@ if TYPE_CHECKING:
     from crlseq.evaluation.evaluate import evaluate
     from crlseq.experiments.crossvalidation import cross_validate
     from crlseq.pipeline.fit import fit
+    from crlseq.pipeline.fitted import FittedRun as Run
+    from crlseq.pipeline.fitted import load
     from crlseq.readout.enrichment import enrich
-    from crlseq.run.run import Run, load
 
 # Imported when first used: torch and scanpy take seconds, and `crlseq --help` needs neither.
 _HOME = {
     "CrlseqError": "crlseq.errors",
-    "Run": "crlseq.run.run",
+    "Run": "crlseq.pipeline.fitted",
     "cross_validate": "crlseq.experiments.crossvalidation",
     "enrich": "crlseq.readout.enrichment",
     "evaluate": "crlseq.evaluation.evaluate",
     "fit": "crlseq.pipeline.fit",
-    "load": "crlseq.run.run",
+    "load": "crlseq.pipeline.fitted",
     "prepare": "crlseq.data.prepare",
     "simulate": "crlseq.data.simulate",
 }
@@ -57,4 +58,4 @@ def __getattr__(name: str) -> Any:
         return import_module("crlseq.plotting")
     if name not in _HOME:
         raise AttributeError(f"module 'crlseq' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_HOME[name]), "FittedRun" if name == "Run" else name)

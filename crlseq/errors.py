@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class CrlseqError(Exception):
     """One sentence of what went wrong, and a hint of what to do about it.
@@ -50,3 +52,8 @@ class ConvergenceError(CrlseqError):
     """The fit did not converge or failed its checks."""
 
     exit_code = 4
+
+
+def few(names: Sequence[str], most: int = 8) -> str:
+    """Names in a message, the first ones where there are many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -39,7 +39,7 @@ def pairs_of(run: Run, truth: dict[str, object]) -> pd.DataFrame:
     target = truth["target"]["latent"]  # type: ignore[index]
     control_cells = np.asarray(_dense(judged.control.x)[:SOURCE_CELLS], dtype=float)
     control = _dense(judged.control.x).mean(0)
-    seed, model = int(run.info["seed"]), run.model
+    seed, model = run.facts.seed, run.model
 
     def predicted(parts: Sequence[int]) -> np.ndarray:
         rows = np.array([judged.known[part][0] for part in parts])
@@ -137,7 +137,7 @@ def main(words: Sequence[str] | None = None) -> None:
             run = crlseq.fit(
                 screen, given.output / f"{mixing}-{seed}", combinations=False, force=True, seed=seed, **options
             )
-            verdict = run.info["identification"]["verdict"]
+            verdict = run.facts.identification.verdict
             tables.append(pairs_of(run, screen.uns["truth"]).assign(mixing=mixing, seed=seed, verdict=verdict))
             print(f"{mixing} {seed}: the graph is {verdict}", flush=True)
     table: pd.DataFrame = pd.concat(tables, ignore_index=True)

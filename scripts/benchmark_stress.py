@@ -143,18 +143,18 @@ STRESSES: dict[str, tuple[Sequence[float], Make, dict[str, Any]]] = {
 def row_of(run: Run, truth: dict[str, Any]) -> dict[str, Any]:
     """Scores of a run, and its declared edges with a support of `SURE` or more: all, false ones, and those between unrelated latents."""
     scores = score_recovery(run.interventions, run.edges, truth)
-    found = run.info["discovery"] or {}
+    found = run.facts.discovery
     row = {name: scores[name] for name in ("target_accuracy", "ancestor_f1", "shd")}
     claimed = run.interventions["program"].fillna("") != ""
     row |= {
-        "verdict": run.info["identification"]["verdict"], "n_edges": len(run.edges), "sure": 0, "sure_false": 0, "sure_unrelated": 0,
-        "misfit": found.get("dispersion"), "straightened": found.get("straightened"),
+        "verdict": run.facts.identification.verdict, "n_edges": len(run.edges), "sure": 0, "sure_false": 0, "sure_unrelated": 0,
+        "misfit": found and found.dispersion, "straightened": found and found.straightened,
         "claims_of_none": int((claimed & run.interventions["perturbation"].str.startswith("none")).sum()),
     }  # fmt: skip
-    if found.get("bootstrap") is not None and len(run.edges):
+    if found and found.bootstrap and len(run.edges):
         related = {**truth, "adjacency": closure(np.asarray(truth["adjacency"]) != 0)}
         for name, graph in (("sure_false", truth), ("sure_unrelated", related)):
-            pairs = edge_supports(found["bootstrap"]["edge"], run.interventions, graph)
+            pairs = edge_supports(found.bootstrap.edge, run.interventions, graph)
             sure = run.edges[["source", "target"]].merge(pairs[pairs["support"] >= SURE - 1e-9])
             row |= {"sure": len(sure), name: int((~sure["true"]).sum())}
     return row

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from crlseq.run.export import edge_table, program_labels, program_table
 from crlseq.run.run import Run
+from crlseq.run.schema import ProgramRow
+from crlseq.run.tables import edge_table, program_labels, program_table
 
 
 def synthetic_run(
@@ -71,15 +72,46 @@ def synthetic_run(
     info: dict[str, Any] = {
         "format": 1, "version": "0.1.0", "seed": 0, "device": "cpu", "threads": 1, "seconds": 1.0, "command": "crlseq fit",
         "started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:00:01+00:00", "packages": {"python": "3"},
-        "config": {"preset": "default"}, "input": {"path": "screen.h5ad", "sha256": "", "n_cells": 100, "n_genes": len(genes)},
-        "cells": {"train": 80, "validation": 10, "test": 10}, "label_reason": "as asked", "control_label": "control",
+        "processes": 1, "machine": {"system": "Linux", "architecture": "x86_64", "cores": 2},
+        "config": {
+            "preset": "default", "training": {"ensemble": 1},
+            "data": {"separator": None, "batch_key": None, "hold_out": [], "gene_sets": None},
+        },
+        "input": {"path": "screen.h5ad", "sha256": "", "n_cells": 100, "n_genes": len(genes)},
+        "cells": {"train": 80, "validation": 10, "test": 10, "unused": 0}, "label_reason": "as asked", "control_label": "control",
         "perturbation_key": "perturbation", "n_latents": n_programs, "n_latents_reason": "as asked",
-        "preprocessing": {"values": "counts", "reason": "whole numbers", "gene_choice": "all genes"},
+        "preprocessing": {"values": "counts", "reason": "whole numbers", "gene_choice": "all genes", "layer": None},
         "notes": [], "programs": info_programs, "adjacency": adjacency.tolist(), "embeddings": None,
+        "guides": None, "gene_sets": None,
         "identification": {"verdict": verdict, "reason": "Because it is."},
-        "discovery": None, "conditions": [{"name": name, "perturbations": [name]} for name in names],
-        "training": {"epochs_run": epochs, "best_epoch": epochs - 1, "stopped_early": False},
+        "discovery": None, "conditions": [{"name": name, "perturbations": [name], "cells": {"train": 30}} for name in names],
+        "training": {
+            "epochs_run": epochs, "best_epoch": epochs - 1, "stopped_early": False, "bandwidth": 1.0, "kept_seed": 0,
+            "parts_of_steps": 1, "seed_losses": [],
+        },
         "metrics": {"n_detected": int((~silent).sum()), "n_edges": len(edges), "evaluated_on": "test"},
     }  # fmt: skip
     edge_rows = edge_table(adjacency, adjacency != 0, np.abs(adjacency), verdict)
     return Run(info, table, interventions, edge_rows, history, measured)
+
+
+def program_row(k: int, label: str, genes: str = "", stability: float | None = None) -> ProgramRow:
+    """A program of ``run.json`` by its number."""
+    return ProgramRow(
+        name=f"P{k}", label=label, drivers="", genes=genes, scale=1.0, center=0.0,
+        variance_explained=None, effect_explained=None, stability=stability,
+    )  # fmt: skip
+
+
+def found_by_bootstrap(n_programs: int, assignment: dict[str, list[float]] | None = None) -> dict[str, Any]:
+    """``discovery`` of ``run.json``, whose bootstrap gave these perturbations to programs by these shares."""
+    assignment, square = assignment or {}, np.zeros((n_programs, n_programs)).tolist()
+    return {
+        "intervention": "hard", "equations": "linear", "held_out": {}, "gain_of_edges": 0.0, "gain_error": 0.0,
+        "dispersion": 1.0, "straightened": False, "n_latents_curve": None,
+        "bootstrap": {
+            "replicates": 20, "failed": 0, "edge": square, "ancestor": square, "program": [1.0] * n_programs,
+            "perturbations": list(assignment), "assignment": list(assignment.values()),
+            "shift_error": [None] * len(assignment),
+        },
+    }  # fmt: skip

@@ -17,8 +17,9 @@ import pytest
 
 import crlseq
 from crlseq.data.store import MANIFEST
-from crlseq.run.export import CELL_COLUMNS
-from crlseq.run.run import GENE_SETS, PATHWAY_COLUMNS, PATHWAYS, Run
+from crlseq.run.run import Run
+from crlseq.run.schema import CELL_COLUMNS, PATHWAY_COLUMNS
+from crlseq.storage.runfolder import GENE_SETS, PATHWAYS
 from tests.support import FAST, ROOT
 
 DOCS = ROOT / "docs"

@@ -59,7 +59,7 @@ def evaluate(
     if output is not None:
         refuse_output(output, force)
     from crlseq.evaluation.evaluate import evaluate as judge
-    from crlseq.run.run import load
+    from crlseq.pipeline.fitted import load
     from crlseq.storage.csv import to_csv
     from crlseq.storage.files import written_whole
 

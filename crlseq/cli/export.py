@@ -21,7 +21,7 @@ def export(
     force: Force = False,
 ) -> None:
     """Write a run in the format of another tool."""
-    from crlseq.run.run import load
+    from crlseq.pipeline.fitted import load
 
     check_format(name)
     found = load(run)

@@ -44,7 +44,7 @@ def fit(
         with FitProgress(quiet) as progress:
             run = fit_screen(file, output, config=settings, resume=resume, force=force, progress=progress, ranks=ranks)
     if not quiet:
-        detected, total = run.info["metrics"]["n_detected"], len(run.interventions)
-        say(f"{run.info['n_latents']} programs; {detected} of {total} perturbations have a detectable effect.")
+        detected, total = run.facts.metrics.n_detected, len(run.interventions)
+        say(f"{run.facts.n_latents} programs; {detected} of {total} perturbations have a detectable effect.")
         say_verdict(run)
-        say(f"Written to {output} in {run.info['seconds']:.0f} s. Next: crlseq inspect {output}")
+        say(f"Written to {output} in {run.facts.seconds:.0f} s. Next: crlseq inspect {output}")

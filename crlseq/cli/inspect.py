@@ -35,7 +35,7 @@ app = typer.Typer(cls=_SummaryByDefault, no_args_is_help=True, help="What a run 
 
 
 def _load(run: Path) -> Run:
-    from crlseq.run.run import load
+    from crlseq.pipeline.fitted import load
 
     return load(run)
 
@@ -45,11 +45,11 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     """What was fitted, how well, and whether to believe the graph."""
     import pandas as pd
 
-    from crlseq.run.summary import sets_in_words, verdicts
+    from crlseq.run.summary import answers, sets_in_words
 
     found = _load(run)
     info, metrics = found.info, found.info["metrics"]
-    _, better, converged = verdicts(found)
+    _, better, converged = answers(found.facts, found.evaluation, found.history)
     n, kept = info["training"]["epochs_run"], info["training"]["best_epoch"] + 1
     epochs = (
         f"{n} epochs, weights of epoch {kept} kept" if n else "no epochs, the linear model as the likelihood gives it"
@@ -70,7 +70,7 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     }
     if sets := info.get("gene_sets"):
         rows["encoder"] = f"{sets['n_sets']} gene sets of {info['config']['data']['gene_sets']}"
-        rows["sets explain"] = sets_in_words(info)
+        rows["sets explain"] = sets_in_words(found.facts)
     if "mmd2" in metrics:
         rows["held out"] = (
             f"on {metrics['evaluated_on']} cells: MMD2 {metrics['mmd2']:.4f} (no change: {metrics['mmd2_no_change']:.4f})"
@@ -250,7 +250,7 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
     """The latent DAG, drawn as text and as a table, and whether the data determine it."""
     import json as json_module
 
-    from crlseq.run.export import dag_json
+    from crlseq.run.graph import dag_json
 
     found = _load(run)
     if json:

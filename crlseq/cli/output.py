@@ -44,8 +44,9 @@ def say(text: str) -> None:
 
 def say_verdict(run: Run) -> None:
     """Whether the data determine the graph, and why."""
-    identification = run.info["identification"]
-    say(f"The graph is {identification['verdict']}: {identification['reason']}")
+    from crlseq.export.graph import verdict
+
+    say(verdict(run))
 
 
 def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: str = "") -> None:

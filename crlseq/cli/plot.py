@@ -44,7 +44,7 @@ def plot(
 ) -> None:
     """Draw the DAG, the programs, the intervention map, the losses, the tests of effects or the cells."""
     from crlseq.errors import UsageError
-    from crlseq.run.run import load
+    from crlseq.pipeline.fitted import load
 
     if output.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{output} is no picture that can be written.", "End its name in .png, .svg or .pdf.")

@@ -35,9 +35,10 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """Predict what perturbations, alone or together, would do to control cells."""
+    from crlseq.pipeline.fitted import load
     from crlseq.prediction.predict import predict as predict_cells
-    from crlseq.prediction.predict import refuse_file, write_prediction
-    from crlseq.run.run import load
+    from crlseq.prediction.predict import refuse_file
+    from crlseq.storage.files import written_whole
 
     found = load(run)
     refuse_file(output, force, [*run.iterdir(), *([source] if source else [])])
@@ -50,7 +51,8 @@ def predict(
         found, perturbation, source=source, n_cells=n_cells, counterfactual=counterfactual, seed=seed,
         note=lambda text: tell(f"note: {text}"),
     )  # fmt: skip
-    write_prediction(virtual, output)
+    with written_whole(output) as beside:
+        virtual.write_h5ad(beside)
     about = virtual.uns["crlseq_prediction"]
     if json:
         rows = about["summary"].reset_index().to_dict("records")

@@ -24,9 +24,9 @@ def report(
     Tables that `crlseq evaluate RUN --output RUN/NAME.csv` left in the run's folder are in it.
     """
     from crlseq.data.genesets import check_gmt
+    from crlseq.pipeline.fitted import load
     from crlseq.readout.enrichment import enrich
     from crlseq.report import write_report
-    from crlseq.run.run import load
 
     if gene_sets is not None:
         check_gmt(gene_sets)

@@ -109,16 +109,9 @@ def training_effects(
     conditions: Sequence[Parts],
     rng: np.random.Generator,
 ) -> TrainingEffects:
-    """Effects of every condition with two training cells.
+    """Effects of every condition with two training cells; condition 0, with the parts (), is the control.
 
-    Parameters
-    ----------
-    x, condition, batch
-        Training cells and no others: (cells, genes), and the condition and batch of each; condition 0 is the control.
-    conditions
-        Parts of each condition; () for the control.
-    rng
-        Divides the cells of a condition into halves.
+    ``x`` (cells, genes), ``condition`` and ``batch`` are of training cells and no others; ``rng`` halves each condition.
     """
     n, control = len(conditions), condition == 0
     controls = control_moments(x[control], batch[control], int(batch.max(initial=0)) + 1)

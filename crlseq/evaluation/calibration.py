@@ -16,15 +16,10 @@ BORDERS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # lower ends of the bins; the last one
 def edge_supports(
     support: Sequence[Sequence[float]], interventions: pd.DataFrame, truth: Mapping[str, Any]
 ) -> pd.DataFrame:
-    """Every ordered pair of programs with the ``support`` of its edge, and whether that edge is ``true``.
+    """Every ordered pair of programs with the ``support`` (p, p) of its edge row -> column, and whether that edge is ``true``.
 
-    Parameters
-    ----------
-    support
-        (p, p) share of bootstrap replicates with the edge row -> column; programs ``P0`` to ``P{p-1}``.
-    interventions, truth
-        As in `crlseq.evaluation.recovery.score_recovery`, which matches programs to latents in the same way. No edge of
-        a program without a latent is true.
+    Programs are matched to latents as in `crlseq.evaluation.recovery.score_recovery`; no edge of one without a latent is
+    true.
     """
     share, adjacency = np.asarray(support, dtype=float), np.asarray(truth["adjacency"]) != 0
     targets = truth["target"]["latent"].astype(int)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
@@ -19,12 +18,11 @@ from crlseq.data.inspection import SYMBOL_COLUMNS
 from crlseq.data.matrix import Screen, open_screen, readable
 from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturbations
 from crlseq.data.preprocess import Preprocessing
-from crlseq.errors import InputError
+from crlseq.errors import InputError, few
 from crlseq.evaluation.baselines import Parts
-
-if TYPE_CHECKING:
-    from crlseq.model.discrepancy_vae import DiscrepancyVAE
-    from crlseq.run.run import Run
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.run.run import Run
+from crlseq.run.schema import RunInfo
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,17 @@ class Judged:
         return "unseen perturbations" if len(parts) == 1 else f"combinations, {seen} of {len(parts)} parts seen"
 
 
+@dataclass(frozen=True)
+class _Table:
+    """A file's cells, before their labels are read: ``obs``, expression and how its genes lie in the fit's."""
+
+    source: str
+    obs: pd.DataFrame
+    x: sp.csr_matrix | np.ndarray
+    alignment: Alignment
+    marks: list[bytes]  # of other files alone
+
+
 def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls: bool = False) -> Judged:
     """The run's own cells by their split, or other cells against the run's training cells.
 
@@ -102,101 +111,126 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
     InputError
         If there are no cells to judge by or no controls, or genes, labels or values are others than the fit's.
     """
-    if run.path is None:
-        raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
-    info, settings = run.info, run.info["config"]["data"]
-    record = Preprocessing.from_json(info["preprocessing"])
+    own, places = _read_own(run)
     notes: list[str] = []
-    with open_screen(run.path / "crlseq.h5ad", record.layer) as screen:
-        if "crlseq_split" not in screen.obs or screen.n_cells != info["input"]["n_cells"]:
-            raise InputError(f"{screen.source} is not what the fit wrote.", "Restore it, or fit again.")
-        split = screen.obs["crlseq_split"].astype(str).to_numpy()
-        alignment, _ = align(record, screen)
-        tables, x = [screen.obs], _expression(screen, record, alignment)
-        gene_places = _gene_places(screen, record.genes)
-    compared = np.arange(len(record.genes))
-    if data is not None:
-        with open_screen(data, record.layer) as screen:
-            if info["perturbation_key"] not in screen.obs:
-                raise InputError(
-                    f"{screen.source} has no column {info['perturbation_key']!r}, which holds the perturbations of the fit.",
-                    "Give cells with the same labels.",
-                )
-            alignment, said = align(record, screen)
-            other, source = _expression(screen, record, alignment), screen.source
-            tables.append(screen.obs)
-            notes += said
-            compared = alignment.present
-            marks = _fingerprints(screen, alignment.columns)
-            if len(compared) < alignment.n_fitted:
-                notes.append(f"{len(compared)} of {alignment.n_fitted} fitted genes are compared.")
-    labels = _labels(tables, info, settings)
-    batch = _batches(tables, settings["batch_key"])
-    n = len(split)
-    fitted_cells = Cells(x, labels.condition[:n], batch[:n])
-    train = fitted_cells[(split == "train") & (fitted_cells.condition >= 0)]
-    if data is None:
-        control = train[train.condition == 0]
-        if held_out_controls:
-            control = fitted_cells[(split == "test") & (fitted_cells.condition == 0)]
-            if len(control.condition) < 2:
-                raise InputError(
-                    f"{len(control.condition)} control cells were held out, and two are needed.",
-                    "Fit with --hold-out-cells, or give --data.",
-                )
-        kind = "test" if ((split == "test") & (fitted_cells.condition > 0)).any() else "validation"
-        measured = fitted_cells[(split == kind) & (fitted_cells.condition > 0)]
-        if kind == "validation":
-            notes.append(
-                "There are no test cells: validation cells are used, which chose when the fit stopped. "
-                "Fit with --hold-out-cells or --no-combinations, or give --data, for a fair judgement."
-            )
+    other = None if data is None else _read_other(run, data, notes)
+    tables = [own.obs] if other is None else [own.obs, other.obs]
+    labels, batch = _labels(tables, run.facts), _batches(tables, run.facts.config.data.batch_key)
+    split, n = own.obs["crlseq_split"].astype(str).to_numpy(), len(own.obs)
+    cells = Cells(own.x, labels.condition[:n], batch[:n])
+    train = cells[(split == "train") & (cells.condition >= 0)]
+    compared = own.alignment.present
+    if other is None:
+        control, measured, kind = _held_out(cells, split, train, held_out_controls, notes)
     else:
-        given = Cells(other, labels.condition[n:], batch[n:])
-        control, measured, kind = given[given.condition == 0], given[given.condition > 0], "test"
-        with open_screen(run.path / "crlseq.h5ad", record.layer) as screen:
-            took_part = np.isin(split, ("train", "validation")) & (labels.condition[:n] > 0)
-            seen_before = set(_fingerprints(screen, record.columns(screen.genes, screen.source)[compared], took_part))
-        if len(compared) < alignment.n_fitted:
-            own = train[train.condition == 0].x.mean(0)
-            control = replace(control, x=alignment.filled(_dense(control.x), np.asarray(own).ravel()))
+        given, compared, kind = (
+            Cells(other.x, labels.condition[n:], batch[n:]),
+            other.alignment.present,
+            "held-out cells",
+        )
+        control = given[given.condition == 0]
+        if len(compared) < other.alignment.n_fitted:
+            mean = train[train.condition == 0].x.mean(0)
+            control = replace(control, x=other.alignment.filled(_dense(control.x), np.asarray(mean).ravel()))
             train = train.of_genes(compared)
         if len(control.condition) < 2:
             raise InputError(
-                f"{source} has {len(control.condition)} cells labelled {labels.control_label!r}, and two are needed.",
+                f"{other.source} has {len(control.condition)} cells labelled {labels.control_label!r}, and two are needed.",
                 "Give a file with control cells: every change is taken against them.",
             )
-        new = np.array([mark not in seen_before for mark in marks], dtype=bool)[given.condition > 0]
-        measured, dropped = measured[new], int((~new).sum())
-        if dropped:
-            notes.append(f"{dropped} cells of {source} took part in the fit and are left out.")
+        took_part = np.isin(split, ("train", "validation")) & (cells.condition > 0)
+        measured = given[_new(run, other, took_part, given.condition > 0, notes)]
     if not len(measured.condition):
         raise InputError("There are no cells to judge by.", "Give --data, or fit with --hold-out-cells.")
-    fitted = np.bincount(train.condition, minlength=len(labels.conditions)) > 0
+    known, seen, model = _known(run, labels, measured, notes)
+    column = {int(gene): i for i, gene in enumerate(compared)}
+    return Judged(
+        train=train, control=control, measured=measured, compared=compared, conditions=labels.conditions,
+        condition_names=labels.condition_names, names=labels.names, known=known, seen=seen, model=model,
+        fitted=np.bincount(train.condition, minlength=len(labels.conditions)) > 0,
+        gene_places={name: [column[g] for g in found if g in column] for name, found in places.items()},
+        kind=kind, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _read_own(run: Run) -> tuple[_Table, dict[str, list[int]]]:
+    """The cells of the fit, and the columns of its genes by name and symbol."""
+    record = run.preprocessing
+    with open_screen(run.folder / "crlseq.h5ad", record.layer) as screen:
+        if "crlseq_split" not in screen.obs or screen.n_cells != run.facts.input.n_cells:
+            raise InputError(f"{screen.source} is not what the fit wrote.", "Restore it, or fit again.")
+        alignment, _ = align(record, screen)
+        own = _Table(screen.source, screen.obs, _expression(screen, record, alignment), alignment, [])
+        return own, _gene_places(screen, record.genes)
+
+
+def _read_other(run: Run, data: str | Path | ad.AnnData, notes: list[str]) -> _Table:
+    record, key = run.preprocessing, run.facts.perturbation_key
+    with open_screen(data, record.layer) as screen:
+        if key not in screen.obs:
+            raise InputError(
+                f"{screen.source} has no column {key!r}, which holds the perturbations of the fit.",
+                "Give cells with the same labels.",
+            )
+        alignment, about = align(record, screen)
+        notes += about
+        x, marks = _expression(screen, record, alignment), _fingerprints(screen, alignment.columns)
+        if len(alignment.present) < alignment.n_fitted:
+            notes.append(f"{len(alignment.present)} of {alignment.n_fitted} fitted genes are compared.")
+        return _Table(screen.source, screen.obs, x, alignment, marks)
+
+
+def _held_out(
+    cells: Cells, split: np.ndarray, train: Cells, held_out_controls: bool, notes: list[str]
+) -> tuple[Cells, Cells, str]:
+    """Controls, the cells of the fit's screen that judge it, and what these are called."""
+    control = train[train.condition == 0]
+    if held_out_controls:
+        control = cells[(split == "test") & (cells.condition == 0)]
+        if len(control.condition) < 2:
+            raise InputError(
+                f"{len(control.condition)} control cells were held out, and two are needed.",
+                "Fit with --hold-out-cells, or give --data.",
+            )
+    tested = cells[(split == "test") & (cells.condition > 0)]
+    if len(tested.condition):
+        return control, tested, "held-out cells"
+    notes.append(
+        "There are no test cells: validation cells are used, which chose when the fit stopped. "
+        "Fit with --hold-out-cells or --no-combinations, or give --data, for a fair judgement."
+    )
+    return control, cells[(split == "validation") & (cells.condition > 0)], "validation cells"
+
+
+def _new(run: Run, other: _Table, took_part: np.ndarray, perturbed: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Which perturbed cells of another file are none of those (fitted cells,) that took part in the fit."""
+    record = run.preprocessing
+    with open_screen(run.folder / "crlseq.h5ad", record.layer) as screen:
+        columns = record.columns(screen.genes, screen.source)[other.alignment.present]
+        seen_before = set(_fingerprints(screen, columns, took_part))
+    new = perturbed & np.array([mark not in seen_before for mark in other.marks], dtype=bool)
+    if dropped := int((perturbed & ~new).sum()):
+        notes.append(f"{dropped} cells of {other.source} took part in the fit and are left out.")
+    return np.asarray(new)
+
+
+def _known(
+    run: Run, labels: Perturbations, measured: Cells, notes: list[str]
+) -> tuple[dict[int, tuple[int, ...]], frozenset[int], DiscrepancyVAE]:
+    """Rows of the model by perturbation, the perturbations that were fitted, and the model: see `Judged`."""
     number = {name: i for i, name in enumerate(run.interventions["perturbation"])}
     known: dict[int, tuple[int, ...]] = {i: (number[name],) for i, name in enumerate(labels.names) if name in number}
     seen = frozenset(known)
-    unseen = sorted(
-        {labels.names[p] for c in np.unique(measured.condition) for p in labels.conditions[c]} - set(number)
-    )
+    parts = {labels.names[p] for c in np.unique(measured.condition) for p in labels.conditions[c]}
+    unseen = sorted(parts - set(number))
     vectors = set() if run.extrapolation is None else {*run.extrapolation.table.names}
     model, rows = run.with_unseen([name for name in unseen if name in vectors])
     known |= {i: rows[name] for i, name in enumerate(labels.names) if name in rows}
     if rows:
-        notes.append(f"Never fitted, and extrapolated from embeddings by the model alone: {_few([*rows])}.")
+        notes.append(f"Never fitted, and extrapolated from embeddings by the model alone: {few([*rows])}.")
     if strangers := [name for name in unseen if name not in rows]:
-        notes.append(f"Never fitted, and so without effect in any prediction: {_few(strangers)}.")
-    column = {int(gene): i for i, gene in enumerate(compared)}
-    places = {name: [column[g] for g in found if g in column] for name, found in gene_places.items()}
-    return Judged(
-        train, control, measured, compared, labels.conditions, labels.condition_names, labels.names, known, seen, model, fitted,
-        places,
-        "held-out cells" if kind == "test" else "validation cells", tuple(notes),
-    )  # fmt: skip
-
-
-def _few(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        notes.append(f"Never fitted, and so without effect in any prediction: {few(strangers)}.")
+    return known, seen, model
 
 
 def _dense(x: sp.csr_matrix | np.ndarray) -> np.ndarray:
@@ -227,16 +261,17 @@ def _gene_places(screen: Screen, genes: tuple[str, ...]) -> dict[str, list[int]]
     return places
 
 
-def _labels(tables: list[pd.DataFrame], info: Mapping[str, Any], settings: Mapping[str, Any]) -> Perturbations:
+def _labels(tables: list[pd.DataFrame], facts: RunInfo) -> Perturbations:
     """Conditions of all cells in one vocabulary, read as at the fit."""
-    keys = [key for key in (info["perturbation_key"], STRATEGY_KEY) if all(key in table for table in tables)]
-    columns = {key: np.concatenate([table[key].astype(object).to_numpy() for table in tables]) for key in keys}
-    first = read_perturbations(tables[0][keys], info["perturbation_key"], info["control_label"], settings["separator"])
+    key, control, separator = facts.perturbation_key, facts.control_label, facts.config.data.separator
+    keys = [name for name in (key, STRATEGY_KEY) if all(name in table for table in tables)]
+    columns = {name: np.concatenate([table[name].astype(object).to_numpy() for table in tables]) for name in keys}
+    first = read_perturbations(tables[0][keys], key, control, separator)
     if len(tables) == 1:
         return first
     # A fit on single perturbations alone has seen no separator: it was asked for, or is found in the other cells.
-    separator = settings["separator"] if first.separator is None else first.separator
-    return read_perturbations(pd.DataFrame(columns), info["perturbation_key"], info["control_label"], separator)
+    separator = separator if first.separator is None else first.separator
+    return read_perturbations(pd.DataFrame(columns), key, control, separator)
 
 
 def _batches(tables: list[pd.DataFrame], key: str | None) -> np.ndarray:

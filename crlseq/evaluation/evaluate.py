@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -30,9 +30,7 @@ from crlseq.evaluation.held_out import COMPARED_CELLS, SOURCE_CELLS, virtual_cel
 from crlseq.evaluation.truth import known_recovery
 from crlseq.model.losses import median_bandwidth
 from crlseq.prediction.counterfactual import counterfactual_quality
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
+from crlseq.run.run import Run
 
 JUDGED_CELLS = 200  # whose counterfactuals are judged
 HALVES = 5  # random divisions of the measured cells of a condition
@@ -102,7 +100,7 @@ def evaluate(
     ['model', 'no_change', 'mean', 'additive']
     """
     judged = read_cells(run, data, held_out_controls)
-    seed = int(run.info["seed"])
+    seed = run.facts.seed
     rng = np.random.default_rng([seed, 9])
     train = judged.train
     effects = baselines.training_effects(train.x, train.condition, train.batch, judged.conditions, rng)
@@ -163,7 +161,7 @@ class _VirtualControls:
         self.whole, self.batch = _dense(cells.x[chosen]), cells.batch[chosen]
         self.cells = self.whole[:, self.compared]
         self.made: tuple[Parts, np.ndarray] = ((), self.cells)
-        self.scale = torch.tensor([program["scale"] for program in run.info["programs"]], dtype=torch.float64)
+        self.scale = torch.tensor([program.scale for program in run.facts.programs], dtype=torch.float64)
 
     def rows(self, parts: Parts) -> tuple[int, ...]:
         """Rows of the model that a condition is the combination of."""
@@ -175,7 +173,7 @@ class _VirtualControls:
         if not known:
             return np.asarray(self.cells)
         if self.made[0] != known:
-            made = virtual_cells(self.model, self.whole, np.array(known), int(self.run.info["seed"]))
+            made = virtual_cells(self.model, self.whole, np.array(known), self.run.facts.seed)
             self.made = (known, made[:, self.compared])
         return self.made[1]
 

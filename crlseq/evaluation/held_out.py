@@ -21,15 +21,7 @@ COMPARED_CELLS = 250  # a side, in distances between cells; more sharpen a compa
 
 
 def virtual_cells(model: DiscrepancyVAE, control: np.ndarray, perturbations: np.ndarray, seed: int) -> np.ndarray:
-    """(n, G) control cells as they would be under a condition: abduction, action, prediction.
-
-    Parameters
-    ----------
-    control
-        (n, G) expression of real control cells.
-    perturbations
-        (M,) single perturbations, filled up with -1.
-    """
+    """Control cells (n, G) as they would be under perturbations (M,), filled up with -1: abduction, action, prediction."""
     return abducted(model, control, seed)(perturbations)
 
 

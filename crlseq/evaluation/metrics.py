@@ -78,12 +78,6 @@ def perturbation_discrimination(predicted: np.ndarray, measured: np.ndarray, lef
     return np.asarray(1 - rank / len(distance)) if len(distance) > 1 else np.full(len(distance), np.nan)
 
 
-def unbiased_mmd(a: np.ndarray, b: np.ndarray, bandwidth: float) -> float:
-    """Unbiased MMD^2 between cells (n, genes) and (m, genes), five kernels around `bandwidth` (Gretton et al. 2012)."""
-    x, y = torch.from_numpy(a).double(), torch.from_numpy(b).double()
-    return float(mmd_squared(x, y, bandwidth, MMD_KERNELS))
-
-
 def legacy_scores(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
     """``legacy_mmd2``, ``legacy_r2`` and ``legacy_rmse`` as Zhang et al. 2023 print them, for comparison with such tables.
 
@@ -102,14 +96,6 @@ def legacy_scores(predicted: np.ndarray, measured: np.ndarray) -> dict[str, floa
     return dict(zip(("legacy_mmd2", "legacy_r2", "legacy_rmse"), map(float, np.mean(found, axis=0)), strict=True))
 
 
-def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """2 E|x - y| - E|x - x'| - E|y - y'| of cells (n, genes) and (m, genes), without pairs of a cell with itself.
-
-    U-statistic (Székely and Rizzo 2013): 0 on average for cells of one distribution, and so at times negative.
-    """
-    return two_samples(Sample(a), Sample(b), 1.0)[1]
-
-
 class Sample:
     """Cells (n, genes) and the squared distances among them, which several comparisons share."""
 
@@ -123,7 +109,11 @@ class Sample:
 
 
 def two_samples(a: Sample, b: Sample, bandwidth: float) -> tuple[float, float]:
-    """`unbiased_mmd` and `energy_distance` of two samples by the same distances."""
+    """Unbiased MMD^2 (Gretton et al. 2012) with five kernels around `bandwidth`, and energy distance.
+
+    The energy distance 2 E|x - y| - E|x - x'| - E|y - y'| is without pairs of a cell with itself, too: a U-statistic
+    (Székely and Rizzo 2013), 0 on average for cells of one distribution, and so at times negative.
+    """
     between = squared_distances(a.cells, b.cells)
     mmd = energy = 0.0
     for sample in (a, b):

@@ -30,24 +30,12 @@ def score_recovery(
     latents: NDArray[np.floating[Any]] | None = None,
     true_latents: NDArray[np.floating[Any]] | None = None,
 ) -> dict[str, float]:
-    """Every score of a run's tables against a simulation's truth.
+    """``target_accuracy, ari, mcc`` and the scores of `representation_scores` and `graph_scores` of a run's tables.
 
-    Parameters
-    ----------
-    interventions
-        Columns ``perturbation, program``; an empty or missing program claims no target.
-    edges
-        Columns ``source, target``: the declared edges, programs by name.
-    truth
-        ``adjacency`` (p, p), row -> column, and ``target``, a table perturbation -> ``latent``, as
-        `crlseq.data.simulate.simulate` writes them to ``uns["truth"]``.
-    latents, true_latents
-        (cells, q) and (cells, p), for the scores of latents; NaN without them.
-
-    Returns
-    -------
-    ``target_accuracy, ari, mcc``, the scores of `representation_scores` and those of `graph_scores`. An edge that touches an unmatched program adds
-    one to ``shd``; it joins no pair of true latents, so precision and recall do not see it.
+    An intervention with an empty or missing program claims no target. An edge that touches an unmatched program adds one
+    to ``shd``; it joins no pair of true latents, so precision and recall do not see it. ``truth`` has ``adjacency``
+    (p, p), row -> column, and ``target``, a table perturbation -> ``latent``, as `crlseq.data.simulate.simulate` writes
+    them. Latents (cells, q) and true ones (cells, p) may be missing; their scores are NaN then.
     """
     adjacency = np.asarray(truth["adjacency"]) != 0
     targets = truth["target"]["latent"].astype(int)
@@ -76,16 +64,8 @@ def gene_list_scores(
     """Gene lists of programs against those that made the cells: ``list_precision, list_recall, program_length``.
 
     A program's list are the genes with a loading other than 0; programs are matched to true latents as in
-    `mean_correlation`, and precision and recall are of all lists together; NaN where nothing is listed.
-
-    Parameters
-    ----------
-    programs
-        Columns ``program, gene, loading``, programs in the order of the latents.
-    latents, true_latents
-        (cells, q) and (cells, p).
-    truth
-        With ``loaded``: genes as columns and latents as rows, bool; without it the length is all that is told.
+    `mean_correlation`, and precision and recall are of all lists together; NaN where nothing is listed, or the truth has
+    no ``loaded`` (true latents, genes), bool. Programs come in the order of the latents.
     """
     listed = programs[programs["loading"] != 0].groupby("program")["gene"].agg(set)
     scores = {"list_precision": float("nan"), "list_recall": float("nan")}
@@ -107,18 +87,8 @@ def match_programs(
 ) -> tuple[dict[str, int], float]:
     """True latent of each program by the Hungarian method on shared perturbations, and the target accuracy.
 
-    Parameters
-    ----------
-    claims
-        (K,) program that each perturbation is said to target; None is a claim of no target and counts as wrong.
-    targets
-        (K,) true latent of each.
-    n_latents
-        True latents, p.
-
-    Returns
-    -------
-    Latent by program, for matched programs that share a perturbation with their latent, and the share of all
+    ``claims`` (K,) are programs that perturbations target, None for none, which counts as wrong; ``targets`` (K,) their
+    true latents. Programs that share no perturbation with their latent are left out. The accuracy is the share of
     perturbations whose program is matched to their latent.
     """
     programs = sorted({claim for claim in claims if claim is not None})
@@ -183,11 +153,6 @@ def closure(graph: Graph) -> Graph:
         if (further == reach).all():
             return reach
         reach = further
-
-
-def empty_graph_scores(true: Graph) -> dict[str, float]:
-    """`graph_scores` of the graph without edges."""
-    return graph_scores(np.zeros_like(true), true)
 
 
 def random_graph_scores(true: Graph, n: int = N_RANDOM_GRAPHS, seed: int = 0) -> dict[str, float]:

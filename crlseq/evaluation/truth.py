@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -13,9 +13,7 @@ import pandas as pd
 from crlseq.data.matrix import open_store, readable
 from crlseq.errors import InputError
 from crlseq.evaluation.recovery import score_recovery
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
+from crlseq.run.run import Run
 
 PLACES = (("uns", "truth"), ("obsm", "true_latents"))
 

@@ -25,8 +25,8 @@ from crlseq.errors import CrlseqError, InputError, UsageError
 from crlseq.evaluation.calibration import calibration, edge_supports
 from crlseq.evaluation.recovery import (
     LATENT_SCORES,
-    empty_graph_scores,
     gene_list_scores,
+    graph_scores,
     random_graph_scores,
     score_recovery,
 )
@@ -228,12 +228,11 @@ def _fitted(scenario: str, seed: int, method: str, screen: ad.AnnData, settings:
     if "loaded" in truth:
         lists = {**truth, "loaded": pd.DataFrame(truth["loaded"], columns=screen.var_names)}
     scores |= gene_list_scores(run.programs, latents, true_latents, lists)
-    bootstrap = (run.info["discovery"] or {}).get("bootstrap")
-    if bootstrap is not None:
-        scores["supports"] = edge_supports(bootstrap["edge"], run.interventions, truth)
+    if run.facts.bootstrap is not None:
+        scores["supports"] = edge_supports(run.facts.bootstrap.edge, run.interventions, truth)
     return {
-        **scores, "n_edges": len(run.edges), "n_latents": run.info["n_latents"],
-        "verdict": None if method in BLIND else run.info["identification"]["verdict"], "seconds": round(seconds, 2),
+        **scores, "n_edges": len(run.edges), "n_latents": run.facts.n_latents,
+        "verdict": None if method in BLIND else run.facts.identification.verdict, "seconds": round(seconds, 2),
     }  # fmt: skip
 
 
@@ -241,7 +240,7 @@ def _baseline(method: str, screen: ad.AnnData) -> dict[str, Any]:
     """Graph scores without looking at any cell."""
     true = np.asarray(screen.uns["truth"]["adjacency"]) != 0
     if method == "empty":
-        return {**empty_graph_scores(true), "n_edges": 0}
+        return {**graph_scores(np.zeros_like(true), true), "n_edges": 0}
     return {**random_graph_scores(true), "n_edges": int(true.sum())}
 
 

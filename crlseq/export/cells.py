@@ -14,33 +14,27 @@ from crlseq.data.guides import guide_counts
 from crlseq.data.inspection import SYMBOL_COLUMNS
 from crlseq.data.matrix import as_csr, open_screen, open_store, readable
 from crlseq.data.perturbations import read_perturbations
-from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError
 from crlseq.run.run import Run
 
 
 def h5ad(run: Run, path: Path) -> list[str]:
     """The annotated input, as it lies in the run's folder."""
-    run.write_h5ad(_annotated(run), path)
+    run.write_h5ad(run.folder / "crlseq.h5ad", path)
     return []
 
 
-def _annotated(run: Run) -> Path:
-    assert run.path is not None
-    return run.path / "crlseq.h5ad"
-
-
 def _read(run: Run) -> ad.AnnData:
-    path = _annotated(run)
+    path = run.folder / "crlseq.h5ad"
     with open_store(path), readable(str(path), "the file"):
         return ad.read_h5ad(path)
 
 
 def _labelled(run: Run) -> tuple[ad.AnnData, list[tuple[str, ...]], list[str]]:
     """Cells that carry a perturbation or are control, log-normalised as for the fit, and what each of them carries."""
-    adata, record = _read(run), Preprocessing.from_json(run.info["preprocessing"])
-    separator = run.info["config"]["data"]["separator"]
-    labels = read_perturbations(adata.obs, run.info["perturbation_key"], run.info["control_label"], separator)
+    adata, record, facts = _read(run), run.preprocessing, run.facts
+    separator = facts.config.data.separator
+    labels = read_perturbations(adata.obs, facts.perturbation_key, facts.control_label, separator)
     known = np.flatnonzero(labels.condition >= 0)
     left = adata.n_obs - len(known)
     notes = [f"{left} cells carry no known perturbation and are left out."] if left else []
@@ -87,9 +81,9 @@ def h5mu(run: Run, path: Path) -> list[str]:
 
     adata, notes = _read(run), list[str]()
     modalities = {"rna": adata}
-    guides = run.info.get("guides") or {}
+    guides = run.facts.guides or {}
     if "obsm" in guides or "modality" in guides:
-        source: Any = adata if "obsm" in guides else run.info["input"]["path"]
+        source: Any = adata if "obsm" in guides else run.facts.input.path
         try:
             with open_screen(source) as screen:
                 counts, names, _ = guide_counts(screen, source, guides.get("obsm") or guides["modality"])

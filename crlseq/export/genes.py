@@ -35,14 +35,14 @@ def network(run: Run, path: Path) -> list[str]:
 def gmt(run: Run, path: Path) -> list[str]:
     """Two sets per program: its strongest genes that rise and that fall with it."""
     lines = []
-    for program in run.info["programs"]:
-        own = run.programs[run.programs["program"] == program["name"]]
+    for program in run.facts.programs:
+        own = run.programs[run.programs["program"] == program.name]
         most = min(TOP_MOST, max(1, round(TOP_SHARE * len(own))))
         for direction, sign in (("up", 1.0), ("down", -1.0)):
             ordered = own.assign(strength=sign * own["loading"]).sort_values("strength", ascending=False, kind="stable")
             genes = [str(gene) for gene in ordered.loc[ordered["strength"] > 0, "gene"][:most]]
             if genes:
-                lines.append("\t".join(map(_field, [f"{program['name']}_{direction}", program["label"], *genes])))
+                lines.append("\t".join(map(_field, [f"{program.name}_{direction}", program.label, *genes])))
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return []
 

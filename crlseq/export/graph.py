@@ -9,14 +9,15 @@ from pathlib import Path
 import networkx as nx
 
 from crlseq._version import __version__
-from crlseq.run.export import dag_json, plain_text
-from crlseq.run.export import graphml as to_graphml
+from crlseq.run.graph import dag_json, plain_text
+from crlseq.run.graph import graphml as to_graphml
 from crlseq.run.run import Run
 
 
 def verdict(run: Run) -> str:
     """Whether the data determine the graph, and why."""
-    return f"The graph is {run.info['identification']['verdict']}: {run.info['identification']['reason']}"
+    found = run.facts.identification
+    return f"The graph is {found.verdict}: {found.reason}"
 
 
 def graphml(run: Run, path: Path) -> list[str]:

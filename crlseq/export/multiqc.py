@@ -36,8 +36,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 
 def multiqc(run: Run, path: Path) -> list[str]:
     """Two files, with a row that is named for the run's folder."""
-    assert run.path is not None
-    sample, values = run.path.resolve().name, _values(run)
+    sample, values = run.folder.resolve().name, _values(run)
     table = {
         "id": "crlseq", "section_name": "crlseq",
         "description": "Causal gene programs of Perturb-seq screens: what each run found, and whether its graph is determined.",
@@ -59,13 +58,13 @@ def multiqc(run: Run, path: Path) -> list[str]:
 
 def _values(run: Run) -> dict[str, Any]:
     """The row of `COLUMNS`, without what a run does not have."""
-    info, metrics = run.info, run.info["metrics"]
+    facts, metrics = run.facts, run.facts.metrics
     values: dict[str, Any] = {
-        "perturbations": len(run.interventions), "programs": info["n_latents"], "detected": metrics["n_detected"],
-        "graph": info["identification"]["verdict"], "edges": metrics["n_edges"],
-        "cells": sum(n for name, n in info["cells"].items() if name != "unused"),
-        "unused": info["cells"].get("unused", 0), "genes": len(run.programs) // max(info["n_latents"], 1),
-        "pearson_delta": metrics.get("pearson_delta"), "evaluated_on": metrics.get("evaluated_on"),
-        "epochs": info["training"].get("epochs_run"), "seconds": info.get("seconds"), "version": info["version"],
+        "perturbations": len(run.interventions), "programs": facts.n_latents, "detected": metrics.n_detected,
+        "graph": facts.identification.verdict, "edges": metrics.n_edges,
+        "cells": facts.cells.train + facts.cells.validation + facts.cells.test, "unused": facts.cells.unused,
+        "genes": len(run.programs) // max(facts.n_latents, 1), "pearson_delta": metrics.pearson_delta,
+        "evaluated_on": metrics.evaluated_on, "epochs": facts.training.epochs_run, "seconds": facts.seconds,
+        "version": facts.version,
     }  # fmt: skip
     return {k: v for k, v in values.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}

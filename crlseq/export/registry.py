@@ -75,8 +75,7 @@ def write(run: Run, name: str, path: Path) -> list[str]:
         If there is no such format, or the library for it is not installed.
     """
     check_format(name)
-    if run.path is None:
-        raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
+    _ = run.folder  # refuses a run without one
     module, function = FORMATS[name].function.split(".")
     writer = getattr(import_module(f"crlseq.export.{module}"), function)
     if not FORMATS[name].suffix:

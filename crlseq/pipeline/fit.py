@@ -32,19 +32,18 @@ from crlseq.data.streamed import StreamedExpression
 from crlseq.discovery.discover import discover
 from crlseq.discovery.effects import effect_tests
 from crlseq.errors import InputError, UsageError
+from crlseq.pipeline.fitted import FittedRun, load
 from crlseq.pipeline.tables import tables_of
-from crlseq.prediction.extrapolation import FILE as EMBEDDINGS
-from crlseq.prediction.extrapolation import Extrapolation, fit_extrapolation, refuse_strangers
 from crlseq.report import write_report
-from crlseq.run.export import DETECTABLE_FDR, SPLIT
-from crlseq.run.run import GENE_SETS, Run, load
+from crlseq.run.schema import DETECTABLE_FDR, SPLIT
 from crlseq.run.summary import sets_in_words
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_weights
 from crlseq.storage.files import by_hdf5
-from crlseq.storage.runfolder import move_into_place, partial_of, refuse_output, working_folder
+from crlseq.storage.runfolder import EMBEDDINGS, GENE_SETS, move_into_place, partial_of, refuse_output, working_folder
 from crlseq.storage.stage_cache import Stages
 from crlseq.threads import on_threads
 from crlseq.training.distributed import ALONE, Ranks
+from crlseq.training.extrapolation import Extrapolation, fit_extrapolation, refuse_strangers
 from crlseq.training.memory import give_back, keep_blocks, return_blocks
 from crlseq.training.trainer import Fit, fit_model, resolve_device, resolve_step
 from crlseq.training.warm_start import WarmStart
@@ -73,7 +72,7 @@ def fit(
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     **options: Any,
-) -> Run:
+) -> FittedRun:
     """Fit a Discrepancy-VAE to a Perturb-seq screen.
 
     Parameters
@@ -220,7 +219,9 @@ def _threads(data: PerturbSeqData, config: Config) -> int:
     return 1 if config.training.threads is None and data.n_genes < FEW_GENES else torch.get_num_threads()
 
 
-def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, progress: Progress, ranks: Ranks) -> Run:
+def _fit(
+    source: str | Path | ad.AnnData, folder: Path | None, config: Config, progress: Progress, ranks: Ranks
+) -> FittedRun:
     """Fit, and write all files of the run into the folder, if there is one."""
     started, clock = datetime.now(UTC), time.monotonic()  # the date may be set back meanwhile
     training = config.training
@@ -273,8 +274,6 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
     progress.stage("reading off programs, interventions and the DAG")
     fitted.model.cpu()
     run = tables_of(fitted, data, config, tests, start, sets)
-    if words := sets_in_words(run.info):
-        progress.note(words)
     found = None if table is None else _extrapolation(fitted, data, table, progress)
     info = run.info | {
         "command": shlex.join(["crlseq", *sys.argv[1:]]) if Path(sys.argv[0]).name.startswith(("crlseq", "scanpy-crlseq", "__main__")) else "crlseq.fit",
@@ -299,10 +298,12 @@ def _fit(source: str | Path | ad.AnnData, folder: Path | None, config: Config, p
         cells["crlseq_perturbation"] = data.guides.labels
     if responders is not None:
         cells["crlseq_responder"] = responders.posterior
-    run = Run(
+    run = FittedRun(
         info, run.programs, run.interventions, run.edges, run.history, run.evaluation,
         weights=run.weights, cells=cells, map=found, ensemble=run.ensemble, pathways=run.pathways,
     )  # fmt: skip
+    if words := sets_in_words(run.facts):
+        progress.note(words)
     if folder is None:
         return run
     progress.stage("writing")

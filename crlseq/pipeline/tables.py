@@ -26,8 +26,9 @@ from crlseq.readout.explained import effect_explained, variance_explained
 from crlseq.readout.interventions import find_interventions
 from crlseq.readout.pathways import explained_by_sets, pathway_table
 from crlseq.readout.programs import find_programs
-from crlseq.run.export import DETECTABLE_FDR, edge_table, intervention_table, program_labels, program_table
-from crlseq.run.run import FORMAT, Run
+from crlseq.run.run import Run
+from crlseq.run.schema import DETECTABLE_FDR, FORMAT
+from crlseq.run.tables import edge_table, intervention_table, program_labels, program_table
 from crlseq.training.trainer import Fit, resolve_device
 from crlseq.training.warm_start import WarmStart
 
@@ -104,7 +105,7 @@ def tables_of(
             },
         ),
         "adjacency": dag.weights.tolist(),
-        "identification": asdict(dag.identification),
+        "identification": dag.identification.model_dump(),
         "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
         "sparsity": _sparsity_row(decoder, program_rows) if isinstance(decoder, SparseDecoder) else None,
         "training": {

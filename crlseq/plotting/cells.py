@@ -110,7 +110,7 @@ def _perturbations(run: Run, pair: tuple[str, str], asked: Sequence[str] | None)
         return [
             str(name) for own in drivers for name in own.loc[own["n_cells"] > 0, "perturbation"][: len(DISTINCT) // 2]
         ]
-    known = {row["name"] for row in run.info["conditions"]}
+    known = {row.name for row in run.facts.conditions}
     if unknown := [name for name in asked if name not in known]:
         raise UsageError(f"There is no perturbation {unknown[0]!r} in this run.", "See `crlseq inspect interventions`.")
     if len(asked) > len(DISTINCT):
@@ -130,7 +130,7 @@ def _cells(run: Run) -> tuple[np.ndarray, np.ndarray, str]:
     with open_store(path) as store, readable(str(path), "the table of cells"):
         obs, latents = ad.io.read_elem(store["obs"]), np.asarray(store["obsm/X_crlseq"])
     found = read_perturbations(
-        obs, run.info["perturbation_key"], run.info["control_label"], run.info["config"]["data"]["separator"]
+        obs, run.facts.perturbation_key, run.facts.control_label, run.facts.config.data.separator
     )
     used = np.flatnonzero(found.condition >= 0)
     some = used[np.linspace(0, len(used) - 1, min(CELLS, len(used))).astype(int)]

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from crlseq.plotting.style import DOWN, INK, SOFT, UP, axes_of, bare, finish, label_ticks, note
-from crlseq.run.export import DETECTABLE_FDR
 from crlseq.run.run import Run
+from crlseq.run.schema import DETECTABLE_FDR
 
 ROWS = 60
 
@@ -74,7 +74,7 @@ def history(run: Run, *, ax: Axes | None = None, show: bool = False) -> Axes:
     for name, (colour, title, line) in looks.items():
         if name in run.history:
             ax.plot(epochs, run.history[name], line, color=colour, label=title, marker=".", markersize=4, linewidth=1.4)
-    kept = run.info["training"]["best_epoch"] + 1
+    kept = run.facts.training.best_epoch + 1
     ax.axvline(kept, color=INK, linewidth=0.8, linestyle=":", label=f"kept: epoch {kept}")
     ax.set_xlabel("epoch", fontsize=8)
     ax.set_ylabel("loss", fontsize=8)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from crlseq.plotting.layout import Box, Point, lay_out
+from crlseq.run.run import Run
 from crlseq.run.summary import Program, short
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
 
 # In units of the font's size.
 LINE, MARGIN, LARGEST, HEAD = 1.3, 0.7, 1.6, 0.75
@@ -63,17 +60,7 @@ class Drawing:
 
 
 def draw(run: Run, font: float, page: Point, width_of: Callable[[str, bool], float]) -> Drawing:
-    """Lay a run's DAG out.
-
-    Parameters
-    ----------
-    font
-        Size of the text.
-    page
-        Width and height of what it should fit on, in the same unit.
-    width_of
-        Width of a text, bold or not, in the same unit.
-    """
+    """Lay a run's DAG out, in the unit of ``font``: ``page`` is what it should fit on, ``width_of`` a text, bold or not."""
     programs = run.described
     lines = {name: _label_lines(program) for name, program in programs.items()}
     # Boxes of one size: sizes that say nothing would compete with those of the discs.
@@ -107,10 +94,10 @@ def edge_width(support: float) -> float:
 
 def heading(run: Run) -> str:
     """How many edges, and whether to believe them."""
-    verdict, n = run.info["identification"]["verdict"], len(run.edges)
+    verdict, n = run.facts.identification.verdict, len(run.edges)
     edges = "No edge is declared" if not n else "1 edge" if n == 1 else f"{n} edges"
     drawn = f", of which the {DRAWN} strongest are drawn" if n > DRAWN else ""
-    return f"{edges} between {len(run.info['programs'])} programs{drawn}; the graph is {verdict}."
+    return f"{edges} between {len(run.program_names)} programs{drawn}; the graph is {verdict}."
 
 
 def legend(run: Run) -> list[str]:

@@ -72,21 +72,7 @@ class _Node(NamedTuple):
 def lay_out(sizes: Mapping[str, Point], edges: Sequence[tuple[str, str]], page: Point, text: float) -> Layout:
     """Lay a DAG out, downwards or to the right: whichever is shrunk less to fit on the page.
 
-    Parameters
-    ----------
-    sizes
-        Width and height of each node's box.
-    edges
-        Pairs of source and target.
-    page
-        Width and height of where it is to be shown.
-    text
-        Size of the text, by which distances are measured.
-
-    Raises
-    ------
-    ValueError
-        If the graph has a cycle.
+    ``sizes`` of the boxes and ``page`` are widths and heights; distances are measured by the size of the ``text``.
     """
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(sizes)

@@ -64,7 +64,7 @@ def interventions(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bo
     >>> import crlseq
     >>> crlseq.pl.interventions(crlseq.load("RUN"), top=5).figure.savefig("interventions.png")
     """
-    rows, left_out = strongest(run, top)
+    rows, left_out = strongest(run.interventions, top)
     names = run.program_names
     if rows.empty:
         return finish(
@@ -83,7 +83,7 @@ def interventions(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bo
             ax.text(
                 k, i, f"{values[i, k]:+.{decimals}f}", size=6, ha="center", va="center", color="white" if dark else INK
             )
-    shares = assignment(run, rows)
+    shares = assignment(run.facts.bootstrap, rows)
     if shares is not None:
         shares[target] = 0
         i, k = np.nonzero(shares > 0)

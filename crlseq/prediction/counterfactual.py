@@ -31,14 +31,8 @@ def counterfactual_quality(
 ) -> dict[str, float]:
     """``composition, effectiveness, realised, reversibility, change``: see above.
 
-    Parameters
-    ----------
-    control
-        (1, n, G) control cells.
-    perturbations
-        (1, M) int64.
-    scale
-        (p,) standard deviations of the latents over controls.
+    Of control cells (1, n, G) under perturbations (1, M) int64; ``scale`` (p,) standard deviations of the latents over
+    controls.
     """
     unchanged = model(control, torch.full_like(perturbations, -1)).virtual
     output = model(control, perturbations)

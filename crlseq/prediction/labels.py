@@ -5,16 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from crlseq.data.matrix import open_screen
 from crlseq.data.perturbations import CONTROL_LABELS, SEPARATORS, read_perturbations
-from crlseq.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
+from crlseq.errors import InputError, UsageError, few
+from crlseq.run.run import Run
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str
     table_programs = run.interventions.set_index("perturbation")["program"]
     names = [str(name) for name in table_programs.index]
     position = {name: i for i, name in enumerate(names)}
-    conditions = {tuple(sorted(position[part] for part in row["perturbations"])): row for row in run.info["conditions"]}
+    conditions = {tuple(sorted(position[part] for part in row.perturbations)): row for row in run.facts.conditions}
     table = run.extrapolation
     known = {*names, *(() if table is None else table.table.names)}
     requests: dict[tuple[tuple[int, ...], tuple[str, ...]], Request] = {}
@@ -66,13 +63,12 @@ def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str
             requests[parts, unseen] = Request(name, parts, programs, "extrapolated", unseen)
             continue
         row = conditions.get(parts)
-        seen = "not measured" if row is None else "fitted" if "train" in row["cells"] else "held out"
-        name = fitted_separator(run).join(names[k] for k in parts) if row is None else str(row["name"])
+        seen = "not measured" if row is None else "fitted" if "train" in row.cells else "held out"
+        name = fitted_separator(run).join(names[k] for k in parts) if row is None else row.name
         requests[parts, unseen] = Request(name, parts, programs, seen)
     strangers = sorted({name for _, unseen in requests for name in unseen})
     if strangers and table is not None:
-        few = ", ".join(strangers[:8]) + (f" and {len(strangers) - 8} more" if len(strangers) > 8 else "")
-        notes.append(f"Never perturbed here, and extrapolated from embeddings: {few}. {table.in_words()}")
+        notes.append(f"Never perturbed here, and extrapolated from embeddings: {few(strangers)}. {table.in_words()}")
     for k in sorted({k for parts, _ in requests for k in parts}):
         if note := _weak_ground(run, names[k], k):
             notes.append(note)
@@ -81,17 +77,16 @@ def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str
 
 def fitted_separator(run: Run) -> str:
     """What joins the parts of combinations in the fitted labels; "+" where none were fitted."""
-    for row in run.info["conditions"]:
-        if len(row["perturbations"]) > 1:
-            first, second = row["perturbations"][:2]
-            name = str(row["name"])
-            return name[len(first) : name.index(second, len(first))]
-    return run.info["config"]["data"]["separator"] or "+"
+    for row in run.facts.conditions:
+        if len(row.perturbations) > 1:
+            first, second = row.perturbations[:2]
+            return row.name[len(first) : row.name.index(second, len(first))]
+    return run.facts.config.data.separator or "+"
 
 
 def _parts(run: Run, label: str, names: list[str], known: set[str]) -> list[str]:
     """Perturbations that a label names: fitted ones, `names`, or others that are `known` by their vectors."""
-    control, text = run.info["control_label"], label.strip()
+    control, text = run.facts.control_label, label.strip()
 
     def is_control(part: str) -> bool:
         return part == control or (part not in known and part.casefold() in CONTROL_LABELS)
@@ -102,9 +97,9 @@ def _parts(run: Run, label: str, names: list[str], known: set[str]) -> list[str]
         raise InputError(
             f"{label!r} is the control.", "Name a perturbation; control cells are what virtual cells start from."
         )
-    by_name = {str(row["name"]): row["perturbations"] for row in run.info["conditions"]}
+    by_name = {row.name: row.perturbations for row in run.facts.conditions}
     if text in by_name:
-        return [str(part) for part in by_name[text]]
+        return list(by_name[text])
     readings = []
     for separator in dict.fromkeys([fitted_separator(run), *SEPARATORS]):
         mark = separator.strip() or separator
@@ -141,14 +136,14 @@ def _not_fitted(run: Run, label: str, part: str, names: list[str]) -> InputError
 
 def _why_not(run: Run, part: str) -> str:
     """Held out, left out, or unknown: what the labels of the screen say, where it can be read."""
-    data = run.info["config"]["data"]
-    if part in data["hold_out"]:
+    options = run.facts.config.data
+    if part in options.hold_out:
         return "was held out of the fit, which cannot tell what it does"
     if run.path is not None:
         try:
-            with open_screen(run.path / "crlseq.h5ad", run.info["preprocessing"]["layer"]) as screen:
-                key, control = run.info["perturbation_key"], run.info["control_label"]
-                labels = read_perturbations(screen.obs, key, control, data["separator"])
+            with open_screen(run.path / "crlseq.h5ad", run.preprocessing.layer) as screen:
+                key, control = run.facts.perturbation_key, run.facts.control_label
+                labels = read_perturbations(screen.obs, key, control, options.separator)
         except InputError:  # the folder was moved without its cells: the message is less exact, and no less true
             return "was not fitted"
         if part in labels.names:
@@ -161,7 +156,7 @@ def _why_not(run: Run, part: str) -> str:
 def _weak_ground(run: Run, name: str, k: int) -> str:
     """What to know of a perturbation whose effect through the programs has little or nothing behind it; mostly empty."""
     row = run.interventions.iloc[k]
-    if row["n_cells"] == 0 and run.info["training"]["epochs_run"] == 0:
+    if row["n_cells"] == 0 and run.facts.training.epochs_run == 0:
         raise InputError(
             f"The perturbation {name!r} was measured in combinations alone, from which the linear method learns nothing.",
             "Fit again with --method straighten.",

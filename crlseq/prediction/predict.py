@@ -18,7 +18,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -34,11 +34,8 @@ from crlseq.errors import InputError, UsageError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import Mechanism
 from crlseq.prediction.counterfactual import counterfactual_quality
-from crlseq.prediction.labels import understand
-from crlseq.storage.files import written_whole
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
+from crlseq.prediction.labels import Request, understand
+from crlseq.run.run import Run
 
 N_CELLS = 500
 DRAWS = 100
@@ -53,6 +50,16 @@ class _Start:
 
     x: np.ndarray
     cells: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Virtual cells (n, G) of a request, their latents (n, p), four means (G,) of the table, and a row of the summary."""
+
+    x: np.ndarray
+    latents: np.ndarray
+    means: tuple[np.ndarray, ...]
+    row: dict[str, Any]
 
 
 @torch.no_grad()
@@ -116,62 +123,69 @@ def predict(
         note(text)
     unseen = sorted({name for request in requests for name in request.unseen})
     wider, rows_of = run.with_unseen(unseen)
+    # float32 would leave rounding errors where nothing is to change.
     models = [copy.deepcopy(found).double() for found in ((run.model, wider) if unseen else (run.model,))]
-    model = models[0]  # float32 would leave rounding errors where nothing is to change
     control = torch.from_numpy(start.x.astype(float))[None]
-    center = np.array([program["center"] for program in run.info["programs"]])
-    scale = np.array([program["scale"] for program in run.info["programs"]])
-    n, p = len(start.x), len(scale)
-    eps = None if counterfactual else torch.randn((1, n, p), generator=_generator(seed, 0), dtype=control.dtype)
-
-    shift_error = shift_errors(run, model.encoder(control)[1].mean((0, 1)).numpy())
+    scale = torch.tensor([program.scale for program in run.facts.programs], dtype=control.dtype)
+    eps = None
+    if not counterfactual:
+        eps = torch.randn((1, len(start.x), len(scale)), generator=_generator(seed, 0), dtype=control.dtype)
+    shift_error = shift_errors(run, models[0].encoder(control)[1].mean((0, 1)).numpy())
     shift_error = np.append(shift_error, np.full(len(models[-1].scm.shift) - len(shift_error), np.nan))
-    control_mean = control[0].mean(0).numpy()
-    blocks, latents, tables, rows = [], [], [], []
-    if counterfactual:
-        blocks.append(start.x)
-        latents.append(model.latents(control)[0].numpy())
+    answers = []
     for request in requests:
         model = models[bool(request.unseen)]
-        parts = [*request.parts, *(row for name in request.unseen for row in rows_of[name])]
-        perturbed = torch.tensor([parts])
-        output = model(control, perturbed, eps)
-        virtual = output.virtual[0]
-        mean = virtual.mean(0).numpy()
-        effect = mean - control_mean
+        perturbed = torch.tensor([[*request.parts, *(row for name in request.unseen for row in rows_of[name])]])
         error = effect_errors(model, control, perturbed, shift_error, _generator(seed, 1)).numpy()
-        tables.append([mean, effect, effect - NORMAL_QUANTILE * error, effect + NORMAL_QUANTILE * error])
-        row: dict[str, Any] = {
-            "n_parts": len(request.parts) + len(request.unseen), "programs": request.programs, "seen": request.seen,
-            "effect_l2": float(np.linalg.norm(effect)),
-            "n_genes_changed": int((np.abs(effect) > NORMAL_QUANTILE * error).sum()),
-        }  # fmt: skip
+        answer = _answer(request, model, control, perturbed, eps, error)
         if counterfactual:
-            row |= counterfactual_quality(model, control, perturbed, torch.from_numpy(scale))
-        rows.append(row)
-        blocks.append(virtual.numpy().astype(np.float32))
-        latents.append(output.latents[0].numpy())
+            answer.row.update(counterfactual_quality(model, control, perturbed, scale))
+        answers.append(answer)
+    real = models[0].latents(control)[0].numpy() if counterfactual else None
+    result = _gathered(run, requests, answers, start, real)
+    result.var["control_mean"] = control[0].mean(0).numpy()
+    result.uns["crlseq_prediction"] |= {
+        "n_cells": len(start.x), "seed": seed, "interval": f"95 % over {COVERS}; {COVERS_NOT}",
+        "notes": np.array(notes, dtype=object), "version": run.facts.version,
+    }  # fmt: skip
+    return result
 
+
+def _answer(
+    request: Request, model: DiscrepancyVAE, control: Tensor, perturbed: Tensor, eps: Tensor | None, error: np.ndarray
+) -> _Answer:
+    """Cells (1, n, G) under perturbations (1, M); `error` (G,) of their mean effect."""
+    output = model(control, perturbed, eps)
+    virtual = output.virtual[0]
+    mean = virtual.mean(0).numpy()
+    effect, half = mean - control[0].mean(0).numpy(), NORMAL_QUANTILE * error
+    row: dict[str, Any] = {
+        "n_parts": len(request.parts) + len(request.unseen), "programs": request.programs, "seen": request.seen,
+        "effect_l2": float(np.linalg.norm(effect)), "n_genes_changed": int((np.abs(effect) > half).sum()),
+    }  # fmt: skip
+    means = (mean, effect, effect - half, effect + half)
+    return _Answer(virtual.numpy().astype(np.float32), output.latents[0].numpy(), means, row)
+
+
+def _gathered(
+    run: Run, requests: list[Request], answers: list[_Answer], start: _Start, real: np.ndarray | None
+) -> ad.AnnData:
+    """All virtual cells in one AnnData, after the real ones if their latents are given."""
+    blocks, latents = [answer.x for answer in answers], [answer.latents for answer in answers]
+    if real is not None:
+        blocks, latents = [start.x, *blocks], [real, *latents]
     names = [request.name for request in requests]
-    obs = _obs(run, names, start.cells, counterfactual)
     result = ad.AnnData(
         np.concatenate(blocks),
-        obs=obs,
-        var=pd.DataFrame(index=pd.Index(Preprocessing.from_json(run.info["preprocessing"]).genes, dtype=object)),
+        obs=_obs(run, names, start.cells, real is not None),
+        var=pd.DataFrame(index=pd.Index(run.preprocessing.genes, dtype=object)),
     )
-    result.var["control_mean"] = control_mean
+    center, scale = (np.array([getattr(row, name) for row in run.facts.programs]) for name in ("center", "scale"))
     result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scale).astype(np.float32)
     for i, name in enumerate(("mean", "effect", "effect_lower", "effect_upper")):
-        result.varm[f"crlseq_{name}"] = np.stack([table[i] for table in tables], 1)
-    result.uns["crlseq_prediction"] = {
-        "perturbations": np.array(names, dtype=object),
-        "summary": pd.DataFrame(rows, index=pd.Index(names, dtype=object, name="perturbation")),
-        "n_cells": n,
-        "seed": seed,
-        "interval": f"95 % over {COVERS}; {COVERS_NOT}",
-        "notes": np.array(notes, dtype=object),
-        "version": run.info["version"],
-    }
+        result.varm[f"crlseq_{name}"] = np.stack([answer.means[i] for answer in answers], 1)
+    rows = pd.DataFrame([answer.row for answer in answers], index=pd.Index(names, dtype=object, name="perturbation"))
+    result.uns["crlseq_prediction"] = {"perturbations": np.array(names, dtype=object), "summary": rows}
     return result
 
 
@@ -180,14 +194,7 @@ def effect_errors(
 ) -> Tensor:
     """(G,) standard deviations of a mean effect over `DRAWS` draws of noise, control cells and shifts, and of residuals.
 
-    Parameters
-    ----------
-    control
-        (1, n, G) control cells.
-    perturbations
-        (1, M) int64.
-    shift_error
-        (K,) standard errors of the shifts, NaN where there is none.
+    Of control cells (1, n, G) under perturbations (1, M); ``shift_error`` (K,) of the shifts, NaN where there is none.
     """
     mean, variance = model.encoder(control)
     weights = model.target_weights(perturbations)  # (1, M, p)
@@ -233,10 +240,10 @@ def shift_errors(run: Run, variance: np.ndarray) -> np.ndarray:
     n_cells = table["n_cells"].to_numpy(dtype=float)
     squares = table["noise_scale"].fillna(1.0).to_numpy() ** 2 + measured
     errors = np.sqrt(np.divide(squares, n_cells, out=np.full(len(table), np.nan), where=n_cells > 0))
-    bootstrap = (run.info["discovery"] or {}).get("bootstrap") or {}
-    if "shift_error" in bootstrap:
-        place = pd.Index(table["perturbation"]).get_indexer(pd.Index(bootstrap["perturbations"]))
-        found = np.array(bootstrap["shift_error"], dtype=float)  # null in JSON: NaN
+    bootstrap = run.facts.bootstrap
+    if bootstrap is not None:
+        place = pd.Index(table["perturbation"]).get_indexer(pd.Index(bootstrap.perturbations))
+        found = np.array(bootstrap.shift_error, dtype=float)  # null in JSON: NaN
         errors[place] = np.where(np.isnan(found), errors[place], found)
     return np.asarray(errors)
 
@@ -250,7 +257,7 @@ def _start(
     notes: list[str],
 ) -> _Start:
     """The control cells to start from, in the space of the fit; says in `notes` what was decided."""
-    record, own = Preprocessing.from_json(run.info["preprocessing"]), source is None
+    record, own = run.preprocessing, source is None
     if source is None:
         if run.path is None:
             raise InputError("This run was never written to a folder.", "Give the cells to start from.")
@@ -269,7 +276,7 @@ def _start(
                     "Each cell has one counterfactual: lower --n-cells.",
                 )
             notes.append(f"There are {len(controls)} control cells, so that some are used more than once.")
-        key = run.info["config"]["data"]["batch_key"]
+        key = run.facts.config.data.batch_key
         batch = screen.obs[key].astype(str).to_numpy() if key in screen.obs else np.zeros(screen.n_cells)
         rng = np.random.default_rng([seed, 7])
         index, again = np.unique(draw_controls(controls, batch, wanted, rng), return_inverse=True)
@@ -293,12 +300,12 @@ def _control_mean(run: Run, record: Preprocessing) -> np.ndarray:
 
 def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarray:
     """Indices of the control cells of a screen; of every cell where other cells bear no label."""
-    key, label = run.info["perturbation_key"], run.info["control_label"]
+    key, label = run.facts.perturbation_key, run.facts.control_label
     if key not in screen.obs:
         notes.append(f"{screen.source} has no column {key!r}: every cell is taken as unperturbed.")
         return np.arange(screen.n_cells)
     try:
-        separator = run.info["config"]["data"]["separator"]
+        separator = run.facts.config.data.separator
         found = np.flatnonzero(read_perturbations(screen.obs, key, label, separator).is_control)
     except InputError:  # no screen: without perturbations beside the control, or without a control
         if own:
@@ -317,14 +324,7 @@ def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarr
 def draw_controls(controls: np.ndarray, batch: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """Ascending indices (n,) of controls, from every batch in proportion (largest remainder).
 
-    Each control is drawn as often as any other, or once more.
-
-    Parameters
-    ----------
-    controls
-        Indices to draw from.
-    batch
-        (cells,) label of every cell.
+    Each control is drawn as often as any other, or once more. ``batch`` (cells,) is of every cell.
     """
     rounds, rest = divmod(n, len(controls))
     names, of = np.unique(batch[controls], return_inverse=True)
@@ -337,7 +337,7 @@ def draw_controls(controls: np.ndarray, batch: np.ndarray, n: int, rng: np.rando
 
 def _obs(run: Run, names: list[str], cells: np.ndarray, counterfactual: bool) -> pd.DataFrame:
     """Labels of the virtual cells, after the real ones of counterfactuals."""
-    labels = [run.info["control_label"]] * counterfactual + names
+    labels = [run.facts.control_label] * counterfactual + names
     cell = np.tile(cells.astype(object), len(labels))
     perturbation = np.repeat(np.array(labels, dtype=object), len(cells))
     index = pd.Series([f"{c}:{label}" for c, label in zip(cell, perturbation, strict=True)], dtype=object)
@@ -346,7 +346,7 @@ def _obs(run: Run, names: list[str], cells: np.ndarray, counterfactual: bool) ->
     real = np.arange(len(cell)) < len(cells) * counterfactual
     columns: dict[str, Any] = {
         key: pd.Categorical(perturbation, categories=list(dict.fromkeys(labels)))
-        for key in ("perturbation", run.info["perturbation_key"])
+        for key in ("perturbation", run.facts.perturbation_key)
     }
     columns |= {"cell": cell, "predicted": ~real}
     if counterfactual:
@@ -371,15 +371,3 @@ def refuse_file(output: Path, force: bool, inputs: Sequence[Path]) -> None:
         raise InputError(f"{output} is a folder.", "Name a file to write.")
     if exists and not force:
         raise InputError(f"{output} exists.", "Choose another --output, or replace it with --force.")
-
-
-def write_prediction(prediction: ad.AnnData, output: Path) -> None:
-    """Write an h5ad file, whole or not at all.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written.
-    """
-    with written_whole(output) as beside:
-        prediction.write_h5ad(beside)

@@ -10,16 +10,9 @@ from crlseq.config import ModelConfig
 from crlseq.discovery.result import Discovery
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.readout.programs import Programs
+from crlseq.run.schema import Identification
 
 DECLARED_WEIGHT = 0.1  # one standard deviation of the source moves the target by at least a tenth of its own
-
-
-@dataclass(frozen=True)
-class Identification:
-    """``identified``, ``ancestry only`` or ``not identified``, with the reason in one sentence."""
-
-    verdict: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -40,23 +33,24 @@ def find_dag(model: DiscrepancyVAE, programs: Programs, config: ModelConfig, dis
     weights = adjacency * programs.scale[:, None] / programs.scale[None, :]
     if discovery is None:
         return Dag(weights, np.abs(weights) >= DECLARED_WEIGHT, identify_gradient(config))
-    return Dag(weights, discovery.adjacency != 0, Identification(discovery.verdict, discovery.reason))
+    return Dag(weights, discovery.adjacency != 0, Identification(verdict=discovery.verdict, reason=discovery.reason))
 
 
 def identify_gradient(config: ModelConfig) -> Identification:
     """What theory and measurement say about a graph learned by gradient with this configuration."""
     if not config.causal_layer:
         return Identification(
-            "not identified", "The model was fitted without structural equations, so it has no graph."
+            verdict="not identified",
+            reason="The model was fitted without structural equations, so it has no graph.",
         )
     if config.equations != "nonlinear" and config.intervention == "shift":
         return Identification(
-            "not identified",
-            "With linear structural equations and shifts alone the decoder can absorb any graph, the empty one too: "
+            verdict="not identified",
+            reason="With linear structural equations and shifts alone the decoder can absorb any graph, the empty one too: "
             "the edges come from the optimiser, not from the data.",
         )
     return Identification(
-        "not identified",
-        "A graph read off the gradient steps of a single fit was no better than an empty one in simulations: take it "
+        verdict="not identified",
+        reason="A graph read off the gradient steps of a single fit was no better than an empty one in simulations: take it "
         "as a sketch, not as a finding.",
     )

@@ -8,7 +8,6 @@ from contextlib import redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,9 +15,7 @@ from scipy import sparse, stats
 
 from crlseq.data.genesets import read_gmt, refuse_unmatched
 from crlseq.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
+from crlseq.run.run import Run
 
 OVER_REPRESENTATION, RANK, DRIVERS = "over-representation", "rank", "drivers"
 MIN_SIZE, MAX_SIZE = 5, 500  # fitted genes of a set that is tested

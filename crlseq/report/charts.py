@@ -6,16 +6,14 @@ Lengths are in SVG units. Names are full here: the template shortens what it sho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from crlseq.run.export import DETECTABLE_FDR
-from crlseq.run.summary import BASELINES, assignment, short, strongest
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
+from crlseq.run.run import Run
+from crlseq.run.schema import DETECTABLE_FDR
+from crlseq.run.summary import BASELINES, assignment, best_baseline, short, strongest
 
 MAP_ROWS = 150
 NUMBERED = 20  # programs up to which cells of the map are wide enough for a number
@@ -35,13 +33,13 @@ def largest(values: pd.Series) -> float:
 
 def intervention_map(run: Run) -> dict[str, Any] | None:
     """Perturbations by programs: shifts, and rings where bootstrap replicates chose another program."""
-    rows, left_out = strongest(run, MAP_ROWS)
+    rows, left_out = strongest(run.interventions, MAP_ROWS)
     if rows.empty:
         return None
     names = run.program_names
     cell = 38.0 if len(names) <= NUMBERED else 22.0
     end = largest(rows["shift"])
-    shares = assignment(run, rows)
+    shares = assignment(run.facts.bootstrap, rows)
     lines = []
     for i, row in enumerate(rows.to_dict("records")):
         target = names.index(row["program"])
@@ -114,22 +112,18 @@ def effects(run: Run) -> dict[str, Any] | None:
 def scatters(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
     """Every condition by the metric of the best simple prediction (x) and of the model (y)."""
     charts = []
-    for metric, title, larger in (("l2", "L2 of means", False), ("pearson_delta", "Pearson Δ", True)):
-        rivals = {name: f"{metric}_{name}" for name in BASELINES if f"{metric}_{name}" in evaluation}
-        table = evaluation.dropna(subset=[metric, *rivals.values()]) if rivals else evaluation.iloc[:0]
+    for metric, title, sign in (("l2", "L2 of means", -1), ("pearson_delta", "Pearson Δ", 1)):
+        best, table = best_baseline(evaluation, metric, sign)
         if table.empty:
             continue
-        sign = 1 if larger else -1
-        best = max(rivals, key=lambda name: sign * table[rivals[name]].mean())
-        x, y = table[rivals[best]].to_numpy(), table[metric].to_numpy()
-        low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
-        if not larger:
-            low = 0.0
+        x, y = table["rival"].to_numpy(), table[metric].to_numpy()
+        low = min(x.min(), y.min()) if sign > 0 else 0.0
+        low, high = float(low), float(max(x.max(), y.max()))
         across, up = _axis(low, high, SIZE[0], False), _axis(low, high, SIZE[1], True)
         names = table["condition"].tolist()
         charts.append({
             "title": f"{title}: model (up) against {BASELINES[best]} (across)",
-            "note": f"the model is better on {int((sign * (y - x) > 0).sum())} of {len(x)}, {'above' if larger else 'below'} the line",
+            "note": f"the model is better on {int((sign * (y - x) > 0).sum())} of {len(x)}, {'above' if sign > 0 else 'below'} the line",
             "x_ticks": across[1], "y_ticks": up[1], "frame": _frame(),
             "diagonal": [(across[0](v), up[0](v)) for v in (across[2], across[3])],
             "dots": [

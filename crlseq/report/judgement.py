@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from crlseq.evaluation.baselines import BASELINES
 from crlseq.evaluation.compare import METRICS, MODEL, WORDS, compare, verdict
-from crlseq.run.summary import Verdict, answer_of
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
+from crlseq.run.run import Run
+from crlseq.run.summary import Answer, answer_of
 
 SHOWN = {
     "pearson_delta": "Pearson Δ", "pearson_delta_top_de": "Pearson Δ, 20 top genes", "l2": "L2",
     "centroid_accuracy": "centroid accuracy", "sign_agreement": "sign agreement", "mmd2": "MMD²",
 }  # fmt: skip
-CARRYING = ("pearson_delta", "l2")  # the metrics of the verdict
+CARRYING = ("pearson_delta", "l2")  # the metrics of the answer
 TITLES = {
     **WORDS, MODEL: "model", "additive": "sum of training effects", "split_half": "(ceiling: the other half of the cells)",
     "sampling_floor": "(floor: sampling error)",
@@ -28,10 +26,10 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Judgement:
-    """A table of ``crlseq evaluate``: its file, the verdict, sentences, and means by group of conditions."""
+    """A table of ``crlseq evaluate``: its file, the answer, sentences, and means by group of conditions."""
 
     name: str
-    verdict: Verdict
+    answer: Answer
     sentences: tuple[str, ...]
     metrics: dict[str, str]
     groups: list[dict[str, Any]]
@@ -42,7 +40,7 @@ def judgements(run: Run) -> list[Judgement]:
     if run.path is None:
         return []
     tables = {path.name: _read(path) for path in sorted(run.path.glob("*.csv"))}
-    return [_judge(name, table, int(run.info["seed"])) for name, table in tables.items() if table is not None]
+    return [_judge(name, table, run.facts.seed) for name, table in tables.items() if table is not None]
 
 
 def _read(path: Path) -> pd.DataFrame | None:
@@ -91,4 +89,4 @@ def _judge(name: str, table: pd.DataFrame, seed: int) -> Judgement:
         ]
         groups.append({"name": group, "n": part["condition"].nunique(), "rows": rows})
     reason = f"By {name}, against the best baseline by each metric. {'; '.join(told)}."
-    return Judgement(name, Verdict("Better than baselines?", grade, answer, reason), sentences, metrics, groups)
+    return Judgement(name, Answer("Better than baselines?", grade, answer, reason), sentences, metrics, groups)

@@ -9,23 +9,22 @@ import unicodedata
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from crlseq.errors import few
 from crlseq.plotting.drawing import HEAD, Drawing, draw, edge_width, heading, legend
 from crlseq.plotting.layout import Point
 from crlseq.readout import enrichment
 from crlseq.report import charts
 from crlseq.report.judgement import judgements
-from crlseq.run.summary import Program, numbers_in_words, sets_in_words, verdicts
+from crlseq.run.run import Run
+from crlseq.run.summary import Program, answers, numbers_in_words, sets_in_words
 from crlseq.storage.files import written_whole
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
 
 GENES = 8  # of a card, that rise and that fall
 DRIVERS = 8  # of a card
@@ -36,6 +35,7 @@ TESTS = {
     enrichment.RANK: "by the ranking of all genes",
     enrichment.DRIVERS: "by its perturbations",
 }
+METRICS = ("pearson_delta", "l2", "mmd2")
 AGREED = 0.9  # correlation of loadings from which programs of two seeds count as the same
 ROWS = 300  # of a table: the page must open, whatever the screen
 FONT = 12.0
@@ -82,20 +82,20 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
     order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), _program_number(run.interventions["program"])))
     interventions = run.interventions.iloc[order]
     judged = judgements(run)
-    answers = verdicts(run)
+    questions = answers(run.facts, run.evaluation, run.history)
     if judged:  # of all baselines, which a fit does not take the time for
-        answers[1] = judged[0].verdict
+        questions[1] = judged[0].answer
     return {
         "run": run,
-        "info": run.info,
+        "info": run.facts,
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "style": Markup(files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")),
-        "verdicts": answers,
+        "answers": questions,
         "dag": _dag(run),
         "programs": [_card(program, enriched) for program in run.described.values()],
         "enriched": enriched is not None,
-        "read_from_sets": sets_in_words(run.info),
+        "read_from_sets": sets_in_words(run.facts),
         "n_fitted_genes": run.programs["gene"].nunique(),
         "interventions": interventions[:ROWS].to_dict("records"),
         "n_interventions": len(interventions),
@@ -141,7 +141,7 @@ def _sets(enriched: pd.DataFrame) -> dict[str, Any]:
 
 
 def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
-    """Means over conditions, a row a prediction; None where the table lacks it."""
+    """Means over conditions, one row per prediction; None where the table lacks it."""
     rows = []
     for ending, title in (
         ("", "model"),
@@ -149,10 +149,9 @@ def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
         ("_mean", "mean effect of all perturbations"),
         ("_no_change", "no change"),
     ):
-        found = {m: evaluation[m + ending].mean() for m in ("pearson_delta", "l2", "mmd2") if m + ending in evaluation}
-        if found and len(evaluation):
-            rows.append({"title": title, **{m: found.get(m) for m in ("pearson_delta", "l2", "mmd2")}})
-    return rows
+        found = {m: evaluation[m + ending].mean() if m + ending in evaluation else None for m in METRICS}
+        rows.append({"title": title, **found})
+    return rows if len(evaluation) else []
 
 
 def _seeds(run: Run) -> dict[str, Any] | None:
@@ -160,14 +159,14 @@ def _seeds(run: Run) -> dict[str, Any] | None:
     if run.ensemble is None:
         return None
     kinds = {str(kind): part.drop(columns="kind") for kind, part in run.ensemble.groupby("kind", sort=False)}
-    losses = [loss for loss in run.info["training"].get("seed_losses", []) if loss is not None]
-    first = int(run.info["seed"])
+    losses = [loss for loss in run.facts.training.seed_losses if loss is not None]
+    first = run.facts.seed
     return {
-        "n": int(run.info["config"]["training"]["ensemble"]),
+        "n": run.facts.config.training.ensemble,
         "first": first,
-        "kept": run.info["training"]["kept_seed"],
+        "kept": run.facts.training.kept_seed,
         "losses": (min(losses), max(losses)) if losses else None,
-        "given": run.info["discovery"] is not None,
+        "given": run.facts.discovery is not None,
         "agreed": [
             (kind, int((part["agreement"] >= (AGREED if kind == "program" else 1.0)).sum()), len(part))
             for kind, part in kinds.items()
@@ -230,13 +229,12 @@ def edge_path(points: list[Point], drawing: Drawing) -> str:
 def _about(program: Program) -> str:
     lines = [f"{program.name}  {program.title}", ", ".join(numbers_in_words(program))]
     if len(program.drivers):
-        told = [
-            f"{row['perturbation']} ({_signed(row['shift'], 1)} SD)" for row in program.drivers[:5].to_dict("records")
-        ]
-        lines.append("perturbed by " + ", ".join(told) + (f" and {len(program.drivers) - 5} more" if len(program.drivers) > 5 else ""))  # fmt: skip
-    for what, names in (("upstream", program.upstream), ("downstream", program.downstream)):
-        if names:
-            lines.append(f"{what}: {', '.join(names)}")
+        rows = program.drivers.to_dict("records")
+        names = few([f"{row['perturbation']} ({_signed(row['shift'], 1)} SD)" for row in rows], 5)
+        lines.append(f"perturbed by {names}")
+    for what, programs in (("upstream", program.upstream), ("downstream", program.downstream)):
+        if programs:
+            lines.append(f"{what}: {', '.join(programs)}")
     return "\n".join(line for line in lines if line)
 
 

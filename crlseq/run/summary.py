@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import numpy as np
 import pandas as pd
 
-from crlseq.run.export import DETECTABLE_FDR, PROGRAM_NUMBERS
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
+from crlseq.run.schema import DETECTABLE_FDR, PROGRAM_NUMBERS, Bootstrap, RunInfo, Training
 
 TITLE_GENES = 3
 SETTLED = 0.02  # share of the fall of the validation loss that the last fifth of the epochs may still bring
@@ -47,7 +43,7 @@ class Program:
     parents, children
         Those among them that a declared edge joins, with its weight.
     variance_explained, effect_explained
-        See `crlseq.readout.explained`; NaN for runs of earlier versions.
+        See `crlseq.readout.explained`; NaN where it could not be measured.
     pathways
         ``gene_set, description, weight, n_genes``: what the encoder reads it from, by \\|weight\\| (standard deviations of
         the program by one of the set's activity); empty where the encoder reads all genes.
@@ -72,44 +68,45 @@ class Program:
     pathways: pd.DataFrame
 
 
-def describe_programs(run: Run) -> list[Program]:
-    """Every program of a run, in topological order."""
-    genes = dict(tuple(run.programs.groupby("program", sort=False)))
-    found = run.interventions
-    detected = (found["fdr"] <= DETECTABLE_FDR).to_numpy()
-    order = np.lexsort((-found["shift"].abs().to_numpy(), ~detected))
-    drivers = dict(tuple(found.iloc[order].groupby("program", sort=False)))
-    bootstrap = (run.info["discovery"] or {}).get("bootstrap")
+def describe_programs(
+    facts: RunInfo,
+    programs: pd.DataFrame,
+    interventions: pd.DataFrame,
+    dag: nx.DiGraph[str],
+    pathways: pd.DataFrame | None,
+) -> list[Program]:
+    """Every program of a run, in topological order; the arguments are attributes of `crlseq.run.run.Run`."""
+    genes = dict(tuple(programs.groupby("program", sort=False)))
+    detected = (interventions["fdr"] <= DETECTABLE_FDR).to_numpy()
+    order = np.lexsort((-interventions["shift"].abs().to_numpy(), ~detected))
+    drivers = dict(tuple(interventions.iloc[order].groupby("program", sort=False)))
     columns = ["gene_set", "description", "weight", "n_genes"]
-    empty = pd.DataFrame(columns=columns)
-    pathways = {} if run.pathways is None else dict(tuple(run.pathways.groupby("program", sort=False)))
-    programs = []
-    for k, row in enumerate(run.info["programs"]):
-        name = row["name"]
-        own = drivers.get(name, found.iloc[:0])[["perturbation", "weight", "shift", "support", "fdr", "n_cells"]]
-        table = genes[name]
+    sets = {} if pathways is None else dict(tuple(pathways.groupby("program", sort=False)))
+    found = []
+    for row in facts.programs:
+        own = drivers.get(row.name, interventions.iloc[:0])
+        own = own[["perturbation", "weight", "shift", "support", "fdr", "n_cells"]]
+        table = genes[row.name]
         loadings = table.loc[table["loading"] != 0, ["gene", "loading", "total_effect"]]
-        numbers = {key: float("nan") if row.get(key) is None else float(row[key]) for key in PROGRAM_NUMBERS}
-        if bootstrap and row.get("stability") is None:
-            numbers["stability"] = float(bootstrap["program"][k])
-        programs.append(
+        numbers = row.model_dump(include=set(PROGRAM_NUMBERS))
+        found.append(
             Program(
-                name=name,
-                label=row["label"],
-                title=_title(row["label"], loadings["gene"], set(own["perturbation"])),
+                name=row.name,
+                label=row.label,
+                title=_title(row.label, loadings["gene"], set(own["perturbation"])),
                 drivers=own.reset_index(drop=True),
                 up=loadings[loadings["loading"] > 0].reset_index(drop=True),
                 down=loadings[loadings["loading"] < 0].reset_index(drop=True),
                 anchors=tuple(table.loc[table["anchor"], "gene"]) if "anchor" in table else None,
-                upstream=_sorted(nx.ancestors(run.dag, name)),
-                downstream=_sorted(nx.descendants(run.dag, name)),
-                parents={a: run.dag.edges[a, name]["weight"] for a in _sorted(run.dag.predecessors(name))},
-                children={b: run.dag.edges[name, b]["weight"] for b in _sorted(run.dag.successors(name))},
-                pathways=pathways.get(name, empty)[columns].reset_index(drop=True),
-                **numbers,
+                upstream=_sorted(nx.ancestors(dag, row.name)),
+                downstream=_sorted(nx.descendants(dag, row.name)),
+                parents={a: dag.edges[a, row.name]["weight"] for a in _sorted(dag.predecessors(row.name))},
+                children={b: dag.edges[row.name, b]["weight"] for b in _sorted(dag.successors(row.name))},
+                pathways=sets.get(row.name, pd.DataFrame(columns=columns))[columns].reset_index(drop=True),
+                **{name: float("nan") if value is None else value for name, value in numbers.items()},
             )
         )
-    return programs
+    return found
 
 
 def _title(label: str, genes: pd.Series, drivers: set[str]) -> str:
@@ -118,13 +115,13 @@ def _title(label: str, genes: pd.Series, drivers: set[str]) -> str:
     return f"{label}: {', '.join(top)}" if top else label
 
 
-def _sorted(names: Any) -> tuple[str, ...]:
+def _sorted(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: int(name[1:])))
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """An answer to a question: ``good``, ``fair``, ``poor`` or ``open``, in a few words, and why in sentences."""
+class Answer:
+    """To a question: ``good``, ``fair``, ``poor`` or ``open``, in a few words, and why in sentences."""
 
     question: str
     grade: str
@@ -132,33 +129,30 @@ class Verdict:
     reason: str
 
 
-def verdicts(run: Run) -> list[Verdict]:
+def answers(facts: RunInfo, evaluation: pd.DataFrame, history: pd.DataFrame) -> list[Answer]:
     """Is the graph identified, are predictions better than baselines, did the fit converge?"""
-    return [_identified(run), _better(run.evaluation), _converged(run)]
+    found = facts.identification
+    grade = {"identified": "good", "ancestry only": "fair"}.get(found.verdict, "poor")
+    return [
+        Answer("Is the graph identified?", grade, found.verdict, found.reason),
+        Answer("Better than baselines?", *_better(evaluation)),
+        Answer("Did the fit converge?", *_converged(facts.training, history, facts.discovery is None)),
+    ]
 
 
-def _identified(run: Run) -> Verdict:
-    found = run.info["identification"]
-    grade = {"identified": "good", "ancestry only": "fair"}.get(found["verdict"], "poor")
-    return Verdict("Is the graph identified?", grade, found["verdict"], found["reason"])
-
-
-def _better(evaluation: pd.DataFrame) -> Verdict:
+def _better(evaluation: pd.DataFrame) -> tuple[str, str, str]:
     """Against the best of the simple predictions that the table has, condition by condition, by two metrics."""
-    question = "Better than baselines?"
     found = [_compared(evaluation, "l2", "L2 of means", -1.0), _compared(evaluation, "pearson_delta", "Pearson Δ", 1.0)]
-    told = {title: (sign, sentence) for title, sign, sentence in found if sentence}
-    if not told:
-        return Verdict(question, "open", "not judged", "No cells were held out: fit with --hold-out-cells to judge.")
-    answer, grade = answer_of({title: sign for title, (sign, _) in told.items()})
+    signs = {title: sign for title, sign, sentence in found if sentence}
+    if not signs:
+        return "open", "not judged", "No cells were held out: fit with --hold-out-cells to judge."
+    answer, grade = answer_of(signs)
     split = str(evaluation["split"].iloc[0])
-    reason = f"On {split} cells, against the best simple prediction: {'; '.join(s for _, s in told.values())}."
+    sentences = "; ".join(sentence for _, _, sentence in found if sentence)
+    reason = f"On {split} cells, against the best simple prediction: {sentences}."
     if split == "validation":
         reason += " Validation cells also chose the epoch: hold cells out with --hold-out-cells for a fair judgement."
-    if "l2_training" not in evaluation:  # a run of an earlier version
-        answer, grade = "only compared with no change", "open"
-        reason += " `crlseq evaluate` has the other baselines."
-    return Verdict(question, grade, answer, reason)
+    return grade, answer, reason
 
 
 def answer_of(signs: Mapping[str, float]) -> tuple[str, str]:
@@ -171,50 +165,53 @@ def answer_of(signs: Mapping[str, float]) -> tuple[str, str]:
     return ", ".join(f"{words[sign]} by {' and '.join(by[sign])}" for sign in there), "fair"
 
 
+def best_baseline(evaluation: pd.DataFrame, metric: str, larger: float) -> tuple[str, pd.DataFrame]:
+    """The simple prediction with the best mean, and the table where all are defined with its values as ``rival``.
+
+    ``larger``: 1 where larger values are better, -1 where smaller ones are.
+    """
+    rivals = {name: f"{metric}_{name}" for name in BASELINES if f"{metric}_{name}" in evaluation}
+    table = evaluation.dropna(subset=[metric, *rivals.values()])
+    best = max(rivals, key=lambda name: larger * table[rivals[name]].mean())
+    return best, table.assign(rival=table[rivals[best]])
+
+
 def _compared(evaluation: pd.DataFrame, metric: str, title: str, larger: float) -> tuple[str, float, str]:
     """The metric, 1, 0 or -1 (better, within two standard errors, worse than the best baseline), and a sentence."""
-    rivals = {name: f"{metric}_{name}" for name in BASELINES if f"{metric}_{name}" in evaluation}
-    table = evaluation.dropna(subset=[metric, *rivals.values()]) if metric in evaluation else evaluation.iloc[:0]
-    if table.empty or not rivals:
+    best, table = best_baseline(evaluation, metric, larger)
+    if table.empty:
         return title, 0.0, ""
-    best = max(rivals, key=lambda name: larger * table[rivals[name]].mean())
-    gain, n = larger * (table[metric] - table[rivals[best]]).to_numpy(), len(table)
+    gain, n = larger * (table[metric] - table["rival"]).to_numpy(), len(table)
     error = gain.std(ddof=1) / np.sqrt(n) if n > 1 else np.inf
     sentence = (
-        f"{title} {table[metric].mean():.3g} against {table[rivals[best]].mean():.3g} ({BASELINES[best]}), better on "
+        f"{title} {table[metric].mean():.3g} against {table['rival'].mean():.3g} ({BASELINES[best]}), better on "
         f"{int((gain > 0).sum())} of {n} conditions"
     )
     return title, (float(np.sign(gain.mean())) if abs(gain.mean()) > 2 * error else 0.0), sentence
 
 
-def _converged(run: Run) -> Verdict:
-    question, training, history = "Did the fit converge?", run.info["training"], run.history
-    n = training["epochs_run"]
+def _converged(training: Training, history: pd.DataFrame, from_random: bool) -> tuple[str, str, str]:
+    n = training.epochs_run
     if not n:
-        return Verdict(question, "good", "yes", "No network was trained: the likelihood's optimum is the model.")
-    kept = f"the weights of epoch {training['best_epoch'] + 1} of {n} were kept"
-    if n > 1 and training["best_epoch"] == 0 and run.info["discovery"] is None:
-        # From random weights: one that starts from the likelihood's solution may well be best at its start.
-        return Verdict(
-            question,
-            "poor",
-            "no",
-            f"The validation loss was lowest in the first of {n} epochs, whose weights were kept.",
-        )
-    if training["stopped_early"]:
-        return Verdict(question, "good", "yes", f"The validation loss stopped falling; {kept}.")
-    values = history["validation_total" if "validation_total" in history else "total"].to_numpy()
-    what = "validation loss" if "validation_total" in history else "loss"
+        return "good", "yes", "No network was trained: the likelihood's optimum is the model."
+    kept = f"the weights of epoch {training.best_epoch + 1} of {n} were kept"
+    if n > 1 and training.best_epoch == 0 and from_random:
+        # A fit that starts from the likelihood's solution may well be best at its start.
+        return "poor", "no", f"The validation loss was lowest in the first of {n} epochs, whose weights were kept."
+    if training.stopped_early:
+        return "good", "yes", f"The validation loss stopped falling; {kept}."
     if n < FEW_EPOCHS:
-        return Verdict(question, "open", "not told", f"{n} epochs are too few to say; {kept}.")
+        return "open", "not told", f"{n} epochs are too few to say; {kept}."
+    validated = "validation_total" in history
+    what, values = "validation loss" if validated else "loss", history["validation_total" if validated else "total"]
     before = values[: -max(1, n // 5)]
     share = (before.min() - values.min()) / max(values.max() - values.min(), 1e-30)
     if share > SETTLED:
         reason = (
             f"The last fifth of the epochs still brought {share:.0%} of the fall of the {what}: give more --epochs."
         )
-        return Verdict(question, "fair", "not quite", f"{reason} {kept[0].upper()}{kept[1:]}.")
-    return Verdict(question, "good", "yes", f"The {what} had settled; {kept}.")
+        return "fair", "not quite", f"{reason} {kept[0].upper()}{kept[1:]}."
+    return "good", "yes", f"The {what} had settled; {kept}."
 
 
 def summary_table(programs: list[Program]) -> pd.DataFrame:
@@ -240,21 +237,21 @@ def percent(value: float) -> str:
     return "–" if np.isnan(value) else f"{100 * value:.1f} %"
 
 
-def sets_in_words(info: Mapping[str, Any]) -> str:
+def sets_in_words(facts: RunInfo) -> str:
     """What the sets that the encoder reads see of the programs; empty where it reads all genes."""
-    row = info.get("gene_sets") or {}
-    told = [
-        f"{program['name']} {percent(own)} ({percent(all_)})"
-        for program, own, all_ in zip(
-            info["programs"], row.get("explained", []), row.get("explained_by_all_genes", []), strict=False
-        )
-        if own is not None and all_ is not None
+    sets = facts.gene_sets
+    if sets is None:
+        return ""
+    shares = [
+        f"{program.name} {percent(own)} ({percent(every)})"
+        for program, own, every in zip(facts.programs, sets.explained, sets.explained_by_all_genes, strict=False)
+        if own is not None and every is not None
     ]
-    if not told:
+    if not shares:
         return ""
     return (
         "Share of each program's variance over validation cells that the encoder reads from gene sets (in brackets: "
-        f"that all genes tell, linearly): {', '.join(told)}."
+        f"that all genes tell, linearly): {', '.join(shares)}."
     )
 
 
@@ -272,21 +269,20 @@ def numbers_in_words(program: Program) -> list[str]:
     return words
 
 
-def strongest(run: Run, top: int) -> tuple[pd.DataFrame, int]:
+def strongest(interventions: pd.DataFrame, top: int) -> tuple[pd.DataFrame, int]:
     """Perturbations with a program, by program and then shift: the `top` by \\|shift\\|; and how many more there are."""
-    table = run.interventions[(run.interventions["program"] != "") & run.interventions["shift"].notna()]
+    table = interventions[(interventions["program"] != "") & interventions["shift"].notna()]
     kept = table.loc[table["shift"].abs().sort_values(ascending=False, kind="stable").index[:top]]
     order = np.lexsort((-kept["shift"].to_numpy(), kept["program"].str[1:].astype(int)))
     return kept.iloc[order].reset_index(drop=True), len(table) - len(kept)
 
 
-def assignment(run: Run, rows: pd.DataFrame) -> np.ndarray | None:
+def assignment(bootstrap: Bootstrap | None, rows: pd.DataFrame) -> np.ndarray | None:
     """(rows, p) share of bootstrap replicates that gave a perturbation to each program; None without a bootstrap."""
-    bootstrap = (run.info["discovery"] or {}).get("bootstrap")
-    if not bootstrap:
+    if bootstrap is None:
         return None
-    known = dict(zip(bootstrap["perturbations"], bootstrap["assignment"], strict=True))
-    empty = [float("nan")] * len(run.program_names)
+    known = dict(zip(bootstrap.perturbations, bootstrap.assignment, strict=True))
+    empty = [float("nan")] * len(bootstrap.program)
     return np.array([known.get(name, empty) for name in rows["perturbation"]], dtype=float)
 
 

@@ -11,22 +11,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from crlseq.errors import InputError
-from crlseq.run.run import ENSEMBLE, GENE_SETS, PATHWAYS, TABLES
 from crlseq.storage.files import sync
 
+TABLES = ("programs", "interventions", "dag", "history", "evaluation")  # each a file .csv
+ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
+PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
+EMBEDDINGS = "embeddings.h5ad"  # of fits with embeddings alone
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
 RUN_FILES = frozenset(
     {
         "lock",
         "resume.pt",
         "resume.previous.pt",
-        "embeddings.h5ad",
         "run.json",
         "model.safetensors",
         "crlseq.h5ad",
         "report.html",
         "dag.graphml",
         "dag.json",
+        EMBEDDINGS,
         ENSEMBLE,
         GENE_SETS,
         PATHWAYS,

@@ -24,11 +24,13 @@ from crlseq.data.dataset import read_data
 from crlseq.data.perturbations import read_perturbations
 from crlseq.export.graph import to_cyjs, to_dot
 from crlseq.export.registry import FORMATS, write
-from crlseq.run.export import dag_graph, edge_table
+from crlseq.run.graph import dag_graph
 from crlseq.run.run import Run
+from crlseq.run.schema import Identification
+from crlseq.run.tables import edge_table
 from crlseq.storage.csv import EXACT
 from tests.support import check_refusal, dense, fit_h5ad, invoke, small_screen
-from tests.synthetic import synthetic_run
+from tests.synthetic import program_row, synthetic_run
 
 mpl.use("Agg")
 
@@ -52,8 +54,8 @@ def odd_dag() -> nx.DiGraph[str]:
     weights = np.array([[0.0, 0.5, 0.0], [0.0, 0.0, -2.0], [0.0, 0.0, 0.0]])
     edges = edge_table(weights, weights != 0, np.array([[np.nan] * 3] * 3), "identified")
     labels = [EVIL, "plain", ""]
-    programs = [{"name": f"P{k}", "label": labels[k], "drivers": "", "genes": "", "stability": 0.5} for k in range(3)]
-    return dag_graph(programs, edges, {"verdict": "identified", "reason": 'because of "it"'})
+    programs = [program_row(k, labels[k], stability=0.5) for k in range(3)]
+    return dag_graph(programs, edges, Identification(verdict="identified", reason='because of "it"'))
 
 
 def test_every_format_can_be_asked_for() -> None:

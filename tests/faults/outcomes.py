@@ -17,7 +17,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.inspection import describe
 from crlseq.errors import InputError
-from crlseq.run.export import write_annotated
+from crlseq.run.anndata import write_annotated
 from tests.faults.screens import Made
 from tests.support import RUN_FILES, invoke
 

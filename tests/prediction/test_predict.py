@@ -21,6 +21,7 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.prediction.predict import draw_controls, predict
 from crlseq.run.run import Run
 from tests.support import dense, small_screen
+from tests.synthetic import found_by_bootstrap, synthetic_run
 
 matplotlib.use("Agg")
 
@@ -65,11 +66,11 @@ def hand_run(intervention: str = "hard", read: float = 1.0, **changes: Any) -> R
     conditions = [{"name": "control", "perturbations": [], "cells": {"train": 9}}]
     conditions += [{"name": name, "perturbations": [name], "cells": {"train": 9}} for name in names]
     conditions.append({"name": "A+N", "perturbations": ["A", "N"], "cells": {"test": 9}})
+    plain = synthetic_run(2, 4, epochs=0).info
     info: dict[str, Any] = {
-        "version": "0", "perturbation_key": "perturbation", "control_label": "control", "conditions": conditions,
-        "programs": [{"name": f"P{k}", "scale": scale, "center": 0.0} for k, scale in enumerate((1.0, 2.0))],
-        "config": {"data": {"separator": None, "batch_key": None, "hold_out": ["H"]}},
-        "training": {"epochs_run": 0}, "discovery": None,
+        **plain, "version": "0", "perturbation_key": "perturbation", "control_label": "control", "conditions": conditions,
+        "programs": [row | {"scale": scale} for row, scale in zip(plain["programs"], (1.0, 2.0), strict=True)],
+        "config": plain["config"] | {"data": plain["config"]["data"] | {"hold_out": ["H"]}},
         "preprocessing": {
             "values": "continuous", "reason": "", "layer": None, "target_sum": None, "genes": GENES, "gene_choice": "",
             "n_genes_in_file": 4, "n_silent_genes": 0,
@@ -228,8 +229,9 @@ def test_intervals_by_hand() -> None:
     middle = (found.varm["crlseq_effect_upper"] + found.varm["crlseq_effect_lower"]) / 2
     np.testing.assert_allclose(middle, found.varm["crlseq_effect"], atol=1e-9)
 
-    bootstrap = {"perturbations": ["B", "A"], "shift_error": [None, 0.3]}
-    found = predict(hand_run(discovery={"bootstrap": bootstrap}), ["A", "B"], source=source)
+    found_before = found_by_bootstrap(2)
+    found_before["bootstrap"] |= {"perturbations": ["B", "A"], "shift_error": [None, 0.3]}
+    found = predict(hand_run(discovery=found_before), ["A", "B"], source=source)
     half = (found.varm["crlseq_effect_upper"] - found.varm["crlseq_effect_lower"]) / 2 / 1.96
     np.testing.assert_allclose(half[:, 0], 0.3 * moves, rtol=0.3)
     np.testing.assert_allclose(half[:, 1], [0, error, 0, 3 * error], rtol=0.3, atol=1e-3)

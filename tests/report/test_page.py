@@ -18,7 +18,7 @@ from crlseq.report import write_report
 from crlseq.report.charts import _ticks, effects, intervention_map, losses
 from crlseq.run.run import Run
 from tests.support import check_refusal, files_below, invoke
-from tests.synthetic import synthetic_run
+from tests.synthetic import found_by_bootstrap, synthetic_run
 
 # From pandas 3 on no text in a table can hold half of a pair.
 SURROGATE = "\ud800" if int(pd.__version__.split(".")[0]) < 3 else ""
@@ -121,7 +121,7 @@ def test_names_stay_text(tmp_path: Path) -> None:
     run = synthetic_run(3, 12, [(0, 1)], names=[*EVIL, *EVIL, "a", "b"], genes=[*EVIL, "A", "B", "C"])
     info = json.loads(json.dumps(run.info))
     info["notes"], info["input"]["path"], info["label_reason"] = EVIL, EVIL[0], EVIL[1]
-    info["config"] = {"preset": EVIL[1], "data": EVIL}
+    info["config"]["preset"], info["config"]["data"]["hold_out"] = EVIL[1], EVIL
     info["command"] = EVIL[2]
     html, page = written(replace(run, info=info), tmp_path)
     assert {tag for tag, _ in page.tags} & {"img", "iframe", "object", "embed"} == set()
@@ -228,7 +228,7 @@ def test_agreement_of_seeds(tmp_path: Path) -> None:
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["kind", "source", "target", "agreement", "mean", "sd"])
     training = {**run.info["training"], "kept_seed": 1, "seed_losses": [0.25, -0.00004, None]}
-    info = {**run.info, "config": {"preset": "default", "training": {"ensemble": 3}}, "training": training}
+    info = {**run.info, "config": {**run.info["config"], "training": {"ensemble": 3}}, "training": training}
     text = written(replace(run, info=info, ensemble=table), tmp_path)[1].text["seeds"]
     assert "3 models of seeds 0 to 2; that of seed 1 validated best" in text
     assert "between 0.0000 and 0.2500" in text  # not -0.0000
@@ -268,8 +268,8 @@ def test_effects_are_in_order_and_place() -> None:
 
 def test_the_map_has_a_cell_a_perturbation() -> None:
     run = synthetic_run(3, 20)
-    shares = {"perturbations": ["PERT0"], "assignment": [[0.5, 0.5, 0.0]]}
-    chart = intervention_map(replace(run, info={**run.info, "discovery": {"bootstrap": shares}}))
+    found = found_by_bootstrap(3, {"PERT0": [0.5, 0.5, 0.0]})
+    chart = intervention_map(replace(run, info={**run.info, "discovery": found}))
     assert chart is not None
     assert len(chart["rows"]) == 18
     row = next(row for row in chart["rows"] if row["name"] == "PERT0")

@@ -12,9 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crlseq.run.export import dag_graph, dag_json, edge_table, graphml, program_labels, program_table
+from crlseq.run.graph import dag_graph, dag_json, graphml
 from crlseq.run.run import Run
+from crlseq.run.schema import Identification
+from crlseq.run.tables import edge_table, program_labels, program_table
 from tests.support import invoke
+from tests.synthetic import program_row
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +109,14 @@ def test_graph_by_hand() -> None:
     assert edges.to_dict("list")["target"] == ["P1", "P2"]
     assert edges["weight"].tolist() == [0.5, -2.0]
     assert edges["support"].isna().all()
-    programs = [{"name": f"P{k}", "label": "a\x00b\x1b[1m<&>\"' \ud7ff", "drivers": "", "genes": "é"} for k in range(3)]
-    graph = dag_graph(programs, edges, {"verdict": "not identified", "reason": "because"})
+    programs = [program_row(k, "a\x00b\x1b[1m<&>\"' \ud7ff", "é") for k in range(3)]
+    graph = dag_graph(programs, edges, Identification(verdict="not identified", reason="because"))
     assert sorted(graph.edges) == [("P0", "P1"), ("P1", "P2")]
     back = nx.parse_graphml(graphml(graph).decode())
     assert back.nodes["P0"]["label"] == "a\ufffdb\ufffd[1m<&>\"' \ud7ff"
     assert nx.utils.graphs_equal(nx.node_link_graph(json.loads(dag_json(graph)), edges="edges"), graph)
     edges["support"] = [0.9, 0.2]
-    supported = dag_graph(programs, edges, {"verdict": "identified", "reason": "because"})
+    supported = dag_graph(programs, edges, Identification(verdict="identified", reason="because"))
     assert supported.edges["P0", "P1"]["support"] == 0.9
 
 

@@ -18,7 +18,8 @@ import pytest
 import crlseq
 from crlseq.data import splits
 from crlseq.errors import InputError
-from crlseq.run.run import TABLES, Run
+from crlseq.run.run import Run
+from crlseq.storage.runfolder import TABLES
 from tests.support import FAST, RUN_FILES, dense, invoke, small_screen
 
 
@@ -240,14 +241,11 @@ def test_newer_format(copy: Path) -> None:
 
 
 def test_older_runs(copy: Path) -> None:
-    """What an earlier version did not write yet is done without; what can no longer be read is refused with a hint."""
-    found = pd.read_csv(copy / "evaluation.csv")
-    later = [name for name in found if name.endswith(("_training", "_mean"))]
-    found.drop(columns=later).to_csv(copy / "evaluation.csv", index=False)
+    """What can no longer be read is refused with a hint."""
     path = copy / "run.json"
     info = json.loads(path.read_text())
     path.write_text(json.dumps({**info, "version": "0.0.9"}))
-    assert len(later) == 4 and not set(later) & set(crlseq.load(copy).evaluation)
+    assert crlseq.load(copy).info["version"] == "0.0.9"
 
     hint = r"Fit again with the command in its run\.json, or read it with that version\."
     (copy / "history.csv").write_text("epoch\n0\n")
@@ -255,6 +253,26 @@ def test_older_runs(copy: Path) -> None:
         crlseq.load(copy)
     path.write_text(json.dumps({**info, "version": "0.0.1", "format": 0}))
     with pytest.raises(InputError, match=rf"crlseq 0\.0\.1, whose runs .* its format is 0, and 1 is read\. {hint}"):
+        crlseq.load(copy)
+
+
+def test_keys_of_later_versions_are_kept_and_wrong_ones_named(copy: Path, screen: ad.AnnData) -> None:
+    path = copy / "run.json"
+    info = json.loads(path.read_text())
+    info["training"]["later"] = {"key": 1}
+    path.write_text(json.dumps(info))
+    run = crlseq.load(copy)
+    assert run.info == info and run.facts.training.epochs_run == 3
+    assert json.loads(run.annotate(screen.copy()).uns["crlseq"]["run_json"]) == info
+    del info["training"]["kept_seed"]
+    path.write_text(json.dumps(info))
+    with pytest.raises(InputError, match=r"is damaged: run\.json lacks 'training\.kept_seed'\."):
+        crlseq.load(copy)
+    info["training"]["kept_seed"] = "two"
+    path.write_text(json.dumps(info))
+    with pytest.raises(
+        InputError, match=r"is damaged: training\.kept_seed in run\.json: Input should be a valid integer"
+    ):
         crlseq.load(copy)
 
 

@@ -1,4 +1,4 @@
-"""Programs in words and numbers, and the three verdicts, by hand."""
+"""Programs in words and numbers, and the answers to three questions, by hand."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from crlseq.run.run import Run
-from crlseq.run.summary import answer_of, assignment, short, strongest, verdicts
-from tests.synthetic import synthetic_run
+from crlseq.run.summary import Answer, answer_of, answers, assignment, short, strongest
+from tests.synthetic import found_by_bootstrap, synthetic_run
 
 
 @pytest.fixture
@@ -49,13 +49,6 @@ def test_summary_has_a_row_a_program(run: Run) -> None:
     assert table["effect_explained"].tolist() == [row["effect_explained"] for row in run.info["programs"]]
 
 
-def test_a_run_of_an_earlier_version_has_no_numbers(run: Run) -> None:
-    rows = [{k: v for k, v in row.items() if "explained" not in k and k != "stability"} for row in run.info["programs"]]
-    bootstrap = {"program": [0.5, 0.6, 0.7, 0.8], "ancestor": np.zeros((4, 4)).tolist()}
-    old = replace(run, info={**run.info, "programs": rows, "discovery": {"bootstrap": bootstrap}})
-    assert np.isnan(old.described["P1"].effect_explained) and old.described["P1"].stability == 0.6
-
-
 def test_drivers_with_a_detectable_effect_come_first(run: Run) -> None:
     table = run.interventions.copy()
     table.loc[table["perturbation"] == "PERT1", ["fdr", "shift"]] = [0.2, 99.0]
@@ -63,15 +56,16 @@ def test_drivers_with_a_detectable_effect_come_first(run: Run) -> None:
 
 
 def test_strongest(run: Run) -> None:
-    rows, left_out = strongest(run, 5)
+    rows, left_out = strongest(run.interventions, 5)
     assert (len(rows), left_out) == (5, 6)
     assert rows["shift"].abs().min() >= np.sort(run.interventions["shift"].abs().dropna())[-5]
     assert rows["program"].tolist() == sorted(rows["program"])
-    assert assignment(run, rows) is None
-    shares = {"perturbations": ["PERT1"], "assignment": [[0.25, 0.75, 0, 0]]}
-    known = assignment(replace(run, info={**run.info, "discovery": {"bootstrap": shares}}), strongest(run, 20)[0])
+    assert assignment(run.facts.bootstrap, rows) is None
+    found = found_by_bootstrap(4, {"PERT1": [0.25, 0.75, 0, 0]})
+    facts = replace(run, info={**run.info, "discovery": found}).facts
+    known = assignment(facts.bootstrap, strongest(run.interventions, 20)[0])
     assert known is not None
-    at = strongest(run, 20)[0]["perturbation"].tolist().index("PERT1")
+    at = strongest(run.interventions, 20)[0]["perturbation"].tolist().index("PERT1")
     assert known[at].tolist() == [0.25, 0.75, 0, 0] and np.isnan(np.delete(known, at, 0)).all()
 
 
@@ -81,43 +75,42 @@ def test_short() -> None:
     assert short("a\x1b[1m") == "a [1m"
 
 
-# --- verdicts
+# --- answers
 
 
-def grades(run: Run) -> list[str]:
-    return [verdict.grade for verdict in verdicts(run)]
+def answers_of(run: Run) -> list[Answer]:
+    return answers(run.facts, run.evaluation, run.history)
 
 
 def measured(**columns: Any) -> pd.DataFrame:
     n = len(columns["l2"])
-    return pd.DataFrame({"condition": [f"c{i}" for i in range(n)], "split": "test", "n_cells": 9, **columns})
+    others = dict.fromkeys(("pearson_delta", "pearson_delta_training", "pearson_delta_mean"), np.nan)
+    return pd.DataFrame({"condition": [f"c{i}" for i in range(n)], "split": "test", "n_cells": 9, **others, **columns})
 
 
 @pytest.mark.parametrize(("verdict", "grade"), [("identified", "good"), ("ancestry only", "fair"), ("not identified", "poor")])  # fmt: skip
 def test_identified(verdict: str, grade: str) -> None:
-    told = verdicts(synthetic_run(2, 4, verdict=verdict))[0]
+    told = answers_of(synthetic_run(2, 4, verdict=verdict))[0]
     assert (told.answer, told.grade, told.reason) == (verdict, grade, "Because it is.")
 
 
 def test_better_than_baselines(run: Run) -> None:
     base = {"l2_no_change": [2.0, 2.2, 2.1], "l2_training": [1.0, 1.1, 1.2], "l2_mean": [1.5, 1.6, 1.7]}
     better = replace(run, evaluation=measured(l2=[0.5, 0.6, 0.7], **base))
-    told = verdicts(better)[1]
+    told = answers_of(better)[1]
     assert (told.answer, told.grade) == ("better", "good")
     assert "0.6 against 1.1 (training effects), better on 3 of 3 conditions" in told.reason
-    worse = verdicts(replace(run, evaluation=measured(l2=[1.5, 1.6, 1.7], **base)))[1]
+    worse = answers_of(replace(run, evaluation=measured(l2=[1.5, 1.6, 1.7], **base)))[1]
     assert (worse.answer, worse.grade) == ("worse", "poor")  # than the best, though better than no change
-    even = verdicts(replace(run, evaluation=measured(l2=[0.5, 2.0, 1.1], **base)))[1]
+    even = answers_of(replace(run, evaluation=measured(l2=[0.5, 2.0, 1.1], **base)))[1]
     assert (even.answer, even.grade) == ("no clear difference", "fair")
-    one = verdicts(replace(run, evaluation=measured(l2=[0.5], **{name: values[:1] for name, values in base.items()})))[
-        1
-    ]
+    one = answers_of(
+        replace(run, evaluation=measured(l2=[0.5], **{name: values[:1] for name, values in base.items()}))
+    )[1]
     assert one.answer == "no clear difference"  # a single condition has no error to hold it against
-    old = verdicts(replace(run, evaluation=measured(l2=[0.5, 0.6, 0.7], l2_no_change=base["l2_no_change"])))[1]
-    assert old.grade == "open" and "crlseq evaluate" in old.reason
-    none = verdicts(replace(run, evaluation=run.evaluation.iloc[:0]))[1]
+    none = answers_of(replace(run, evaluation=run.evaluation.iloc[:0]))[1]
     assert (none.answer, none.grade) == ("not judged", "open")
-    chosen = verdicts(replace(run, evaluation=measured(l2=[0.5, 0.6, 0.7], **base).assign(split="validation")))[1]
+    chosen = answers_of(replace(run, evaluation=measured(l2=[0.5, 0.6, 0.7], **base).assign(split="validation")))[1]
     assert "chose the epoch" in chosen.reason
 
 
@@ -140,15 +133,20 @@ def test_answers_of_several_metrics() -> None:
 )
 def test_converged(run: Run, losses: list[float], stopped: bool, grade: str, word: str) -> None:
     history = pd.DataFrame({"epoch": range(len(losses)), "total": losses, "validation_total": losses})
-    training = {"epochs_run": len(losses), "best_epoch": len(losses) - 1, "stopped_early": stopped}
-    told = verdicts(replace(run, history=history, info={**run.info, "training": training}))[2]
+    training = {
+        **run.info["training"],
+        "epochs_run": len(losses),
+        "best_epoch": len(losses) - 1,
+        "stopped_early": stopped,
+    }
+    told = answers_of(replace(run, history=history, info={**run.info, "training": training}))[2]
     assert told.grade == grade
     assert word in told.reason
 
 
 def test_a_network_that_is_best_untrained_did_not_converge(run: Run) -> None:
-    training = {"epochs_run": 9, "best_epoch": 0, "stopped_early": True}
-    told = verdicts(replace(run, info={**run.info, "training": training}))[2]
+    training = {**run.info["training"], "epochs_run": 9, "best_epoch": 0, "stopped_early": True}
+    told = answers_of(replace(run, info={**run.info, "training": training}))[2]
     assert (told.grade, told.answer) == ("poor", "no") and "first of 9" in told.reason
-    warm = {**run.info, "training": training, "discovery": {"bootstrap": None}}
-    assert verdicts(replace(run, info=warm))[2].grade == "good"  # it starts where the likelihood ended
+    warm = {**run.info, "training": training, "discovery": found_by_bootstrap(4)}
+    assert answers_of(replace(run, info=warm))[2].grade == "good"  # it starts where the likelihood ended

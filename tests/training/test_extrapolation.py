@@ -19,8 +19,8 @@ from crlseq.evaluation.evaluate import evaluate
 from crlseq.experiments.crossvalidation import cross_validate
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.extension import extended
-from crlseq.prediction.extrapolation import Extrapolation, fit_extrapolation, load_extrapolation
 from crlseq.run.run import Run
+from crlseq.training.extrapolation import Extrapolation, fit_extrapolation, load_extrapolation
 from tests.support import check_refusal, invoke, small_screen
 
 LINEAR = {"method": "linear", "n_latents": 3, "bootstrap": 0, "intervention": "shift"}

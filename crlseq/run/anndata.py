@@ -1,168 +1,79 @@
-"""A fit as tables, graph files and AnnData keys: the formats that pandas, Cytoscape and scanpy open."""
+"""A fit as keys of an AnnData, which scanpy opens, and the annotated copy of its input."""
 
 from __future__ import annotations
 
-import io
-import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 import pandas as pd
 
 from crlseq.errors import InputError
+from crlseq.run.schema import CELL_COLUMNS, RunInfo, run_json
 from crlseq.storage.files import by_hdf5
 
 if TYPE_CHECKING:
     import anndata as ad
     import h5py
 
-DETECTABLE_FDR = 0.05
-LABEL_DRIVERS = 3
-PROGRAM_NUMBERS = ("variance_explained", "effect_explained", "stability")  # where a run has them
-SPLIT = pd.CategoricalDtype(["train", "validation", "test", "unused"])
-# Columns of obs: the split; where a fit was asked for them, what guides were read as, and the probability that a cell
-# responds to its perturbation.
-CELL_COLUMNS = ("crlseq_split", "crlseq_perturbation", "crlseq_responder")
+    from crlseq.data.preprocess import Preprocessing
+    from crlseq.model.discrepancy_vae import DiscrepancyVAE
+
 COPIED, COPIED_CELLS = 1 << 16, 8192  # values of a chunk, and cells of a block, of a copied store
 
 
-def program_names(n: int) -> list[str]:
-    """P0, P1, ... in topological order."""
-    return [f"P{k}" for k in range(n)]
+def read_latents(
+    model: DiscrepancyVAE, record: Preprocessing, facts: RunInfo, source: str | Path | ad.AnnData
+) -> np.ndarray:
+    """(cells, p) float32 latents; see `crlseq.run.run.Run.latents`."""
+    import torch
+
+    from crlseq.data.matrix import open_screen
+
+    scale = np.array([program.scale for program in facts.programs])
+    center = np.array([program.center for program in facts.programs])
+    dtype = model.scm.graph.dtype
+    parts = []
+    with open_screen(source, record.layer) as screen, torch.no_grad():
+        columns = record.columns(screen.genes, screen.source)
+        for _, block in screen.blocks():
+            record.check(block, screen.source)
+            x = torch.from_numpy(record.apply(block)[:, columns].astype(np.float32).toarray()).to(dtype)
+            values = (model.latents(x).double().numpy() - center) / scale
+            parts.append(values.astype(np.float32))  # of a million cells these are few, in float64 they are not
+    return np.concatenate(parts)
 
 
-def program_table(
-    genes: tuple[str, ...], loading: np.ndarray, total_effect: np.ndarray, sparse: bool = False
-) -> pd.DataFrame:
-    """``program, gene, loading, total_effect, rank``; loadings (p, G); rank 1 is the largest |loading|.
+def read_cells(path: Path) -> pd.DataFrame:
+    """`CELL_COLUMNS` that an annotated file has, by the name of the cell.
 
-    Of a sparse decoder also ``anchor``: whether the gene is loaded on this program and on no other.
+    Raises
+    ------
+    InputError
+        If it cannot be read.
     """
-    order = np.argsort(-np.abs(loading), axis=1, kind="stable")
-    p, n = loading.shape
-    rows = np.repeat(np.arange(p), n)
-    columns = order.ravel()
-    loaded = loading != 0
-    anchor = {"anchor": (loaded & (loaded.sum(0) == 1))[rows, columns]} if sparse else {}
-    return pd.DataFrame({
-        "program": np.repeat(program_names(p), n),
-        "gene": np.asarray(genes, dtype=object)[columns],
-        "loading": loading[rows, columns],
-        "total_effect": total_effect[rows, columns],
-        "rank": np.tile(np.arange(1, n + 1), p),
-        **anchor,
-    })  # fmt: skip
+    import anndata as ad
 
+    from crlseq.data.matrix import open_store
 
-def intervention_table(
-    perturbations: tuple[str, ...],
-    target: np.ndarray,
-    weight: np.ndarray,
-    shift: np.ndarray,
-    retention: np.ndarray,
-    noise_scale: np.ndarray,
-    support: np.ndarray,
-    tests: Mapping[str, np.ndarray],
-) -> pd.DataFrame:
-    """One row a single perturbation; all arguments (K,) but ``weight`` (K, p)."""
-    names = np.asarray([*program_names(weight.shape[1]), ""], dtype=object)  # the last: -1, no claim
-    return pd.DataFrame({
-        "perturbation": np.asarray(perturbations, dtype=object),
-        "program": names[target],
-        "weight": weight[np.arange(len(target)), target],
-        "shift": shift,
-        "retention": retention,
-        "n_cells": tests["n_cells"],
-        "p_value": tests["p_value"],
-        "fdr": tests["fdr"],
-        "energy_distance": tests["energy"],
-        "noise_scale": noise_scale,
-        "support": support,
-    })  # fmt: skip
-
-
-def program_labels(interventions: pd.DataFrame, n_programs: int) -> list[str]:
-    """A readable name a program: its strongest perturbations with a detectable effect."""
-    labels = []
-    for name in program_names(n_programs):
-        drivers = interventions[(interventions["program"] == name) & (interventions["fdr"] <= DETECTABLE_FDR)]
-        order = drivers["shift"].abs().sort_values(ascending=False, kind="stable").index
-        strongest = [str(value) for value in drivers.loc[order, "perturbation"][:LABEL_DRIVERS]]
-        more = len(order) - len(strongest)
-        labels.append(", ".join(strongest) + (f" +{more}" if more else "") if strongest else "no driver")
-    return labels
-
-
-def edge_table(weights: np.ndarray, declared: np.ndarray, support: np.ndarray, verdict: str) -> pd.DataFrame:
-    """``source, target, weight, support, identified``: the declared edges; weights, declared and support (p, p)."""
-    names = np.asarray(program_names(len(weights)), dtype=object)
-    source, target = np.nonzero(declared)
-    return pd.DataFrame({
-        "source": names[source],
-        "target": names[target],
-        "weight": weights[source, target],
-        "support": support[source, target],
-        "identified": np.full(len(source), verdict, dtype=object),
-    })  # fmt: skip
-
-
-def dag_graph(
-    programs: list[dict[str, Any]], edges: pd.DataFrame, identification: Mapping[str, str]
-) -> nx.DiGraph[str]:
-    """Programs as nodes, declared edges with weight (and support where there is one), the verdict on the graph."""
-    graph: nx.DiGraph[str] = nx.DiGraph(identified=identification["verdict"], reason=identification["reason"])
-    for program in programs:
-        numbers = {name: program[name] for name in PROGRAM_NUMBERS if program.get(name) is not None}
-        words = {name: program[name] for name in ("label", "drivers", "genes")}
-        graph.add_node(program["name"], **words, **numbers)
-    for row in edges.to_dict("records"):
-        attributes = {"weight": float(row["weight"]), "identified": str(row["identified"])}
-        if not np.isnan(row["support"]):
-            attributes["support"] = float(row["support"])
-        graph.add_edge(row["source"], row["target"], **attributes)
-    return graph
-
-
-def graphml(graph: nx.DiGraph[str]) -> bytes:
-    """GraphML of a DAG; characters that XML cannot hold are replaced."""
-    clean: nx.DiGraph[str] = nx.DiGraph(**{key: plain_text(value) for key, value in graph.graph.items()})
-    for node, values in graph.nodes(data=True):
-        clean.add_node(node, **{key: plain_text(value) for key, value in values.items()})
-    clean.add_edges_from(graph.edges(data=True))
-    buffer = io.BytesIO()
-    nx.write_graphml(clean, buffer)
-    return buffer.getvalue()
-
-
-def plain_text(value: Any) -> Any:
-    """A string with what XML cannot hold replaced; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    return re.sub("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", value)
-
-
-def dag_json(graph: nx.DiGraph[str]) -> str:
-    """The DAG in networkx's node-link form, with the verdict under ``graph``."""
-    return json.dumps(nx.node_link_data(graph, edges="edges"), indent=1, ensure_ascii=False)
-
-
-def run_json(info: Mapping[str, Any], indent: int | None = None) -> str:
-    """What a run says of itself, as text: the path of the input need not be any, and reads as it was all the same."""
-    text = json.dumps(info, indent=indent, ensure_ascii=False)
-    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+    try:
+        with open_store(path) as store:
+            obs: pd.DataFrame = ad.io.read_elem(store["obs"])
+        return obs[["crlseq_split", *(name for name in CELL_COLUMNS[1:] if name in obs)]].copy()
+    except (OSError, KeyError, InputError) as error:
+        raise InputError(
+            f"{path} cannot be read, so the split of cells is unknown.", "Restore it, or fit again."
+        ) from error
 
 
 def anndata_keys(
     info: Mapping[str, Any],
+    facts: RunInfo,
     programs: pd.DataFrame,
     interventions: pd.DataFrame,
-    edges_weights: np.ndarray,
-    var_names: pd.Index,
+    genes: pd.Index,
     latents: np.ndarray,
     cells: pd.DataFrame,
 ) -> dict[str, dict[str, Any]]:
@@ -170,24 +81,26 @@ def anndata_keys(
 
     Parameters
     ----------
-    edges_weights
-        (p, p) standardised adjacency, all of it.
+    info, facts
+        ``run.json`` as it is and with types.
+    genes
+        Of the AnnData.
     latents
         (cells, p) float32.
     cells
-        What is kept of each cell; see `CELL_COLUMNS`.
+        `CELL_COLUMNS` of its cells.
     """
-    names = [program["name"] for program in info["programs"]]
+    names = [program.name for program in facts.programs]
     p = len(names)
     wide = programs.pivot(index="gene", columns="program", values="loading")[names]
-    loadings = wide.reindex(var_names)
+    loadings = wide.reindex(genes)
     fitted = loadings.notna().all(axis=1).to_numpy()
     order = np.argsort(-wide.to_numpy(), axis=0, kind="stable")
     fields = {name: np.asarray(wide.index, dtype=str)[order[:, k]] for k, name in enumerate(names)}
     scores = {name: wide.to_numpy()[order[:, k], k].astype(np.float32) for k, name in enumerate(names)}
     # What scanpy's readers of `rank_genes_groups` take besides: log2 fold changes of one standard deviation of the
     # program, and p-values, which loadings have none of.
-    is_log = info["preprocessing"]["values"] != "continuous"
+    is_log = facts.preprocessing.values != "continuous"
     changes = {
         name: (column / np.log(2) if is_log else np.full_like(column, np.nan)) for name, column in scores.items()
     }
@@ -203,13 +116,13 @@ def anndata_keys(
         "uns": {
             "crlseq": {
                 "params": _flat(info["config"])
-                | {"reference": info["control_label"], "groupby": info["perturbation_key"], "use_raw": False},
+                | {"reference": facts.control_label, "groupby": facts.perturbation_key, "use_raw": False},
                 "program_names": np.array(names, dtype=str),
-                "program_labels": np.array([program["label"] for program in info["programs"]], dtype=str),
-                "adjacency": edges_weights.reshape(p, p),
+                "program_labels": np.array([program.label for program in facts.programs], dtype=str),
+                "adjacency": np.array(facts.adjacency, dtype=float).reshape(p, p),
                 "interventions": interventions.set_index("perturbation"),
-                "identified": info["identification"]["verdict"],
-                "identified_reason": info["identification"]["reason"],
+                "identified": facts.identification.verdict,
+                "identified_reason": facts.identification.reason,
                 "names": _records(fields),
                 "scores": _records(scores),
                 "logfoldchanges": _records(changes),

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -28,10 +28,6 @@ from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.extension import extended
 
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
-
-FILE = "embeddings.h5ad"
 MIN_PERTURBATIONS = 5  # to fit a map to, and to tell by leaving one out whether it says anything
 PENALTIES = np.logspace(-2, 4, 25)
 
@@ -82,6 +78,20 @@ class Extrapolation:
         kernel = asked @ own.T / z.shape[1]
         found: np.ndarray = mean + np.linalg.solve(gram + self.penalty * np.eye(n), kernel.T).T @ (np.eye(n) - 1 / n)
         return found
+
+    @torch.no_grad()
+    def extended(
+        self, model: DiscrepancyVAE, perturbations: Sequence[str], names: Sequence[str]
+    ) -> tuple[DiscrepancyVAE, dict[str, tuple[int, ...]]]:
+        """A model of `perturbations` with those of genes `names` of the table, and the rows that each of these combines."""
+        place = {name: k for k, name in enumerate(perturbations)}
+        rows = [place[name] for name in self.fitted]
+        w = torch.from_numpy(self.weights(names)).to(model.residual.dtype)
+        shift = w @ torch.from_numpy(self.shifts).to(w.dtype)
+        error = torch.from_numpy(self.error).to(w.dtype).expand(len(names), -1)
+        first, p = len(place), shift.shape[1]
+        of_names = {name: tuple(range(first + i * p, first + (i + 1) * p)) for i, name in enumerate(names)}
+        return extended(model, shift, w @ model.residual[rows], error), of_names
 
     def to_anndata(self) -> ad.AnnData:
         """The map as a file that `read_embeddings` takes too."""
@@ -203,22 +213,6 @@ def load_extrapolation(path: Path) -> Extrapolation:
             table, tuple(map(str, stored["fitted"])), str(stored["choice"]), float(stored["penalty"]),
             float(stored["skill"]), np.asarray(stored["shifts"], dtype=float), np.asarray(stored["error"], dtype=float),
         )  # fmt: skip
-
-
-@torch.no_grad()
-def with_unseen(run: Run, names: Sequence[str]) -> tuple[DiscrepancyVAE, dict[str, tuple[int, ...]]]:
-    """The run's model with perturbations of genes it has vectors for, and the rows that each is the combination of."""
-    model, table = run.model, run.extrapolation
-    if not names or table is None:
-        return model, {}
-    place = {name: k for k, name in enumerate(run.interventions["perturbation"])}
-    rows = [place[name] for name in table.fitted]
-    w = torch.from_numpy(table.weights(names)).to(model.residual.dtype)
-    shift = w @ torch.from_numpy(table.shifts).to(w.dtype)
-    error = torch.from_numpy(table.error).to(w.dtype).expand(len(names), -1)
-    new = extended(model, shift, w @ model.residual[rows], error)
-    first, p = len(place), shift.shape[1]
-    return new, {name: tuple(range(first + i * p, first + (i + 1) * p)) for i, name in enumerate(names)}
 
 
 def _standardised(vectors: np.ndarray) -> np.ndarray:

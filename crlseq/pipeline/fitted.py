@@ -1,0 +1,48 @@
+"""What users hold: a run that also predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crlseq.run.run import Run
+
+if TYPE_CHECKING:
+    import anndata as ad
+
+
+class FittedRun(Run):
+    """What `crlseq.fit` and `crlseq.load` return: a `Run` with a shortcut to predictions, which are made from runs."""
+
+    def predict(self, perturbations: str | Sequence[str], **options: Any) -> ad.AnnData:
+        """Virtual cells under fitted perturbations and combinations of them; see `crlseq.prediction.predict.predict`.
+
+        Examples
+        --------
+        >>> import crlseq
+        >>> virtual = crlseq.load("RUN").predict(["g0", "g0+g1"], n_cells=50)
+        >>> virtual.shape, virtual.varm["crlseq_effect"].shape
+        ((100, 40), (40, 2))
+        """
+        from crlseq.prediction.predict import predict  # with torch
+
+        return predict(self, perturbations, **options)
+
+
+def load(path: str | Path) -> FittedRun:
+    """Read a run folder.
+
+    Raises
+    ------
+    InputError
+        See `crlseq.run.run.Run.load`.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> run = crlseq.load("RUN")
+    >>> sorted(run.dag.nodes), sorted(run.described)
+    (['P0', 'P1', 'P2'], ['P0', 'P1', 'P2'])
+    """
+    return FittedRun.load(path)

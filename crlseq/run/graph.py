@@ -1,0 +1,68 @@
+"""The DAG: as a networkx graph, GraphML and JSON, and which program lies upstream of which."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+
+from crlseq.run.schema import PROGRAM_NUMBERS, Bootstrap, Identification, ProgramRow
+
+MIN_SUPPORT = 0.1  # ancestry below it is not listed
+
+
+def dag_graph(programs: Sequence[ProgramRow], edges: pd.DataFrame, identification: Identification) -> nx.DiGraph[str]:
+    """Programs as nodes, declared edges with weight (and support where there is one), the verdict on the graph."""
+    graph: nx.DiGraph[str] = nx.DiGraph(identified=identification.verdict, reason=identification.reason)
+    for program in programs:
+        attributes = program.model_dump(include={"label", "drivers", "genes", *PROGRAM_NUMBERS}, exclude_none=True)
+        graph.add_node(program.name, **attributes)
+    for row in edges.to_dict("records"):
+        attributes = {"weight": float(row["weight"]), "identified": str(row["identified"])}
+        if not np.isnan(row["support"]):
+            attributes["support"] = float(row["support"])
+        graph.add_edge(row["source"], row["target"], **attributes)
+    return graph
+
+
+def ancestry(graph: nx.DiGraph[str], bootstrap: Bootstrap | None) -> pd.DataFrame:
+    """``ancestor, descendant, declared, support``: pairs that the DAG declares or that have support of 0.1."""
+    names = list(graph)
+    support = np.full((len(names), len(names)), np.nan) if bootstrap is None else np.array(bootstrap.ancestor, float)
+    reach = nx.transitive_closure_dag(graph)
+    rows = [
+        {"ancestor": a, "descendant": b, "declared": reach.has_edge(a, b), "support": support[i, j]}
+        for i, a in enumerate(names)
+        for j, b in enumerate(names)
+        if reach.has_edge(a, b) or support[i, j] >= MIN_SUPPORT
+    ]
+    return pd.DataFrame(rows, columns=["ancestor", "descendant", "declared", "support"])
+
+
+def graphml(graph: nx.DiGraph[str]) -> bytes:
+    """GraphML of a DAG; characters that XML cannot hold are replaced."""
+    clean: nx.DiGraph[str] = nx.DiGraph(**{key: plain_text(value) for key, value in graph.graph.items()})
+    for node, values in graph.nodes(data=True):
+        clean.add_node(node, **{key: plain_text(value) for key, value in values.items()})
+    clean.add_edges_from(graph.edges(data=True))
+    buffer = io.BytesIO()
+    nx.write_graphml(clean, buffer)
+    return buffer.getvalue()
+
+
+def plain_text(value: Any) -> Any:
+    """A string with what XML cannot hold replaced; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return re.sub("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", value)
+
+
+def dag_json(graph: nx.DiGraph[str]) -> str:
+    """The DAG in networkx's node-link form, with the verdict under ``graph``."""
+    return json.dumps(nx.node_link_data(graph, edges="edges"), indent=1, ensure_ascii=False)

@@ -1,0 +1,263 @@
+"""What a run folder holds: the columns of its tables, and ``run.json`` with types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
+
+FORMAT = 1
+MAX_JSON = 256 << 20  # bytes; that of a genome-wide screen has some 10 MiB
+DETECTABLE_FDR = 0.05
+PROGRAM_NUMBERS = ("variance_explained", "effect_explained", "stability")
+
+# Columns that each table has at least; more may follow in later versions.
+COLUMNS: dict[str, dict[str, type]] = {
+    "programs": {"program": str, "gene": str, "loading": float, "total_effect": float, "rank": int},
+    "interventions": {
+        "perturbation": str, "program": str, "weight": float, "shift": float, "retention": float,
+        "n_cells": int, "p_value": float, "fdr": float, "energy_distance": float, "noise_scale": float, "support": float,
+    },
+    "dag": {"source": str, "target": str, "weight": float, "support": float, "identified": str},
+    "history": {"epoch": int, "total": float},
+    "evaluation": {
+        "condition": str, "split": str, "n_cells": int, "mmd2": float, "mmd2_no_change": float,
+        "pearson_delta": float, "l2": float, "l2_no_change": float, "pearson_delta_training": float,
+        "pearson_delta_mean": float, "l2_training": float, "l2_mean": float,
+    },
+}  # fmt: skip
+ANCHOR: dict[str, type] = {"anchor": bool}  # of programs, with a sparse decoder alone
+ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
+PATHWAY_COLUMNS = {
+    "program": str, "gene_set": str, "description": str, "weight": float, "rank": int, "n_genes": int, "same_genes": str,
+}  # fmt: skip
+# Columns of obs: the split; where a fit was asked for them, what guides were read as, and the probability that a cell
+# responds to its perturbation.
+CELL_COLUMNS = ("crlseq_split", "crlseq_perturbation", "crlseq_responder")
+SPLIT = pd.CategoricalDtype(["train", "validation", "test", "unused"])
+
+# A path, and what quotes one, may hold undecodable bytes, which pydantic refuses in a string.
+Text = SkipValidation[str]
+Matrix = list[list[float]]
+
+
+class _Part(BaseModel):
+    """Keys that only later versions write are ignored here and kept in the raw mapping."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class DataOptions(_Part):
+    """How the screen was read."""
+
+    separator: str | None
+    batch_key: str | None
+    hold_out: tuple[str, ...]
+    gene_sets: str | None
+
+
+class TrainingOptions(_Part):
+    """How it was trained."""
+
+    ensemble: int
+
+
+class Options(_Part):
+    """The part of the configuration that is needed after the fit."""
+
+    preset: str
+    data: DataOptions
+    training: TrainingOptions
+
+
+class Machine(_Part):
+    """That the fit ran on."""
+
+    system: str
+    architecture: str
+    cores: int | None
+
+
+class Input(_Part):
+    """The screen."""
+
+    path: Text
+    sha256: str | None
+    n_cells: int
+    n_genes: int
+
+
+class PreprocessingSummary(_Part):
+    """See `crlseq.data.preprocess.Preprocessing`."""
+
+    values: str
+    reason: str
+    layer: str | None
+    gene_choice: str
+
+
+class Cells(_Part):
+    """Numbers of cells by split."""
+
+    train: int
+    validation: int
+    test: int
+    unused: int
+
+
+class Condition(_Part):
+    """The control (without perturbations), a perturbation or a combination."""
+
+    name: str
+    perturbations: tuple[str, ...]
+    cells: dict[str, int]  # by split
+
+
+class ProgramRow(_Part):
+    """A program: its raw latent in the model is ``center + scale * program``."""
+
+    name: str
+    label: str
+    drivers: str
+    genes: str
+    scale: float
+    center: float
+    variance_explained: float | None
+    effect_explained: float | None
+    stability: float | None
+
+
+class Identification(_Part):
+    """Whether the data determine the graph, and why."""
+
+    verdict: str
+    reason: str
+
+
+class Bootstrap(_Part):
+    """Over replicates of the discovery: shares that have an edge, an ancestry, a target; stabilities (p,)."""
+
+    replicates: int
+    failed: int
+    edge: Matrix  # (p, p), row -> column
+    ancestor: Matrix
+    program: list[float]
+    perturbations: list[str]
+    assignment: Matrix  # (perturbations, p)
+    shift_error: list[float | None]
+
+
+class DiscoverySummary(_Part):
+    """What the likelihood found; see `crlseq.discovery.result.Discovery`."""
+
+    intervention: str
+    equations: str
+    held_out: dict[str, float]
+    gain_of_edges: float
+    gain_error: float
+    dispersion: float
+    straightened: bool
+    n_latents_curve: list[dict[str, float]] | None
+    bootstrap: Bootstrap | None
+
+
+class Training(_Part):
+    """How the training ended; see `crlseq.training.trainer.Fit`."""
+
+    epochs_run: int
+    best_epoch: int
+    stopped_early: bool
+    bandwidth: float
+    kept_seed: int
+    parts_of_steps: int
+    seed_losses: list[float | None]
+
+
+class GeneSetSummary(_Part):
+    """Sets that the encoder reads, and the share of each program that it reads from them."""
+
+    n_sets: int
+    explained: list[float | None] = []
+    explained_by_all_genes: list[float | None] = []
+
+
+class Metrics(_Part):
+    """Those after ``n_edges`` are of fits with cells to evaluate on."""
+
+    n_detected: int
+    n_edges: int
+    evaluated_on: str | None = None
+    mmd2: float | None = None
+    mmd2_no_change: float | None = None
+    pearson_delta: float | None = None
+    l2: float | None = None
+    l2_no_change: float | None = None
+
+
+class RunInfo(_Part):
+    """``run.json``, whose keys docs/formats.md describes."""
+
+    format: int
+    version: str
+    command: Text
+    started: str
+    finished: str
+    seconds: float
+    processes: int
+    seed: int
+    device: str
+    threads: int
+    packages: dict[str, str]
+    machine: Machine
+    config: Options
+    input: Input
+    perturbation_key: str
+    control_label: str
+    label_reason: str
+    guides: dict[str, Any] | None
+    gene_sets: GeneSetSummary | None
+    preprocessing: PreprocessingSummary
+    cells: Cells
+    conditions: list[Condition]
+    notes: list[Text]
+    n_latents: int
+    n_latents_reason: str
+    programs: list[ProgramRow]
+    adjacency: Matrix
+    identification: Identification
+    discovery: DiscoverySummary | None
+    training: Training
+    metrics: Metrics
+    embeddings: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, info: Mapping[str, Any]) -> RunInfo:
+        """The typed content of ``run.json``.
+
+        Raises
+        ------
+        ValueError
+            If a key is missing or a value is of another kind.
+        """
+        try:
+            return cls.model_validate(info)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            missing = first["type"] == "missing"
+            what = f"run.json lacks {where!r}" if missing else f"{where} in run.json: {first['msg']}"
+            raise ValueError(what) from None
+
+    @property
+    def bootstrap(self) -> Bootstrap | None:
+        """Of the graph; None without one."""
+        return None if self.discovery is None else self.discovery.bootstrap
+
+
+def run_json(info: Mapping[str, Any], indent: int | None = None) -> str:
+    """``run.json`` as text. The path of the input may not be valid UTF-8; undecodable bytes are escaped."""
+    text = json.dumps(info, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")

@@ -1,0 +1,92 @@
+"""Tables of programs, interventions and edges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from crlseq.run.schema import DETECTABLE_FDR
+
+LABEL_DRIVERS = 3
+
+
+def program_names(n: int) -> list[str]:
+    """P0, P1, ... in topological order."""
+    return [f"P{k}" for k in range(n)]
+
+
+def program_table(
+    genes: tuple[str, ...], loading: np.ndarray, total_effect: np.ndarray, sparse: bool = False
+) -> pd.DataFrame:
+    """``program, gene, loading, total_effect, rank``; loadings (p, G); rank 1 is the largest |loading|.
+
+    Of a sparse decoder also ``anchor``: whether the gene is loaded on this program and on no other.
+    """
+    order = np.argsort(-np.abs(loading), axis=1, kind="stable")
+    p, n = loading.shape
+    rows = np.repeat(np.arange(p), n)
+    columns = order.ravel()
+    loaded = loading != 0
+    anchor = {"anchor": (loaded & (loaded.sum(0) == 1))[rows, columns]} if sparse else {}
+    return pd.DataFrame({
+        "program": np.repeat(program_names(p), n),
+        "gene": np.asarray(genes, dtype=object)[columns],
+        "loading": loading[rows, columns],
+        "total_effect": total_effect[rows, columns],
+        "rank": np.tile(np.arange(1, n + 1), p),
+        **anchor,
+    })  # fmt: skip
+
+
+def intervention_table(
+    perturbations: tuple[str, ...],
+    target: np.ndarray,
+    weight: np.ndarray,
+    shift: np.ndarray,
+    retention: np.ndarray,
+    noise_scale: np.ndarray,
+    support: np.ndarray,
+    tests: Mapping[str, np.ndarray],
+) -> pd.DataFrame:
+    """One row a single perturbation; all arguments (K,) but ``weight`` (K, p)."""
+    names = np.asarray([*program_names(weight.shape[1]), ""], dtype=object)  # the last: -1, no claim
+    return pd.DataFrame({
+        "perturbation": np.asarray(perturbations, dtype=object),
+        "program": names[target],
+        "weight": weight[np.arange(len(target)), target],
+        "shift": shift,
+        "retention": retention,
+        "n_cells": tests["n_cells"],
+        "p_value": tests["p_value"],
+        "fdr": tests["fdr"],
+        "energy_distance": tests["energy"],
+        "noise_scale": noise_scale,
+        "support": support,
+    })  # fmt: skip
+
+
+def program_labels(interventions: pd.DataFrame, n_programs: int) -> list[str]:
+    """A readable name a program: its strongest perturbations with a detectable effect."""
+    labels = []
+    for name in program_names(n_programs):
+        drivers = interventions[(interventions["program"] == name) & (interventions["fdr"] <= DETECTABLE_FDR)]
+        order = drivers["shift"].abs().sort_values(ascending=False, kind="stable").index
+        strongest = [str(value) for value in drivers.loc[order, "perturbation"][:LABEL_DRIVERS]]
+        more = len(order) - len(strongest)
+        labels.append(", ".join(strongest) + (f" +{more}" if more else "") if strongest else "no driver")
+    return labels
+
+
+def edge_table(weights: np.ndarray, declared: np.ndarray, support: np.ndarray, verdict: str) -> pd.DataFrame:
+    """``source, target, weight, support, identified``: the declared edges; weights, declared and support (p, p)."""
+    names = np.asarray(program_names(len(weights)), dtype=object)
+    source, target = np.nonzero(declared)
+    return pd.DataFrame({
+        "source": names[source],
+        "target": names[target],
+        "weight": weights[source, target],
+        "support": support[source, target],
+        "identified": np.full(len(source), verdict, dtype=object),
+    })  # fmt: skip
