@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from crlseq.run.run import Run
+    from crlseq.run.schema import DiscoverySummary
     from crlseq.run.summary import Program
 
 
@@ -48,51 +49,51 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     from crlseq.run.summary import answers, sets_in_words
 
     found = _load(run)
-    info, metrics = found.info, found.info["metrics"]
-    _, better, converged = answers(found.facts, found.evaluation, found.history)
-    n, kept = info["training"]["epochs_run"], info["training"]["best_epoch"] + 1
-    epochs = (
-        f"{n} epochs, weights of epoch {kept} kept" if n else "no epochs, the linear model as the likelihood gives it"
-    )
+    facts, metrics = found.facts, found.facts.metrics
+    training, preprocessing, identification = facts.training, facts.preprocessing, facts.identification
+    _, better, converged = answers(facts, found.evaluation, found.history)
+    epochs = f"{training.epochs_run} epochs, weights of epoch {training.best_epoch + 1} kept"
+    if not training.epochs_run:
+        epochs = "no epochs, the linear model as the likelihood gives it"
     rows = {
-        "input": info["input"]["path"],
-        "cells": ", ".join(f"{n} {name}" for name, n in info["cells"].items() if n),
-        "genes": info["preprocessing"]["gene_choice"],
-        "values": f"{info['preprocessing']['values']} ({info['preprocessing']['reason']})",
-        "labels": info["label_reason"],
-        "perturbations": f"{len(found.interventions)}, {metrics['n_detected']} with a detectable effect (FDR <= 0.05)",
-        "programs": f"{info['n_latents']} ({info['n_latents_reason']})",
-        "graph": f"{info['identification']['verdict']}: {info['identification']['reason']}",
-        "likelihood": _likelihood(info["discovery"]),
-        "training": f"{epochs}, {info['seconds']} s on {info['device']}",
+        "input": facts.input.path,
+        "cells": ", ".join(f"{n} {name}" for name, n in facts.cells if n),
+        "genes": preprocessing.gene_choice,
+        "values": f"{preprocessing.values} ({preprocessing.reason})",
+        "labels": facts.label_reason,
+        "perturbations": f"{len(found.interventions)}, {metrics.n_detected} with a detectable effect (FDR <= 0.05)",
+        "programs": f"{facts.n_latents} ({facts.n_latents_reason})",
+        "graph": f"{identification.verdict}: {identification.reason}",
+        "likelihood": _likelihood(facts.discovery),
+        "training": f"{epochs}, {facts.seconds} s on {facts.device}",
         "converged": f"{converged.answer}: {converged.reason}",
-        "preset": f"{info['config']['preset']}, seed {info['seed']}, crlseq {info['version']}",
+        "preset": f"{facts.config.preset}, seed {facts.seed}, crlseq {facts.version}",
     }
-    if sets := info.get("gene_sets"):
-        rows["encoder"] = f"{sets['n_sets']} gene sets of {info['config']['data']['gene_sets']}"
-        rows["sets explain"] = sets_in_words(found.facts)
-    if "mmd2" in metrics:
+    if facts.gene_sets is not None:
+        rows["encoder"] = f"{facts.gene_sets.n_sets} gene sets of {facts.config.data.gene_sets}"
+        rows["sets explain"] = sets_in_words(facts)
+    if metrics.mmd2 is not None:
         rows["held out"] = (
-            f"on {metrics['evaluated_on']} cells: MMD2 {metrics['mmd2']:.4f} (no change: {metrics['mmd2_no_change']:.4f})"
+            f"on {metrics.evaluated_on} cells: MMD2 {metrics.mmd2:.4f} (no change: {metrics.mmd2_no_change:.4f})"
         )
         rows["baselines"] = f"{better.answer}: {better.reason}"
     if json:
-        show_json({**rows, "notes": info["notes"], "metrics": metrics, "identification": info["identification"]})
+        own = {key: found.info[key] for key in ("notes", "metrics", "identification")}
+        show_json({**rows, **own})
         return
     show_table(pd.DataFrame({"what": list(rows), "value": list(rows.values())}), str(run))
-    for note in info["notes"]:
+    for note in facts.notes:
         say(f"note: {note}")
 
 
-def _likelihood(discovery: dict[str, Any] | None) -> str:
+def _likelihood(discovery: DiscoverySummary | None) -> str:
     if discovery is None:
         return "not used: targets and graph were learned by gradient"
-    bootstrap = discovery["bootstrap"]
     return (
-        f"{discovery['intervention']} interventions, {discovery['equations']} equations"
-        + (", latents straightened" if discovery["straightened"] else "")
-        + f"; misfit {discovery['dispersion']:.2f} (1: none)"
-        + (f"; {bootstrap['replicates']} bootstrap replicates" if bootstrap else "")
+        f"{discovery.intervention} interventions, {discovery.equations} equations"
+        + (", latents straightened" if discovery.straightened else "")
+        + f"; misfit {discovery.dispersion:.2f} (1: none)"
+        + (f"; {discovery.bootstrap.replicates} bootstrap replicates" if discovery.bootstrap else "")
     )
 
 
@@ -288,7 +289,7 @@ def history(run: RunFolder, json: AsJson = False) -> None:
 
 def draw_dag(run: Run) -> str:
     """The DAG as text: every program with the edges that leave it, in topological order."""
-    label = {program["name"]: program["label"] for program in run.info["programs"]}
+    label = {program.name: program.label for program in run.facts.programs}
     lines = []
     for name in run.program_names:
         targets = sorted(run.dag.successors(name), key=lambda target: int(target[1:]))
