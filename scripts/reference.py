@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -39,7 +38,7 @@ def reference() -> str:
         hints = {name: parameter.annotation for name, parameter in signature.parameters.items()}
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         if arguments:
-            rows = [f"| `{_metavar(p)}` | {_cell(p.help)}{_choices(hints[p.name])} |" for p in arguments]
+            rows = [f"| `{_metavar(p)}` | {_cell(p.help)} |" for p in arguments]
             parts.append("\n".join(["| argument | |", "|---|---|", *rows]))
         options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
         for panel in dict.fromkeys(p.rich_help_panel for p in options):
@@ -103,14 +102,6 @@ def _kind(hint: Any) -> str:
     return KINDS.get(hint, "word")
 
 
-def _choices(hint: Any) -> str:
-    if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return f" {', '.join(f'`{choice.value}`' for choice in hint)}."
-    return ""
-
-
 def _default(option: Any) -> str:
     if option.required:
         return " Needed."
@@ -121,7 +112,7 @@ def _default(option: Any) -> str:
 def _cell(text: str | None) -> str:
     """Help in one line, without the markup of the terminal."""
     plain = Text.from_markup(_text(text)).plain
-    return "; ".join(part for part in plain.split("\n\n")).replace("\n", " ").replace("|", "\\|").replace(":; ", ": ")
+    return " ".join(plain.split()).replace("|", "\\|")
 
 
 def _text(text: str | None) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from crlseq.cli.options import AsJson, read_config, takes_config
 from crlseq.cli.output import say, show_json, show_table, show_text
+from crlseq.errors import InputError
 
 FEW, MANY = 8, 30
 
@@ -23,9 +24,8 @@ def check(
     json: AsJson = False,
     **given: Any,
 ) -> None:
-    """Look into a file before fitting: cells, values, labels, batches, and the exact fit command."""
+    """Inspect a file before fitting: cells, values, labels, batches, and the command that fits it."""
     from crlseq.data.inspection import describe
-    from crlseq.errors import InputError
 
     found = describe(file, read_config(given).data)
     if json:
@@ -35,7 +35,7 @@ def check(
     if found["problems"]:
         for problem in [] if json else found["problems"][1:]:
             say(f"problem: {problem}")
-        raise InputError(found["problems"][0], "Nothing can be fitted before this is mended.")
+        raise InputError(found["problems"][0], "Correct this before fitting.")
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ def _facts(found: dict[str, Any]) -> dict[str, Any]:
             f": {_few(measured)}" if measured else ""
         )
     batches = [f"{batch['column']} ({batch['levels']} levels)" for batch in found["batches"]]
-    facts["batches"] = "; ".join(batches) or "no column looks like one"
+    facts["batches"] = "; ".join(batches) or "no column looks like a batch"
     if "fitted_conditions" in found:
         facts["fit would use"] = f"{found['fitted_conditions']} conditions and the control"
     return facts

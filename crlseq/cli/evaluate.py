@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crlseq.cli.options import AsJson, Force, RunFolder
+from crlseq.cli.options import AsJson, Force, RunFolder, described
 from crlseq.cli.output import refuse_output, say, show_json, show_table
+from crlseq.errors import UsageError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,35 +27,38 @@ LEGACY = ("legacy_mmd2", "legacy_r2", "legacy_rmse")
 def evaluate(
     run: RunFolder,
     data: Annotated[
-        Path | None, typer.Option(help="Other cells with the same labels. [the run's test cells]", show_default=False)
+        Path | None, typer.Option(help=described("Other cells with the same labels.", "the run's test cells"))
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="CSV with every condition and predictor.", show_default=False)
+        Path | None,
+        typer.Option("--output", "-o", help="CSV file with one row per condition and predictor.", show_default=False),
     ] = None,
     held_out_controls: Annotated[
         bool,
         typer.Option(
-            "--held-out-controls", help="Take changes against control cells that were held out as well.", metavar=""
+            "--held-out-controls", help="Compare with held-out control cells instead of training ones.", metavar=""
         ),
     ] = False,
     cross_validate: Annotated[
-        bool, typer.Option("--cross-validate", help="Fit again without a part of the screen, fold by fold.", metavar="")
+        bool, typer.Option("--cross-validate", help="Fit again, each time without one part of the screen.", metavar="")
     ] = False,
-    folds: Annotated[int, typer.Option(help="Of --cross-validate.", min=2)] = 5,
+    folds: Annotated[int, typer.Option(help="Number of folds of --cross-validate.", min=2)] = 5,
     splits: Annotated[
         str | None,
         typer.Option(
-            help="What --cross-validate holds out: cells, combinations, singles, with commas. [what the screen has]",
-            show_default=False,
+            help=described(
+                "What --cross-validate holds out: cells, combinations or singles, separated by commas.",
+                "what the screen has",
+            ),
         ),
     ] = None,
     legacy: Annotated[
-        bool, typer.Option("--legacy", help="Also the metrics of the published tables.", metavar="")
+        bool, typer.Option("--legacy", help="Also compute the metrics of Zhang et al. 2023.", metavar="")
     ] = False,
     json: AsJson = False,
     force: Force = False,
 ) -> None:
-    """Judge a run by cells that it was not fitted on, beside baselines that any model has to beat."""
+    """Evaluate a run on cells that it was not fitted to, beside simple baselines that any model must beat."""
     _refuse_contradictions(data, held_out_controls, cross_validate, splits)
     if output is not None:
         refuse_output(output, force)
@@ -89,18 +93,14 @@ def evaluate(
 def _refuse_contradictions(
     data: Path | None, held_out_controls: bool, cross_validate: bool, splits: str | None
 ) -> None:
-    from crlseq.errors import UsageError
-
     if cross_validate and data is not None:
         raise UsageError(
-            "--cross-validate judges by the run's own screen, and --data names another.", "Give one of them."
+            "--cross-validate evaluates on the run's own screen, and --data names another.", "Give one of them."
         )
     if held_out_controls and (cross_validate or data is not None):
-        raise UsageError(
-            "--held-out-controls is about the run's own test cells.", "Leave --data or --cross-validate out."
-        )
+        raise UsageError("--held-out-controls refers to the run's own test cells.", "Omit --data or --cross-validate.")
     if splits is not None and not cross_validate:
-        raise UsageError("--splits says what --cross-validate holds out.", "Give both.")
+        raise UsageError("--splits needs --cross-validate.", "Give both.")
 
 
 def _show(found: Evaluation, legacy: bool) -> None:

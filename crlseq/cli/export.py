@@ -11,7 +11,7 @@ from crlseq.cli.options import Force, RunFolder
 from crlseq.cli.output import refuse_output, say
 from crlseq.export.registry import FORMATS, check_format, write
 
-CHOICES = "\n\n".join(["What to write:", *(f"{name}: {about.what}" for name, about in FORMATS.items())])
+CHOICES = "\n\n".join(["What to write:", *(f"{name}: {about.what}." for name, about in FORMATS.items())])
 
 
 def export(

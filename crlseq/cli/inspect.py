@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from crlseq.cli.options import AsJson, RunFolder
 from crlseq.cli.output import say, say_verdict, show_json, show_table, show_text
+from crlseq.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,9 @@ class _SummaryByDefault(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-app = typer.Typer(cls=_SummaryByDefault, no_args_is_help=True, help="What a run found: `inspect RUN` for a summary.")
+app = typer.Typer(
+    cls=_SummaryByDefault, no_args_is_help=True, help="Show what a run found; `inspect RUN` prints a summary."
+)
 
 
 def _load(run: Path) -> Run:
@@ -43,7 +46,7 @@ def _load(run: Path) -> Run:
 
 @app.command()
 def summary(run: RunFolder, json: AsJson = False) -> None:
-    """What was fitted, how well, and whether to believe the graph."""
+    """What was fitted, how well, and whether the graph can be trusted."""
     import pandas as pd
 
     from crlseq.run.summary import answers, sets_in_words
@@ -54,7 +57,7 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     _, better, converged = answers(facts, found.evaluation, found.history)
     epochs = f"{training.epochs_run} epochs, weights of epoch {training.best_epoch + 1} kept"
     if not training.epochs_run:
-        epochs = "no epochs, the linear model as the likelihood gives it"
+        epochs = "no epochs; the linear model that the likelihood gives"
     rows = {
         "input": facts.input.path,
         "cells": ", ".join(f"{n} {name}" for name, n in facts.cells if n),
@@ -92,7 +95,7 @@ def _likelihood(discovery: DiscoverySummary | None) -> str:
     return (
         f"{discovery.intervention} interventions, {discovery.equations} equations"
         + (", latents straightened" if discovery.straightened else "")
-        + f"; misfit {discovery.dispersion:.2f} (1: none)"
+        + f"; misfit {discovery.dispersion:.2f} (ideal 1.0)"
         + (f"; {discovery.bootstrap.replicates} bootstrap replicates" if discovery.bootstrap else "")
     )
 
@@ -101,13 +104,15 @@ def _likelihood(discovery: DiscoverySummary | None) -> str:
 def programs(
     run: RunFolder,
     program: Annotated[str | None, typer.Option(help="One program, such as P3.")] = None,
-    top: Annotated[int, typer.Option(help="Genes a program; with --gene-sets, sets a program and test.", min=1)] = 20,
+    top: Annotated[
+        int, typer.Option(help="Genes per program; with --gene-sets, sets per program and test.", min=1)
+    ] = 20,
     gene_sets: Annotated[
-        Path | None, typer.Option(help="Instead of genes, the gene sets of this gmt file that are enriched.")
+        Path | None, typer.Option(help="A gmt file: show enriched gene sets instead of genes.")
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Top genes of each program: loading directly, and through the DAG as well. With --gene-sets, what they are known for."""
+    """Top genes of each program, by direct loading and total effect through the DAG; or enriched gene sets."""
     if gene_sets is not None:
         from crlseq.data.genesets import check_gmt
 
@@ -132,7 +137,7 @@ def programs(
             show_text("\n".join(_heading(told)))
             show_table(part, "")
             show_text("")
-    say(f"One of them with its perturbations: crlseq inspect program {run} {program or found.program_names[0]}")
+    say(f"For one program with its perturbations: crlseq inspect program {run} {program or found.program_names[0]}")
 
 
 def _enriched(found: Run, gene_sets: Path, program: str | None, top: int, json: bool) -> None:
@@ -152,7 +157,7 @@ def _enriched(found: Run, gene_sets: Path, program: str | None, top: int, json: 
             f"{name}  {found.described[str(name)].label}: {test}",
         )
         show_text("")
-    say("The genes of each, and all digits: into a pipe, or with --json.")
+    say("A pipe or --json also gets the genes of each set, and all digits.")
 
 
 def _named(sets: pd.DataFrame) -> pd.Series:
@@ -164,13 +169,13 @@ def _named(sets: pd.DataFrame) -> pd.Series:
 def program(
     run: RunFolder,
     name: Annotated[str, typer.Argument(help="The program, such as P3.", show_default=False)],
-    top: Annotated[int, typer.Option(help="Genes that rise, and genes that fall.", min=1)] = 15,
+    top: Annotated[int, typer.Option(help="Largest number of genes that rise, and of genes that fall.", min=1)] = 15,
     json: AsJson = False,
 ) -> None:
-    """One program: what drives it, which genes rise and fall with it, what lies up- and downstream.
+    """One program: its drivers, the genes that rise and fall with it, and the programs up- and downstream.
 
-    Into a pipe one table, whose first column says whether a row is a driver, a gene that rises (up) or falls (down), or a
-    gene set that the encoder reads it from.
+    A pipe gets one table, whose first column is driver, up (a gene that rises), down (a gene that falls) or gene set (one
+    that the encoder reads the program from).
     """
     import pandas as pd
 
@@ -209,8 +214,6 @@ def program(
 
 
 def _described(run: Run, name: str) -> Program:
-    from crlseq.errors import InputError
-
     if name not in run.described:
         names = run.program_names
         raise InputError(f"There is no program {name!r} in {run.path}.", f"Programs are {names[0]} to {names[-1]}.")
@@ -239,7 +242,7 @@ def _heading(program: Program) -> list[str]:
 
 @app.command()
 def interventions(run: RunFolder, json: AsJson = False) -> None:
-    """The program that each perturbation targets, and what it does there."""
+    """The program that each perturbation targets, and its effect on that program."""
     found = _load(run).interventions
     program = found["program"].where(found["program"] != "")  # perturbations without a claim come last
     order = program.str[1:].astype(float).sort_values(kind="stable").index
@@ -248,7 +251,7 @@ def interventions(run: RunFolder, json: AsJson = False) -> None:
 
 @app.command()
 def dag(run: RunFolder, json: AsJson = False) -> None:
-    """The latent DAG, drawn as text and as a table, and whether the data determine it."""
+    """The graph of the programs, as text and as a table, and whether the data determine it."""
     import json as json_module
 
     from crlseq.run.graph import dag_json
@@ -260,7 +263,7 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
     if sys.stdout.isatty():
         show_text(draw_dag(found))
     if len(found.edges) or not sys.stdout.isatty():
-        show_table(found.edges, "Declared edges (weight: standard deviations of the target by one of the source)")
+        show_table(found.edges, "Declared edges (weight: standard deviations of the target per one of the source)")
     else:
         show_text("No edge is declared.")
     say_verdict(found)
@@ -268,7 +271,7 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
 
 @app.command()
 def ancestry(run: RunFolder, json: AsJson = False) -> None:
-    """Which program is upstream of which: declared by the DAG, or found in a tenth of the bootstrap replicates."""
+    """Which program is upstream of which: by the declared graph, or in at least a tenth of bootstrap replicates."""
     show_table(_load(run).ancestry, "Ancestry (support: share of the bootstrap replicates)", json)
 
 

@@ -16,13 +16,13 @@ def prepare(
     files: Annotated[
         list[Path], typer.Argument(help="Screens with the same genes: .h5ad files or zarr stores.", show_default=False)
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Store to write, a folder.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Store to write (a folder).", show_default=False)],
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished store.", metavar="")] = False,
     force: Force = False,
     quiet: Quiet = False,
     **given: Any,
 ) -> None:
-    """Write one or several screens as a store sorted by perturbation, which `fit` reads without holding it in memory."""
+    """Write one or more screens to a store sorted by perturbation, which `fit` reads without loading all of it."""
     from crlseq.data.prepare import prepare as write
 
     config = read_config(given)
@@ -32,5 +32,5 @@ def prepare(
         stage=lambda text: tell(f"• {text}"), note=lambda text: tell(f"  {text}"),
     )  # fmt: skip
     if not quiet:
-        say(f"{done.n_cells} cells x {done.n_genes} genes, {done.n_nonzero} values that are not 0 ({done.values}).")
+        say(f"{done.n_cells} cells x {done.n_genes} genes, {done.n_nonzero} non-zero values ({done.values}).")
         say(f"Written to {output}. Next: crlseq fit {output} --output RUN")

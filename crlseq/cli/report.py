@@ -7,21 +7,23 @@ from typing import Annotated
 
 import typer
 
-from crlseq.cli.options import Force, RunFolder
+from crlseq.cli.options import Force, RunFolder, described
 from crlseq.cli.output import refuse_output, say
 
 
 def report(
     run: RunFolder,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file. [RUN/report.html]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help=described("HTML file.", "RUN/report.html"))
+    ] = None,
     gene_sets: Annotated[
-        Path | None, typer.Option(help="A gmt file: the gene sets in which each program is enriched are in its card.")
+        Path | None, typer.Option(help="A gmt file: each program's card lists the enriched gene sets.")
     ] = None,
     force: Force = False,
 ) -> None:
     """Write the report of a run as one HTML page.
 
-    Tables that `crlseq evaluate RUN --output RUN/NAME.csv` left in the run's folder are in it.
+    Tables that `crlseq evaluate RUN --output RUN/NAME.csv` wrote into the run's folder are included.
     """
     from crlseq.data.genesets import check_gmt
     from crlseq.pipeline.fitted import load

@@ -8,23 +8,21 @@ from typing import Annotated
 
 import typer
 
-from crlseq.cli.options import AsJson, Force, Quiet, RunFolder
+from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, described
 from crlseq.cli.output import FitProgress, say, show_json
 
 
 def rerun(
     run: RunFolder,
-    data: Annotated[
-        Path | None, typer.Option(help="Where the run's input lies now. [where it lay]", show_default=False)
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help=described("The run's input.", "its path in run.json"))] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Keep the second run there.", show_default=False)
+        Path | None, typer.Option("--output", "-o", help="Keep the second run in this folder.", show_default=False)
     ] = None,
     json: AsJson = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fit again as run.json says, and report the first difference: exit code 0 if there is none, 4 if there is."""
+    """Repeat a fit from its run.json and report the first difference: exit code 0 if there is none, else 4."""
     from dataclasses import asdict
 
     from crlseq.experiments.rerun import rerun as repeat
@@ -46,5 +44,5 @@ def rerun(
     if found.causes:
         say(f"Probable causes: {'; '.join(found.causes)}.")
     else:
-        say("Versions, threads and machine are recorded as the same.")
+        say("The recorded versions, threads and machine are the same.")
     raise typer.Exit(4)
