@@ -6,9 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from crlseq.cli.options import AsJson, Quiet, described
+from crlseq.cli.options import AsJson, Quiet, setting
 from crlseq.cli.output import say, show_table
 from crlseq.errors import UsageError
 
@@ -18,24 +16,20 @@ SHOWN = ["scenario", "method", "runs", "failed", "ancestor_f1", "target_accuracy
 def benchmark(
     output: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", help="Folder for the results; finished fits there are kept.", show_default=False
-        ),
+        setting("Folder for the results; finished fits there are kept.", "--output", "-o"),
     ],
-    scenario: Annotated[list[str] | None, typer.Option(help=described("A scenario; may be repeated.", "all"))] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, such as 0-7 or 0,2,5-6.")] = "0-7",
+    scenario: Annotated[list[str] | None, setting("A scenario; may be repeated.", default="all")] = None,
+    seeds: Annotated[str, setting("Seeds, such as 0-7 or 0,2,5-6.")] = "0-7",
     method: Annotated[
         list[str] | None,
-        typer.Option(help=described("default, sparse, linear, paper or sparse-vae; may be repeated.", "all")),
+        setting("default, sparse, linear, paper or sparse-vae; may be repeated.", default="all"),
     ] = None,
-    n_latents: Annotated[
-        str, typer.Option(help="known: the fits are given the true number; auto: they choose it.")
-    ] = "known",
+    n_latents: Annotated[str, setting("known: the fits are given the true number; auto: they choose it.")] = "known",
     epochs: Annotated[
         int | None,
-        typer.Option(help="Epochs per fit; targets and graphs of the default method do not depend on it.", min=1),
+        setting("Epochs per fit; targets and graphs of the default method do not depend on it.", min=1),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help=described("CPU threads.", "all"), min=1)] = None,
+    threads: Annotated[int | None, setting("CPU threads.", default="all", min=1)] = None,
     json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from crlseq.cli.options import AsJson, Force, RunFolder, described
+from crlseq.cli.options import AsJson, Force, RunFolder, setting, switch
 from crlseq.cli.output import refuse_output, say, show_json, show_table
 from crlseq.errors import UsageError
 
@@ -26,35 +24,27 @@ LEGACY = ("legacy_mmd2", "legacy_r2", "legacy_rmse")
 
 def evaluate(
     run: RunFolder,
-    data: Annotated[
-        Path | None, typer.Option(help=described("Other cells with the same labels.", "the run's test cells"))
-    ] = None,
+    data: Annotated[Path | None, setting("Other cells with the same labels.", default="the run's test cells")] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="CSV file with one row per condition and predictor.", show_default=False),
+        setting("CSV file with one row per condition and predictor.", "--output", "-o"),
     ] = None,
     held_out_controls: Annotated[
         bool,
-        typer.Option(
-            "--held-out-controls", help="Compare with held-out control cells instead of training ones.", metavar=""
-        ),
+        switch("--held-out-controls", "Compare with held-out control cells instead of training ones."),
     ] = False,
     cross_validate: Annotated[
-        bool, typer.Option("--cross-validate", help="Fit again, each time without one part of the screen.", metavar="")
+        bool, switch("--cross-validate", "Fit again, each time without one part of the screen.")
     ] = False,
-    folds: Annotated[int, typer.Option(help="Number of folds of --cross-validate.", min=2)] = 5,
+    folds: Annotated[int, setting("Number of folds of --cross-validate.", min=2)] = 5,
     splits: Annotated[
         str | None,
-        typer.Option(
-            help=described(
-                "What --cross-validate holds out: cells, combinations or singles, separated by commas.",
-                "what the screen has",
-            ),
+        setting(
+            "What --cross-validate holds out: cells, combinations or singles, separated by commas.",
+            default="what the screen has",
         ),
     ] = None,
-    legacy: Annotated[
-        bool, typer.Option("--legacy", help="Also compute the metrics of Zhang et al. 2023.", metavar="")
-    ] = False,
+    legacy: Annotated[bool, switch("--legacy", "Also compute the metrics of Zhang et al. 2023.")] = False,
     json: AsJson = False,
     force: Force = False,
 ) -> None:

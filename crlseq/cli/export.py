@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from crlseq.cli.options import Force, RunFolder
+from crlseq.cli.options import Force, RunFolder, setting
 from crlseq.cli.output import refuse_output, say
 from crlseq.export.registry import FORMATS, check_format, write
 
@@ -16,8 +14,8 @@ CHOICES = "\n\n".join(["What to write:", *(f"{name}: {about.what}." for name, ab
 
 def export(
     run: RunFolder,
-    name: Annotated[str, typer.Option("--format", "-f", help=CHOICES, show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File or folder to write.", show_default=False)],
+    name: Annotated[str, setting(CHOICES, "--format", "-f")],
+    output: Annotated[Path, setting("File or folder to write.", "--output", "-o")],
     force: Force = False,
 ) -> None:
     """Write a run in the format of another tool."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crlseq.cli.options import Force, Quiet, read_config, takes_config
+from crlseq.cli.options import Force, Quiet, read_config, setting, switch, takes_config
 from crlseq.cli.output import FitProgress, say, say_verdict
 
 
@@ -20,12 +20,12 @@ def fit(
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to write.", show_default=False)],
-    preset: Annotated[str | None, typer.Option(help="default, or paper (the model exactly as published).")] = None,
+    output: Annotated[Path, setting("Run folder to write.", "--output", "-o")],
+    preset: Annotated[str | None, setting("default, or paper (the model exactly as published).")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="TOML file with tables data, model and training; options win over it.")
+        Path | None, setting("TOML file with tables data, model and training; options win over it.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished fit.", metavar="")] = False,
+    resume: Annotated[bool, switch("--resume", "Continue an unfinished fit.")] = False,
     force: Force = False,
     quiet: Quiet = False,
     **given: Any,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from crlseq.cli.options import AsJson, RunFolder
+from crlseq.cli.options import AsJson, RunFolder, setting
 from crlseq.cli.output import say, say_verdict, show_json, show_table, show_text
 from crlseq.errors import InputError
 
@@ -103,13 +103,9 @@ def _likelihood(discovery: DiscoverySummary | None) -> str:
 @app.command()
 def programs(
     run: RunFolder,
-    program: Annotated[str | None, typer.Option(help="One program, such as P3.")] = None,
-    top: Annotated[
-        int, typer.Option(help="Genes per program; with --gene-sets, sets per program and test.", min=1)
-    ] = 20,
-    gene_sets: Annotated[
-        Path | None, typer.Option(help="A gmt file: show enriched gene sets instead of genes.")
-    ] = None,
+    program: Annotated[str | None, setting("One program, such as P3.")] = None,
+    top: Annotated[int, setting("Genes per program; with --gene-sets, sets per program and test.", min=1)] = 20,
+    gene_sets: Annotated[Path | None, setting("A gmt file: show enriched gene sets instead of genes.")] = None,
     json: AsJson = False,
 ) -> None:
     """Top genes of each program, by direct loading and total effect through the DAG; or enriched gene sets."""
@@ -169,7 +165,7 @@ def _named(sets: pd.DataFrame) -> pd.Series:
 def program(
     run: RunFolder,
     name: Annotated[str, typer.Argument(help="The program, such as P3.", show_default=False)],
-    top: Annotated[int, typer.Option(help="Largest number of genes that rise, and of genes that fall.", min=1)] = 15,
+    top: Annotated[int, setting("Largest number of genes that rise, and of genes that fall.", min=1)] = 15,
     json: AsJson = False,
 ) -> None:
     """One program: its drivers, the genes that rise and fall with it, and the programs up- and downstream.

@@ -26,15 +26,20 @@ FLAGS: dict[str, dict[str, Any]] = {
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def described(text: str, default: str) -> str:
-    """Help with what is taken where nothing is given, in brackets that rich shall not read as markup."""
-    return escape(f"{text} [default: {default}]")
+def setting(text: str, *names: str, default: str = "", **limits: Any) -> Any:
+    """An option with a value; `default` says in words what is taken where it is not given."""
+    return typer.Option(*names, help=escape(f"{text} [default: {default}]" if default else text), **limits)
+
+
+def switch(name: str, text: str, *short: str) -> Any:
+    """An option without a value."""
+    return typer.Option(name, *short, help=text, metavar="")
 
 
 RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.", metavar="")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what exists at --output.", metavar="")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", metavar="")]
+AsJson = Annotated[bool, switch("--json", "Print JSON to stdout.")]
+Force = Annotated[bool, switch("--force", "Replace what exists at --output.")]
+Quiet = Annotated[bool, switch("--quiet", "Print errors only.", "-q")]
 
 
 def takes_config(*names: str) -> Callable[[Command], Command]:

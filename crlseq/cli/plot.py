@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crlseq.cli.options import Force, RunFolder, described
+from crlseq.cli.options import Force, RunFolder, setting
 from crlseq.cli.output import refuse_output, say, say_verdict
 from crlseq.errors import UsageError
 
@@ -29,22 +29,18 @@ KINDS: dict[str, dict[str, str]] = {
 def plot(
     run: RunFolder,
     kind: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.", show_default=False)],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Figure to write: .png, .svg or .pdf.", show_default=False)
-    ],
+    output: Annotated[Path, setting("Figure to write: .png, .svg or .pdf.", "--output", "-o")],
     top: Annotated[
         int | None,
-        typer.Option(
-            help=described("Largest number of genes per program, or of perturbations.", "what fits 60 rows"), min=1
-        ),
+        setting("Largest number of genes per program, or of perturbations.", default="what fits 60 rows", min=1),
     ] = None,
     program: Annotated[
-        list[str] | None, typer.Option(help=described("An axis of the embedding; give two.", "those that explain most"))
+        list[str] | None, setting("An axis of the embedding; give two.", default="those that explain most")
     ] = None,
     perturbation: Annotated[
-        list[str] | None, typer.Option(help=described("Coloured in the embedding; may be repeated.", "the strongest"))
+        list[str] | None, setting("Coloured in the embedding; may be repeated.", default="the strongest")
     ] = None,
-    dpi: Annotated[int, typer.Option(help="Resolution of a .png in dots per inch.", min=20, max=1200)] = 150,
+    dpi: Annotated[int, setting("Resolution of a .png in dots per inch.", min=20, max=1200)] = 150,
     force: Force = False,
 ) -> None:
     """Draw the graph, the programs, the intervention map, the losses, the tests of effects or the cells."""

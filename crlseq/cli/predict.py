@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, described
+from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, setting, switch
 from crlseq.cli.output import say, show_json
 
 
@@ -15,27 +13,20 @@ def predict(
     run: RunFolder,
     perturbation: Annotated[
         list[str],
-        typer.Option(
-            "--perturbation",
-            "-p",
-            help="A perturbation, or a combination such as A+B; may be repeated.",
-            show_default=False,
-        ),
+        setting("A perturbation, or a combination such as A+B; may be repeated.", "--perturbation", "-p"),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The h5ad file to write.", show_default=False)],
+    output: Annotated[Path, setting("The h5ad file to write.", "--output", "-o")],
     n_cells: Annotated[
-        int | None, typer.Option(help=described("Control cells to start from.", "500, or all if fewer"), min=1)
+        int | None, setting("Control cells to start from.", default="500, or all if fewer", min=1)
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help=described("File with the control cells to start from.", "the run"))
+        Path | None, setting("File with the control cells to start from.", "--from", default="the run")
     ] = None,
     counterfactual: Annotated[
         bool,
-        typer.Option(
-            "--counterfactual", help="Write each cell with and without the intervention, in pairs.", metavar=""
-        ),
+        switch("--counterfactual", "Write each cell with and without the intervention, in pairs."),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the random draws.", min=0)] = 0,
+    seed: Annotated[int, setting("Seed of the random draws.", min=0)] = 0,
     force: Force = False,
     json: AsJson = False,
     quiet: Quiet = False,

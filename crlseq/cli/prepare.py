@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crlseq.cli.options import Force, Quiet, read_config, takes_config
+from crlseq.cli.options import Force, Quiet, read_config, setting, switch, takes_config
 from crlseq.cli.output import say
 
 
@@ -16,8 +16,8 @@ def prepare(
     files: Annotated[
         list[Path], typer.Argument(help="Screens with the same genes: .h5ad files or zarr stores.", show_default=False)
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Store to write (a folder).", show_default=False)],
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished store.", metavar="")] = False,
+    output: Annotated[Path, setting("Store to write (a folder).", "--output", "-o")],
+    resume: Annotated[bool, switch("--resume", "Continue an unfinished store.")] = False,
     force: Force = False,
     quiet: Quiet = False,
     **given: Any,

@@ -5,20 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from crlseq.cli.options import Force, RunFolder, described
+from crlseq.cli.options import Force, RunFolder, setting
 from crlseq.cli.output import refuse_output, say
 
 
 def report(
     run: RunFolder,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help=described("HTML file.", "RUN/report.html"))
-    ] = None,
-    gene_sets: Annotated[
-        Path | None, typer.Option(help="A gmt file: each program's card lists the enriched gene sets.")
-    ] = None,
+    output: Annotated[Path | None, setting("HTML file.", "--output", "-o", default="RUN/report.html")] = None,
+    gene_sets: Annotated[Path | None, setting("A gmt file: each program's card lists the enriched gene sets.")] = None,
     force: Force = False,
 ) -> None:
     """Write the report of a run as one HTML page.

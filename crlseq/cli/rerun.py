@@ -8,16 +8,14 @@ from typing import Annotated
 
 import typer
 
-from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, described
+from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, setting
 from crlseq.cli.output import FitProgress, say, show_json
 
 
 def rerun(
     run: RunFolder,
-    data: Annotated[Path | None, typer.Option(help=described("The run's input.", "its path in run.json"))] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Keep the second run in this folder.", show_default=False)
-    ] = None,
+    data: Annotated[Path | None, setting("The run's input.", default="its path in run.json")] = None,
+    output: Annotated[Path | None, setting("Keep the second run in this folder.", "--output", "-o")] = None,
     json: AsJson = False,
     force: Force = False,
     quiet: Quiet = False,

@@ -7,7 +7,7 @@ compared are what cannot be equal: times, paths, versions, the machine, the repo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,24 @@ def _table_difference(name: str, first: Path, again: Path) -> Difference:
 def _weights_difference(name: str, first: Path, again: Path) -> Difference:
     from safetensors.torch import load_file
 
-    a, b = ({key: value.numpy() for key, value in load_file(path).items()} for path in (first, again))
-    if a.keys() != b.keys():
-        return Difference(name, "the tensors", ", ".join(sorted(a)), ", ".join(sorted(b)), None)
-    found = (_array_difference(name, f"tensor {key}", a[key], b[key]) for key in a)
-    return next((one for one in found if one is not None), Difference(name, "the architecture", "one", "another", None))
+    sides = [{f"tensor {key}": value.numpy() for key, value in load_file(path).items()} for path in (first, again)]
+    return _first_of_arrays(name, *sides) or Difference(name, "the architecture", "one", "another", None)
+
+
+def _h5ad_difference(name: str, first: Path, again: Path) -> Difference | None:
+    """Of what a fit adds to the cells, or of the vectors of an extrapolation, wherever they are arrays."""
+    with open_store(first) as one, open_store(again) as other, readable(str(first), "what the fit added"):
+        return _first_of_arrays(name, _arrays(one), _arrays(other))
+
+
+def _first_of_arrays(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference | None:
+    """By place in the file; an array is read when it is compared."""
+    for place in [*a, *(b.keys() - a.keys())]:
+        if place not in a or place not in b:
+            return Difference(name, place, *_there(place in a, place in b), None)
+        if (found := _array_difference(name, place, a[place][()], b[place][()])) is not None:
+            return found
+    return None
 
 
 def _array_difference(name: str, place: str, a: np.ndarray, b: np.ndarray) -> Difference | None:
@@ -135,19 +148,6 @@ def _array_difference(name: str, place: str, a: np.ndarray, b: np.ndarray) -> Di
     at = tuple(int(i) for i in other[0])
     where = f" at {list(at)}" if at else ""
     return Difference(name, place + where, str(a[at]), str(b[at]), _largest(a, b) if a.dtype.kind in "iuf" else None)
-
-
-def _h5ad_difference(name: str, first: Path, again: Path) -> Difference | None:
-    """Of what a fit adds to the cells, or of the vectors of an extrapolation, wherever they are arrays."""
-    with open_store(first) as one, open_store(again) as other, readable(str(first), "what the fit added"):
-        sides = [_arrays(handle) for handle in (one, other)]
-        for place in sorted({*sides[0], *sides[1]}):
-            if place not in sides[0] or place not in sides[1]:
-                return Difference(name, place, *_there(place in sides[0], place in sides[1]), None)
-            found = _array_difference(name, place, *(side[place][()] for side in sides))
-            if found is not None:
-                return found
-    return None
 
 
 def _arrays(handle: h5py.File) -> dict[str, h5py.Dataset]:
