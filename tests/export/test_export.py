@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,6 +63,12 @@ def test_every_format_can_be_asked_for() -> None:
     told = " ".join(invoke("export", "--help").out.split())
     for name in FORMATS:
         assert name in told
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_a_function_that_writes_it(name: str) -> None:
+    module, function = FORMATS[name].function.split(".")
+    assert callable(getattr(import_module(f"crlseq.export.{module}"), function))
 
 
 def test_scanpy(annotated: ad.AnnData, finished: Run, tmp_path: Path) -> None:
