@@ -283,11 +283,11 @@ def _refusal(error: ValidationError) -> UsageError:
         close = difflib.get_close_matches(name, SECTIONS[section].model_fields, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else "See `crlseq fit --help` for the options."
         return UsageError(f"There is no option {name!r} in [{section}].", hint)
-    # A union such as "a number or 'all'" says once for each part what it should be.
+    # A union such as "a number or 'all'" has an error for each part.
     same = [e["msg"] for e in error.errors(include_url=False) if e["loc"][:2] == first["loc"][:2]]
     reason = " or ".join(dict.fromkeys(message.removeprefix("Input should be ") for message in same))
     return UsageError(
-        f"Option {name} is {first['input']!r} instead of {reason}.", "See `crlseq fit --help` for the options."
+        f"Option {name} is {first['input']!r}; it must be {reason}.", "See `crlseq fit --help` for the options."
     )
 
 
@@ -314,7 +314,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _toml(value: Any) -> str:
-    """JSON strings, numbers, booleans and flat lists are TOML, but for pairs of surrogates and a bare DEL."""
+    """JSON strings, numbers, booleans and flat lists are TOML, except for pairs of surrogates and a bare DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

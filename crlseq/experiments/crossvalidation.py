@@ -1,4 +1,4 @@
-"""Five-fold evaluation: a run's configuration is fitted again without a fifth of what it shall predict, five times.
+"""Five-fold evaluation: a run's configuration is fitted again without the fifth that it must predict, five times.
 
 Of every fold a file is made that holds training cells alone, and the fit is given that file and nothing else: genes,
 normalisation, programs, targets, graph and baselines cannot have seen a cell or condition that is judged (`Fold`). What
@@ -72,7 +72,7 @@ def cross_validate(
     legacy
         See `crlseq.evaluation.evaluate.evaluate`.
     note
-        Told about each fold.
+        Called with a line about each fold.
 
     Returns
     -------
@@ -101,7 +101,7 @@ def cross_validate(
             continue
         controls = np.flatnonzero(labels.condition == 0)
         with tempfile.TemporaryDirectory(prefix="crlseq-fold-") as folder:
-            note(f"fold {number + 1} of {folds}: {len(fold.train)} cells to fit, {len(fold.judged)} to judge by")
+            note(f"fold {number + 1} of {folds}: {len(fold.train)} cells to fit, {len(fold.judged)} to evaluate on")
             refit = fit(screen[fold.train].copy(), Path(folder) / "RUN", config=config, progress=Progress())
             found = evaluate(refit, screen[np.union1d(controls, fold.judged)].copy(), legacy)
         tables.append(found.conditions.assign(fold=number))

@@ -51,7 +51,7 @@ def rerun(path: Path, output: Path, data: Path | None = None, progress: Any = No
         config = Config.model_validate(run.info["config"])
     except ValidationError as error:
         raise InputError(
-            f"The configuration in {path / 'run.json'} is not one of this version.", "Fit again with its options."
+            f"This version cannot read the configuration in {path / 'run.json'}.", "Fit again with its options."
         ) from error
     source = _input(path, run.facts.input, data)
     if output.resolve() == path.resolve():
@@ -67,13 +67,15 @@ def rerun(path: Path, output: Path, data: Path | None = None, progress: Any = No
 def _input(path: Path, recorded: Input, data: Path | None) -> Path:
     """The file that a run was fitted to, or `data` where that is the same."""
     if data is None and not recorded.sha256:
-        raise InputError(f"{path} was fitted to data in memory, which no file tells of.", "Give the cells with --data.")
+        raise InputError(
+            f"{path} was fitted to data in memory, so that no file can be read.", "Give the cells with --data."
+        )
     if data is None and not os.path.lexists(recorded.path):
-        raise InputError(f"The input {recorded.path} is not there.", "Say where it lies now with --data.")
+        raise InputError(f"The input {recorded.path} does not exist.", "Give its present path with --data.")
     given = Path(recorded.path) if data is None else data
     if recorded.sha256 and digest_of(given) != recorded.sha256:
         raise InputError(
-            f"{given} is not the file that {path} was fitted to: its SHA-256 is another.",
-            "Give the file as it was with --data.",
+            f"{given} is not the file that {path} was fitted to: its SHA-256 differs.",
+            "Give the original file with --data.",
         )
     return given

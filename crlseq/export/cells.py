@@ -37,7 +37,7 @@ def _labelled(run: Run) -> tuple[ad.AnnData, list[tuple[str, ...]], list[str]]:
     labels = read_perturbations(adata.obs, facts.perturbation_key, facts.control_label, separator)
     known = np.flatnonzero(labels.condition >= 0)
     left = adata.n_obs - len(known)
-    notes = [f"{left} cells carry no known perturbation and are left out."] if left else []
+    notes = [f"{left} cells carry no known perturbation and are excluded."] if left else []
     adata = adata[known].copy()
     if record.layer is not None:
         adata.X = adata.layers[record.layer].copy()
@@ -63,7 +63,9 @@ def gears(run: Run, path: Path) -> list[str]:
     adata, carried, notes = _labelled(run)
     few = np.array([len(parts) <= 2 for parts in carried])
     if not few.all():
-        notes.append(f"{(~few).sum()} cells carry more than two perturbations, which GEARS has no words for: left out.")
+        notes.append(
+            f"{(~few).sum()} cells carry more than two perturbations, which GEARS cannot represent, and are excluded."
+        )
         adata, carried = adata[few].copy(), [parts for parts, kept in zip(carried, few, strict=True) if kept]
     adata.obs["condition"] = pd.Categorical(["+".join([*parts, "ctrl"][:2]) if parts else "ctrl" for parts in carried])
     if "cell_type" not in adata.obs:
@@ -88,7 +90,7 @@ def h5mu(run: Run, path: Path) -> list[str]:
             with open_screen(source) as screen:
                 counts, names, _ = guide_counts(screen, source, guides.get("obsm") or guides["modality"])
         except InputError as error:
-            notes.append(f"The guide counts are left out: {error}")
+            notes.append(f"The guide counts are omitted: {error}")
         else:
             modality = ad.AnnData(counts.astype(np.float32), obs=pd.DataFrame(index=adata.obs_names))
             modality.var_names = names

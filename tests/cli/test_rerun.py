@@ -68,7 +68,7 @@ def test_another_result_is_told(fitted: Path, tmp_path: Path) -> None:
     edit_info(tmp_path / "RUN", config=info["config"], input={**info["input"], "path": "gone.h5ad"}, **changes)
     words = ["rerun", tmp_path / "RUN", "--output", tmp_path / "AGAIN", "--quiet"]
     missing = invoke(*words)
-    check_refusal(missing.code, missing.out, missing.err, 3, "gone.h5ad is not there", "--data")
+    check_refusal(missing.code, missing.out, missing.err, 3, "gone.h5ad does not exist", "--data")
     answer = invoke(*words, "--data", fitted / "screen.h5ad")
     assert answer.code == 4, answer.err
     first, then, why = answer.err.splitlines()
