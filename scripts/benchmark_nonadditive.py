@@ -4,7 +4,7 @@ A hard intervention cuts its target off from its parents. If A lies upstream of 
 A+B, and the sum of the two single effects is wrong by just that. Screens are simulated with all doubles of their
 perturbations, the fit sees single perturbations alone, and every double is predicted by the model and by the sum.
 
-Written to the folder: ``pairs.csv`` (a row a screen and double), ``summary.csv`` (means by relation) and ``nonadditive.png``.
+Written to the folder: ``pairs.csv`` (one row per screen and double), ``summary.csv`` (means by relation) and ``nonadditive.png``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SOURCE_CELLS = 500
 
 
 def pairs_of(run: Run, truth: dict[str, object]) -> pd.DataFrame:
-    """One row a double: relation, size of the interaction, errors, and whether the interaction was predicted."""
+    """One row per double: relation, size of the interaction, errors, and whether the interaction was predicted."""
     judged = read_cells(run, None)
     ancestor = closure(np.asarray(truth["adjacency"]) != 0)
     target = truth["target"]["latent"]  # type: ignore[index]

@@ -1,11 +1,11 @@
-"""What is recovered of screens that went wrong: batches, wrong labels, few cells, no effects, low depth, doublets.
+"""What is recovered from screens that went wrong: batches, wrong labels, few cells, no effects, low depth, doublets.
 
 Every stress has levels; every fit is scored against the simulation's truth: targets, ancestry, edges, and how many of
 the declared edges with a support of 0.9 or more are false. A fit should get worse by degrees and say so, not be wrong
 and sure of it.
 
-Written to the folder: ``stress.csv`` (a row a fit, written as it ends: the same command goes on where it stopped) and
-``summary.csv`` (a row a level).
+Written to the folder: ``stress.csv`` (one row per fit, written as it ends: the same command continues where it stopped) and
+``summary.csv`` (one row per level).
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def row_of(run: Run, truth: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a stress and level: means of scores, sums of edges, and how often each verdict was given."""
+    """One row per stress and level: means of scores, sums of edges, and how often each verdict was given."""
     rows = []
     for (stress, level), group in table.groupby(["stress", "level"], sort=False):
         fitted = group[group["error"].isna()]
