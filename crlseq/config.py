@@ -13,9 +13,9 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crlseq.errors import InputError, UsageError
 
@@ -192,6 +192,21 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.training.ensemble > 1 and self.model.method == "linear":
+            raise UsageError(
+                "The linear method trains no network, so there are no seeds to compare.",
+                "Drop --ensemble or --method linear.",
+            )
+        output = (self.model.noise, self.model.output_activation)
+        if self.model.decoder == "sparse" and output != ("gaussian", "identity"):
+            raise UsageError(
+                "The sparse decoder needs noise = gaussian and output_activation = identity.",
+                "Drop --decoder sparse or the preset paper.",
+            )
+        return self
 
 
 # paper: network, losses, schedules and optimiser as published (Zhang et al. 2023, arXiv 2307.06250, and its code).
