@@ -30,11 +30,11 @@ BASELINES = ("no_change", "mean", "additive", "matching_mean", "ridge")
 N_COMPONENTS = 10  # as in Ahlmann-Eltze et al. 2025
 PENALTIES = np.logspace(-3, 3, 25)
 
-Parts = tuple[int, ...]
+Indices = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Moments:
+class GroupMoments:
     """Mean and unbiased variance (groups, genes) of groups of cells, and their numbers (groups,).
 
     A group without cells has mean 0, one of fewer than two variance 0.
@@ -45,28 +45,29 @@ class Moments:
     n: np.ndarray
 
 
-def group_moments(x: sp.csr_matrix | np.ndarray, group: np.ndarray, n_groups: int) -> Moments:
-    """Moments of cells (cells, genes) by group (cells,); cells of group -1 take no part."""
+def group_moments(x: sp.csr_matrix | np.ndarray, group: np.ndarray, n_groups: int) -> GroupMoments:
+    """GroupMoments of cells (cells, genes) by group (cells,); cells of group -1 take no part."""
     there = np.flatnonzero(group >= 0)
     indicator = sp.csr_matrix((np.ones(len(there)), (group[there], there)), shape=(n_groups, x.shape[0]))
     n = np.bincount(group[there], minlength=n_groups)
     values: Any = x.astype(float)
     squares = values**2 if isinstance(values, np.ndarray) else values.multiply(values)
-    total, square = _dense(indicator @ values), _dense(indicator @ squares)
+    total, square = dense(indicator @ values), dense(indicator @ squares)
     mean = total / np.maximum(n, 1)[:, None]
     spread = np.maximum(square - total * mean, 0.0)
-    return Moments(mean, spread / np.maximum(n - 1, 1)[:, None], n)
+    return GroupMoments(mean, spread / np.maximum(n - 1, 1)[:, None], n)
 
 
-def _dense(values: Any) -> np.ndarray:
+def dense(values: Any) -> np.ndarray:
+    """The same numbers, of a sparse matrix too, in float64."""
     return np.asarray(values if isinstance(values, np.ndarray) else values.toarray(), dtype=float)
 
 
 @dataclass(frozen=True)
 class Controls:
-    """Moments of control cells by batch; the last group is of all batches, for batches without two controls."""
+    """GroupMoments of control cells by batch; the last group is of all batches, for batches without two controls."""
 
-    moments: Moments
+    moments: GroupMoments
 
     def shares(self, group: np.ndarray, batch: np.ndarray, n_groups: int) -> np.ndarray:
         """(groups, batches + 1) share of each group's cells in each batch with controls, or under the last."""
@@ -83,10 +84,10 @@ class Controls:
 
 
 def control_moments(x: sp.csr_matrix | np.ndarray, batch: np.ndarray, n_batches: int) -> Controls:
-    """Moments of control cells (cells, genes) of batches (cells,)."""
+    """GroupMoments of control cells (cells, genes) of batches (cells,)."""
     own, every = group_moments(x, batch, n_batches), group_moments(x, np.zeros_like(batch), 1)
     stacked = (np.concatenate([getattr(own, name), getattr(every, name)]) for name in ("mean", "variance", "n"))
-    return Controls(Moments(*stacked))
+    return Controls(GroupMoments(*stacked))
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class TrainingEffects:
     ``halves`` (2, conditions, genes): the same from either half of its cells.
     """
 
-    parts: tuple[Parts, ...]
+    parts: tuple[Indices, ...]
     effect: np.ndarray
     halves: np.ndarray
 
@@ -106,7 +107,7 @@ def training_effects(
     x: sp.csr_matrix | np.ndarray,
     condition: np.ndarray,
     batch: np.ndarray,
-    conditions: Sequence[Parts],
+    conditions: Sequence[Indices],
     rng: np.random.Generator,
 ) -> TrainingEffects:
     """Effects of every condition with two training cells; condition 0, with the parts (), is the control.
@@ -135,14 +136,14 @@ def halves(condition: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return half
 
 
-def predict(train: TrainingEffects, queries: Sequence[Parts]) -> dict[str, np.ndarray]:
+def predict(train: TrainingEffects, queries: Sequence[Indices]) -> dict[str, np.ndarray]:
     """Changes (queries, genes) of every baseline of `BASELINES`."""
     mean = np.broadcast_to(train.effect.mean(0), (len(queries), train.effect.shape[1]))
     found = [np.zeros(mean.shape), mean.copy(), additive(train, queries), matching_mean(train, queries)]
     return dict(zip(BASELINES, [*found, ridge(train, queries)], strict=True))
 
 
-def additive(train: TrainingEffects, queries: Sequence[Parts]) -> np.ndarray:
+def additive(train: TrainingEffects, queries: Sequence[Indices]) -> np.ndarray:
     """Sum of the effects of the single perturbations; for a single one its own training effect."""
     single = {parts[0]: row for parts, row in zip(train.parts, train.effect, strict=True) if len(parts) == 1}
     changes = np.zeros((len(queries), train.effect.shape[1]))
@@ -153,7 +154,7 @@ def additive(train: TrainingEffects, queries: Sequence[Parts]) -> np.ndarray:
     return changes
 
 
-def matching_mean(train: TrainingEffects, queries: Sequence[Parts]) -> np.ndarray:
+def matching_mean(train: TrainingEffects, queries: Sequence[Indices]) -> np.ndarray:
     """Mean effect of the fitted conditions that have a part in common with the query.
 
     For a double of which singles alone were fitted it is (E_a + E_b) / 2. A query that was itself fitted takes its
@@ -168,7 +169,7 @@ def matching_mean(train: TrainingEffects, queries: Sequence[Parts]) -> np.ndarra
     return changes
 
 
-def ridge(train: TrainingEffects, queries: Sequence[Parts]) -> np.ndarray:
+def ridge(train: TrainingEffects, queries: Sequence[Indices]) -> np.ndarray:
     """Ridge regression of effects on their parts, in the space of principal components of the training effects.
 
     Rows are the two halves of each fitted condition's cells; the design D (rows, parts) has a 1 for each part. The
@@ -194,5 +195,5 @@ def ridge(train: TrainingEffects, queries: Sequence[Parts]) -> np.ndarray:
     return found
 
 
-def _design(conditions: Sequence[Parts], parts: Sequence[int]) -> np.ndarray:
+def _design(conditions: Sequence[Indices], parts: Sequence[int]) -> np.ndarray:
     return np.array([[float(part in condition) for part in parts] for condition in conditions])

@@ -19,7 +19,7 @@ from crlseq.data.matrix import Screen, open_screen, readable
 from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturbations
 from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError, few
-from crlseq.evaluation.baselines import Parts
+from crlseq.evaluation.baselines import Indices
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.run.run import Run
 from crlseq.run.schema import RunInfo
@@ -42,7 +42,7 @@ class Cells:
 
 
 @dataclass(frozen=True)
-class Judged:
+class CellSets:
     """What an evaluation works on.
 
     Attributes
@@ -72,7 +72,7 @@ class Judged:
     control: Cells
     measured: Cells
     compared: np.ndarray
-    conditions: tuple[Parts, ...]
+    conditions: tuple[Indices, ...]
     condition_names: tuple[str, ...]
     names: tuple[str, ...]
     known: dict[int, tuple[int, ...]]
@@ -103,7 +103,7 @@ class _Table:
     marks: list[bytes]  # of other files alone
 
 
-def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls: bool = False) -> Judged:
+def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls: bool = False) -> CellSets:
     """The run's own cells by their split, or other cells against the run's training cells.
 
     Raises
@@ -135,16 +135,16 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
             train = train.of_genes(compared)
         if len(control.condition) < 2:
             raise InputError(
-                f"{other.source} has {len(control.condition)} cells labelled {labels.control_label!r}, and two are needed.",
-                "Give a file with control cells: every change is taken against them.",
+                f"{other.source} has {len(control.condition)} cells labelled {labels.control_label!r}; at least two are needed.",
+                "Give a file with control cells: all changes are relative to them.",
             )
         took_part = np.isin(split, ("train", "validation")) & (cells.condition > 0)
         measured = given[_new(run, other, took_part, given.condition > 0, notes)]
     if not len(measured.condition):
-        raise InputError("There are no cells to judge by.", "Give --data, or fit with --hold-out-cells.")
+        raise InputError("There are no cells to evaluate on.", "Give --data, or fit with --hold-out-cells.")
     known, seen, model = _known(run, labels, measured, notes)
     column = {int(gene): i for i, gene in enumerate(compared)}
-    return Judged(
+    return CellSets(
         train=train, control=control, measured=measured, compared=compared, conditions=labels.conditions,
         condition_names=labels.condition_names, names=labels.names, known=known, seen=seen, model=model,
         fitted=np.bincount(train.condition, minlength=len(labels.conditions)) > 0,
@@ -158,7 +158,7 @@ def _read_own(run: Run) -> tuple[_Table, dict[str, list[int]]]:
     record = run.preprocessing
     with open_screen(run.folder / "crlseq.h5ad", record.layer) as screen:
         if "crlseq_split" not in screen.obs or screen.n_cells != run.facts.input.n_cells:
-            raise InputError(f"{screen.source} is not what the fit wrote.", "Restore it, or fit again.")
+            raise InputError(f"{screen.source} is not the file that the fit wrote.", "Restore it, or fit again.")
         alignment, _ = align(record, screen)
         own = _Table(screen.source, screen.obs, _expression(screen, record, alignment), alignment, [])
         return own, _gene_places(screen, record.genes)
@@ -189,15 +189,15 @@ def _held_out(
         control = cells[(split == "test") & (cells.condition == 0)]
         if len(control.condition) < 2:
             raise InputError(
-                f"{len(control.condition)} control cells were held out, and two are needed.",
+                f"{len(control.condition)} control cells were held out; at least two are needed.",
                 "Fit with --hold-out-cells, or give --data.",
             )
     tested = cells[(split == "test") & (cells.condition > 0)]
     if len(tested.condition):
         return control, tested, "held-out cells"
     notes.append(
-        "There are no test cells: validation cells are used, which chose when the fit stopped. "
-        "Fit with --hold-out-cells or --no-combinations, or give --data, for a fair judgement."
+        "There are no test cells, so validation cells are used, which also decided when the fit stopped. For an "
+        "unbiased evaluation, fit with --hold-out-cells or --no-combinations, or give --data."
     )
     return control, cells[(split == "validation") & (cells.condition > 0)], "validation cells"
 
@@ -217,7 +217,7 @@ def _new(run: Run, other: _Table, took_part: np.ndarray, perturbed: np.ndarray, 
 def _known(
     run: Run, labels: Perturbations, measured: Cells, notes: list[str]
 ) -> tuple[dict[int, tuple[int, ...]], frozenset[int], DiscrepancyVAE]:
-    """Rows of the model by perturbation, the perturbations that were fitted, and the model: see `Judged`."""
+    """Rows of the model by perturbation, the perturbations that were fitted, and the model: see `CellSets`."""
     number = {name: i for i, name in enumerate(run.interventions["perturbation"])}
     known: dict[int, tuple[int, ...]] = {i: (number[name],) for i, name in enumerate(labels.names) if name in number}
     seen = frozenset(known)
@@ -227,9 +227,9 @@ def _known(
     model, rows = run.with_unseen([name for name in unseen if name in vectors])
     known |= {i: rows[name] for i, name in enumerate(labels.names) if name in rows}
     if rows:
-        notes.append(f"Never fitted, and extrapolated from embeddings by the model alone: {few([*rows])}.")
+        notes.append(f"Not fitted, and extrapolated from embeddings by the model only: {few([*rows])}.")
     if strangers := [name for name in unseen if name not in rows]:
-        notes.append(f"Never fitted, and so without effect in any prediction: {few(strangers)}.")
+        notes.append(f"Not fitted, so no method predicts an effect: {few(strangers)}.")
     return known, seen, model
 
 

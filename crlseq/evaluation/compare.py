@@ -1,4 +1,4 @@
-"""From one row a condition and predictor to means, paired differences and a verdict in words."""
+"""From one row per condition and predictor to means, paired differences and sentences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 
 from crlseq.evaluation.baselines import BASELINES
 
-# Metric and whether larger is better; in the order of the tables. The first two carry the verdict.
+# Metric and whether larger is better; in the order of the tables. The sentences are of the first two.
 METRICS: dict[str, bool] = {
     "pearson_delta": True,
     "l2": False,
@@ -91,7 +91,7 @@ def compare(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def verdict(comparisons: pd.DataFrame) -> tuple[str, ...]:
+def in_words(comparisons: pd.DataFrame) -> tuple[str, ...]:
     """A sentence a group against the additive baseline, and against the best by Pearson delta and by L2."""
     lines = []
     for group, part in comparisons.groupby("group", sort=False):
@@ -118,9 +118,9 @@ def limits(summary: pd.DataFrame) -> tuple[str, ...]:
     """A sentence a group: what halves of the measured cells say of each other, and what sampling alone leaves."""
     means = summary.set_index(["group", "predictor", "metric"])["mean"]
     return tuple(
-        f"{group}: one half of a condition's cells predicts the other with Pearson delta "
-        f"{means[group, CEILING, 'pearson_delta']:.3g} and L2 {means[group, CEILING, 'l2']:.3g}; to the true mean, all of "
-        f"them would be at L2 {means[group, FLOOR, 'l2']:.3g}."
+        f"{group}: half of a condition's cells predict the other half with Pearson delta "
+        f"{means[group, CEILING, 'pearson_delta']:.3g} and L2 {means[group, CEILING, 'l2']:.3g}; sampling error alone "
+        f"puts the measured mean at L2 {means[group, FLOOR, 'l2']:.3g} from the true one."
         for group in summary["group"].unique()
     )
 

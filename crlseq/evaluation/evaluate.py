@@ -10,12 +10,10 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 from scipy.stats import t as student
 
@@ -23,16 +21,16 @@ from crlseq.data.batches import ControlPartners
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.errors import InputError
 from crlseq.evaluation import baselines, metrics
-from crlseq.evaluation.baselines import Controls, Moments, Parts, control_moments, group_moments
-from crlseq.evaluation.cells import Cells, Judged, read_cells
-from crlseq.evaluation.compare import AXIOMS, CEILING, FLOOR, METRICS, MODEL, compare, summarise, verdict
+from crlseq.evaluation.baselines import Controls, GroupMoments, Indices, control_moments, dense, group_moments
+from crlseq.evaluation.cells import Cells, CellSets, read_cells
+from crlseq.evaluation.compare import AXIOMS, CEILING, FLOOR, METRICS, MODEL, compare, in_words, summarise
 from crlseq.evaluation.held_out import COMPARED_CELLS, SOURCE_CELLS, virtual_cells
 from crlseq.evaluation.truth import known_recovery
 from crlseq.model.losses import median_bandwidth
 from crlseq.prediction.counterfactual import counterfactual_quality
 from crlseq.run.run import Run
 
-JUDGED_CELLS = 200  # whose counterfactuals are judged
+COUNTERFACTUAL_CELLS = 200  # whose counterfactuals are judged
 HALVES = 5  # random divisions of the measured cells of a condition
 TOP_EXPRESSED, TOP_DE, DE_FDR = 1000, 20, 0.05
 SHARED_NOISE = 0.1  # share of the measured changes that is the controls' sampling error, from which on it is told
@@ -46,24 +44,24 @@ class Evaluation:
     ----------
     conditions
         ``condition, group, predictor, n_cells``, the metrics of `comparison.METRICS`, and for the model those of
-        `comparison.AXIOMS`; a row a condition and predictor: the model, each baseline, the split-half ceiling and the
+        `comparison.AXIOMS`; one row per condition and predictor: the model, each baseline, the split-half ceiling and the
         sampling floor.
     summary, comparisons
         See `comparison.summarise` and `comparison.compare`.
-    verdict
-        Sentences.
+    sentences
+        On the comparisons.
     notes
         What was left out or has to be known.
     predicted
         Mean expression (conditions, fitted genes) by predictor, conditions as in the table.
     recovery
-        Scores against a known truth (`recovery.score_recovery`), where the judged file has one.
+        Scores against a known truth (`recovery.score_recovery`), where the file of the cells has one.
     """
 
     conditions: pd.DataFrame
     summary: pd.DataFrame
     comparisons: pd.DataFrame
-    verdict: tuple[str, ...]
+    sentences: tuple[str, ...]
     notes: tuple[str, ...]
     predicted: dict[str, np.ndarray] = field(repr=False)
     recovery: dict[str, float] | None = None
@@ -95,25 +93,25 @@ def evaluate(
     Examples
     --------
     >>> import crlseq
-    >>> judged = crlseq.evaluate(crlseq.load("RUN"))
-    >>> judged.conditions["predictor"].unique().tolist()[:4]
+    >>> found = crlseq.evaluate(crlseq.load("RUN"))
+    >>> found.conditions["predictor"].unique().tolist()[:4]
     ['model', 'no_change', 'mean', 'additive']
     """
-    judged = read_cells(run, data, held_out_controls)
+    sets = read_cells(run, data, held_out_controls)
     seed = run.facts.seed
     rng = np.random.default_rng([seed, 9])
-    train = judged.train
-    effects = baselines.training_effects(train.x, train.condition, train.batch, judged.conditions, rng)
-    chosen = np.flatnonzero(np.bincount(judged.measured.condition, minlength=len(judged.conditions)) >= 2)
+    train = sets.train
+    effects = baselines.training_effects(train.x, train.condition, train.batch, sets.conditions, rng)
+    chosen = np.flatnonzero(np.bincount(sets.measured.condition, minlength=len(sets.conditions)) >= 2)
     if not len(chosen):
-        raise InputError("No condition has two cells to judge by.", "Give --data, or fit with --hold-out-cells.")
-    queries = [judged.conditions[c] for c in chosen]
-    place = np.full(len(judged.conditions), -1)
+        raise InputError("No condition has two cells to evaluate on.", "Give --data, or fit with --hold-out-cells.")
+    queries = [sets.conditions[c] for c in chosen]
+    place = np.full(len(sets.conditions), -1)
     place[chosen] = np.arange(len(chosen))
-    measured = Cells(judged.measured.x, place[judged.measured.condition], judged.measured.batch)
+    measured = Cells(sets.measured.x, place[sets.measured.condition], sets.measured.batch)
     changes = baselines.predict(effects, queries)
-    virtual = _VirtualControls(run, judged, rng)
-    targets = _target_genes(judged, queries)
+    virtual = _VirtualControls(run, sets, rng)
+    targets = _target_genes(sets, queries)
     truth = _Truth.of(measured, virtual.controls, effects.effect.mean(0), targets)
     changes = {MODEL: np.stack([virtual.change(parts, truth.shares[i]) for i, parts in enumerate(queries)]), **changes}
     predicted = {name: truth.control + change for name, change in changes.items()}
@@ -127,8 +125,8 @@ def evaluate(
     scores.setdefault(CEILING, {}).update(_split_half(measured, virtual.controls, effects.effect.mean(0), targets, rng))
     scores[FLOOR] = _sampling_floor(truth)
     about = {
-        "condition": [judged.condition_names[c] for c in chosen],
-        "group": [judged.group(int(c)) for c in chosen],
+        "condition": [sets.condition_names[c] for c in chosen],
+        "group": [sets.group(int(c)) for c in chosen],
         "n_cells": truth.measured.n,
     }
     rows = [pd.DataFrame({**about, "predictor": name, **values}) for name, values in scores.items()]
@@ -139,35 +137,35 @@ def evaluate(
     noisy = int((_shared_noise(truth) > SHARED_NOISE).sum())
     if data is None and not held_out_controls and noisy > len(chosen) / 4:
         notes.append(
-            f"In {noisy} of {len(chosen)} conditions more than a tenth of the measured change (of its squares) is the sampling "
-            "error of the controls' mean, and the training effects that baselines are made of have it in common with them. "
-            "--held-out-controls, or --data with other controls, judges without it."
+            f"In {noisy} of {len(chosen)} conditions, sampling error of the controls' mean makes up more than a tenth of the "
+            "squared measured change. Baselines built from training effects share this error, which favours them. "
+            "Avoid it with --held-out-controls, or with --data and other controls."
         )
     return Evaluation(
-        table, summarise(table, seed), comparisons, verdict(comparisons), (*judged.notes, *notes), predicted, recovery
+        table, summarise(table, seed), comparisons, in_words(comparisons), (*sets.notes, *notes), predicted, recovery
     )
 
 
 class _VirtualControls:
     """Some control cells of each batch, and what the model makes of them under a condition."""
 
-    def __init__(self, run: Run, judged: Judged, rng: np.random.Generator) -> None:
-        cells = judged.control
-        self.run, self.known, self.model = run, judged.known, judged.model
-        self.compared = judged.compared
+    def __init__(self, run: Run, sets: CellSets, rng: np.random.Generator) -> None:
+        cells = sets.control
+        self.run, self.known, self.model = run, sets.known, sets.model
+        self.compared = sets.compared
         self.controls = control_moments(cells.x[:, self.compared], cells.batch, int(cells.batch.max(initial=0)) + 1)
         some = [rng.permutation(np.flatnonzero(cells.batch == b))[:SOURCE_CELLS] for b in np.unique(cells.batch)]
         chosen = np.sort(np.concatenate(some))
-        self.whole, self.batch = _dense(cells.x[chosen]), cells.batch[chosen]
+        self.whole, self.batch = dense(cells.x[chosen]), cells.batch[chosen]
         self.cells = self.whole[:, self.compared]
-        self.made: tuple[Parts, np.ndarray] = ((), self.cells)
+        self.made: tuple[Indices, np.ndarray] = ((), self.cells)
         self.scale = torch.tensor([program.scale for program in run.facts.programs], dtype=torch.float64)
 
-    def rows(self, parts: Parts) -> tuple[int, ...]:
+    def rows(self, parts: Indices) -> tuple[int, ...]:
         """Rows of the model that a condition is the combination of."""
         return tuple(row for part in parts for row in self.known.get(part, ()))
 
-    def virtual(self, parts: Parts) -> np.ndarray:
+    def virtual(self, parts: Indices) -> np.ndarray:
         """(controls, genes) virtual cells; parts that were never fitted do nothing."""
         known = self.rows(parts)
         if not known:
@@ -177,11 +175,11 @@ class _VirtualControls:
             self.made = (known, made[:, self.compared])
         return self.made[1]
 
-    def axioms(self, queries: list[Parts]) -> dict[str, np.ndarray]:
+    def axioms(self, queries: list[Indices]) -> dict[str, np.ndarray]:
         """Quality of the counterfactuals of these controls, (conditions,) each; NaN where no part was fitted."""
         found: dict[str, np.ndarray] = {name: np.full(len(queries), np.nan) for name in AXIOMS}
         model = copy.deepcopy(self.model).double()  # as predictions are made: float32 would add its rounding
-        some = np.unique(np.linspace(0, len(self.whole) - 1, JUDGED_CELLS).astype(int))
+        some = np.unique(np.linspace(0, len(self.whole) - 1, COUNTERFACTUAL_CELLS).astype(int))
         control = torch.from_numpy(self.whole[some])[None]
         for i, parts in enumerate(queries):
             if rows := self.rows(parts):
@@ -189,7 +187,7 @@ class _VirtualControls:
                     found[name][i] = value
         return found
 
-    def change(self, parts: Parts, shares: np.ndarray) -> np.ndarray:
+    def change(self, parts: Indices, shares: np.ndarray) -> np.ndarray:
         """(genes,) mean change in batches by `shares`: of each batch's cells, so that a draw of few adds little noise."""
         difference = self.virtual(parts) - self.cells
         n_batches = len(shares) - 1
@@ -203,7 +201,7 @@ class _VirtualControls:
 class _Truth:
     """What was measured, and against what: (conditions, genes) each, but for `shares` (conditions, batches + 1)."""
 
-    measured: Moments
+    measured: GroupMoments
     shares: np.ndarray
     control: np.ndarray
     perturbed: np.ndarray  # the mean of perturbed cells, P
@@ -248,7 +246,7 @@ class _Truth:
         }  # fmt: skip
 
 
-def _welch(measured: Moments, shares: np.ndarray, controls: Moments, change: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def _welch(measured: GroupMoments, shares: np.ndarray, controls: GroupMoments, change: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Squared standard errors and two-sided p-values (conditions, genes) of changes; Welch and Satterthwaite."""
     n = measured.n[:, None]
     error = np.where(n > 1, measured.variance / np.maximum(n, 1), 0.0)  # one cell says nothing of its error
@@ -303,7 +301,7 @@ def _compare_cells(
     virtual: _VirtualControls,
     cells: Cells,
     condition: int,
-    parts: Parts,
+    parts: Indices,
     changes: dict[str, np.ndarray],
     legacy: bool,
     rng: np.random.Generator,
@@ -317,7 +315,7 @@ def _compare_cells(
     size = min(len(own) // 2, COMPARED_CELLS)
     batch = np.concatenate([virtual.batch, cells.batch[own]])
     partners = ControlPartners(np.arange(len(virtual.batch)), batch)
-    made, x = virtual.virtual(parts), _dense(cells.x[own])
+    made, x = virtual.virtual(parts), dense(cells.x[own])
     every = partners.draw(np.arange(len(own)) + len(virtual.batch), rng)
     some = rng.permutation(len(own))[: 2 * COMPARED_CELLS]
     bandwidth = median_bandwidth(torch.from_numpy(np.concatenate([virtual.cells[every[some]], x[some]])))
@@ -340,13 +338,9 @@ def _compare_cells(
     return rows
 
 
-def _target_genes(judged: Judged, queries: list[Parts]) -> np.ndarray:
+def _target_genes(sets: CellSets, queries: list[Indices]) -> np.ndarray:
     """(conditions, genes) bool: the genes that a condition's perturbations are named after."""
-    marked = np.zeros((len(queries), judged.train.x.shape[1]), dtype=bool)
+    marked = np.zeros((len(queries), sets.train.x.shape[1]), dtype=bool)
     for row, parts in zip(marked, queries, strict=True):
-        row[[g for part in parts for g in judged.gene_places.get(judged.names[part], ())]] = True
+        row[[g for part in parts for g in sets.gene_places.get(sets.names[part], ())]] = True
     return marked
-
-
-def _dense(x: sp.csr_matrix | np.ndarray) -> Any:
-    return np.asarray(x.toarray() if sp.issparse(x) else x, dtype=float)

@@ -14,6 +14,7 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.evaluation.metrics import MMD_KERNELS, l2_distance, pearson_delta
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import mmd_of_distances, squared_distances
+from crlseq.run.schema import COLUMNS
 from crlseq.training.residuals import controls_by_batch, mean_effect
 
 SOURCE_CELLS = 500  # controls of a condition's batches that virtual cells are made of
@@ -45,7 +46,7 @@ def abducted(model: DiscrepancyVAE, control: np.ndarray, seed: int) -> Callable[
 
 
 def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> pd.DataFrame:
-    """One row a condition: virtual cells against held-out cells (test cells; validation cells without those).
+    """One row per condition: virtual cells against held-out cells (test cells; validation cells without those).
 
     Columns ``condition``, ``split``, ``n_cells``, ``mmd2`` (unbiased, bandwidth = median squared distance of
     the condition's cells to real controls, the same for every model), ``mmd2_no_change`` (real control cells in
@@ -93,9 +94,7 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
             **{f"pearson_delta_{name}": pearson_delta(x, measured_mean, mean) for name, x in simple.items()},
             **{f"l2_{name}": l2_distance(x, measured_mean) for name, x in simple.items()},
         })  # fmt: skip
-    columns = ["condition", "split", "n_cells", "mmd2", "mmd2_no_change", "pearson_delta", "l2", "l2_no_change"]
-    columns += [f"{metric}_{name}" for metric in ("pearson_delta", "l2") for name in ("training", "mean")]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=list(COLUMNS["evaluation"]))
 
 
 def _training_effects(data: PerturbSeqData) -> dict[tuple[int, ...], np.ndarray]:

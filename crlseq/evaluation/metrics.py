@@ -1,7 +1,7 @@
 """Metrics of predicted against measured conditions; definitions and sources in each docstring.
 
 Mean expressions come as (genes,) for one condition or (conditions, genes) for many; every metric is then one number
-or one number a condition. NaN where a metric is undefined. Changes are taken against means of real control cells.
+or one number per condition. NaN where a metric is undefined. Changes are taken against means of real control cells.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def known_recovery(run: Run, data: str | Path | ad.AnnData | None) -> tuple[dict
         if truth is None:
             continue
         if not _is_truth(truth):
-            return None, ["uns['truth'] is not what `crlseq simulate` writes: nothing is compared with it."]
+            return None, ["uns['truth'] is not in the format of `crlseq simulate` and is ignored."]
         notes, latents = [], None
         try:
             latents = None if true_latents is None else run.latents(source)

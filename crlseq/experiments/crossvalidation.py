@@ -32,7 +32,7 @@ from crlseq.data.dataset import select_conditions
 from crlseq.data.matrix import open_store, within
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.errors import InputError, UsageError
-from crlseq.evaluation.compare import AXIOMS, METRICS, compare, summarise, verdict
+from crlseq.evaluation.compare import AXIOMS, METRICS, compare, in_words, summarise
 from crlseq.evaluation.evaluate import Evaluation, evaluate
 from crlseq.pipeline.fit import Progress, fit
 from crlseq.run.run import Run
@@ -76,7 +76,7 @@ def cross_validate(
 
     Returns
     -------
-    As from `evaluate`, with a column ``fold`` in ``conditions``. Summary, comparisons and verdict are of the means of
+    As from `evaluate`, with a column ``fold`` in ``conditions``. Summary, comparisons and sentences are of the means of
     each condition over its folds. ``predicted`` is empty.
 
     Raises
@@ -106,14 +106,14 @@ def cross_validate(
             found = evaluate(refit, screen[np.union1d(controls, fold.judged)].copy(), legacy)
         tables.append(found.conditions.assign(fold=number))
         notes += [text for text in found.notes if text not in notes and not text.startswith("Never fitted")]
-        note(f"  {refit.facts.n_latents} programs; {'; '.join(found.verdict[:1])}")
+        note(f"  {refit.facts.n_latents} programs; {'; '.join(found.sentences[:1])}")
     if not tables:
         raise InputError("There is nothing to hold out.", "Choose other --splits.")
     table: pd.DataFrame = pd.concat(tables, ignore_index=True)
     means = over_folds(table)
     seed = run.facts.seed
     comparisons = compare(means, seed)
-    return Evaluation(table, summarise(means, seed), comparisons, verdict(comparisons), tuple(notes), {})
+    return Evaluation(table, summarise(means, seed), comparisons, in_words(comparisons), tuple(notes), {})
 
 
 def over_folds(table: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,6 @@ from crlseq.run.run import Run
 from crlseq.run.summary import short
 
 CELLS = 20_000  # drawn at most, evenly spaced in the file
-COLOURED = 3  # perturbations a program, if none were named
 FEW = 400  # of a perturbation
 SHOWN = 0.005  # of the cells beyond either end of the axes: outliers would press the rest together
 
@@ -92,13 +91,13 @@ def _pair(run: Run, programs: Sequence[str] | None) -> tuple[str, str]:
     names = run.program_names
     if programs is None:
         if len(names) < 2:
-            raise InputError("This run has one program, and a plane needs two.", "Plot `effects` or `programs`.")
+            raise InputError("This run has one program, but the plot needs two.", "Plot `effects` or `programs`.")
         explained = np.nan_to_num([run.described[name].effect_explained for name in names], nan=-np.inf)
         first, second = sorted(np.argsort(-explained, kind="stable")[:2])
         return names[first], names[second]
     if len(programs) != 2 or programs[0] == programs[1] or not set(programs) <= set(names):
         raise UsageError(
-            f"The programs {', '.join(map(repr, programs))} are not two of this run.",
+            f"The programs {', '.join(map(repr, programs))} are not two different programs of this run.",
             f"Programs are {names[0]} to {names[-1]}.",
         )
     return programs[0], programs[1]
@@ -114,7 +113,7 @@ def _perturbations(run: Run, pair: tuple[str, str], asked: Sequence[str] | None)
     if unknown := [name for name in asked if name not in known]:
         raise UsageError(f"There is no perturbation {unknown[0]!r} in this run.", "See `crlseq inspect interventions`.")
     if len(asked) > len(DISTINCT):
-        raise UsageError(f"{len(asked)} perturbations are too many colours.", f"Give {len(DISTINCT)} at most.")
+        raise UsageError(f"{len(asked)} perturbations are too many to colour.", f"Give {len(DISTINCT)} at most.")
     return list(asked)
 
 
@@ -124,9 +123,7 @@ def _cells(run: Run) -> tuple[np.ndarray, np.ndarray, str]:
 
     from crlseq.data.matrix import open_store, readable
 
-    if run.path is None:
-        raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
-    path = run.path / "crlseq.h5ad"
+    path = run.folder / "crlseq.h5ad"
     with open_store(path) as store, readable(str(path), "the table of cells"):
         obs, latents = ad.io.read_elem(store["obs"]), np.asarray(store["obsm/X_crlseq"])
     found = read_perturbations(

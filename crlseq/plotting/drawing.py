@@ -17,7 +17,7 @@ LINE, MARGIN, LARGEST, HEAD = 1.3, 0.7, 1.6, 0.75
 SMALLEST = 0.2  # radius of the disc of a program that explains nothing
 LABEL = 22  # characters of a line of a label
 DRAWN = 150  # edges at most: more are a tangle that nobody reads, and take long to lay out
-LEGEND = "A disc's area is the share of the perturbations' effects that a program explains"
+LEGEND = "Disc area: share of the perturbations' effects that the program explains"
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,16 @@ def heading(run: Run) -> str:
 
 def legend(run: Run) -> list[str]:
     """How to read the drawing, as sentences."""
-    told = []
+    sentences = []
     if any(not np.isnan(program.effect_explained) for program in run.described.values()):
-        told.append(f"{LEGEND}.")
+        sentences.append(f"{LEGEND}.")
     if len(run.edges):
-        width = "An edge is as wide as its bootstrap support is high" if run.edges["support"].notna().any() else ""
-        told.append("An arrow: the source raises the target; a bar: it lowers it.")
-        told.append(f"{width or 'There is no bootstrap, so that all edges have one width'}.")
-    return told
+        supported = run.edges["support"].notna().any()
+        sentences.append("Arrow: the source raises the target; bar: it lowers it.")
+        sentences.append(
+            "Edge width: bootstrap support." if supported else "Without a bootstrap, all edges have the same width."
+        )
+    return sentences
 
 
 def _areas(programs: dict[str, Program]) -> dict[str, float]:

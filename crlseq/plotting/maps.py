@@ -18,7 +18,7 @@ def programs(run: Run, *, n_genes: int | None = None, ax: Axes | None = None, sh
     Parameters
     ----------
     n_genes
-        Genes a program, by \\|loading\\|; None takes as many as make 60 rows, between 2 and 10.
+        Genes per program, by \\|loading\\|; None takes as many as make 60 rows, between 2 and 10.
     ax, show
         See `crlseq.pl.dag`.
 

@@ -55,7 +55,7 @@ def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str
         parts = tuple(sorted(position[part] for part in asked if part in position))
         unseen = tuple(sorted(part for part in asked if part not in position))
         if (parts, unseen) in requests:
-            notes.append(f"{label!r} is asked for twice, and predicted once.")
+            notes.append(f"{label!r} was requested twice and is predicted once.")
             continue
         programs = "+".join([*table_programs.iloc[list(parts)], *("" for _ in unseen)])
         if unseen:
@@ -68,7 +68,9 @@ def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str
         requests[parts, unseen] = Request(name, parts, programs, seen)
     strangers = sorted({name for _, unseen in requests for name in unseen})
     if strangers and table is not None:
-        notes.append(f"Never perturbed here, and extrapolated from embeddings: {few(strangers)}. {table.in_words()}")
+        notes.append(
+            f"Never perturbed in this screen, so extrapolated from embeddings: {few(strangers)}. {table.in_words()}"
+        )
     for k in sorted({k for parts, _ in requests for k in parts}):
         if note := _weak_ground(run, names[k], k):
             notes.append(note)
@@ -86,6 +88,17 @@ def fitted_separator(run: Run) -> str:
 
 def _parts(run: Run, label: str, names: list[str], known: set[str]) -> list[str]:
     """Perturbations that a label names: fitted ones, `names`, or others that are `known` by their vectors."""
+    parts = _read(run, label, names, known)
+    if not parts:
+        raise InputError(f"{label!r} is the control.", "Name a perturbation; virtual cells start from control cells.")
+    repeated = [part for i, part in enumerate(parts) if part in parts[:i]]
+    if repeated:
+        raise InputError(f"{label!r} names {repeated[0]!r} twice.", "Name each perturbation of a combination once.")
+    return parts
+
+
+def _read(run: Run, label: str, names: list[str], known: set[str]) -> list[str]:
+    """The parts of a label; none for the control."""
     control, text = run.facts.control_label, label.strip()
 
     def is_control(part: str) -> bool:
@@ -94,9 +107,7 @@ def _parts(run: Run, label: str, names: list[str], known: set[str]) -> list[str]
     if text in known:
         return [text]
     if is_control(text):
-        raise InputError(
-            f"{label!r} is the control.", "Name a perturbation; control cells are what virtual cells start from."
-        )
+        return []
     by_name = {row.name: row.perturbations for row in run.facts.conditions}
     if text in by_name:
         return list(by_name[text])
@@ -111,13 +122,6 @@ def _parts(run: Run, label: str, names: list[str], known: set[str]) -> list[str]
         # The reading that goes furthest tells what is wrong with it.
         parts = max([*readings, [text]], key=lambda reading: sum(part in known for part in reading))
         raise _not_fitted(run, label, next(part for part in parts if part not in known), names)
-    if not parts:
-        raise InputError(
-            f"{label!r} is the control.", "Name a perturbation; control cells are what virtual cells start from."
-        )
-    repeated = [part for i, part in enumerate(parts) if part in parts[:i]]
-    if repeated:
-        raise InputError(f"{label!r} names {repeated[0]!r} twice.", "Name each perturbation of a combination once.")
     return parts
 
 
@@ -130,7 +134,7 @@ def _not_fitted(run: Run, label: str, part: str, names: list[str]) -> InputError
     listed = ", ".join(map(repr, close or names[:8])) + (" and others" if not close and len(names) > 8 else "")
     return InputError(
         f"The perturbation {part!r}{within} {_why_not(run, part)}.",
-        f"Did you mean {listed}?" if close else f"Fitted are {listed}.",
+        f"Did you mean {listed}?" if close else f"Fitted perturbations: {listed}.",
     )
 
 
@@ -138,7 +142,7 @@ def _why_not(run: Run, part: str) -> str:
     """Held out, left out, or unknown: what the labels of the screen say, where it can be read."""
     options = run.facts.config.data
     if part in options.hold_out:
-        return "was held out of the fit, which cannot tell what it does"
+        return "was held out of the fit, so its effect is unknown"
     if run.path is not None:
         try:
             with open_screen(run.path / "crlseq.h5ad", run.preprocessing.layer) as screen:
@@ -147,9 +151,9 @@ def _why_not(run: Run, part: str) -> str:
         except InputError:  # the folder was moved without its cells: the message is less exact, and no less true
             return "was not fitted"
         if part in labels.names:
-            return "is in the screen, but was left out of the fit, as it has too few cells"
+            return "is in the screen but was left out of the fit because it has too few cells"
         if part in labels.dropped:
-            return "was left out of the fit, as it names no perturbation"
+            return "was left out of the fit because it is not a perturbation"
     return "was not fitted" if run.extrapolation is None else "was not fitted and has no vector among the embeddings"
 
 
@@ -158,16 +162,16 @@ def _weak_ground(run: Run, name: str, k: int) -> str:
     row = run.interventions.iloc[k]
     if row["n_cells"] == 0 and run.facts.training.epochs_run == 0:
         raise InputError(
-            f"The perturbation {name!r} was measured in combinations alone, from which the linear method learns nothing.",
+            f"The perturbation {name!r} was measured only in combinations, from which the linear method learns nothing.",
             "Fit again with --method straighten.",
         )
     if row["n_cells"] == 0:
-        return f"{name!r} was measured in combinations alone: what it does was learned from these."
+        return f"{name!r} was measured only in combinations; its effect was learned from these."
     if row["program"] != "":
         return ""
     if bool((run.model.target_weights(torch.tensor([k])) == 0).all()):
         return (
-            f"{name!r} has no detectable effect: no change through the programs is predicted, and of its own "
-            "measured mean what stands out of sampling noise."
+            f"{name!r} has no detectable effect: the prediction changes no program and keeps only the part of its "
+            "measured mean that exceeds sampling noise."
         )
-    return f"{name!r} has no detectable effect: what is predicted for it may be noise that was learned."
+    return f"{name!r} has no detectable effect: its prediction may be learned noise."

@@ -103,10 +103,10 @@ def predict(
 
     ``X`` float32. ``obs``: ``perturbation`` (and the same under the run's own key), ``cell`` (the cell that it started
     from), ``predicted``, and ``counterfactual`` (False: the cell as it was measured) if asked for.
-    ``obsm["X_crlseq"]``: latents. ``var["control_mean"]`` and ``varm``, with one column a perturbation, named by
+    ``obsm["X_crlseq"]``: latents. ``var["control_mean"]`` and ``varm``, with one column per perturbation, named by
     ``uns["crlseq_prediction"]["perturbations"]``: ``crlseq_mean``, ``crlseq_effect`` (mean of the virtual cells less
     that of the real controls that they started from), ``crlseq_effect_lower`` and ``crlseq_effect_upper`` (95 %).
-    ``uns["crlseq_prediction"]["summary"]``: one row a perturbation.
+    ``uns["crlseq_prediction"]["summary"]``: one row per perturbation.
 
     Raises
     ------
@@ -117,7 +117,7 @@ def predict(
     """
     requests, notes = understand(run, [perturbations] if isinstance(perturbations, str) else list(perturbations))
     if n_cells is not None and n_cells < 1:
-        raise UsageError(f"{n_cells} cells were asked for.", "At least one is needed.")
+        raise UsageError(f"{n_cells} cells were requested.", "Request at least one.")
     start = _start(run, source, n_cells, counterfactual, seed, notes)
     for text in notes:
         note(text)
@@ -263,19 +263,19 @@ def _start(
             raise InputError("This run was never written to a folder.", "Give the cells to start from.")
         source = run.path / "crlseq.h5ad"
     with open_screen(source, record.layer) as screen:
-        alignment, said = align(record, screen)
+        alignment, about = align(record, screen)
         if len(alignment.present) < alignment.n_fitted and run.path is None:
             record.columns(screen.genes, screen.source)  # nothing to fill them with: says which are missing
-        notes += said
+        notes += about
         controls = _controls(run, screen, own, notes)
         wanted = min(N_CELLS, len(controls)) if n_cells is None else n_cells
         if wanted > len(controls):
             if counterfactual:
                 raise UsageError(
-                    f"{wanted} counterfactuals were asked for, but there are {len(controls)} control cells.",
+                    f"{wanted} counterfactuals were requested, but there are only {len(controls)} control cells.",
                     "Each cell has one counterfactual: lower --n-cells.",
                 )
-            notes.append(f"There are {len(controls)} control cells, so that some are used more than once.")
+            notes.append(f"There are only {len(controls)} control cells, so some are used more than once.")
         key = run.facts.config.data.batch_key
         batch = screen.obs[key].astype(str).to_numpy() if key in screen.obs else np.zeros(screen.n_cells)
         rng = np.random.default_rng([seed, 7])
@@ -302,7 +302,7 @@ def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarr
     """Indices of the control cells of a screen; of every cell where other cells bear no label."""
     key, label = run.facts.perturbation_key, run.facts.control_label
     if key not in screen.obs:
-        notes.append(f"{screen.source} has no column {key!r}: every cell is taken as unperturbed.")
+        notes.append(f"{screen.source} has no column {key!r}, so every cell is treated as unperturbed.")
         return np.arange(screen.n_cells)
     try:
         separator = run.facts.config.data.separator
@@ -314,10 +314,10 @@ def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarr
     if not len(found):
         raise InputError(
             f"{screen.source}: no cell is labelled {label!r} in {key!r}.",
-            "Virtual cells start from control cells: give some, or leave the column out if all of them are.",
+            "Virtual cells start from control cells: provide some, or omit the column if all cells are controls.",
         )
     if not own and len(found) < screen.n_cells:
-        notes.append(f"{len(found)} of the {screen.n_cells} cells of {screen.source} are controls, and are used.")
+        notes.append(f"{len(found)} of the {screen.n_cells} cells of {screen.source} are controls and are used.")
     return found
 
 
@@ -363,7 +363,7 @@ def refuse_file(output: Path, force: bool, inputs: Sequence[Path]) -> None:
     """
     try:
         if any(output.resolve() == path.resolve() for path in inputs):
-            raise InputError(f"{output} is what the prediction is made from.", "Choose another --output.")
+            raise InputError(f"{output} is an input of the prediction.", "Choose another --output.")
         is_folder, exists = output.is_dir(), output.exists()
     except OSError as error:  # a name that is too long, or a loop of links
         raise InputError(f"{output} cannot be written: {error.strerror}.", "Choose another --output.") from None

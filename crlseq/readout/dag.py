@@ -46,11 +46,11 @@ def identify_gradient(config: ModelConfig) -> Identification:
     if config.equations != "nonlinear" and config.intervention == "shift":
         return Identification(
             verdict="not identified",
-            reason="With linear structural equations and shifts alone the decoder can absorb any graph, the empty one too: "
+            reason="With linear structural equations and shifts alone the decoder can absorb any graph, including the empty one: "
             "the edges come from the optimiser, not from the data.",
         )
     return Identification(
         verdict="not identified",
-        reason="A graph read off the gradient steps of a single fit was no better than an empty one in simulations: take it "
-        "as a sketch, not as a finding.",
+        reason="In simulations, a graph learned by gradient in a single fit was no better than an empty one: treat it as a "
+        "sketch, not a finding.",
     )

@@ -144,10 +144,10 @@ def _over_represented(
     for index, direction, own in chosen if len(sets) else []:
         hits = member[sets][:, own].sorted_indices()
         overlap, m = np.diff(hits.indptr), size[sets]
-        told = [", ".join(names[own[hit]]) for hit in np.split(hits.indices, hits.indptr[1:-1])]
+        listed = [", ".join(names[own[hit]]) for hit in np.split(hits.indices, hits.indptr[1:-1])]
         score = overlap * total / (m * max(len(own), 1))
         p_value = stats.hypergeom.sf(overlap - 1, total, m, len(own))
-        tables.append(_table(test, index, direction, sets, size=m, overlap=overlap, score=score, p_value=p_value, genes=told, n_chosen=len(own)))  # fmt: skip
+        tables.append(_table(test, index, direction, sets, size=m, overlap=overlap, score=score, p_value=p_value, genes=listed, n_chosen=len(own)))  # fmt: skip
     return pd.concat(tables[min(1, len(tables) - 1) :], ignore_index=True)
 
 
@@ -206,9 +206,9 @@ def _ranked(genes: np.ndarray, member: sparse.csr_array, loading: np.ndarray, se
             found[name].astype(float).fillna(missing).to_numpy() for name, missing in (("NES", 0.0), ("NOM p-val", 1.0))
         )  # it has none where no sampled set had the sign
         edges = [np.array([gene[1:] for gene in edge.split(";") if gene], dtype=int) for edge in found["Lead_genes"]]
-        told = [", ".join(genes[edge[np.argsort(-np.abs(row[edge]), kind="stable")]]) for edge in edges]
+        listed = [", ".join(genes[edge[np.argsort(-np.abs(row[edge]), kind="stable")]]) for edge in edges]
         direction = np.where(found["ES"].astype(float) >= 0, "up", "down")
-        tables.append(_table(RANK, index, direction, own, size=size[own], overlap=[len(edge) for edge in edges], score=score, p_value=p_value, genes=told))  # fmt: skip
+        tables.append(_table(RANK, index, direction, own, size=size[own], overlap=[len(edge) for edge in edges], score=score, p_value=p_value, genes=listed))  # fmt: skip
     return pd.concat(tables[min(1, len(tables) - 1) :], ignore_index=True)
 
 

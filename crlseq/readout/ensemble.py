@@ -14,8 +14,7 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.readout.dag import DECLARED_WEIGHT
 from crlseq.readout.programs import find_programs
-
-COLUMNS = ("kind", "source", "target", "agreement", "mean", "sd")
+from crlseq.run.schema import ENSEMBLE_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -58,21 +57,12 @@ def align(reading: Reading, to: Reading) -> tuple[Reading, np.ndarray]:
 def seed_agreement(
     kept: Reading, others: Sequence[Reading], interventions: pd.DataFrame, edges: pd.DataFrame
 ) -> pd.DataFrame:
-    """Table ``kind, source, target, agreement, mean, sd`` of what the kept model claims.
+    """Table ``kind, source, target, agreement, mean, sd`` of what the kept model claims in its `interventions` and `edges`.
 
-    Parameters
-    ----------
-    others
-        Readings of the models of the other seeds; at least one.
-    interventions, edges
-        The kept model's tables: which program each perturbation acts on (none: no row), and the declared edges.
-
-    Returns
-    -------
-    A row a ``program``, whose agreement is the mean absolute correlation of its loadings with those of the others; a
-    row an ``intervention``, whose agreement is the share of the others in which the perturbation moves that program
-    most; a row an ``edge``, whose agreement is the share of the others with an edge of that sign and of at least
-    0.1. Mean and standard deviation, over all seeds, are of the shift or of the edge's weight.
+    One row per ``program``, whose agreement is the mean absolute correlation of its loadings with those of the others; per
+    ``intervention``, whose agreement is the share of the others in which the perturbation moves that program most; and
+    per ``edge``, whose agreement is the share of the others with an edge of that sign and of at least 0.1. Mean and
+    standard deviation, over all seeds, are of the shift or of the edge's weight.
     """
     aligned, correlations = zip(*(align(other, kept) for other in others), strict=True)
     shifts = np.stack([reading.shift for reading in (kept, *aligned)])  # (S, K, p)
@@ -91,4 +81,4 @@ def seed_agreement(
         own = weights[:, names[source], names[target]]
         same = (np.sign(own[1:]) == np.sign(own[0])) & (np.abs(own[1:]) >= DECLARED_WEIGHT)
         rows.append(("edge", source, target, same.mean(), own.mean(), own.std(ddof=1)))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=list(ENSEMBLE_COLUMNS))

@@ -13,7 +13,7 @@ from crlseq.readout.programs import Programs
 
 @dataclass(frozen=True)
 class Interventions:
-    """One row a single perturbation.
+    """One row per single perturbation.
 
     ``weight`` (K, p) points of the simplex; ``target`` (K,) the program of the largest weight, -1
     without a claim (all else is NaN then); ``shift`` (K,)

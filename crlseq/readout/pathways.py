@@ -67,13 +67,13 @@ def explained_by_sets(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmSt
     """
     discovery, projection = start.discovery, start.projection
     split = data.split[discovery.index]
-    judged, train = split == splits.VALIDATION, split == splits.TRAIN
+    validation, train = split == splits.VALIDATION, split == splits.TRAIN
     slope, offset = regress(projection.scores, discovery.latents[train], discovery.index[train])
-    truth = discovery.latents[judged]
-    if not judged.any():
+    truth = discovery.latents[validation]
+    if not validation.any():
         return (np.full(truth.shape[1], np.nan),) * 2
     variance = np.maximum(truth.var(0), 1e-12)
-    by_all = projection.scores[discovery.index[judged]] @ slope + offset
-    by_sets = encode(model, data, discovery.index[judged])
+    by_all = projection.scores[discovery.index[validation]] @ slope + offset
+    by_sets = encode(model, data, discovery.index[validation])
     first, second = (1 - ((truth - read) ** 2).mean(0) / variance for read in (by_sets, by_all))
     return first, second

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from crlseq.plotting.style import limit_of
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.summary import BASELINES, assignment, best_baseline, short, strongest
@@ -23,12 +24,10 @@ ROW = 17.0  # height of a line of a map
 NAMES = 120.0  # width of its names
 SIZE = (300.0, 170.0)  # of a chart's inside
 PAD = (52.0, 8.0, 12.0, 34.0)  # left, top, right, bottom: ticks and titles
-
-
-def largest(values: pd.Series) -> float:
-    """The largest of \\|values\\|, for scales; 1 where there is none."""
-    found = float(values.abs().max()) if len(values) else 0.0
-    return found if found > 0 and np.isfinite(found) else 1.0
+FRAME = {
+    "left": PAD[0], "top": PAD[1], "width": SIZE[0], "height": SIZE[1],
+    "full_width": PAD[0] + SIZE[0] + PAD[2], "full_height": PAD[1] + SIZE[1] + PAD[3],
+}  # fmt: skip
 
 
 def intervention_map(run: Run) -> dict[str, Any] | None:
@@ -38,7 +37,7 @@ def intervention_map(run: Run) -> dict[str, Any] | None:
         return None
     names = run.program_names
     cell = 38.0 if len(names) <= NUMBERED else 22.0
-    end = largest(rows["shift"])
+    end = limit_of(rows["shift"].to_numpy())
     shares = assignment(run.facts.bootstrap, rows)
     lines = []
     for i, row in enumerate(rows.to_dict("records")):
@@ -76,7 +75,7 @@ def effects(run: Run) -> dict[str, Any] | None:
     table = tested.sort_values("energy_distance", ascending=False, kind="stable")[:EFFECT_ROWS]
     found = tested["fdr"] <= DETECTABLE_FDR
     values = table["energy_distance"].to_numpy()
-    unit = max(float(tested.loc[found, "energy_distance"].min()) if found.any() else largest(tested["energy_distance"]), 1e-12)  # fmt: skip
+    unit = max(float(tested.loc[found, "energy_distance"].min()) if found.any() else limit_of(tested["energy_distance"].to_numpy()), 1e-12)  # fmt: skip
 
     def scaled(value: float) -> float:
         return float(np.sign(value) * np.log10(1 + abs(value) / unit))
@@ -124,7 +123,7 @@ def scatters(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
         charts.append({
             "title": f"{title}: model (up) against {BASELINES[best]} (across)",
             "note": f"the model is better on {int((sign * (y - x) > 0).sum())} of {len(x)}, {'above' if sign > 0 else 'below'} the line",
-            "x_ticks": across[1], "y_ticks": up[1], "frame": _frame(),
+            "x_ticks": across[1], "y_ticks": up[1], "frame": FRAME,
             "diagonal": [(across[0](v), up[0](v)) for v in (across[2], across[3])],
             "dots": [
                 {"x": across[0](a), "y": up[0](b), "name": name, "better": sign * (b - a) > 0, "model": b, "rival": a}
@@ -152,7 +151,7 @@ def losses(history: pd.DataFrame) -> list[dict[str, Any]]:
         low, high = float(finite.min()), float(np.quantile(finite, 0.98))
         across, up = _axis(float(epochs[0]), float(epochs[-1]), SIZE[0], False, whole=True), _axis(low, high, SIZE[1], True)  # fmt: skip
         charts.append({
-            "title": term, "x_ticks": across[1], "y_ticks": up[1], "frame": _frame(),
+            "title": term, "x_ticks": across[1], "y_ticks": up[1], "frame": FRAME,
             "lines": [
                 {
                     "name": "validation" if name.startswith("validation_") else "training",
@@ -165,14 +164,6 @@ def losses(history: pd.DataFrame) -> list[dict[str, Any]]:
             ],
         })  # fmt: skip
     return charts
-
-
-def _frame() -> dict[str, float]:
-    left, top, right, bottom = PAD
-    return {
-        "left": left, "top": top, "width": SIZE[0], "height": SIZE[1],
-        "full_width": left + SIZE[0] + right, "full_height": top + SIZE[1] + bottom,
-    }  # fmt: skip
 
 
 def _axis(

@@ -19,9 +19,10 @@ from markupsafe import Markup
 from crlseq.errors import few
 from crlseq.plotting.drawing import HEAD, Drawing, draw, edge_width, heading, legend
 from crlseq.plotting.layout import Point
+from crlseq.plotting.style import limit_of
 from crlseq.readout import enrichment
 from crlseq.report import charts
-from crlseq.report.judgement import judgements
+from crlseq.report.evaluations import evaluation_tables
 from crlseq.run.run import Run
 from crlseq.run.summary import Program, answers, numbers_in_words, sets_in_words
 from crlseq.storage.files import written_whole
@@ -79,12 +80,13 @@ def _brief(value: Any) -> str:
 
 def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
     script = files("crlseq.report").joinpath("templates/report.js").read_text(encoding="utf-8")
-    order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), _program_number(run.interventions["program"])))
+    number = pd.to_numeric(run.interventions["program"].str[1:]).fillna(np.inf)
+    order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), number))
     interventions = run.interventions.iloc[order]
-    judged = judgements(run)
+    evaluated = evaluation_tables(run)
     questions = answers(run.facts, run.evaluation, run.history)
-    if judged:  # of all baselines, which a fit does not take the time for
-        questions[1] = judged[0].answer
+    if evaluated:  # of all baselines, which a fit does not take the time for
+        questions[1] = evaluated[0].answer
     return {
         "run": run,
         "info": run.facts,
@@ -99,7 +101,7 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "n_fitted_genes": run.programs["gene"].nunique(),
         "interventions": interventions[:ROWS].to_dict("records"),
         "n_interventions": len(interventions),
-        "largest_shift": charts.largest(interventions["shift"]),
+        "largest_shift": limit_of(interventions["shift"].to_numpy()),
         "map": charts.intervention_map(run),
         "edges": run.edges[:ROWS].to_dict("records"),
         "ancestry": run.ancestry[:ROWS].to_dict("records"),
@@ -107,37 +109,32 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "evaluation": run.evaluation[:ROWS].to_dict("records"),
         "means": _means(run.evaluation),
         "scatters": charts.scatters(run.evaluation),
-        "judged": judged,
+        "evaluated": evaluated,
         "seeds": _seeds(run),
         "losses": charts.losses(run.history),
         "config": json.dumps(run.info["config"], indent=1, ensure_ascii=False),
     }
 
 
-def _program_number(names: pd.Series) -> np.ndarray:
-    return pd.to_numeric(names.str[1:]).fillna(np.inf).to_numpy()
-
-
 def _card(program: Program, enriched: pd.DataFrame | None) -> dict[str, Any]:
+    sets = None
+    if enriched is not None:  # the first sets of each test, as `crlseq.enrich` orders them
+        tests = enriched[enriched["program"] == program.name].groupby("test", sort=False)
+        sets = {TESTS[str(test)]: part[:SETS].to_dict("records") for test, part in tests}
     genes = {"rise": program.up[:GENES], "fall": program.down[:GENES]}
     return {
         "program": program,
         "numbers": numbers_in_words(program),
         "drivers": program.drivers[:DRIVERS].to_dict("records"),
         "more_drivers": max(0, len(program.drivers) - DRIVERS),
-        "largest_shift": charts.largest(program.drivers["shift"]),
+        "largest_shift": limit_of(program.drivers["shift"].to_numpy()),
         "total": bool(program.downstream),  # else it is the loading
         "genes": {name: table.to_dict("records") for name, table in genes.items()},
-        "largest": charts.largest(pd.concat([table["loading"] for table in genes.values()])),
+        "largest": limit_of(pd.concat([table["loading"] for table in genes.values()]).to_numpy()),
         "pathways": program.pathways[:PATHWAYS].to_dict("records"),
-        "largest_pathway": charts.largest(program.pathways["weight"].astype(float)),
-        "sets": None if enriched is None else _sets(enriched[enriched["program"] == program.name]),
+        "largest_pathway": limit_of(program.pathways["weight"].to_numpy(float)),
+        "sets": sets,
     }
-
-
-def _sets(enriched: pd.DataFrame) -> dict[str, Any]:
-    """The first sets of each test, as `crlseq.enrich` orders them."""
-    return {TESTS[str(test)]: part[:SETS].to_dict("records") for test, part in enriched.groupby("test", sort=False)}
 
 
 def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
@@ -145,7 +142,7 @@ def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for ending, title in (
         ("", "model"),
-        ("_training", "training effects (not fitted: the sum of the parts')"),
+        ("_training", "training effects (sum over the parts if not fitted)"),
         ("_mean", "mean effect of all perturbations"),
         ("_no_change", "no change"),
     ):
@@ -201,7 +198,7 @@ def _dag(run: Run) -> dict[str, Any]:
             "path": edge_path(edge.points, drawing),
             "about": f"{edge.source} → {edge.target}\n{programs[edge.source].title} "
             f"{'raises' if edge.weight > 0 else 'lowers'} {programs[edge.target].title}\n"
-            f"weight {edge.weight:+.2f} (SD of the target for one of the source)"
+            f"weight {edge.weight:+.2f} (SD of the target per SD of the source)"
             + ("" if np.isnan(edge.support) else f", support {edge.support:.2f}"),
         }
         for edge in drawing.edges

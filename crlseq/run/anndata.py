@@ -156,10 +156,6 @@ def set_keys(adata: ad.AnnData, keys: Mapping[str, Mapping[str, Any]]) -> None:
             getattr(adata, slot)[name] = value
 
 
-def _copy(adata: ad.AnnData) -> ad.AnnData:
-    return adata.to_memory() if adata.isbacked else adata.copy()
-
-
 def _copy_store(source: str | Path, path: Path) -> None:
     """A prepared store as an h5ad file, in blocks of cells."""
     import anndata as ad
@@ -212,7 +208,10 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
     path.unlink(missing_ok=True)
     with ad.settings.override(allow_write_nullable_strings=True), by_hdf5():
         if isinstance(source, ad.AnnData) or not (h5py.is_hdf5(source) or read_manifest(source) is not None):
-            adata = _copy(source) if isinstance(source, ad.AnnData) else ad.read_zarr(source)
+            if isinstance(source, ad.AnnData):
+                adata = source.to_memory() if source.isbacked else source.copy()
+            else:
+                adata = ad.read_zarr(source)
             set_keys(adata, keys)
             adata.write_h5ad(path, compression="gzip")
             return

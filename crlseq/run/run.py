@@ -245,7 +245,7 @@ class Run:
                 raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
             writer = str(info["version"])
             if info["format"] < FORMAT:
-                raise ValueError(f"its format is {info['format']}, and {FORMAT} is read")
+                raise ValueError(f"its format is {info['format']}; this version reads {FORMAT}")
             facts = RunInfo.read(info)
             programs, interventions, edges, history, evaluation = (
                 read_csv(folder / f"{name}.csv", COLUMNS[name], ANCHOR if name == "programs" else {}) for name in TABLES
@@ -257,7 +257,7 @@ class Run:
             detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             if writer != __version__:
                 raise InputError(
-                    f"{folder} was written by crlseq {writer[:20]}, whose runs {__version__} does not read: {detail}.",
+                    f"{folder} was written by crlseq {writer[:20]}, which version {__version__} cannot read: {detail}.",
                     "Fit again with the command in its run.json, or read it with that version.",
                 ) from error
             raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error

@@ -145,13 +145,13 @@ def _better(evaluation: pd.DataFrame) -> tuple[str, str, str]:
     found = [_compared(evaluation, "l2", "L2 of means", -1.0), _compared(evaluation, "pearson_delta", "Pearson Δ", 1.0)]
     signs = {title: sign for title, sign, sentence in found if sentence}
     if not signs:
-        return "open", "not judged", "No cells were held out: fit with --hold-out-cells to judge."
+        return "open", "not evaluated", "No cells were held out; fit with --hold-out-cells to find out."
     answer, grade = answer_of(signs)
     split = str(evaluation["split"].iloc[0])
     sentences = "; ".join(sentence for _, _, sentence in found if sentence)
     reason = f"On {split} cells, against the best simple prediction: {sentences}."
     if split == "validation":
-        reason += " Validation cells also chose the epoch: hold cells out with --hold-out-cells for a fair judgement."
+        reason += " Validation cells also chose the epoch; for an unbiased comparison, fit with --hold-out-cells."
     return grade, answer, reason
 
 
@@ -201,21 +201,21 @@ def _converged(training: Training, history: pd.DataFrame, from_random: bool) -> 
     if training.stopped_early:
         return "good", "yes", f"The validation loss stopped falling; {kept}."
     if n < FEW_EPOCHS:
-        return "open", "not told", f"{n} epochs are too few to say; {kept}."
+        return "open", "unknown", f"{n} epochs are too few to tell; {kept}."
     validated = "validation_total" in history
     what, values = "validation loss" if validated else "loss", history["validation_total" if validated else "total"]
     before = values[: -max(1, n // 5)]
     share = (before.min() - values.min()) / max(values.max() - values.min(), 1e-30)
     if share > SETTLED:
         reason = (
-            f"The last fifth of the epochs still brought {share:.0%} of the fall of the {what}: give more --epochs."
+            f"The last fifth of the epochs still contributed {share:.0%} of the fall of the {what}; give more --epochs."
         )
         return "fair", "not quite", f"{reason} {kept[0].upper()}{kept[1:]}."
     return "good", "yes", f"The {what} had settled; {kept}."
 
 
 def summary_table(programs: list[Program]) -> pd.DataFrame:
-    """One row a program: what `describe_programs` says, short."""
+    """One row per program: what `describe_programs` says, short."""
 
     def top(table: pd.DataFrame) -> str:
         return ", ".join(table["gene"][:5])
@@ -251,7 +251,7 @@ def sets_in_words(facts: RunInfo) -> str:
         return ""
     return (
         "Share of each program's variance over validation cells that the encoder reads from gene sets (in brackets: "
-        f"that all genes tell, linearly): {', '.join(shares)}."
+        f"read linearly from all genes): {', '.join(shares)}."
     )
 
 
@@ -265,7 +265,7 @@ def numbers_in_words(program: Program) -> list[str]:
     if not np.isnan(program.stability):
         words.append(f"stability {program.stability:.2f}")
     if program.anchors is not None:
-        words.append(f"{len(program.up) + len(program.down)} genes, {len(program.anchors)} of them of no other program")
+        words.append(f"{len(program.up) + len(program.down)} genes, {len(program.anchors)} of them in no other program")
     return words
 
 

@@ -50,7 +50,7 @@ def intervention_table(
     support: np.ndarray,
     tests: Mapping[str, np.ndarray],
 ) -> pd.DataFrame:
-    """One row a single perturbation; all arguments (K,) but ``weight`` (K, p)."""
+    """One row per single perturbation; all arguments (K,) but ``weight`` (K, p)."""
     names = np.asarray([*program_names(weight.shape[1]), ""], dtype=object)  # the last: -1, no claim
     return pd.DataFrame({
         "perturbation": np.asarray(perturbations, dtype=object),
@@ -68,7 +68,7 @@ def intervention_table(
 
 
 def program_labels(interventions: pd.DataFrame, n_programs: int) -> list[str]:
-    """A readable name a program: its strongest perturbations with a detectable effect."""
+    """A readable name for each program: its strongest perturbations with a detectable effect."""
     labels = []
     for name in program_names(n_programs):
         drivers = interventions[(interventions["program"] == name) & (interventions["fdr"] <= DETECTABLE_FDR)]

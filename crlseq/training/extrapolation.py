@@ -70,12 +70,10 @@ class Extrapolation:
         mean = np.full((len(names), n), 1 / n)
         if self.choice == "mean":
             return mean
-        place = {name: i for i, name in enumerate(self.table.names)}
-        z = _standardised(self.table.vectors)
-        center = z[[place[name] for name in self.fitted]].mean(0)
-        own, asked = (z[[place[name] for name in wanted]] - center for wanted in (self.fitted, names))
-        gram = own @ own.T / z.shape[1]
-        kernel = asked @ own.T / z.shape[1]
+        own, asked = (_vectors_of(self.table, wanted) for wanted in (self.fitted, names))
+        own, asked = own - own.mean(0), asked - own.mean(0)
+        gram = own @ own.T / own.shape[1]
+        kernel = asked @ own.T / own.shape[1]
         found: np.ndarray = mean + np.linalg.solve(gram + self.penalty * np.eye(n), kernel.T).T @ (np.eye(n) - 1 / n)
         return found
 
@@ -114,10 +112,12 @@ class Extrapolation:
         known = f"{len(self.fitted)} fitted perturbations have a vector"
         if self.choice == "ridge":
             return (
-                f"{known}; left out one by one, their effects are predicted with {self.skill:.0%} less squared error."
+                f"{known}; predicting the effect of each from the others reduces the squared error by {self.skill:.0%}."
             )
-        what = "what perturbations do on average" if self.choice == "mean" else "nothing"
-        return f"{known}, and these say nothing of effects: perturbations never seen are predicted to do {what}."
+        what = "the mean effect" if self.choice == "mean" else "no effect"
+        return (
+            f"{known}, but the vectors carry no predictive information: {what} is predicted for unseen perturbations."
+        )
 
 
 def refuse_strangers(table: Embeddings, perturbations: Sequence[str], path: str) -> None:
@@ -131,9 +131,9 @@ def refuse_strangers(table: Embeddings, perturbations: Sequence[str], path: str)
     common = [name for name in perturbations if name in known]
     if len(common) < MIN_PERTURBATIONS:
         raise InputError(
-            f"The embeddings {path} have vectors for {len(common)} of the {len(perturbations)} fitted perturbations, and "
-            f"{MIN_PERTURBATIONS} are needed.",
-            f"Name genes as the labels do, such as {perturbations[0]!r}; there they are named like {table.names[0]!r}.",
+            f"The embeddings {path} have vectors for {len(common)} of the {len(perturbations)} fitted perturbations; at "
+            f"least {MIN_PERTURBATIONS} are needed.",
+            f"Name genes as the labels do (such as {perturbations[0]!r}); the table has names like {table.names[0]!r}.",
         )
 
 
@@ -161,9 +161,7 @@ def fit_extrapolation(
         output = model(x, torch.tensor([[k]]))
         effects[i] = (output.virtual.mean((0, 1)) - before).double().numpy()
         shifts[i] = (model.scm.abduct(output.latents) - z).mean((0, 1)).double().numpy()
-    place = {name: i for i, name in enumerate(table.names)}
-    standard = _standardised(table.vectors)
-    own = standard[[place[name] for name in fitted]]
+    own = _vectors_of(table, fitted)
     missed: dict[tuple[str, float], np.ndarray] = {("none", 0.0): effects}
     n = len(fitted)
     if n > 1:
@@ -215,5 +213,8 @@ def load_extrapolation(path: Path) -> Extrapolation:
         )  # fmt: skip
 
 
-def _standardised(vectors: np.ndarray) -> np.ndarray:
-    return np.asarray((vectors - vectors.mean(0)) / vectors.std(0))
+def _vectors_of(table: Embeddings, names: Sequence[str]) -> np.ndarray:
+    """(len(names), d) vectors, standardised over all genes of the table."""
+    place = {name: i for i, name in enumerate(table.names)}
+    vectors: np.ndarray = (table.vectors - table.vectors.mean(0)) / table.vectors.std(0)
+    return vectors[[place[name] for name in names]]

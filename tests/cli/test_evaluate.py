@@ -29,7 +29,7 @@ def test_summary_into_a_pipe_and_conditions_into_a_file(run_folder: Path, tmp_pa
     assert (
         "counterfactuals: composition error" in answer.err and "Against the known truth: target accuracy" in answer.err
     )
-    assert "one half of a condition's cells predicts the other with Pearson delta" in answer.err
+    assert "half of a condition's cells predict the other half with Pearson delta" in answer.err
     assert "held-out cells: better than" in answer.err and "Pearson delta" in answer.err
     assert {file.name for file in path.parent.iterdir()} == {"conditions.csv"}
     again = invoke("evaluate", run_folder, "--output", path)

@@ -79,7 +79,7 @@ def test_a_screen_without_any_effect(tmp_path: Path) -> None:
     assert run.info["identification"]["verdict"] == "not identified"
     shown = invoke("inspect", "interventions", tmp_path / "RUN")
     assert (shown.code, len(shown.out.splitlines())) == (0, 7)
-    assert (tmp_path / "RUN" / "report.html").read_text().count("no detectable effect, no claim") == 6
+    assert (tmp_path / "RUN" / "report.html").read_text().count("no detectable effect, no target claimed") == 6
 
 
 def test_values_overruled(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_other_cells(run_folder: Path, screen: ad.AnnData, tmp_path: Path) -> No
     ("label", "says"),
     [
         ("g55", "Did you mean 'g5'?"),
-        ("g7", "Fitted are 'g0'"),
+        ("g7", "Fitted perturbations: 'g0'"),
         ("g0+g0", "twice"),
         ("control", "is the control"),
         ("g0+ABC", "'ABC' in 'g0+ABC'"),
@@ -91,7 +91,7 @@ def test_bad_places(run_folder: Path, tmp_path: Path) -> None:
     for output in (run_folder / "crlseq.h5ad", run_folder / "run.json"):
         before = output.read_bytes()
         answer = invoke("predict", run_folder, "-p", "g0", "-o", output, "--force")
-        check_refusal(answer.code, answer.out, answer.err, 3, "made from")
+        check_refusal(answer.code, answer.out, answer.err, 3, "an input of the prediction")
         assert output.read_bytes() == before
     answer = invoke("predict", run_folder, "-p", "g0", "-o", tmp_path / ("x" * 300))
     check_refusal(answer.code, answer.out, answer.err, 3, "cannot be written")

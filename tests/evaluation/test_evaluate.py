@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import crlseq
 from crlseq.errors import InputError
 from crlseq.evaluation.baselines import BASELINES
-from crlseq.evaluation.compare import AXIOMS, METRICS, PREDICTORS, bootstrap_interval, compare, summarise, verdict
+from crlseq.evaluation.compare import AXIOMS, METRICS, PREDICTORS, bootstrap_interval, compare, in_words, summarise
 from crlseq.evaluation.evaluate import Evaluation, evaluate
 from crlseq.evaluation.recovery import score_recovery
 from crlseq.evaluation.truth import known_recovery
@@ -156,7 +156,7 @@ def test_held_out_doubles_are_grouped_by_parts_seen(doubles: Run) -> None:
     found = evaluate(doubles)
     assert found.conditions["group"].unique().tolist() == ["combinations, 2 of 2 parts seen"]
     assert sorted(found.conditions["condition"].unique()) == ["g2+g4", "g3+g4"]
-    assert "better than additive" in found.verdict[0]
+    assert "better than additive" in found.sentences[0]
 
 
 def test_a_double_with_parts_that_were_never_fitted(screen: ad.AnnData, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_double_with_parts_that_were_never_fitted(screen: ad.AnnData, tmp_path
         "g2+g3": "combinations, 0 of 2 parts seen",
         "g2+g4": "combinations, 1 of 2 parts seen",
     }
-    assert "Never fitted, and so without effect in any prediction: g2, g3." in found.notes
+    assert "Not fitted, so no method predicts an effect: g2, g3." in found.notes
     rows = found.conditions.set_index(["condition", "predictor"])
     assert rows.loc[("g2+g3", "model"), "l2"] == rows.loc[("g2+g3", "no_change"), "l2"]
     assert rows.loc[("g2+g4", "model"), "l2"] != rows.loc[("g2+g4", "no_change"), "l2"]
@@ -243,7 +243,7 @@ def test_an_evaluation_repeats(finished: Run, held_out: Evaluation) -> None:
     again = evaluate(finished, legacy=True)
     assert again.conditions.equals(held_out.conditions)
     assert again.summary.equals(held_out.summary)
-    assert again.verdict == held_out.verdict
+    assert again.sentences == held_out.sentences
 
 
 def test_bad_evaluation_sets(finished: Run, screen: ad.AnnData) -> None:
@@ -251,7 +251,7 @@ def test_bad_evaluation_sets(finished: Run, screen: ad.AnnData) -> None:
         "two are needed": screen[screen.obs["perturbation"] != "control"],
         "25 of the 40 fitted genes are missing": screen[:, 25:],
         "no column 'perturbation'": ad.AnnData(screen.X, obs=screen.obs[["batch"]], var=screen.var),
-        "no cells to judge by": screen[screen.obs["perturbation"] == "control"],
+        "no cells to evaluate on": screen[screen.obs["perturbation"] == "control"],
     }
     for message, adata in cases.items():
         with pytest.raises(InputError, match=message):
@@ -289,7 +289,7 @@ def test_comparisons_by_hand() -> None:
     assert found.loc[("l2", "additive"), "better"] == 2  # a tie is no win
     assert found.loc[("l2", "ridge"), "best"] and not found.loc[("l2", "additive"), "best"]
     assert found.loc[("pearson_delta", "ridge"), ["n", "model", "value"]].tolist() == [1, 0.5, 0.9]
-    assert verdict(compare(table, 0)) == (
+    assert in_words(compare(table, 0)) == (
         "g: better than additive, the best baseline by Pearson delta, on 2 of 3 by Pearson delta; Pearson delta 0.7 "
         "against 0.6 (difference 0.1 [-0.1, 0.3], no clear difference); L2 2 against 3 (difference -1 [-2, 0], no clear "
         "difference).",
@@ -303,7 +303,7 @@ def test_comparisons_by_hand() -> None:
 
 def test_a_clear_win_and_a_clear_loss() -> None:
     table = scores(model=[0.5, 0.7, 0.9], additive=[0.4, 0.5, 0.6], model_l2=[3, 4, 5], additive_l2=[2, 2, 2])
-    line = verdict(compare(table, 0))[0]
+    line = in_words(compare(table, 0))[0]
     assert "Pearson delta 0.7 against 0.5 (difference 0.2 [0.1, 0.3], better)" in line
     assert "L2 4 against 2 (difference 2 [1, 3], worse)" in line
 

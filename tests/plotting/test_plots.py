@@ -188,7 +188,7 @@ def test_cells(finished: Run) -> None:
     controls = ax.collections[0].get_offsets()
     assert len(controls) == 200
     for wrong in (["P0"], ["P0", "P0"], ["P0", "P9"]):
-        with pytest.raises(UsageError, match="not two of this run"):
+        with pytest.raises(UsageError, match="not two different programs of this run"):
             plotting.embedding(finished, programs=wrong)
     with pytest.raises(UsageError, match="no perturbation 'nobody'"):
         plotting.embedding(finished, perturbations=["nobody"])

@@ -166,8 +166,8 @@ def test_without_edges_effects_epochs_or_evaluation(tmp_path: Path) -> None:
     bare = replace(run, interventions=none, evaluation=run.evaluation.iloc[:0])
     html, page = written(bare, tmp_path)
     assert "No edge is declared between 2 programs; the graph is not identified." in page.text["graph"]
-    assert html.count("no detectable effect, no claim") == 6
-    assert "None targets it." in page.text["P0"]
+    assert html.count("no detectable effect, no target claimed") == 6
+    assert "No perturbation targets it." in page.text["P0"]
     assert "held-out" not in page.text and "loss" not in page.text
     assert "there is nothing to map" in page.text["interventions"]
     assert all(f'href="#{name}"' not in html for name in ("held-out", "loss"))
@@ -230,11 +230,11 @@ def test_agreement_of_seeds(tmp_path: Path) -> None:
     training = {**run.info["training"], "kept_seed": 1, "seed_losses": [0.25, -0.00004, None]}
     info = {**run.info, "config": {**run.info["config"], "training": {"ensemble": 3}}, "training": training}
     text = written(replace(run, info=info, ensemble=table), tmp_path)[1].text["seeds"]
-    assert "3 models of seeds 0 to 2; that of seed 1 validated best" in text
+    assert "3 models with seeds 0 to 2; the model of seed 1 has the lowest validation loss" in text
     assert "between 0.0000 and 0.2500" in text  # not -0.0000
-    assert "1 of 2 programs have" in text and "1 of 2 perturbations move" in text and "1 of 1 edges are" in text
+    assert "1 of 2 programs have" in text and "1 of 2 perturbations shift" in text and "1 of 1 edges are" in text
     assert re.search(r"PERT0\s+P0\s+1\.00\s+-1\.23\s+0\.06", text)
-    assert "the likelihood found" not in text  # of a graph that each seed learned for itself
+    assert "found by the likelihood" not in text  # of a graph that each seed learned for itself
 
 
 def test_ticks() -> None:

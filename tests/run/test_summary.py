@@ -109,7 +109,7 @@ def test_better_than_baselines(run: Run) -> None:
     )[1]
     assert one.answer == "no clear difference"  # a single condition has no error to hold it against
     none = answers_of(replace(run, evaluation=run.evaluation.iloc[:0]))[1]
-    assert (none.answer, none.grade) == ("not judged", "open")
+    assert (none.answer, none.grade) == ("not evaluated", "open")
     chosen = answers_of(replace(run, evaluation=measured(l2=[0.5, 0.6, 0.7], **base).assign(split="validation")))[1]
     assert "chose the epoch" in chosen.reason
 

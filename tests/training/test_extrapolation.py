@@ -192,7 +192,7 @@ def test_vectors_that_say_nothing(full: ad.AnnData, tmp_path: Path) -> None:
     run = crlseq.fit(without_lost(full), embeddings=str(tmp_path / "random.h5ad"), **LINEAR)
     assert run.info["embeddings"]["choice"] in ("none", "mean") or run.info["embeddings"]["skill"] < 0.15
     if run.info["embeddings"]["choice"] == "none":
-        assert "say nothing of effects" in run.extrapolation.in_words()
+        assert "no predictive information" in run.extrapolation.in_words()
 
 
 BAD: dict[str, tuple[Callable[[Path, pd.DataFrame], object], str]] = {
@@ -244,7 +244,7 @@ def test_commands(full: ad.AnnData, tmp_path: Path) -> None:
     vectors(full).to_csv(tmp_path / "vectors.csv")
     words = ["--method", "linear", "--bootstrap", 0, "--n-latents", 3, "--embeddings", tmp_path / "vectors.csv"]
     answer = invoke("fit", tmp_path / "screen.h5ad", "--output", tmp_path / "RUN", *words)
-    assert answer.code == 0 and "less squared error" in answer.err, answer.err
+    assert answer.code == 0 and "reduces the squared error" in answer.err, answer.err
     answer = invoke("predict", tmp_path / "RUN", "-p", "g4", "-o", tmp_path / "out.h5ad", "--json")
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["predictions"][0]["seen"] == "extrapolated"

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from crlseq.evaluation.baselines import BASELINES
-from crlseq.evaluation.compare import METRICS, MODEL, WORDS, compare, verdict
+from crlseq.evaluation.compare import METRICS, MODEL, WORDS, compare, in_words
 from crlseq.run.run import Run
 from crlseq.run.summary import Answer, answer_of
 
@@ -25,7 +25,7 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Judgement:
+class EvaluationTable:
     """A table of ``crlseq evaluate``: its file, the answer, sentences, and means by group of conditions."""
 
     name: str
@@ -35,12 +35,12 @@ class Judgement:
     groups: list[dict[str, Any]]
 
 
-def judgements(run: Run) -> list[Judgement]:
+def evaluation_tables(run: Run) -> list[EvaluationTable]:
     """The tables in the run's folder, by name; other files there are none of ours and are passed over."""
     if run.path is None:
         return []
     tables = {path.name: _read(path) for path in sorted(run.path.glob("*.csv"))}
-    return [_judge(name, table, run.facts.seed) for name, table in tables.items() if table is not None]
+    return [_evaluated(name, table, run.facts.seed) for name, table in tables.items() if table is not None]
 
 
 def _read(path: Path) -> pd.DataFrame | None:
@@ -57,14 +57,14 @@ def _read(path: Path) -> pd.DataFrame | None:
     return table if {MODEL, *BASELINES} <= set(table["predictor"]) else None
 
 
-def _judge(name: str, table: pd.DataFrame, seed: int) -> Judgement:
+def _evaluated(name: str, table: pd.DataFrame, seed: int) -> EvaluationTable:
     comparisons = compare(table[["condition", "group", "predictor", *CARRYING]], seed)
     best = comparisons[comparisons["best"] & comparisons["low"].notna()]
     found: dict[str, list[float]] = {}
-    told, several = [], comparisons["group"].nunique() > 1
+    parts, several = [], comparisons["group"].nunique() > 1
     for row in best.to_dict("records"):
         low, high = (row["low"], row["high"]) if METRICS[row["metric"]] else (-row["high"], -row["low"])
-        told.append(
+        parts.append(
             (f"{row['group']}: " if several else "")
             + f"{SHOWN[row['metric']]} {row['model']:.3g} against {row['value']:.3g} ({TITLES[row['baseline']]}), "
             f"better on {row['better']} of {row['n']} conditions"
@@ -73,7 +73,7 @@ def _judge(name: str, table: pd.DataFrame, seed: int) -> Judgement:
     # Over several groups of conditions: better only if worse in none.
     signs = {title: min(own) if min(own) < 0 else max(own) for title, own in found.items()}
     answer, grade = answer_of(signs) if signs else ("too few conditions to tell", "open")
-    sentences = verdict(comparisons)
+    sentences = in_words(comparisons)
     metrics = {metric: title for metric, title in SHOWN.items() if metric in table}
     groups = []
     for group, part in table.groupby("group", sort=False):
@@ -88,5 +88,5 @@ def _judge(name: str, table: pd.DataFrame, seed: int) -> Judgement:
             for predictor, values in means.iterrows()
         ]
         groups.append({"name": group, "n": part["condition"].nunique(), "rows": rows})
-    reason = f"By {name}, against the best baseline by each metric. {'; '.join(told)}."
-    return Judgement(name, Answer("Better than baselines?", grade, answer, reason), sentences, metrics, groups)
+    reason = f"By {name}, against the best baseline by each metric. {'; '.join(parts)}."
+    return EvaluationTable(name, Answer("Better than baselines?", grade, answer, reason), sentences, metrics, groups)
