@@ -1,7 +1,9 @@
 """Configuration: what a run was asked to do, with ranges, presets and TOML in and out.
 
-Three parts: ``DataConfig`` (how the file is read), ``ModelConfig`` (what is fitted) and
-``TrainingConfig`` (how). Defaults are the default preset; `PRESETS` lists what others change.
+Three parts: ``DataConfig`` (how the file is read), ``ModelConfig`` (what is fitted) and ``TrainingConfig`` (how). Defaults
+are the default preset; `PRESETS` lists what others change. A field made by `_flag` is an option of the command line too
+(`crlseq.cli.options`); one made by ``Field`` is set in a configuration file or in Python. Help, default and range stand
+in the field and nowhere else.
 """
 
 from __future__ import annotations
@@ -21,6 +23,35 @@ Device = Literal["auto", "cpu", "cuda"]
 InterventionKind = Literal["shift", "hard", "soft"]  # what each is: `crlseq.model.interventions`
 
 
+def _flag(
+    default: Any,
+    text: str,
+    *,
+    unset: str = "",
+    panel: str = "",
+    switch: str = "",
+    shell: Literal["", "path", "lines"] = "",
+    **limits: Any,
+) -> Any:
+    """A field that is an option of the command line as well.
+
+    Parameters
+    ----------
+    default, text, limits
+        Of the field; `text` is also the help of the option.
+    unset
+        What None stands for, in words for the help.
+    panel
+        Heading in the help; empty: that of the section.
+    switch
+        Names of an option without a value, such as ``--streamed/--in-memory``.
+    shell
+        What is typed, where it is not the value: the path of a file, or a file with a value per line.
+    """
+    flag: dict[str, Any] = {"unset": unset, "panel": panel, "switch": switch, "shell": shell}
+    return Field(default, description=text, json_schema_extra={"flag": flag}, **limits)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -28,70 +59,131 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """How cells, labels and genes are read from the file."""
 
-    perturbation_key: str | None = None  # None: detected
-    control_label: str | None = None  # None: detected
-    separator: str | None = None  # None: detected; "" for labels that are never combinations
-    guide_key: str | None = None  # column of guide names, read as perturbations (`crlseq.data.guides`)
-    guide_counts: str | None = None  # guide counts in obsm, or a modality of a MuData file
-    guide_map: str | None = None  # table of guides and genes; None: by their names
-    guide_min_umis: int = Field(default=5, ge=1)
-    guide_min_share: float = Field(default=0.8, gt=0.5, le=1.0)
-    batch_key: str | None = None
-    layer: str | None = None  # None: X
-    values: Literal["auto", "counts", "log", "continuous"] = "auto"
-    n_top_genes: Annotated[int, Field(ge=2)] | Literal["all"] = 5000
-    genes: tuple[str, ...] | None = None  # these genes and no others
-    min_cells: int = Field(default=10, ge=2)  # per condition; fewer cells say nothing of a distribution
-    hold_out: tuple[str, ...] = ()  # conditions kept out of the fit
-    hold_out_cells: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of every condition kept for testing
-    validation_cells: float = Field(default=0.1, gt=0.0, lt=0.5)  # share of every condition for early stopping
-    responders: bool = False  # leave out cells that escaped their perturbation (`crlseq.data.responders`)
-    embeddings: str | None = None  # table of gene vectors, from which perturbations never seen are extrapolated
-    gene_sets: str | None = None  # gmt file of the sets that the encoder reads
-    streamed: bool | None = None  # a prepared store: read as training goes, or loaded; None: by its size
-    combinations: bool = True  # False: fit on single perturbations alone, hold every combination out
+    perturbation_key: str | None = _flag(None, "Column of obs with the perturbations.", unset="detected")
+    control_label: str | None = _flag(None, "Label of control cells.", unset="detected")
+    separator: str | None = _flag(
+        None, "Separates the parts of a combination; '' where labels are never combinations.", unset="detected"
+    )
+    guide_key: str | None = _flag(None, "Column of guides (STAT1g2), read as the genes they target.", panel="Guides")
+    guide_counts: str | None = _flag(
+        None, "Guide counts that assign cells: a table in obsm, or a modality of an .h5mu file.", panel="Guides"
+    )
+    guide_map: str | None = _flag(
+        None, "Table of guides and their genes.", unset="read from the guide names", panel="Guides", shell="path"
+    )
+    guide_min_umis: int = _flag(5, "Fewest UMIs of a gene's guides in a cell that carries it.", panel="Guides", ge=1)
+    guide_min_share: float = _flag(
+        0.8, "Smallest share of a cell's guide UMIs that its gene must have.", panel="Guides", gt=0.5, le=1.0
+    )
+    batch_key: str | None = _flag(
+        None, "Column of experimental batches; a cell is compared with controls of its own batch."
+    )
+    layer: str | None = _flag(None, "Layer with the expression values.", unset="X")
+    values: Literal["auto", "counts", "log", "continuous"] = _flag("auto", "Kind of expression values.")
+    n_top_genes: Annotated[int, Field(ge=2)] | Literal["all"] = _flag(5000, "Number of most variable genes to fit.")
+    genes: tuple[str, ...] | None = _flag(
+        None, "File with the genes to fit, one per line.", unset="most variable genes", shell="lines"
+    )
+    # Fewer cells say nothing of a distribution.
+    min_cells: int = _flag(10, "Exclude perturbations with fewer cells.", ge=2)
+    hold_out: tuple[str, ...] = _flag((), "A condition to hold out; may be repeated.")
+    hold_out_cells: float = _flag(0.0, "Share of each condition's cells to hold out.", ge=0.0, lt=1.0)
+    validation_cells: float = Field(
+        default=0.1, gt=0.0, lt=0.5, description="Share of each condition's cells that early stopping is judged by."
+    )
+    responders: bool = _flag(
+        False, "Exclude cells that look unperturbed; effects come out larger.", switch="--responders/--all-cells"
+    )
+    embeddings: str | None = _flag(
+        None,
+        "Table of gene vectors (CSV, TSV or h5ad), from which `predict` extrapolates to genes never perturbed.",
+        shell="path",
+    )
+    gene_sets: str | None = _flag(
+        None, "A gmt file: the encoder reads its gene sets, and each program is a combination of them.", shell="path"
+    )
+    streamed: bool | None = _flag(
+        None, "Read a prepared store during training, or load it whole.", unset="by its size",
+        switch="--streamed/--in-memory",
+    )  # fmt: skip
+    combinations: bool = _flag(
+        True, "Fit combinations too, or hold all of them out.", switch="--combinations/--no-combinations"
+    )
 
 
 class ModelConfig(_Section):
-    """Networks, structural equations and losses (SCIENCE: Zhang et al. 2023, arXiv 2307.06250)."""
+    """Networks, structural equations and losses (Zhang et al. 2023, arXiv 2307.06250)."""
 
-    method: Literal["straighten", "linear", "gradient"] = "straighten"  # how targets and graph are found
-    n_latents: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    n_hidden: int = Field(default=128, ge=1)
-    intervention: Literal["auto", InterventionKind] = "auto"
-    equations: Literal["auto", "linear", "nonlinear"] = "auto"
-    decoder: Literal["dense", "sparse"] = "dense"  # sparse: a program moves few genes, under a spike-and-slab lasso
-    causal_layer: bool = True  # False: the paper's ablation with u = z + shifts
-    gene_set_leak: float = Field(default=0.0, ge=0.0, lt=1.0)  # what genes outside a set count for its activity
-    output_activation: Literal["identity", "leaky_relu"] = "identity"
-    noise: Literal["gaussian", "none"] = "gaussian"  # gaussian: per-gene noise, learned, and abducted with z
-    mmd_weight: float = Field(default=10.0, ge=0.0)  # 0: the ablation without MMD
-    mmd_estimator: Literal["unbiased", "biased"] = "unbiased"
-    mmd_bandwidth: Annotated[float, Field(gt=0.0)] | Literal["median"] = (
-        "median"  # sigma; "median": median squared distance
+    method: Literal["straighten", "linear", "gradient"] = _flag(
+        "straighten",
+        "How targets and graph are found: by likelihood, then networks (straighten), by likelihood alone in seconds "
+        "(linear), or with the networks (gradient).",
     )
-    mmd_kernels: int = Field(default=5, ge=1, le=20)
-    kl_weight: float = Field(default=1.0, ge=0.0)
-    graph_weight: float = Field(default=1e-3, ge=0.0)
-    bootstrap: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # replicates; auto: 20, none from 20 latents on
-    max_temperature: float = Field(default=5.0, ge=1.0)
+    n_latents: Annotated[int, Field(ge=1)] | Literal["auto"] = _flag("auto", "Number of programs.")
+    n_hidden: int = Field(default=128, ge=1, description="Width of the networks' hidden layers.")
+    intervention: Literal["auto", InterventionKind] = _flag(
+        "auto", "What perturbations do to their program; auto: the kind that the data favour."
+    )
+    equations: Literal["auto", "linear", "nonlinear"] = _flag(
+        "auto", "Structural equations; auto: linear unless the data contradict them."
+    )
+    decoder: Literal["dense", "sparse"] = _flag(
+        "dense", "sparse: programs are short lists of genes, under a spike-and-slab lasso."
+    )
+    causal_layer: bool = Field(default=True, description="false: the paper's ablation, u = z + shifts without a graph.")
+    gene_set_leak: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="Weight of genes outside a gene set in its activity."
+    )
+    output_activation: Literal["identity", "leaky_relu"] = Field(default="identity", description="Of the decoder.")
+    noise: Literal["gaussian", "none"] = Field(
+        default="gaussian", description="gaussian: noise per gene, learned, and abducted with z."
+    )
+    mmd_weight: float = Field(
+        default=10.0, ge=0.0, description="Of the discrepancy in the loss; 0: the ablation without it."
+    )
+    mmd_estimator: Literal["unbiased", "biased"] = Field(default="unbiased", description="Of the squared MMD.")
+    mmd_bandwidth: Annotated[float, Field(gt=0.0)] | Literal["median"] = Field(
+        default="median", description="sigma of the kernels; median: the median squared distance."
+    )
+    mmd_kernels: int = Field(default=5, ge=1, le=20, description="Number of Gaussian kernels.")
+    kl_weight: float = Field(default=1.0, ge=0.0, description="Of the Kullback-Leibler term in the loss.")
+    graph_weight: float = Field(default=1e-3, ge=0.0, description="Of the graph's L1 penalty.")
+    bootstrap: Annotated[int, Field(ge=0)] | Literal["auto"] = _flag(
+        "auto", "Bootstrap replicates, which give edges and targets their support; auto: 20, none from 20 programs on."
+    )
+    max_temperature: float = Field(
+        default=5.0, ge=1.0, description="Final sharpness of the soft assignment to programs."
+    )
 
 
 class TrainingConfig(_Section):
     """Optimisation and hardware."""
 
-    epochs: int | None = Field(default=None, ge=1)  # None: 100, or more on a small screen (`resolve_epochs`)
-    batch_size: int = Field(default=64, ge=2)  # perturbed cells of one perturbation in a step
-    perturbations_per_step: int | None = Field(default=None, ge=1)  # None: 8, or more of a large screen
-    learning_rate: float = Field(default=1e-3, gt=0.0)
-    gradient_norm: float | None = Field(default=10.0, gt=0.0)  # None: no clipping
-    patience: float | None = Field(default=0.2, gt=0.0)  # share of the epochs without a better validation loss
-    schedule: Literal["scaled", "published"] = "scaled"
-    dtype: Literal["float32", "float64"] = "float32"
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    ensemble: int = Field(default=1, ge=1, le=100)  # models of consecutive seeds; the one that validates best is kept
-    threads: int | None = Field(default=None, ge=1)
-    device: Device = "auto"
+    epochs: int | None = _flag(
+        None, "Largest number of passes over the cells.", unset="100, or more for a small screen", ge=1
+    )
+    batch_size: int = _flag(64, "Perturbed cells of one condition per step.", ge=2)
+    perturbations_per_step: int | None = Field(
+        default=None, ge=1, description="Unset: 8, or more for a screen with many perturbations."
+    )
+    learning_rate: float = Field(default=1e-3, gt=0.0, description="Of Adam.")
+    gradient_norm: float | None = Field(
+        default=10.0, gt=0.0, description="Largest norm of the gradient; unset: no clipping."
+    )
+    patience: float | None = Field(
+        default=0.2, gt=0.0, description="Share of the epochs without a better validation loss that ends training."
+    )
+    schedule: Literal["scaled", "published"] = Field(
+        default="scaled", description="How the weights of the loss terms rise; published: as in the paper's code."
+    )
+    dtype: Literal["float32", "float64"] = _flag("float32", "Precision; the preset paper has float64.")
+    seed: int = _flag(0, "Seed of all random numbers.", ge=0, lt=2**32)
+    # The one that validates best is kept.
+    ensemble: int = _flag(
+        1, "Models of consecutive seeds, trained together; ensemble.csv reports what they agree on.", ge=1, le=100
+    )
+    threads: int | None = _flag(None, "CPU threads.", unset="all", ge=1)
+    device: Device = _flag("auto", "Where to compute.")
 
 
 class Config(_Section):
@@ -118,8 +210,7 @@ class Config(_Section):
         return self
 
 
-# The published model (SCIENCE section 2): its network, losses, schedules and optimiser.
-MAX_TOML = 1 << 20  # bytes
+# paper: network, losses, schedules and optimiser as published (Zhang et al. 2023, arXiv 2307.06250, and its code).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     "paper": {
@@ -147,8 +238,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-
-
+MAX_TOML = 1 << 20  # bytes
 SECTIONS: dict[str, type[_Section]] = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
 
 
@@ -209,11 +299,11 @@ def _refusal(error: ValidationError) -> UsageError:
         close = difflib.get_close_matches(name, SECTIONS[section].model_fields, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else "See `crlseq fit --help` for the options."
         return UsageError(f"There is no option {name!r} in [{section}].", hint)
-    # A union such as "a number or 'all'" says once for each part what it should be.
+    # A union such as "a number or 'all'" has an error for each part.
     same = [e["msg"] for e in error.errors(include_url=False) if e["loc"][:2] == first["loc"][:2]]
     reason = " or ".join(dict.fromkeys(message.removeprefix("Input should be ") for message in same))
     return UsageError(
-        f"Option {name} is {first['input']!r} instead of {reason}.", "See `crlseq fit --help` for the options."
+        f"Option {name} is {first['input']!r}; it must be {reason}.", "See `crlseq fit --help` for the options."
     )
 
 
@@ -240,7 +330,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _toml(value: Any) -> str:
-    """JSON strings, numbers, booleans and flat lists are TOML, but for pairs of surrogates and a bare DEL."""
+    """JSON strings, numbers, booleans and flat lists are TOML, except for pairs of surrogates and a bare DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -2,7 +2,7 @@
 
     python scripts/benchmark_curves.py --output docs/scaling.png
 
-Each point is a fit by gradient (`--method gradient`) of a screen made for it, 500 non-zeros a cell whatever the genes; the
+Each point is a fit by gradient (`--method gradient`) of a screen made for it, 500 non-zeros per cell whatever the genes; the
 median of the epochs but the first, validation included. The other axes stay at 20,000 cells, 5,000 genes, 105
 perturbations and 15 latents.
 """
@@ -36,7 +36,7 @@ AXES = {
 
 
 def microseconds(cells: int, genes: int, perturbations: int, latents: int, epochs: int) -> float:
-    """Microseconds a perturbed cell with its control partner."""
+    """Microseconds per perturbed cell with its control partner."""
     config = make_config(method="gradient", n_top_genes="all", epochs=epochs, patience=1.0)
     made = make_screen(cells - cells // 8, cells // 8, genes, perturbations, NON_ZEROS / genes)
     data = read_data(made, config.data, 0)
@@ -69,7 +69,7 @@ def main() -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#dddddd")
         panel.set_axisbelow(True)
-    panels[0].set_ylabel("µs a cell and step")
+    panels[0].set_ylabel("µs per cell and step")
     figure.savefig(args.output, dpi=110)
 
 

@@ -4,7 +4,7 @@ A hard intervention cuts its target off from its parents. If A lies upstream of 
 A+B, and the sum of the two single effects is wrong by just that. Screens are simulated with all doubles of their
 perturbations, the fit sees single perturbations alone, and every double is predicted by the model and by the sum.
 
-Written to the folder: ``pairs.csv`` (a row a screen and double), ``summary.csv`` (means by relation) and ``nonadditive.png``.
+Written to the folder: ``pairs.csv`` (one row per screen and double), ``summary.csv`` (means by relation) and ``nonadditive.png``.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ SOURCE_CELLS = 500
 
 
 def pairs_of(run: Run, truth: dict[str, object]) -> pd.DataFrame:
-    """One row a double: relation, size of the interaction, errors, and whether the interaction was predicted."""
+    """One row per double: relation, size of the interaction, errors, and whether the interaction was predicted."""
     judged = read_cells(run, None)
     ancestor = closure(np.asarray(truth["adjacency"]) != 0)
     target = truth["target"]["latent"]  # type: ignore[index]
     control_cells = np.asarray(_dense(judged.control.x)[:SOURCE_CELLS], dtype=float)
     control = _dense(judged.control.x).mean(0)
-    seed, model = int(run.info["seed"]), run.model
+    seed, model = run.facts.seed, run.model
 
     def predicted(parts: Sequence[int]) -> np.ndarray:
         rows = np.array([judged.known[part][0] for part in parts])
@@ -137,7 +137,7 @@ def main(words: Sequence[str] | None = None) -> None:
             run = crlseq.fit(
                 screen, given.output / f"{mixing}-{seed}", combinations=False, force=True, seed=seed, **options
             )
-            verdict = run.info["identification"]["verdict"]
+            verdict = run.facts.identification.verdict
             tables.append(pairs_of(run, screen.uns["truth"]).assign(mixing=mixing, seed=seed, verdict=verdict))
             print(f"{mixing} {seed}: the graph is {verdict}", flush=True)
     table: pd.DataFrame = pd.concat(tables, ignore_index=True)

@@ -153,7 +153,7 @@ def measure(args: argparse.Namespace, screen: Path, run_folder: Path) -> dict[st
         progress=Progress(stage=on_stage, epoch=on_epoch), **options,
     )  # fmt: skip
     stages.append(("end", time.perf_counter()))
-    cells = sum(row["cells"].get("train", 0) for row in run.info["conditions"] if row["perturbations"])
+    cells = sum(row.cells.get("train", 0) for row in run.facts.conditions if row.perturbations)
     timed = epochs[1:-1] or epochs
     each = statistics.median(timed) / cells * 1e6
     by_stage = {name: clock.seconds[name] / cells * 1e6 for name in STAGES[:-1]}
@@ -165,8 +165,8 @@ def measure(args: argparse.Namespace, screen: Path, run_folder: Path) -> dict[st
         "load": os.getloadavg()[0],
         "threads": args.threads,
         "versions": f"crlseq {crlseq.__version__}, torch {torch.__version__}",
-        "screen": f"{run.info['input']['n_cells']} cells x {run.info['input']['n_genes']} genes, {cells} perturbed to train on",
-        "fit": f"preset {args.preset}, {run.info['config']['model']['method']}, {args.dtype}, {run.info['n_latents']} latents",
+        "screen": f"{run.facts.input.n_cells} cells x {run.facts.input.n_genes} genes, {cells} perturbed to train on",
+        "fit": f"preset {args.preset}, {run.info['config']['model']['method']}, {args.dtype}, {run.facts.n_latents} latents",
         "microseconds_per_cell": each,
         "microseconds_per_cell_plain": statistics.median(plain) if plain else None,
         "ratio": statistics.median(plain) / each if plain else None,

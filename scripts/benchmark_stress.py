@@ -1,11 +1,11 @@
-"""What is recovered of screens that went wrong: batches, wrong labels, few cells, no effects, low depth, doublets.
+"""What is recovered from screens that went wrong: batches, wrong labels, few cells, no effects, low depth, doublets.
 
 Every stress has levels; every fit is scored against the simulation's truth: targets, ancestry, edges, and how many of
 the declared edges with a support of 0.9 or more are false. A fit should get worse by degrees and say so, not be wrong
 and sure of it.
 
-Written to the folder: ``stress.csv`` (a row a fit, written as it ends: the same command goes on where it stopped) and
-``summary.csv`` (a row a level).
+Written to the folder: ``stress.csv`` (one row per fit, written as it ends: the same command continues where it stopped) and
+``summary.csv`` (one row per level).
 """
 
 from __future__ import annotations
@@ -143,25 +143,25 @@ STRESSES: dict[str, tuple[Sequence[float], Make, dict[str, Any]]] = {
 def row_of(run: Run, truth: dict[str, Any]) -> dict[str, Any]:
     """Scores of a run, and its declared edges with a support of `SURE` or more: all, false ones, and those between unrelated latents."""
     scores = score_recovery(run.interventions, run.edges, truth)
-    found = run.info["discovery"] or {}
+    found = run.facts.discovery
     row = {name: scores[name] for name in ("target_accuracy", "ancestor_f1", "shd")}
     claimed = run.interventions["program"].fillna("") != ""
     row |= {
-        "verdict": run.info["identification"]["verdict"], "n_edges": len(run.edges), "sure": 0, "sure_false": 0, "sure_unrelated": 0,
-        "misfit": found.get("dispersion"), "straightened": found.get("straightened"),
+        "verdict": run.facts.identification.verdict, "n_edges": len(run.edges), "sure": 0, "sure_false": 0, "sure_unrelated": 0,
+        "misfit": found and found.dispersion, "straightened": found and found.straightened,
         "claims_of_none": int((claimed & run.interventions["perturbation"].str.startswith("none")).sum()),
     }  # fmt: skip
-    if found.get("bootstrap") is not None and len(run.edges):
+    if found and found.bootstrap and len(run.edges):
         related = {**truth, "adjacency": closure(np.asarray(truth["adjacency"]) != 0)}
         for name, graph in (("sure_false", truth), ("sure_unrelated", related)):
-            pairs = edge_supports(found["bootstrap"]["edge"], run.interventions, graph)
+            pairs = edge_supports(found.bootstrap.edge, run.interventions, graph)
             sure = run.edges[["source", "target"]].merge(pairs[pairs["support"] >= SURE - 1e-9])
             row |= {"sure": len(sure), name: int((~sure["true"]).sum())}
     return row
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a stress and level: means of scores, sums of edges, and how often each verdict was given."""
+    """One row per stress and level: means of scores, sums of edges, and how often each verdict was given."""
     rows = []
     for (stress, level), group in table.groupby(["stress", "level"], sort=False):
         fitted = group[group["error"].isna()]

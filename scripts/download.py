@@ -250,5 +250,5 @@ if __name__ == "__main__":
         print(f"download: {problem.message}\n  {problem.hint}", file=sys.stderr)
         sys.exit(problem.exit_code)
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)
+        print("Interrupted. The same command continues where it stopped.", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""The command reference, docs/commands.md, as the program itself tells it.
+"""The command reference, docs/commands.md, made from the program itself.
 
 .venv/bin/python scripts/reference.py
 """
@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
+from rich.text import Text
 
 from crlseq.cli.app import app
-from crlseq.config import Config, to_toml
+from crlseq.cli.options import FIELDS
+from crlseq.config import SECTIONS, Config, to_toml
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 KINDS = {bool: "", int: "number", float: "number", str: "text", Path: "path"}
 HEAD = """# Commands
 
-Made by `python scripts/reference.py` from the program; `crlseq COMMAND --help` says the same. Exit codes: 0 done, 1 a
-fault in crlseq, 2 wrong usage, 3 unusable input, 4 did not converge, 130 interrupted. In brackets: what is taken where
-nothing is given. `crlseq fit --config FILE.toml` sets the rest ([Configuration](#configuration)).
+Made by `python scripts/reference.py` from the program; `crlseq COMMAND --help` prints the same. Exit codes: 0 done, 1 a
+fault in crlseq, 2 wrong usage, 3 unusable input, 4 did not converge, 130 interrupted. In brackets: the values that are
+allowed and the default. `crlseq fit --config FILE.toml` sets the rest ([Configuration](#configuration)).
 """
 
 
@@ -33,10 +34,11 @@ def reference() -> str:
     parts = [HEAD, "\n".join(_table("", root.params, {}))]
     for words, command in _commands(root, "crlseq"):
         parts.append(f"## {words}\n\n{_text(command.help)}\n\n```\n{_usage(words, command)}\n```")
-        hints = get_type_hints(inspect.unwrap(command.callback))
+        signature = inspect.signature(inspect.unwrap(command.callback), eval_str=True)
+        hints = {name: parameter.annotation for name, parameter in signature.parameters.items()}
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         if arguments:
-            rows = [f"| `{_metavar(p)}` | {_cell(p.help)}{_choices(hints[p.name])} |" for p in arguments]
+            rows = [f"| `{_metavar(p)}` | {_cell(p.help)} |" for p in arguments]
             parts.append("\n".join(["| argument | |", "|---|---|", *rows]))
         options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
         for panel in dict.fromkeys(p.rich_help_panel for p in options):
@@ -47,16 +49,16 @@ def reference() -> str:
 
 
 def _configuration() -> str:
-    """What ``--config`` takes: every field with its default, those without one by name."""
-    config = Config()
-    unset = [
-        f"`{section}.{name}`"
-        for section in ("data", "model", "training")
-        for name, value in getattr(config, section).model_dump().items()
-        if value is None
-    ]
-    text = "A TOML file for `crlseq fit --config`, and what `run.json` keeps under `config`. Flags win over it. Unset"
-    return f"## Configuration\n\n{text} unless given: {', '.join(unset)}.\n\n```toml\n{to_toml(config)}```"
+    """What ``--config`` takes: every field with its default and what it is; those without a default by name."""
+    lines, unset = [], []
+    for line in to_toml(Config()).splitlines():
+        name = line.partition(" = ")[0]
+        about = FIELDS[name].description if name in FIELDS else None
+        lines.append(f"{line}  # {about}" if about else line)
+    for section, model in SECTIONS.items():
+        unset += [f"`{section}.{name}`" for name, field in model.model_fields.items() if field.default is None]
+    text = "A TOML file for `crlseq fit --config`, and what `run.json` keeps under `config`. Options win over it. Unset"
+    return f"## Configuration\n\n{text} unless given: {', '.join(unset)}.\n\n```toml\n" + "\n".join(lines) + "\n```"
 
 
 def _commands(group: Any, words: str) -> Iterator[tuple[str, Any]]:
@@ -90,6 +92,8 @@ def _metavar(parameter: Any) -> str:
 
 def _kind(hint: Any) -> str:
     """The kind of value in a word; of a list, that it may be given again."""
+    if get_origin(hint) is Annotated:
+        return _kind(get_args(hint)[0])
     parts = [part for part in get_args(hint) if part is not type(None)]
     if get_origin(hint) in (Union, UnionType) and len(parts) == 1:
         return _kind(parts[0])
@@ -98,21 +102,17 @@ def _kind(hint: Any) -> str:
     return KINDS.get(hint, "word")
 
 
-def _choices(hint: Any) -> str:
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return f" {', '.join(f'`{choice.value}`' for choice in hint)}."
-    return ""
-
-
 def _default(option: Any) -> str:
     if option.required:
         return " Needed."
     default = option.default
-    return "" if default is None or default is False or default == () else f" [{default}]"
+    return "" if default is None or default is False or default == () else f" [default: {default}]"
 
 
 def _cell(text: str | None) -> str:
-    return _text(text).replace("\n", " ").replace("|", "\\|")
+    """Help in one line, without the markup of the terminal."""
+    plain = Text.from_markup(_text(text)).plain
+    return " ".join(plain.split()).replace("|", "\\|")
 
 
 def _text(text: str | None) -> str:

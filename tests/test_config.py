@@ -109,7 +109,7 @@ def test_sentences() -> None:
 
     assert (
         refusal(epochs=0)
-        == "Option epochs is 0 instead of greater than or equal to 1. See `crlseq fit --help` for the options."
+        == "Option epochs is 0; it must be greater than or equal to 1. See `crlseq fit --help` for the options."
     )
     assert (
         refusal(file={"training": {"epoch": 1}}) == "There is no option 'epoch' in [training]. Did you mean 'epochs'?"

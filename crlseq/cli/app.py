@@ -47,9 +47,11 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.", metavar="")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="CRLSEQ_DEBUG")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.", metavar="", envvar="CRLSEQ_DEBUG")
+    ] = False,
 ) -> None:
     """Causal gene programs from Perturb-seq screens."""
     if debug:
@@ -70,7 +72,7 @@ app.command("simulate")(simulate.simulate)
 app.command("benchmark")(benchmark.benchmark)
 
 
-FAREWELL = "Interrupted. An unfinished fit goes on with the same command and --resume."
+FAREWELL = "Interrupted. The same command with --resume continues an unfinished fit."
 
 
 def main() -> None:

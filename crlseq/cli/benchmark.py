@@ -6,37 +6,36 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from crlseq.cli.options import AsJson, Quiet, setting
 from crlseq.cli.output import say, show_table
+from crlseq.errors import UsageError
 
 SHOWN = ["scenario", "method", "runs", "failed", "ancestor_f1", "target_accuracy", "ari", "shd", "mcc", "n_latents", "verdict", "seconds"]  # fmt: skip
 
 
 def benchmark(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the results; rows there are kept.", show_default=False)
+        Path,
+        setting("Folder for the results; finished fits there are kept.", "--output", "-o"),
     ],
-    scenario: Annotated[
-        list[str] | None, typer.Option(help="A scenario; may be repeated. All if none is given.")
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, such as 0-7 or 0,2,5-6.")] = "0-7",
+    scenario: Annotated[list[str] | None, setting("A scenario; may be repeated.", default="all")] = None,
+    seeds: Annotated[str, setting("Seeds, such as 0-7 or 0,2,5-6.")] = "0-7",
     method: Annotated[
         list[str] | None,
-        typer.Option(help="default, sparse, linear, paper or sparse-vae; may be repeated. All if none is given."),
+        setting("default, sparse, linear, paper or sparse-vae; may be repeated.", default="all"),
     ] = None,
-    n_latents: Annotated[str, typer.Option(help="known: told to the fits; auto: chosen by them.")] = "known",
+    n_latents: Annotated[str, setting("known: the fits are given the true number; auto: they choose it.")] = "known",
     epochs: Annotated[
         int | None,
-        typer.Option(help="Epochs of every network; targets and graphs of default do not depend on it.", min=1),
+        setting("Epochs per fit; targets and graphs of the default method do not depend on it.", min=1),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; all if not given.", min=1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole summary as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the summary alone.")] = False,
+    threads: Annotated[int | None, setting("CPU threads.", default="all", min=1)] = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Simulate screens, fit them and score targets, programs and graph against the truth.
 
-    An interrupted benchmark goes on when the same command is given again.
+    The same command continues an interrupted benchmark.
     """
     chosen = _seeds(seeds)
     from crlseq.experiments.benchmark import METHODS, SCENARIOS
@@ -54,17 +53,15 @@ def benchmark(
             note=(lambda text: None) if quiet else say,
         )
     except KeyboardInterrupt:
-        say(f"Interrupted. Finished fits are kept in {output}: the same command goes on.")
+        say(f"Interrupted. Finished fits are kept in {output}; the same command continues.")
         raise SystemExit(130) from None  # past the entry point, whose advice is for `crlseq fit`
-    show_table(summary if as_json else summary[SHOWN], "Medians over seeds", as_json)
+    show_table(summary if json else summary[SHOWN], "Medians over seeds", json)
     if not quiet:
         say(f"Written to {output}: benchmark.csv, summary.csv, calibration.csv, benchmark.png, benchmark.svg.")
 
 
 def _seeds(text: str) -> list[int]:
     """``0-2,5`` -> 0, 1, 2, 5."""
-    from crlseq.errors import UsageError
-
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, flags=re.ASCII)

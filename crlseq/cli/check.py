@@ -8,48 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
+from crlseq.cli.options import AsJson, read_config, takes_config
 from crlseq.cli.output import say, show_json, show_table, show_text
+from crlseq.errors import InputError
 
 FEW, MANY = 8, 30
 
 
+@takes_config(
+    "perturbation_key", "control_label", "separator", "guide_key", "guide_counts", "guide_map", "guide_min_umis",
+    "guide_min_share", "combinations", "batch_key", "layer", "values", "min_cells",
+)  # fmt: skip
 def check(
     file: Annotated[Path, typer.Argument(help="An .h5ad or .h5mu file, or a zarr store.", show_default=False)],
-    perturbation_key: Annotated[
-        str | None, typer.Option(help="Column of obs with the perturbations. [detected]")
-    ] = None,
-    control_label: Annotated[str | None, typer.Option(help="Label of control cells. [detected]")] = None,
-    separator: Annotated[
-        str | None, typer.Option(help="Between the parts of a combination; '' for none. [detected]")
-    ] = None,
-    guide_key: Annotated[str | None, typer.Option(help="Column of guides, read as the genes they target.")] = None,
-    guide_counts: Annotated[
-        str | None, typer.Option(help="Guide counts to assign cells by: a table in obsm, or a modality of an .h5mu.")
-    ] = None,
-    guide_map: Annotated[Path | None, typer.Option(help="Table of guides and genes. [by the names of guides]")] = None,
-    guide_min_umis: Annotated[int | None, typer.Option(help="Fewest UMIs of a gene that a cell has. [5]")] = None,
-    guide_min_share: Annotated[float | None, typer.Option(help="Their smallest share of a cell's UMIs. [0.8]")] = None,
-    combinations: Annotated[
-        bool | None, typer.Option("--combinations/--no-combinations", help="Fit on combinations too, or hold them out.")
-    ] = None,
-    batch_key: Annotated[str | None, typer.Option(help="Column of experimental batches.")] = None,
-    layer: Annotated[str | None, typer.Option(help="Layer to use instead of X.")] = None,
-    values: Annotated[str | None, typer.Option(help="auto, counts, log or continuous.")] = None,
-    min_cells: Annotated[int | None, typer.Option(help="Fewest cells a perturbation is fitted with. [10]")] = None,
-    json: Annotated[bool, typer.Option("--json", help="JSON to stdout.")] = False,
+    json: AsJson = False,
+    **given: Any,
 ) -> None:
-    """Look into a file before fitting: cells, values, labels, batches, and the exact fit command."""
-    from crlseq.config import make_config
+    """Inspect a file before fitting: cells, values, labels, batches, and the command that fits it."""
     from crlseq.data.inspection import describe
-    from crlseq.errors import InputError
 
-    config = make_config(
-        perturbation_key=perturbation_key, control_label=control_label, separator=separator, batch_key=batch_key,
-        guide_key=guide_key, guide_counts=guide_counts, guide_map=None if guide_map is None else str(guide_map),
-        guide_min_umis=guide_min_umis, guide_min_share=guide_min_share, combinations=combinations,
-        layer=layer, values=values, min_cells=min_cells,
-    )  # fmt: skip
-    found = describe(file, config.data)
+    found = describe(file, read_config(given).data)
     if json:
         show_json(found)
     else:
@@ -57,37 +35,14 @@ def check(
     if found["problems"]:
         for problem in [] if json else found["problems"][1:]:
             say(f"problem: {problem}")
-        raise InputError(found["problems"][0], "Nothing can be fitted before this is mended.")
+        raise InputError(found["problems"][0], "Correct this before fitting.")
 
 
 def _show(found: dict[str, Any]) -> None:
     import pandas as pd
 
-    rows = {"cells": found["n_cells"], "genes": found["n_genes"]}
-    if "values" in found:
-        rows["values"] = f"{found['values']}: {found['values_reason']}"
-    if "density" in found:
-        rows["non-zero values"] = f"{found['density']:.1%}; {found['n_silent_genes']} genes are zero in every cell"
-    rows["layers"] = ", ".join(found["layers"]) or "none"
-    if "perturbation_key" in found:
-        cells = found["cells_per_condition"]
-        rows["labels"] = found["label_reason"]
-        rows["control cells"] = found["control_cells"]
-        rows["perturbations"] = f"{found['n_singles']} single, {found['n_combinations']} combinations"
-        if cells:
-            ordered = sorted(cells, key=lambda name: (-cells[name], name))
-            rows["cells per condition"] = f"{cells[ordered[-1]]} ({ordered[-1]}) to {cells[ordered[0]]} ({ordered[0]})"
-        rows["dropped cells"] = ", ".join(f"{n} {label!r}" for label, n in found["dropped"].items()) or "none"
-        measured, total = found["targets_measured"], len(found["targets_measured"]) + len(found["targets_not_measured"])
-        rows["targets measured"] = f"{len(measured)} of {total} are genes in this file" + (
-            f": {_few(measured)}" if measured else ""
-        )
-    rows["batches"] = (
-        "; ".join(f"{b['column']} ({b['levels']} levels)" for b in found["batches"]) or "no column looks like one"
-    )
-    if "fitted_conditions" in found:
-        rows["fit would use"] = f"{found['fitted_conditions']} conditions and the control"
-    show_table(pd.DataFrame({"what": list(rows), "value": [str(value) for value in rows.values()]}), found["file"])
+    facts = _facts(found)
+    show_table(pd.DataFrame({"what": list(facts), "value": [str(value) for value in facts.values()]}), found["file"])
     for note in found.get("left_out", []):
         say(f"note: {note}")
     if found["columns"]:
@@ -99,21 +54,52 @@ def _show(found: dict[str, Any]) -> None:
         guides: dict[str, list[str]] = {}
         for guide, gene in found["guides"]["genes"].items():
             guides.setdefault(gene, []).append(guide)
-        rows = {gene: _few(own) for gene, own in list(guides.items())[:MANY]}
-        title = "Guides of each perturbation" + (f" (the first {MANY} of {len(guides)})" if len(guides) > MANY else "")
-        show_text("")
-        show_table(pd.DataFrame({"perturbation": list(rows), "guides": list(rows.values())}), title)
-    if "cells_per_condition" in found:
-        cells = found["cells_per_condition"]
-        ordered = sorted(cells, key=lambda name: (-cells[name], name))
-        show_text("")
-        title = "Cells per condition" + (f" (the first {MANY} of {len(ordered)})" if len(ordered) > MANY else "")
-        show_table(
-            pd.DataFrame({"condition": ordered[:MANY], "cells": [cells[name] for name in ordered[:MANY]]}), title
+        _show_first(
+            "Guides of each perturbation", "perturbation", "guides", [(g, _few(own)) for g, own in guides.items()]
         )
+    if "cells_per_condition" in found:
+        _show_first("Cells per condition", "condition", "cells", _by_size(found["cells_per_condition"]))
     if "command" in found:
         show_text("")
         show_text(f"To fit it:\n{found['command']}" if sys.stdout.isatty() else f"command\n{found['command']}")
+
+
+def _facts(found: dict[str, Any]) -> dict[str, Any]:
+    """What is in the file, a line each."""
+    facts = {"cells": found["n_cells"], "genes": found["n_genes"]}
+    if "values" in found:
+        facts["values"] = f"{found['values']}: {found['values_reason']}"
+    if "density" in found:
+        facts["non-zero values"] = f"{found['density']:.1%}; {found['n_silent_genes']} genes are zero in every cell"
+    facts["layers"] = ", ".join(found["layers"]) or "none"
+    if "perturbation_key" in found:
+        facts["labels"] = found["label_reason"]
+        facts["control cells"] = found["control_cells"]
+        facts["perturbations"] = f"{found['n_singles']} single, {found['n_combinations']} combinations"
+        if cells := _by_size(found["cells_per_condition"]):
+            facts["cells per condition"] = f"{cells[-1][1]} ({cells[-1][0]}) to {cells[0][1]} ({cells[0][0]})"
+        facts["dropped cells"] = ", ".join(f"{n} {label!r}" for label, n in found["dropped"].items()) or "none"
+        measured, total = found["targets_measured"], len(found["targets_measured"]) + len(found["targets_not_measured"])
+        facts["targets measured"] = f"{len(measured)} of {total} are genes in this file" + (
+            f": {_few(measured)}" if measured else ""
+        )
+    batches = [f"{batch['column']} ({batch['levels']} levels)" for batch in found["batches"]]
+    facts["batches"] = "; ".join(batches) or "no column looks like a batch"
+    if "fitted_conditions" in found:
+        facts["fit would use"] = f"{found['fitted_conditions']} conditions and the control"
+    return facts
+
+
+def _by_size(cells: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(cells.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
+def _show_first(title: str, what: str, value: str, rows: list[tuple[str, Any]]) -> None:
+    import pandas as pd
+
+    more = f" (the first {MANY} of {len(rows)})" if len(rows) > MANY else ""
+    show_text("")
+    show_table(pd.DataFrame(rows[:MANY], columns=[what, value]), title + more)
 
 
 def _few(names: list[str]) -> str:

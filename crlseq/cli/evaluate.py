@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from crlseq.cli.output import say, show_json, show_table
+from crlseq.cli.options import AsJson, Force, RunFolder, setting, switch
+from crlseq.cli.output import refuse_output, say, show_json, show_table
+from crlseq.errors import UsageError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from crlseq.evaluation.evaluate import Evaluation
 
 SHOWN = (
     "pearson_delta", "pearson_delta_top_de", "pearson_delta_perturbed", "l2", "centroid_accuracy", "discrimination",
@@ -21,53 +23,35 @@ LEGACY = ("legacy_mmd2", "legacy_r2", "legacy_rmse")
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
-    data: Annotated[
-        Path | None, typer.Option(help="Other cells with the same labels. [the run's test cells]", show_default=False)
-    ] = None,
+    run: RunFolder,
+    data: Annotated[Path | None, setting("Other cells with the same labels.", default="the run's test cells")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="CSV with every condition and predictor.", show_default=False)
+        Path | None,
+        setting("CSV file with one row per condition and predictor.", "--output", "-o"),
     ] = None,
     held_out_controls: Annotated[
-        bool, typer.Option("--held-out-controls", help="Take changes against control cells that were held out as well.")
+        bool,
+        switch("--held-out-controls", "Compare with held-out control cells instead of training ones."),
     ] = False,
     cross_validate: Annotated[
-        bool, typer.Option("--cross-validate", help="Fit again without a part of the screen, fold by fold.")
+        bool, switch("--cross-validate", "Fit again, each time without one part of the screen.")
     ] = False,
-    folds: Annotated[int, typer.Option(help="Of --cross-validate.", min=2)] = 5,
+    folds: Annotated[int, setting("Number of folds of --cross-validate.", min=2)] = 5,
     splits: Annotated[
         str | None,
-        typer.Option(
-            help="What --cross-validate holds out: cells, combinations, singles, with commas. [what the screen has]",
-            show_default=False,
+        setting(
+            "What --cross-validate holds out: cells, combinations or singles, separated by commas.",
+            default="what the screen has",
         ),
     ] = None,
-    legacy: Annotated[bool, typer.Option("--legacy", help="Also the metrics of the published tables.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON to stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an --output that exists.")] = False,
+    legacy: Annotated[bool, switch("--legacy", "Also compute the metrics of Zhang et al. 2023.")] = False,
+    json: AsJson = False,
+    force: Force = False,
 ) -> None:
-    """Judge a run by cells that it was not fitted on, beside baselines that any model has to beat."""
-    from crlseq.errors import InputError, UsageError
-
-    if cross_validate and data is not None:
-        raise UsageError(
-            "--cross-validate judges by the run's own screen, and --data names another.", "Give one of them."
-        )
-    if held_out_controls and (cross_validate or data is not None):
-        raise UsageError(
-            "--held-out-controls is about the run's own test cells.", "Leave --data or --cross-validate out."
-        )
-    if splits is not None and not cross_validate:
-        raise UsageError("--splits says what --cross-validate holds out.", "Give both.")
-    if output is not None and output.is_dir():
-        raise InputError(f"{output} is a folder.", "Name a file to write.")
-    from crlseq.storage.runfolder import refuse_part_of_run
-
+    """Evaluate a run on cells that it was not fitted to, beside simple baselines that any model must beat."""
+    _refuse_contradictions(data, held_out_controls, cross_validate, splits)
     if output is not None:
-        refuse_part_of_run(output)
-    if output is not None and output.exists() and not force:
-        raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
-    from crlseq.evaluation.compare import limits
+        refuse_output(output, force)
     from crlseq.evaluation.evaluate import evaluate as judge
     from crlseq.pipeline.fitted import load
     from crlseq.storage.csv import to_csv
@@ -86,13 +70,33 @@ def evaluate(
     if output is not None:
         with written_whole(output) as beside:
             beside.write_bytes(to_csv(found.conditions))
-    if as_json:
+    if json:
         show_json({
             "verdict": list(found.sentences), "notes": list(found.notes), "summary": found.summary.to_dict("records"),
             "comparisons": found.comparisons.to_dict("records"), "conditions": found.conditions.to_dict("records"),
             "recovery": found.recovery,
         })  # fmt: skip
-        return
+    else:
+        _show(found, legacy)
+
+
+def _refuse_contradictions(
+    data: Path | None, held_out_controls: bool, cross_validate: bool, splits: str | None
+) -> None:
+    if cross_validate and data is not None:
+        raise UsageError(
+            "--cross-validate evaluates on the run's own screen, and --data names another.", "Give one of them."
+        )
+    if held_out_controls and (cross_validate or data is not None):
+        raise UsageError("--held-out-controls refers to the run's own test cells.", "Omit --data or --cross-validate.")
+    if splits is not None and not cross_validate:
+        raise UsageError("--splits needs --cross-validate.", "Give both.")
+
+
+def _show(found: Evaluation, legacy: bool) -> None:
+    """Means per group of conditions on a terminal, the whole summary into a pipe, and what it comes to in words."""
+    from crlseq.evaluation.compare import limits
+
     if sys.stdout.isatty():
         shown = [*SHOWN, *(LEGACY if legacy else ())]
         for group, rows in found.summary.groupby("group", sort=False):

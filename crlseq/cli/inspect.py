@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from crlseq.cli.output import say, show_json, show_table, show_text
+from crlseq.cli.options import AsJson, RunFolder, setting
+from crlseq.cli.output import say, say_verdict, show_json, show_table, show_text
+from crlseq.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from crlseq.run.run import Run
+    from crlseq.run.schema import DiscoverySummary
     from crlseq.run.summary import Program
 
 
@@ -30,10 +33,9 @@ class _SummaryByDefault(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-app = typer.Typer(cls=_SummaryByDefault, no_args_is_help=True, help="What a run found: `inspect RUN` for a summary.")
-
-RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON to stdout.")]
+app = typer.Typer(
+    cls=_SummaryByDefault, no_args_is_help=True, help="Show what a run found; `inspect RUN` prints a summary."
+)
 
 
 def _load(run: Path) -> Run:
@@ -44,71 +46,69 @@ def _load(run: Path) -> Run:
 
 @app.command()
 def summary(run: RunFolder, json: AsJson = False) -> None:
-    """What was fitted, how well, and whether to believe the graph."""
+    """What was fitted, how well, and whether the graph can be trusted."""
     import pandas as pd
 
     from crlseq.run.summary import answers, sets_in_words
 
     found = _load(run)
-    info, metrics = found.info, found.info["metrics"]
-    _, better, converged = answers(found.facts, found.evaluation, found.history)
-    n, kept = info["training"]["epochs_run"], info["training"]["best_epoch"] + 1
-    epochs = (
-        f"{n} epochs, weights of epoch {kept} kept" if n else "no epochs, the linear model as the likelihood gives it"
-    )
+    facts, metrics = found.facts, found.facts.metrics
+    training, preprocessing, identification = facts.training, facts.preprocessing, facts.identification
+    _, better, converged = answers(facts, found.evaluation, found.history)
+    epochs = f"{training.epochs_run} epochs, weights of epoch {training.best_epoch + 1} kept"
+    if not training.epochs_run:
+        epochs = "no epochs; the linear model that the likelihood gives"
     rows = {
-        "input": info["input"]["path"],
-        "cells": ", ".join(f"{n} {name}" for name, n in info["cells"].items() if n),
-        "genes": info["preprocessing"]["gene_choice"],
-        "values": f"{info['preprocessing']['values']} ({info['preprocessing']['reason']})",
-        "labels": info["label_reason"],
-        "perturbations": f"{len(found.interventions)}, {metrics['n_detected']} with a detectable effect (FDR <= 0.05)",
-        "programs": f"{info['n_latents']} ({info['n_latents_reason']})",
-        "graph": f"{info['identification']['verdict']}: {info['identification']['reason']}",
-        "likelihood": _likelihood(info["discovery"]),
-        "training": f"{epochs}, {info['seconds']} s on {info['device']}",
+        "input": facts.input.path,
+        "cells": ", ".join(f"{n} {name}" for name, n in facts.cells if n),
+        "genes": preprocessing.gene_choice,
+        "values": f"{preprocessing.values} ({preprocessing.reason})",
+        "labels": facts.label_reason,
+        "perturbations": f"{len(found.interventions)}, {metrics.n_detected} with a detectable effect (FDR <= 0.05)",
+        "programs": f"{facts.n_latents} ({facts.n_latents_reason})",
+        "graph": f"{identification.verdict}: {identification.reason}",
+        "likelihood": _likelihood(facts.discovery),
+        "training": f"{epochs}, {facts.seconds} s on {facts.device}",
         "converged": f"{converged.answer}: {converged.reason}",
-        "preset": f"{info['config']['preset']}, seed {info['seed']}, crlseq {info['version']}",
+        "preset": f"{facts.config.preset}, seed {facts.seed}, crlseq {facts.version}",
     }
-    if sets := info.get("gene_sets"):
-        rows["encoder"] = f"{sets['n_sets']} gene sets of {info['config']['data']['gene_sets']}"
-        rows["sets explain"] = sets_in_words(found.facts)
-    if "mmd2" in metrics:
+    if facts.gene_sets is not None:
+        rows["encoder"] = f"{facts.gene_sets.n_sets} gene sets of {facts.config.data.gene_sets}"
+        rows["sets explain"] = sets_in_words(facts)
+    if metrics.mmd2 is not None:
         rows["held out"] = (
-            f"on {metrics['evaluated_on']} cells: MMD2 {metrics['mmd2']:.4f} (no change: {metrics['mmd2_no_change']:.4f})"
+            f"on {metrics.evaluated_on} cells: MMD2 {metrics.mmd2:.4f} (no change: {metrics.mmd2_no_change:.4f})"
         )
         rows["baselines"] = f"{better.answer}: {better.reason}"
     if json:
-        show_json({**rows, "notes": info["notes"], "metrics": metrics, "identification": info["identification"]})
+        own = {key: found.info[key] for key in ("notes", "metrics", "identification")}
+        show_json({**rows, **own})
         return
     show_table(pd.DataFrame({"what": list(rows), "value": list(rows.values())}), str(run))
-    for note in info["notes"]:
+    for note in facts.notes:
         say(f"note: {note}")
 
 
-def _likelihood(discovery: dict[str, Any] | None) -> str:
+def _likelihood(discovery: DiscoverySummary | None) -> str:
     if discovery is None:
         return "not used: targets and graph were learned by gradient"
-    bootstrap = discovery["bootstrap"]
     return (
-        f"{discovery['intervention']} interventions, {discovery['equations']} equations"
-        + (", latents straightened" if discovery["straightened"] else "")
-        + f"; misfit {discovery['dispersion']:.2f} (1: none)"
-        + (f"; {bootstrap['replicates']} bootstrap replicates" if bootstrap else "")
+        f"{discovery.intervention} interventions, {discovery.equations} equations"
+        + (", latents straightened" if discovery.straightened else "")
+        + f"; misfit {discovery.dispersion:.2f} (ideal 1.0)"
+        + (f"; {discovery.bootstrap.replicates} bootstrap replicates" if discovery.bootstrap else "")
     )
 
 
 @app.command()
 def programs(
     run: RunFolder,
-    program: Annotated[str | None, typer.Option(help="One program, such as P3.")] = None,
-    top: Annotated[int, typer.Option(help="Genes a program; with --gene-sets, sets a program and test.", min=1)] = 20,
-    gene_sets: Annotated[
-        Path | None, typer.Option(help="Instead of genes, the gene sets of this gmt file that are enriched.")
-    ] = None,
+    program: Annotated[str | None, setting("One program, such as P3.")] = None,
+    top: Annotated[int, setting("Genes per program; with --gene-sets, sets per program and test.", min=1)] = 20,
+    gene_sets: Annotated[Path | None, setting("A gmt file: show enriched gene sets instead of genes.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Top genes of each program: loading directly, and through the DAG as well. With --gene-sets, what they are known for."""
+    """Top genes of each program, by direct loading and total effect through the DAG; or enriched gene sets."""
     if gene_sets is not None:
         from crlseq.data.genesets import check_gmt
 
@@ -133,7 +133,7 @@ def programs(
             show_text("\n".join(_heading(told)))
             show_table(part, "")
             show_text("")
-    say(f"One of them with its perturbations: crlseq inspect program {run} {program or found.program_names[0]}")
+    say(f"For one program with its perturbations: crlseq inspect program {run} {program or found.program_names[0]}")
 
 
 def _enriched(found: Run, gene_sets: Path, program: str | None, top: int, json: bool) -> None:
@@ -153,7 +153,7 @@ def _enriched(found: Run, gene_sets: Path, program: str | None, top: int, json: 
             f"{name}  {found.described[str(name)].label}: {test}",
         )
         show_text("")
-    say("The genes of each, and all digits: into a pipe, or with --json.")
+    say("A pipe or --json also gets the genes of each set, and all digits.")
 
 
 def _named(sets: pd.DataFrame) -> pd.Series:
@@ -165,13 +165,13 @@ def _named(sets: pd.DataFrame) -> pd.Series:
 def program(
     run: RunFolder,
     name: Annotated[str, typer.Argument(help="The program, such as P3.", show_default=False)],
-    top: Annotated[int, typer.Option(help="Genes that rise, and genes that fall.", min=1)] = 15,
+    top: Annotated[int, setting("Largest number of genes that rise, and of genes that fall.", min=1)] = 15,
     json: AsJson = False,
 ) -> None:
-    """One program: what drives it, which genes rise and fall with it, what lies up- and downstream.
+    """One program: its drivers, the genes that rise and fall with it, and the programs up- and downstream.
 
-    Into a pipe one table, whose first column says whether a row is a driver, a gene that rises (up) or falls (down), or a
-    gene set that the encoder reads it from.
+    A pipe gets one table, whose first column is driver, up (a gene that rises), down (a gene that falls) or gene set (one
+    that the encoder reads the program from).
     """
     import pandas as pd
 
@@ -210,8 +210,6 @@ def program(
 
 
 def _described(run: Run, name: str) -> Program:
-    from crlseq.errors import InputError
-
     if name not in run.described:
         names = run.program_names
         raise InputError(f"There is no program {name!r} in {run.path}.", f"Programs are {names[0]} to {names[-1]}.")
@@ -240,7 +238,7 @@ def _heading(program: Program) -> list[str]:
 
 @app.command()
 def interventions(run: RunFolder, json: AsJson = False) -> None:
-    """The program that each perturbation targets, and what it does there."""
+    """The program that each perturbation targets, and its effect on that program."""
     found = _load(run).interventions
     program = found["program"].where(found["program"] != "")  # perturbations without a claim come last
     order = program.str[1:].astype(float).sort_values(kind="stable").index
@@ -249,28 +247,27 @@ def interventions(run: RunFolder, json: AsJson = False) -> None:
 
 @app.command()
 def dag(run: RunFolder, json: AsJson = False) -> None:
-    """The latent DAG, drawn as text and as a table, and whether the data determine it."""
+    """The graph of the programs, as text and as a table, and whether the data determine it."""
     import json as json_module
 
     from crlseq.run.graph import dag_json
 
     found = _load(run)
-    verdict = found.info["identification"]
     if json:
         show_json(json_module.loads(dag_json(found.dag)))
         return
     if sys.stdout.isatty():
         show_text(draw_dag(found))
     if len(found.edges) or not sys.stdout.isatty():
-        show_table(found.edges, "Declared edges (weight: standard deviations of the target by one of the source)")
+        show_table(found.edges, "Declared edges (weight: standard deviations of the target per one of the source)")
     else:
         show_text("No edge is declared.")
-    say(f"The graph is {verdict['verdict']}: {verdict['reason']}")
+    say_verdict(found)
 
 
 @app.command()
 def ancestry(run: RunFolder, json: AsJson = False) -> None:
-    """Which program is upstream of which: declared by the DAG, or found in a tenth of the bootstrap replicates."""
+    """Which program is upstream of which: by the declared graph, or in at least a tenth of bootstrap replicates."""
     show_table(_load(run).ancestry, "Ancestry (support: share of the bootstrap replicates)", json)
 
 
@@ -291,7 +288,7 @@ def history(run: RunFolder, json: AsJson = False) -> None:
 
 def draw_dag(run: Run) -> str:
     """The DAG as text: every program with the edges that leave it, in topological order."""
-    label = {program["name"]: program["label"] for program in run.info["programs"]}
+    label = {program.name: program.label for program in run.facts.programs}
     lines = []
     for name in run.program_names:
         targets = sorted(run.dag.successors(name), key=lambda target: int(target[1:]))

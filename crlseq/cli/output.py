@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,10 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from crlseq.errors import InputError
+
 if TYPE_CHECKING:
     import pandas as pd
 
     from crlseq.pipeline.fit import Progress
+    from crlseq.run.run import Run
 
 GAP = 2  # blanks between the columns of a table
 messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -36,6 +40,31 @@ def visible(text: str) -> str:
 def say(text: str) -> None:
     """One plain line to stderr; names in it are neither markup nor control sequences."""
     messages.print(visible(text), markup=False)
+
+
+def say_verdict(run: Run) -> None:
+    """Whether the data determine the graph, and why."""
+    from crlseq.export.graph import verdict
+
+    say(verdict(run))
+
+
+def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: str = "") -> None:
+    """Refuse a file (or folder) that must not be written, before any work is done; `replaceable` is a part of runs that may.
+
+    Raises
+    ------
+    InputError
+        If it is a folder where a file is wanted, a part of a run, or exists and is not to be replaced.
+    """
+    from crlseq.storage.runfolder import refuse_part_of_run
+
+    if output.is_dir() and not folder:
+        raise InputError(f"{output} is a folder.", "Name a file to write.")
+    if output.name != replaceable:
+        refuse_part_of_run(output)
+    if output.exists() and not force:
+        raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
 
 
 def show_table(table: pd.DataFrame, title: str, as_json: bool = False, decimals: int = 3) -> None:
@@ -121,11 +150,14 @@ class FitProgress:
         self.bar: Any = None
         self.last_line = -1
 
-    def callbacks(self) -> Progress:
+    def __enter__(self) -> Progress:
         """The callbacks that `crlseq.fit` takes."""
         from crlseq.pipeline.fit import Progress
 
         return Progress() if self.quiet else Progress(self._stage, self._note, self._epoch)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _stage(self, text: str) -> None:
         self.close()

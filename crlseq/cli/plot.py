@@ -3,55 +3,53 @@
 from __future__ import annotations
 
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from crlseq.cli.output import say
+from crlseq.cli.options import Force, RunFolder, setting
+from crlseq.cli.output import refuse_output, say, say_verdict
+from crlseq.errors import UsageError
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-class Kind(StrEnum):
-    """What can be plotted; each is a function of `crlseq.pl`."""
-
-    dag = "dag"
-    programs = "programs"
-    interventions = "interventions"
-    history = "history"
-    effects = "effects"
-    embedding = "embedding"
+# What can be plotted: each is a function of `crlseq.pl`, whose arguments some options are.
+KINDS: dict[str, dict[str, str]] = {
+    "dag": {},
+    "programs": {"top": "n_genes"},
+    "interventions": {"top": "top"},
+    "history": {},
+    "effects": {"top": "top"},
+    "embedding": {"program": "programs", "perturbation": "perturbations"},
+}
 
 
 def plot(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
-    kind: Annotated[Kind, typer.Argument(help="What to plot.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Picture: .png, .svg or .pdf.", show_default=False)],
+    run: RunFolder,
+    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.", show_default=False)],
+    output: Annotated[Path, setting("Figure to write: .png, .svg or .pdf.", "--output", "-o")],
     top: Annotated[
-        int | None, typer.Option(help="Genes a program, or perturbations at most. [what 60 rows hold]", min=1)
+        int | None,
+        setting("Largest number of genes per program, or of perturbations.", default="what fits 60 rows", min=1),
     ] = None,
     program: Annotated[
-        list[str] | None, typer.Option(help="An axis of the embedding; give two. [those that explain most]")
+        list[str] | None, setting("An axis of the embedding; give two.", default="those that explain most")
     ] = None,
     perturbation: Annotated[
-        list[str] | None, typer.Option(help="To colour in the embedding; may be repeated. [the strongest]")
+        list[str] | None, setting("Coloured in the embedding; may be repeated.", default="the strongest")
     ] = None,
-    dpi: Annotated[int, typer.Option(help="Dots per inch of a .png.", min=20, max=1200)] = 150,
-    force: Annotated[bool, typer.Option("--force", help="Replace an --output that exists.")] = False,
+    dpi: Annotated[int, setting("Resolution of a .png in dots per inch.", min=20, max=1200)] = 150,
+    force: Force = False,
 ) -> None:
-    """Draw the DAG, the programs, the intervention map, the losses, the tests of effects or the cells."""
-    from crlseq.errors import InputError, UsageError
+    """Draw the graph, the programs, the intervention map, the losses, the tests of effects or the cells."""
     from crlseq.pipeline.fitted import load
 
     if output.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{output} is no picture that can be written.", "End its name in .png, .svg or .pdf.")
+        raise UsageError(f"{output} does not end in .png, .svg or .pdf.", "Choose one of these formats.")
     options = _options(kind, top, program, perturbation)
-    if output.is_dir():
-        raise InputError(f"{output} is a folder.", "Name a file to write.")
-    if output.exists() and not force:
-        raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
+    refuse_output(output, force)
     found = load(run)
     import matplotlib as mpl
 
@@ -59,7 +57,7 @@ def plot(
     from crlseq import plotting
     from crlseq.storage.files import written_whole
 
-    axes = getattr(plotting, kind.value)(found, **options)
+    axes = getattr(plotting, kind)(found, **options)
     # Text stays text, and equal runs give equal files.
     suffix = output.suffix.lower()
     stamp: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix, {})
@@ -70,25 +68,21 @@ def plot(
     ):
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # shown as a box
         axes.figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=stamp)
-    say(f"{kind.value}: {output}")
-    if kind is Kind.dag:
-        say(f"The graph is {found.info['identification']['verdict']}: {found.info['identification']['reason']}")
+    say(f"{kind}: {output}")
+    if kind == "dag":
+        say_verdict(found)
 
 
-def _options(kind: Kind, top: int | None, program: list[str] | None, perturbation: list[str] | None) -> dict[str, Any]:
+def _options(kind: str, top: int | None, program: list[str] | None, perturbation: list[str] | None) -> dict[str, Any]:
     """What was asked for, by the names that the plot's function has; what it cannot take is refused."""
-    from crlseq.errors import UsageError
-
-    known = {
-        Kind.programs: {"top": "n_genes"}, Kind.interventions: {"top": "top"}, Kind.effects: {"top": "top"},
-        Kind.embedding: {"program": "programs", "perturbation": "perturbations"},
-    }.get(kind, {})  # fmt: skip
+    if kind not in KINDS:
+        raise UsageError(f"There is no plot {kind!r}.", f"Plots are {', '.join(KINDS)}.")
     given = {"top": top, "program": program, "perturbation": perturbation}
     options = {}
     for name, value in given.items():
         if value is None or value == []:
             continue
-        if name not in known:
-            raise UsageError(f"A plot of {kind.value} takes no --{name}.", "Leave it out.")
-        options[known[name]] = value
+        if name not in KINDS[kind]:
+            raise UsageError(f"A plot of {kind} has no option --{name}.", "Omit it.")
+        options[KINDS[kind][name]] = value
     return options

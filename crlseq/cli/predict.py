@@ -5,35 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, setting, switch
 from crlseq.cli.output import say, show_json
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    run: RunFolder,
     perturbation: Annotated[
-        list[str], typer.Option("--perturbation", "-p", help="A, A+B, ...; may be repeated.", show_default=False)
+        list[str],
+        setting("A perturbation, or a combination such as A+B; may be repeated.", "--perturbation", "-p"),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The h5ad file to write.", show_default=False)],
+    output: Annotated[Path, setting("The h5ad file to write.", "--output", "-o")],
     n_cells: Annotated[
-        int | None, typer.Option(help="Control cells to start from. [500, or all where there are fewer]", min=1)
+        int | None, setting("Control cells to start from.", default="500, or all if fewer", min=1)
     ] = None,
     source: Annotated[
-        Path | None,
-        typer.Option(
-            "--from", help="Start from the control cells of this file instead of the run's.", show_default=False
-        ),
+        Path | None, setting("File with the control cells to start from.", "--from", default="the run")
     ] = None,
     counterfactual: Annotated[
-        bool, typer.Option("--counterfactual", help="The same cells with and without the intervention, in pairs.")
+        bool,
+        switch("--counterfactual", "Write each cell with and without the intervention, in pairs."),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0)] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="A summary as JSON to stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors alone.")] = False,
+    seed: Annotated[int, setting("Seed of the random draws.", min=0)] = 0,
+    force: Force = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Predict what perturbations, alone or together, would do to control cells."""
+    """Predict the effect of perturbations, alone or in combination, on control cells."""
     from crlseq.pipeline.fitted import load
     from crlseq.prediction.predict import predict as predict_cells
     from crlseq.prediction.predict import refuse_file
@@ -60,7 +58,7 @@ def predict(
             "notes": list(about["notes"]), "predictions": rows,
         })  # fmt: skip
     for name, row in about["summary"].iterrows():
-        tell(f"{name} ({row['seen']}): {row['n_genes_changed']} of {virtual.n_vars} genes change, by {row['effect_l2']:.3f} in all (L2)")  # fmt: skip
+        tell(f"{name} ({row['seen']}): {row['n_genes_changed']} of {virtual.n_vars} genes change; total change {row['effect_l2']:.3f} (L2)")  # fmt: skip
         if counterfactual:
             tell(
                 f"  composition error {row['composition']:.2g}, effectiveness error {row['effectiveness']:.3f} SD, "

@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from crlseq.cli.options import Force, Quiet, read_config, setting, switch, takes_config
 from crlseq.cli.output import say
 
 
+@takes_config("perturbation_key", "control_label", "separator", "layer", "values", "seed")
 def prepare(
     files: Annotated[
         list[Path], typer.Argument(help="Screens with the same genes: .h5ad files or zarr stores.", show_default=False)
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Store to write, a folder.", show_default=False)],
-    perturbation_key: Annotated[
-        str | None, typer.Option(help="Column of obs with the perturbations. [detected]")
-    ] = None,
-    control_label: Annotated[str | None, typer.Option(help="Label of control cells. [detected]")] = None,
-    separator: Annotated[
-        str | None, typer.Option(help="Between the parts of a combination; '' for none. [detected]")
-    ] = None,
-    layer: Annotated[str | None, typer.Option(help="Layer to use instead of X.")] = None,
-    values: Annotated[str | None, typer.Option(help="auto, counts, log or continuous.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the shuffle. [0]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished store.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a store that lies at --output.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors alone.")] = False,
+    output: Annotated[Path, setting("Store to write (a folder).", "--output", "-o")],
+    resume: Annotated[bool, switch("--resume", "Continue an unfinished store.")] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    **given: Any,
 ) -> None:
-    """Write one or several screens as a store sorted by perturbation, which `fit` reads without holding it in memory."""
-    from crlseq.config import make_config
+    """Write one or more screens to a store sorted by perturbation, which `fit` reads without loading all of it."""
     from crlseq.data.prepare import prepare as write
 
-    config = make_config(
-        perturbation_key=perturbation_key, control_label=control_label, separator=separator, layer=layer, values=values,
-        seed=seed,
-    )  # fmt: skip
+    config = read_config(given)
     tell = (lambda text: None) if quiet else say
     done = write(
         files, output, config.data, config.training.seed, resume=resume, force=force,
         stage=lambda text: tell(f"• {text}"), note=lambda text: tell(f"  {text}"),
     )  # fmt: skip
     if not quiet:
-        say(f"{done.n_cells} cells x {done.n_genes} genes, {done.n_nonzero} values that are not 0 ({done.values}).")
+        say(f"{done.n_cells} cells x {done.n_genes} genes, {done.n_nonzero} non-zero values ({done.values}).")
         say(f"Written to {output}. Next: crlseq fit {output} --output RUN")

@@ -8,33 +8,26 @@ from typing import Annotated
 
 import typer
 
+from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, setting
 from crlseq.cli.output import FitProgress, say, show_json
 
 
 def rerun(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
-    data: Annotated[
-        Path | None, typer.Option(help="Where the run's input lies now. [where it lay]", show_default=False)
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Keep the second run there.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="What differs as JSON to stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a run that lies at --output.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The outcome alone.")] = False,
+    run: RunFolder,
+    data: Annotated[Path | None, setting("The run's input.", default="its path in run.json")] = None,
+    output: Annotated[Path | None, setting("Keep the second run in this folder.", "--output", "-o")] = None,
+    json: AsJson = False,
+    force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Fit again as run.json says, and report the first difference: exit code 0 if there is none, 4 if there is."""
+    """Repeat a fit from its run.json and report the first difference: exit code 0 if there is none, else 4."""
     from dataclasses import asdict
 
     from crlseq.experiments.rerun import rerun as repeat
 
-    progress = FitProgress(quiet)
-    with tempfile.TemporaryDirectory(prefix="crlseq-") as folder:
-        try:
-            found = repeat(run, output or Path(folder) / "RUN", data, progress.callbacks(), force)
-        finally:
-            progress.close()
-    if as_json:
+    with tempfile.TemporaryDirectory(prefix="crlseq-") as folder, FitProgress(quiet) as progress:
+        found = repeat(run, output or Path(folder) / "RUN", data, progress, force)
+    if json:
         show_json({
             "identical": not found.differences, "differences": [asdict(one) for one in found.differences],
             "causes": list(found.causes),
@@ -49,5 +42,5 @@ def rerun(
     if found.causes:
         say(f"Probable causes: {'; '.join(found.causes)}.")
     else:
-        say("Versions, threads and machine are recorded as the same.")
+        say("The recorded versions, threads and machine are the same.")
     raise typer.Exit(4)

@@ -3,48 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
-
-from crlseq.cli.output import say
+from crlseq.cli.options import Force, setting
+from crlseq.cli.output import refuse_output, say
+from crlseq.errors import UsageError
 
 
 def simulate(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The h5ad file to write.", show_default=False)],
-    n_latents: Annotated[int, typer.Option(help="Latents.")] = 10,
-    perturbations_per_latent: Annotated[int, typer.Option(help="Single perturbations of each latent.")] = 4,
-    n_genes: Annotated[int, typer.Option(help="Genes.")] = 500,
-    cells_per_perturbation: Annotated[int, typer.Option(help="Cells of each perturbation.")] = 150,
-    n_control: Annotated[int, typer.Option(help="Control cells.")] = 2000,
-    expected_parents: Annotated[float, typer.Option(help="Mean number of parents of a latent.")] = 1.0,
-    equations: Annotated[str, typer.Option(help="linear or relu.")] = "linear",
-    intervention: Annotated[str, typer.Option(help="hard, soft or shift.")] = "hard",
-    mixing: Annotated[str, typer.Option(help="linear or network.")] = "linear",
-    noise: Annotated[str, typer.Option(help="counts or gaussian.")] = "counts",
-    depth: Annotated[float, typer.Option(help="Mean counts a cell.")] = 5000.0,
-    n_doubles: Annotated[int, typer.Option(help="Pairs of perturbations.")] = 0,
-    escapers: Annotated[float, typer.Option(help="Share of perturbed cells without the perturbation's effect.")] = 0.0,
-    n_batches: Annotated[int, typer.Option(help="Experimental batches.")] = 1,
-    batch_scale: Annotated[float, typer.Option(help="Size of batch effects.")] = 0.0,
-    loading_density: Annotated[float, typer.Option(help="Share of the genes that a latent moves.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    output: Annotated[Path, setting("The h5ad file to write.", "--output", "-o")],
+    n_latents: Annotated[int, setting("Number of latents (programs).")] = 10,
+    perturbations_per_latent: Annotated[int, setting("Single perturbations per latent.")] = 4,
+    n_genes: Annotated[int, setting("Number of genes.")] = 500,
+    cells_per_perturbation: Annotated[int, setting("Cells per perturbation.")] = 150,
+    n_control: Annotated[int, setting("Number of control cells.")] = 2000,
+    expected_parents: Annotated[float, setting("Mean number of parents per latent.")] = 1.0,
+    equations: Annotated[str, setting("Structural equations: linear or relu.")] = "linear",
+    intervention: Annotated[str, setting("Kind of intervention: hard, soft or shift.")] = "hard",
+    mixing: Annotated[str, setting("From latents to genes: linear or network.")] = "linear",
+    noise: Annotated[str, setting("Of the measurement: counts or gaussian.")] = "counts",
+    depth: Annotated[float, setting("Mean counts per cell.")] = 5000.0,
+    n_doubles: Annotated[int, setting("Number of pairs of perturbations.")] = 0,
+    escapers: Annotated[float, setting("Share of perturbed cells that escape their perturbation.")] = 0.0,
+    n_batches: Annotated[int, setting("Number of experimental batches.")] = 1,
+    batch_scale: Annotated[float, setting("Size of batch effects.")] = 0.0,
+    loading_density: Annotated[float, setting("Share of the genes that each latent affects.")] = 1.0,
+    seed: Annotated[int, setting("Seed of all random numbers.")] = 0,
+    force: Force = False,
 ) -> None:
-    """Simulate a Perturb-seq screen; the true graph and targets are in uns["truth"]."""
+    """Simulate a Perturb-seq screen; the true graph and targets are stored in uns["truth"]."""
+    # Words among them are checked by the simulator itself.
+    options = {name: value for name, value in locals().items() if name not in ("output", "force")}
     from crlseq.data.simulate import simulate as simulate_screen
-    from crlseq.errors import InputError, UsageError
     from crlseq.storage.files import written_whole
 
-    if output.exists() and not force:
-        raise InputError(f"{output} exists.", "Choose another --output, or replace it with --force.")
-    options: dict[str, Any] = {  # words among them are checked by the simulator itself
-        "n_latents": n_latents, "perturbations_per_latent": perturbations_per_latent, "n_genes": n_genes,
-        "cells_per_perturbation": cells_per_perturbation, "n_control": n_control, "expected_parents": expected_parents,
-        "equations": equations, "intervention": intervention, "mixing": mixing, "noise": noise, "depth": depth,
-        "n_doubles": n_doubles, "escapers": escapers, "n_batches": n_batches, "batch_scale": batch_scale,
-        "loading_density": loading_density, "seed": seed,
-    }  # fmt: skip
+    refuse_output(output, force)
     try:
         adata = simulate_screen(**options)
     except ValueError as error:

@@ -88,19 +88,19 @@ def benchmark(
     Parameters
     ----------
     folder
-        Where the results go. Rows that lie there are kept and not computed again.
+        Where the results go. Rows there are kept and not computed again.
     scenarios, methods
         Names in `SCENARIOS` and `METHODS`.
     seeds
         Each is the seed of a simulation and of the fits of it.
     n_latents
-        ``known``: fits are told the true number; ``auto``: they choose it, but for ``paper``, which cannot.
+        ``known``: fits are given the true number; ``auto``: they choose it, except ``paper``, which cannot.
     threads
         CPU threads of a fit.
     simulator, options
         Options of the simulator and of `crlseq.fit` that replace those of every scenario and method.
     note
-        Told about each row.
+        Called with a line about each row.
 
     Returns
     -------
@@ -222,18 +222,17 @@ def _fitted(scenario: str, seed: int, method: str, screen: ad.AnnData, settings:
         return {"seconds": round(time.perf_counter() - started, 2), "error": str(error)}
     true_latents = screen.obsm["true_latents"]
     scores: dict[str, Any] = score_recovery(run.interventions, run.edges, truth, latents, true_latents)
-    if method in BLIND:  # nothing is said of targets, and so of no graph
+    if method in BLIND:  # it claims no targets, and so no graph
         scores = {name: scores[name] for name in LATENT_SCORES}
     lists = truth
     if "loaded" in truth:
         lists = {**truth, "loaded": pd.DataFrame(truth["loaded"], columns=screen.var_names)}
     scores |= gene_list_scores(run.programs, latents, true_latents, lists)
-    bootstrap = (run.info["discovery"] or {}).get("bootstrap")
-    if bootstrap is not None:
-        scores["supports"] = edge_supports(bootstrap["edge"], run.interventions, truth)
+    if run.facts.bootstrap is not None:
+        scores["supports"] = edge_supports(run.facts.bootstrap.edge, run.interventions, truth)
     return {
-        **scores, "n_edges": len(run.edges), "n_latents": run.info["n_latents"],
-        "verdict": None if method in BLIND else run.info["identification"]["verdict"], "seconds": round(seconds, 2),
+        **scores, "n_edges": len(run.edges), "n_latents": run.facts.n_latents,
+        "verdict": None if method in BLIND else run.facts.identification.verdict, "seconds": round(seconds, 2),
     }  # fmt: skip
 
 
@@ -246,7 +245,7 @@ def _baseline(method: str, screen: ad.AnnData) -> dict[str, Any]:
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Median and quartiles over seeds, one row a scenario and method.
+    """Median and quartiles over seeds, one row per scenario and method.
 
     ``scenario, method, runs, failed, verdict`` (each with its number of runs) and for every score
     ``NAME, NAME_q25, NAME_q75``; failed runs have no score and count under ``failed`` alone.
@@ -272,7 +271,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Small multiples: a row a scenario, a column a score, a mark a seed, a black bar at each method's median."""
+    """Small multiples: one row per scenario, column per score and mark per seed, a black bar at each method's median."""
     scenarios = list(dict.fromkeys(table["scenario"]))
     figure = Figure(figsize=(11, 0.9 + 1.6 * len(scenarios)), layout="constrained")
     panels = figure.subplots(len(scenarios), len(SHOWN), squeeze=False, sharey="row")
@@ -328,7 +327,7 @@ def _open_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
     """The folder, if it is new or was filled with these settings, locked against a second process."""
     try:
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "settings.json").is_file():
-            raise InputError(f"{folder} exists and is no benchmark; it is left alone.", "Choose another --output.")
+            raise InputError(f"{folder} exists and is not a benchmark.", "Choose another --output.")
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             _keep_settings(folder / "settings.json", settings)
@@ -365,7 +364,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         table: pd.DataFrame = pd.read_csv(path, dtype={"verdict": object, "error": object}, **EXACT)
         if tuple(table.columns) != COLUMNS:
-            raise ValueError("its columns are others")
+            raise ValueError("its columns differ")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}.", "Choose another --output.") from error
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]

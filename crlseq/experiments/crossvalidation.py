@@ -1,4 +1,4 @@
-"""Five-fold evaluation: a run's configuration is fitted again without a fifth of what it shall predict, five times.
+"""Five-fold evaluation: a run's configuration is fitted again without the fifth that it must predict, five times.
 
 Of every fold a file is made that holds training cells alone, and the fit is given that file and nothing else: genes,
 normalisation, programs, targets, graph and baselines cannot have seen a cell or condition that is judged (`Fold`). What
@@ -22,7 +22,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import anndata as ad
 import numpy as np
@@ -36,10 +35,8 @@ from crlseq.errors import InputError, UsageError
 from crlseq.evaluation.compare import AXIOMS, METRICS, compare, in_words, summarise
 from crlseq.evaluation.evaluate import Evaluation, evaluate
 from crlseq.pipeline.fit import Progress, fit
+from crlseq.run.run import Run
 from crlseq.storage.runfolder import EMBEDDINGS, GENE_SETS
-
-if TYPE_CHECKING:
-    from crlseq.run.run import Run
 
 FOLDS = 5
 SPLITS = ("cells", "combinations", "singles")
@@ -75,7 +72,7 @@ def cross_validate(
     legacy
         See `crlseq.evaluation.evaluate.evaluate`.
     note
-        Told about each fold.
+        Called with a line about each fold.
 
     Returns
     -------
@@ -104,17 +101,17 @@ def cross_validate(
             continue
         controls = np.flatnonzero(labels.condition == 0)
         with tempfile.TemporaryDirectory(prefix="crlseq-fold-") as folder:
-            note(f"fold {number + 1} of {folds}: {len(fold.train)} cells to fit, {len(fold.judged)} to judge by")
+            note(f"fold {number + 1} of {folds}: {len(fold.train)} cells to fit, {len(fold.judged)} to evaluate on")
             refit = fit(screen[fold.train].copy(), Path(folder) / "RUN", config=config, progress=Progress())
             found = evaluate(refit, screen[np.union1d(controls, fold.judged)].copy(), legacy)
         tables.append(found.conditions.assign(fold=number))
         notes += [text for text in found.notes if text not in notes and not text.startswith("Never fitted")]
-        note(f"  {refit.info['n_latents']} programs; {'; '.join(found.sentences[:1])}")
+        note(f"  {refit.facts.n_latents} programs; {'; '.join(found.sentences[:1])}")
     if not tables:
         raise InputError("There is nothing to hold out.", "Choose other --splits.")
     table: pd.DataFrame = pd.concat(tables, ignore_index=True)
     means = over_folds(table)
-    seed = int(run.info["seed"])
+    seed = run.facts.seed
     comparisons = compare(means, seed)
     return Evaluation(table, summarise(means, seed), comparisons, in_words(comparisons), tuple(notes), {})
 
@@ -129,7 +126,7 @@ def over_folds(table: pd.DataFrame) -> pd.DataFrame:
 
 def make_folds(labels: Perturbations, run: Run, folds: int, splits: Sequence[str]) -> list[Fold]:
     """Which cells each fold fits and judges: none does both, and all cells of a condition held out whole are judged."""
-    rng = np.random.default_rng([int(run.info["seed"]), 11])
+    rng = np.random.default_rng([run.facts.seed, 11])
     settings = Config.model_validate(run.info["config"]).data
     selection = select_conditions(labels, settings)
     order = np.array([len(parts) for parts in labels.conditions])
@@ -168,7 +165,7 @@ def make_folds(labels: Perturbations, run: Run, folds: int, splits: Sequence[str
 def default_splits(run: Run, labels: Perturbations) -> tuple[str, ...]:
     """See `cross_validate`."""
     combined = any(len(parts) > 1 for parts in labels.conditions)
-    embedded = run.info.get("embeddings") is not None
+    embedded = run.facts.embeddings is not None
     return ("cells", *(["combinations"] if combined else []), *(["singles"] if combined or embedded else []))
 
 
@@ -176,21 +173,19 @@ def fold_config(run: Run, labels: Perturbations) -> Config:
     """The run's configuration for cells that are all to be fitted, with the labels read as they were."""
     config = Config.model_validate(run.info["config"])
     data = config.data.model_copy(update={
-        "perturbation_key": run.info["perturbation_key"], "guide_key": None, "guide_counts": None, "guide_map": None,
-        "control_label": run.info["control_label"],
+        "perturbation_key": run.facts.perturbation_key, "guide_key": None, "guide_counts": None, "guide_map": None,
+        "control_label": run.facts.control_label,
         "separator": labels.separator or "", "min_cells": MIN_HELD_OUT, "hold_out": (), "hold_out_cells": 0.0,
         "combinations": True,
-        "embeddings": None if run.info.get("embeddings") is None or run.path is None else str(run.path / EMBEDDINGS),
-        "gene_sets": None if config.data.gene_sets is None or run.path is None else str(run.path / GENE_SETS),
+        "embeddings": None if run.facts.embeddings is None else str(run.folder / EMBEDDINGS),
+        "gene_sets": None if config.data.gene_sets is None else str(run.folder / GENE_SETS),
     })  # fmt: skip
     return config.model_copy(update={"data": data})
 
 
 def _read(run: Run) -> tuple[ad.AnnData, Perturbations]:
     """The screen that a run folder holds, without what the fit added, and its labels."""
-    if run.path is None:
-        raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
-    path = run.path / "crlseq.h5ad"
+    path = run.folder / "crlseq.h5ad"
     try:
         with open_store(path):  # which refuses what reading would never end in
             screen = ad.read_h5ad(path)
@@ -203,5 +198,5 @@ def _read(run: Run) -> tuple[ad.AnnData, Perturbations]:
     for slot, name in (("obs", "crlseq_split"), ("obsm", "X_crlseq"), ("varm", "crlseq_programs"), ("uns", "crlseq")):
         if name in getattr(screen, slot):
             del getattr(screen, slot)[name]
-    key, control = run.info["perturbation_key"], run.info["control_label"]
-    return screen, read_perturbations(screen.obs, key, control, run.info["config"]["data"]["separator"])
+    key, control = run.facts.perturbation_key, run.facts.control_label
+    return screen, read_perturbations(screen.obs, key, control, run.facts.config.data.separator)

@@ -1,66 +1,22 @@
-"""Repeat a run from its ``run.json``, and tell where the repetition first differs.
-
-Compared are what a fit computes: losses, weights, tables, graph, latents, and what ``run.json`` says of them. Not
-compared are what cannot be equal: times, paths, versions, the machine, the report (which shows them) and checkpoints.
-"""
+"""Repeat a run from its ``run.json``, and report where the repetition first differs."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
-import pandas as pd
+import torch
 from pydantic import ValidationError
 
-from crlseq._version import __version__
 from crlseq.config import Config
-from crlseq.data.matrix import open_store, readable
+from crlseq.data.source import digest_of
 from crlseq.errors import InputError
+from crlseq.experiments.compare_runs import Difference, causes, differences
+from crlseq.pipeline.fit import fit
 from crlseq.pipeline.fitted import load
-from crlseq.run.run import Run
-from crlseq.storage.runfolder import ENSEMBLE
-
-# Entries of run.json that tell of the circumstances.
-CIRCUMSTANCES = frozenset({
-    "version", "command", "started", "finished", "seconds", "packages", "machine", "threads", "device", "processes",
-    "input", "notes",
-})  # fmt: skip
-# In the order in which a fit makes them: what comes later follows from what comes first.
-ORDER = (
-    "history.csv", "model.safetensors", "embeddings.h5ad", "programs.csv", "interventions.csv", "dag.csv", ENSEMBLE,
-    "evaluation.csv", "dag.graphml", "dag.json", "run.json", "crlseq.h5ad",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The first place of a file that differs.
-
-    Attributes
-    ----------
-    file, place
-        Which file, and where in it in words.
-    first, again
-        What the run has there, and the repetition.
-    largest
-        Largest absolute difference of numbers of the same table column or tensor; None where they are no numbers.
-    """
-
-    file: str
-    place: str
-    first: str
-    again: str
-    largest: float | None
-
-    def __str__(self) -> str:
-        size = "" if self.largest is None else f" (differences up to {self.largest:.3g})"
-        return f"{self.file}, {self.place}: {self.first} became {self.again}{size}"
+from crlseq.run.schema import Input
 
 
 @dataclass(frozen=True)
@@ -90,197 +46,36 @@ def rerun(path: Path, output: Path, data: Path | None = None, progress: Any = No
     InputError
         If the run or its input cannot be read, or the input is another.
     """
-    from crlseq.data.source import digest_of
-    from crlseq.pipeline.fit import fit
-
     run = load(path)
     try:
         config = Config.model_validate(run.info["config"])
-        source, expected = str(run.info["input"]["path"]), str(run.info["input"]["sha256"])
-    except (ValidationError, KeyError, TypeError) as error:
+    except ValidationError as error:
         raise InputError(
-            f"The configuration in {path / 'run.json'} is not one of this version.", "Fit again with its options."
+            f"This version cannot read the configuration in {path / 'run.json'}.", "Fit again with its options."
         ) from error
-    if data is None and not expected:
-        raise InputError(f"{path} was fitted to data in memory, which no file tells of.", "Give the cells with --data.")
-    if data is None and not os.path.lexists(source):
-        raise InputError(f"The input {source} is not there.", "Say where it lies now with --data.")
-    given = Path(source) if data is None else data
-    if expected and digest_of(given) != expected:
-        raise InputError(
-            f"{given} is not the file that {path} was fitted to: its SHA-256 is another.",
-            "Give the file as it was with --data.",
-        )
+    source = _input(path, run.facts.input, data)
     if output.resolve() == path.resolve():
         raise InputError(f"{output} is the run itself.", "Choose another --output.")
-    _same_threads(run)
-    again = fit(given, output, config=config, progress=progress, force=force)
+    # Sums over threads are rounded in another order with another number of them.
+    if 1 <= run.facts.threads <= (os.cpu_count() or 1):
+        torch.set_num_threads(run.facts.threads)
+    again = fit(source, output, config=config, progress=progress, force=force)
     found = tuple(differences(path, output))
-    return Rerun(found, tuple(causes(run, again)) if found else ())
+    return Rerun(found, tuple(causes(run.facts, again.facts)) if found else ())
 
 
-def _same_threads(run: Run) -> None:
-    """As many threads as the run had: sums over them are rounded in another order with another number."""
-    import torch
-
-    n = run.info.get("threads")
-    if isinstance(n, int) and 1 <= n <= (os.cpu_count() or 1):
-        torch.set_num_threads(n)
-
-
-def causes(first: Run, again: Run) -> Iterator[str]:
-    """What was otherwise when the run was fitted, in words."""
-    a, b = first.info, again.info
-    if a.get("version") != __version__:
-        yield f"crlseq was {a.get('version')} and is {__version__}"
-    before = a.get("packages") or {}
-    for name, now in b["packages"].items():
-        if before.get(name) != now:
-            yield f"{name} was {before.get(name, 'not recorded')} and is {now}"
-    for key, what in (("device", "device"), ("threads", "number of threads"), ("processes", "number of processes")):
-        if a.get(key) != b.get(key):
-            yield f"the {what} was {a.get(key)} and is {b.get(key)}"
-    machines = [info.get("machine") or {} for info in (a, b)]
-    for key in machines[1]:
-        if machines[0].get(key) != machines[1][key]:
-            yield f"the machine's {key} was {machines[0].get(key, 'not recorded')} and is {machines[1][key]}"
-    parts = [info["training"].get("parts_of_steps", 1) for info in (a, b)]
-    if parts[0] != parts[1]:
-        yield f"steps were computed in {parts[0]} parts and are now in {parts[1]}, as memory had run out"
-
-
-def differences(first: Path, again: Path) -> Iterator[Difference]:
-    """The first difference of every file of two run folders, in the order in which a fit computes them."""
-    for name in ORDER:
-        there = [(folder / name).is_file() for folder in (first, again)]
-        if not any(there):
-            continue
-        if not all(there):
-            yield Difference(name, "the whole file", *_there(there[0], there[1]), None)
-            continue
-        contents = [folder / name for folder in (first, again)]
-        if name.endswith(".h5ad"):
-            found = _h5ad_difference(name, *contents)
-        elif name == "run.json":
-            found = _info_difference(*contents)
-        elif contents[0].read_bytes() == contents[1].read_bytes():
-            found = None
-        else:
-            found = _COMPARE.get(Path(name).suffix, _text_difference)(name, *contents)
-        if found is not None:
-            yield found
-
-
-def _there(first: bool, again: bool) -> tuple[str, str]:
-    return "there" if first else "missing", "there" if again else "missing"
-
-
-def _table_difference(name: str, first: Path, again: Path) -> Difference:
-    """Row and column; rows by their first field."""
-    a, b = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in (first, again))
-    if list(a) != list(b):
-        return Difference(name, "the columns", ", ".join(map(str, a)), ", ".join(map(str, b)), None)
-    if len(a) != len(b):
-        return Difference(name, "the number of rows", str(len(a)), str(len(b)), None)
-    fields = [table.to_numpy(dtype=object) for table in (a, b)]
-    other = np.argwhere(fields[0] != fields[1])
-    if not len(other):  # the same fields, quoted or ended in another way
-        return _text_difference(name, first, again)
-    row, column = map(int, other[0])
-    values = [cells[:, column] for cells in fields]
-    numbers = [pd.to_numeric(pd.Series(value), errors="coerce").to_numpy(float) for value in values]
-    place = f"row {row + 1} ({a.columns[0]} {fields[0][row, 0]}), column {a.columns[column]}"
-    return Difference(name, place, str(values[0][row]), str(values[1][row]), _largest(numbers[0], numbers[1]))
-
-
-def _weights_difference(name: str, first: Path, again: Path) -> Difference:
-    from safetensors.torch import load_file
-
-    a, b = ({key: value.numpy() for key, value in load_file(path).items()} for path in (first, again))
-    if a.keys() != b.keys():
-        return Difference(name, "the tensors", ", ".join(sorted(a)), ", ".join(sorted(b)), None)
-    found = (_array_difference(name, f"tensor {key}", a[key], b[key]) for key in a)
-    return next((one for one in found if one is not None), Difference(name, "the architecture", "one", "another", None))
-
-
-def _array_difference(name: str, place: str, a: np.ndarray, b: np.ndarray) -> Difference | None:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return Difference(name, place, f"{a.dtype} {a.shape}", f"{b.dtype} {b.shape}", None)
-    # NaN is NaN again.
-    other = np.argwhere((a != b) & ~((a != a) & (b != b)))
-    if not len(other):
-        return None
-    at = tuple(int(i) for i in other[0])
-    where = f" at {list(at)}" if at else ""
-    return Difference(name, place + where, str(a[at]), str(b[at]), _largest(a, b) if a.dtype.kind in "iuf" else None)
-
-
-def _h5ad_difference(name: str, first: Path, again: Path) -> Difference | None:
-    """Of what a fit adds to the cells, or of the vectors of an extrapolation, wherever they are arrays."""
-    with open_store(first) as one, open_store(again) as other, readable(str(first), "what the fit added"):
-        sides = [_arrays(handle) for handle in (one, other)]
-        for place in sorted({*sides[0], *sides[1]}):
-            if place not in sides[0] or place not in sides[1]:
-                return Difference(name, place, *_there(place in sides[0], place in sides[1]), None)
-            found = _array_difference(name, place, *(side[place][()] for side in sides))
-            if found is not None:
-                return found
-    return None
-
-
-def _arrays(handle: h5py.File) -> dict[str, h5py.Dataset]:
-    """What a fit writes into an h5ad of its own: X_crlseq, crlseq_programs; all of one that has no cells of the input."""
-    found: dict[str, h5py.Dataset] = {}
-
-    def visit(place: str, item: Any) -> None:
-        whole = "crlseq_programs" not in handle.get("varm", {})
-        own = place.startswith(("obsm/X_crlseq", "varm/crlseq_programs"))
-        if isinstance(item, h5py.Dataset) and (own or whole) and item.dtype.kind in "iuf":
-            found[place] = item
-
-    handle.visititems(visit)
-    return found
-
-
-def _info_difference(first: Path, again: Path) -> Difference | None:
-    a, b = (json.loads(path.read_text(encoding="utf-8")) for path in (first, again))
-    return _value_difference(
-        "", *({key: value for key, value in info.items() if key not in CIRCUMSTANCES} for info in (a, b))
-    )
-
-
-def _value_difference(place: str, a: Any, b: Any) -> Difference | None:
-    """Of two values of JSON, entry by entry."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        pairs = [(f"{place}.{key}".lstrip("."), a.get(key), b.get(key)) for key in [*a, *(b.keys() - a.keys())]]
-    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        pairs = [(f"{place}[{i}]", one, other) for i, (one, other) in enumerate(zip(a, b, strict=True))]
-    elif a == b:
-        return None
-    else:
-        numbers = all(isinstance(value, int | float) for value in (a, b))
-        return Difference("run.json", place, _short(a), _short(b), abs(a - b) if numbers else None)
-    return next((found for pair in pairs if (found := _value_difference(*pair)) is not None), None)
-
-
-def _text_difference(name: str, first: Path, again: Path) -> Difference:
-    a, b = (path.read_text(encoding="utf-8", errors="replace").splitlines() for path in (first, again))
-    at = next((i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
-    lines = [text[at].strip() if at < len(text) else "the end" for text in (a, b)]
-    return Difference(name, f"line {at + 1}", _short(lines[0]), _short(lines[1]), None)
-
-
-def _largest(a: np.ndarray, b: np.ndarray) -> float | None:
-    apart = np.abs(a.astype(float) - b.astype(float))
-    return float(np.nanmax(apart)) if np.isfinite(apart).any() else None
-
-
-def _short(value: Any, most: int = 80) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-_COMPARE: dict[str, Callable[[str, Path, Path], Difference]] = {
-    ".csv": _table_difference,
-    ".safetensors": _weights_difference,
-}
+def _input(path: Path, recorded: Input, data: Path | None) -> Path:
+    """The file that a run was fitted to, or `data` where that is the same."""
+    if data is None and not recorded.sha256:
+        raise InputError(
+            f"{path} was fitted to data in memory, so that no file can be read.", "Give the cells with --data."
+        )
+    if data is None and not os.path.lexists(recorded.path):
+        raise InputError(f"The input {recorded.path} does not exist.", "Give its present path with --data.")
+    given = Path(recorded.path) if data is None else data
+    if recorded.sha256 and digest_of(given) != recorded.sha256:
+        raise InputError(
+            f"{given} is not the file that {path} was fitted to: its SHA-256 differs.",
+            "Give the original file with --data.",
+        )
+    return given

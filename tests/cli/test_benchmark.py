@@ -82,5 +82,5 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crlseq.experiments.benchmark.fit", interrupted)
     answer = run(tmp_path / "B", "--seeds", "0")
     assert (answer.code, answer.out) == (130, "")
-    assert "the same command goes on" in answer.err and "--resume" not in answer.err
+    assert "the same command continues" in answer.err and "--resume" not in answer.err
     assert not (tmp_path / "B" / "lock").exists()

@@ -64,7 +64,10 @@ def test_refusals(run_folder: Path, tmp_path: Path) -> None:
         (["evaluate", run_folder, "--output", tmp_path], "is a folder"),
         (["evaluate", run_folder, "--output", run_folder / "evaluation.csv", "--force"], "is a part of the run"),
         (["report", run_folder, "--output", run_folder / "run.json", "--force"], "is a part of the run"),
-        (["export", run_folder, "--json", run_folder / "run.json", "--force"], "is a part of the run"),
+        (
+            ["export", run_folder, "--format", "json", "--output", run_folder / "run.json", "--force"],
+            "is a part of the run",
+        ),
     ):
         answer = invoke(*words)
         check_refusal(answer.code, answer.out, answer.err, 3, said)

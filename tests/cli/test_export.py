@@ -38,17 +38,6 @@ def test_export_writes_each_part_again(run_folder: Path, tmp_path: Path, part: s
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_the_former_options_say_the_same(run_folder: Path, tmp_path: Path) -> None:
-    answer = invoke(
-        "export", run_folder, "--graphml", tmp_path / "a", "--json", tmp_path / "b", "--csv", tmp_path / "c"
-    )
-    assert answer.code == 0, answer.err
-    assert (tmp_path / "a").read_bytes() == (run_folder / "dag.graphml").read_bytes()
-    assert (tmp_path / "b").read_bytes() == (run_folder / "dag.json").read_bytes()
-    assert (tmp_path / "c" / "dag.csv").read_bytes() == (run_folder / "dag.csv").read_bytes()
-    assert "--graphml" not in invoke("export", "--help").out
-
-
 def test_export_says_whether_the_graph_is_identified(run_folder: Path, finished: Run, tmp_path: Path) -> None:
     answer = invoke("export", run_folder, "--format", "dot", "--output", tmp_path / "dag.dot")
     assert finished.info["identification"]["reason"] in answer.err

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import anndata as ad
 import numpy as np
 import pytest
+from rich.text import Text
 
 import crlseq
+from crlseq.cli.options import FLAGS, option, read_config
 from tests.support import FAST, SINGLES, dense, fit_file, fit_h5ad, invoke, small_screen
 
 
@@ -210,3 +213,47 @@ def test_an_ensemble_says_what_its_seeds_agree_on(screen_file: Path, tmp_path: P
 
 def test_one_seed_has_no_ensemble(run_folder: Path) -> None:
     assert crlseq.load(run_folder).ensemble is None and not (run_folder / "ensemble.csv").exists()
+
+
+def test_help_says_what_the_configuration_says() -> None:
+    told = " ".join(invoke("fit", "--help").out.replace("│", " ").split())
+    for name, flag in FLAGS.items():
+        for word in flag["switch"].split("/") if flag["switch"] else ["--" + name.replace("_", "-")]:
+            assert word in told
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "brackets"),
+    [
+        ("perturbation_key", str, "[default: detected]"),
+        ("guide_min_umis", int, "[at least 1; default: 5]"),
+        ("guide_min_share", float, "[above 0.5, at most 1; default: 0.8]"),
+        ("guide_map", Path, "[default: read from the guide names]"),
+        ("genes", Path, "[default: most variable genes]"),
+        ("n_top_genes", str, "[at least 2, or all; default: 5000]"),
+        ("hold_out", list[str], None),
+        ("responders", bool, "[default: --all-cells]"),
+        ("streamed", bool, "[default: by its size]"),
+        ("combinations", bool, "[default: --combinations]"),
+        ("equations", str, "[auto|linear|nonlinear; default: auto]"),
+        ("epochs", int, "[at least 1; default: 100, or more for a small screen]"),
+    ],
+)
+def test_an_option_is_made_from_its_field(name: str, kind: type, brackets: str | None) -> None:
+    hint, declared = get_args(option(name))
+    assert hint == kind | None
+    text = Text.from_markup(declared.help).plain
+    assert text.endswith(f" {brackets}") if brackets else "[" not in text
+
+
+def test_what_is_typed_is_read_as_the_configuration_has_it(tmp_path: Path) -> None:
+    (tmp_path / "genes.txt").write_text("# mine\nb\na\n\nb\n")
+    given = {
+        "genes": tmp_path / "genes.txt", "gene_sets": Path("sets.gmt"), "n_top_genes": "all", "n_latents": "7",
+        "hold_out": ["A+B", "C"], "separator": "", "perturbation_key": "7", "combinations": False, "seed": 0, "epochs": None,
+    }  # fmt: skip
+    config = read_config(given)
+    assert (config.data.genes, config.data.gene_sets) == (("b", "a"), "sets.gmt")
+    assert (config.data.n_top_genes, config.model.n_latents) == ("all", 7)
+    assert (config.data.hold_out, config.data.separator, config.data.perturbation_key) == (("A+B", "C"), "", "7")
+    assert (config.data.combinations, config.training.seed, config.training.epochs) == (False, 0, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import crlseq
-from crlseq.experiments.rerun import causes, differences
+from crlseq.experiments.compare_runs import causes, differences
 from tests.support import check_refusal, invoke, spawn
 
 FIT = ["--method", "gradient", "--epochs", 2, "--n-latents", 2, "--hold-out-cells", 0.2]
@@ -60,11 +59,16 @@ def test_another_result_is_told(fitted: Path, tmp_path: Path) -> None:
     shutil.copytree(fitted / "RUN", tmp_path / "RUN")
     info = json.loads((tmp_path / "RUN" / "run.json").read_text())
     info["config"]["training"]["seed"] = 1
-    changes = {"version": "0.0.1", "packages": {**info["packages"], "torch": "2.4.0"}, "machine": None, "processes": 2}
+    changes = {
+        "version": "0.0.1",
+        "packages": {**info["packages"], "torch": "2.4.0"},
+        "machine": {**info["machine"], "cores": None},
+        "processes": 2,
+    }
     edit_info(tmp_path / "RUN", config=info["config"], input={**info["input"], "path": "gone.h5ad"}, **changes)
     words = ["rerun", tmp_path / "RUN", "--output", tmp_path / "AGAIN", "--quiet"]
     missing = invoke(*words)
-    check_refusal(missing.code, missing.out, missing.err, 3, "gone.h5ad is not there", "--data")
+    check_refusal(missing.code, missing.out, missing.err, 3, "gone.h5ad does not exist", "--data")
     answer = invoke(*words, "--data", fitted / "screen.h5ad")
     assert answer.code == 4, answer.err
     first, then, why = answer.err.splitlines()
@@ -72,7 +76,7 @@ def test_another_result_is_told(fitted: Path, tmp_path: Path) -> None:
         first.startswith("Different. First in history.csv, row 1 (epoch 0), column ") and "differences up to" in first
     )
     assert "model.safetensors" in then and "crlseq.h5ad" in then
-    for word in ("crlseq was 0.0.1", "torch was 2.4.0", "number of processes was 2 and is 1", "cores was not recorded"):
+    for word in ("crlseq was 0.0.1", "torch was 2.4.0", "number of processes was 2 and is 1", "cores was None"):
         assert word in why
     assert crlseq.load(tmp_path / "AGAIN").info["seed"] == 1
     refused = invoke(*words, "--data", fitted / "screen.h5ad")
@@ -146,8 +150,8 @@ def test_missing_values_are_the_same(copies: tuple[Path, Path]) -> None:
 
 
 def test_no_cause_where_nothing_was_otherwise(fitted: Path) -> None:
-    run = crlseq.load(fitted / "RUN")
-    assert list(causes(run, run)) == []
-    assert list(causes(run, replace(run, info={**run.info, "threads": 64}))) == [
-        f"the number of threads was {run.info['threads']} and is 64"
+    facts = crlseq.load(fitted / "RUN").facts
+    assert list(causes(facts, facts)) == []
+    assert list(causes(facts, facts.model_copy(update={"threads": 64}))) == [
+        f"the number of threads was {facts.threads} and is 64"
     ]

@@ -220,7 +220,7 @@ def test_other_settings_are_refused(finished: Path, tmp_path: Path) -> None:
 
 def test_foreign_and_damaged_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="no benchmark"):
+    with pytest.raises(InputError, match="is not a benchmark"):
         benchmark(tmp_path, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(InputError, match="cannot be written"):

@@ -58,7 +58,7 @@ def interrupted(body: str, number: int, ignored: int | None = None) -> tuple[int
 def test_python_code(number: int) -> None:
     code, out, err = interrupted("try:\n    ready()\n    endless()\nfinally:\n    print('cleaned')", number)
     assert (code, out) == (130, "cleaned\n")
-    assert err == "Interrupted. An unfinished fit goes on with the same command and --resume.\n"
+    assert err == "Interrupted. The same command with --resume continues an unfinished fit.\n"
 
 
 def test_a_process_that_was_started_with_interrupts_ignored() -> None:
@@ -75,7 +75,7 @@ def test_an_interrupt_lost_in_a_destructor_comes_again() -> None:
     """Python forgets what a destructor raises and goes on; no traceback is printed."""
     code, out, err = interrupted("Destroyed()\nprint('lost')\nendless()\nprint('never')", signal.SIGINT)
     assert (code, out) == (130, "lost\n")
-    assert err == "Interrupted. An unfinished fit goes on with the same command and --resume.\n"
+    assert err == "Interrupted. The same command with --resume continues an unfinished fit.\n"
 
 
 def test_an_interrupt_that_became_another_error() -> None:
@@ -93,7 +93,7 @@ def test_a_call_that_lets_no_handler_run() -> None:
     """It releases the GIL, as h5py, numpy and torch do, and would go on for half an hour."""
     code, _, err = interrupted("ready()\nhashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)", signal.SIGTERM)
     assert code == 130
-    assert err == "Interrupted. An unfinished fit goes on with the same command and --resume.\n"
+    assert err == "Interrupted. The same command with --resume continues an unfinished fit.\n"
 
 
 def test_handlers_are_put_back() -> None:

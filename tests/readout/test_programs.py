@@ -102,7 +102,7 @@ def test_the_verdict_gives_its_reason(options, word):
 
 
 def test_a_linear_layer_with_shifts_has_the_same_fit_without_a_graph():
-    """The claim behind the verdict on the preset `paper` (SCIENCE: the decoder absorbs the graph)."""
+    """The claim behind the verdict on the preset `paper` (a network decoder can absorb any graph, so that the likelihood does not prefer the true one)."""
     torch.manual_seed(0)
     model = DiscrepancyVAE(9, 4, 3, n_hidden=6, intervention="shift", noise="none").double()
     x, perturbations = torch.randn(3, 5, 9).double(), torch.tensor([[0], [1], [2]])

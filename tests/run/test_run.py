@@ -44,7 +44,7 @@ def test_files(run_folder: Path) -> None:
     ],
 )
 def test_columns(run_folder: Path, name: str, columns: str) -> None:
-    """The names of DESIGN, first and in its order; more may follow."""
+    """The names that docs/formats.md promises come first and in this order; more may follow."""
     header = (run_folder / f"{name}.csv").read_text().splitlines()[0]
     assert header == columns or header.startswith(columns + ",")
 

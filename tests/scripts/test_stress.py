@@ -101,9 +101,13 @@ def test_sure_edges_are_counted_against_the_truth() -> None:
     run = SimpleNamespace(
         interventions=pd.DataFrame({"perturbation": ["a", "b", "c", "none0"], "program": ["P0", "P1", "P2", "P2"]}),
         edges=pd.DataFrame({"source": ["P0", "P0", "P1", "P2"], "target": ["P1", "P2", "P2", "P1"]}),
-        info={"discovery": {"bootstrap": {"edge": support.tolist()}, "dispersion": 1.02, "straightened": False},
-              "identification": {"verdict": "identified"}},
-    )  # fmt: skip
+        facts=SimpleNamespace(
+            discovery=SimpleNamespace(
+                bootstrap=SimpleNamespace(edge=support.tolist()), dispersion=1.02, straightened=False
+            ),
+            identification=SimpleNamespace(verdict="identified"),
+        ),
+    )
     row = script.row_of(run, truth)
     # P0 -> P1 is there; P0 -> P2 only by way of P1; P2 -> P1 is the wrong way round; P1 -> P2 is not sure.
     assert (row["sure"], row["sure_false"], row["sure_unrelated"]) == (3, 2, 1)

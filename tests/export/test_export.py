@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,11 +20,11 @@ import pytest
 import scipy.sparse as sp
 
 import crlseq
-from crlseq.cli.export import FormatName
 from crlseq.config import make_config
 from crlseq.data.dataset import read_data
 from crlseq.data.perturbations import read_perturbations
-from crlseq.export.interchange import FORMATS, cyjs, dot, write
+from crlseq.export.graph import to_cyjs, to_dot
+from crlseq.export.registry import FORMATS, write
 from crlseq.run.graph import dag_graph
 from crlseq.run.run import Run
 from crlseq.run.schema import Identification
@@ -59,10 +60,15 @@ def odd_dag() -> nx.DiGraph[str]:
 
 
 def test_every_format_can_be_asked_for() -> None:
-    assert list(FormatName) == list(FORMATS)
     told = " ".join(invoke("export", "--help").out.split())
     for name in FORMATS:
         assert name in told
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_a_function_that_writes_it(name: str) -> None:
+    module, function = FORMATS[name].function.split(".")
+    assert callable(getattr(import_module(f"crlseq.export.{module}"), function))
 
 
 def test_scanpy(annotated: ad.AnnData, finished: Run, tmp_path: Path) -> None:
@@ -92,7 +98,7 @@ def test_cytoscape(run_folder: Path, finished: Run, tmp_path: Path, odd_dag: nx.
     content = json.loads(exported(run_folder, "cyjs", tmp_path / "dag.cyjs").read_text())
     assert content["data"]["identified"] == finished.info["identification"]["verdict"]
     assert [node["data"]["id"] for node in content["elements"]["nodes"]] == finished.program_names
-    back = nx.cytoscape_graph(json.loads(cyjs(odd_dag)))
+    back = nx.cytoscape_graph(json.loads(to_cyjs(odd_dag)))
     assert isinstance(back, nx.DiGraph)
     assert back.graph["reason"] == 'because of "it"' and back.nodes["P0"]["label"] == EVIL
     weights = {(a, b): about["weight"] for a, b, about in back.edges(data=True)}
@@ -105,7 +111,7 @@ def test_graphviz(run_folder: Path, finished: Run, tmp_path: Path, odd_dag: nx.D
     (written,) = pydot.graph_from_dot_file(exported(run_folder, "dot", tmp_path / "dag.dot"))
     names = [node.get_name().strip('"') for node in written.get_nodes()]
     assert [name for name in names if name not in ("graph", "node")] == finished.program_names
-    (graph,) = pydot.graph_from_dot_data(dot(odd_dag).decode())
+    (graph,) = pydot.graph_from_dot_data(to_dot(odd_dag).decode())
     back = nx.nx_pydot.from_pydot(graph)
     edges = {(a.strip('"'), b.strip('"')): about["label"].strip('"') for a, b, about in back.edges(data=True)}
     assert edges == {("P0", "P1"): "0.50", ("P1", "P2"): "-2.00"}
@@ -128,7 +134,7 @@ def test_graphviz_draws_it(odd_dag: nx.DiGraph[str], tmp_path: Path) -> None:
     program = shutil.which("dot")
     if program is None:
         pytest.skip("Graphviz is not installed")
-    (tmp_path / "dag.dot").write_bytes(dot(odd_dag))
+    (tmp_path / "dag.dot").write_bytes(to_dot(odd_dag))
     drawn = subprocess.run([program, "-Tsvg", tmp_path / "dag.dot"], capture_output=True, text=True, check=True).stdout
     assert "&lt;b&gt;&amp;amp;&lt;/b&gt;" in drawn and drawn.count('class="edge"') == 2
 
@@ -217,7 +223,7 @@ def test_mudata(guided_folder: Path, tmp_path: Path) -> None:
 
 
 def test_without_mudata_the_extra_is_named(run_folder: Path, tmp_path: Path) -> None:
-    with mock.patch("crlseq.export.interchange.find_spec", return_value=None):
+    with mock.patch("crlseq.export.registry.find_spec", return_value=None):
         answer = invoke("export", run_folder, "--format", "h5mu", "--output", tmp_path / "x.h5mu")
     check_refusal(answer.code, answer.out, answer.err, 2, "mudata", "crlseq[mudata]")
     assert not list(tmp_path.iterdir())

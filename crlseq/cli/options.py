@@ -1,0 +1,154 @@
+"""Options of commands: those of the configuration, made from its fields, and those that several commands share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.markup import escape
+
+from crlseq.config import SECTIONS, Config, make_config, read_toml
+from crlseq.errors import InputError
+
+Command = Callable[..., None]
+FIELDS = {name: field for section in SECTIONS.values() for name, field in section.model_fields.items()}
+PANELS = {name: title.capitalize() for title, section in SECTIONS.items() for name in section.model_fields}
+FLAGS: dict[str, dict[str, Any]] = {
+    name: field.json_schema_extra["flag"]  # type: ignore[misc]
+    for name, field in FIELDS.items()
+    if isinstance(field.json_schema_extra, dict)
+}
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def setting(text: str, *names: str, default: str = "", **limits: Any) -> Any:
+    """An option with a value; `default` says in words what is taken where it is not given."""
+    return typer.Option(*names, help=escape(f"{text} [default: {default}]" if default else text), **limits)
+
+
+def switch(name: str, text: str, *short: str) -> Any:
+    """An option without a value."""
+    return typer.Option(name, *short, help=text, metavar="")
+
+
+RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+AsJson = Annotated[bool, switch("--json", "Print JSON to stdout.")]
+Force = Annotated[bool, switch("--force", "Replace what exists at --output.")]
+Quiet = Annotated[bool, switch("--quiet", "Print errors only.", "-q")]
+
+
+def takes_config(*names: str) -> Callable[[Command], Command]:
+    """Options for these fields of the configuration, which the command takes as ``**given``; all flags if none is named.
+
+    typer reads a command's signature: the fields stand there in place of ``**given``, with None where they are not given.
+    """
+
+    def with_fields(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        fields = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option(name))
+            for name in names or FLAGS
+        ]
+        command.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
+        return command
+
+    return with_fields
+
+
+def option(name: str) -> Any:
+    """The type and the help of a field's option, as typer's annotation."""
+    field, flag = FIELDS[name], FLAGS[name]
+    typed = _typed(field, flag["shell"])
+    metavar = {bool: "", list[str]: "<str>"}.get(typed)
+    names = [flag["switch"]] if flag["switch"] else []
+    brackets = "; ".join(filter(None, [_range(field), _default(field, flag)]))
+    text = f"{field.description} [{brackets}]" if brackets else str(field.description)
+    panel = flag["panel"] or PANELS[name]
+    return Annotated[typed | None, typer.Option(*names, help=escape(text), metavar=metavar, rich_help_panel=panel)]
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of a union but None; another annotation alone."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return [member for member in members if member is not type(None)]
+
+
+def _typed(field: FieldInfo, shell: str) -> Any:
+    """What typer is to read: words and numbers that pydantic checks later, so that Python and TOML are refused alike."""
+    if shell:
+        return Path
+    first, *others = _alternatives(field.annotation)
+    if first in (bool, int, float) and not others:
+        return first
+    return list[str] if get_origin(first) is tuple else str
+
+
+def _range(field: FieldInfo) -> str:
+    """Words to choose from and bounds of numbers."""
+    found = []
+    for each in _alternatives(field.annotation):
+        limits = field.metadata
+        if get_origin(each) is Literal:
+            found.append("|".join(get_args(each)))
+            continue
+        if get_origin(each) is Annotated:
+            limits = [limit for inner in get_args(each)[1:] for limit in inner.metadata]
+        bounds = [(word, getattr(limit, key, None)) for limit in limits for key, word in BOUNDS.items()]
+        words = [f"{word} {bound:.12g}" for word, bound in bounds if bound is not None]
+        found += [", ".join(words)] if words else []
+    return ", or ".join(found)
+
+
+def _default(field: FieldInfo, flag: Mapping[str, str]) -> str:
+    value = field.default
+    if flag["switch"] and isinstance(value, bool):
+        return f"default: {flag['switch'].split('/')[not value]}"
+    if value is None or value == ():
+        return f"default: {flag['unset']}" if flag["unset"] else ""
+    return f"default: {value:g}" if isinstance(value, float) else f"default: {value}"
+
+
+def read_config(given: Mapping[str, Any], preset: str | None = None, file: Path | None = None) -> Config:
+    """The configuration of a command: preset, file, options.
+
+    Raises
+    ------
+    InputError
+        If the file or a list of names cannot be read.
+    UsageError
+        For a value out of range.
+    """
+    options = {name: _value(name, value) for name, value in given.items() if value not in (None, [])}
+    return make_config(preset, read_toml(file) if file else None, **options)
+
+
+def _value(name: str, value: Any) -> Any:
+    """What was typed, as the configuration has it."""
+    if FLAGS[name]["shell"] == "lines":
+        return _lines(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list):
+        return tuple(value)
+    number = int in [get_args(each)[0] for each in _alternatives(FIELDS[name].annotation) if get_args(each)]
+    return int(value) if number and value.isdigit() else value
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    """Genes in a text file: one per line, without comments and repetitions."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"The gene list {path} cannot be read: {error}.", "Give a text file with one gene per line."
+        ) from None
+    found = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not found:
+        raise InputError(f"The gene list {path} is empty.", "Give a text file with one gene per line.")
+    return found

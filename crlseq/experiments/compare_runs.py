@@ -1,0 +1,212 @@
+"""Two runs compared: the first difference of every file, and what was otherwise when they were fitted.
+
+Compared are what a fit computes: losses, weights, tables, graph, latents, and what ``run.json`` says of them. Not
+compared are what cannot be equal: times, paths, versions, the machine, the report (which shows them) and checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from crlseq.data.matrix import open_store, readable
+from crlseq.run.schema import RunInfo
+from crlseq.storage.runfolder import EMBEDDINGS, ENSEMBLE
+
+# Entries of run.json that tell of the circumstances.
+CIRCUMSTANCES = frozenset({
+    "version", "command", "started", "finished", "seconds", "packages", "machine", "threads", "device", "processes",
+    "input", "notes",
+})  # fmt: skip
+# In the order in which a fit makes them: what comes later follows from what comes first.
+ORDER = (
+    "history.csv", "model.safetensors", EMBEDDINGS, "programs.csv", "interventions.csv", "dag.csv", ENSEMBLE,
+    "evaluation.csv", "dag.graphml", "dag.json", "run.json", "crlseq.h5ad",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place of a file that differs.
+
+    Attributes
+    ----------
+    file, place
+        Which file, and where in it in words.
+    first, again
+        What the run has there, and the repetition.
+    largest
+        Largest absolute difference of numbers of the same table column or tensor; None where they are no numbers.
+    """
+
+    file: str
+    place: str
+    first: str
+    again: str
+    largest: float | None
+
+    def __str__(self) -> str:
+        size = "" if self.largest is None else f" (differences up to {self.largest:.3g})"
+        return f"{self.file}, {self.place}: {self.first} became {self.again}{size}"
+
+
+def differences(first: Path, again: Path) -> Iterator[Difference]:
+    """The first difference of every file of two run folders, in the order in which a fit computes them."""
+    for name in ORDER:
+        paths = (first / name, again / name)
+        there = [path.is_file() for path in paths]
+        if not any(there):
+            continue
+        if not all(there):
+            yield Difference(name, "the whole file", *_there(*there), None)
+        elif paths[0].read_bytes() != paths[1].read_bytes():
+            found = _COMPARE.get(Path(name).suffix if name != "run.json" else name, _text_difference)(name, *paths)
+            if found is not None:
+                yield found
+
+
+def causes(first: RunInfo, again: RunInfo) -> Iterator[str]:
+    """What was otherwise when the first was fitted, in words."""
+    pairs = {"crlseq": (first.version, again.version)}
+    pairs |= {name: (first.packages.get(name, "not recorded"), now) for name, now in again.packages.items()}
+    pairs |= {
+        f"the {title}": (getattr(first, key), getattr(again, key))
+        for key, title in {
+            "device": "device",
+            "threads": "number of threads",
+            "processes": "number of processes",
+        }.items()
+    }
+    pairs |= {
+        f"the machine's {key}": (getattr(first.machine, key, "not recorded"), now) for key, now in again.machine or ()
+    }
+    for what, (before, now) in pairs.items():
+        if before != now:
+            yield f"{what} was {before} and is {now}"
+    parts = (first.training.parts_of_steps, again.training.parts_of_steps)
+    if parts[0] != parts[1]:
+        yield f"steps were computed in {parts[0]} parts and are now in {parts[1]}, as memory had run out"
+
+
+def _there(first: bool, again: bool) -> tuple[str, str]:
+    return "there" if first else "missing", "there" if again else "missing"
+
+
+def _table_difference(name: str, first: Path, again: Path) -> Difference:
+    """Row and column; rows by their first field."""
+    a, b = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in (first, again))
+    if list(a) != list(b):
+        return Difference(name, "the columns", ", ".join(map(str, a)), ", ".join(map(str, b)), None)
+    if len(a) != len(b):
+        return Difference(name, "the number of rows", str(len(a)), str(len(b)), None)
+    fields = [table.to_numpy(dtype=object) for table in (a, b)]
+    other = np.argwhere(fields[0] != fields[1])
+    if not len(other):  # the same fields, quoted or ended in another way
+        return _text_difference(name, first, again)
+    row, column = map(int, other[0])
+    values = [cells[:, column] for cells in fields]
+    numbers = [pd.to_numeric(pd.Series(value), errors="coerce").to_numpy(float) for value in values]
+    place = f"row {row + 1} ({a.columns[0]} {fields[0][row, 0]}), column {a.columns[column]}"
+    return Difference(name, place, str(values[0][row]), str(values[1][row]), _largest(numbers[0], numbers[1]))
+
+
+def _weights_difference(name: str, first: Path, again: Path) -> Difference:
+    from safetensors.torch import load_file
+
+    sides = [{f"tensor {key}": value.numpy() for key, value in load_file(path).items()} for path in (first, again)]
+    return _first_of_arrays(name, *sides) or Difference(name, "the architecture", "one", "another", None)
+
+
+def _h5ad_difference(name: str, first: Path, again: Path) -> Difference | None:
+    """Of what a fit adds to the cells, or of the vectors of an extrapolation, wherever they are arrays."""
+    with open_store(first) as one, open_store(again) as other, readable(str(first), "what the fit added"):
+        return _first_of_arrays(name, _arrays(one), _arrays(other))
+
+
+def _first_of_arrays(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference | None:
+    """By place in the file; an array is read when it is compared."""
+    for place in [*a, *(b.keys() - a.keys())]:
+        if place not in a or place not in b:
+            return Difference(name, place, *_there(place in a, place in b), None)
+        if (found := _array_difference(name, place, a[place][()], b[place][()])) is not None:
+            return found
+    return None
+
+
+def _array_difference(name: str, place: str, a: np.ndarray, b: np.ndarray) -> Difference | None:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return Difference(name, place, f"{a.dtype} {a.shape}", f"{b.dtype} {b.shape}", None)
+    # NaN is NaN again.
+    other = np.argwhere((a != b) & ~((a != a) & (b != b)))
+    if not len(other):
+        return None
+    at = tuple(int(i) for i in other[0])
+    where = f" at {list(at)}" if at else ""
+    return Difference(name, place + where, str(a[at]), str(b[at]), _largest(a, b) if a.dtype.kind in "iuf" else None)
+
+
+def _arrays(handle: h5py.File) -> dict[str, h5py.Dataset]:
+    """What a fit writes into an h5ad of its own: X_crlseq, crlseq_programs; all of one that has no cells of the input."""
+    found: dict[str, h5py.Dataset] = {}
+
+    def visit(place: str, item: Any) -> None:
+        whole = "crlseq_programs" not in handle.get("varm", {})
+        own = place.startswith(("obsm/X_crlseq", "varm/crlseq_programs"))
+        if isinstance(item, h5py.Dataset) and (own or whole) and item.dtype.kind in "iuf":
+            found[place] = item
+
+    handle.visititems(visit)
+    return found
+
+
+def _info_difference(name: str, first: Path, again: Path) -> Difference | None:
+    a, b = (json.loads(path.read_text(encoding="utf-8")) for path in (first, again))
+    return _value_difference(
+        "", *({key: value for key, value in info.items() if key not in CIRCUMSTANCES} for info in (a, b))
+    )
+
+
+def _value_difference(place: str, a: Any, b: Any) -> Difference | None:
+    """Of two values of JSON, entry by entry."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        pairs = [(f"{place}.{key}".lstrip("."), a.get(key), b.get(key)) for key in [*a, *(b.keys() - a.keys())]]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        pairs = [(f"{place}[{i}]", one, other) for i, (one, other) in enumerate(zip(a, b, strict=True))]
+    elif a == b:
+        return None
+    else:
+        numbers = all(isinstance(value, int | float) for value in (a, b))
+        return Difference("run.json", place, _short(a), _short(b), abs(a - b) if numbers else None)
+    return next((found for pair in pairs if (found := _value_difference(*pair)) is not None), None)
+
+
+def _text_difference(name: str, first: Path, again: Path) -> Difference:
+    a, b = (path.read_text(encoding="utf-8", errors="replace").splitlines() for path in (first, again))
+    at = next((i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
+    lines = [text[at].strip() if at < len(text) else "the end" for text in (a, b)]
+    return Difference(name, f"line {at + 1}", _short(lines[0]), _short(lines[1]), None)
+
+
+def _largest(a: np.ndarray, b: np.ndarray) -> float | None:
+    apart = np.abs(a.astype(float) - b.astype(float))
+    return float(np.nanmax(apart)) if np.isfinite(apart).any() else None
+
+
+def _short(value: Any, most: int = 80) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+_COMPARE: dict[str, Callable[[str, Path, Path], Difference | None]] = {
+    ".csv": _table_difference,
+    ".safetensors": _weights_difference,
+    ".h5ad": _h5ad_difference,
+    "run.json": _info_difference,
+}

@@ -1,0 +1,65 @@
+"""All tables, and the genes of the programs as a network, as gene sets and as rankings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from crlseq.export.graph import verdict
+from crlseq.export.registry import write_folder
+from crlseq.readout.enrichment import TOP_MOST, TOP_SHARE
+from crlseq.run.run import Run
+from crlseq.storage.csv import to_csv
+
+
+def csv(run: Run, path: Path) -> list[str]:
+    """A folder of all tables."""
+    write_folder(path, {f"{table}.csv": to_csv(rows) for table, rows in run.tables().items()})
+    return [verdict(run)]
+
+
+def network_table(run: Run) -> pd.DataFrame:
+    """``source, target, weight``: every program's loadings that are not 0, as decoupler's methods take networks."""
+    table = run.programs[run.programs["loading"] != 0]
+    return pd.DataFrame({"source": table["program"], "target": table["gene"], "weight": table["loading"]})
+
+
+def network(run: Run, path: Path) -> list[str]:
+    """See `network_table`."""
+    path.write_bytes(to_csv(network_table(run)))
+    return []
+
+
+def gmt(run: Run, path: Path) -> list[str]:
+    """Two sets per program: its strongest genes that rise and that fall with it."""
+    lines = []
+    for program in run.facts.programs:
+        own = run.programs[run.programs["program"] == program.name]
+        most = min(TOP_MOST, max(1, round(TOP_SHARE * len(own))))
+        for direction, sign in (("up", 1.0), ("down", -1.0)):
+            ordered = own.assign(strength=sign * own["loading"]).sort_values("strength", ascending=False, kind="stable")
+            genes = [str(gene) for gene in ordered.loc[ordered["strength"] > 0, "gene"][:most]]
+            if genes:
+                lines.append("\t".join(map(_field, [f"{program.name}_{direction}", program.label, *genes])))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return []
+
+
+def rnk(run: Run, path: Path) -> list[str]:
+    """A ranking of all genes per program, by signed loading."""
+    files = {}
+    for name in run.program_names:
+        own = run.programs[run.programs["program"] == name].sort_values("loading", ascending=False, kind="stable")
+        rows = (
+            f"{_field(str(gene))}\t{value!r}\n"
+            for gene, value in zip(own["gene"], own["loading"].tolist(), strict=True)
+        )
+        files[f"{name}.rnk"] = "".join(rows).encode()
+    write_folder(path, files)
+    return []
+
+
+def _field(text: str) -> str:
+    return re.sub(r"[\t\r\n]", " ", text)

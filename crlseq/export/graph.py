@@ -1,0 +1,77 @@
+"""The DAG of the programs, for Cytoscape, networkx and Graphviz."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import re
+from pathlib import Path
+
+import networkx as nx
+
+from crlseq._version import __version__
+from crlseq.run.graph import dag_json, plain_text
+from crlseq.run.graph import graphml as to_graphml
+from crlseq.run.run import Run
+
+
+def verdict(run: Run) -> str:
+    """Whether the data determine the graph, and why."""
+    found = run.facts.identification
+    return f"The graph is {found.verdict}: {found.reason}"
+
+
+def graphml(run: Run, path: Path) -> list[str]:
+    """GraphML, as it lies in the run's folder."""
+    path.write_bytes(to_graphml(run.dag))
+    return [verdict(run)]
+
+
+def json(run: Run, path: Path) -> list[str]:
+    """The JSON that `networkx.node_link_graph` reads, as it lies in the run's folder."""
+    path.write_text(dag_json(run.dag), encoding="utf-8")
+    return [verdict(run)]
+
+
+def cyjs(run: Run, path: Path) -> list[str]:
+    """See `to_cyjs`."""
+    path.write_bytes(to_cyjs(run.dag))
+    return [verdict(run)]
+
+
+def dot(run: Run, path: Path) -> list[str]:
+    """See `to_dot`."""
+    path.write_bytes(to_dot(run.dag))
+    return [verdict(run)]
+
+
+def to_cyjs(graph: nx.DiGraph[str]) -> bytes:
+    """The DAG as Cytoscape.js JSON, which Cytoscape imports and `networkx.cytoscape_graph` reads."""
+    content = nx.cytoscape_data(graph)
+    content["data"] = {"name": "crlseq", **graph.graph}  # pairs in networkx, a table of the network in Cytoscape
+    for edge in content["elements"]["edges"]:
+        source, target = edge["data"]["source"], edge["data"]["target"]
+        edge["data"] |= {"id": f"{source}->{target}", "interaction": "causes"}
+    return jsonlib.dumps({"generated_by": f"crlseq {__version__}", **content}, indent=1, ensure_ascii=False).encode()
+
+
+def to_dot(graph: nx.DiGraph[str]) -> bytes:
+    """The DAG in Graphviz' language: programs with their labels, edges with weights, a bar at the end of negative ones."""
+    verdict = f"The graph is {graph.graph['identified']}."
+    lines = [
+        "digraph crlseq {",
+        f"  graph [rankdir=TB, label={_quoted(verdict)}];",
+        "  node [shape=box, style=rounded];",
+    ]
+    for node, values in graph.nodes(data=True):
+        lines.append(f"  {_quoted(node)} [label={_quoted(node, values['label'])}];")
+    for source, target, values in graph.edges(data=True):
+        about = [f'label="{values["weight"]:.2f}"', f"penwidth={1 + min(abs(values['weight']), 3):.2f}"]
+        about += ["arrowhead=tee"] if values["weight"] < 0 else []
+        lines.append(f"  {_quoted(source)} -> {_quoted(target)} [{', '.join(about)}];")
+    return ("\n".join([*lines, "}"]) + "\n").encode()
+
+
+def _quoted(*lines: str) -> str:
+    """Lines as a string of the DOT language, in which backslashes, quotes and what looks like an HTML entity mean more."""
+    safe = (plain_text(line).replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") for line in lines)
+    return '"' + "\\n".join(re.sub(r"&(?=#?\w+;)", "&amp;", line) for line in safe) + '"'

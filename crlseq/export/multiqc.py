@@ -1,0 +1,70 @@
+"""MultiQC's custom content: a row of general statistics, and one of a table of crlseq's own."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from crlseq.export.registry import write_folder
+from crlseq.run.run import Run
+
+COUNT = "{:,.0f}"
+GENERAL: dict[str, dict[str, str]] = {
+    "programs": {"title": "Programs", "description": "Causal programs", "format": COUNT, "scale": "Blues"},
+    "detected": {
+        "title": "Detected", "description": "Perturbations with a detectable effect (FDR 0.05)", "format": COUNT,
+        "scale": "Greens",
+    },
+    "graph": {"title": "Graph", "description": "Whether the data determine the graph"},
+}  # fmt: skip
+COLUMNS: dict[str, dict[str, str]] = {
+    "perturbations": {"title": "Perturbations", "format": COUNT},
+    **GENERAL,
+    "edges": {"title": "Edges", "format": COUNT},
+    "cells": {"title": "Cells fitted", "format": COUNT},
+    "unused": {"title": "Cells left out", "format": COUNT},
+    "genes": {"title": "Genes", "format": COUNT},
+    "pearson_delta": {"title": "Pearson Δ", "format": "{:,.3f}"},
+    "evaluated_on": {"title": "Evaluated on"},
+    "epochs": {"title": "Epochs", "format": COUNT},
+    "seconds": {"title": "Seconds", "format": COUNT},
+    "version": {"title": "crlseq"},
+}
+
+
+def multiqc(run: Run, path: Path) -> list[str]:
+    """Two files, with a row that is named for the run's folder."""
+    sample, values = run.folder.resolve().name, _values(run)
+    table = {
+        "id": "crlseq", "section_name": "crlseq",
+        "description": "Causal gene programs of Perturb-seq screens: what each run found, and whether its graph is determined.",
+        "plot_type": "table",
+        "pconfig": {"id": "crlseq_table", "title": "crlseq: runs", "namespace": "crlseq", "col1_header": "Run"},
+        "headers": COLUMNS, "data": {sample: values},
+    }  # fmt: skip
+    general = {
+        "id": "crlseq_general", "plot_type": "generalstats",
+        "headers": {name: {"namespace": "crlseq", **about} for name, about in GENERAL.items()},
+        "data": {sample: {name: value for name, value in values.items() if name in GENERAL}},
+    }  # fmt: skip
+    contents = {"crlseq_mqc.json": table, "crlseq_general_mqc.json": general}
+    write_folder(
+        path, {name: json.dumps(about, indent=1, ensure_ascii=False).encode() for name, about in contents.items()}
+    )
+    return []
+
+
+def _values(run: Run) -> dict[str, Any]:
+    """The row of `COLUMNS`, without what a run does not have."""
+    facts, metrics = run.facts, run.facts.metrics
+    values: dict[str, Any] = {
+        "perturbations": len(run.interventions), "programs": facts.n_latents, "detected": metrics.n_detected,
+        "graph": facts.identification.verdict, "edges": metrics.n_edges,
+        "cells": facts.cells.train + facts.cells.validation + facts.cells.test, "unused": facts.cells.unused,
+        "genes": len(run.programs) // max(facts.n_latents, 1), "pearson_delta": metrics.pearson_delta,
+        "evaluated_on": metrics.evaluated_on, "epochs": facts.training.epochs_run, "seconds": facts.seconds,
+        "version": facts.version,
+    }  # fmt: skip
+    return {k: v for k, v in values.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
