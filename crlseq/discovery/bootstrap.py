@@ -51,23 +51,13 @@ class Stability:
 
     def reordered(self, order: Tensor) -> Stability:
         """The same with programs in another order (p,)."""
-        return replace(
-            self,
-            edge=self.edge[order][:, order],
-            ancestor=self.ancestor[order][:, order],
-            assignment=self.assignment[:, order],
-            program=self.program[order],
-        )
+        edge, ancestor = (matrix[order][:, order] for matrix in (self.edge, self.ancestor))
+        assignment, program = self.assignment[:, order], self.program[order]
+        return replace(self, edge=edge, ancestor=ancestor, assignment=assignment, program=program)
 
 
 def bootstrap(
-    values: Tensor,
-    variances: Tensor | None,
-    environment: Tensor,
-    edges: Edges,
-    n: int,
-    seed: int = 0,
-    threads: int = 1,
+    values: Tensor, variances: Tensor | None, environment: Tensor, edges: Edges, n: int, seed: int = 0, threads: int = 1
 ) -> Stability:
     """Stability of a fit under resampling of cells within environments.
 
@@ -107,15 +97,10 @@ def bootstrap(
             shifts.append(torch.where(targets == fit.targets[0], shift, torch.nan))
     done = len(shifts)
     share = 1 / max(1, done)
+    target = assignment[torch.arange(k), fit.targets[0]]
+    error = _deviation(torch.stack(shifts) if shifts else torch.full((1, k), torch.nan, dtype=DTYPE))
     return Stability(
-        edge=edge * share,
-        ancestor=ancestor * share,
-        target=assignment[torch.arange(k), fit.targets[0]] * share,
-        assignment=assignment * share,
-        program=program * share,
-        shift_error=_deviation(torch.stack(shifts) if shifts else torch.full((1, k), torch.nan, dtype=DTYPE)),
-        n=done,
-        failed=n - done,
+        edge * share, ancestor * share, target * share, assignment * share, program * share, error, done, n - done
     )
 
 
@@ -177,8 +162,7 @@ def _refit(edges: Edges, moments: Moments, generator: torch.Generator) -> Soluti
         now = rival or now
     else:
         now = select_edges(rival, scale=edges.dispersion).solution if rival else _select(now, edges.dispersion)
-    finite = bool(torch.isfinite(now.nll).all() & torch.isfinite(now.theta).all())
-    return now if finite else None
+    return now if bool(torch.isfinite(now.nll).all() & torch.isfinite(now.theta).all()) else None
 
 
 def _afresh(now: Solution, generator: torch.Generator) -> Solution | None:
@@ -189,8 +173,7 @@ def _afresh(now: Solution, generator: torch.Generator) -> Solution | None:
     targets = torch.from_numpy(column).argsort()[proposed]  # named as in now
     if torch.equal(targets, now.targets[0]):
         return None
-    full = allowed_edges(p, model.kind)
-    start = model.start(targets[None])
+    full, start = allowed_edges(p, model.kind), model.start(targets[None])
     other = reassign_targets(model.solve(start, targets[None], full, REPLICATE_STEPS), MOVING_ROUNDS)
     if torch.equal(other.targets, now.targets):
         return None

@@ -108,7 +108,8 @@ def count_components(
     threads = torch.get_num_threads()
     with on_threads(1):  # chunks share the threads, and no sum depends on how many there are
         found, intercept, prior, v = _fit_loadings(dense, axes, alpha, threads)
-        guess = _regress(_residuals(dense, intercept, alpha), v)
+        z = _residuals(dense, intercept, alpha)  # regressed on with a ridge of what noise of unit variance would add
+        guess = torch.linalg.solve(z.T @ z + len(z) * torch.eye(z.shape[1]), z.T @ v)
         some = slice(CHUNK)
         weights = _working(dense[some], _log_size(dense[some], intercept) + intercept + v[some] @ found, alpha)[0]
         rough = _low_rank_information(found, weights, prior)
@@ -204,13 +205,6 @@ def _residuals(x: Tensor, intercept: Tensor, alpha: float) -> Tensor:
     rate = intercept.exp()
     weight = (rate / (1 + alpha * rate)).sqrt()
     return ((x / (_log_size(x, intercept) + intercept).exp() - 1) * weight).clamp_(-6, 6)
-
-
-def _regress(z: Tensor, v: Tensor) -> Tensor:
-    """Slope (genes, q) of v on z, with a ridge of what noise of unit variance would add."""
-    gram = z.T @ z
-    slope: Tensor = torch.linalg.solve(gram + len(z) * torch.eye(len(gram)), z.T @ v)
-    return slope
 
 
 def _fit_loadings(x: Tensor, axes: Floats, alpha: float, threads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

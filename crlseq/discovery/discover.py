@@ -131,7 +131,7 @@ def judged(task: Task, cells: Cells, comparison: KindComparison) -> Judged:
         verdict = judge(evidence)
         edges = supported(edges, stability) if verdict.grants_graph else without_graph(edges)
     of_verdict = misfit(edges.solution) if verdict.grants_graph else of_graph
-    return Judged(edges, verdict, of_verdict.dispersion, stability)
+    return edges, verdict, of_verdict.dispersion, stability
 
 
 def measure_support(task: Task, cells: Cells, edges: Edges) -> Stability | None:

@@ -75,13 +75,8 @@ def compare_kinds(
     # Scales are parameters too: where interventions leave them alone, mere shifts predict better than free scales do.
     rival = min(("no edges", plain), key=lambda name: float(losses[name].sum()))
     gained = losses[rival] - losses[chosen]
-    evidence = Evidence(
-        kind=chosen,
-        asked_without_graph=plain if plain == kind else None,
-        n_edges=int((edges.adjacency != 0).sum()),
-        gain=float(gained.sum()),
-        error=float(gained.std() * math.sqrt(len(gained))),
-    )
+    n_edges, gain, error = int((edges.adjacency != 0).sum()), gained.sum(), gained.std() * math.sqrt(len(gained))
+    evidence = Evidence(chosen, plain if plain == kind else None, n_edges, float(gain), float(error))
     if not judge(evidence).grants_graph:
         edges = _no_edges(models[plain])
     return KindComparison(edges, {name: float(loss.sum()) / cells for name, loss in losses.items()}, evidence)

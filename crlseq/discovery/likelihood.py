@@ -43,29 +43,14 @@ NEAR_END = 1.5  # |logit| at which a learned retention starts from a fixed one o
 class LinearModel:
     """The likelihood of one data set and kind of intervention; parameters packed as (R, P), R restarts.
 
-    Parameters
-    ----------
-    moments
-        Of the environments, float64.
-    n_latents
-        ``p``.
-    kind
-        One of `crlseq.model.interventions.INTERVENTIONS`.
-    noise_floor
-        Measurement noise that every component has at least; keeps a latent from taking a component whole.
-    fit_noise
-        False: latents are observed (``psi`` fixed, tiny).
+    ``moments`` of the environments in float64; ``floor`` is measurement noise that every component has at least, and
+    keeps a latent from taking a component whole; without ``fit_noise`` latents are observed (``psi`` fixed, tiny).
     """
 
     def __init__(
-        self,
-        moments: Moments,
-        n_latents: int,
-        kind: InterventionKind,
-        noise_floor: float = 1e-4,
-        fit_noise: bool = True,
+        self, moments: Moments, p: int, kind: InterventionKind, floor: float = 1e-4, fit_noise: bool = True
     ) -> None:
-        self.moments, self.p, self.kind, self.floor, self.fit_noise = moments, n_latents, kind, noise_floor, fit_noise
+        self.moments, self.p, self.kind, self.floor, self.fit_noise = moments, p, kind, floor, fit_noise
         self.intervention = INTERVENTIONS[kind]
         self.learns_retention = self.intervention.retention is None
         self.q, self.k = moments.means.shape[1], len(moments.counts) - 1
@@ -160,20 +145,11 @@ class LinearModel:
         sd = torch.exp(hit * torch.cat([none, log_scale], 1)[..., None])
         loading = sd[..., None] * total
         shift = (hit * torch.cat([none, w["shift"]], 1)[..., None])[:, :, None]
+        mean = (shift @ total)[:, :, 0] + w["offset"][:, None]
+        covariance = loading.transpose(2, 3) @ loading + torch.diag_embed(self.floor + psi)[:, None]
+        tau, slope = (shift @ inverse)[:, :, 0], (1 - bounded**2) * self.intervention.scales
         return Implied(
-            mean=(shift @ total)[:, :, 0] + w["offset"][:, None],
-            covariance=loading.transpose(2, 3) @ loading + torch.diag_embed(self.floor + psi)[:, None],
-            graph=graph,
-            column=column,
-            inverse=inverse,
-            total=total,
-            sd=sd,
-            loading=loading,
-            tau=(shift @ inverse)[:, :, 0],
-            retention=retention,
-            log_scale=log_scale,
-            slope=(1 - bounded**2) * self.intervention.scales,
-            psi=psi,
+            mean, covariance, graph, column, inverse, total, sd, loading, tau, retention, log_scale, slope, psi
         )
 
     def environments(self, theta: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

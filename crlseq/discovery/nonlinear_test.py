@@ -33,11 +33,7 @@ class Preference:
     nonlinear: NonlinearSolution | None
 
 
-def prefers_nonlinear(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    seed: int = 0,
-) -> Preference:
+def prefers_nonlinear(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int = 0) -> Preference:
     """Nonlinear against linear equations under shifts, fitted to ``train``, compared on ``test`` (values, environment).
 
     Chosen if the held-out log-likelihood per cell gains more than two standard errors and the equations explain

@@ -102,9 +102,10 @@ def judge_nonlinear(gain: float, error: float) -> Verdict:
 
 def judge_gradient(config: ModelConfig) -> Verdict:
     """The verdict on a graph learned by gradient with this configuration: theory and simulations leave no other."""
+    kind = config.intervention
     if not config.causal_layer:
         reason = "The model was fitted without structural equations, so it has no graph."
-    elif config.equations != "nonlinear" and _fits_any_graph(config):
+    elif config.equations != "nonlinear" and kind != "auto" and INTERVENTIONS[kind].graph == "nothing":
         reason = (
             "With linear equations and shifts alone, the decoder can absorb any graph, including the empty one: the"
             " edges reflect the optimiser, not the data."
@@ -114,13 +115,4 @@ def judge_gradient(config: ModelConfig) -> Verdict:
             "In simulations, a graph learned by gradient in a single fit was no better than an empty one: treat it as a"
             " sketch, not a finding."
         )
-    return nothing_identified(reason)
-
-
-def _fits_any_graph(config: ModelConfig) -> bool:
-    return config.intervention != "auto" and INTERVENTIONS[config.intervention].graph == "nothing"
-
-
-def nothing_identified(theory: str) -> Verdict:
-    """The verdict on a method that identifies no graph, for a reason that its theory gives."""
-    return Verdict("not identified", theory)
+    return Verdict("not identified", reason)

@@ -42,27 +42,13 @@ class Mechanism:
 
 
 class LatentSCM(nn.Module):
-    """Structural causal model over `n_latents` programs with learned interventions.
+    """Structural causal model over p programs with K learned interventions, of a kind of `INTERVENTIONS`.
 
-    Parameters
-    ----------
-    n_latents, n_perturbations
-        Sizes p and K (single perturbations).
-    intervention
-        One of `crlseq.model.interventions.INTERVENTIONS`: which parameters of an intervention are free.
-    equations
-        ``linear`` or ``nonlinear``: phi is the identity or ReLU.
-    causal
-        False leaves the graph empty: u = exp(t s) z + t a, the ablation of the paper.
-
-    Attributes
-    ----------
-    graph : (p, p)
-        Free weights; only the strict upper triangle is used, so the latents' order is topological.
-    intercept : (p,)
-        Added to every latent; a buffer, 0 except with nonlinear equations, whose kinks have a place.
-    shift, log_scale, retention_logit : (K,)
-        The last two are used by the kinds of intervention that have them.
+    ``equations`` are ``linear`` or ``nonlinear``: phi is the identity or ReLU. Without ``causal`` the graph stays empty:
+    u = exp(t s) z + t a, the ablation of the paper. Of ``graph`` (p, p) only the strict upper triangle is used, so that
+    the latents' order is topological. ``intercept`` (p,) is added to every latent; a buffer, 0 except with nonlinear
+    equations, whose kinks have a place. ``shift``, ``log_scale``, ``retention_logit`` (K,): the last two are used by the
+    kinds of intervention that have them.
     """
 
     def __init__(

@@ -83,18 +83,9 @@ def fit_masks(
 
         maximise  sum_g  W_g cross_g - W_g gram W_g' / 2 + log prior(mask_g | eta).
 
-    Parameters
-    ----------
-    start, share
-        Masks (G, p) and shares (p,) to start from.
-    shape
-        (G, H) weights of the functions; H a multiple of p.
-    cross, gram
-        (G, H) and (H, H): sums over cells of features times a gene, and of features times features.
-
-    Returns
-    -------
-    Masks (G, p), many exactly 0, and shares (p,).
+    Masks ``start`` (G, p) and shares ``share`` (p,) to masks, many exactly 0, and shares. ``shape`` (G, H) are weights of
+    the functions, H a multiple of p; ``cross`` (G, H) and ``gram`` (H, H) sums over cells of features times a gene, and
+    of features times features.
     """
     w, p = start.clone(), start.shape[1]
     own = [slice(k, None, p) for k in range(p)]
