@@ -1,9 +1,8 @@
 """How far a fit would change with other cells: bootstrap of edges, ancestry, targets, programs and shifts.
 
-Every replicate draws the cells of each environment again with replacement, finds the targets again (from those of
-the fit by likelihood, and afresh), refits, and selects the edges again with the dispersion of the fit.
-Support is the share of the replicates in which a finding is made again. An edge of the fit that just passes its
-likelihood ratio has support near 1/2, and an edge has support 0.9 when it would be declared with nine of ten samples.
+Every replicate draws the cells of each environment again with replacement, finds the targets again (from those of the
+fit by likelihood, and afresh), refits, and selects the edges again with the dispersion of the fit. Support is the share of
+replicates in which a finding is made again: near 1/2 for an edge that just passes its likelihood ratio.
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ def bootstrap(
 ) -> Stability:
     """Stability of a fit under resampling of cells within environments.
 
-    What made ``values`` is held fixed: components, and where they are straightened latents the network, which is not
-    trained again. Their support says how sure the graph is given these coordinates, not how sure the coordinates are.
+    What made ``values`` (components, a network) is held fixed: support is given these coordinates.
 
     ``values`` and ``variances`` (N, q), float64, are the cells that ``edges`` was fitted to and their posterior variances
     if they have any; ``environment`` (N,) is 0 for control, ``i + 1`` for perturbation ``i`` of the fit: a `ValueError`
@@ -151,11 +149,8 @@ def _sampler(values: Tensor, variances: Tensor | None, environment: Tensor) -> C
 
 
 def _refit(edges: Edges, moments: Moments, generator: torch.Generator) -> Solution | None:
-    """Targets, parameters and edges for other moments, from the fit; None where the likelihood has no maximum.
-
-    Targets move one at a time from those of the fit, and are proposed afresh: what wins is the better likelihood of
-    the two, so that another partition that explains the cells as well lowers the support too.
-    """
+    """Targets (from those of the fit or afresh, by likelihood), parameters and edges for other moments; None where the
+    likelihood has no maximum."""
     now = reassign_targets(edges.solution.refitted(moments=moments, steps=REPLICATE_STEPS), MOVING_ROUNDS)
     rival = _afresh(now, generator)
     if now.model.intervention.graph == "nothing":

@@ -4,10 +4,9 @@ Counts: a negative-binomial factor model with a free intercept per cell (GLM-PCA
 
     x_ig ~ NB(mean exp(s_i + b_g + v_i l_g), variance mean + alpha mean^2),
 
-by alternating Fisher scoring for the cells (v_i, s_i) and the genes (l_g, b_g). The free intercept ``s_i`` matters:
-totals are a sum over genes, so that dividing by them adds the log-sum-exp of all programs, which is not linear
-in the latents; with ``s_i`` estimated a log-linear mixing stays exactly linear. Components are whitened by the mean
-information of a cell, so that measurement noise is about 1 in every direction, and rotated to principal axes.
+by alternating Fisher scoring for the cells (v_i, s_i) and the genes (l_g, b_g). With ``s_i`` estimated a log-linear mixing
+stays exactly linear; dividing by totals adds the log-sum-exp of all programs, which is not. Components are whitened by the
+mean information of a cell, so that measurement noise is about 1 in every direction, and rotated to principal axes.
 Other values: principal components.
 """
 
@@ -48,9 +47,8 @@ ENOUGH_CONTROLS = 20  # in a batch, to centre it on its own
 def whitened_components(data: PerturbSeqData, n_components: int, seed: int) -> Scores:
     """(cells, q) components of every cell, centred on the control cells of its batch, overall deviation 1.
 
-    Estimated on training cells alone; q is `n_components` or what genes and cells allow. Cells that take no part
-    are 0. The perturbed genes themselves are left out: that a knock-out lowers its own transcript reflects the assay,
-    not a program, yet it would give every perturbation a direction of its own. Cells are read in chunks.
+    Estimated on training cells alone; q is `n_components` or what genes and cells allow. Cells that take no part are 0.
+    Perturbed genes are left out: that a knock-out lowers its own transcript would give it a direction of its own.
     """
     genes = np.flatnonzero(~np.isin(data.genes, data.perturbation_names))
     if len(genes) < 2:
@@ -99,8 +97,7 @@ def count_components(
 ) -> Scores:
     """(len(cells), n_components) whitened components of counts, loadings estimated on the cells `fitted`.
 
-    ``counts`` gives the counts (cells, genes) of cell indices. Cost: cells x genes x n_components^2, genes at most
-    `MAX_GENES`.
+    ``counts`` gives the counts (cells, genes) of cell indices. Cost: cells x genes (at most `MAX_GENES`) x n_components^2.
     """
     x, genes, axes = _select(counts(fitted), n_components)
     alpha = dispersion(x)
@@ -251,11 +248,10 @@ def _score(
     steps: int,
     rough: Information | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fisher scoring of cells: components (n, q) and intercepts (n, 1).
+    """Fisher scoring of cells: components (n, q) and intercepts (n, 1). Where it ends the gradient is 0: that is exact.
 
-    A cell's information matrix is what costs. It is renewed after a step of more than `STALE`; a smaller step leaves
-    it as it is, and cells that no longer move drop out. The first steps may do with a `rough` one. Where this ends,
-    the gradient is 0: that is exact.
+    A cell's information matrix is what costs: it is renewed after a step of more than `STALE`, cells that no longer move
+    drop out, and the first steps may do with a `rough` one.
     """
     q, g = loadings.shape
     design, exact = torch.cat([loadings, torch.ones(1, g)]), _information(loadings)
@@ -294,11 +290,8 @@ def _information(loadings: Tensor) -> Information:
 
 
 def _low_rank_information(loadings: Tensor, weights: Tensor, prior: Tensor) -> Information:
-    """`_information` except for what cells differ in little, for a fraction of its cost.
-
-    Principal components of the information matrices of some cells, with working weights (n, genes), in the metric of
-    their mean, so that an error counts by what it makes of a step.
-    """
+    """`_information` for a fraction of its cost: principal components of the information matrices of some cells, with
+    working weights (n, genes), in the metric of their mean, so that an error counts by what it makes of a step."""
     design = torch.cat([loadings, torch.ones(1, loadings.shape[1])])
     one, other = torch.triu_indices(len(design), len(design))
     twice = torch.where(one == other, 1.0, 2.0**0.5)  # of a matrix's norm an entry off the diagonal counts twice

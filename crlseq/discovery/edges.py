@@ -124,10 +124,7 @@ def _eliminated(now: Solution, dispersion: float, threshold: float) -> Solution:
 
 
 def _root(information: Tensor) -> Tensor:
-    """Cholesky factor (P, P) of an information, with as much of its diagonal on top as that takes.
-
-    Directions that the data leave flat have an information of 0, which rounding puts on either side of it.
-    """
+    """Cholesky factor (P, P) of an information, with as much of its diagonal on top as rounding about 0 takes."""
     diagonal = torch.diag(information.diagonal())
     root = diagonal
     for power in range(-9, 1):
@@ -156,10 +153,7 @@ def score_absent(now: Solution) -> tuple[Tensor, Tensor]:
 
 
 def _with_absent(now: Solution, threshold: float) -> Tensor | None:
-    """The mask with absent edges whose score statistics pass the threshold, none of which closes a cycle.
-
-    Best first, and at most half of those that pass (one at least): what one edge explains others need not.
-    """
+    """The mask with the best half of the absent edges whose score statistics pass (one at least), without cycles."""
     absent, statistic = score_absent(now)
     mask = now.mask.clone()
     added, most = 0, (int((statistic > threshold).sum()) + 1) // 2

@@ -33,8 +33,8 @@ FOLD_STEPS = 8  # from the fit to all cells
 class KindComparison:
     """The kind that fits, and the evidence for its graph.
 
-    ``edges``: the selected graph, or mere shifts without one where the evidence does not bear it out; ``held_out``:
-    negative log-likelihood per held-out cell of each model, each cell held out once.
+    ``edges``: the selected graph, or mere shifts where the evidence does not bear it out; ``held_out``: negative
+    log-likelihood per held-out cell of each model.
     """
 
     edges: Edges

@@ -8,10 +8,9 @@ over G (p, p), W (p, q), shifts a, log noise scales s, retentions, psi and o. ``
 covariance and count of the cells of environment ``c`` in ``q`` whitened components; environment 0 holds the
 controls, environment ``i + 1`` perturbation ``i``, whose target is one latent. Row vectors; ``G[j, k]``: j -> k.
 
-Targets come from lines through the whitened mean shifts (`crlseq.discovery.propose.propose_targets`). Given targets the
-likelihood is maximised by damped Fisher scoring (`crlseq.discovery.scoring`), all restarts as one batch. The graph is
-fitted dense, without an acyclicity term: under hard interventions it is identified, and
-`crlseq.discovery.edges.select_edges` prunes it by likelihood ratio.
+Given targets (`crlseq.discovery.propose`) the likelihood is maximised by damped Fisher scoring
+(`crlseq.discovery.scoring`), all restarts as one batch. The graph is fitted dense, without an acyclicity term: under hard
+interventions it is identified, and `crlseq.discovery.edges` prunes it by likelihood ratio.
 """
 
 from __future__ import annotations
@@ -90,9 +89,7 @@ class LinearModel:
     def retention(self, parameters: Tensor) -> Tensor:
         """Retentions (R, K) from their parameters."""
         fixed = self.intervention.retention
-        if fixed is None:
-            return torch.sigmoid(parameters)
-        return torch.full((len(parameters), self.k), fixed, dtype=DTYPE)
+        return torch.sigmoid(parameters) if fixed is None else torch.full((len(parameters), self.k), fixed, dtype=DTYPE)
 
     def log_scale(self, parameters: Tensor) -> Tensor:
         """Log noise scales (R, K) from their parameters, bounded; 0 where the kind has none."""
@@ -219,10 +216,7 @@ class Solution:
         kind: InterventionKind | None = None,
         steps: int = 100,
     ) -> Solution:
-        """The maximum found from here, or from ``theta``, with whatever is given in place of what the solution has.
-
-        An edge that the mask does not allow starts from 0 and stays there.
-        """
+        """The maximum from here, or from ``theta``, with what is given in place of the solution's; other edges stay 0."""
         mask = self.mask if mask is None else mask
         targets = self.targets if targets is None else targets
         start = replace(self, theta=self.theta if theta is None else theta, mask=mask)
@@ -232,8 +226,7 @@ class Solution:
     def directions(self) -> tuple[Tensor, Tensor]:
         """Read-out of latents, ``u = (y - offset) @ D``: D (q, p) and its error variance (p,).
 
-        Generalised least squares, ``D = psi^-1 W'(W psi^-1 W')^-1``: unbiased in every environment, and least squares
-        of y on its latents gives W back, since the two share their errors.
+        Generalised least squares, ``D = psi^-1 W'(W psi^-1 W')^-1``: unbiased in every environment.
         """
         named = self.model.unpack(self.theta)
         w = named["W"][0]

@@ -71,14 +71,12 @@ def fold_moments(
     fold = torch.empty(len(values), dtype=torch.long)
     fold[order] = torch.arange(len(values)) % n_folds
     n = int(environment.max()) + 1
-    sides = []
-    for f in range(n_folds):
-        pair = []
-        for cells in (fold != f, fold == f):
-            some = None if variances is None else variances[cells]
-            pair.append(environment_moments(values[cells], environment[cells], some, n))
-        sides.append((pair[0], pair[1]))
-    return sides
+
+    def side(cells: Tensor) -> Moments:
+        some = None if variances is None else variances[cells]
+        return environment_moments(values[cells], environment[cells], some, n)
+
+    return [(side(fold != f), side(fold == f)) for f in range(n_folds)]
 
 
 def noise_level(moments: Moments) -> float:

@@ -39,9 +39,9 @@ MAX_CURVE = 16  # points; with more, every number near the one chosen and a few 
 class LatentChoice:
     """The number of latents, why, and the ``curve`` of ``n_latents``, ``held_out``, ``standard_error``.
 
-    ``held_out`` is the squared mean shift of held-out cells that straight lines fitted to the other cells predict,
-    averaged over perturbations, in squared standard errors; ``standard_error`` is that of its difference from the
-    number chosen. It rises past the true number where lines bend: to look at, not to maximise.
+    ``held_out`` is the squared mean shift of held-out cells that straight lines fitted to the others predict, mean over
+    perturbations, in squared standard errors; ``standard_error`` is of its difference from the number chosen. It rises
+    past the true number where lines bend.
     """
 
     n_latents: int
@@ -70,7 +70,7 @@ def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> Late
     is that of the halves that the curve is computed on.
     """
     values, environment = _usable(values.to(DTYPE), environment)
-    if not bool((environment == 0).any()) or int(environment.max()) < 1:
+    if not bool((environment == 0).any()) or not bool((environment > 0).any()):
         return LatentChoice(1, [], "There are too few cells to distinguish more than one program.")
     found = _shifts(values, environment)
     if found is None or found.rank == 0:
@@ -91,15 +91,10 @@ def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> Late
 
 def _usable(values: Tensor, environment: Tensor) -> tuple[Tensor, Tensor]:
     """Cells of environments with at least two, numbered anew without gaps; control stays 0."""
-    if len(environment) == 0:
-        return values, environment.new_full((1,), -1)
-    counts = torch.bincount(environment)
-    kept = counts >= 2
+    kept = torch.bincount(environment) >= 2
     number = torch.cumsum(kept[1:], 0)
     number = torch.cat([number.new_zeros(1), number])
     cells = kept[environment]
-    if not bool(cells.any()):
-        return values[:0], environment.new_full((1,), -1)
     return values[cells], number[environment[cells]]
 
 
@@ -149,8 +144,7 @@ def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
     every line through a ray by more than noise, starts one; then rays and members are settled in turn.
     """
     d, r, effect = found.leading, found.leading.shape[1], found.effect
-    k = len(d)
-    power = (d**2).sum(1)
+    k, power = len(d), (d**2).sum(1)
     size = power.clamp_min(1e-12).sqrt()
     reach = SAME_RAY * (1 - r / power.clamp_min(1e-12)).clamp_min(0.05).sqrt()  # noise widens the angle
     off = float(chdtri(r - 1, FALSE_EFFECTS / k)) if r > 1 else math.inf
@@ -202,9 +196,8 @@ def _opposite(rays: Tensor, members: Tensor, found: _Shifts) -> int:
 def _exclusion(rays: Tensor, members: Tensor, found: _Shifts) -> Tensor:
     """How far two rays exclude each other (m, m); -1 for opposite ends of a straight line, 0 for unrelated rays.
 
-    Sum of their cosine; third moments ``E x^2 y + E x y^2`` of all cells along them (who is far out on one is behind on
-    the other); and log variances along one, in cells that moved along the other, against controls, where smaller (a
-    bent line runs across the other ray's direction there).
+    Sum of their cosine; third moments ``E x^2 y + E x y^2`` of all cells along them; and log variances along one, in cells
+    that moved along the other, against controls, where smaller (a bent line runs across the other ray's direction).
     """
     along = found.cells @ rays.T  # (N, m)
     along = along - along.mean(0)
@@ -257,11 +250,8 @@ def _curve(values: Tensor, environment: Tensor, chosen: int, found: _Shifts, see
     axes = torch.linalg.svd(shifts, full_matrices=False)[2][: found.rank + BEYOND].T
     goal = (held[1:] - held[0]) @ white @ axes / (1 / m[1:] + 1 / m[0]).sqrt()[:, None]
     shifts = shifts @ axes
-    moments = Moments(
-        torch.cat([means[:1] * 0 @ white, (means[1:] - means[0]) @ white]) @ axes,
-        torch.eye(axes.shape[1], dtype=DTYPE).expand(len(n), -1, -1),
-        n,
-    )
+    moved = torch.cat([means[:1] * 0 @ white, (means[1:] - means[0]) @ white]) @ axes
+    moments = Moments(moved, torch.eye(axes.shape[1], dtype=DTYPE).expand(len(n), -1, -1), n)
     gains: dict[int, Tensor] = {}
     for p in _candidates(chosen, min(chosen + BEYOND, len(n) - 1, axes.shape[1])):
         labels = propose_targets(moments, p, 1, generator, tries=32)[0]
@@ -273,11 +263,8 @@ def _curve(values: Tensor, environment: Tensor, chosen: int, found: _Shifts, see
                 predicted[labels == j] = own @ line.T @ line
         gains[p] = 2 * (goal * predicted).sum(1) - (predicted**2).sum(1)  # |goal|^2 - |goal - predicted|^2
     reference = gains.get(chosen, gains[max(gains)])
+    errors = [float((gain - reference).std(correction=0)) / math.sqrt(len(gain)) for gain in gains.values()]
     return [
-        {
-            "n_latents": p,
-            "held_out": float(gain.mean()),
-            "standard_error": float((gain - reference).std(correction=0)) / math.sqrt(len(gain)),
-        }
-        for p, gain in gains.items()
+        {"n_latents": p, "held_out": float(gain.mean()), "standard_error": error}
+        for (p, gain), error in zip(gains.items(), errors, strict=True)
     ]

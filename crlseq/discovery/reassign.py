@@ -43,8 +43,7 @@ class Assignment:
 def assign_targets(model: LinearModel, theta: Tensor, moments: Moments) -> Assignment:
     """Targets by likelihood, of the model's own perturbations or others: environments 1 .. K of ``moments``.
 
-    ``theta`` (1, P) is held fixed but for what belongs to a perturbation alone. Environment 0 of ``moments`` is
-    not used, so that perturbations outside the fit need only be measured in the same components.
+    ``theta`` (1, P) is held fixed but for what belongs to a perturbation alone. Environment 0 is not used.
     """
     w = model.unpack(theta)
     graph, loadings, offset = w["G"][0], w["W"][0], w["offset"][0]
@@ -89,8 +88,7 @@ def move(model: LinearModel, theta: Tensor, found: Assignment, moved: Tensor) ->
 def reassign_targets(solution: Solution, rounds: int = 10) -> Solution:
     """Move every perturbation to the target of the best likelihood and refit from there, until nothing moves.
 
-    Takes the first restart. A program keeps at least one perturbation: the one that gains least by leaving stays.
-    A round that does not raise the likelihood ends the search; the likelihood never falls.
+    Takes the first restart. A program keeps the perturbation that gains least by leaving. The likelihood never falls.
     """
     model, now = solution.model, solution
     for _ in range(rounds):

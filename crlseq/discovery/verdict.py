@@ -88,10 +88,7 @@ def _objection(evidence: Evidence) -> str | None:
 
 
 def judge_nonlinear(gain: float, error: float) -> Verdict:
-    """The verdict on nonlinear equations under shifts that passed `crlseq.discovery.nonlinear_test`.
-
-    ``gain`` and ``error``: in log-likelihood over linear equations.
-    """
+    """The verdict on nonlinear equations under shifts, by their gain in log-likelihood over linear ones and its error."""
     return Verdict(
         "ancestry only",
         f"Nonlinear equations predict held-out cells better than linear ones (gain {gain:.0f} ± {error:.0f}"

@@ -63,8 +63,8 @@ def straightened(
 ) -> tuple[Cells, KindComparison] | None:
     """Straightened latents and the models on them; None if the structural model describes them no better.
 
-    A training can end in a wrong partition of the perturbations. Where the latents are not described it is done again,
-    from the partition that the best one found and with another seed: the lowest misfit is kept.
+    A training can end in a wrong partition: where latents are not described it is done again with another seed, from the
+    partition that the best one found; the lowest misfit is kept.
     """
     best: tuple[Cells, KindComparison] | None = None
     start = dense
