@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from crlseq.discovery.edges import Edges, reachable, score_absent, select_edges
 from crlseq.discovery.likelihood import Solution, allowed_edges
@@ -73,8 +74,7 @@ def bootstrap(
         raise ValueError("environment must hold the cells of the fit, no others.")
     draw = _sampler(values, variances, environment)
     p, k = fit.model.p, fit.model.k
-    edge, ancestor = torch.zeros(p, p, dtype=DTYPE), torch.zeros(p, p, dtype=DTYPE)
-    assignment, program = torch.zeros(k, p, dtype=DTYPE), torch.zeros(p, dtype=DTYPE)
+    edge, ancestor, assignment, program = (torch.zeros(shape, dtype=DTYPE) for shape in ((p, p), (p, p), (k, p), (p,)))
     shifts: list[Tensor] = []
     seeds = torch.randint(2**62, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -89,7 +89,7 @@ def bootstrap(
             edge += on
             ancestor += reachable(on)
             targets = order.argsort()[again.targets[0]]
-            assignment += torch.nn.functional.one_hot(targets, p)
+            assignment += one_hot(targets, p)
             program += cosine
             shift = again.model.unpack(again.theta)["shift"][0] * sign[targets]
             shifts.append(torch.where(targets == fit.targets[0], shift, torch.nan))
@@ -104,9 +104,7 @@ def bootstrap(
 
 def match_programs(fit: Solution, other: Solution) -> tuple[Tensor, Tensor, Tensor]:
     """Programs of ``other`` that stand for those of ``fit``: index, sign and \\|cosine\\| of the loadings, (p,) each.
-
-    Hungarian method on the number of perturbations shared, ties by the direction of the loadings.
-    """
+    Hungarian method on the number of perturbations shared, ties by the direction of the loadings."""
     p = fit.model.p
     shared = _shared(fit.targets[0], other.targets[0], p)
     root = torch.linalg.cholesky(fit.model.moments.pooled() + 1e-9 * torch.eye(fit.model.q, dtype=DTYPE))
@@ -177,8 +175,7 @@ def _afresh(now: Solution, generator: torch.Generator) -> Solution | None:
 
 def _shared(targets: Tensor, others: Tensor, p: int) -> Tensor:
     """How many perturbations program ``i`` of the one and ``j`` of the other have in common (p, p)."""
-    one = torch.nn.functional.one_hot
-    return one(targets, p).to(DTYPE).T @ one(others, p).to(DTYPE)
+    return one_hot(targets, p).to(DTYPE).T @ one_hot(others, p).to(DTYPE)
 
 
 def _select(now: Solution, scale: float) -> Solution:

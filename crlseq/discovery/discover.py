@@ -93,8 +93,7 @@ def number_of_programs(task: Task, cells: Cells, n_environments: int) -> tuple[i
         return min(choice.n_latents, n_environments), choice
     if asked > n_environments:
         raise InputError(
-            f"{asked} programs were asked for, but only {n_environments} single perturbations have a detectable"
-            " effect.",
+            f"{asked} programs were asked for, but only {n_environments} single perturbations have a detectable effect.",
             "Each program needs a perturbation with an effect of its own: ask for fewer programs.",
         )
     return asked, None

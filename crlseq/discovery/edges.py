@@ -64,9 +64,7 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
 
 class _Profile:
     """Quadratic model of the profile likelihood of the edges, from which edges can be taken away.
-
-    ``covariance`` (P, p p) of all parameters with the edges, ``value`` (P,) of all parameters, ``on`` (p p) edges.
-    """
+    ``covariance`` (P, p p) of all parameters with the edges, ``value`` (P,) of all parameters, ``on`` (p p) edges."""
 
     def __init__(self, now: Solution, dispersion: float) -> None:
         model = now.model

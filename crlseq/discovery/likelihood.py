@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
 from crlseq.config import InterventionKind
 from crlseq.discovery.moments import DTYPE, Moments
@@ -100,7 +101,7 @@ class LinearModel:
         """Initial values (R, P): each latent's loadings along the leading direction of its perturbations' shifts."""
         m, r = self.moments, len(targets)
         delta = m.means[1:] - m.means[0]
-        one = torch.nn.functional.one_hot(targets, self.p).to(DTYPE)  # (R, K, p)
+        one = one_hot(targets, self.p).to(DTYPE)  # (R, K, p)
         scatter = torch.einsum("ka,k,rkp,kb->rpab", delta, m.counts[1:], one, delta)
         cells = torch.einsum("k,rkp->rp", m.counts[1:], one).clamp_min(1)
         value, vector = torch.linalg.eigh(scatter / cells[..., None, None])
@@ -131,8 +132,7 @@ class LinearModel:
         """Means and covariances that parameters imply under targets (R, K) and a mask of edges, and their parts."""
         w, r = self.unpack(theta), len(theta)
         none = torch.zeros(r, 1, dtype=DTYPE)  # what controls have of an intervention
-        hit = torch.nn.functional.one_hot(targets, self.p).to(DTYPE)
-        hit = torch.cat([torch.zeros(r, 1, self.p, dtype=DTYPE), hit], 1)  # (R, C, p)
+        hit = pad(one_hot(targets, self.p).to(DTYPE), (0, 0, 1, 0))  # (R, C, p)
         retention, log_scale = self.retention(w["retention"]), self.log_scale(w["scale"])
         bounded = torch.tanh(w["scale"] / MAX_FITTED_LOG_SCALE)
         column = 1 - hit * (1 - torch.cat([none + 1, retention], 1))[..., None]
@@ -225,9 +225,7 @@ class Solution:
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """Read-out of latents, ``u = (y - offset) @ D``: D (q, p) and its error variance (p,).
-
-        Generalised least squares, ``D = psi^-1 W'(W psi^-1 W')^-1``: unbiased in every environment.
-        """
+        Generalised least squares, ``D = psi^-1 W'(W psi^-1 W')^-1``: unbiased in every environment."""
         named = self.model.unpack(self.theta)
         w = named["W"][0]
         scaled = w / (self.model.floor + named["psi"][0].exp())

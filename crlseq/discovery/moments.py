@@ -63,9 +63,7 @@ def fold_moments(
     values: Tensor, environment: Tensor, variances: Tensor | None, n_folds: int, generator: torch.Generator
 ) -> list[tuple[Moments, Moments]]:
     """Moments of the other cells and of the fold, for each of `n_folds`; every environment is spread over all folds.
-
-    An environment may be without cells in a fold; `environment` has every number up to its largest at least twice.
-    """
+    An environment may be without cells in a fold; `environment` has every number up to its largest at least twice."""
     shuffled = torch.randperm(len(values), generator=generator)
     order = shuffled[torch.argsort(environment[shuffled], stable=True)]  # by environment, in random order within
     fold = torch.empty(len(values), dtype=torch.long)

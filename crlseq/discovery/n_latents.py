@@ -264,7 +264,5 @@ def _curve(values: Tensor, environment: Tensor, chosen: int, found: _Shifts, see
         gains[p] = 2 * (goal * predicted).sum(1) - (predicted**2).sum(1)  # |goal|^2 - |goal - predicted|^2
     reference = gains.get(chosen, gains[max(gains)])
     errors = [float((gain - reference).std(correction=0)) / math.sqrt(len(gain)) for gain in gains.values()]
-    return [
-        {"n_latents": p, "held_out": float(gain.mean()), "standard_error": error}
-        for (p, gain), error in zip(gains.items(), errors, strict=True)
-    ]
+    points = zip(gains, gains.values(), errors, strict=True)
+    return [{"n_latents": p, "held_out": float(gain.mean()), "standard_error": error} for p, gain, error in points]

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
 from crlseq.discovery.edges import MIN_EFFECT, reachable
 from crlseq.discovery.moments import DTYPE, environment_moments
@@ -98,8 +99,7 @@ class _Regressions:
 
 
 def _hit(targets: Tensor, p: int) -> Tensor:
-    none = torch.zeros(1, p, dtype=DTYPE)
-    return torch.cat([none, torch.nn.functional.one_hot(targets, p).to(DTYPE)])
+    return pad(one_hot(targets, p).to(DTYPE), (0, 0, 1, 0))
 
 
 def _sums(x: Tensor, cells: _Cells) -> Tensor:

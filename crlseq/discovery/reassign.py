@@ -29,9 +29,7 @@ MOVED_STEPS = 20  # of scoring after a round of moves
 @dataclass(frozen=True)
 class Assignment:
     """Best target of each of K perturbations, (K,), with ``shift``, ``log_scale`` and ``retention`` at that target.
-
-    ``nll`` (K, p) is the negative log-likelihood per cell under every target, constants left out.
-    """
+    ``nll`` (K, p) is the negative log-likelihood per cell under every target, constants left out."""
 
     targets: Tensor
     shift: Tensor
@@ -42,9 +40,7 @@ class Assignment:
 
 def assign_targets(model: LinearModel, theta: Tensor, moments: Moments) -> Assignment:
     """Targets by likelihood, of the model's own perturbations or others: environments 1 .. K of ``moments``.
-
-    ``theta`` (1, P) is held fixed but for what belongs to a perturbation alone. Environment 0 is not used.
-    """
+    ``theta`` (1, P) is held fixed but for what belongs to a perturbation alone. Environment 0 is not used."""
     w = model.unpack(theta)
     graph, loadings, offset = w["G"][0], w["W"][0], w["offset"][0]
     eye = torch.eye(model.p, dtype=DTYPE)

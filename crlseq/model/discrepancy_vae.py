@@ -77,11 +77,8 @@ class DiscrepancyVAE(nn.Module):
         self.encoder = Encoder(n_genes, n_hidden, n_latents, n_gene_sets, leak)
         self.intervention_encoder = InterventionEncoder(n_perturbations, n_hidden, n_latents)
         self.scm = LatentSCM(n_latents, n_perturbations, intervention, equations, causal)
-        self.decoder = (
-            SparseDecoder(n_latents, n_hidden, n_genes)
-            if decoder == "sparse"
-            else Decoder(n_latents, n_hidden, n_genes, output_activation)
-        )
+        sizes = n_latents, n_hidden, n_genes
+        self.decoder = SparseDecoder(*sizes) if decoder == "sparse" else Decoder(*sizes, output_activation)
         self.log_noise = nn.Parameter(torch.zeros(n_genes)) if noise == "gaussian" else None  # log variance
         # What the latents miss, measured after the fit: effects (K, G) of single perturbations, one (G,) of being
         # perturbed at all, which a combination has once, and their standard errors.

@@ -133,10 +133,8 @@ class SparseRows:
         """Sums of values and of their squares by gene."""
         value, offsets = self.gene_value.double(), self.gene_start.long()
         weighted = counts.double().index_select(0, self.cell).mul_(value)
-        return (
-            torch.segment_reduce(weighted, "sum", offsets=offsets),
-            torch.segment_reduce(weighted * value, "sum", offsets=offsets),
-        )
+        first = torch.segment_reduce(weighted, "sum", offsets=offsets)
+        return first, torch.segment_reduce(weighted * value, "sum", offsets=offsets)
 
 
 Rows = DenseRows | SparseRows

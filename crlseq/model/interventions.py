@@ -27,14 +27,9 @@ class Intervention:
 
 
 INTERVENTIONS: dict[InterventionKind, Intervention] = {
-    "hard": Intervention(
-        0.0, scales=True, graph="edges", reason="Interventions cut their targets off from upstream programs."
-    ),
+    "hard": Intervention(0.0, True, "edges", "Interventions cut their targets off from upstream programs."),
     "soft": Intervention(
-        None,
-        scales=True,
-        graph="ancestry",
-        reason="Interventions weaken the input of their targets from upstream programs.",
+        None, True, "ancestry", "Interventions weaken the input of their targets from upstream programs."
     ),
-    "shift": Intervention(1.0, scales=False, graph="nothing", reason="Shifts were asked for."),
+    "shift": Intervention(1.0, False, "nothing", "Shifts were asked for."),
 }

@@ -31,9 +31,7 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def multi_kernel(distance: Tensor, bandwidth: float | Tensor, n_kernels: int) -> Tensor:
     """sum_{i < n} exp(-d^2 / b_i), b_i = bandwidth * 2^(i - n // 2), of squared distances, elementwise.
-
-    Bandwidths double, so each kernel is the square of the next wider one: one exponential in all.
-    """
+    Bandwidths double, so each kernel is the square of the next wider one: one exponential in all."""
     kernel: Tensor = _MultiKernel.apply(distance, bandwidth, n_kernels)  # type: ignore[no-untyped-call]
     return kernel
 
@@ -95,9 +93,7 @@ def mmd_squared(
     a: Tensor, b: Tensor, kernel: Kernel, a_mask: Tensor | None = None, b_mask: Tensor | None = None
 ) -> Tensor:
     """Squared maximum mean discrepancy (Gretton et al. 2012, JMLR 13, eqs. 3 and 5) of cells (..., n, G) and (..., m, G).
-
-    Masks (..., n) and (..., m) are 1 for cells and 0 for rows that only fill up.
-    """
+    Masks (..., n) and (..., m) are 1 for cells and 0 for rows that only fill up."""
     distances = squared_distances(a, a), squared_distances(b, b), squared_distances(a, b)
     return mmd_of_distances(*distances, kernel, a_mask, b_mask)
 
@@ -111,11 +107,8 @@ def mmd_of_distances(
     b_mask: Tensor | None = None,
 ) -> Tensor:
     """`mmd_squared` from squared distances (..., n, n), (..., m, m) and (..., n, m)."""
-    return (
-        kernel.mean(within_a, a_mask, a_mask, within=True)
-        + kernel.mean(within_b, b_mask, b_mask, within=True)
-        - 2 * kernel.mean(between, a_mask, b_mask, within=False)
-    )
+    within = kernel.mean(within_a, a_mask, a_mask, within=True) + kernel.mean(within_b, b_mask, b_mask, within=True)
+    return within - 2 * kernel.mean(between, a_mask, b_mask, within=False)
 
 
 def kl_divergence(mean: Tensor, variance: Tensor) -> Tensor:
@@ -163,9 +156,7 @@ def interventional_terms(
 
 def anchor_term(mean: Tensor, anchor: Tensor, variance: Tensor, n_genes: int, mask: Tensor | None = None) -> Tensor:
     """Squared distance of posterior means to given ones, ``sum_k (mean - anchor)^2 / (2 variance)``, per gene.
-
-    The negative log-likelihood of ``anchor`` (C, B, p) as a measurement of z with noise ``variance`` (p,).
-    """
+    The negative log-likelihood of ``anchor`` (C, B, p) as a measurement of z with noise ``variance`` (p,)."""
     return mean_over_cells(0.5 * ((mean - anchor) ** 2 / variance).sum(-1), mask) / n_genes
 
 

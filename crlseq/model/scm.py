@@ -52,27 +52,19 @@ class LatentSCM(nn.Module):
     """
 
     def __init__(
-        self,
-        n_latents: int,
-        n_perturbations: int,
-        intervention: InterventionKind = "soft",
-        equations: str = "linear",
-        causal: bool = True,
+        self, p: int, k: int, intervention: InterventionKind = "soft", equations: str = "linear", causal: bool = True
     ) -> None:
         super().__init__()
-        self.intervention, self.kind = intervention, INTERVENTIONS[intervention]
-        self.equations = equations
-        self.graph = nn.Parameter(torch.empty(n_latents, n_latents).normal_(std=0.1), requires_grad=causal)
+        self.intervention, self.kind, self.equations = intervention, INTERVENTIONS[intervention], equations
+        self.graph = nn.Parameter(torch.empty(p, p).normal_(std=0.1), requires_grad=causal)
         if not causal:
             nn.init.zeros_(self.graph)
         self.intercept: Tensor
-        self.register_buffer("intercept", torch.zeros(n_latents))
-        self.shift = nn.Parameter(torch.ones(n_perturbations))
-        self.log_scale = nn.Parameter(torch.zeros(n_perturbations), requires_grad=self.kind.scales)
+        self.register_buffer("intercept", torch.zeros(p))
+        self.shift = nn.Parameter(torch.ones(k))
+        self.log_scale = nn.Parameter(torch.zeros(k), requires_grad=self.kind.scales)
         # sigmoid(2) = 0.88: soft interventions start near a shift and earn their cuts.
-        self.retention_logit = nn.Parameter(
-            torch.full((n_perturbations,), 2.0), requires_grad=self.kind.retention is None
-        )
+        self.retention_logit = nn.Parameter(torch.full((k,), 2.0), requires_grad=self.kind.retention is None)
 
     @property
     def adjacency(self) -> Tensor:
@@ -87,9 +79,7 @@ class LatentSCM(nn.Module):
 
     def mechanism(self, perturbations: Tensor, target_weights: Tensor) -> Mechanism:
         """Mechanisms, of fields (C, p), of conditions (C, M): int64 single perturbations, filled up with -1.
-
-        ``target_weights`` (C, M, p) are those of each, from the intervention encoder.
-        """
+        ``target_weights`` (C, M, p) are those of each, from the intervention encoder."""
         index = perturbations.clamp_min(0)
         weight = target_weights * (perturbations >= 0).to(target_weights.dtype)[..., None]  # (C, M, p)
         retention = (1 - weight * (1 - self.retention()[index][..., None])).prod(1)
