@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from scipy.special import chdtri
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import propose_targets
@@ -110,8 +111,7 @@ def _whitening(residuals: Tensor, n_environments: int) -> Tensor:
     covariance = residuals.T @ residuals / max(1, len(residuals) - n_environments)
     value, vector = torch.linalg.eigh(covariance)
     kept = value > max(float(value.max()) * 1e-10, 1e-300)
-    white: Tensor = vector[:, kept] / value[kept].sqrt()
-    return white
+    return torch.div(vector[:, kept], value[kept].sqrt())
 
 
 def _shifts(values: Tensor, environment: Tensor) -> _Shifts | None:
@@ -153,7 +153,7 @@ def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
         if not effect[i]:
             continue
         if len(sums):
-            cosine = _unit(sums) @ d[i] / size[i]
+            cosine = normalize(sums) @ d[i] / size[i]
             best = int(cosine.argmax())
             if cosine[best] > reach[i]:
                 sums[best] += d[i]
@@ -168,16 +168,16 @@ def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
 
     settled = False
     while len(sums) and not settled:
-        members = members_of(_unit(sums))
+        members = members_of(normalize(sums))
         sums = torch.zeros_like(sums).index_add_(0, members.clamp_min(0), d * (members >= 0)[:, None])
         sums = sums[torch.bincount(members[members >= 0], minlength=len(sums)) > 0]
-        cosine = _unit(sums) @ _unit(sums).T - 2 * torch.eye(len(sums), dtype=DTYPE)
+        cosine = normalize(sums) @ normalize(sums).T - 2 * torch.eye(len(sums), dtype=DTYPE)
         settled = len(sums) < 2 or bool(cosine.max() < SAME_RAY)
         if not settled:
             a, b = divmod(int(cosine.argmax()), len(sums))
             sums[a] += sums[b]
             sums = sums[torch.arange(len(sums)) != b]
-    rays = _unit(sums)
+    rays = normalize(sums)
     return rays, members_of(rays) if len(rays) else torch.full((k,), -1)
 
 
@@ -213,19 +213,6 @@ def _exclusion(rays: Tensor, members: Tensor, found: _Shifts) -> Tensor:
     return rays @ rays.T + THIRD_MOMENT * (third + third.T) + LOG_VARIANCE * (ratio + ratio.T).clamp(-4, 0)
 
 
-def _candidates(chosen: int, most: int) -> list[int]:
-    """Numbers of latents of the curve, ascending, at most ``MAX_CURVE``."""
-    if most <= MAX_CURVE:
-        return list(range(1, most + 1))
-    coarse = {max(1, round(chosen * i / 8)) for i in range(8)}
-    return sorted(coarse | set(range(min(chosen, most) - 2, most + 1)))
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    length: Tensor = vectors.norm(dim=1, keepdim=True)
-    return vectors / length.clamp_min(1e-12)
-
-
 def _curve(values: Tensor, environment: Tensor, chosen: int, found: _Shifts, seed: int) -> list[dict[str, float]]:
     """Held-out score of k-lines fitted to half of every environment's cells; [] without enough cells."""
     generator = torch.Generator().manual_seed(seed)
@@ -252,8 +239,10 @@ def _curve(values: Tensor, environment: Tensor, chosen: int, found: _Shifts, see
     shifts = shifts @ axes
     moved = torch.cat([means[:1] * 0 @ white, (means[1:] - means[0]) @ white]) @ axes
     moments = Moments(moved, torch.eye(axes.shape[1], dtype=DTYPE).expand(len(n), -1, -1), n)
+    most = min(chosen + BEYOND, len(n) - 1, axes.shape[1])
+    coarse = {max(1, round(chosen * i / 8)) for i in range(8)} | set(range(min(chosen, most) - 2, most + 1))
     gains: dict[int, Tensor] = {}
-    for p in _candidates(chosen, min(chosen + BEYOND, len(n) - 1, axes.shape[1])):
+    for p in range(1, most + 1) if most <= MAX_CURVE else sorted(coarse):
         labels = propose_targets(moments, p, 1, generator, tries=32)[0]
         predicted = torch.zeros_like(shifts)
         for j in range(p):

@@ -94,11 +94,8 @@ class DiscrepancyVAE(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
 
     def forward(self, control: Tensor, perturbations: Tensor, eps: Tensor | None = None) -> ModelOutput:
-        """Virtual interventional cells from the control cells (C, B, G) that each condition starts from.
-
-        ``perturbations`` (C, M) int64 single ones of each condition, filled up with -1; ``eps`` (C, B, p) standard
-        normal draws, None for the posterior mean.
-        """
+        """Virtual cells of conditions (C, M) int64, filled up with -1, from the control cells (C, B, G) of each.
+        ``eps`` (C, B, p) are standard normal draws, None for the posterior mean."""
         mean, variance = self.encoder(control)
         z = mean if eps is None else mean + variance.sqrt() * eps
         latents = self.intervene(z, perturbations)
@@ -160,12 +157,11 @@ class DiscrepancyVAE(nn.Module):
 
 @torch.no_grad()
 def extended(model: DiscrepancyVAE, shift: Tensor, residual: Tensor, residual_error: Tensor) -> DiscrepancyVAE:
-    """`model` with U more perturbations, each written as p interventions that shift one latent.
+    """A fitted model with U more perturbations, each written as p interventions that shift one latent.
 
-    What the fitted perturbations do stays as it is. Perturbation u is the combination of the rows K + u p to K + u p + p,
-    of which row j shifts latent j alone, since one perturbation has one shift and a new one may raise one latent and
-    lower another. ``shift`` (U, p) is what they add to the latents' equations, ``residual`` (U, G) what they do past the
-    latents, and ``residual_error`` its standard error.
+    Perturbation u is the combination of the rows K + u p to K + u p + p, of which row j shifts latent j alone: a new one
+    may raise one latent and lower another. ``shift`` (U, p) is what they add to the latents' equations, ``residual`` (U, G)
+    what they do past the latents, and ``residual_error`` its standard error.
     """
     scm, encoder = model.scm, model.intervention_encoder
     n, p = shift.shape

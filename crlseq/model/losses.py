@@ -18,10 +18,9 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE, Inference, ModelOutput
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(..., n, G) and (..., m, G) to (..., n, m) squared Euclidean distances by inner products.
+    """(..., n, G) and (..., m, G) to (..., n, m) squared Euclidean distances |a|^2 + |b|^2 - 2 a b^T.
 
-    |a|^2 + |b|^2 - 2 a b^T on rows centred at b's mean: the cancellation in float32 grows with the
-    rows' squared norm, and centring removes the part of it that all cells share.
+    Centred at b's mean: the cancellation in float32 grows with the rows' squared norm.
     """
     center = b.mean(-2, keepdim=True)
     a, b = a - center, b - center
@@ -125,18 +124,12 @@ def mean_over_cells(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def loss_terms(
-    model: DiscrepancyVAE,
-    output: ModelOutput,
-    control: Tensor,
-    perturbed: Tensor,
-    kernel: Kernel,
-    mask: Tensor | None = None,
+    model: DiscrepancyVAE, output: ModelOutput, control: Tensor, perturbed: Tensor, kernel: Kernel, mask: Tensor | None
 ) -> dict[str, Tensor]:
     """Unweighted terms ``mmd``, ``reconstruction``, ``kl`` and ``graph``, each a scalar.
 
-    Without a noise model the reconstruction is the mean squared error and the KL the sum over latents,
-    as published. With Gaussian noise the two are the negative log-likelihood and the KL of one cell,
-    both divided by the number of genes: the evidence lower bound on the scale of one gene.
+    Without a noise model the reconstruction is the mean squared error and the KL the sum over latents, as published. With
+    Gaussian noise the two are the negative log-likelihood and the KL of one cell, both divided by the number of genes.
     """
     kl = mean_over_cells(kl_divergence(output.mean, output.variance), mask)
     if model.log_noise is not None:
