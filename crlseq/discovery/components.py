@@ -10,8 +10,6 @@ mean information of a cell, so that measurement noise is about 1 in every direct
 Other values: principal components.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from threading import Lock

@@ -10,8 +10,6 @@
    (`crlseq.discovery.result`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

@@ -4,8 +4,6 @@ The likelihood ratio of an edge is compared with ``dispersion * log N`` (quasi-B
 the model (`crlseq.discovery.misfit`), so that likelihood ratios are not believed beyond the model's own misfit.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

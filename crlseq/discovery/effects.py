@@ -1,7 +1,5 @@
 """Does a perturbation do anything? Energy-distance permutation test against control, FDR over perturbations."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -6,8 +6,6 @@ selected graph; soft ones. A graph is compared with the better one of the first 
 or weaken what their targets receive. What that says about the graph is for `crlseq.discovery.verdict`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Sufficient statistics of environments: means, covariances and counts of their cells."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

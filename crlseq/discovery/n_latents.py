@@ -8,8 +8,6 @@ So: (1) bundle the perturbations with an effect into rays; (2) join two rays int
 other, since a latent cannot be on both sides of the controls at once; (3) count, at most the rank. No model is fitted.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

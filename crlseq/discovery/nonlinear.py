@@ -12,8 +12,6 @@ that L-BFGS moves ``B`` and ``o`` alone (variable projection: the gradient is th
 regressions). The graph grows from the empty one by the edge that gains most, and every edge may turn or go.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

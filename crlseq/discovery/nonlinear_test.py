@@ -1,7 +1,5 @@
 """Linear or nonlinear structural equations under shifts: which do held-out cells prefer?"""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Which perturbations share a target: k-lines on the whitened mean shifts."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

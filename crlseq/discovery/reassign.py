@@ -11,8 +11,6 @@ Means and covariances both speak here, means alone in `crlseq.discovery.propose.
 effect goes to some program without parents, where a shift of 0 does nothing: test for an effect before.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

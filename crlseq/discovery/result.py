@@ -1,7 +1,5 @@
 """What was discovered, in the terms of a screen: latents in order, interventions by perturbation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

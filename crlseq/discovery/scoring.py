@@ -10,8 +10,6 @@ model has the form ``a b' + b a'``, so that the information is a sum of products
 p^2 (p + q)^2 per environment and step. All restarts are one batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -13,8 +13,6 @@ aggregated posterior (means plus posterior variances) of the environment's cells
    by scoring every few hundred steps from where it was; now and then from fresh targets too.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

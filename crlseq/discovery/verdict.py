@@ -4,8 +4,6 @@ The first objection that holds makes a graph "not identified"; without one, hard
 ones identify who is upstream of whom. `crlseq.discovery.discover` collects the evidence.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -14,8 +14,6 @@ its control cell plus the decoded effect (and what the latents miss of it, `miss
 effect changes nothing.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

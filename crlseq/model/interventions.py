@@ -4,8 +4,6 @@ An intervention multiplies what its target receives from its parents by the rete
 by exp(s), and adds a shift (`crlseq.model.scm`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

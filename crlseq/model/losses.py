@@ -5,8 +5,6 @@
 Cells come as (C, B, .): C conditions of up to B cells; masks (C, B) say which rows are cells.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

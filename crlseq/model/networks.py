@@ -1,7 +1,5 @@
 """Encoder, decoder and intervention encoder: one hidden layer each, leaky ReLU 0.2, as published."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -14,8 +14,6 @@ between them it is soft. A combination multiplies retentions and adds shifts and
 With shifts alone and phi the identity this is the causal layer of Zhang et al. 2023 (arXiv 2307.06250).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

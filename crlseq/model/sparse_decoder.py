@@ -9,8 +9,6 @@ linear, thus the cost of the dense decoder, and lose effects that only two progr
 shapes settles the scale between w and V: a mask is the standard deviation that its program gives the gene.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

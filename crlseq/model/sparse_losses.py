@@ -21,8 +21,6 @@ controls' mean. Distances of real cells lose the ratio of their squared norms to
 log-normalised values; norms are float64, and so is the difference.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -13,8 +13,6 @@ Identified: as by the linear method on the straightened latents; under shifts wi
 of whom, if expression is linear in the programs.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from crlseq.data import splits
