@@ -32,22 +32,18 @@ DOUBTFUL = 0.25  # of the threshold: an absent edge with this score statistic is
 @cached_on_disk()
 @dataclass(frozen=True)
 class Stability:
-    """Shares of ``n`` replicates, programs named as in the fit; ``failed`` more replicates found no maximum.
+    """Shares of ``n`` replicates, programs named as in the fit."""
 
-    ``edge`` (p, p) and ``ancestor`` (p, p): row -> column; ``assignment`` (K, p): targets, and ``target`` (K,): the
-    target of the fit; ``program`` (p,): mean \\|cosine\\| of a program's loadings with the fit's, in the metric of the
-    covariance within environments; ``shift_error`` (K,): standard deviation of the shift over the replicates that
-    keep the target, NaN where fewer than two do.
-    """
-
-    edge: Tensor
-    ancestor: Tensor
-    target: Tensor
-    assignment: Tensor
-    program: Tensor
-    shift_error: Tensor
+    edge: Tensor  # (p, p) row -> column
+    ancestor: Tensor  # (p, p) row -> column
+    target: Tensor  # (K,) the target of the fit
+    assignment: Tensor  # (K, p) targets
+    program: (
+        Tensor  # (p,) mean |cosine| of loadings with the fit's, in the metric of the covariance within environments
+    )
+    shift_error: Tensor  # (K,) standard deviation over the replicates that keep the target, NaN where fewer than two do
     n: int
-    failed: int
+    failed: int  # more replicates, which found no maximum
 
     def reordered(self, order: Tensor) -> Stability:
         """The same with programs in another order (p,)."""

@@ -29,14 +29,10 @@ FOLD_STEPS = 8  # from the fit to all cells
 @cached_on_disk()
 @dataclass(frozen=True)
 class KindComparison:
-    """The kind that fits, and the evidence for its graph.
+    """The kind that fits, and the evidence for its graph."""
 
-    ``edges``: the selected graph, or mere shifts where the evidence does not bear it out; ``held_out``: negative
-    log-likelihood per held-out cell of each model.
-    """
-
-    edges: Edges
-    held_out: dict[str, float]
+    edges: Edges  # the selected graph, or mere shifts without one where the evidence does not bear it out
+    held_out: dict[str, float]  # negative log-likelihood per held-out cell of each model, each cell held out once
     evidence: Evidence
 
 

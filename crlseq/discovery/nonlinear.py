@@ -35,16 +35,15 @@ SEARCH_ROUNDS = 3  # of growing, turning and pruning: one or two where the equat
 @cached_on_disk()
 @dataclass(frozen=True)
 class NonlinearSolution:
-    """Fitted equations: ``B`` (p, p), ``offset`` and ``intercept`` (p,), ``adjacency`` (p, p; a DAG), ``targets`` and
-    ``shift`` (K,), and ``nll`` per cell of the cells fitted."""
+    """Fitted equations."""
 
-    B: Tensor
-    offset: Tensor
-    intercept: Tensor
-    adjacency: Tensor
-    targets: Tensor
-    shift: Tensor
-    nll: float
+    B: Tensor  # (p, p)
+    offset: Tensor  # (p,)
+    intercept: Tensor  # (p,)
+    adjacency: Tensor  # (p, p); a DAG
+    targets: Tensor  # (K,)
+    shift: Tensor  # (K,)
+    nll: float  # per cell of the cells fitted
 
     def latents(self, values: Tensor) -> Tensor:
         """``u`` (N, p) of components (N, p); unit: standard deviations of the latent's own noise."""

@@ -94,28 +94,21 @@ class Deviations:
 
 @dataclass(frozen=True)
 class Implied:
-    """What the linear model implies, and what its derivatives are made of; R restarts, C environments.
+    """What the linear model implies, and what its derivatives are made of; R restarts, C environments, K perturbations."""
 
-    With ``T_c = (I - G_c)^-1``, ``D_c`` the noise scales and ``a_c`` the shifts: ``mean`` (R, C, q), ``covariance``
-    (R, C, q, q); ``graph`` G (R, p, p), ``column`` (R, C, p) by which the columns of G are multiplied in G_c; ``inverse``
-    T_c (R, C, p, p), ``total`` T_c W (R, C, p, q), ``sd`` D_c (R, C, p), ``loading`` D_c T_c W, ``tau`` a_c T_c
-    (R, C, p). Of each perturbation (R, K): ``retention``, ``log_scale`` and its ``slope`` by its parameter.
-    ``psi`` (R, q): noise variances above the floor.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    graph: Tensor
-    column: Tensor
-    inverse: Tensor
-    total: Tensor
-    sd: Tensor
-    loading: Tensor
-    tau: Tensor
-    retention: Tensor
-    log_scale: Tensor
-    slope: Tensor
-    psi: Tensor
+    mean: Tensor  # (R, C, q)
+    covariance: Tensor  # (R, C, q, q)
+    graph: Tensor  # G (R, p, p)
+    column: Tensor  # (R, C, p) by which the columns of G are multiplied in G_c
+    inverse: Tensor  # T_c = (I - G_c)^-1 (R, C, p, p)
+    total: Tensor  # T_c W (R, C, p, q)
+    sd: Tensor  # D_c (R, C, p), the noise scales
+    loading: Tensor  # D_c T_c W (R, C, p, q)
+    tau: Tensor  # a_c T_c (R, C, p), of shifts a_c
+    retention: Tensor  # (R, K)
+    log_scale: Tensor  # (R, K)
+    slope: Tensor  # (R, K) of the log scale by its parameter
+    psi: Tensor  # (R, q) noise variances above the floor
 
 
 class LinearScore:

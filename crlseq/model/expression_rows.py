@@ -56,17 +56,14 @@ class DenseRows:
 @dataclass(frozen=True)
 class SparseRows:
     """Rows by their non-zeros (CSR), and the same by gene (CSC), which the gradient of a product reads.
+    Entries are picked by `index_select`, which on the CPU is five times as fast as an index in brackets."""
 
-    ``start`` (N + 1,), ``row``, ``gene`` and ``value`` (nnz,); ``gene_start`` (G + 1,), ``cell`` and ``gene_value``
-    (nnz,). Entries are picked by `index_select`, which on the CPU is five times as fast as an index in brackets.
-    """
-
-    start: Tensor
-    row: Tensor
+    start: Tensor  # (N + 1,)
+    row: Tensor  # (nnz,), as the next two
     gene: Tensor
     value: Tensor
-    gene_start: Tensor
-    cell: Tensor
+    gene_start: Tensor  # (G + 1,)
+    cell: Tensor  # (nnz,), as the next
     gene_value: Tensor
 
     @classmethod

@@ -28,15 +28,11 @@ LOG_SCALE_BOUND = 3.0  # of an intervention: an unbounded one lets one outlying 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What an intervention does to each latent's equation. All (..., n_latents); broadcast over cells.
+    """What an intervention does to each latent's equation. All (..., p); broadcast over cells."""
 
-    ``retention`` multiplies the parents' contribution (1: untouched), ``log_scale`` is added to the log
-    standard deviation of the noise, ``shift`` is added to the latent.
-    """
-
-    retention: Tensor
-    log_scale: Tensor
-    shift: Tensor
+    retention: Tensor  # multiplies the parents' contribution (1: untouched)
+    log_scale: Tensor  # added to the log standard deviation of the noise
+    shift: Tensor  # added to the latent
 
 
 class LatentSCM(nn.Module):
