@@ -57,12 +57,10 @@ def bootstrap(
 ) -> Stability:
     """Stability of a fit under resampling of cells within environments.
 
-    What made ``values`` (components, a network) is held fixed: support is given these coordinates.
-
-    ``values`` and ``variances`` (N, q), float64, are the cells that ``edges`` was fitted to and their posterior variances
-    if they have any; ``environment`` (N,) is 0 for control, ``i + 1`` for perturbation ``i`` of the fit: a `ValueError`
-    if they are others. The standard error of a support ``s`` from ``n`` replicates is ``sqrt(s (1 - s) / n)``. Each
-    replicate has random numbers of its own, so that ``threads`` change no result.
+    What made ``values`` (components, a network) is held fixed. ``values`` and ``variances`` (N, q), float64, are the cells
+    that ``edges`` was fitted to and their posterior variances if they have any; ``environment`` (N,) is 0 for control,
+    ``i + 1`` for perturbation ``i`` of the fit: a `ValueError` if they are others. The standard error of a support ``s``
+    is ``sqrt(s (1 - s) / n)``. Each replicate has random numbers of its own, so that ``threads`` change no result.
     """
     fit = edges.solution
     counts = torch.bincount(environment, minlength=fit.model.k + 1)

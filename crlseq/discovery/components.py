@@ -94,9 +94,7 @@ def count_components(
     counts: Callable[[np.ndarray], sp.csr_matrix], fitted: np.ndarray, cells: np.ndarray, n_components: int
 ) -> Scores:
     """(len(cells), n_components) whitened components of counts, loadings estimated on the cells `fitted`.
-
-    ``counts`` gives the counts (cells, genes) of cell indices. Cost: cells x genes (at most `MAX_GENES`) x n_components^2.
-    """
+    ``counts`` gives those (cells, genes) of indices. Cost: cells x genes (at most `MAX_GENES`) x n_components^2."""
     x, genes, axes = _select(counts(fitted), n_components)
     alpha = dispersion(x)
     dense = torch.from_numpy(x.toarray()).float()
@@ -246,11 +244,8 @@ def _score(
     steps: int,
     rough: Information | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fisher scoring of cells: components (n, q) and intercepts (n, 1). Where it ends the gradient is 0: that is exact.
-
-    A cell's information matrix is what costs: it is renewed after a step of more than `STALE`, cells that no longer move
-    drop out, and the first steps may do with a `rough` one.
-    """
+    """Fisher scoring of cells: components (n, q) and intercepts (n, 1), exact whatever the information on the way was:
+    that is what costs, so that it is renewed after large steps alone, and the first steps may do with a `rough` one."""
     q, g = loadings.shape
     design, exact = torch.cat([loadings, torch.ones(1, g)]), _information(loadings)
     penalty = torch.cat([prior, prior.new_zeros(1)])

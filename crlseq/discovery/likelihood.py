@@ -259,8 +259,7 @@ def fit_linear(
 ) -> Solution:
     """Best of several restarts, with a dense graph, or with none where the data do not identify it.
 
-    ``targets`` (R, K) are the partitions to start from; by default the ``restarts`` best of `propose_targets`.
-    ``each`` is `map`, or does the same in parallel.
+    Starts are partitions ``targets`` (R, K), else the ``restarts`` best of `propose_targets`; ``each`` maps, in parallel.
     """
     model = LinearModel(moments, n_latents, kind, noise_floor, fit_noise)
     if targets is None:

@@ -137,10 +137,8 @@ def _shifts(values: Tensor, environment: Tensor) -> _Shifts | None:
 
 def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
     """Unit rays (m, r) and the ray of every perturbation (K,), -1 for those without an effect or between rays.
-
-    Strongest first, a perturbation joins the ray it lies within 45 degrees of (less noise) or, if it lies off
-    every line through a ray by more than noise, starts one; then rays and members are settled in turn.
-    """
+    Strongest first, one joins the ray within 45 degrees (less noise) or, off every line through a ray by more than noise,
+    starts one; then rays and members are settled in turn."""
     d, r, effect = found.leading, found.leading.shape[1], found.effect
     k, power = len(d), (d**2).sum(1)
     size = power.clamp_min(1e-12).sqrt()

@@ -221,18 +221,16 @@ def _with(state: _State, j: int, k: int, on: float) -> _State:
 def _grow(cells: _Cells, state: _State, threshold: float) -> _State | None:
     """The best absent edge, refitted with either sign of its parent; None if none is worth the threshold."""
     gain = _scores(cells, state)
-    best = None
+    trials = []
     for e in gain.flatten().argsort(descending=True)[:TRIED].tolist():
         j, k = divmod(e, len(gain))
         if gain[j, k] < threshold:
             break
         for start in (state, _flipped(cells, state, j)):
-            trial = _refit(cells, _with(start, j, k, 1), TRIAL_STEPS)
-            if best is None or trial.nll < best.nll:
-                best = trial
-    if best is None:
+            trials.append(_refit(cells, _with(start, j, k, 1), TRIAL_STEPS))
+    if not trials:
         return None
-    best = _refit(cells, best, STEPS)
+    best = _refit(cells, min(trials, key=lambda trial: trial.nll), STEPS)
     return best if 2 * len(cells.u) * (state.nll - best.nll) > threshold else None
 
 

@@ -7,8 +7,7 @@ Under target ``k`` the cells of a perturbation have mean ``o + a x`` and covaria
     a = g / h,      1 + (e^{2s} - 1) h = v / h
 
 since the rank-one update only rescales ``S^-1 x``: the shift does not depend on the scale, nor the scale on the shift.
-Means and covariances both speak here, means alone in `crlseq.discovery.propose.propose_targets`. A perturbation without
-effect goes to some program without parents, where a shift of 0 does nothing: test for an effect before.
+A perturbation without effect goes to some program without parents: test for an effect before.
 """
 
 from dataclasses import dataclass
@@ -80,10 +79,8 @@ def move(model: LinearModel, theta: Tensor, found: Assignment, moved: Tensor) ->
 
 
 def reassign_targets(solution: Solution, rounds: int = 10) -> Solution:
-    """Move every perturbation to the target of the best likelihood and refit from there, until nothing moves.
-
-    Takes the first restart. A program keeps the perturbation that gains least by leaving. The likelihood never falls.
-    """
+    """Move every perturbation to the target of the best likelihood and refit (the first restart), until nothing moves.
+    A program keeps the perturbation that gains least by leaving. The likelihood never falls."""
     model, now = solution.model, solution
     for _ in range(rounds):
         found = assign_targets(model, now.theta, model.moments)

@@ -17,9 +17,7 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE, Inference, ModelOutput
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(..., n, G) and (..., m, G) to (..., n, m) squared Euclidean distances |a|^2 + |b|^2 - 2 a b^T.
-
-    Centred at b's mean: the cancellation in float32 grows with the rows' squared norm.
-    """
+    Centred at b's mean: the cancellation in float32 grows with the rows' squared norm."""
     center = b.mean(-2, keepdim=True)
     a, b = a - center, b - center
     inner = a @ b.transpose(-1, -2)
@@ -62,15 +60,11 @@ def median_bandwidth(cells: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Kernel:
-    """`multi_kernel`, and the estimator of MMD^2.
-
-    Unbiased is the U-statistic, which leaves the diagonals out, can be negative and needs two cells on each side; the
-    other is the V-statistic.
-    """
+    """`multi_kernel`, and the estimator of MMD^2."""
 
     bandwidth: float | Tensor
     n_kernels: int
-    unbiased: bool = True
+    unbiased: bool = True  # U-statistic: no diagonals, can be negative, needs two cells a side; else the V-statistic
 
     def mean(self, distance: Tensor, rows: Tensor | None, columns: Tensor | None, within: bool) -> Tensor:
         """Mean over the pairs (..., n, m) of cells that masks (..., n) and (..., m) keep, within one set or between two."""

@@ -42,11 +42,8 @@ class GeneSetLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Expression to the posterior of the exogenous noise: q(z | x) = N(mean, diag(variance)).
-
-    h = LeakyReLU(x W1 + b1); mean = h Wm + bm; variance = softplus(h Wv + bv). With gene sets the hidden units are
-    their activities (`GeneSetLayer`).
-    """
+    """Expression to the posterior of the exogenous noise: q(z | x) = N(mean, diag(variance)) with h = LeakyReLU(x W1 + b1),
+    mean = h Wm + bm, variance = softplus(h Wv + bv). With gene sets the hidden units are their activities."""
 
     def __init__(self, n_genes: int, n_hidden: int, n_latents: int, n_gene_sets: int = 0, leak: float = 0.0) -> None:
         super().__init__()

@@ -20,13 +20,9 @@ FLAT = 1e-6  # standard deviation of a shape that counts as none
 
 
 class MaskedLinear(nn.Module):
-    """Output layer with weights (G, H) ``mask[g, h % p] * shape[g, h]``: unit h belongs to program h % p.
+    """Output layer with weights (G, H) ``mask[g, h % p] * shape[g, h]``: unit h belongs to program h % p."""
 
-    ``mask`` (G, p), ``shape`` (G, H), ``bias`` (G,), and ``share`` (p,), a buffer: eta, the share of a program's masks that
-    are of the slab.
-    """
-
-    share: Tensor
+    share: Tensor  # (p,) eta, of a program's masks that are of the slab
 
     def __init__(self, n_latents: int, n_units: int, n_genes: int) -> None:
         super().__init__()
@@ -61,10 +57,8 @@ class ProgramUnits(nn.Module):
 
 
 class SparseDecoder(Decoder):
-    """Latents to mean expression through masks; see above.
-
-    The ``n_hidden`` units are shared out: as many whole ones per program, and at least two, which carry a linear map.
-    """
+    """Latents to mean expression through masks; see above. The ``n_hidden`` units are shared out: as many whole ones per
+    program, and at least two, which carry a linear map."""
 
     hidden: ProgramUnits  # type: ignore[assignment]
     output: MaskedLinear  # type: ignore[assignment]

@@ -40,11 +40,8 @@ class Method(Protocol):
     AT_MOST: Answer  # the most that its theory identifies
 
     def find(self, task: Task) -> Programs:
-        """The programs, from the cells of each environment and the size of each perturbation's effect.
-
-        The verdict of a discovery comes from a function of `crlseq.discovery.verdict`. An `InputError` is raised where
-        more programs are asked for than the screen can tell apart.
-        """
+        """The programs, with a verdict from `crlseq.discovery.verdict`, from the cells of each environment and the size
+        of each perturbation's effect. An `InputError` if more are asked for than the screen can tell apart."""
 
 
 def method_of(name: str) -> Method:

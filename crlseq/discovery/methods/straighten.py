@@ -59,11 +59,8 @@ def refine(task: Task, start: Start, cells: Cells, dense: Solution, linear: Kind
 def straightened(
     task: Task, components: Cells, dense: Solution, linear: KindComparison
 ) -> tuple[Cells, KindComparison] | None:
-    """Straightened latents and the models on them; None if the structural model describes them no better.
-
-    A training can end in a wrong partition: where latents are not described it is done again with another seed, from the
-    partition that the best one found; the lowest misfit is kept.
-    """
+    """Straightened latents and the models on them; None if the structural model describes them no better. A training can
+    end in a wrong partition: it is done again, from that of the lowest misfit, until the latents are described."""
     best: tuple[Cells, KindComparison] | None = None
     start = dense
     for attempt in range(ATTEMPTS):
