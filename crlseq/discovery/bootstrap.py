@@ -1,8 +1,8 @@
 """How far a fit would change with other cells: bootstrap of edges, ancestry, targets, programs and shifts.
 
 Every replicate draws the cells of each environment again with replacement, finds the targets again (from those of the
-fit by likelihood, and afresh), refits, and selects the edges again with the dispersion of the fit. Support is the share of
-replicates in which a finding is made again: near 1/2 for an edge that just passes its likelihood ratio.
+fit by likelihood, and afresh), refits, and selects the edges again with the dispersion of the fit. Support is the share
+of replicates in which a finding is made again: near 1/2 for an edge that just passes its likelihood ratio.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def bootstrap(
 ) -> Stability:
     """Stability of a fit under resampling of cells within environments.
 
-    What made ``values`` (components, a network) is held fixed. ``values`` and ``variances`` (N, q), float64, are the cells
-    that ``edges`` was fitted to and their posterior variances if they have any; ``environment`` (N,) is 0 for control,
-    ``i + 1`` for perturbation ``i`` of the fit: a `ValueError` if they are others. The standard error of a support ``s``
-    is ``sqrt(s (1 - s) / n)``. Each replicate has random numbers of its own, so that ``threads`` change no result.
+    What made ``values`` (components, a network) is held fixed. ``values`` and ``variances`` (N, q), float64, are the
+    cells that ``edges`` was fitted to and their posterior variances if they have any; ``environment`` (N,) is 0 for
+    control, ``i + 1`` for perturbation ``i`` of the fit: a `ValueError` if they are others. The standard error of a
+    support ``s`` is ``sqrt(s (1 - s) / n)``. Replicates have random numbers of their own: ``threads`` change no result.
     """
     fit = edges.solution
     counts = torch.bincount(environment, minlength=fit.model.k + 1)

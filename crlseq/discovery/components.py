@@ -4,10 +4,10 @@ Counts: a negative-binomial factor model with a free intercept per cell (GLM-PCA
 
     x_ig ~ NB(mean exp(s_i + b_g + v_i l_g), variance mean + alpha mean^2),
 
-by alternating Fisher scoring for the cells (v_i, s_i) and the genes (l_g, b_g). With ``s_i`` estimated a log-linear mixing
-stays exactly linear; dividing by totals adds the log-sum-exp of all programs, which is not. Components are whitened by the
-mean information of a cell, so that measurement noise is about 1 in every direction, and rotated to principal axes.
-Other values: principal components.
+by alternating Fisher scoring for the cells (v_i, s_i) and the genes (l_g, b_g). With ``s_i`` estimated a log-linear
+mixing stays exactly linear; dividing by totals adds the log-sum-exp of all programs, which is not. Components are
+whitened by the mean information of a cell, so that measurement noise is about 1 in every direction, and rotated to
+principal axes. Other values: principal components.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,10 +44,8 @@ ENOUGH_CONTROLS = 20  # in a batch, to centre it on its own
 
 def whitened_components(data: PerturbSeqData, n_components: int, seed: int) -> Scores:
     """(cells, q) components of every cell, centred on the control cells of its batch, overall deviation 1.
-
     Estimated on training cells alone; q is `n_components` or what genes and cells allow. Cells that take no part are 0.
-    Perturbed genes are left out: that a knock-out lowers its own transcript would give it a direction of its own.
-    """
+    Perturbed genes are left out: that a knock-out lowers its own transcript would give it a direction of its own."""
     genes = np.flatnonzero(~np.isin(data.genes, data.perturbation_names))
     if len(genes) < 2:
         genes = np.arange(data.n_genes)

@@ -43,9 +43,9 @@ def compare_kinds(
 
     Soft over hard, which is nested in it, by the likelihood ratio over the dispersion on the cells of the fit (held-out
     cells are too few to see a retention of a half), beyond three standard deviations of what one parameter per
-    perturbation gives by chance. The gain of a graph over none is summed over held-out cells, with its standard error over
-    environments. ``dense`` has hard interventions with a dense graph, fitted to all cells; ``folds`` are moments of the
-    other cells and of the held-out ones. A given ``kind`` is taken; the evidence still comes from the data.
+    perturbation gives by chance. The gain of a graph over none is summed over held-out cells, with its standard error
+    over environments. ``dense`` has hard interventions with a dense graph, fitted to all cells; ``folds`` are moments
+    of the other cells and of the held-out ones. A given ``kind`` is taken; the evidence still comes from the data.
     """
     edges = hard = select_edges(dense)
     chosen = dense.model.kind  # among the kinds that have a graph

@@ -9,8 +9,8 @@ covariance and count of the cells of environment ``c`` in ``q`` whitened compone
 controls, environment ``i + 1`` perturbation ``i``, whose target is one latent. Row vectors; ``G[j, k]``: j -> k.
 
 Given targets (`crlseq.discovery.propose`) the likelihood is maximised by damped Fisher scoring
-(`crlseq.discovery.scoring`), all restarts as one batch. The graph is fitted dense, without an acyclicity term: under hard
-interventions it is identified, and `crlseq.discovery.edges` prunes it by likelihood ratio.
+(`crlseq.discovery.scoring`), all restarts as one batch. The graph is fitted dense, without an acyclicity term: under
+hard interventions it is identified, and `crlseq.discovery.edges` prunes it by likelihood ratio.
 """
 
 from __future__ import annotations
@@ -42,10 +42,8 @@ NEAR_END = 1.5  # |logit| at which a learned retention starts from a fixed one o
 @cached_on_disk("moments", "p", "kind", "floor", "fit_noise")
 class LinearModel:
     """The likelihood of one data set and kind of intervention; parameters packed as (R, P), R restarts.
-
     ``moments`` of the environments in float64; ``floor`` is measurement noise that every component has at least, and
-    keeps a latent from taking a component whole; without ``fit_noise`` latents are observed (``psi`` fixed, tiny).
-    """
+    keeps a latent from taking a component whole; without ``fit_noise`` latents are observed (``psi`` fixed, tiny)."""
 
     def __init__(
         self, moments: Moments, p: int, kind: InterventionKind, floor: float = 1e-4, fit_noise: bool = True
@@ -259,7 +257,7 @@ def fit_linear(
 ) -> Solution:
     """Best of several restarts, with a dense graph, or with none where the data do not identify it.
 
-    Starts are partitions ``targets`` (R, K), else the ``restarts`` best of `propose_targets`; ``each`` maps, in parallel.
+    From the partitions ``targets`` (R, K), else the ``restarts`` best proposed; ``each`` is a map, or a parallel one.
     """
     model = LinearModel(moments, n_latents, kind, noise_floor, fit_noise)
     if targets is None:

@@ -36,10 +36,8 @@ def environment_moments(
     values: Tensor, environment: Tensor, variances: Tensor | None = None, n_environments: int | None = None
 ) -> Moments:
     """Moments of cells (N, q) by environment (N,), 0 for control; covariances divide by the number of cells.
-
     Posterior ``variances`` (N, q) are added to the covariances (aggregated posterior). With ``n_environments`` those
-    without cells have count, mean and covariance 0; without, one of fewer than two cells is a `ValueError`.
-    """
+    without cells have count, mean and covariance 0; without, one of fewer than two cells is a `ValueError`."""
     n = int(environment.max()) + 1 if n_environments is None else n_environments
     counts = torch.bincount(environment, minlength=n).to(DTYPE)
     if n_environments is None and bool((counts < 2).any()):

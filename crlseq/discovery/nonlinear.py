@@ -59,8 +59,7 @@ class NonlinearSolution:
     def per_cell(self, values: Tensor, environment: Tensor) -> Tensor:
         """Negative log-likelihood (N,) of cells of the same environments, without constants."""
         z = self.residuals(values, environment)
-        nll: Tensor = 0.5 * (z**2).sum(1) - torch.linalg.slogdet(self.B)[1]
-        return nll
+        return torch.sub(0.5 * (z**2).sum(1), torch.linalg.slogdet(self.B)[1])
 
 
 @dataclass(frozen=True)
@@ -349,9 +348,8 @@ def fit_nonlinear(values: Tensor, environment: Tensor, seed: int = 0, relu: bool
     scale = r.variance.sqrt()
     B = mixing @ best.A / scale
     mean = r.mean / scale
-    k = torch.arange(len(targets))
     intercept = torch.stack([mean[(_hit(best.targets, p)[:, i] == 0), i][0] for i in range(p)])
-    shift = mean[k + 1, best.targets] - intercept[best.targets]
+    shift = mean[torch.arange(len(targets)) + 1, best.targets] - intercept[best.targets]
     G = r.G * scale[:, None] / scale * best.mask
     nll = best.nll - float(torch.linalg.slogdet(mixing)[1])
     origin = offset + best.o @ torch.linalg.inv(mixing)

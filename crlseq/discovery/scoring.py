@@ -30,10 +30,10 @@ def solve(
 ) -> tuple[Tensor, Score, Tensor]:
     """Levenberg-damped scoring from ``theta`` (R, P): where it ends, the score there, and which converged (R,).
 
-    ``score`` gives the score at parameters (R, P), restarts independent of each other. The objective is infinite where it
-    is undefined. The information is positive semidefinite with a positive diagonal; gradient and off-diagonal information
-    of parameters that are held fixed are 0. ``free`` (R, P) is positive for those that may move. The number of ``cells``
-    turns objective and information per cell into those of the data.
+    ``score`` gives the score at parameters (R, P), restarts independent of each other. The objective is infinite where
+    it is undefined. The information is positive semidefinite with a positive diagonal; gradient and off-diagonal
+    information of parameters that are held fixed are 0. ``free`` (R, P) is positive for those that may move. The number
+    of ``cells`` turns objective and information per cell into those of the data.
     """
     r, size = theta.shape
     moving = torch.nonzero((free > 0).any(0))[:, 0]  # the others would only lengthen the systems
@@ -113,10 +113,8 @@ class Implied:
 
 class LinearScore:
     """Gradient and information of the linear model, filled in block by block.
-
     Each block of parameters writes its gradient and its information with itself and with the blocks written before;
-    what no block writes is 0. ``at`` gives a block's place among the parameters, ``targets`` (R, K).
-    """
+    what no block writes is 0. ``at`` gives a block's place among the parameters, ``targets`` (R, K)."""
 
     def __init__(self, s: Implied, moments: Moments, targets: Tensor, at: dict[str, slice]) -> None:
         (r, c, q), p, size = s.mean.shape, s.graph.shape[1], max(place.stop for place in at.values())

@@ -9,8 +9,8 @@ aggregated posterior (means plus posterior variances) of the environment's cells
 1. *free*: ``mu_c, S_c`` are the environment's own moments. A map that makes all environments Gaussian at once is
    fixed up to an affine map, so this straightens without believing any graph or target. ``beta`` > 1 presses.
 2. *free* with ``beta = 1`` and a rate that falls to nothing: a constant rate leaves the latents noisy.
-3. *causal*: ``mu_c, S_c`` are those of the linear structural model (W square, which carries the basis; no noise), refitted
-   by scoring every few hundred steps from where it was; now and then from fresh targets too.
+3. *causal*: ``mu_c, S_c`` are those of the linear structural model (W square, which carries the basis; no noise),
+   refitted by scoring every few hundred steps from where it was; now and then from fresh targets too.
 """
 
 import math

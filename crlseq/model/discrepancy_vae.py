@@ -50,10 +50,10 @@ class Inference:
 class DiscrepancyVAE(nn.Module):
     """Discrepancy-based variational autoencoder of G genes, p latents, K perturbations and H hidden units.
 
-    ``intervention``, ``equations`` and ``causal`` are those of `LatentSCM`, ``output_activation`` that of `Decoder`. The
-    ``noise`` is ``gaussian`` (a learned variance per gene, abducted) or ``none`` (published). The encoder reads
-    ``n_gene_sets`` with a ``leak`` (`GeneSetLayer`), all genes if there are 0; the ``decoder`` is ``dense`` or ``sparse``
-    (`SparseDecoder`, whose output is the identity).
+    ``intervention``, ``equations`` and ``causal`` are those of `LatentSCM`, ``output_activation`` that of `Decoder`.
+    The ``noise`` is ``gaussian`` (a learned variance per gene, abducted) or ``none`` (published). The encoder reads
+    ``n_gene_sets`` with a ``leak`` (`GeneSetLayer`), all genes if there are 0; the ``decoder`` is ``dense`` or
+    ``sparse`` (`SparseDecoder`, whose output is the identity).
     """
 
     def __init__(
@@ -157,9 +157,9 @@ class DiscrepancyVAE(nn.Module):
 def extended(model: DiscrepancyVAE, shift: Tensor, residual: Tensor, residual_error: Tensor) -> DiscrepancyVAE:
     """A fitted model with U more perturbations, each written as p interventions that shift one latent.
 
-    Perturbation u is the combination of the rows K + u p to K + u p + p, of which row j shifts latent j alone: a new one
-    may raise one latent and lower another. ``shift`` (U, p) is what they add to the latents' equations, ``residual`` (U, G)
-    what they do past the latents, and ``residual_error`` its standard error.
+    Perturbation u is the combination of the rows K + u p to K + u p + p, of which row j shifts latent j alone: a new
+    one may raise one latent and lower another. ``shift`` (U, p) is what they add to the latents' equations,
+    ``residual`` (U, G) what they do past the latents, and ``residual_error`` its standard error.
     """
     scm, encoder = model.scm, model.intervention_encoder
     n, p = shift.shape

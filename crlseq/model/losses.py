@@ -119,10 +119,8 @@ def loss_terms(
     model: DiscrepancyVAE, output: ModelOutput, control: Tensor, perturbed: Tensor, kernel: Kernel, mask: Tensor | None
 ) -> dict[str, Tensor]:
     """Unweighted terms ``mmd``, ``reconstruction``, ``kl`` and ``graph``, each a scalar.
-
-    Without a noise model the reconstruction is the mean squared error and the KL the sum over latents, as published. With
-    Gaussian noise the two are the negative log-likelihood and the KL of one cell, both divided by the number of genes.
-    """
+    Without a noise model the reconstruction is the mean squared error and the KL the sum over latents, as published.
+    With Gaussian noise they are the negative log-likelihood and the KL of a cell, divided by the number of genes."""
     kl = mean_over_cells(kl_divergence(output.mean, output.variance), mask)
     if model.log_noise is not None:
         kl = kl / control.shape[-1]

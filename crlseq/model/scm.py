@@ -38,11 +38,11 @@ class Mechanism:
 class LatentSCM(nn.Module):
     """Structural causal model over p programs with K learned interventions, of a kind of `INTERVENTIONS`.
 
-    ``equations`` are ``linear`` or ``nonlinear``: phi is the identity or ReLU. Without ``causal`` the graph stays empty:
-    u = exp(t s) z + t a, the ablation of the paper. Of ``graph`` (p, p) only the strict upper triangle is used, so that
-    the latents' order is topological. ``intercept`` (p,) is added to every latent; a buffer, 0 except with nonlinear
-    equations, whose kinks have a place. ``shift``, ``log_scale``, ``retention_logit`` (K,): the last two are used by the
-    kinds of intervention that have them.
+    ``equations`` are ``linear`` or ``nonlinear``: phi is the identity or ReLU. Without ``causal`` the graph stays
+    empty: u = exp(t s) z + t a, the ablation of the paper. Of ``graph`` (p, p) only the strict upper triangle is used,
+    so that the latents' order is topological. ``intercept`` (p,) is added to every latent; a buffer, 0 except with
+    nonlinear equations, whose kinks have a place. ``shift``, ``log_scale``, ``retention_logit`` (K,): the last two are
+    used by the kinds of intervention that have them.
     """
 
     def __init__(

@@ -36,8 +36,8 @@ class SpikeSlab:
 
     @classmethod
     def of(cls, n_cells: int) -> SpikeSlab:
-        """Slab 1, and a spike that n cells cannot tell from 0, 8 sqrt(n): masks are kept from about 4 standard errors on
-        (`threshold`), which depends on the spike's rate by the square root of its logarithm alone."""
+        """Slab 1, and a spike that n cells cannot tell from 0, 8 sqrt(n): masks are kept from about 4 standard errors
+        on (`threshold`), which depends on the spike's rate by the square root of its logarithm alone."""
         return cls(n_cells, SLAB, max(SPIKE * math.sqrt(n_cells), 2 * SLAB))
 
     def annealed(self, sparsity: float) -> SpikeSlab:
@@ -80,9 +80,9 @@ def fit_masks(
 
         maximise  sum_g  W_g cross_g - W_g gram W_g' / 2 + log prior(mask_g | eta).
 
-    Masks ``start`` (G, p) and shares ``share`` (p,) to masks, many exactly 0, and shares. ``shape`` (G, H) are weights of
-    the functions, H a multiple of p; ``cross`` (G, H) and ``gram`` (H, H) sums over cells of features times a gene, and
-    of features times features.
+    Masks ``start`` (G, p) and shares ``share`` (p,) to masks, many exactly 0, and shares. ``shape`` (G, H) are weights
+    of the functions, H a multiple of p; ``cross`` (G, H) and ``gram`` (H, H) sums over cells of features times a gene,
+    and of features times features.
     """
     w, p = start.clone(), start.shape[1]
     own = [slice(k, None, p) for k in range(p)]

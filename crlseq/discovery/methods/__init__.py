@@ -50,8 +50,8 @@ def method_of(name: str) -> Method:
 
 
 def find_programs(task: Task) -> Programs:
-    """By the method of the configuration; by gradient where no other can find anything. An `InputError` if more programs
-    are asked for than the screen can tell apart."""
+    """By the method of the configuration; by gradient where no other can find anything. An `InputError` if more
+    programs are asked for than the screen can tell apart."""
     name: str = task.config.method
     if not task.config.causal_layer:  # the ablation without structural equations has no graph to find
         name = "gradient"
