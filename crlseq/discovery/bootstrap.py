@@ -38,9 +38,7 @@ class Stability:
     ancestor: Tensor  # (p, p) row -> column
     target: Tensor  # (K,) the target of the fit
     assignment: Tensor  # (K, p) targets
-    program: (
-        Tensor  # (p,) mean |cosine| of loadings with the fit's, in the metric of the covariance within environments
-    )
+    program: Tensor  # (p,) mean |cosine| of loadings with the fit's, whitened by the covariance within environments
     shift_error: Tensor  # (K,) standard deviation over the replicates that keep the target, NaN where fewer than two do
     n: int
     failed: int  # more replicates, which found no maximum

@@ -14,9 +14,7 @@ from crlseq.config import InterventionKind
 class Intervention:
     """What is free under one kind of intervention, and what its likelihood says about the graph."""
 
-    retention: (
-        float | None
-    )  # of its parents' contribution that a target keeps; None: learned by perturbation, in (0, 1)
+    retention: float | None  # share of its parents' contribution that a target keeps; None: learned, in (0, 1)
     scales: bool  # whether the noise scale of the target is learned for each perturbation; else it stays as it is
     # What linear equations identify. ``nothing``: any graph has the same likelihood, so that none is fitted.
     graph: Literal["edges", "ancestry", "nothing"]
