@@ -1,9 +1,8 @@
 """How far a fit would change with other cells: bootstrap of edges, ancestry, targets, programs and shifts.
 
-Every replicate draws the cells of each environment again with replacement, finds the targets again (from those of
-the fit by likelihood, and afresh), refits, and selects the edges again with the dispersion of the fit.
-Support is the share of the replicates in which a finding is made again. An edge of the fit that just passes its
-likelihood ratio has support near 1/2, and an edge has support 0.9 when it would be declared with nine of ten samples.
+Every replicate draws the cells of each environment again with replacement, finds the targets again (from those of the
+fit by likelihood, and afresh), refits, and selects the edges again with the dispersion of the fit. Support is the share
+of replicates in which a finding is made again: near 1/2 for an edge that just passes its likelihood ratio.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from crlseq.discovery.edges import Edges, reachable, score_absent, select_edges
 from crlseq.discovery.likelihood import Solution, allowed_edges
@@ -32,52 +32,33 @@ DOUBTFUL = 0.25  # of the threshold: an absent edge with this score statistic is
 @cached_on_disk()
 @dataclass(frozen=True)
 class Stability:
-    """Shares of ``n`` replicates, programs named as in the fit; ``failed`` more replicates found no maximum.
+    """Shares of ``n`` replicates, programs named as in the fit."""
 
-    ``edge`` (p, p) and ``ancestor`` (p, p): row -> column; ``assignment`` (K, p): targets, and ``target`` (K,): the
-    target of the fit; ``program`` (p,): mean \\|cosine\\| of a program's loadings with the fit's, in the metric of the
-    covariance within environments; ``shift_error`` (K,): standard deviation of the shift over the replicates that
-    keep the target, NaN where fewer than two do.
-    """
-
-    edge: Tensor
-    ancestor: Tensor
-    target: Tensor
-    assignment: Tensor
-    program: Tensor
-    shift_error: Tensor
+    edge: Tensor  # (p, p) row -> column
+    ancestor: Tensor  # (p, p) row -> column
+    target: Tensor  # (K,) the target of the fit
+    assignment: Tensor  # (K, p) targets
+    program: Tensor  # (p,) mean |cosine| of loadings with the fit's, whitened by the covariance within environments
+    shift_error: Tensor  # (K,) standard deviation over the replicates that keep the target, NaN where fewer than two do
     n: int
-    failed: int
+    failed: int  # more replicates, which found no maximum
 
     def reordered(self, order: Tensor) -> Stability:
         """The same with programs in another order (p,)."""
-        return replace(
-            self,
-            edge=self.edge[order][:, order],
-            ancestor=self.ancestor[order][:, order],
-            assignment=self.assignment[:, order],
-            program=self.program[order],
-        )
+        edge, ancestor = (matrix[order][:, order] for matrix in (self.edge, self.ancestor))
+        assignment, program = self.assignment[:, order], self.program[order]
+        return replace(self, edge=edge, ancestor=ancestor, assignment=assignment, program=program)
 
 
 def bootstrap(
-    values: Tensor,
-    variances: Tensor | None,
-    environment: Tensor,
-    edges: Edges,
-    n: int,
-    seed: int = 0,
-    threads: int = 1,
+    values: Tensor, variances: Tensor | None, environment: Tensor, edges: Edges, n: int, seed: int = 0, threads: int = 1
 ) -> Stability:
     """Stability of a fit under resampling of cells within environments.
 
-    What made ``values`` is held fixed: components, and where they are straightened latents the network, which is not
-    trained again. Their support says how sure the graph is given these coordinates, not how sure the coordinates are.
-
-    ``values`` and ``variances`` (N, q), float64, are the cells that ``edges`` was fitted to and their posterior variances
-    if they have any; ``environment`` (N,) is 0 for control, ``i + 1`` for perturbation ``i`` of the fit: a `ValueError`
-    if they are others. The standard error of a support ``s`` from ``n`` replicates is ``sqrt(s (1 - s) / n)``. Each
-    replicate has random numbers of its own, so that ``threads`` change no result.
+    What made ``values`` (components, a network) is held fixed. ``values`` and ``variances`` (N, q), float64, are the
+    cells that ``edges`` was fitted to and their posterior variances if they have any; ``environment`` (N,) is 0 for
+    control, ``i + 1`` for perturbation ``i`` of the fit: a `ValueError` if they are others. The standard error of a
+    support ``s`` is ``sqrt(s (1 - s) / n)``. Replicates have random numbers of their own: ``threads`` change no result.
     """
     fit = edges.solution
     counts = torch.bincount(environment, minlength=fit.model.k + 1)
@@ -85,8 +66,7 @@ def bootstrap(
         raise ValueError("environment must hold the cells of the fit, no others.")
     draw = _sampler(values, variances, environment)
     p, k = fit.model.p, fit.model.k
-    edge, ancestor = torch.zeros(p, p, dtype=DTYPE), torch.zeros(p, p, dtype=DTYPE)
-    assignment, program = torch.zeros(k, p, dtype=DTYPE), torch.zeros(p, dtype=DTYPE)
+    edge, ancestor, assignment, program = (torch.zeros(shape, dtype=DTYPE) for shape in ((p, p), (p, p), (k, p), (p,)))
     shifts: list[Tensor] = []
     seeds = torch.randint(2**62, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -101,29 +81,22 @@ def bootstrap(
             edge += on
             ancestor += reachable(on)
             targets = order.argsort()[again.targets[0]]
-            assignment += torch.nn.functional.one_hot(targets, p)
+            assignment += one_hot(targets, p)
             program += cosine
             shift = again.model.unpack(again.theta)["shift"][0] * sign[targets]
             shifts.append(torch.where(targets == fit.targets[0], shift, torch.nan))
     done = len(shifts)
     share = 1 / max(1, done)
+    target = assignment[torch.arange(k), fit.targets[0]]
+    error = _deviation(torch.stack(shifts) if shifts else torch.full((1, k), torch.nan, dtype=DTYPE))
     return Stability(
-        edge=edge * share,
-        ancestor=ancestor * share,
-        target=assignment[torch.arange(k), fit.targets[0]] * share,
-        assignment=assignment * share,
-        program=program * share,
-        shift_error=_deviation(torch.stack(shifts) if shifts else torch.full((1, k), torch.nan, dtype=DTYPE)),
-        n=done,
-        failed=n - done,
+        edge * share, ancestor * share, target * share, assignment * share, program * share, error, done, n - done
     )
 
 
 def match_programs(fit: Solution, other: Solution) -> tuple[Tensor, Tensor, Tensor]:
     """Programs of ``other`` that stand for those of ``fit``: index, sign and \\|cosine\\| of the loadings, (p,) each.
-
-    Hungarian method on the number of perturbations shared, ties by the direction of the loadings.
-    """
+    Hungarian method on the number of perturbations shared, ties by the direction of the loadings."""
     p = fit.model.p
     shared = _shared(fit.targets[0], other.targets[0], p)
     root = torch.linalg.cholesky(fit.model.moments.pooled() + 1e-9 * torch.eye(fit.model.q, dtype=DTYPE))
@@ -166,19 +139,15 @@ def _sampler(values: Tensor, variances: Tensor | None, environment: Tensor) -> C
 
 
 def _refit(edges: Edges, moments: Moments, generator: torch.Generator) -> Solution | None:
-    """Targets, parameters and edges for other moments, from the fit; None where the likelihood has no maximum.
-
-    Targets move one at a time from those of the fit, and are proposed afresh: what wins is the better likelihood of
-    the two, so that another partition that explains the cells as well lowers the support too.
-    """
+    """Targets (from those of the fit or afresh, by likelihood), parameters and edges for other moments; None where the
+    likelihood has no maximum."""
     now = reassign_targets(edges.solution.refitted(moments=moments, steps=REPLICATE_STEPS), MOVING_ROUNDS)
     rival = _afresh(now, generator)
     if now.model.intervention.graph == "nothing":
         now = rival or now
     else:
         now = select_edges(rival, scale=edges.dispersion).solution if rival else _select(now, edges.dispersion)
-    finite = bool(torch.isfinite(now.nll).all() & torch.isfinite(now.theta).all())
-    return now if finite else None
+    return now if bool(torch.isfinite(now.nll).all() & torch.isfinite(now.theta).all()) else None
 
 
 def _afresh(now: Solution, generator: torch.Generator) -> Solution | None:
@@ -189,8 +158,7 @@ def _afresh(now: Solution, generator: torch.Generator) -> Solution | None:
     targets = torch.from_numpy(column).argsort()[proposed]  # named as in now
     if torch.equal(targets, now.targets[0]):
         return None
-    full = allowed_edges(p, model.kind)
-    start = model.start(targets[None])
+    full, start = allowed_edges(p, model.kind), model.start(targets[None])
     other = reassign_targets(model.solve(start, targets[None], full, REPLICATE_STEPS), MOVING_ROUNDS)
     if torch.equal(other.targets, now.targets):
         return None
@@ -199,8 +167,7 @@ def _afresh(now: Solution, generator: torch.Generator) -> Solution | None:
 
 def _shared(targets: Tensor, others: Tensor, p: int) -> Tensor:
     """How many perturbations program ``i`` of the one and ``j`` of the other have in common (p, p)."""
-    one = torch.nn.functional.one_hot
-    return one(targets, p).to(DTYPE).T @ one(others, p).to(DTYPE)
+    return one_hot(targets, p).to(DTYPE).T @ one_hot(others, p).to(DTYPE)
 
 
 def _select(now: Solution, scale: float) -> Solution:

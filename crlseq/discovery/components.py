@@ -4,14 +4,11 @@ Counts: a negative-binomial factor model with a free intercept per cell (GLM-PCA
 
     x_ig ~ NB(mean exp(s_i + b_g + v_i l_g), variance mean + alpha mean^2),
 
-by alternating Fisher scoring for the cells (v_i, s_i) and the genes (l_g, b_g). The free intercept ``s_i`` matters:
-totals are a sum over genes, so that dividing by them adds the log-sum-exp of all programs, which is not linear
-in the latents; with ``s_i`` estimated a log-linear mixing stays exactly linear. Components are whitened by the mean
-information of a cell, so that measurement noise is about 1 in every direction, and rotated to principal axes.
-Other values: principal components.
+by alternating Fisher scoring for the cells (v_i, s_i) and the genes (l_g, b_g). With ``s_i`` estimated a log-linear
+mixing stays exactly linear; dividing by totals adds the log-sum-exp of all programs, which is not. Components are
+whitened by the mean information of a cell, so that measurement noise is about 1 in every direction, and rotated to
+principal axes. Other values: principal components.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -47,11 +44,8 @@ ENOUGH_CONTROLS = 20  # in a batch, to centre it on its own
 
 def whitened_components(data: PerturbSeqData, n_components: int, seed: int) -> Scores:
     """(cells, q) components of every cell, centred on the control cells of its batch, overall deviation 1.
-
-    Estimated on training cells alone; q is `n_components` or what genes and cells allow. Cells that take no part
-    are 0. The perturbed genes themselves are left out: that a knock-out lowers its own transcript reflects the assay,
-    not a program, yet it would give every perturbation a direction of its own. Cells are read in chunks.
-    """
+    Estimated on training cells alone; q is `n_components` or what genes and cells allow. Cells that take no part are 0.
+    Perturbed genes are left out: that a knock-out lowers its own transcript would give it a direction of its own."""
     genes = np.flatnonzero(~np.isin(data.genes, data.perturbation_names))
     if len(genes) < 2:
         genes = np.arange(data.n_genes)
@@ -98,17 +92,15 @@ def count_components(
     counts: Callable[[np.ndarray], sp.csr_matrix], fitted: np.ndarray, cells: np.ndarray, n_components: int
 ) -> Scores:
     """(len(cells), n_components) whitened components of counts, loadings estimated on the cells `fitted`.
-
-    ``counts`` gives the counts (cells, genes) of cell indices. Cost: cells x genes x n_components^2, genes at most
-    `MAX_GENES`.
-    """
+    ``counts`` gives those (cells, genes) of indices. Cost: cells x genes (at most `MAX_GENES`) x n_components^2."""
     x, genes, axes = _select(counts(fitted), n_components)
     alpha = dispersion(x)
     dense = torch.from_numpy(x.toarray()).float()
     threads = torch.get_num_threads()
     with on_threads(1):  # chunks share the threads, and no sum depends on how many there are
         found, intercept, prior, v = _fit_loadings(dense, axes, alpha, threads)
-        guess = _regress(_residuals(dense, intercept, alpha), v)
+        z = _residuals(dense, intercept, alpha)  # regressed on with a ridge of what noise of unit variance would add
+        guess = torch.linalg.solve(z.T @ z + len(z) * torch.eye(z.shape[1]), z.T @ v)
         some = slice(CHUNK)
         weights = _working(dense[some], _log_size(dense[some], intercept) + intercept + v[some] @ found, alpha)[0]
         rough = _low_rank_information(found, weights, prior)
@@ -206,13 +198,6 @@ def _residuals(x: Tensor, intercept: Tensor, alpha: float) -> Tensor:
     return ((x / (_log_size(x, intercept) + intercept).exp() - 1) * weight).clamp_(-6, 6)
 
 
-def _regress(z: Tensor, v: Tensor) -> Tensor:
-    """Slope (genes, q) of v on z, with a ridge of what noise of unit variance would add."""
-    gram = z.T @ z
-    slope: Tensor = torch.linalg.solve(gram + len(z) * torch.eye(len(gram)), z.T @ v)
-    return slope
-
-
 def _fit_loadings(x: Tensor, axes: Floats, alpha: float, threads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loadings (q, genes), intercepts (genes,), prior precisions (q,) and components (n, q) by alternating scoring."""
     n, g = x.shape
@@ -257,12 +242,8 @@ def _score(
     steps: int,
     rough: Information | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fisher scoring of cells: components (n, q) and intercepts (n, 1).
-
-    A cell's information matrix is what costs. It is renewed after a step of more than `STALE`; a smaller step leaves
-    it as it is, and cells that no longer move drop out. The first steps may do with a `rough` one. Where this ends,
-    the gradient is 0: that is exact.
-    """
+    """Fisher scoring of cells: components (n, q) and intercepts (n, 1), exact whatever the information on the way was:
+    that is what costs, so that it is renewed after large steps alone, and the first steps may do with a `rough` one."""
     q, g = loadings.shape
     design, exact = torch.cat([loadings, torch.ones(1, g)]), _information(loadings)
     penalty = torch.cat([prior, prior.new_zeros(1)])
@@ -300,11 +281,8 @@ def _information(loadings: Tensor) -> Information:
 
 
 def _low_rank_information(loadings: Tensor, weights: Tensor, prior: Tensor) -> Information:
-    """`_information` except for what cells differ in little, for a fraction of its cost.
-
-    Principal components of the information matrices of some cells, with working weights (n, genes), in the metric of
-    their mean, so that an error counts by what it makes of a step.
-    """
+    """`_information` for a fraction of its cost: principal components of the information matrices of some cells, with
+    working weights (n, genes), in the metric of their mean, so that an error counts by what it makes of a step."""
     design = torch.cat([loadings, torch.ones(1, loadings.shape[1])])
     one, other = torch.triu_indices(len(design), len(design))
     twice = torch.where(one == other, 1.0, 2.0**0.5)  # of a matrix's norm an entry off the diagonal counts twice

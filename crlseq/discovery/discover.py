@@ -10,8 +10,6 @@
    (`crlseq.discovery.result`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -48,10 +46,8 @@ Refine = Callable[[Task, Start, Cells, Solution, KindComparison], Refined]
 
 def discover(task: Task, refine: Refine | None = None) -> Discovery:
     """Targets, interventions and graph of a screen, from its single perturbations with an effect.
-
-    Where linear equations do not describe the cells, ``refine`` gives other coordinates of the cells with a comparison
-    of models on them, a finished discovery, or None if it does no better.
-    """
+    Where linear equations do not describe the cells, ``refine`` gives other coordinates with a comparison of models on
+    them, a finished discovery, or None if it does no better."""
     start = find_components(task)
     p, cache = start.n_latents, task.cache
     with on_threads(1 if p < MANY_LATENTS else task.threads):
@@ -93,8 +89,7 @@ def number_of_programs(task: Task, cells: Cells, n_environments: int) -> tuple[i
         return min(choice.n_latents, n_environments), choice
     if asked > n_environments:
         raise InputError(
-            f"{asked} programs were asked for, but only {n_environments} single perturbations have a detectable"
-            " effect.",
+            f"{asked} programs were asked for, but only {n_environments} single perturbations have a detectable effect.",
             "Each program needs a perturbation with an effect of its own: ask for fewer programs.",
         )
     return asked, None
@@ -131,7 +126,7 @@ def judged(task: Task, cells: Cells, comparison: KindComparison) -> Judged:
         verdict = judge(evidence)
         edges = supported(edges, stability) if verdict.grants_graph else without_graph(edges)
     of_verdict = misfit(edges.solution) if verdict.grants_graph else of_graph
-    return Judged(edges, verdict, of_verdict.dispersion, stability)
+    return edges, verdict, of_verdict.dispersion, stability
 
 
 def measure_support(task: Task, cells: Cells, edges: Edges) -> Stability | None:

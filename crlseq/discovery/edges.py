@@ -4,8 +4,6 @@ The likelihood ratio of an edge is compared with ``dispersion * log N`` (quasi-B
 the model (`crlseq.discovery.misfit`), so that likelihood ratios are not believed beyond the model's own misfit.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -64,9 +62,7 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
 
 class _Profile:
     """Quadratic model of the profile likelihood of the edges, from which edges can be taken away.
-
-    ``covariance`` (P, p p) of all parameters with the edges, ``value`` (P,) of all parameters, ``on`` (p p) edges.
-    """
+    ``covariance`` (P, p p) of all parameters with the edges, ``value`` (P,) of all parameters, ``on`` (p p) edges."""
 
     def __init__(self, now: Solution, dispersion: float) -> None:
         model = now.model
@@ -124,10 +120,7 @@ def _eliminated(now: Solution, dispersion: float, threshold: float) -> Solution:
 
 
 def _root(information: Tensor) -> Tensor:
-    """Cholesky factor (P, P) of an information, with as much of its diagonal on top as that takes.
-
-    Directions that the data leave flat have an information of 0, which rounding puts on either side of it.
-    """
+    """Cholesky factor (P, P) of an information, with as much of its diagonal on top as rounding about 0 takes."""
     diagonal = torch.diag(information.diagonal())
     root = diagonal
     for power in range(-9, 1):
@@ -139,10 +132,8 @@ def _root(information: Tensor) -> Tensor:
 
 def score_absent(now: Solution) -> tuple[Tensor, Tensor]:
     """Absent edges (m,), as places in the flat graph, and their score statistics (m,).
-
     Twice the log-likelihood that an edge would gain with all other parameters free to follow, to second order:
-    ``N g^2 / (i_ee - i_eo i_oo^-1 i_oe)``, g and i being gradient and information per cell, o what is there already.
-    """
+    ``N g^2 / (i_ee - i_eo i_oo^-1 i_oe)``, g and i being gradient and information per cell, o what is there already."""
     model, p = now.model, now.model.p
     full = 1 - torch.eye(p, dtype=DTYPE)[None]
     _, gradient, information = model.information(now.theta, now.targets, full)
@@ -156,10 +147,7 @@ def score_absent(now: Solution) -> tuple[Tensor, Tensor]:
 
 
 def _with_absent(now: Solution, threshold: float) -> Tensor | None:
-    """The mask with absent edges whose score statistics pass the threshold, none of which closes a cycle.
-
-    Best first, and at most half of those that pass (one at least): what one edge explains others need not.
-    """
+    """The mask with the best half of the absent edges whose score statistics pass (one at least), without cycles."""
     absent, statistic = score_absent(now)
     mask = now.mask.clone()
     added, most = 0, (int((statistic > threshold).sum()) + 1) // 2

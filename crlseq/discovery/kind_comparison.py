@@ -6,8 +6,6 @@ selected graph; soft ones. A graph is compared with the better one of the first 
 or weaken what their targets receive. What that says about the graph is for `crlseq.discovery.verdict`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -31,14 +29,10 @@ FOLD_STEPS = 8  # from the fit to all cells
 @cached_on_disk()
 @dataclass(frozen=True)
 class KindComparison:
-    """The kind that fits, and the evidence for its graph.
+    """The kind that fits, and the evidence for its graph."""
 
-    ``edges``: the selected graph, or mere shifts without one where the evidence does not bear it out; ``held_out``:
-    negative log-likelihood per held-out cell of each model, each cell held out once.
-    """
-
-    edges: Edges
-    held_out: dict[str, float]
+    edges: Edges  # the selected graph, or mere shifts without one where the evidence does not bear it out
+    held_out: dict[str, float]  # negative log-likelihood per held-out cell of each model, each cell held out once
     evidence: Evidence
 
 
@@ -47,13 +41,11 @@ def compare_kinds(
 ) -> KindComparison:
     """Choose between shift, hard and soft interventions, and measure what the graph gains.
 
-    Soft over hard, which is nested in it, by the likelihood ratio over the dispersion on the cells of the fit:
-    held-out cells are too few to see a retention of a half. Hard holds if the ratio stays within three standard
-    deviations of what one parameter per perturbation gives by chance. The gain of a graph over none is
-    cross-validated: summed over cells, with its standard error over environments.
-
-    ``dense`` has hard interventions with a dense graph, fitted to all cells; ``folds`` are moments of the other cells
-    and of the held-out ones. A given ``kind`` is taken; the evidence still comes from the data.
+    Soft over hard, which is nested in it, by the likelihood ratio over the dispersion on the cells of the fit (held-out
+    cells are too few to see a retention of a half), beyond three standard deviations of what one parameter per
+    perturbation gives by chance. The gain of a graph over none is summed over held-out cells, with its standard error
+    over environments. ``dense`` has hard interventions with a dense graph, fitted to all cells; ``folds`` are moments
+    of the other cells and of the held-out ones. A given ``kind`` is taken; the evidence still comes from the data.
     """
     edges = hard = select_edges(dense)
     chosen = dense.model.kind  # among the kinds that have a graph
@@ -75,13 +67,8 @@ def compare_kinds(
     # Scales are parameters too: where interventions leave them alone, mere shifts predict better than free scales do.
     rival = min(("no edges", plain), key=lambda name: float(losses[name].sum()))
     gained = losses[rival] - losses[chosen]
-    evidence = Evidence(
-        kind=chosen,
-        asked_without_graph=plain if plain == kind else None,
-        n_edges=int((edges.adjacency != 0).sum()),
-        gain=float(gained.sum()),
-        error=float(gained.std() * math.sqrt(len(gained))),
-    )
+    n_edges, gain, error = int((edges.adjacency != 0).sum()), gained.sum(), gained.std() * math.sqrt(len(gained))
+    evidence = Evidence(chosen, plain if plain == kind else None, n_edges, float(gain), float(error))
     if not judge(evidence).grants_graph:
         edges = _no_edges(models[plain])
     return KindComparison(edges, {name: float(loss.sum()) / cells for name, loss in losses.items()}, evidence)

@@ -8,10 +8,9 @@ over G (p, p), W (p, q), shifts a, log noise scales s, retentions, psi and o. ``
 covariance and count of the cells of environment ``c`` in ``q`` whitened components; environment 0 holds the
 controls, environment ``i + 1`` perturbation ``i``, whose target is one latent. Row vectors; ``G[j, k]``: j -> k.
 
-Targets come from lines through the whitened mean shifts (`crlseq.discovery.propose.propose_targets`). Given targets the
-likelihood is maximised by damped Fisher scoring (`crlseq.discovery.scoring`), all restarts as one batch. The graph is
-fitted dense, without an acyclicity term: under hard interventions it is identified, and
-`crlseq.discovery.edges.select_edges` prunes it by likelihood ratio.
+Given targets (`crlseq.discovery.propose`) the likelihood is maximised by damped Fisher scoring
+(`crlseq.discovery.scoring`), all restarts as one batch. The graph is fitted dense, without an acyclicity term: under
+hard interventions it is identified, and `crlseq.discovery.edges` prunes it by likelihood ratio.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
 from crlseq.config import InterventionKind
 from crlseq.discovery.moments import DTYPE, Moments
@@ -42,30 +42,13 @@ NEAR_END = 1.5  # |logit| at which a learned retention starts from a fixed one o
 @cached_on_disk("moments", "p", "kind", "floor", "fit_noise")
 class LinearModel:
     """The likelihood of one data set and kind of intervention; parameters packed as (R, P), R restarts.
-
-    Parameters
-    ----------
-    moments
-        Of the environments, float64.
-    n_latents
-        ``p``.
-    kind
-        One of `crlseq.model.interventions.INTERVENTIONS`.
-    noise_floor
-        Measurement noise that every component has at least; keeps a latent from taking a component whole.
-    fit_noise
-        False: latents are observed (``psi`` fixed, tiny).
-    """
+    ``moments`` of the environments in float64; ``floor`` is measurement noise that every component has at least, and
+    keeps a latent from taking a component whole; without ``fit_noise`` latents are observed (``psi`` fixed, tiny)."""
 
     def __init__(
-        self,
-        moments: Moments,
-        n_latents: int,
-        kind: InterventionKind,
-        noise_floor: float = 1e-4,
-        fit_noise: bool = True,
+        self, moments: Moments, p: int, kind: InterventionKind, floor: float = 1e-4, fit_noise: bool = True
     ) -> None:
-        self.moments, self.p, self.kind, self.floor, self.fit_noise = moments, n_latents, kind, noise_floor, fit_noise
+        self.moments, self.p, self.kind, self.floor, self.fit_noise = moments, p, kind, floor, fit_noise
         self.intervention = INTERVENTIONS[kind]
         self.learns_retention = self.intervention.retention is None
         self.q, self.k = moments.means.shape[1], len(moments.counts) - 1
@@ -105,9 +88,7 @@ class LinearModel:
     def retention(self, parameters: Tensor) -> Tensor:
         """Retentions (R, K) from their parameters."""
         fixed = self.intervention.retention
-        if fixed is None:
-            return torch.sigmoid(parameters)
-        return torch.full((len(parameters), self.k), fixed, dtype=DTYPE)
+        return torch.sigmoid(parameters) if fixed is None else torch.full((len(parameters), self.k), fixed, dtype=DTYPE)
 
     def log_scale(self, parameters: Tensor) -> Tensor:
         """Log noise scales (R, K) from their parameters, bounded; 0 where the kind has none."""
@@ -118,7 +99,7 @@ class LinearModel:
         """Initial values (R, P): each latent's loadings along the leading direction of its perturbations' shifts."""
         m, r = self.moments, len(targets)
         delta = m.means[1:] - m.means[0]
-        one = torch.nn.functional.one_hot(targets, self.p).to(DTYPE)  # (R, K, p)
+        one = one_hot(targets, self.p).to(DTYPE)  # (R, K, p)
         scatter = torch.einsum("ka,k,rkp,kb->rpab", delta, m.counts[1:], one, delta)
         cells = torch.einsum("k,rkp->rp", m.counts[1:], one).clamp_min(1)
         value, vector = torch.linalg.eigh(scatter / cells[..., None, None])
@@ -149,8 +130,7 @@ class LinearModel:
         """Means and covariances that parameters imply under targets (R, K) and a mask of edges, and their parts."""
         w, r = self.unpack(theta), len(theta)
         none = torch.zeros(r, 1, dtype=DTYPE)  # what controls have of an intervention
-        hit = torch.nn.functional.one_hot(targets, self.p).to(DTYPE)
-        hit = torch.cat([torch.zeros(r, 1, self.p, dtype=DTYPE), hit], 1)  # (R, C, p)
+        hit = pad(one_hot(targets, self.p).to(DTYPE), (0, 0, 1, 0))  # (R, C, p)
         retention, log_scale = self.retention(w["retention"]), self.log_scale(w["scale"])
         bounded = torch.tanh(w["scale"] / MAX_FITTED_LOG_SCALE)
         column = 1 - hit * (1 - torch.cat([none + 1, retention], 1))[..., None]
@@ -160,20 +140,11 @@ class LinearModel:
         sd = torch.exp(hit * torch.cat([none, log_scale], 1)[..., None])
         loading = sd[..., None] * total
         shift = (hit * torch.cat([none, w["shift"]], 1)[..., None])[:, :, None]
+        mean = (shift @ total)[:, :, 0] + w["offset"][:, None]
+        covariance = loading.transpose(2, 3) @ loading + torch.diag_embed(self.floor + psi)[:, None]
+        tau, slope = (shift @ inverse)[:, :, 0], (1 - bounded**2) * self.intervention.scales
         return Implied(
-            mean=(shift @ total)[:, :, 0] + w["offset"][:, None],
-            covariance=loading.transpose(2, 3) @ loading + torch.diag_embed(self.floor + psi)[:, None],
-            graph=graph,
-            column=column,
-            inverse=inverse,
-            total=total,
-            sd=sd,
-            loading=loading,
-            tau=(shift @ inverse)[:, :, 0],
-            retention=retention,
-            log_scale=log_scale,
-            slope=(1 - bounded**2) * self.intervention.scales,
-            psi=psi,
+            mean, covariance, graph, column, inverse, total, sd, loading, tau, retention, log_scale, slope, psi
         )
 
     def environments(self, theta: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,10 +214,7 @@ class Solution:
         kind: InterventionKind | None = None,
         steps: int = 100,
     ) -> Solution:
-        """The maximum found from here, or from ``theta``, with whatever is given in place of what the solution has.
-
-        An edge that the mask does not allow starts from 0 and stays there.
-        """
+        """The maximum from here, or from ``theta``, with what is given in place of the solution's; other edges stay 0."""
         mask = self.mask if mask is None else mask
         targets = self.targets if targets is None else targets
         start = replace(self, theta=self.theta if theta is None else theta, mask=mask)
@@ -255,10 +223,7 @@ class Solution:
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """Read-out of latents, ``u = (y - offset) @ D``: D (q, p) and its error variance (p,).
-
-        Generalised least squares, ``D = psi^-1 W'(W psi^-1 W')^-1``: unbiased in every environment, and least squares
-        of y on its latents gives W back, since the two share their errors.
-        """
+        Generalised least squares, ``D = psi^-1 W'(W psi^-1 W')^-1``: unbiased in every environment."""
         named = self.model.unpack(self.theta)
         w = named["W"][0]
         scaled = w / (self.model.floor + named["psi"][0].exp())
@@ -292,8 +257,7 @@ def fit_linear(
 ) -> Solution:
     """Best of several restarts, with a dense graph, or with none where the data do not identify it.
 
-    ``targets`` (R, K) are the partitions to start from; by default the ``restarts`` best of `propose_targets`.
-    ``each`` is `map`, or does the same in parallel.
+    From the partitions ``targets`` (R, K), else the ``restarts`` best proposed; ``each`` is a map, or a parallel one.
     """
     model = LinearModel(moments, n_latents, kind, noise_floor, fit_noise)
     if targets is None:

@@ -10,8 +10,6 @@ the deviance if the model holds: with n C ~ Wishart(n - 1, S) the deviance of an
 j = 1 .. q. Where a network mixes the latents misfits of 3 to 6 are common.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -8,14 +8,13 @@ So: (1) bundle the perturbations with an effect into rays; (2) join two rays int
 other, since a latent cannot be on both sides of the controls at once; (3) count, at most the rank. No model is fitted.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import torch
 from scipy.special import chdtri
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import propose_targets
@@ -39,9 +38,9 @@ MAX_CURVE = 16  # points; with more, every number near the one chosen and a few 
 class LatentChoice:
     """The number of latents, why, and the ``curve`` of ``n_latents``, ``held_out``, ``standard_error``.
 
-    ``held_out`` is the squared mean shift of held-out cells that straight lines fitted to the other cells predict,
-    averaged over perturbations, in squared standard errors; ``standard_error`` is that of its difference from the
-    number chosen. It rises past the true number where lines bend: to look at, not to maximise.
+    ``held_out`` is the squared mean shift of held-out cells that straight lines fitted to the others predict, mean over
+    perturbations, in squared standard errors; ``standard_error`` is of its difference from the number chosen. It rises
+    past the true number where lines bend.
     """
 
     n_latents: int
@@ -70,7 +69,7 @@ def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> Late
     is that of the halves that the curve is computed on.
     """
     values, environment = _usable(values.to(DTYPE), environment)
-    if not bool((environment == 0).any()) or int(environment.max()) < 1:
+    if not bool((environment == 0).any()) or not bool((environment > 0).any()):
         return LatentChoice(1, [], "There are too few cells to distinguish more than one program.")
     found = _shifts(values, environment)
     if found is None or found.rank == 0:
@@ -91,15 +90,10 @@ def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> Late
 
 def _usable(values: Tensor, environment: Tensor) -> tuple[Tensor, Tensor]:
     """Cells of environments with at least two, numbered anew without gaps; control stays 0."""
-    if len(environment) == 0:
-        return values, environment.new_full((1,), -1)
-    counts = torch.bincount(environment)
-    kept = counts >= 2
+    kept = torch.bincount(environment) >= 2
     number = torch.cumsum(kept[1:], 0)
     number = torch.cat([number.new_zeros(1), number])
     cells = kept[environment]
-    if not bool(cells.any()):
-        return values[:0], environment.new_full((1,), -1)
     return values[cells], number[environment[cells]]
 
 
@@ -115,8 +109,7 @@ def _whitening(residuals: Tensor, n_environments: int) -> Tensor:
     covariance = residuals.T @ residuals / max(1, len(residuals) - n_environments)
     value, vector = torch.linalg.eigh(covariance)
     kept = value > max(float(value.max()) * 1e-10, 1e-300)
-    white: Tensor = vector[:, kept] / value[kept].sqrt()
-    return white
+    return torch.div(vector[:, kept], value[kept].sqrt())
 
 
 def _shifts(values: Tensor, environment: Tensor) -> _Shifts | None:
@@ -144,13 +137,10 @@ def _shifts(values: Tensor, environment: Tensor) -> _Shifts | None:
 
 def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
     """Unit rays (m, r) and the ray of every perturbation (K,), -1 for those without an effect or between rays.
-
-    Strongest first, a perturbation joins the ray it lies within 45 degrees of (less noise) or, if it lies off
-    every line through a ray by more than noise, starts one; then rays and members are settled in turn.
-    """
+    Strongest first, one joins the ray within 45 degrees (less noise) or, off every line through a ray by more than
+    noise, starts one; then rays and members are settled in turn."""
     d, r, effect = found.leading, found.leading.shape[1], found.effect
-    k = len(d)
-    power = (d**2).sum(1)
+    k, power = len(d), (d**2).sum(1)
     size = power.clamp_min(1e-12).sqrt()
     reach = SAME_RAY * (1 - r / power.clamp_min(1e-12)).clamp_min(0.05).sqrt()  # noise widens the angle
     off = float(chdtri(r - 1, FALSE_EFFECTS / k)) if r > 1 else math.inf
@@ -159,7 +149,7 @@ def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
         if not effect[i]:
             continue
         if len(sums):
-            cosine = _unit(sums) @ d[i] / size[i]
+            cosine = normalize(sums) @ d[i] / size[i]
             best = int(cosine.argmax())
             if cosine[best] > reach[i]:
                 sums[best] += d[i]
@@ -174,16 +164,16 @@ def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
 
     settled = False
     while len(sums) and not settled:
-        members = members_of(_unit(sums))
+        members = members_of(normalize(sums))
         sums = torch.zeros_like(sums).index_add_(0, members.clamp_min(0), d * (members >= 0)[:, None])
         sums = sums[torch.bincount(members[members >= 0], minlength=len(sums)) > 0]
-        cosine = _unit(sums) @ _unit(sums).T - 2 * torch.eye(len(sums), dtype=DTYPE)
+        cosine = normalize(sums) @ normalize(sums).T - 2 * torch.eye(len(sums), dtype=DTYPE)
         settled = len(sums) < 2 or bool(cosine.max() < SAME_RAY)
         if not settled:
             a, b = divmod(int(cosine.argmax()), len(sums))
             sums[a] += sums[b]
             sums = sums[torch.arange(len(sums)) != b]
-    rays = _unit(sums)
+    rays = normalize(sums)
     return rays, members_of(rays) if len(rays) else torch.full((k,), -1)
 
 
@@ -201,11 +191,8 @@ def _opposite(rays: Tensor, members: Tensor, found: _Shifts) -> int:
 
 def _exclusion(rays: Tensor, members: Tensor, found: _Shifts) -> Tensor:
     """How far two rays exclude each other (m, m); -1 for opposite ends of a straight line, 0 for unrelated rays.
-
-    Sum of their cosine; third moments ``E x^2 y + E x y^2`` of all cells along them (who is far out on one is behind on
-    the other); and log variances along one, in cells that moved along the other, against controls, where smaller (a
-    bent line runs across the other ray's direction there).
-    """
+    Sum of their cosine; third moments ``E x^2 y + E x y^2`` of all cells along them; and log variances along one, in
+    cells that moved along the other, against controls, where smaller (a bent line runs across the other ray)."""
     along = found.cells @ rays.T  # (N, m)
     along = along - along.mean(0)
     along = (along / along.std(0).clamp_min(1e-12)).clamp(-MAX_DEVIATION, MAX_DEVIATION)
@@ -218,19 +205,6 @@ def _exclusion(rays: Tensor, members: Tensor, found: _Shifts) -> Tensor:
     variance = (total / torch.bincount(ray[known], minlength=n).clamp_min(1)[:, None]).clamp_min(1e-12)
     ratio = (variance[:-1] / variance[-1]).log()
     return rays @ rays.T + THIRD_MOMENT * (third + third.T) + LOG_VARIANCE * (ratio + ratio.T).clamp(-4, 0)
-
-
-def _candidates(chosen: int, most: int) -> list[int]:
-    """Numbers of latents of the curve, ascending, at most ``MAX_CURVE``."""
-    if most <= MAX_CURVE:
-        return list(range(1, most + 1))
-    coarse = {max(1, round(chosen * i / 8)) for i in range(8)}
-    return sorted(coarse | set(range(min(chosen, most) - 2, most + 1)))
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    length: Tensor = vectors.norm(dim=1, keepdim=True)
-    return vectors / length.clamp_min(1e-12)
 
 
 def _curve(values: Tensor, environment: Tensor, chosen: int, found: _Shifts, seed: int) -> list[dict[str, float]]:
@@ -257,13 +231,12 @@ def _curve(values: Tensor, environment: Tensor, chosen: int, found: _Shifts, see
     axes = torch.linalg.svd(shifts, full_matrices=False)[2][: found.rank + BEYOND].T
     goal = (held[1:] - held[0]) @ white @ axes / (1 / m[1:] + 1 / m[0]).sqrt()[:, None]
     shifts = shifts @ axes
-    moments = Moments(
-        torch.cat([means[:1] * 0 @ white, (means[1:] - means[0]) @ white]) @ axes,
-        torch.eye(axes.shape[1], dtype=DTYPE).expand(len(n), -1, -1),
-        n,
-    )
+    moved = torch.cat([means[:1] * 0 @ white, (means[1:] - means[0]) @ white]) @ axes
+    moments = Moments(moved, torch.eye(axes.shape[1], dtype=DTYPE).expand(len(n), -1, -1), n)
+    most = min(chosen + BEYOND, len(n) - 1, axes.shape[1])
+    coarse = {max(1, round(chosen * i / 8)) for i in range(8)} | set(range(min(chosen, most) - 2, most + 1))
     gains: dict[int, Tensor] = {}
-    for p in _candidates(chosen, min(chosen + BEYOND, len(n) - 1, axes.shape[1])):
+    for p in range(1, most + 1) if most <= MAX_CURVE else sorted(coarse):
         labels = propose_targets(moments, p, 1, generator, tries=32)[0]
         predicted = torch.zeros_like(shifts)
         for j in range(p):
@@ -273,11 +246,6 @@ def _curve(values: Tensor, environment: Tensor, chosen: int, found: _Shifts, see
                 predicted[labels == j] = own @ line.T @ line
         gains[p] = 2 * (goal * predicted).sum(1) - (predicted**2).sum(1)  # |goal|^2 - |goal - predicted|^2
     reference = gains.get(chosen, gains[max(gains)])
-    return [
-        {
-            "n_latents": p,
-            "held_out": float(gain.mean()),
-            "standard_error": float((gain - reference).std(correction=0)) / math.sqrt(len(gain)),
-        }
-        for p, gain in gains.items()
-    ]
+    errors = [float((gain - reference).std(correction=0)) / math.sqrt(len(gain)) for gain in gains.values()]
+    points = zip(gains, gains.values(), errors, strict=True)
+    return [{"n_latents": p, "held_out": float(gain.mean()), "standard_error": error} for p, gain, error in points]

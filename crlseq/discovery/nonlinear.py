@@ -12,13 +12,12 @@ that L-BFGS moves ``B`` and ``o`` alone (variable projection: the gradient is th
 regressions). The graph grows from the empty one by the edge that gains most, and every edge may turn or go.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
 from crlseq.discovery.edges import MIN_EFFECT, reachable
 from crlseq.discovery.moments import DTYPE, environment_moments
@@ -36,16 +35,15 @@ SEARCH_ROUNDS = 3  # of growing, turning and pruning: one or two where the equat
 @cached_on_disk()
 @dataclass(frozen=True)
 class NonlinearSolution:
-    """Fitted equations: ``B`` (p, p), ``offset`` and ``intercept`` (p,), ``adjacency`` (p, p; a DAG), ``targets`` and
-    ``shift`` (K,), and ``nll`` per cell of the cells fitted."""
+    """Fitted equations."""
 
-    B: Tensor
-    offset: Tensor
-    intercept: Tensor
-    adjacency: Tensor
-    targets: Tensor
-    shift: Tensor
-    nll: float
+    B: Tensor  # (p, p)
+    offset: Tensor  # (p,)
+    intercept: Tensor  # (p,)
+    adjacency: Tensor  # (p, p); a DAG
+    targets: Tensor  # (K,)
+    shift: Tensor  # (K,)
+    nll: float  # per cell of the cells fitted
 
     def latents(self, values: Tensor) -> Tensor:
         """``u`` (N, p) of components (N, p); unit: standard deviations of the latent's own noise."""
@@ -61,8 +59,7 @@ class NonlinearSolution:
     def per_cell(self, values: Tensor, environment: Tensor) -> Tensor:
         """Negative log-likelihood (N,) of cells of the same environments, without constants."""
         z = self.residuals(values, environment)
-        nll: Tensor = 0.5 * (z**2).sum(1) - torch.linalg.slogdet(self.B)[1]
-        return nll
+        return torch.sub(0.5 * (z**2).sum(1), torch.linalg.slogdet(self.B)[1])
 
 
 @dataclass(frozen=True)
@@ -98,12 +95,22 @@ class _Regressions:
 
 
 def _hit(targets: Tensor, p: int) -> Tensor:
-    none = torch.zeros(1, p, dtype=DTYPE)
-    return torch.cat([none, torch.nn.functional.one_hot(targets, p).to(DTYPE)])
+    return pad(one_hot(targets, p).to(DTYPE), (0, 0, 1, 0))
 
 
 def _sums(x: Tensor, cells: _Cells) -> Tensor:
     return torch.zeros(len(cells.counts), x.shape[1], dtype=DTYPE).index_add_(0, cells.environment, x)
+
+
+def _rest(sums: Tensor, cells: _Cells, hit: Tensor) -> Tensor:
+    """Mean (p,) for each equation of its column of sums (C, p), over the environments that do not hit it."""
+    return ((1 - hit) * sums).sum(0) / ((1 - hit).T @ cells.counts).clamp_min(1)
+
+
+def _restricted(gram: Tensor, mask: Tensor, n: int) -> Tensor:
+    """Gram matrices (p, p, p) of each equation's parents alone: others have a unit diagonal."""
+    on = mask.T  # (k, j)
+    return gram * on[:, :, None] * on[:, None] + torch.diag_embed(1 - on + REGRESSION_RIDGE * n * on)
 
 
 def _grams(x: Tensor, cells: _Cells, hit: Tensor) -> Tensor:
@@ -121,16 +128,13 @@ def _solve(cells: _Cells, state: _State) -> _Regressions:
     f = torch.relu(u)
     hit = _hit(state.targets, p)
     gram = _grams(torch.cat([f, u], 1), cells, hit)
-    on = state.mask.T  # (k, j)
-    square = gram[:, :p, :p] * on[:, :, None] * on[:, None] + torch.diag_embed(1 - on + REGRESSION_RIDGE * n * on)
-    k = torch.arange(p)
+    on, k = state.mask.T, torch.arange(p)
     right = gram[k, :p, p + k] * on
-    G = torch.linalg.solve(square, right) * on
+    G = torch.linalg.solve(_restricted(gram[:, :p, :p], state.mask, n), right) * on
     variance = ((gram[k, p + k, p + k] - (G * right).sum(1)) / n).clamp_min(1e-300)
     residual = u - f @ G.T
     sums = _sums(residual, cells)
-    rest = ((1 - hit) * sums).sum(0) / ((1 - hit).T @ cells.counts).clamp_min(1)
-    mean = torch.where(hit > 0, sums / cells.counts[:, None], rest)
+    mean = torch.where(hit > 0, sums / cells.counts[:, None], _rest(sums, cells, hit))
     return _Regressions(u, f, G.T, mean, variance, residual - mean[cells.environment])
 
 
@@ -170,20 +174,18 @@ def _retarget(cells: _Cells, state: _State) -> _State:
     """Each perturbation's target: where its cells' residual mean is largest; no latent loses its last perturbation."""
     r = _solve(cells, state)
     p = cells.u.shape[1]
-    z = r.u - r.f @ r.G
-    hit = _hit(state.targets, p)
-    centre = ((1 - hit) * _sums(z, cells)).sum(0) / ((1 - hit).T @ cells.counts).clamp_min(1)
-    shift = ((_sums(z, cells) / cells.counts[:, None] - centre) / r.variance.sqrt())[1:].abs()
-    targets = shift.argmax(1)
+    sums = _sums(r.u - r.f @ r.G, cells)
+    centre = _rest(sums, cells, _hit(state.targets, p))
+    targets = ((sums / cells.counts[:, None] - centre) / r.variance.sqrt())[1:].abs().argmax(1)
     if bool((torch.bincount(targets, minlength=p) == 0).any()) or torch.equal(targets, state.targets):
         return state
     return replace(state, targets=targets)
 
 
-def _flipped(state: _State, G: Tensor, j: int) -> _State:
+def _flipped(cells: _Cells, state: _State, j: int) -> _State:
     """Latent ``j`` with the other sign: ``G relu(u) = G u + G relu(-u)``, the linear part going into the mixing."""
     a = state.A.clone()
-    a -= a[:, j : j + 1] * G[j]
+    a -= a[:, j : j + 1] * _solve(cells, state).G[j]
     a[:, j] *= -1
     return replace(state, A=a)
 
@@ -201,8 +203,7 @@ def _scores(cells: _Cells, state: _State) -> Tensor:
         if not len(new):
             continue
         columns = torch.cat([new, torch.tensor([2 * p + k])])
-        inside = gram[k][known][:, known]
-        inside = inside + 1e-6 * n * torch.eye(len(known), dtype=DTYPE)
+        inside = gram[k][known][:, known] + 1e-6 * n * torch.eye(len(known), dtype=DTYPE)
         cross = gram[k][known][:, columns]
         left = gram[k][columns][:, columns] - cross.T @ torch.linalg.solve(inside, cross)
         share = left[:-1, -1] ** 2 / (left.diagonal()[:-1] * left[-1, -1]).clamp_min(1e-12)
@@ -219,19 +220,16 @@ def _with(state: _State, j: int, k: int, on: float) -> _State:
 def _grow(cells: _Cells, state: _State, threshold: float) -> _State | None:
     """The best absent edge, refitted with either sign of its parent; None if none is worth the threshold."""
     gain = _scores(cells, state)
-    best = None
+    trials = []
     for e in gain.flatten().argsort(descending=True)[:TRIED].tolist():
         j, k = divmod(e, len(gain))
         if gain[j, k] < threshold:
             break
-        for flip in (False, True):
-            start = _flipped(state, _solve(cells, state).G, j) if flip else state
-            trial = _refit(cells, _with(start, j, k, 1), TRIAL_STEPS)
-            if best is None or trial.nll < best.nll:
-                best = trial
-    if best is None:
+        for start in (state, _flipped(cells, state, j)):
+            trials.append(_refit(cells, _with(start, j, k, 1), TRIAL_STEPS))
+    if not trials:
         return None
-    best = _refit(cells, best, STEPS)
+    best = _refit(cells, min(trials, key=lambda trial: trial.nll), STEPS)
     return best if 2 * len(cells.u) * (state.nll - best.nll) > threshold else None
 
 
@@ -240,15 +238,14 @@ def _turn(cells: _Cells, state: _State) -> _State:
     least = 1.0 / len(cells.u)  # one unit of log-likelihood
     for j in range(len(state.mask)):
         if bool(state.mask[j].any()):
-            trial = _refit(cells, _flipped(state, _solve(cells, state).G, j), TRIAL_STEPS)
+            trial = _refit(cells, _flipped(cells, state, j), TRIAL_STEPS)
             if trial.nll < state.nll - least:
                 state = trial
     for j, k in torch.nonzero(state.mask).tolist():
         without = _with(state, j, k, 0)
         if bool(reachable(without.mask)[j, k]):
             continue
-        for flip in (False, True):
-            start = _flipped(without, _solve(cells, without).G, k) if flip else without
+        for start in (without, _flipped(cells, without, k)):
             trial = _refit(cells, _with(start, k, j, 1), 2 * TRIAL_STEPS)
             if trial.nll < state.nll - least:
                 state = trial
@@ -260,9 +257,7 @@ def _wald(cells: _Cells, state: _State) -> Tensor:
     """Wald statistics (p, p) of the edges at fixed mixing; inf where there is none."""
     r = _solve(cells, state)
     p = len(state.mask)
-    gram = _grams(r.f, cells, _hit(state.targets, p))
-    on = state.mask.T
-    square = gram * on[:, :, None] * on[:, None] + torch.diag_embed(1 - on + REGRESSION_RIDGE * len(cells.u) * on)
+    square = _restricted(_grams(r.f, cells, _hit(state.targets, p)), state.mask, len(cells.u))
     error = torch.linalg.inv(square).diagonal(dim1=1, dim2=2).T * r.variance
     return torch.where(state.mask > 0, r.G**2 / error, torch.inf)
 
@@ -272,7 +267,6 @@ def _prune(cells: _Cells, state: _State, threshold: float) -> _State:
     while bool(state.mask.any()):
         wald = _wald(cells, state)
         small = (_solve(cells, state).G.abs() < MIN_EFFECT) & (state.mask > 0)
-        best = None
         order = torch.where(small, wald.clamp_max(1e6) - 1e6, wald).flatten().argsort()[:TRIED].tolist()
         for e in order:
             j, k = divmod(e, len(wald))
@@ -281,11 +275,10 @@ def _prune(cells: _Cells, state: _State, threshold: float) -> _State:
             trial = _refit(cells, _with(state, j, k, 0), 2 * TRIAL_STEPS)
             cost = 2 * len(cells.u) * (trial.nll - state.nll)
             if small[j, k] or cost < threshold:
-                best = trial
+                state = trial
                 break
-        if best is None:
+        else:
             break
-        state = best
     return state
 
 
@@ -326,17 +319,11 @@ def _sample(environment: Tensor, seed: int) -> Tensor:
 def fit_nonlinear(values: Tensor, environment: Tensor, seed: int = 0, relu: bool = True) -> NonlinearSolution:
     """Maximum likelihood of the equations, the graph chosen by BIC (``relu=False``: no edges, linear equations).
 
-    ``values`` (N, p) are components, ``environment`` (N,) 0 for control.
-
-    Raises
-    ------
-    ValueError
-        If values are not finite, collinear within environments, an environment has fewer than two cells, or there
-        are fewer perturbations than components.
+    ``values`` (N, p) are components, ``environment`` (N,) 0 for control. A `ValueError` if values are not finite or
+    collinear within environments, an environment has fewer than two cells, or perturbations are fewer than components.
     """
-    values = values.to(DTYPE)
     kept = _sample(environment, seed)
-    values, environment = values[kept], environment[kept]
+    values, environment = values.to(DTYPE)[kept], environment[kept]
     mixing, offset, targets = _start(values, environment, seed)
     cells = _Cells((values - offset) @ mixing, environment, torch.bincount(environment).to(DTYPE))
     p = values.shape[1]
@@ -349,8 +336,7 @@ def fit_nonlinear(values: Tensor, environment: Tensor, seed: int = 0, relu: bool
     for _ in range(SEARCH_ROUNDS if relu else 0):
         while state.mask.sum() < 2 * p and (grown := _grow(cells, state, threshold)) is not None:
             state = grown
-            moved = _retarget(cells, state)
-            if moved is not state:
+            if (moved := _retarget(cells, state)) is not state:
                 state = _refit(cells, moved, STEPS)
         state = _turn(cells, state)
         state = _refit(cells, _prune(cells, state, threshold), STEPS)
@@ -362,9 +348,8 @@ def fit_nonlinear(values: Tensor, environment: Tensor, seed: int = 0, relu: bool
     scale = r.variance.sqrt()
     B = mixing @ best.A / scale
     mean = r.mean / scale
-    k = torch.arange(len(targets))
     intercept = torch.stack([mean[(_hit(best.targets, p)[:, i] == 0), i][0] for i in range(p)])
-    shift = mean[k + 1, best.targets] - intercept[best.targets]
+    shift = mean[torch.arange(len(targets)) + 1, best.targets] - intercept[best.targets]
     G = r.G * scale[:, None] / scale * best.mask
     nll = best.nll - float(torch.linalg.slogdet(mixing)[1])
     origin = offset + best.o @ torch.linalg.inv(mixing)

@@ -1,7 +1,5 @@
 """Linear or nonlinear structural equations under shifts: which do held-out cells prefer?"""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -33,11 +31,7 @@ class Preference:
     nonlinear: NonlinearSolution | None
 
 
-def prefers_nonlinear(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    seed: int = 0,
-) -> Preference:
+def prefers_nonlinear(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int = 0) -> Preference:
     """Nonlinear against linear equations under shifts, fitted to ``train``, compared on ``test`` (values, environment).
 
     Chosen if the held-out log-likelihood per cell gains more than two standard errors and the equations explain

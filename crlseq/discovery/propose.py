@@ -1,7 +1,5 @@
 """Which perturbations share a target: k-lines on the whitened mean shifts."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -25,9 +23,8 @@ def propose_targets(
         raise ValueError(f"n_latents must lie between 1 and the {k} perturbations, not {n_latents}.")
     root = torch.linalg.cholesky(moments.pooled() + 1e-9 * torch.eye(moments.means.shape[1], dtype=DTYPE))
     error = (1 / moments.counts[1:] + 1 / moments.counts[0]).sqrt()
-    shifts = torch.linalg.solve_triangular(
-        root, ((moments.means[1:] - moments.means[0]) / error[:, None]).T, upper=False
-    ).T
+    shifts = (moments.means[1:] - moments.means[0]) / error[:, None]
+    shifts = torch.linalg.solve_triangular(root, shifts.T, upper=False).T
     length = (shifts**2).sum(1)
     lines = torch.empty(tries, n_latents, shifts.shape[1], dtype=DTYPE)
     left = length.repeat(tries, 1).clamp_min(1e-9)
@@ -46,13 +43,9 @@ def propose_targets(
         for j in range(n_latents):
             i = torch.multinomial(torch.where(labels[best] == j, 0.0, left).clamp_min(1e-9), 1, generator=generator)
             moved[j, j] = shifts[i[0]] / length[i[0]].sqrt().clamp_min(1e-9)
-        moved, moved_labels, moved_cost = _k_lines(shifts, moved, 8)
-        failed = 0 if bool(moved_cost.min() < cost.min() - 1e-6) else failed + 1
-        lines, labels, cost = (
-            torch.cat([lines, moved]),
-            torch.cat([labels, moved_labels]),
-            torch.cat([cost, moved_cost]),
-        )
+        further = _k_lines(shifts, moved, 8)
+        failed = 0 if bool(further[2].min() < cost.min() - 1e-6) else failed + 1
+        lines, labels, cost = (torch.cat(both) for both in zip((lines, labels, cost), further, strict=True))
         if failed == 3:
             break
     found: dict[tuple[int, ...], Tensor] = {}
@@ -74,8 +67,7 @@ def _k_lines(shifts: Tensor, lines: Tensor, rounds: int) -> tuple[Tensor, Tensor
         assigned = torch.nn.functional.one_hot(projection.argmax(2), lines.shape[1]).to(DTYPE)
         for _ in range(3):  # power steps towards each line's leading direction, from where it was
             new = (assigned * (shifts @ lines.transpose(1, 2))).transpose(1, 2) @ shifts
-            size = new.norm(dim=2, keepdim=True)
-            new = new / size.clamp_min(1e-9)
+            new = new / new.norm(dim=2, keepdim=True).clamp_min(1e-9)
             change = 1 - (new * lines).sum(2).abs().min()
             lines = new
         worst = shifts[(length - projection.max(2).values).argmax(1)]  # an empty line takes the worst explained

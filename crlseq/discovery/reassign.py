@@ -7,11 +7,8 @@ Under target ``k`` the cells of a perturbation have mean ``o + a x`` and covaria
     a = g / h,      1 + (e^{2s} - 1) h = v / h
 
 since the rank-one update only rescales ``S^-1 x``: the shift does not depend on the scale, nor the scale on the shift.
-Means and covariances both speak here, means alone in `crlseq.discovery.propose.propose_targets`. A perturbation without
-effect goes to some program without parents, where a shift of 0 does nothing: test for an effect before.
+A perturbation without effect goes to some program without parents: test for an effect before.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -29,9 +26,7 @@ MOVED_STEPS = 20  # of scoring after a round of moves
 @dataclass(frozen=True)
 class Assignment:
     """Best target of each of K perturbations, (K,), with ``shift``, ``log_scale`` and ``retention`` at that target.
-
-    ``nll`` (K, p) is the negative log-likelihood per cell under every target, constants left out.
-    """
+    ``nll`` (K, p) is the negative log-likelihood per cell under every target, constants left out."""
 
     targets: Tensor
     shift: Tensor
@@ -42,10 +37,7 @@ class Assignment:
 
 def assign_targets(model: LinearModel, theta: Tensor, moments: Moments) -> Assignment:
     """Targets by likelihood, of the model's own perturbations or others: environments 1 .. K of ``moments``.
-
-    ``theta`` (1, P) is held fixed but for what belongs to a perturbation alone. Environment 0 of ``moments`` is
-    not used, so that perturbations outside the fit need only be measured in the same components.
-    """
+    ``theta`` (1, P) is held fixed but for what belongs to a perturbation alone. Environment 0 is not used."""
     w = model.unpack(theta)
     graph, loadings, offset = w["G"][0], w["W"][0], w["offset"][0]
     eye = torch.eye(model.p, dtype=DTYPE)
@@ -87,11 +79,8 @@ def move(model: LinearModel, theta: Tensor, found: Assignment, moved: Tensor) ->
 
 
 def reassign_targets(solution: Solution, rounds: int = 10) -> Solution:
-    """Move every perturbation to the target of the best likelihood and refit from there, until nothing moves.
-
-    Takes the first restart. A program keeps at least one perturbation: the one that gains least by leaving stays.
-    A round that does not raise the likelihood ends the search; the likelihood never falls.
-    """
+    """Move every perturbation to the target of the best likelihood and refit (the first restart), until nothing moves.
+    A program keeps the perturbation that gains least by leaving. The likelihood never falls."""
     model, now = solution.model, solution
     for _ in range(rounds):
         found = assign_targets(model, now.theta, model.moments)

@@ -1,7 +1,5 @@
 """What was discovered, in the terms of a screen: latents in order, interventions by perturbation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +18,8 @@ from crlseq.discovery.reassign import assign_targets
 from crlseq.discovery.task import Cells, Start, Task
 from crlseq.discovery.verdict import Verdict, judge_nonlinear
 
+# Declared edges and the model that holds them, the verdict, the misfit of the model that it is about, and support.
+Judged = tuple[Edges, Verdict, float, Stability | None]
 CHUNK = 100_000  # cells whose latents are computed at a time
 
 
@@ -49,22 +49,11 @@ class Discovery:
     choice: LatentChoice | None = None  # of the number of latents; None if it was asked for
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Declared edges and the model that holds them, the verdict, the misfit of the model that it is about, and support."""
-
-    edges: Edges
-    verdict: Verdict
-    misfit: float
-    stability: Stability | None
-
-
 def linear_result(task: Task, start: Start, cells: Cells, comparison: KindComparison, judged: Judged) -> Discovery:
     """Latents in topological order, in units of their own noise; interventions by perturbation."""
-    edges, solution = judged.edges, judged.edges.solution
-    model, chosen, k = solution.model, start.environments, len(task.effect)
-    named = model.unpack(solution.theta)
-    order = _topological(edges.adjacency)
+    edges, verdict, misfit, stability = judged
+    solution, model, chosen, k = edges.solution, edges.solution.model, start.environments, len(task.effect)
+    named, order = model.unpack(solution.theta), _topological(edges.adjacency)
     place = torch.argsort(order)
     index, (directions, noise) = task.fitted_cells(), solution.directions()
     some = torch.split(torch.from_numpy(index), CHUNK)  # no float64 copy of the whole screen
@@ -96,14 +85,14 @@ def linear_result(task: Task, start: Start, cells: Cells, comparison: KindCompar
         retention=retention,
         kind=model.kind,
         equations="linear",
-        verdict=judged.verdict,
+        verdict=verdict,
         held_out=comparison.held_out,
         gain=comparison.evidence.gain,
         gain_error=comparison.evidence.error,
-        misfit=judged.misfit,
+        misfit=misfit,
         environments=chosen,
         straightened=cells.variances is not None,
-        stability=None if judged.stability is None else judged.stability.reordered(order),
+        stability=None if stability is None else stability.reordered(order),
         choice=start.choice,
     )
 

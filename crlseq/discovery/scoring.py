@@ -10,8 +10,6 @@ model has the form ``a b' + b a'``, so that the information is a sum of products
 p^2 (p + q)^2 per environment and step. All restarts are one batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,141 +30,95 @@ def solve(
 ) -> tuple[Tensor, Score, Tensor]:
     """Levenberg-damped scoring from ``theta`` (R, P): where it ends, the score there, and which converged (R,).
 
-    Parameters
-    ----------
-    score
-        The model: objective, gradient and expected information at parameters (R, P), restarts independent of each
-        other. The objective is infinite where it is undefined. The information is positive semidefinite with a
-        positive diagonal; gradient and off-diagonal information of parameters that are held fixed are 0.
-    free
-        (R, P), positive for parameters that may move.
-    cells
-        Their number, which turns objective and information per cell into those of the data.
+    ``score`` gives the score at parameters (R, P), restarts independent of each other. The objective is infinite where
+    it is undefined. The information is positive semidefinite with a positive diagonal; gradient and off-diagonal
+    information of parameters that are held fixed are 0. ``free`` (R, P) is positive for those that may move. The number
+    of ``cells`` turns objective and information per cell into those of the data.
     """
-    search = _Search(score, theta, free, cells)
+    r, size = theta.shape
+    moving = torch.nonzero((free > 0).any(0))[:, 0]  # the others would only lengthen the systems
+    if len(moving) > WHOLE * size:
+        moving = torch.arange(size)
+    at = score(theta)
+    damping = torch.full((r,), 1e-2, dtype=DTYPE)
+    converged, given_up = torch.zeros(r, dtype=torch.bool), torch.zeros(r, dtype=torch.bool)
     for _ in range(steps):
-        step, solved = search.direction()
-        search.check_convergence(step, solved)
-        if bool(search.ended().all()):
-            break
-        search.update(step, solved)
-    return search.theta, search.at, search.converged
-
-
-class _Search:
-    """R searches as one batch: where they are (``theta``, and the score ``at`` it), and the damping of each."""
-
-    def __init__(self, score: Callable[[Tensor], Score], theta: Tensor, free: Tensor, cells: Tensor) -> None:
-        r, size = theta.shape
-        self.score, self.theta, self.cells = score, theta, cells
-        self.moving = torch.nonzero((free > 0).any(0))[:, 0]  # the others would only lengthen the systems
-        if len(self.moving) > WHOLE * size:
-            self.moving = torch.arange(size)
-        self.at = score(theta)
-        self.damping = torch.full((r,), 1e-2, dtype=DTYPE)
-        self.converged, self.given_up = torch.zeros(r, dtype=torch.bool), torch.zeros(r, dtype=torch.bool)
-
-    def ended(self) -> Tensor:
-        return self.converged | self.given_up
-
-    def direction(self) -> tuple[Tensor, Tensor]:
-        """Damped steps (R, P), and for which the system could be solved (R,)."""
-        _, gradient, information = self.at
-        moving = self.moving
-        all_move = len(moving) == information.shape[1]
+        nll, gradient, information = at
         # Held until the next is made: memory that is given back and asked for again costs a fifth of a step.
-        self.damped = damped = information.clone() if all_move else information[:, moving][:, :, moving]
-        damped.diagonal(dim1=1, dim2=2).mul_(1 + self.damping[:, None]).add_(1e-9)
-        self.root, failed = torch.linalg.cholesky_ex(damped)
-        step = torch.zeros_like(self.theta)
-        step[:, moving] = -torch.cholesky_solve(gradient[:, moving, None], self.root)[..., 0]
-        return step, failed == 0
-
-    def check_convergence(self, step: Tensor, solved: Tensor) -> None:
-        """Converged: the quadratic model expects less than `TOLERANCE` of the next step."""
-        gain = -0.5 * (self.at[1] * step).sum(1) * self.cells
-        self.converged = self.converged | ((gain < TOLERANCE) & solved & torch.isfinite(self.at[0]))
-
-    def update(self, step: Tensor, solved: Tensor) -> None:
-        """Go where the objective falls, and trust the quadratic model more there and less elsewhere."""
+        damped = information.clone() if len(moving) == size else information[:, moving][:, :, moving]
+        damped.diagonal(dim1=1, dim2=2).mul_(1 + damping[:, None]).add_(1e-9)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        solved = failed == 0
+        step = torch.zeros_like(theta)
+        step[:, moving] = -torch.cholesky_solve(gradient[:, moving, None], root)[..., 0]
+        gain = -0.5 * (gradient * step).sum(1) * cells  # that the quadratic model expects of this step
+        converged = converged | ((gain < TOLERANCE) & solved & torch.isfinite(nll))
+        ended = converged | given_up
+        if bool(ended.all()):
+            break
         step = step * (MAX_STEP / step.abs().max(1).values.clamp_min(MAX_STEP))[:, None]
-        step = torch.where((self.ended() | ~solved)[:, None], 0.0, step)
-        there, new = self.theta + step, self.score(self.theta + step)
-        better = (new[0] < self.at[0]) & solved
+        step = torch.where((ended | ~solved)[:, None], 0.0, step)
+        there, new = theta + step, score(theta + step)
+        better = (new[0] < nll) & solved
         if bool(better.all()):
-            self.theta, self.at = there, new
+            theta, at = there, new
         elif bool(better.any()):
-            self.theta = torch.where(better[:, None], there, self.theta)
+            theta = torch.where(better[:, None], there, theta)
             nll, gradient, information = (
                 torch.where(better.view(-1, *[1] * (value.dim() - 1)), value, old)
-                for value, old in zip(new, self.at, strict=True)
+                for value, old in zip(new, at, strict=True)
             )
-            self.at = nll, gradient, information
-        self.damping = torch.where(better, self.damping / 4, self.damping * 6).clamp(1e-9, 1e9)
-        self.given_up = self.given_up | (self.damping > NO_HOPE)
+            at = nll, gradient, information
+        del new  # what may be gigabytes, before the next is made
+        damping = torch.where(better, damping / 4, damping * 6).clamp(1e-9, 1e9)
+        given_up = given_up | (damping > NO_HOPE)
+    return theta, at, converged
 
 
-@dataclass(frozen=True)
 class Deviations:
-    """How environments deviate from means and covariances: ``nll`` (R,) per cell, ``precision`` L (R, C, q, q),
-    ``by_covariance`` E (R, C, q, q), ``by_mean`` e (R, C, q); ``failed`` (R,) where a covariance is not positive."""
+    """How environments deviate from means (R, C, q) and covariances (R, C, q, q) of a model: ``nll`` (R,) per cell,
+    ``precision`` L (R, C, q, q), ``by_covariance`` E (R, C, q, q), ``by_mean`` e (R, C, q); ``failed`` (R,) where a
+    covariance is not positive."""
 
-    nll: Tensor
-    precision: Tensor
-    by_covariance: Tensor
-    by_mean: Tensor
-    failed: Tensor
-
-
-def deviations(moments: Moments, mean: Tensor, covariance: Tensor) -> Deviations:
-    """Objective and its derivatives by means (R, C, q) and covariances (R, C, q, q) of a model."""
-    weight = moments.weight()
-    root, failed = torch.linalg.cholesky_ex(covariance)
-    precision = torch.cholesky_inverse(root)
-    d = moments.means - mean
-    fitted = precision @ (moments.covariances + d[..., :, None] * d[..., None, :])
-    nll = ((root.diagonal(dim1=2, dim2=3).log().sum(2) + 0.5 * fitted.diagonal(dim1=2, dim2=3).sum(2)) * weight).sum(1)
-    by_covariance = weight[:, None, None] * (precision - fitted @ precision)
-    by_mean = -weight[:, None] * (precision @ d[..., None])[..., 0]
-    return Deviations(nll, precision, by_covariance, by_mean, (failed > 0).any(1))
+    def __init__(self, moments: Moments, mean: Tensor, covariance: Tensor) -> None:
+        weight = moments.weight()
+        root, failed = torch.linalg.cholesky_ex(covariance)
+        self.precision, self.failed = torch.cholesky_inverse(root), (failed > 0).any(1)
+        d = moments.means - mean
+        fitted = self.precision @ (moments.covariances + d[..., :, None] * d[..., None, :])
+        half = root.diagonal(dim1=2, dim2=3).log().sum(2) + 0.5 * fitted.diagonal(dim1=2, dim2=3).sum(2)
+        self.nll = (half * weight).sum(1)
+        self.by_covariance = weight[:, None, None] * (self.precision - fitted @ self.precision)
+        self.by_mean = -weight[:, None] * (self.precision @ d[..., None])[..., 0]
 
 
 @dataclass(frozen=True)
 class Implied:
-    """What the linear model implies, and what its derivatives are made of; R restarts, C environments.
+    """What the linear model implies, and what its derivatives are made of; R restarts, C environments, K perturbations."""
 
-    With ``T_c = (I - G_c)^-1``, ``D_c`` the noise scales and ``a_c`` the shifts: ``mean`` (R, C, q), ``covariance``
-    (R, C, q, q); ``graph`` G (R, p, p), ``column`` (R, C, p) by which the columns of G are multiplied in G_c; ``inverse``
-    T_c (R, C, p, p), ``total`` T_c W (R, C, p, q), ``sd`` D_c (R, C, p), ``loading`` D_c T_c W, ``tau`` a_c T_c
-    (R, C, p). Of each perturbation (R, K): ``retention``, ``log_scale`` and its ``slope`` by its parameter.
-    ``psi`` (R, q): noise variances above the floor.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    graph: Tensor
-    column: Tensor
-    inverse: Tensor
-    total: Tensor
-    sd: Tensor
-    loading: Tensor
-    tau: Tensor
-    retention: Tensor
-    log_scale: Tensor
-    slope: Tensor
-    psi: Tensor
+    mean: Tensor  # (R, C, q)
+    covariance: Tensor  # (R, C, q, q)
+    graph: Tensor  # G (R, p, p)
+    column: Tensor  # (R, C, p) by which the columns of G are multiplied in G_c
+    inverse: Tensor  # T_c = (I - G_c)^-1 (R, C, p, p)
+    total: Tensor  # T_c W (R, C, p, q)
+    sd: Tensor  # D_c (R, C, p), the noise scales
+    loading: Tensor  # D_c T_c W (R, C, p, q)
+    tau: Tensor  # a_c T_c (R, C, p), of shifts a_c
+    retention: Tensor  # (R, K)
+    log_scale: Tensor  # (R, K)
+    slope: Tensor  # (R, K) of the log scale by its parameter
+    psi: Tensor  # (R, q) noise variances above the floor
 
 
 class LinearScore:
     """Gradient and information of the linear model, filled in block by block.
-
     Each block of parameters writes its gradient and its information with itself and with the blocks written before;
-    what no block writes is 0. ``at`` gives a block's place among the parameters, ``targets`` (R, K).
-    """
+    what no block writes is 0. ``at`` gives a block's place among the parameters, ``targets`` (R, K)."""
 
     def __init__(self, s: Implied, moments: Moments, targets: Tensor, at: dict[str, slice]) -> None:
         (r, c, q), p, size = s.mean.shape, s.graph.shape[1], max(place.stop for place in at.values())
-        self.s, self.at, self.targets, self.fit = s, at, targets, deviations(moments, s.mean, s.covariance)
+        self.s, self.at, self.targets, self.fit = s, at, targets, Deviations(moments, s.mean, s.covariance)
         self.weight = moments.weight()
         self.wide, self.w = self.weight[:, None, None], self.weight[1:]  # of all environments, of perturbations
         self.gradient = torch.zeros(r, size, dtype=DTYPE)

@@ -8,16 +8,10 @@ aggregated posterior (means plus posterior variances) of the environment's cells
 
 1. *free*: ``mu_c, S_c`` are the environment's own moments. A map that makes all environments Gaussian at once is
    fixed up to an affine map, so this straightens without believing any graph or target. ``beta`` > 1 presses.
-2. *free* with ``beta = 1`` and a rate that falls to nothing: at a constant rate latents stay so noisy that graph and
-   targets suffer from it (on simulated networks the loss is 0.5 to 1 nats a cell higher).
-3. *causal*: ``mu_c, S_c`` are those of the linear structural model (`crlseq.discovery.likelihood.LinearModel` with W square and no noise),
+2. *free* with ``beta = 1`` and a rate that falls to nothing: a constant rate leaves the latents noisy.
+3. *causal*: ``mu_c, S_c`` are those of the linear structural model (W square, which carries the basis; no noise),
    refitted by scoring every few hundred steps from where it was; now and then from fresh targets too.
-
-The latents keep whatever affine basis they have: the structural model carries the basis in its own ``W``, so nothing
-is ever rebased and no graph gradient, L1 or acyclicity term enters the network's training.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -54,12 +48,8 @@ CAUSAL = Phase(5000, settle=True)
 
 
 def starting_directions(solution: Solution, wide: Moments) -> Tensor:
-    """Encoder directions (q, p) on all components from a linear fit on the first: ``psi^-1 W'(W psi^-1 W')^-1``.
-
-    The fitted noise holds the nonlinear residue of each component, so that these are the directions in which the
-    structural model fits best, not those of largest variance (principal components start far worse). The solution is
-    on the first components, ``wide`` are moments of all.
-    """
+    """Encoder directions (q, p) on all components, with moments ``wide``, from a linear fit on the first ones, whose
+    noise holds each component's nonlinear residue (principal components start far worse)."""
     old = solution.model
     q = wide.means.shape[1]
     if q > old.q:
@@ -118,11 +108,7 @@ class StraighteningVAE(nn.Module):
 
 
 class Straightener:
-    """Trains one network; `train` goes through a phase, `encode` and `moments` read off the latents.
-
-    ``y`` (N, q) are whitened components with a standard deviation of about 1, ``environment`` (N,) is 0 for control,
-    ``directions`` (q, p) are those of `starting_directions`.
-    """
+    """Trains one network on whitened components ``y`` (N, q), from ``directions`` (q, p) of `starting_directions`."""
 
     def __init__(self, y: Tensor, environment: Tensor, directions: Tensor, seed: int = 0) -> None:
         torch.manual_seed(seed)

@@ -35,10 +35,8 @@ class Task:
         return None if self.config.intervention == "auto" else self.config.intervention
 
     def environments(self, perturbations: np.ndarray) -> Tensor:
-        """(cells,) environment of each cell: 0 control, i + 1 the single perturbation ``perturbations[i]``, -1 others.
-
-        A cell whose batch has no controls is one of the others.
-        """
+        """(cells,) environments: 0 control, i + 1 the single perturbation ``perturbations[i]``, -1 others and cells of
+        batches without controls."""
         data = self.data
         number: dict[tuple[int, ...], int] = {(): 0} | {(int(k),): i + 1 for i, k in enumerate(perturbations)}
         of_condition = np.array([*(number.get(parts, -1) for parts in data.conditions), -1])

@@ -4,8 +4,6 @@ The first objection that holds makes a graph "not identified"; without one, hard
 ones identify who is upstream of whom. `crlseq.discovery.discover` collects the evidence.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,59 +66,31 @@ def _objection(evidence: Evidence) -> str | None:
     if evidence.n_edges == 0:
         return f"No edge improves the fit enough to be selected. {ANY_GRAPH}"
     if not evidence.gain > DECISIVE * evidence.error:
-        return (
-            f"Edges do not predict held-out cells better (gain {gain}; more than {DECISIVE:.0f} standard errors are"
-            f" needed). {ANY_GRAPH}"
-        )
+        return f"Edges do not predict held-out cells better (gain {gain}; more than {DECISIVE:.0f} standard errors are needed). {ANY_GRAPH}"
     if evidence.asked_without_graph is not None:
         return f"{INTERVENTIONS[evidence.asked_without_graph].reason} {ANY_GRAPH}"
     if evidence.misfit is not None and not evidence.misfit.describes:
-        return (
-            f"The model fits poorly (misfit {evidence.misfit.value:.2f}; ideal 1.0), so the edges' gain ({gain}) may be an"
-            " artefact."
-        )
+        return f"The model fits poorly (misfit {evidence.misfit.value:.2f}; ideal 1.0), so the edges' gain ({gain}) may be an artefact."
     if evidence.support is not None and evidence.support < DECLARED_SUPPORT:
-        return (
-            "The bootstrap removed the last edge: no selected edge recurs in at least half of the replicates (highest"
-            f" support {evidence.support:.2f})."
-        )
+        return f"The bootstrap removed the last edge: no selected edge recurs in at least half of the replicates (highest support {evidence.support:.2f})."
     return None
 
 
 def judge_nonlinear(gain: float, error: float) -> Verdict:
-    """The verdict on nonlinear equations under shifts that passed `crlseq.discovery.nonlinear_test`.
-
-    ``gain`` and ``error``: in log-likelihood over linear equations.
-    """
+    """The verdict on nonlinear equations under shifts, by their gain in log-likelihood over linear ones and its error."""
     return Verdict(
         "ancestry only",
-        f"Nonlinear equations predict held-out cells better than linear ones (gain {gain:.0f} ± {error:.0f}"
-        " log-likelihood units) and explain most of their misfit. If expression is linear in the programs, shifts then"
-        " identify ancestry.",
+        f"Nonlinear equations predict held-out cells better than linear ones (gain {gain:.0f} ± {error:.0f} log-likelihood units) and explain most of their misfit. If expression is linear in the programs, shifts then identify ancestry.",
     )
 
 
 def judge_gradient(config: ModelConfig) -> Verdict:
     """The verdict on a graph learned by gradient with this configuration: theory and simulations leave no other."""
+    kind = config.intervention
     if not config.causal_layer:
         reason = "The model was fitted without structural equations, so it has no graph."
-    elif config.equations != "nonlinear" and _fits_any_graph(config):
-        reason = (
-            "With linear equations and shifts alone, the decoder can absorb any graph, including the empty one: the"
-            " edges reflect the optimiser, not the data."
-        )
+    elif config.equations != "nonlinear" and kind != "auto" and INTERVENTIONS[kind].graph == "nothing":
+        reason = "With linear equations and shifts alone, the decoder can absorb any graph, including the empty one: the edges reflect the optimiser, not the data."
     else:
-        reason = (
-            "In simulations, a graph learned by gradient in a single fit was no better than an empty one: treat it as a"
-            " sketch, not a finding."
-        )
-    return nothing_identified(reason)
-
-
-def _fits_any_graph(config: ModelConfig) -> bool:
-    return config.intervention != "auto" and INTERVENTIONS[config.intervention].graph == "nothing"
-
-
-def nothing_identified(theory: str) -> Verdict:
-    """The verdict on a method that identifies no graph, for a reason that its theory gives."""
-    return Verdict("not identified", theory)
+        reason = "In simulations, a graph learned by gradient in a single fit was no better than an empty one: treat it as a sketch, not a finding."
+    return Verdict("not identified", reason)

@@ -14,17 +14,17 @@ its control cell plus the decoded effect (and what the latents miss of it, `miss
 effect changes nothing.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from crlseq.config import InterventionKind
-from crlseq.model.networks import Decoder, Encoder, InterventionEncoder
+from crlseq.model.networks import Decoder, Encoder, GeneSetLayer, InterventionEncoder
 from crlseq.model.scm import LatentSCM, Mechanism
 from crlseq.model.sparse_decoder import SparseDecoder
+
+LARGE = 40.0  # sigmoid(40) is 1 in float64, sigmoid(-40) is 4e-18
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,12 @@ class Inference:
 
 
 class DiscrepancyVAE(nn.Module):
-    """Discrepancy-based variational autoencoder.
+    """Discrepancy-based variational autoencoder of G genes, p latents, K perturbations and H hidden units.
 
-    Parameters
-    ----------
-    n_genes, n_latents, n_perturbations, n_hidden
-        Sizes G, p, K, H.
-    intervention, equations, causal
-        See `LatentSCM`.
-    output_activation
-        See `Decoder`.
-    noise
-        ``gaussian`` (a learned variance per gene, abducted) or ``none`` (published).
-    n_gene_sets, leak
-        Of an encoder that reads gene sets, see `GeneSetLayer`; 0 for one that reads all genes.
-    decoder
-        ``dense`` or ``sparse``: see `Decoder` and `SparseDecoder`, whose output is the identity.
+    ``intervention``, ``equations`` and ``causal`` are those of `LatentSCM`, ``output_activation`` that of `Decoder`.
+    The ``noise`` is ``gaussian`` (a learned variance per gene, abducted) or ``none`` (published). The encoder reads
+    ``n_gene_sets`` with a ``leak`` (`GeneSetLayer`), all genes if there are 0; the ``decoder`` is ``dense`` or
+    ``sparse`` (`SparseDecoder`, whose output is the identity).
     """
 
     def __init__(
@@ -85,11 +75,8 @@ class DiscrepancyVAE(nn.Module):
         self.encoder = Encoder(n_genes, n_hidden, n_latents, n_gene_sets, leak)
         self.intervention_encoder = InterventionEncoder(n_perturbations, n_hidden, n_latents)
         self.scm = LatentSCM(n_latents, n_perturbations, intervention, equations, causal)
-        self.decoder = (
-            SparseDecoder(n_latents, n_hidden, n_genes)
-            if decoder == "sparse"
-            else Decoder(n_latents, n_hidden, n_genes, output_activation)
-        )
+        sizes = n_latents, n_hidden, n_genes
+        self.decoder = SparseDecoder(*sizes) if decoder == "sparse" else Decoder(*sizes, output_activation)
         self.log_noise = nn.Parameter(torch.zeros(n_genes)) if noise == "gaussian" else None  # log variance
         # What the latents miss, measured after the fit: effects (K, G) of single perturbations, one (G,) of being
         # perturbed at all, which a combination has once, and their standard errors.
@@ -104,17 +91,9 @@ class DiscrepancyVAE(nn.Module):
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()))
 
-    def forward(
-        self,
-        control: Tensor,
-        perturbations: Tensor,
-        eps: Tensor | None = None,
-    ) -> ModelOutput:
-        """Virtual interventional cells from the control cells (C, B, G) that each condition starts from.
-
-        ``perturbations`` (C, M) int64 single ones of each condition, filled up with -1; ``eps`` (C, B, p) standard
-        normal draws, None for the posterior mean.
-        """
+    def forward(self, control: Tensor, perturbations: Tensor, eps: Tensor | None = None) -> ModelOutput:
+        """Virtual cells of conditions (C, M) int64, filled up with -1, from the control cells (C, B, G) of each.
+        ``eps`` (C, B, p) are standard normal draws, None for the posterior mean."""
         mean, variance = self.encoder(control)
         z = mean if eps is None else mean + variance.sqrt() * eps
         latents = self.intervene(z, perturbations)
@@ -172,3 +151,44 @@ class DiscrepancyVAE(nn.Module):
         """(..., G) expression to the posterior mean of u, (..., p); for control and perturbed cells alike."""
         latents: Tensor = self.scm(self.encoder(x)[0])
         return latents
+
+
+@torch.no_grad()
+def extended(model: DiscrepancyVAE, shift: Tensor, residual: Tensor, residual_error: Tensor) -> DiscrepancyVAE:
+    """A fitted model with U more perturbations, each written as p interventions that shift one latent.
+
+    Perturbation u is the combination of the rows K + u p to K + u p + p, of which row j shifts latent j alone: a new
+    one may raise one latent and lower another. ``shift`` (U, p) is what they add to the latents' equations,
+    ``residual`` (U, G) what they do past the latents, and ``residual_error`` its standard error.
+    """
+    scm, encoder = model.scm, model.intervention_encoder
+    n, p = shift.shape
+    k, g = model.residual.shape
+    hidden = model.encoder.hidden
+    n_gene_sets, leak = (hidden.out_features, hidden.leak) if isinstance(hidden, GeneSetLayer) else (0, 0.0)
+    new = DiscrepancyVAE(
+        g, p, k + n * p, encoder.embedding.shape[1], "soft", scm.equations, True,
+        model.decoder.output_activation, "none" if model.log_noise is None else "gaussian", n_gene_sets, leak,
+        "sparse" if isinstance(model.decoder, SparseDecoder) else "dense",
+    ).to(model.residual.dtype)  # fmt: skip
+    first = torch.zeros((n, p, 1), dtype=residual.dtype)
+    first[:, 0] = 1
+    rows = {
+        "intervention_encoder.embedding": torch.zeros((n * p, encoder.embedding.shape[1])),
+        "intervention_encoder.given": torch.eye(p).repeat(n, 1),
+        "intervention_encoder.is_given": torch.ones(n * p, dtype=torch.bool),
+        "scm.shift": shift.flatten(),
+        "scm.log_scale": torch.zeros(n * p),
+        "scm.retention_logit": torch.full((n * p,), LARGE),
+        "residual": (first * residual[:, None]).flatten(0, 1),
+        "residual_error": (first * residual_error[:, None]).flatten(0, 1),
+    }
+    state = dict(model.state_dict())
+    if scm.kind.retention is not None:  # the new model learns it: the logit of a fixed one, bounded
+        state["scm.retention_logit"] = torch.full_like(scm.shift, scm.kind.retention).logit().clamp(-LARGE, LARGE)
+    if not scm.kind.scales:
+        state["scm.log_scale"] = torch.zeros_like(scm.shift)
+    new.load_state_dict({
+        name: torch.cat([value, rows[name].to(value.dtype)]) if name in rows else value for name, value in state.items()
+    })  # fmt: skip
+    return new.eval()

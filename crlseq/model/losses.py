@@ -5,8 +5,6 @@
 Cells come as (C, B, .): C conditions of up to B cells; masks (C, B) say which rows are cells.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +16,8 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE, Inference, ModelOutput
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(..., n, G) and (..., m, G) to (..., n, m) squared Euclidean distances by inner products.
-
-    |a|^2 + |b|^2 - 2 a b^T on rows centred at b's mean: the cancellation in float32 grows with the
-    rows' squared norm, and centring removes the part of it that all cells share.
-    """
+    """(..., n, G) and (..., m, G) to (..., n, m) squared Euclidean distances |a|^2 + |b|^2 - 2 a b^T.
+    Centred at b's mean: the cancellation in float32 grows with the rows' squared norm."""
     center = b.mean(-2, keepdim=True)
     a, b = a - center, b - center
     inner = a @ b.transpose(-1, -2)
@@ -31,9 +26,7 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def multi_kernel(distance: Tensor, bandwidth: float | Tensor, n_kernels: int) -> Tensor:
     """sum_{i < n} exp(-d^2 / b_i), b_i = bandwidth * 2^(i - n // 2), of squared distances, elementwise.
-
-    Bandwidths double, so each kernel is the square of the next wider one: one exponential in all.
-    """
+    Bandwidths double, so each kernel is the square of the next wider one: one exponential in all."""
     kernel: Tensor = _MultiKernel.apply(distance, bandwidth, n_kernels)  # type: ignore[no-untyped-call]
     return kernel
 
@@ -67,15 +60,11 @@ def median_bandwidth(cells: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Kernel:
-    """`multi_kernel`, and the estimator of MMD^2.
-
-    Unbiased is the U-statistic, which leaves the diagonals out, can be negative and needs two cells on each side; the
-    other is the V-statistic.
-    """
+    """`multi_kernel`, and the estimator of MMD^2."""
 
     bandwidth: float | Tensor
     n_kernels: int
-    unbiased: bool = True
+    unbiased: bool = True  # U-statistic: no diagonals, can be negative, needs two cells a side; else the V-statistic
 
     def mean(self, distance: Tensor, rows: Tensor | None, columns: Tensor | None, within: bool) -> Tensor:
         """Mean over the pairs (..., n, m) of cells that masks (..., n) and (..., m) keep, within one set or between two."""
@@ -95,9 +84,7 @@ def mmd_squared(
     a: Tensor, b: Tensor, kernel: Kernel, a_mask: Tensor | None = None, b_mask: Tensor | None = None
 ) -> Tensor:
     """Squared maximum mean discrepancy (Gretton et al. 2012, JMLR 13, eqs. 3 and 5) of cells (..., n, G) and (..., m, G).
-
-    Masks (..., n) and (..., m) are 1 for cells and 0 for rows that only fill up.
-    """
+    Masks (..., n) and (..., m) are 1 for cells and 0 for rows that only fill up."""
     distances = squared_distances(a, a), squared_distances(b, b), squared_distances(a, b)
     return mmd_of_distances(*distances, kernel, a_mask, b_mask)
 
@@ -111,11 +98,8 @@ def mmd_of_distances(
     b_mask: Tensor | None = None,
 ) -> Tensor:
     """`mmd_squared` from squared distances (..., n, n), (..., m, m) and (..., n, m)."""
-    return (
-        kernel.mean(within_a, a_mask, a_mask, within=True)
-        + kernel.mean(within_b, b_mask, b_mask, within=True)
-        - 2 * kernel.mean(between, a_mask, b_mask, within=False)
-    )
+    within = kernel.mean(within_a, a_mask, a_mask, within=True) + kernel.mean(within_b, b_mask, b_mask, within=True)
+    return within - 2 * kernel.mean(between, a_mask, b_mask, within=False)
 
 
 def kl_divergence(mean: Tensor, variance: Tensor) -> Tensor:
@@ -132,19 +116,11 @@ def mean_over_cells(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def loss_terms(
-    model: DiscrepancyVAE,
-    output: ModelOutput,
-    control: Tensor,
-    perturbed: Tensor,
-    kernel: Kernel,
-    mask: Tensor | None = None,
+    model: DiscrepancyVAE, output: ModelOutput, control: Tensor, perturbed: Tensor, kernel: Kernel, mask: Tensor | None
 ) -> dict[str, Tensor]:
     """Unweighted terms ``mmd``, ``reconstruction``, ``kl`` and ``graph``, each a scalar.
-
-    Without a noise model the reconstruction is the mean squared error and the KL the sum over latents,
-    as published. With Gaussian noise the two are the negative log-likelihood and the KL of one cell,
-    both divided by the number of genes: the evidence lower bound on the scale of one gene.
-    """
+    Without a noise model the reconstruction is the mean squared error and the KL the sum over latents, as published.
+    With Gaussian noise they are the negative log-likelihood and the KL of a cell, divided by the number of genes."""
     kl = mean_over_cells(kl_divergence(output.mean, output.variance), mask)
     if model.log_noise is not None:
         kl = kl / control.shape[-1]
@@ -163,9 +139,7 @@ def interventional_terms(
 
 def anchor_term(mean: Tensor, anchor: Tensor, variance: Tensor, n_genes: int, mask: Tensor | None = None) -> Tensor:
     """Squared distance of posterior means to given ones, ``sum_k (mean - anchor)^2 / (2 variance)``, per gene.
-
-    The negative log-likelihood of ``anchor`` (C, B, p) as a measurement of z with noise ``variance`` (p,).
-    """
+    The negative log-likelihood of ``anchor`` (C, B, p) as a measurement of z with noise ``variance`` (p,)."""
     return mean_over_cells(0.5 * ((mean - anchor) ** 2 / variance).sum(-1), mask) / n_genes
 
 

@@ -1,7 +1,5 @@
 """Encoder, decoder and intervention encoder: one hidden layer each, leaky ReLU 0.2, as published."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,11 +9,8 @@ from crlseq.model.scm import NEGATIVE_SLOPE
 
 class GeneSetLayer(nn.Module):
     """Activities of gene sets: a linear layer whose unit s reads the genes of set s, W = V * (M + leak (1 - M)).
-
-    De la Fuente, Lehmann, Ruiz-Arenas, Voges, Marin-Goni, Martinez-de-Morentin, Gomez-Cabrero, Ochoa, Tegner, Lagani,
-    Hernaez, "Interpretable causal representation learning for biological data in the pathway space", ICLR 2025. M (S, G)
-    bool says which genes are in which set; with a leak of 0 a unit reads its own genes alone.
-    """
+    De la Fuente et al., "Interpretable causal representation learning for biological data in the pathway space", ICLR
+    2025. M (S, G) bool says which genes are in which set; with a leak of 0 a unit reads its own genes alone."""
 
     members: Tensor
 
@@ -45,11 +40,8 @@ class GeneSetLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Expression to the posterior of the exogenous noise: q(z | x) = N(mean, diag(variance)).
-
-    h = LeakyReLU(x W1 + b1); mean = h Wm + bm; variance = softplus(h Wv + bv). With gene sets the hidden units are
-    their activities (`GeneSetLayer`).
-    """
+    """Expression to the posterior of the exogenous noise, q(z | x) = N(mean, diag(variance)): h = LeakyReLU(x W1 + b1),
+    mean = h Wm + bm, variance = softplus(h Wv + bv). With gene sets the hidden units are their activities."""
 
     def __init__(self, n_genes: int, n_hidden: int, n_latents: int, n_gene_sets: int = 0, leak: float = 0.0) -> None:
         super().__init__()
@@ -74,10 +66,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to mean expression: x = act(LeakyReLU(u W1 + b1) W2 + b2).
-
-    ``output_activation`` is ``identity`` or, as published, ``leaky_relu``.
-    """
+    """Latents to mean expression: x = act(LeakyReLU(u W1 + b1) W2 + b2); act the identity or, as published, leaky ReLU."""
 
     def __init__(self, n_latents: int, n_hidden: int, n_genes: int, output_activation: str = "identity") -> None:
         super().__init__()
@@ -92,10 +81,8 @@ class Decoder(nn.Module):
 
     def mean(self, u: Tensor) -> Tensor:
         """(..., B, p) latents to the mean (..., G) of the expression of B cells; of a linear output, that of its mean."""
-        if self.output_activation == "identity":
-            mean: Tensor = self.output(self.features(u).mean(-2))
-            return mean
-        mean = self(u).mean(-2)
+        linear = self.output_activation == "identity"
+        mean: Tensor = self.output(self.features(u).mean(-2)) if linear else self(u).mean(-2)
         return mean
 
     def features(self, u: Tensor) -> Tensor:
@@ -105,11 +92,8 @@ class Decoder(nn.Module):
 
 class InterventionEncoder(nn.Module):
     """Perturbation to target weights: t = softmax(temperature * (LeakyReLU(embedding + b1) W2 + b2)).
-
-    The published one-hot layer is the table ``embedding`` (K, n_hidden), so that ten thousand
-    perturbations cost a look-up and not a product. Targets that are known are given and not learned:
-    `is_given` (K,) says which, `given` (K, p) holds their weights (all 0: no effect on any latent).
-    """
+    The published one-hot layer is the table ``embedding`` (K, n_hidden): a look-up and not a product. Known targets are
+    given and not learned: `is_given` (K,) says which, `given` (K, p) holds their weights (all 0: no effect)."""
 
     given: Tensor
     is_given: Tensor

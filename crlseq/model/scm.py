@@ -14,8 +14,6 @@ between them it is soft. A combination multiplies retentions and adds shifts and
 With shifts alone and phi the identity this is the causal layer of Zhang et al. 2023 (arXiv 2307.06250).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -30,63 +28,37 @@ LOG_SCALE_BOUND = 3.0  # of an intervention: an unbounded one lets one outlying 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What an intervention does to each latent's equation. All (..., n_latents); broadcast over cells.
+    """What an intervention does to each latent's equation. All (..., p); broadcast over cells."""
 
-    ``retention`` multiplies the parents' contribution (1: untouched), ``log_scale`` is added to the log
-    standard deviation of the noise, ``shift`` is added to the latent.
-    """
-
-    retention: Tensor
-    log_scale: Tensor
-    shift: Tensor
+    retention: Tensor  # multiplies the parents' contribution (1: untouched)
+    log_scale: Tensor  # added to the log standard deviation of the noise
+    shift: Tensor  # added to the latent
 
 
 class LatentSCM(nn.Module):
-    """Structural causal model over `n_latents` programs with learned interventions.
+    """Structural causal model over p programs with K learned interventions, of a kind of `INTERVENTIONS`.
 
-    Parameters
-    ----------
-    n_latents, n_perturbations
-        Sizes p and K (single perturbations).
-    intervention
-        One of `crlseq.model.interventions.INTERVENTIONS`: which parameters of an intervention are free.
-    equations
-        ``linear`` or ``nonlinear``: phi is the identity or ReLU.
-    causal
-        False leaves the graph empty: u = exp(t s) z + t a, the ablation of the paper.
-
-    Attributes
-    ----------
-    graph : (p, p)
-        Free weights; only the strict upper triangle is used, so the latents' order is topological.
-    intercept : (p,)
-        Added to every latent; a buffer, 0 except with nonlinear equations, whose kinks have a place.
-    shift, log_scale, retention_logit : (K,)
-        The last two are used by the kinds of intervention that have them.
+    ``equations`` are ``linear`` or ``nonlinear``: phi is the identity or ReLU. Without ``causal`` the graph stays
+    empty: u = exp(t s) z + t a, the ablation of the paper. Of ``graph`` (p, p) only the strict upper triangle is used,
+    so that the latents' order is topological. ``intercept`` (p,) is added to every latent; a buffer, 0 except with
+    nonlinear equations, whose kinks have a place. ``shift``, ``log_scale``, ``retention_logit`` (K,): the last two are
+    used by the kinds of intervention that have them.
     """
 
     def __init__(
-        self,
-        n_latents: int,
-        n_perturbations: int,
-        intervention: InterventionKind = "soft",
-        equations: str = "linear",
-        causal: bool = True,
+        self, p: int, k: int, intervention: InterventionKind = "soft", equations: str = "linear", causal: bool = True
     ) -> None:
         super().__init__()
-        self.intervention, self.kind = intervention, INTERVENTIONS[intervention]
-        self.equations = equations
-        self.graph = nn.Parameter(torch.empty(n_latents, n_latents).normal_(std=0.1), requires_grad=causal)
+        self.intervention, self.kind, self.equations = intervention, INTERVENTIONS[intervention], equations
+        self.graph = nn.Parameter(torch.empty(p, p).normal_(std=0.1), requires_grad=causal)
         if not causal:
             nn.init.zeros_(self.graph)
         self.intercept: Tensor
-        self.register_buffer("intercept", torch.zeros(n_latents))
-        self.shift = nn.Parameter(torch.ones(n_perturbations))
-        self.log_scale = nn.Parameter(torch.zeros(n_perturbations), requires_grad=self.kind.scales)
+        self.register_buffer("intercept", torch.zeros(p))
+        self.shift = nn.Parameter(torch.ones(k))
+        self.log_scale = nn.Parameter(torch.zeros(k), requires_grad=self.kind.scales)
         # sigmoid(2) = 0.88: soft interventions start near a shift and earn their cuts.
-        self.retention_logit = nn.Parameter(
-            torch.full((n_perturbations,), 2.0), requires_grad=self.kind.retention is None
-        )
+        self.retention_logit = nn.Parameter(torch.full((k,), 2.0), requires_grad=self.kind.retention is None)
 
     @property
     def adjacency(self) -> Tensor:
@@ -101,9 +73,7 @@ class LatentSCM(nn.Module):
 
     def mechanism(self, perturbations: Tensor, target_weights: Tensor) -> Mechanism:
         """Mechanisms, of fields (C, p), of conditions (C, M): int64 single perturbations, filled up with -1.
-
-        ``target_weights`` (C, M, p) are those of each, from the intervention encoder.
-        """
+        ``target_weights`` (C, M, p) are those of each, from the intervention encoder."""
         index = perturbations.clamp_min(0)
         weight = target_weights * (perturbations >= 0).to(target_weights.dtype)[..., None]  # (C, M, p)
         retention = (1 - weight * (1 - self.retention()[index][..., None])).prod(1)

@@ -3,13 +3,11 @@
     f_g(u) = b_g + sum_k w_gk s_gk(u_k),    s_gk = sum_j V_gkj LeakyReLU(a_kj u_k + c_kj),    Var s_gk = 1 over control cells
 
 A hidden unit reads one program, so that a mask of 0 cuts a gene off from the program whatever the weights are. Moran et
-al. 2022 (TMLR) mask what a network of all programs reads, gene by gene, at the cost of a network per gene; sums of functions
-of single programs (with the same prior: Bai et al. 2022, JASA, "Spike-and-slab group lassos") keep the output layer
-linear, thus the cost of the dense decoder, and lose effects that only two programs together have. Unit variance of the
-shapes settles the scale between w and V: a mask is the standard deviation that its program gives the gene.
+al. 2022 (TMLR) mask what a network of all programs reads, gene by gene, at the cost of a network per gene; sums of
+functions of single programs (with the same prior: Bai et al. 2022, JASA, "Spike-and-slab group lassos") keep the output
+layer linear, thus the cost of the dense decoder, and lose effects that only two programs together have. Unit variance
+of the shapes settles the scale between w and V: a mask is the standard deviation that its program gives the gene.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +20,9 @@ FLAT = 1e-6  # standard deviation of a shape that counts as none
 
 
 class MaskedLinear(nn.Module):
-    """Output layer with weights (G, H) ``mask[g, h % p] * shape[g, h]``: unit h belongs to program h % p.
+    """Output layer with weights (G, H) ``mask[g, h % p] * shape[g, h]``: unit h belongs to program h % p."""
 
-    ``mask`` (G, p), ``shape`` (G, H), ``bias`` (G,), and ``share`` (p,), a buffer: eta, the share of a program's masks that
-    are of the slab.
-    """
-
-    share: Tensor
+    share: Tensor  # (p,) eta, of a program's masks that are of the slab
 
     def __init__(self, n_latents: int, n_units: int, n_genes: int) -> None:
         super().__init__()
@@ -63,10 +57,8 @@ class ProgramUnits(nn.Module):
 
 
 class SparseDecoder(Decoder):
-    """Latents to mean expression through masks; see above.
-
-    The ``n_hidden`` units are shared out: as many whole ones per program, and at least two, which carry a linear map.
-    """
+    """Latents to mean expression through masks; see above. The ``n_hidden`` units are shared out: as many whole ones
+    per program, and at least two, which carry a linear map."""
 
     hidden: ProgramUnits  # type: ignore[assignment]
     output: MaskedLinear  # type: ignore[assignment]
@@ -93,10 +85,8 @@ class SparseDecoder(Decoder):
     @torch.no_grad()
     def fit_masks(self, prior: SpikeSlab, noise: Tensor, h: Tensor, mean_x: Tensor, cross: Tensor) -> None:
         """Masks, their shares of the slab, and biases at the mode, given shapes and noise variances (G,); in place.
-
-        ``h`` (n, H) features of cells, ``mean_x`` (G,) mean of their expression, and ``cross`` (G, H) sums over cells of
-        expression times the features about their mean.
-        """
+        ``h`` (n, H) features of cells, ``mean_x`` (G,) mean of their expression, and ``cross`` (G, H) sums over cells
+        of expression times the features about their mean."""
         output, unit = self.output, noise.double().sqrt()[:, None]
         centred = (h - h.mean(0)).double()
         start, shape = output.mask.double() / unit, output.shape.double()

@@ -21,8 +21,6 @@ controls' mean. Distances of real cells lose the ratio of their squared norms to
 log-normalised values; norms are float64, and so is the difference.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -37,26 +35,19 @@ from crlseq.model.losses import Kernel, kl_divergence, mean_over_cells
 
 @dataclass(frozen=True)
 class StepCells:
-    """The cells of a step, and all that the objective asks of them alone, whatever the model.
+    """The cells of a step, and all that the objective asks of them alone, whatever the model."""
 
-    ``rows`` (N = `n_rows`, G), of which the first `n_controls` are the controls and the rest the perturbed cells; ``control``,
-    ``perturbed`` (C, B) rows of each pair; ``mask`` (C, B) pairs that are there, None for all; ``moments`` sums of
-    values and of their squares, (G,) float64 each, over both cells of every pair;
-    ``within``, ``across`` (C, B, B) squared distances of control to control and of control to perturbed cells;
-    ``perturbed_kernel`` (C,) mean kernel of pairs of perturbed cells.
-    """
-
-    rows: Rows
+    rows: Rows  # (N, G): first the controls, then the perturbed cells
     n_rows: int
     n_controls: int
     n_pairs: int
-    control: Tensor
-    perturbed: Tensor
-    mask: Tensor | None
-    moments: tuple[Tensor, Tensor]
-    within: Tensor
-    across: Tensor
-    perturbed_kernel: Tensor
+    control: Tensor  # (C, B) row of each pair
+    perturbed: Tensor  # (C, B) row of each pair
+    mask: Tensor | None  # (C, B) pairs that are there, None for all
+    moments: tuple[Tensor, Tensor]  # (G,) float64 sums of values and of their squares, over both cells of every pair
+    within: Tensor  # (C, B, B) squared distances of control to control
+    across: Tensor  # (C, B, B) squared distances of control to perturbed cells
+    perturbed_kernel: Tensor  # (C,) mean kernel of pairs of perturbed cells
 
     def by_pair(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(N, n) values of rows to (C, B, n) of the controls and of the perturbed cells of each pair."""
@@ -113,10 +104,8 @@ def sparse_loss_terms(
     model: DiscrepancyVAE, cells: StepCells, conditions: Tensor, eps: tuple[Tensor, Tensor], kernel: Kernel
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     """Terms ``mmd``, ``reconstruction``, ``kl`` and ``graph``, and posterior means (C, B, p) of controls and perturbed.
-
     The mean of `crlseq.model.losses.loss_terms` and `interventional_terms`, for Gaussian noise and the identity as
-    output. ``conditions`` (C, M) are filled up with -1; ``eps`` are standard normal draws (C, B, p) of both sides.
-    """
+    output. ``conditions`` (C, M) are filled up with -1; ``eps`` are standard normal draws (C, B, p) of both sides."""
     scm, encoder, mask = model.scm, model.encoder, cells.mask
     weight, bias = model.decoder.output.weight, model.decoder.output.bias
     n_genes = len(weight)

@@ -36,11 +36,8 @@ class SpikeSlab:
 
     @classmethod
     def of(cls, n_cells: int) -> SpikeSlab:
-        """Slab 1, and a spike that n cells cannot tell from 0: 8 sqrt(n).
-
-        A mask is then kept where its estimate is about 4 standard errors from 0 (`threshold`), which depends on the
-        spike's rate by the square root of its logarithm alone.
-        """
+        """Slab 1, and a spike that n cells cannot tell from 0, 8 sqrt(n): masks are kept from about 4 standard errors
+        on (`threshold`), which depends on the spike's rate by the square root of its logarithm alone."""
         return cls(n_cells, SLAB, max(SPIKE * math.sqrt(n_cells), 2 * SLAB))
 
     def annealed(self, sparsity: float) -> SpikeSlab:
@@ -83,18 +80,9 @@ def fit_masks(
 
         maximise  sum_g  W_g cross_g - W_g gram W_g' / 2 + log prior(mask_g | eta).
 
-    Parameters
-    ----------
-    start, share
-        Masks (G, p) and shares (p,) to start from.
-    shape
-        (G, H) weights of the functions; H a multiple of p.
-    cross, gram
-        (G, H) and (H, H): sums over cells of features times a gene, and of features times features.
-
-    Returns
-    -------
-    Masks (G, p), many exactly 0, and shares (p,).
+    Masks ``start`` (G, p) and shares ``share`` (p,) to masks, many exactly 0, and shares. ``shape`` (G, H) are weights
+    of the functions, H a multiple of p; ``cross`` (G, H) and ``gram`` (H, H) sums over cells of features times a gene,
+    and of features times features.
     """
     w, p = start.clone(), start.shape[1]
     own = [slice(k, None, p) for k in range(p)]

@@ -25,8 +25,7 @@ import torch
 from crlseq.data.embeddings import Embeddings, read_embeddings
 from crlseq.data.matrix import readable
 from crlseq.errors import InputError
-from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.extension import extended
+from crlseq.model.discrepancy_vae import DiscrepancyVAE, extended
 
 MIN_PERTURBATIONS = 5  # to fit a map to, and to tell by leaving one out whether it says anything
 PENALTIES = np.logspace(-2, 4, 25)

@@ -87,7 +87,7 @@ def test_the_other_sign_of_a_parent_of_leaves_is_the_same_model():
     cells, state = point(mask)
     G = _solve(cells, state).G
     residuals = []
-    for at in (state, _flipped(state, G, 0)):
+    for at in (state, _flipped(cells, state, 0)):
         u = (cells.u - at.o) @ at.A
         residuals.append(u - torch.relu(u) @ G)
     assert torch.allclose(residuals[0][:, 1:], residuals[1][:, 1:])

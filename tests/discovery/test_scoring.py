@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crlseq.discovery.moments import DTYPE, Moments
-from crlseq.discovery.scoring import Score, deviations, solve
+from crlseq.discovery.scoring import Deviations, Score, solve
 
 LOADING = torch.tensor([1.0, -0.5, 2.0, 0.8], dtype=DTYPE)
 NOISE = torch.tensor([0.3, 0.5, 0.2, 0.4], dtype=DTYPE)
@@ -19,7 +19,7 @@ def one_factor(moments: Moments, theta: Tensor) -> Score:
     half = torch.einsum("ia,rb->riab", eye, w)
     slopes = torch.cat([half + half.mT, torch.einsum("ia,ib,ri->riab", eye, eye, noise)], 1)  # (R, P, q, q)
     covariance = w[:, :, None] * w[:, None] + torch.diag_embed(noise)
-    fit = deviations(moments, torch.zeros(len(theta), 1, Q, dtype=DTYPE), covariance[:, None])
+    fit = Deviations(moments, torch.zeros(len(theta), 1, Q, dtype=DTYPE), covariance[:, None])
     gradient = 0.5 * torch.einsum("rab,rpab->rp", fit.by_covariance[:, 0], slopes)
     moved = fit.precision @ slopes
     return fit.nll, gradient, 0.5 * torch.einsum("riab,rjba->rij", moved, moved)

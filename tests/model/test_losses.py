@@ -115,7 +115,7 @@ def test_gaussian_terms_are_the_evidence_lower_bound_per_gene():
         model.log_noise.normal_()
     x, y = torch.randn(2, 6, 7).double(), torch.randn(2, 6, 7).double()
     output = model(x, torch.tensor([[0], [1]]), torch.randn(2, 6, 3).double())
-    terms = loss_terms(model, output, x, y, Kernel(1.0, 5))
+    terms = loss_terms(model, output, x, y, Kernel(1.0, 5), None)
     normal = torch.distributions.Normal(output.reconstruction, (model.log_noise / 2).exp())
     assert terms["reconstruction"].item() == pytest.approx(-normal.log_prob(x).sum(-1).mean().item() / 7)
     posterior = torch.distributions.Normal(output.mean, output.variance.sqrt())

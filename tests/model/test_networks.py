@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.extension import extended
+from crlseq.model.discrepancy_vae import DiscrepancyVAE, extended
 from crlseq.model.networks import Encoder, GeneSetLayer
 
 MEMBERS = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0]], dtype=torch.bool)  # the last two genes are in no set

@@ -64,7 +64,7 @@ def run(published, case, dtype):
     perturbations = targets[None] if case == "double" else targets[None, :1]
     output = model(x, perturbations, eps)
     unbiased = config.mmd_estimator == "unbiased"
-    terms = loss_terms(model, output, x, y, Kernel(config.mmd_bandwidth, config.mmd_kernels, unbiased))
+    terms = loss_terms(model, output, x, y, Kernel(config.mmd_bandwidth, config.mmd_kernels, unbiased), None)
     final = schedule(99, 100, config, make_config("paper").training)
     assert final.terms == pytest.approx({"mmd": 10, "reconstruction": 1, "kl": 2, "graph": 1e-3, "anchor": 1})
     assert "anchor" not in terms

@@ -17,8 +17,7 @@ from crlseq.data.embeddings import Embeddings, read_embeddings
 from crlseq.errors import InputError
 from crlseq.evaluation.evaluate import evaluate
 from crlseq.experiments.crossvalidation import cross_validate
-from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.extension import extended
+from crlseq.model.discrepancy_vae import DiscrepancyVAE, extended
 from crlseq.run.run import Run
 from crlseq.training.extrapolation import Extrapolation, fit_extrapolation, load_extrapolation
 from tests.support import check_refusal, invoke, small_screen

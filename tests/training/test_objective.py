@@ -175,7 +175,7 @@ def test_the_published_objective_leaves_perturbed_cells_to_the_mmd() -> None:
     eps = torch.from_numpy(draws()[0])[None]
     control, perturbed = torch.from_numpy(X[None, :2]), torch.from_numpy(X[None, 2:4])
     output = made(control, torch.tensor([[0]]), eps)
-    expected = loss_terms(made, output, control, perturbed, Kernel(1.0, ModelConfig().mmd_kernels))
+    expected = loss_terms(made, output, control, perturbed, Kernel(1.0, ModelConfig().mmd_kernels), None)
     for name, value in expected.items():
         assert terms[name].item() == pytest.approx(value.item())
     u = X[:2] + math.sqrt(VARIANCE) * draws()[0]

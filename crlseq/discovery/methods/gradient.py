@@ -11,8 +11,6 @@ that are more than shifts.
 Identified: nothing that is declared. In simulations the graph of a single fit was no better than an empty one.
 """
 
-from __future__ import annotations
-
 from crlseq.discovery.methods import Programs
 from crlseq.discovery.task import Task
 from crlseq.discovery.verdict import Answer

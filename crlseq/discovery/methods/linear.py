@@ -12,8 +12,6 @@ Identified: under hard interventions the graph; under soft ones who is upstream 
 since the decoder can absorb any graph.
 """
 
-from __future__ import annotations
-
 from crlseq.discovery.discover import discover
 from crlseq.discovery.methods import Programs
 from crlseq.discovery.task import Task

@@ -13,8 +13,6 @@ Identified: as by the linear method on the straightened latents; under shifts wi
 of whom, if expression is linear in the programs.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from crlseq.data import splits
@@ -61,11 +59,8 @@ def refine(task: Task, start: Start, cells: Cells, dense: Solution, linear: Kind
 def straightened(
     task: Task, components: Cells, dense: Solution, linear: KindComparison
 ) -> tuple[Cells, KindComparison] | None:
-    """Straightened latents and the models on them; None if the structural model describes them no better.
-
-    A training can end in a wrong partition of the perturbations. Where the latents are not described it is done again,
-    from the partition that the best one found and with another seed: the lowest misfit is kept.
-    """
+    """Straightened latents and the models on them; None if the structural model describes them no better. A training
+    can end in a wrong partition: it is done again, from that of the lowest misfit, until the latents are described."""
     best: tuple[Cells, KindComparison] | None = None
     start = dense
     for attempt in range(ATTEMPTS):
