@@ -210,25 +210,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 MAX_TOML = 1 << 20  # bytes
+HELP = "See `crlseq fit --help` for the options."
 SECTIONS: dict[str, type[_Section]] = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
 
 
 def make_config(preset: str | None = None, file: Mapping[str, Any] | None = None, **options: Any) -> Config:
     """Preset, then configuration file, then options; later ones win.
 
-    Parameters
-    ----------
-    preset
-        ``default`` or ``paper``; None takes the file's, or ``default``.
-    file
-        Contents of a TOML file: optional ``preset`` and tables ``data``, ``model``, ``training``.
-    options
-        Fields of any of the three parts by name; ``None`` means "not given".
-
-    Raises
-    ------
-    UsageError
-        For an unknown name or a value out of range.
+    A preset of None is the file's, or ``default``. `file` is the contents of a TOML file: optional ``preset`` and tables
+    ``data``, ``model``, ``training``. `options` are fields of any of the three by name; ``None`` means "not given".
+    An unknown name or a value out of range is refused by `UsageError`.
 
     Examples
     --------
@@ -245,7 +236,7 @@ def make_config(preset: str | None = None, file: Mapping[str, Any] | None = None
     for name, value in options.items():
         owners = [section for section, model in SECTIONS.items() if name in model.model_fields]
         if not owners:
-            raise UsageError(f"There is no option {name!r}.", "See `crlseq fit --help` for the options.")
+            raise UsageError(f"There is no option {name!r}.", HELP)
         if value is not None:
             given[owners[0]][name] = value
     merged: dict[str, Any] = {name: {} for name in SECTIONS}
@@ -267,23 +258,16 @@ def _refusal(error: ValidationError) -> UsageError:
     section, name = map(str, first["loc"][:2])
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, SECTIONS[section].model_fields, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "See `crlseq fit --help` for the options."
+        hint = f"Did you mean {close[0]!r}?" if close else HELP
         return UsageError(f"There is no option {name!r} in [{section}].", hint)
     # A union such as "a number or 'all'" has an error for each part.
     same = [e["msg"] for e in error.errors(include_url=False) if e["loc"][:2] == first["loc"][:2]]
     reason = " or ".join(dict.fromkeys(message.removeprefix("Input should be ") for message in same))
-    message = f"Option {name} is {first['input']!r}; it must be {reason}."
-    return UsageError(message, "See `crlseq fit --help` for the options.")
+    return UsageError(f"Option {name} is {first['input']!r}; it must be {reason}.", HELP)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Contents of a configuration file.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be read or is not TOML.
-    """
+    """Contents of a configuration file, which is refused by `InputError` if it cannot be read or is not TOML."""
     try:
         with path.open("rb") as handle:
             text = handle.read(MAX_TOML + 1)

@@ -11,8 +11,6 @@ from crlseq.cli.output import refuse_output, say, show_json, show_table
 from crlseq.errors import UsageError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from crlseq.evaluation.evaluate import Evaluation
 
 SHOWN = (
@@ -97,22 +95,16 @@ def _show(found: Evaluation, legacy: bool) -> None:
             show_table(wide, f"{group}, means of {n} conditions")
     else:
         show_table(found.summary, "")
-    for line in (*found.sentences, *limits(found.summary), *_axioms(found.summary)):
+    for line in (*found.sentences, *limits(found.summary)):
         say(line)
+    for group, rows in found.summary[found.summary["predictor"] == "model"].groupby("group", sort=False):
+        means = rows.set_index("metric")["mean"]
+        if means.get("change", float("nan")) > 0:
+            say(
+                f"{group}, counterfactuals: composition error {means['composition']:.2g}, effectiveness error "
+                f"{means['effectiveness']:.2g} SD, reversibility error {means['reversibility']:.2g} beside a change of "
+                f"{means['change']:.2g}."
+            )
     if found.recovery is not None:
         scores = ", ".join(f"{title} {found.recovery[name]:.3g}" for name, title in RECOVERY.items())
         say(f"Against the known truth: {scores}.")
-
-
-def _axioms(summary: pd.DataFrame) -> list[str]:
-    """The model's counterfactuals in words, a group a line."""
-    lines = []
-    for group, rows in summary[summary["predictor"] == "model"].groupby("group", sort=False):
-        found = rows.set_index("metric")["mean"]
-        if found.get("change", float("nan")) > 0:
-            lines.append(
-                f"{group}, counterfactuals: composition error {found['composition']:.2g}, effectiveness error "
-                f"{found['effectiveness']:.2g} SD, reversibility error {found['reversibility']:.2g} beside a change of "
-                f"{found['change']:.2g}."
-            )
-    return lines

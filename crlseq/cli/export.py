@@ -85,7 +85,15 @@ def plot(
     suffix = output.suffix.lower()
     if suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"{output} does not end in .png, .svg or .pdf.", "Choose one of these formats.")
-    options = _options(kind, top, program, perturbation)
+    if kind not in KINDS:
+        raise UsageError(f"There is no plot {kind!r}.", f"Plots are {', '.join(KINDS)}.")
+    options = {}
+    for name, value in {"top": top, "program": program, "perturbation": perturbation}.items():
+        if value in (None, []):
+            continue
+        if name not in KINDS[kind]:
+            raise UsageError(f"A plot of {kind} has no option --{name}.", "Omit it.")
+        options[KINDS[kind][name]] = value
     refuse_output(output, force)
     found = load(run)
     import matplotlib as mpl
@@ -107,15 +115,3 @@ def plot(
     say(f"{kind}: {output}")
     if kind == "dag":
         say_verdict(found)
-
-
-def _options(kind: str, top: int | None, program: list[str] | None, perturbation: list[str] | None) -> dict[str, Any]:
-    """What was asked for, by the names that the plot's function has; what it cannot take is refused."""
-    if kind not in KINDS:
-        raise UsageError(f"There is no plot {kind!r}.", f"Plots are {', '.join(KINDS)}.")
-    given = {"top": top, "program": program, "perturbation": perturbation}
-    options = {name: value for name, value in given.items() if value not in (None, [])}
-    for name in options:
-        if name not in KINDS[kind]:
-            raise UsageError(f"A plot of {kind} has no option --{name}.", "Omit it.")
-    return {KINDS[kind][name]: value for name, value in options.items()}

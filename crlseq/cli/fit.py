@@ -85,19 +85,18 @@ def rerun(
     from crlseq.experiments.rerun import rerun as repeat
 
     with tempfile.TemporaryDirectory(prefix="crlseq-") as folder, FitProgress(quiet) as progress:
-        found = repeat(run, output or Path(folder) / "RUN", data, progress, force)
+        differences, causes = repeat(run, output or Path(folder) / "RUN", data, progress, force)
     if json:
         show_json({
-            "identical": not found.differences, "differences": [asdict(one) for one in found.differences],
-            "causes": list(found.causes),
+            "identical": not differences, "differences": [asdict(one) for one in differences], "causes": causes,
         })  # fmt: skip
-    if not found.differences:
+    if not differences:
         say("Identical: losses, weights, tables, graph and latents.")
         return
-    first, *others = found.differences
+    first, *others = differences
     say(f"Different. First in {first}.")
     if others:
         say(f"Then in {', '.join(one.file for one in others)}.")
-    causes = f"Probable causes: {'; '.join(found.causes)}."
-    say(causes if found.causes else "The recorded versions, threads and machine are the same.")
+    known = f"Probable causes: {'; '.join(causes)}."
+    say(known if causes else "The recorded versions, threads and machine are the same.")
     raise typer.Exit(4)

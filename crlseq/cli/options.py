@@ -46,7 +46,7 @@ Quiet = Annotated[bool, switch("--quiet", "Print errors only.", "-q")]
 
 
 def load(run: Path) -> FittedRun:
-    """The run in a folder; what loads it is imported when it is needed, since torch takes seconds."""
+    """The run in a folder; what loads it is imported when it is needed, so that help is quick."""
     from crlseq.pipeline.fitted import load
 
     return load(run)
@@ -127,12 +127,7 @@ def _default(field: FieldInfo, flag: Mapping[str, str]) -> str:
 def read_config(given: Mapping[str, Any], preset: str | None = None, file: Path | None = None) -> Config:
     """The configuration of a command: preset, file, options.
 
-    Raises
-    ------
-    InputError
-        If the file or a list of names cannot be read.
-    UsageError
-        For a value out of range.
+    Raises `InputError` if the file or a list of names cannot be read, and `UsageError` for a value out of range.
     """
     options = {name: _value(name, value) for name, value in given.items() if value not in (None, [])}
     return make_config(preset, read_toml(file) if file else None, **options)
