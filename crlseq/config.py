@@ -1,9 +1,8 @@
 """Configuration: what a run was asked to do, with ranges, presets and TOML in and out.
 
-Three parts: ``DataConfig`` (how the file is read), ``ModelConfig`` (what is fitted) and ``TrainingConfig`` (how). Defaults
-are the default preset; `PRESETS` lists what others change. A field made by `_flag` is an option of the command line too
-(`crlseq.cli.options`); one made by ``Field`` is set in a configuration file or in Python. Help, default and range stand
-in the field and nowhere else.
+Defaults are the default preset; `PRESETS` lists what others change. A field made by `_flag` is an option of the command
+line too (`crlseq.cli.options`); one made by `_field` is set in a configuration file or in Python. Help, default and range
+stand in the field and nowhere else.
 """
 
 from __future__ import annotations
@@ -23,33 +22,21 @@ Device = Literal["auto", "cpu", "cuda"]
 InterventionKind = Literal["shift", "hard", "soft"]  # what each is: `crlseq.model.interventions`
 
 
-def _flag(
-    default: Any,
-    text: str,
-    *,
-    unset: str = "",
-    panel: str = "",
-    switch: str = "",
-    shell: Literal["", "path", "lines"] = "",
-    **limits: Any,
-) -> Any:
-    """A field that is an option of the command line as well.
+def _field(default: Any, text: str, **limits: Any) -> Any:
+    """A field of a configuration file or of Python alone."""
+    return Field(default, description=text, **limits)
 
-    Parameters
-    ----------
-    default, text, limits
-        Of the field; `text` is also the help of the option.
-    unset
-        What None stands for, in words for the help.
-    panel
-        Heading in the help; empty: that of the section.
-    switch
-        Names of an option without a value, such as ``--streamed/--in-memory``.
-    shell
-        What is typed, where it is not the value: the path of a file, or a file with a value per line.
+
+def _flag(
+    default: Any, text: str, *, unset: str = "", panel: str = "", switch: str = "", shell: str = "", **limits: Any
+) -> Any:
+    """A field that is an option of the command line as well, with `text` as its help.
+
+    `unset` says what None stands for; `panel` is another heading in the help than the section's; `switch` names an option
+    without a value; `shell` is what is typed in place of the value: the "path" of a file, or of one with a value on each of its "lines".
     """
     flag: dict[str, Any] = {"unset": unset, "panel": panel, "switch": switch, "shell": shell}
-    return Field(default, description=text, json_schema_extra={"flag": flag}, **limits)
+    return _field(default, text, json_schema_extra={"flag": flag}, **limits)
 
 
 class _Section(BaseModel):
@@ -88,8 +75,8 @@ class DataConfig(_Section):
     min_cells: int = _flag(10, "Exclude perturbations with fewer cells.", ge=2)
     hold_out: tuple[str, ...] = _flag((), "A condition to hold out; may be repeated.")
     hold_out_cells: float = _flag(0.0, "Share of each condition's cells to hold out.", ge=0.0, lt=1.0)
-    validation_cells: float = Field(
-        default=0.1, gt=0.0, lt=0.5, description="Share of each condition's cells that early stopping is judged by."
+    validation_cells: float = _field(
+        0.1, "Share of each condition's cells that early stopping is judged by.", gt=0.0, lt=0.5
     )
     responders: bool = _flag(
         False, "Exclude cells that look unperturbed; effects come out larger.", switch="--responders/--all-cells"
@@ -120,7 +107,7 @@ class ModelConfig(_Section):
         "(linear), or with the networks (gradient).",
     )
     n_latents: Annotated[int, Field(ge=1)] | Literal["auto"] = _flag("auto", "Number of programs.")
-    n_hidden: int = Field(default=128, ge=1, description="Width of the networks' hidden layers.")
+    n_hidden: int = _field(128, "Width of the networks' hidden layers.", ge=1)
     intervention: Literal["auto", InterventionKind] = _flag(
         "auto", "What perturbations do to their program; auto: the kind that the data favour."
     )
@@ -130,30 +117,22 @@ class ModelConfig(_Section):
     decoder: Literal["dense", "sparse"] = _flag(
         "dense", "sparse: programs are short lists of genes, under a spike-and-slab lasso."
     )
-    causal_layer: bool = Field(default=True, description="false: the paper's ablation, u = z + shifts without a graph.")
-    gene_set_leak: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="Weight of genes outside a gene set in its activity."
+    causal_layer: bool = _field(True, "false: the paper's ablation, u = z + shifts without a graph.")
+    gene_set_leak: float = _field(0.0, "Weight of genes outside a gene set in its activity.", ge=0.0, lt=1.0)
+    output_activation: Literal["identity", "leaky_relu"] = _field("identity", "Of the decoder.")
+    noise: Literal["gaussian", "none"] = _field("gaussian", "gaussian: noise per gene, learned, and abducted with z.")
+    mmd_weight: float = _field(10.0, "Of the discrepancy in the loss; 0: the ablation without it.", ge=0.0)
+    mmd_estimator: Literal["unbiased", "biased"] = _field("unbiased", "Of the squared MMD.")
+    mmd_bandwidth: Annotated[float, Field(gt=0.0)] | Literal["median"] = _field(
+        "median", "sigma of the kernels; median: the median squared distance."
     )
-    output_activation: Literal["identity", "leaky_relu"] = Field(default="identity", description="Of the decoder.")
-    noise: Literal["gaussian", "none"] = Field(
-        default="gaussian", description="gaussian: noise per gene, learned, and abducted with z."
-    )
-    mmd_weight: float = Field(
-        default=10.0, ge=0.0, description="Of the discrepancy in the loss; 0: the ablation without it."
-    )
-    mmd_estimator: Literal["unbiased", "biased"] = Field(default="unbiased", description="Of the squared MMD.")
-    mmd_bandwidth: Annotated[float, Field(gt=0.0)] | Literal["median"] = Field(
-        default="median", description="sigma of the kernels; median: the median squared distance."
-    )
-    mmd_kernels: int = Field(default=5, ge=1, le=20, description="Number of Gaussian kernels.")
-    kl_weight: float = Field(default=1.0, ge=0.0, description="Of the Kullback-Leibler term in the loss.")
-    graph_weight: float = Field(default=1e-3, ge=0.0, description="Of the graph's L1 penalty.")
+    mmd_kernels: int = _field(5, "Number of Gaussian kernels.", ge=1, le=20)
+    kl_weight: float = _field(1.0, "Of the Kullback-Leibler term in the loss.", ge=0.0)
+    graph_weight: float = _field(1e-3, "Of the graph's L1 penalty.", ge=0.0)
     bootstrap: Annotated[int, Field(ge=0)] | Literal["auto"] = _flag(
         "auto", "Bootstrap replicates, which give edges and targets their support; auto: 20, none from 20 programs on."
     )
-    max_temperature: float = Field(
-        default=5.0, ge=1.0, description="Final sharpness of the soft assignment to programs."
-    )
+    max_temperature: float = _field(5.0, "Final sharpness of the soft assignment to programs.", ge=1.0)
 
 
 class TrainingConfig(_Section):
@@ -163,18 +142,14 @@ class TrainingConfig(_Section):
         None, "Largest number of passes over the cells.", unset="100, or more for a small screen", ge=1
     )
     batch_size: int = _flag(64, "Perturbed cells of one condition per step.", ge=2)
-    perturbations_per_step: int | None = Field(
-        default=None, ge=1, description="Unset: 8, or more for a screen with many perturbations."
+    perturbations_per_step: int | None = _field(None, "Unset: 8, or more for a screen with many perturbations.", ge=1)
+    learning_rate: float = _field(1e-3, "Of Adam.", gt=0.0)
+    gradient_norm: float | None = _field(10.0, "Largest norm of the gradient; unset: no clipping.", gt=0.0)
+    patience: float | None = _field(
+        0.2, "Share of the epochs without a better validation loss that ends training.", gt=0.0
     )
-    learning_rate: float = Field(default=1e-3, gt=0.0, description="Of Adam.")
-    gradient_norm: float | None = Field(
-        default=10.0, gt=0.0, description="Largest norm of the gradient; unset: no clipping."
-    )
-    patience: float | None = Field(
-        default=0.2, gt=0.0, description="Share of the epochs without a better validation loss that ends training."
-    )
-    schedule: Literal["scaled", "published"] = Field(
-        default="scaled", description="How the weights of the loss terms rise; published: as in the paper's code."
+    schedule: Literal["scaled", "published"] = _field(
+        "scaled", "How the weights of the loss terms rise; published: as in the paper's code."
     )
     dtype: Literal["float32", "float64"] = _flag("float32", "Precision; the preset paper has float64.")
     seed: int = _flag(0, "Seed of all random numbers.", ge=0, lt=2**32)
@@ -197,16 +172,12 @@ class Config(_Section):
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
         if self.training.ensemble > 1 and self.model.method == "linear":
-            raise UsageError(
-                "The linear method trains no network, so there are no seeds to compare.",
-                "Drop --ensemble or --method linear.",
-            )
+            message = "The linear method trains no network, so there are no seeds to compare."
+            raise UsageError(message, "Drop --ensemble or --method linear.")
         output = (self.model.noise, self.model.output_activation)
         if self.model.decoder == "sparse" and output != ("gaussian", "identity"):
-            raise UsageError(
-                "The sparse decoder needs noise = gaussian and output_activation = identity.",
-                "Drop --decoder sparse or the preset paper.",
-            )
+            message = "The sparse decoder needs noise = gaussian and output_activation = identity."
+            raise UsageError(message, "Drop --decoder sparse or the preset paper.")
         return self
 
 
@@ -239,25 +210,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 MAX_TOML = 1 << 20  # bytes
+HELP = "See `crlseq fit --help` for the options."
 SECTIONS: dict[str, type[_Section]] = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
 
 
 def make_config(preset: str | None = None, file: Mapping[str, Any] | None = None, **options: Any) -> Config:
     """Preset, then configuration file, then options; later ones win.
 
-    Parameters
-    ----------
-    preset
-        ``default`` or ``paper``; None takes the file's, or ``default``.
-    file
-        Contents of a TOML file: optional ``preset`` and tables ``data``, ``model``, ``training``.
-    options
-        Fields of any of the three parts by name; ``None`` means "not given".
-
-    Raises
-    ------
-    UsageError
-        For an unknown name or a value out of range.
+    A preset of None is the file's, or ``default``. `file` is the contents of a TOML file: optional ``preset`` and tables
+    ``data``, ``model``, ``training``. `options` are fields of any of the three by name; ``None`` means "not given".
+    An unknown name or a value out of range is refused by `UsageError`.
 
     Examples
     --------
@@ -266,24 +228,23 @@ def make_config(preset: str | None = None, file: Mapping[str, Any] | None = None
     (8, 'auto')
     """
     file = dict(file or {})
-    preset = str(preset or file.pop("preset", "default"))
-    file.pop("preset", None)
+    in_file = file.pop("preset", "default")
+    preset = str(preset or in_file)
     if preset not in PRESETS:
         raise UsageError(f"There is no preset {preset!r}.", f"Presets are {', '.join(PRESETS)}.")
     given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for name, value in options.items():
         owners = [section for section, model in SECTIONS.items() if name in model.model_fields]
         if not owners:
-            raise UsageError(f"There is no option {name!r}.", "See `crlseq fit --help` for the options.")
+            raise UsageError(f"There is no option {name!r}.", HELP)
         if value is not None:
             given[owners[0]][name] = value
     merged: dict[str, Any] = {name: {} for name in SECTIONS}
     for layer in (PRESETS[preset], file, given):
         for section, values in layer.items():
             if section not in SECTIONS or not isinstance(values, Mapping):
-                raise UsageError(
-                    f"{section!r} is not a table of options.", "Tables are [data], [model] and [training]."
-                )
+                message = f"{section!r} is not a table of options."
+                raise UsageError(message, "Tables are [data], [model] and [training].")
             merged[section].update(values)
     try:
         return Config.model_validate({"preset": preset, **merged})
@@ -297,24 +258,16 @@ def _refusal(error: ValidationError) -> UsageError:
     section, name = map(str, first["loc"][:2])
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, SECTIONS[section].model_fields, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "See `crlseq fit --help` for the options."
+        hint = f"Did you mean {close[0]!r}?" if close else HELP
         return UsageError(f"There is no option {name!r} in [{section}].", hint)
     # A union such as "a number or 'all'" has an error for each part.
     same = [e["msg"] for e in error.errors(include_url=False) if e["loc"][:2] == first["loc"][:2]]
     reason = " or ".join(dict.fromkeys(message.removeprefix("Input should be ") for message in same))
-    return UsageError(
-        f"Option {name} is {first['input']!r}; it must be {reason}.", "See `crlseq fit --help` for the options."
-    )
+    return UsageError(f"Option {name} is {first['input']!r}; it must be {reason}.", HELP)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Contents of a configuration file.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be read or is not TOML.
-    """
+    """Contents of a configuration file, which is refused by `InputError` if it cannot be read or is not TOML."""
     try:
         with path.open("rb") as handle:
             text = handle.read(MAX_TOML + 1)
@@ -324,9 +277,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"The configuration {path} cannot be read: {error.strerror}.", "Check the path.") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"The configuration {path} is not TOML: {error}.", "See https://toml.io for the format."
-        ) from None
+        message = f"The configuration {path} is not TOML: {error}."
+        raise InputError(message, "See https://toml.io for the format.") from None
 
 
 def _toml(value: Any) -> str:
@@ -337,7 +289,7 @@ def _toml(value: Any) -> str:
 def to_toml(config: Config) -> str:
     """The configuration as TOML that `read_toml` and `make_config` take back; unset options are left out."""
     lines = [f"preset = {_toml(config.preset)}"]
-    for section in ("data", "model", "training"):
+    for section in SECTIONS:
         lines.append(f"\n[{section}]")
         values = getattr(config, section).model_dump(mode="json", exclude_none=True)
         lines += [f"{name} = {_toml(value)}" for name, value in values.items()]

@@ -6,14 +6,7 @@ from collections.abc import Sequence
 
 
 class CrlseqError(Exception):
-    """One sentence of what went wrong, and a hint of what to do about it.
-
-    Parameters
-    ----------
-    message
-        What is wrong, as one sentence.
-    hint
-        What the user can do, as one sentence; may be empty.
+    """One sentence of what is wrong, and one of what the user can do about it, which may be empty.
 
     Examples
     --------

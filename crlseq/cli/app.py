@@ -10,21 +10,14 @@ from typing import Annotated
 import typer
 
 from crlseq._version import __version__
-from crlseq.cli import (
-    benchmark,
-    check,
-    evaluate,
-    export,
-    fit,
-    inspect,
-    plot,
-    predict,
-    prepare,
-    report,
-    rerun,
-    simulate,
-)
+from crlseq.cli import inspect
+from crlseq.cli.check import check
+from crlseq.cli.evaluate import evaluate
+from crlseq.cli.export import export, plot, report
+from crlseq.cli.fit import fit, prepare, rerun
 from crlseq.cli.output import say
+from crlseq.cli.predict import predict
+from crlseq.cli.simulate import benchmark, simulate
 from crlseq.errors import CrlseqError
 from crlseq.storage import interrupts
 from crlseq.storage.files import UNFINISHED
@@ -58,19 +51,9 @@ def _main(
         os.environ["CRLSEQ_DEBUG"] = "1"
 
 
-app.command("check")(check.check)
-app.command("prepare")(prepare.prepare)
-app.command("fit")(fit.fit)
+for command in (check, prepare, fit, predict, evaluate, export, report, rerun, plot, simulate, benchmark):
+    app.command()(command)
 app.add_typer(inspect.app, name="inspect")
-app.command("predict")(predict.predict)
-app.command("evaluate")(evaluate.evaluate)
-app.command("export")(export.export)
-app.command("report")(report.report)
-app.command("rerun")(rerun.rerun)
-app.command("plot")(plot.plot)
-app.command("simulate")(simulate.simulate)
-app.command("benchmark")(benchmark.benchmark)
-
 
 FAREWELL = "Interrupted. The same command with --resume continues an unfinished fit."
 

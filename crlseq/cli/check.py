@@ -10,9 +10,9 @@ import typer
 
 from crlseq.cli.options import AsJson, read_config, takes_config
 from crlseq.cli.output import say, show_json, show_table, show_text
-from crlseq.errors import InputError
+from crlseq.errors import InputError, few
 
-FEW, MANY = 8, 30
+MANY = 30
 
 
 @takes_config(
@@ -54,14 +54,13 @@ def _show(found: dict[str, Any]) -> None:
         guides: dict[str, list[str]] = {}
         for guide, gene in found["guides"]["genes"].items():
             guides.setdefault(gene, []).append(guide)
-        _show_first(
-            "Guides of each perturbation", "perturbation", "guides", [(g, _few(own)) for g, own in guides.items()]
-        )
+        rows = [(gene, few(own)) for gene, own in guides.items()]
+        _show_first("Guides of each perturbation", "perturbation", "guides", rows)
     if "cells_per_condition" in found:
         _show_first("Cells per condition", "condition", "cells", _by_size(found["cells_per_condition"]))
     if "command" in found:
-        show_text("")
-        show_text(f"To fit it:\n{found['command']}" if sys.stdout.isatty() else f"command\n{found['command']}")
+        title = "To fit it:" if sys.stdout.isatty() else "command"
+        show_text(f"\n{title}\n{found['command']}")
 
 
 def _facts(found: dict[str, Any]) -> dict[str, Any]:
@@ -80,11 +79,10 @@ def _facts(found: dict[str, Any]) -> dict[str, Any]:
             facts["cells per condition"] = f"{cells[-1][1]} ({cells[-1][0]}) to {cells[0][1]} ({cells[0][0]})"
         facts["dropped cells"] = ", ".join(f"{n} {label!r}" for label, n in found["dropped"].items()) or "none"
         measured, total = found["targets_measured"], len(found["targets_measured"]) + len(found["targets_not_measured"])
-        facts["targets measured"] = f"{len(measured)} of {total} are genes in this file" + (
-            f": {_few(measured)}" if measured else ""
-        )
-    batches = [f"{batch['column']} ({batch['levels']} levels)" for batch in found["batches"]]
-    facts["batches"] = "; ".join(batches) or "no column looks like a batch"
+        named = f": {few(measured)}" if measured else ""
+        facts["targets measured"] = f"{len(measured)} of {total} are genes in this file{named}"
+    batches = "; ".join(f"{batch['column']} ({batch['levels']} levels)" for batch in found["batches"])
+    facts["batches"] = batches or "no column looks like a batch"
     if "fitted_conditions" in found:
         facts["fit would use"] = f"{found['fitted_conditions']} conditions and the control"
     return facts
@@ -100,7 +98,3 @@ def _show_first(title: str, what: str, value: str, rows: list[tuple[str, Any]]) 
     more = f" (the first {MANY} of {len(rows)})" if len(rows) > MANY else ""
     show_text("")
     show_table(pd.DataFrame(rows[:MANY], columns=[what, value]), title + more)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")

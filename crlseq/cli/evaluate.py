@@ -6,54 +6,56 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from crlseq.cli.options import AsJson, Force, RunFolder, setting, switch
+from crlseq.cli.options import AsJson, Force, RunFolder, load, setting, switch
 from crlseq.cli.output import refuse_output, say, show_json, show_table
 from crlseq.errors import UsageError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from crlseq.evaluation.evaluate import Evaluation
 
 SHOWN = (
     "pearson_delta", "pearson_delta_top_de", "pearson_delta_perturbed", "l2", "centroid_accuracy", "discrimination",
     "sign_agreement", "mmd2", "energy_distance", "r2_delta",
 )  # fmt: skip
+SPLITS = "What --cross-validate holds out: cells, combinations or singles, separated by commas."
 LEGACY = ("legacy_mmd2", "legacy_r2", "legacy_rmse")
+
+RECOVERY = {
+    "target_accuracy": "target accuracy", "mcc": "MCC", "dci_disentanglement": "disentanglement",
+    "dci_completeness": "completeness", "dci_informativeness": "informativeness",
+    "irs": "interventional robustness", "ancestor_f1": "ancestor F1", "shd": "SHD",
+}  # fmt: skip
 
 
 def evaluate(
     run: RunFolder,
     data: Annotated[Path | None, setting("Other cells with the same labels.", default="the run's test cells")] = None,
     output: Annotated[
-        Path | None,
-        setting("CSV file with one row per condition and predictor.", "--output", "-o"),
+        Path | None, setting("CSV file with one row per condition and predictor.", "--output", "-o")
     ] = None,
     held_out_controls: Annotated[
-        bool,
-        switch("--held-out-controls", "Compare with held-out control cells instead of training ones."),
+        bool, switch("--held-out-controls", "Compare with held-out control cells instead of training ones.")
     ] = False,
     cross_validate: Annotated[
         bool, switch("--cross-validate", "Fit again, each time without one part of the screen.")
     ] = False,
     folds: Annotated[int, setting("Number of folds of --cross-validate.", min=2)] = 5,
-    splits: Annotated[
-        str | None,
-        setting(
-            "What --cross-validate holds out: cells, combinations or singles, separated by commas.",
-            default="what the screen has",
-        ),
-    ] = None,
+    splits: Annotated[str | None, setting(SPLITS, default="what the screen has")] = None,
     legacy: Annotated[bool, switch("--legacy", "Also compute the metrics of Zhang et al. 2023.")] = False,
     json: AsJson = False,
     force: Force = False,
 ) -> None:
     """Evaluate a run on cells that it was not fitted to, beside simple baselines that any model must beat."""
-    _refuse_contradictions(data, held_out_controls, cross_validate, splits)
+    if cross_validate and data is not None:
+        message = "--cross-validate evaluates on the run's own screen, and --data names another."
+        raise UsageError(message, "Give one of them.")
+    if held_out_controls and (cross_validate or data is not None):
+        raise UsageError("--held-out-controls refers to the run's own test cells.", "Omit --data or --cross-validate.")
+    if splits is not None and not cross_validate:
+        raise UsageError("--splits needs --cross-validate.", "Give both.")
     if output is not None:
         refuse_output(output, force)
     from crlseq.evaluation.evaluate import evaluate as judge
-    from crlseq.pipeline.fitted import load
     from crlseq.storage.csv import to_csv
     from crlseq.storage.files import written_whole
 
@@ -80,19 +82,6 @@ def evaluate(
         _show(found, legacy)
 
 
-def _refuse_contradictions(
-    data: Path | None, held_out_controls: bool, cross_validate: bool, splits: str | None
-) -> None:
-    if cross_validate and data is not None:
-        raise UsageError(
-            "--cross-validate evaluates on the run's own screen, and --data names another.", "Give one of them."
-        )
-    if held_out_controls and (cross_validate or data is not None):
-        raise UsageError("--held-out-controls refers to the run's own test cells.", "Omit --data or --cross-validate.")
-    if splits is not None and not cross_validate:
-        raise UsageError("--splits needs --cross-validate.", "Give both.")
-
-
 def _show(found: Evaluation, legacy: bool) -> None:
     """Means per group of conditions on a terminal, the whole summary into a pipe, and what it comes to in words."""
     from crlseq.evaluation.compare import limits
@@ -106,32 +95,16 @@ def _show(found: Evaluation, legacy: bool) -> None:
             show_table(wide, f"{group}, means of {n} conditions")
     else:
         show_table(found.summary, "")
-    for line in (*found.sentences, *limits(found.summary), *_axioms(found.summary), *_recovery(found.recovery)):
+    for line in (*found.sentences, *limits(found.summary)):
         say(line)
-
-
-def _axioms(summary: pd.DataFrame) -> list[str]:
-    """The model's counterfactuals in words, a group a line."""
-    lines = []
-    for group, rows in summary[summary["predictor"] == "model"].groupby("group", sort=False):
-        found = rows.set_index("metric")["mean"]
-        if found.get("change", float("nan")) > 0:
-            lines.append(
-                f"{group}, counterfactuals: composition error {found['composition']:.2g}, effectiveness error "
-                f"{found['effectiveness']:.2g} SD, reversibility error {found['reversibility']:.2g} beside a change of "
-                f"{found['change']:.2g}."
+    for group, rows in found.summary[found.summary["predictor"] == "model"].groupby("group", sort=False):
+        means = rows.set_index("metric")["mean"]
+        if means.get("change", float("nan")) > 0:
+            say(
+                f"{group}, counterfactuals: composition error {means['composition']:.2g}, effectiveness error "
+                f"{means['effectiveness']:.2g} SD, reversibility error {means['reversibility']:.2g} beside a change of "
+                f"{means['change']:.2g}."
             )
-    return lines
-
-
-def _recovery(scores: dict[str, float] | None) -> list[str]:
-    if scores is None:
-        return []
-    names = {
-        "target_accuracy": "target accuracy", "mcc": "MCC", "dci_disentanglement": "disentanglement",
-        "dci_completeness": "completeness", "dci_informativeness": "informativeness",
-        "irs": "interventional robustness", "ancestor_f1": "ancestor F1", "shd": "SHD",
-    }  # fmt: skip
-    return [
-        "Against the known truth: " + ", ".join(f"{title} {scores[name]:.3g}" for name, title in names.items()) + "."
-    ]
+    if found.recovery is not None:
+        scores = ", ".join(f"{title} {found.recovery[name]:.3g}" for name, title in RECOVERY.items())
+        say(f"Against the known truth: {scores}.")

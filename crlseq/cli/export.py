@@ -1,15 +1,28 @@
-"""``crlseq export``: a run in the formats of other tools."""
+"""``crlseq export``, ``report`` and ``plot``: a run as files for other tools, as a page, and as pictures."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from crlseq.cli.options import Force, RunFolder, setting
-from crlseq.cli.output import refuse_output, say
+import typer
+
+from crlseq.cli.options import Force, RunFolder, load, setting
+from crlseq.cli.output import refuse_output, say, say_verdict
+from crlseq.errors import UsageError
 from crlseq.export.registry import FORMATS, check_format, write
 
 CHOICES = "\n\n".join(["What to write:", *(f"{name}: {about.what}." for name, about in FORMATS.items())])
+# What can be plotted: each is a function of `crlseq.pl`, whose arguments some options are.
+KINDS: dict[str, dict[str, str]] = {
+    "dag": {},
+    "programs": {"top": "n_genes"},
+    "interventions": {"top": "top"},
+    "history": {},
+    "effects": {"top": "top"},
+    "embedding": {"program": "programs", "perturbation": "perturbations"},
+}
 
 
 def export(
@@ -19,12 +32,86 @@ def export(
     force: Force = False,
 ) -> None:
     """Write a run in the format of another tool."""
-    from crlseq.pipeline.fitted import load
-
     check_format(name)
     found = load(run)
     refuse_output(output, force, folder=not FORMATS[name].suffix)
-    notes = write(found, name, output)
-    say(f"{name}: {output}")
-    for note in notes:
-        say(note)
+    for line in (f"{name}: {output}", *write(found, name, output)):
+        say(line)
+
+
+def report(
+    run: RunFolder,
+    output: Annotated[Path | None, setting("HTML file.", "--output", "-o", default="RUN/report.html")] = None,
+    gene_sets: Annotated[Path | None, setting("A gmt file: each program's card lists the enriched gene sets.")] = None,
+    force: Force = False,
+) -> None:
+    """Write the report of a run as one HTML page.
+
+    Tables that `crlseq evaluate RUN --output RUN/NAME.csv` wrote into the run's folder are included.
+    """
+    from crlseq.data.genesets import check_gmt
+    from crlseq.readout.enrichment import enrich
+    from crlseq.report import write_report
+
+    if gene_sets is not None:
+        check_gmt(gene_sets)
+    found = load(run)
+    if output is not None:
+        refuse_output(output, force, replaceable="report.html")
+    enriched = enrich(found, gene_sets) if gene_sets is not None else None
+    target = output or run / "report.html"
+    write_report(found, target, enriched)
+    say(f"report: {target}")
+
+
+def plot(
+    run: RunFolder,
+    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.", show_default=False)],
+    output: Annotated[Path, setting("Figure to write: .png, .svg or .pdf.", "--output", "-o")],
+    top: Annotated[
+        int | None,
+        setting("Largest number of genes per program, or of perturbations.", default="what fits 60 rows", min=1),
+    ] = None,
+    program: Annotated[
+        list[str] | None, setting("An axis of the embedding; give two.", default="those that explain most")
+    ] = None,
+    perturbation: Annotated[
+        list[str] | None, setting("Coloured in the embedding; may be repeated.", default="the strongest")
+    ] = None,
+    dpi: Annotated[int, setting("Resolution of a .png in dots per inch.", min=20, max=1200)] = 150,
+    force: Force = False,
+) -> None:
+    """Draw the graph, the programs, the intervention map, the losses, the tests of effects or the cells."""
+    suffix = output.suffix.lower()
+    if suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"{output} does not end in .png, .svg or .pdf.", "Choose one of these formats.")
+    if kind not in KINDS:
+        raise UsageError(f"There is no plot {kind!r}.", f"Plots are {', '.join(KINDS)}.")
+    options = {}
+    for name, value in {"top": top, "program": program, "perturbation": perturbation}.items():
+        if value in (None, []):
+            continue
+        if name not in KINDS[kind]:
+            raise UsageError(f"A plot of {kind} has no option --{name}.", "Omit it.")
+        options[KINDS[kind][name]] = value
+    refuse_output(output, force)
+    found = load(run)
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from crlseq import plotting
+    from crlseq.storage.files import written_whole
+
+    axes = getattr(plotting, kind)(found, **options)
+    # Text stays text, and equal runs give equal files.
+    stamp: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix, {})
+    with (
+        written_whole(output) as file,
+        mpl.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "crlseq"}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # shown as a box
+        axes.figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=stamp)
+    say(f"{kind}: {output}")
+    if kind == "dag":
+        say_verdict(found)

@@ -1,25 +1,48 @@
-"""``crlseq fit``: a screen to a run folder."""
+"""``crlseq prepare``, ``fit`` and ``rerun``: from screens to a store, to a run folder, and once more from its ``run.json``."""
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from crlseq.cli.options import Force, Quiet, read_config, setting, switch, takes_config
-from crlseq.cli.output import FitProgress, say, say_verdict
+from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, read_config, setting, switch, takes_config
+from crlseq.cli.output import FitProgress, say, say_verdict, show_json
+
+SCREEN = "The screen: an .h5ad or .h5mu file, a zarr store, or a store made by `crlseq prepare`."
+
+
+@takes_config("perturbation_key", "control_label", "separator", "layer", "values", "seed")
+def prepare(
+    files: Annotated[
+        list[Path], typer.Argument(help="Screens with the same genes: .h5ad files or zarr stores.", show_default=False)
+    ],
+    output: Annotated[Path, setting("Store to write (a folder).", "--output", "-o")],
+    resume: Annotated[bool, switch("--resume", "Continue an unfinished store.")] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    **given: Any,
+) -> None:
+    """Write one or more screens to a store sorted by perturbation, which `fit` reads without loading all of it."""
+    from crlseq.data.prepare import prepare as write
+
+    config = read_config(given)
+    tell = (lambda text: None) if quiet else say
+    done = write(
+        files, output, config.data, config.training.seed, resume=resume, force=force,
+        stage=lambda text: tell(f"• {text}"), note=lambda text: tell(f"  {text}"),
+    )  # fmt: skip
+    if not quiet:
+        say(f"{done.n_cells} cells x {done.n_genes} genes, {done.n_nonzero} non-zero values ({done.values}).")
+        say(f"Written to {output}. Next: crlseq fit {output} --output RUN")
 
 
 @takes_config()
 def fit(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            help="The screen: an .h5ad or .h5mu file, a zarr store, or a store made by `crlseq prepare`.",
-            show_default=False,
-        ),
-    ],
+    file: Annotated[Path, typer.Argument(help=SCREEN, show_default=False)],
     output: Annotated[Path, setting("Run folder to write.", "--output", "-o")],
     preset: Annotated[str | None, setting("default, or paper (the model exactly as published).")] = None,
     config: Annotated[
@@ -48,3 +71,32 @@ def fit(
         say(f"{run.facts.n_latents} programs; {detected} of {total} perturbations have a detectable effect.")
         say_verdict(run)
         say(f"Written to {output} in {run.facts.seconds:.0f} s. Next: crlseq inspect {output}")
+
+
+def rerun(
+    run: RunFolder,
+    data: Annotated[Path | None, setting("The run's input.", default="its path in run.json")] = None,
+    output: Annotated[Path | None, setting("Keep the second run in this folder.", "--output", "-o")] = None,
+    json: AsJson = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Repeat a fit from its run.json and report the first difference: exit code 0 if there is none, else 4."""
+    from crlseq.experiments.rerun import rerun as repeat
+
+    with tempfile.TemporaryDirectory(prefix="crlseq-") as folder, FitProgress(quiet) as progress:
+        differences, causes = repeat(run, output or Path(folder) / "RUN", data, progress, force)
+    if json:
+        show_json({
+            "identical": not differences, "differences": [asdict(one) for one in differences], "causes": causes,
+        })  # fmt: skip
+    if not differences:
+        say("Identical: losses, weights, tables, graph and latents.")
+        return
+    first, *others = differences
+    say(f"Different. First in {first}.")
+    if others:
+        say(f"Then in {', '.join(one.file for one in others)}.")
+    known = f"Probable causes: {'; '.join(causes)}."
+    say(known if causes else "The recorded versions, threads and machine are the same.")
+    raise typer.Exit(4)

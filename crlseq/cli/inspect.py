@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from crlseq.cli.options import AsJson, RunFolder, setting
+from crlseq.cli.options import AsJson, RunFolder, load, setting
 from crlseq.cli.output import say, say_verdict, show_json, show_table, show_text
 from crlseq.errors import InputError
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from crlseq.run.run import Run
-    from crlseq.run.schema import DiscoverySummary
     from crlseq.run.summary import Program
 
 
@@ -38,12 +37,6 @@ app = typer.Typer(
 )
 
 
-def _load(run: Path) -> Run:
-    from crlseq.pipeline.fitted import load
-
-    return load(run)
-
-
 @app.command()
 def summary(run: RunFolder, json: AsJson = False) -> None:
     """What was fitted, how well, and whether the graph can be trusted."""
@@ -51,13 +44,19 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
 
     from crlseq.run.summary import answers, sets_in_words
 
-    found = _load(run)
-    facts, metrics = found.facts, found.facts.metrics
-    training, preprocessing, identification = facts.training, facts.preprocessing, facts.identification
+    found = load(run)
+    facts, metrics, identification = found.facts, found.facts.metrics, found.facts.identification
+    training, preprocessing, discovery = facts.training, facts.preprocessing, facts.discovery
     _, better, converged = answers(facts, found.evaluation, found.history)
     epochs = f"{training.epochs_run} epochs, weights of epoch {training.best_epoch + 1} kept"
     if not training.epochs_run:
         epochs = "no epochs; the linear model that the likelihood gives"
+    likelihood = "not used: targets and graph were learned by gradient"
+    if discovery is not None:
+        likelihood = f"{discovery.intervention} interventions, {discovery.equations} equations"
+        likelihood += ", latents straightened" if discovery.straightened else ""
+        likelihood += f"; misfit {discovery.dispersion:.2f} (ideal 1.0)"
+        likelihood += f"; {discovery.bootstrap.replicates} bootstrap replicates" if discovery.bootstrap else ""
     rows = {
         "input": facts.input.path,
         "cells": ", ".join(f"{n} {name}" for name, n in facts.cells if n),
@@ -67,7 +66,7 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
         "perturbations": f"{len(found.interventions)}, {metrics.n_detected} with a detectable effect (FDR <= 0.05)",
         "programs": f"{facts.n_latents} ({facts.n_latents_reason})",
         "graph": f"{identification.verdict}: {identification.reason}",
-        "likelihood": _likelihood(facts.discovery),
+        "likelihood": likelihood,
         "training": f"{epochs}, {facts.seconds} s on {facts.device}",
         "converged": f"{converged.answer}: {converged.reason}",
         "preset": f"{facts.config.preset}, seed {facts.seed}, crlseq {facts.version}",
@@ -76,28 +75,15 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
         rows["encoder"] = f"{facts.gene_sets.n_sets} gene sets of {facts.config.data.gene_sets}"
         rows["sets explain"] = sets_in_words(facts)
     if metrics.mmd2 is not None:
-        rows["held out"] = (
-            f"on {metrics.evaluated_on} cells: MMD2 {metrics.mmd2:.4f} (no change: {metrics.mmd2_no_change:.4f})"
-        )
+        no_change = f"no change: {metrics.mmd2_no_change:.4f}"
+        rows["held out"] = f"on {metrics.evaluated_on} cells: MMD2 {metrics.mmd2:.4f} ({no_change})"
         rows["baselines"] = f"{better.answer}: {better.reason}"
     if json:
-        own = {key: found.info[key] for key in ("notes", "metrics", "identification")}
-        show_json({**rows, **own})
+        show_json(rows | {key: found.info[key] for key in ("notes", "metrics", "identification")})
         return
     show_table(pd.DataFrame({"what": list(rows), "value": list(rows.values())}), str(run))
     for note in facts.notes:
         say(f"note: {note}")
-
-
-def _likelihood(discovery: DiscoverySummary | None) -> str:
-    if discovery is None:
-        return "not used: targets and graph were learned by gradient"
-    return (
-        f"{discovery.intervention} interventions, {discovery.equations} equations"
-        + (", latents straightened" if discovery.straightened else "")
-        + f"; misfit {discovery.dispersion:.2f} (ideal 1.0)"
-        + (f"; {discovery.bootstrap.replicates} bootstrap replicates" if discovery.bootstrap else "")
-    )
 
 
 @app.command()
@@ -113,45 +99,38 @@ def programs(
         from crlseq.data.genesets import check_gmt
 
         check_gmt(gene_sets)
-    found = _load(run)
+    found = load(run)
     if program is not None:
         _described(found, program)
-    if gene_sets is not None:
-        _enriched(found, gene_sets, program, top, json)
-        return
-    table = found.programs[found.programs["rank"] <= top]
-    if "anchor" in table:  # a sparse program ends
-        table = table[table["loading"] != 0]
+    if gene_sets is None:
+        table = found.programs[found.programs["rank"] <= top]
+        if "anchor" in table:  # a sparse program ends
+            table = table[table["loading"] != 0]
+    else:
+        from crlseq.readout.enrichment import enrich
+
+        table = enrich(found, gene_sets).groupby(["program", "test"], sort=False).head(top)
     if program is not None:
         table = table[table["program"] == program]
     if json or not sys.stdout.isatty():
         show_table(table, "", json)
         return
+    if gene_sets is not None:
+        _show_sets(found, table)
+        return
     for name, told in found.described.items():
         if program in (None, name):
-            part = table[table["program"] == name].drop(columns="program")
             show_text("\n".join(_heading(told)))
-            show_table(part, "")
+            show_table(table[table["program"] == name].drop(columns="program"), "")
             show_text("")
     say(f"For one program with its perturbations: crlseq inspect program {run} {program or found.program_names[0]}")
 
 
-def _enriched(found: Run, gene_sets: Path, program: str | None, top: int, json: bool) -> None:
-    from crlseq.readout.enrichment import enrich
-
-    table = enrich(found, gene_sets).groupby(["program", "test"], sort=False).head(top)
-    if program is not None:
-        table = table[table["program"] == program]
-    if json or not sys.stdout.isatty():
-        show_table(table, "", json)
-        return
-    table = table.assign(gene_set=_named(table))
-    for (name, test), part in table.groupby(["program", "test"], sort=False):
-        columns = ["gene_set", "direction", "size", "overlap", "score", "p_value", "fdr"]
-        show_table(
-            part[columns[:1] + columns[2:] if test == "drivers" else columns],
-            f"{name}  {found.described[str(name)].label}: {test}",
-        )
+def _show_sets(found: Run, table: pd.DataFrame) -> None:
+    columns = ["gene_set", "direction", "size", "overlap", "score", "p_value", "fdr"]
+    for (name, test), part in table.assign(gene_set=_named(table)).groupby(["program", "test"], sort=False):
+        shown = part[columns].drop(columns="direction" if test == "drivers" else [])
+        show_table(shown, f"{name}  {found.described[str(name)].label}: {test}")
         show_text("")
     say("A pipe or --json also gets the genes of each set, and all digits.")
 
@@ -175,25 +154,22 @@ def program(
     """
     import pandas as pd
 
-    found = _described(_load(run), name)
-    parts = {"driver": found.drivers, "up": found.up.head(top), "down": found.down.head(top)}
-    sets = found.pathways.head(top)
+    found = _described(load(run), name)
+    drivers, up, down, sets = found.drivers, found.up.head(top), found.down.head(top), found.pathways.head(top)
     if json:
+        parts = {"drivers": drivers, "up": up, "down": down, "gene_sets": sets}
         show_json({
             "program": found.name, "label": found.label, "title": found.title,
-            "drivers": found.drivers.to_dict("records"),
-            "up": parts["up"].to_dict("records"), "down": parts["down"].to_dict("records"),
-            "gene_sets": sets.to_dict("records"), "anchors": found.anchors,
-            "upstream": found.upstream, "downstream": found.downstream,
-            "parents": found.parents, "children": found.children,
-            "variance_explained": found.variance_explained, "effect_explained": found.effect_explained,
-            "stability": found.stability,
+            **{name: part.to_dict("records") for name, part in parts.items()},
+            "anchors": found.anchors, "upstream": found.upstream, "downstream": found.downstream,
+            "parents": found.parents, "children": found.children, "variance_explained": found.variance_explained,
+            "effect_explained": found.effect_explained, "stability": found.stability,
         })  # fmt: skip
         return
     if not sys.stdout.isatty():
         rows = [
             part.rename(columns={"perturbation": "name", "gene": "name", "gene_set": "name"}).assign(what=what)
-            for what, part in {**parts, "gene set": sets}.items()
+            for what, part in {"driver": drivers, "up": up, "down": down, "gene set": sets}.items()
             if len(part)
         ]
         columns = ["what", "name", "weight", "shift", "support", "fdr", "n_cells", "loading", "total_effect"]
@@ -201,9 +177,9 @@ def program(
         show_table(table.astype({"n_cells": "Int64"}), "")
         return
     show_text("\n".join([*_heading(found), ""]))
-    show_table(found.drivers, "Perturbations that target it (shift in standard deviations of the program)")
-    show_table(parts["up"], "Genes that rise with it")
-    show_table(parts["down"], "Genes that fall with it")
+    show_table(drivers, "Perturbations that target it (shift in standard deviations of the program)")
+    show_table(up, "Genes that rise with it")
+    show_table(down, "Genes that fall with it")
     if len(sets):
         named = sets.assign(gene_set=_named(sets))[["gene_set", "weight", "n_genes"]]
         show_table(named, "Gene sets that the encoder reads it from")
@@ -223,12 +199,10 @@ def _heading(program: Program) -> list[str]:
     lines = [f"{program.name}  {program.title}"]
     if numbers := numbers_in_words(program):
         lines.append("    " + ", ".join(numbers))
-    for what, names, edges in (
-        ("upstream", program.upstream, program.parents),
-        ("downstream", program.downstream, program.children),
-    ):
+    weights = program.parents | program.children
+    for what, names in (("upstream", program.upstream), ("downstream", program.downstream)):
         if names:
-            told = [f"{name} ({edges[name]:+.2f})" if name in edges else name for name in names]
+            told = [f"{name} ({weights[name]:+.2f})" if name in weights else name for name in names]
             lines.append(f"    {what}: {', '.join(told)}")
     if program.anchors:
         more = f" +{len(program.anchors) - ANCHORS}" if len(program.anchors) > ANCHORS else ""
@@ -239,7 +213,7 @@ def _heading(program: Program) -> list[str]:
 @app.command()
 def interventions(run: RunFolder, json: AsJson = False) -> None:
     """The program that each perturbation targets, and its effect on that program."""
-    found = _load(run).interventions
+    found = load(run).interventions
     program = found["program"].where(found["program"] != "")  # perturbations without a claim come last
     order = program.str[1:].astype(float).sort_values(kind="stable").index
     show_table(found.loc[order], "Interventions (shift in standard deviations of the program)", json)
@@ -248,13 +222,11 @@ def interventions(run: RunFolder, json: AsJson = False) -> None:
 @app.command()
 def dag(run: RunFolder, json: AsJson = False) -> None:
     """The graph of the programs, as text and as a table, and whether the data determine it."""
-    import json as json_module
-
-    from crlseq.run.graph import dag_json
-
-    found = _load(run)
+    found = load(run)
     if json:
-        show_json(json_module.loads(dag_json(found.dag)))
+        import networkx as nx
+
+        show_json(nx.node_link_data(found.dag, edges="edges"))
         return
     if sys.stdout.isatty():
         show_text(draw_dag(found))
@@ -268,13 +240,13 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
 @app.command()
 def ancestry(run: RunFolder, json: AsJson = False) -> None:
     """Which program is upstream of which: by the declared graph, or in at least a tenth of bootstrap replicates."""
-    show_table(_load(run).ancestry, "Ancestry (support: share of the bootstrap replicates)", json)
+    show_table(load(run).ancestry, "Ancestry (support: share of the bootstrap replicates)", json)
 
 
 @app.command()
 def history(run: RunFolder, json: AsJson = False) -> None:
     """Every loss term by epoch."""
-    table = _load(run).history
+    table = load(run).history
     if sys.stdout.isatty() and not json:  # two blocks of columns that a terminal holds
         short = {"reconstruction": "recon.", "temperature": "temp.", "validation": "val."}
         table = table.rename(columns=lambda name: "_".join(short.get(word, word) for word in name.split("_")))
@@ -293,7 +265,7 @@ def draw_dag(run: Run) -> str:
     for name in run.program_names:
         targets = sorted(run.dag.successors(name), key=lambda target: int(target[1:]))
         lines.append(f"{name}  {label[name]}")
-        for i, target in enumerate(targets):
-            branch = "└" if i == len(targets) - 1 else "├"
+        for target in targets:
+            branch = "└" if target == targets[-1] else "├"
             lines.append(f"  {branch}─▶ {target}  {label[target]}  ({run.dag.edges[name, target]['weight']:+.2f})")
     return "\n".join(lines) + "\n"

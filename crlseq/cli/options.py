@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -14,6 +14,9 @@ from rich.markup import escape
 
 from crlseq.config import SECTIONS, Config, make_config, read_toml
 from crlseq.errors import InputError
+
+if TYPE_CHECKING:
+    from crlseq.pipeline.fitted import FittedRun
 
 Command = Callable[..., None]
 FIELDS = {name: field for section in SECTIONS.values() for name, field in section.model_fields.items()}
@@ -42,6 +45,13 @@ Force = Annotated[bool, switch("--force", "Replace what exists at --output.")]
 Quiet = Annotated[bool, switch("--quiet", "Print errors only.", "-q")]
 
 
+def load(run: Path) -> FittedRun:
+    """The run in a folder; what loads it is imported when it is needed, so that help is quick."""
+    from crlseq.pipeline.fitted import load
+
+    return load(run)
+
+
 def takes_config(*names: str) -> Callable[[Command], Command]:
     """Options for these fields of the configuration, which the command takes as ``**given``; all flags if none is named.
 
@@ -66,10 +76,11 @@ def option(name: str) -> Any:
     field, flag = FIELDS[name], FLAGS[name]
     typed = _typed(field, flag["shell"])
     metavar = {bool: "", list[str]: "<str>"}.get(typed)
-    names = [flag["switch"]] if flag["switch"] else []
     brackets = "; ".join(filter(None, [_range(field), _default(field, flag)]))
     text = f"{field.description} [{brackets}]" if brackets else str(field.description)
-    panel = flag["panel"] or PANELS[name]
+    # Two names are wide: beside them other options' help would be a narrow column.
+    panel = flag["panel"] or ("Switches" if flag["switch"] else PANELS[name])
+    names = filter(None, [flag["switch"]])
     return Annotated[typed | None, typer.Option(*names, help=escape(text), metavar=metavar, rich_help_panel=panel)]
 
 
@@ -99,9 +110,8 @@ def _range(field: FieldInfo) -> str:
             continue
         if get_origin(each) is Annotated:
             limits = [limit for inner in get_args(each)[1:] for limit in inner.metadata]
-        bounds = [(word, getattr(limit, key, None)) for limit in limits for key, word in BOUNDS.items()]
-        words = [f"{word} {bound:.12g}" for word, bound in bounds if bound is not None]
-        found += [", ".join(words)] if words else []
+        pairs = [(word, getattr(limit, key)) for limit in limits for key, word in BOUNDS.items() if hasattr(limit, key)]
+        found += [", ".join(f"{word} {bound:.12g}" for word, bound in pairs)] if pairs else []
     return ", or ".join(found)
 
 
@@ -117,12 +127,7 @@ def _default(field: FieldInfo, flag: Mapping[str, str]) -> str:
 def read_config(given: Mapping[str, Any], preset: str | None = None, file: Path | None = None) -> Config:
     """The configuration of a command: preset, file, options.
 
-    Raises
-    ------
-    InputError
-        If the file or a list of names cannot be read.
-    UsageError
-        For a value out of range.
+    Raises `InputError` if the file or a list of names cannot be read, and `UsageError` for a value out of range.
     """
     options = {name: _value(name, value) for name, value in given.items() if value not in (None, [])}
     return make_config(preset, read_toml(file) if file else None, **options)
@@ -142,13 +147,12 @@ def _value(name: str, value: Any) -> Any:
 
 def _lines(path: Path) -> tuple[str, ...]:
     """Genes in a text file: one per line, without comments and repetitions."""
+    hint = "Give a text file with one gene per line."
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"The gene list {path} cannot be read: {error}.", "Give a text file with one gene per line."
-        ) from None
+        raise InputError(f"The gene list {path} cannot be read: {error}.", hint) from None
     found = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not found:
-        raise InputError(f"The gene list {path} is empty.", "Give a text file with one gene per line.")
+        raise InputError(f"The gene list {path} is empty.", hint)
     return found

@@ -50,20 +50,21 @@ def say_verdict(run: Run) -> None:
 
 
 def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: str = "") -> None:
-    """Refuse a file (or folder) that must not be written, before any work is done; `replaceable` is a part of runs that may.
+    """Refuse, by `InputError`, a file (or folder) that must not be written, before any work is done.
 
-    Raises
-    ------
-    InputError
-        If it is a folder where a file is wanted, a part of a run, or exists and is not to be replaced.
+    It may be no folder where a file is wanted, nor a part of a run other than `replaceable`, nor exist unless `force`.
     """
     from crlseq.storage.runfolder import refuse_part_of_run
 
-    if output.is_dir() and not folder:
+    try:
+        is_folder, exists = output.is_dir(), output.exists()
+    except OSError as error:  # a name that is too long
+        raise InputError(f"{output} cannot be written: {error.strerror}.", "Choose another --output.") from None
+    if is_folder and not folder:
         raise InputError(f"{output} is a folder.", "Name a file to write.")
     if output.name != replaceable:
         refuse_part_of_run(output)
-    if output.exists() and not force:
+    if exists and not force:
         raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
 
 
@@ -75,10 +76,9 @@ def show_table(table: pd.DataFrame, title: str, as_json: bool = False, decimals:
     if not sys.stdout.isatty():
         show_text(table.to_csv(sep="\t", index=False).rstrip("\n"))
         return
-    numeric = [kind.kind in "iuf" for kind in table.dtypes]
     cells = [[visible(_cell(value, decimals)) for value in row] for row in table.itertuples(index=False)]
     # Words of a name below one another keep columns of numbers narrow.
-    columns = [(str(name).replace("_", "\n"), number) for name, number in zip(table.columns, numeric, strict=True)]
+    columns = [(str(name).replace("_", "\n"), kind.kind in "iuf") for name, kind in table.dtypes.items()]
     console = Console(emoji=False)
     if title:
         console.print(Text(visible(title), style="bold"))
@@ -154,17 +154,17 @@ class FitProgress:
         """The callbacks that `crlseq.fit` takes."""
         from crlseq.pipeline.fit import Progress
 
-        return Progress() if self.quiet else Progress(self._stage, self._note, self._epoch)
+        return Progress() if self.quiet else Progress(self._stage, lambda text: say(f"  {text}"), self._epoch)
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
 
     def _stage(self, text: str) -> None:
-        self.close()
+        self.__exit__()
         say(f"• {text}")
-
-    def _note(self, text: str) -> None:
-        say(f"  {text}")
 
     def _epoch(self, record: dict[str, float], n_epochs: int) -> None:
         epoch = int(record["epoch"]) + 1
@@ -175,14 +175,8 @@ class FitProgress:
             if self.bar is None:
                 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-                columns = (
-                    TextColumn("  epoch"),
-                    MofNCompleteColumn(),
-                    BarColumn(20),
-                    TimeRemainingColumn(),
-                    TextColumn("{task.description}"),
-                )
-                self.bar = Progress(*columns, console=messages)
+                count, about = (TextColumn("  epoch"), MofNCompleteColumn()), TextColumn("{task.description}")
+                self.bar = Progress(*count, BarColumn(20), TimeRemainingColumn(), about, console=messages)
                 self.bar.start()
                 self.bar.add_task("", total=n_epochs)
             self.bar.update(self.bar.task_ids[0], completed=epoch, description=terms)
@@ -190,9 +184,3 @@ class FitProgress:
             # Ten lines a fit keep the log of a batch system readable.
             self.last_line = epoch * 10 // n_epochs
             say(f"  epoch {epoch}/{n_epochs} {terms}")
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None

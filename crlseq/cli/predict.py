@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, setting, switch
-from crlseq.cli.output import say, show_json
+from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, load, setting, switch
+from crlseq.cli.output import refuse_output, say, show_json
+from crlseq.errors import InputError
 
 
 def predict(
     run: RunFolder,
     perturbation: Annotated[
-        list[str],
-        setting("A perturbation, or a combination such as A+B; may be repeated.", "--perturbation", "-p"),
+        list[str], setting("A perturbation, or a combination such as A+B; may be repeated.", "--perturbation", "-p")
     ],
     output: Annotated[Path, setting("The h5ad file to write.", "--output", "-o")],
     n_cells: Annotated[
@@ -23,8 +23,7 @@ def predict(
         Path | None, setting("File with the control cells to start from.", "--from", default="the run")
     ] = None,
     counterfactual: Annotated[
-        bool,
-        switch("--counterfactual", "Write each cell with and without the intervention, in pairs."),
+        bool, switch("--counterfactual", "Write each cell with and without the intervention, in pairs.")
     ] = False,
     seed: Annotated[int, setting("Seed of the random draws.", min=0)] = 0,
     force: Force = False,
@@ -32,18 +31,14 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """Predict the effect of perturbations, alone or in combination, on control cells."""
-    from crlseq.pipeline.fitted import load
     from crlseq.prediction.predict import predict as predict_cells
-    from crlseq.prediction.predict import refuse_file
     from crlseq.storage.files import written_whole
 
     found = load(run)
-    refuse_file(output, force, [*run.iterdir(), *([source] if source else [])])
-
-    def tell(text: str) -> None:
-        if not quiet:
-            say(text)
-
+    refuse_output(output, force)
+    if source and output.resolve() == source.resolve():
+        raise InputError(f"{output} is an input of the prediction.", "Choose another --output.")
+    tell = (lambda text: None) if quiet else say
     virtual = predict_cells(
         found, perturbation, source=source, n_cells=n_cells, counterfactual=counterfactual, seed=seed,
         note=lambda text: tell(f"note: {text}"),

@@ -1,7 +1,7 @@
 """Recovery of a known truth over scenarios, seeds and methods, beside the empty and the random graph.
 
-Every finished fit is one row of ``benchmark.csv``, written at once, so that a benchmark which was cut off goes on
-where it stopped when it is run again. What it means is in ``settings.json``; other settings need another folder.
+Every finished fit is one row of ``benchmark.csv``, written at once: a benchmark that was cut off goes on where it stopped.
+What a row means is in ``settings.json``; other settings need another folder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,8 @@ from matplotlib.figure import Figure
 from crlseq._version import __version__
 from crlseq.data.simulate import CONTROL, simulate
 from crlseq.errors import CrlseqError, InputError, UsageError
+from crlseq.evaluation import recovery
 from crlseq.evaluation.calibration import calibration, edge_supports
-from crlseq.evaluation.recovery import (
-    LATENT_SCORES,
-    gene_list_scores,
-    graph_scores,
-    random_graph_scores,
-    score_recovery,
-)
 from crlseq.pipeline.fit import fit
 from crlseq.storage.csv import EXACT, to_csv
 from crlseq.storage.files import written_whole
@@ -58,12 +51,11 @@ BLIND = ("sparse-vae",)
 BASELINES = ("random", "empty")
 
 SCORES = (
-    *("target_accuracy", "ari", *LATENT_SCORES, "ancestor_f1", "ancestor_precision", "ancestor_recall"),
+    *("target_accuracy", "ari", *recovery.LATENT_SCORES, "ancestor_f1", "ancestor_precision", "ancestor_recall"),
     *("shd", "edge_f1", "edge_precision", "edge_recall"),
     *("list_precision", "list_recall", "program_length"),
 )
 COLUMNS = ("scenario", "seed", "method", *SCORES, "n_edges", "n_latents", "verdict", "seconds", "error")
-SUMMARISED = (*SCORES, "n_edges", "n_latents", "seconds")
 SHOWN = {"ancestor_f1": "Ancestor F1", "target_accuracy": "Target accuracy", "shd": "SHD", "mcc": "MCC"}
 MARKS = {  # Okabe and Ito's colours, which colour-blind readers tell apart, and a shape each
     "default": ("#0072B2", "o"), "sparse": ("#CC79A7", "P"), "linear": ("#009E73", "D"), "paper": ("#D55E00", "s"),
@@ -89,14 +81,10 @@ def benchmark(
     ----------
     folder
         Where the results go. Rows there are kept and not computed again.
-    scenarios, methods
-        Names in `SCENARIOS` and `METHODS`.
     seeds
         Each is the seed of a simulation and of the fits of it.
     n_latents
         ``known``: fits are given the true number; ``auto``: they choose it, except ``paper``, which cannot.
-    threads
-        CPU threads of a fit.
     simulator, options
         Options of the simulator and of `crlseq.fit` that replace those of every scenario and method.
     note
@@ -113,8 +101,10 @@ def benchmark(
     InputError
         If the folder holds something else, was filled with other settings, is in use or cannot be written.
     """
-    _check_names("scenario", scenarios, SCENARIOS)
-    _check_names("method", methods, METHODS)
+    for what, names, known in (("scenario", scenarios, SCENARIOS), ("method", methods, METHODS)):
+        unknown = [f"There is no {what} {name!r}." for name in names if name not in known]
+        if unknown or not names:
+            raise UsageError([*unknown, f"No {what} was given."][0], f"There are {', '.join(known)}.")
     if n_latents not in ("known", "auto"):
         raise UsageError(f"n_latents is {n_latents!r} instead of known or auto.", "Give one of them.")
     if not seeds or min(seeds) < 0:
@@ -131,13 +121,10 @@ def benchmark(
                 missing = [name for name in (*BASELINES, *methods) if (scenario, seed, name) not in done]
                 screen = scenario_screen(scenario, seed, **settings["simulator"]) if missing else None
                 for method in dict.fromkeys(missing):
-                    scored = _baseline if method in BASELINES else partial(_fitted, scenario, seed, settings=settings)
-                    row = {"scenario": scenario, "seed": seed, "method": method, **scored(method, screen)}
-                    found = row.pop("supports", None)
-                    if found is not None:  # before the row, which says that all of the fit is there
-                        kept = place / "supports"
-                        kept.mkdir(exist_ok=True)
-                        _write_table(kept / f"{scenario}_{seed}_{method}.csv", found)
+                    row: dict[str, Any] = {"scenario": scenario, "seed": seed, "method": method}
+                    row |= _baseline(method, screen) if method in BASELINES else _fitted(row, screen, settings)
+                    if "supports" in row:  # before the row, which says that all of the fit is there
+                        _write_table(place / "supports" / f"{scenario}_{seed}_{method}.csv", row.pop("supports"))
                     rows.append(row)
                     _write_table(place / "benchmark.csv", _table(rows))
                     if method not in BASELINES:
@@ -147,8 +134,7 @@ def benchmark(
         _write_table(place / "summary.csv", summary)
         supports = [pd.read_csv(path) for path in sorted((place / "supports").glob("*.csv"))]
         if supports:
-            table_of = calibration(pd.concat(supports))
-            _write_table(place / "calibration.csv", table_of)
+            _write_table(place / "calibration.csv", calibration(pd.concat(supports)))
         figure = draw(table)
         for kind in ("png", "svg"):
             with written_whole(place / f"benchmark.{kind}") as beside:
@@ -163,9 +149,8 @@ def scenario_screen(name: str, seed: int, **changes: Any) -> ad.AnnData:
     try:
         screen = toy_screen(seed=seed, **wanted) if name == "toy" else simulate(seed=seed, **wanted)
     except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"The scenario {name} cannot be simulated: {error}", "Change the simulator's options."
-        ) from None
+        message = f"The scenario {name} cannot be simulated: {error}"
+        raise UsageError(message, "Change the simulator's options.") from None
     if kept is None:
         return screen
     truth = screen.uns["truth"]
@@ -200,8 +185,9 @@ def toy_screen(seed: int, n_control: int = 10240, cells_per_perturbation: int = 
     return screen
 
 
-def _fitted(scenario: str, seed: int, method: str, screen: ad.AnnData, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _fitted(row: Mapping[str, Any], screen: ad.AnnData, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Fit and score; an error that users could see is a result too."""
+    scenario, seed, method = (row[name] for name in COLUMNS[:3])
     truth = screen.uns["truth"]
     told = settings["n_latents"] == "known" or method in ("paper", *BLIND)
     counts = {**SCENARIOS[scenario], **settings["simulator"]}.get("noise", "counts") == "counts" and scenario != "toy"
@@ -221,13 +207,12 @@ def _fitted(scenario: str, seed: int, method: str, screen: ad.AnnData, settings:
     except CrlseqError as error:
         return {"seconds": round(time.perf_counter() - started, 2), "error": str(error)}
     true_latents = screen.obsm["true_latents"]
-    scores: dict[str, Any] = score_recovery(run.interventions, run.edges, truth, latents, true_latents)
+    scores: dict[str, Any] = recovery.score_recovery(run.interventions, run.edges, truth, latents, true_latents)
     if method in BLIND:  # it claims no targets, and so no graph
-        scores = {name: scores[name] for name in LATENT_SCORES}
-    lists = truth
+        scores = {name: scores[name] for name in recovery.LATENT_SCORES}
     if "loaded" in truth:
-        lists = {**truth, "loaded": pd.DataFrame(truth["loaded"], columns=screen.var_names)}
-    scores |= gene_list_scores(run.programs, latents, true_latents, lists)
+        truth = {**truth, "loaded": pd.DataFrame(truth["loaded"], columns=screen.var_names)}
+    scores |= recovery.gene_list_scores(run.programs, latents, true_latents, truth)
     if run.facts.bootstrap is not None:
         scores["supports"] = edge_supports(run.facts.bootstrap.edge, run.interventions, truth)
     return {
@@ -240,8 +225,8 @@ def _baseline(method: str, screen: ad.AnnData) -> dict[str, Any]:
     """Graph scores without looking at any cell."""
     true = np.asarray(screen.uns["truth"]["adjacency"]) != 0
     if method == "empty":
-        return {**graph_scores(np.zeros_like(true), true), "n_edges": 0}
-    return {**random_graph_scores(true), "n_edges": int(true.sum())}
+        return {**recovery.graph_scores(np.zeros_like(true), true), "n_edges": 0}
+    return {**recovery.random_graph_scores(true), "n_edges": int(true.sum())}
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -258,14 +243,10 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             "scenario": scenario, "method": method, "runs": len(group), "failed": len(group) - len(fitted),
             "verdict": ", ".join(f"{verdict} {n}" for verdict, n in verdicts.items()),
         }  # fmt: skip
-        for name in SUMMARISED:
-            values = fitted[name].astype(float)
+        for name in (*SCORES, "n_edges", "n_latents", "seconds"):
             # Not `median`: it warns where no run has the score.
-            row |= {
-                name: values.quantile(0.5),
-                f"{name}_q25": values.quantile(0.25),
-                f"{name}_q75": values.quantile(0.75),
-            }
+            quartiles = fitted[name].astype(float).quantile([0.5, 0.25, 0.75])
+            row |= dict(zip((name, f"{name}_q25", f"{name}_q75"), quartiles, strict=True))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -308,18 +289,9 @@ def draw(table: pd.DataFrame) -> Figure:
             axes.grid(axis="x", color="#e2e2e2", linewidth=0.8)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
-        line[0].set_ylabel(
-            scenario.replace("-", "\n"), fontsize=9, fontweight="bold", rotation=0, ha="right", va="center"
-        )
+        name = scenario.replace("-", "\n")
+        line[0].set_ylabel(name, fontsize=9, fontweight="bold", rotation=0, ha="right", va="center")
     return figure
-
-
-def _check_names(what: str, names: Sequence[str], known: Mapping[str, Any]) -> None:
-    for name in names:
-        if name not in known:
-            raise UsageError(f"There is no {what} {name!r}.", f"There are {', '.join(known)}.")
-    if not names:
-        raise UsageError(f"No {what} was given.", f"There are {', '.join(known)}.")
 
 
 @contextmanager
@@ -333,9 +305,8 @@ def _open_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
             _keep_settings(folder / "settings.json", settings)
             yield folder
     except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written: {error.strerror or error}.", "Check the path and its permissions."
-        ) from error
+        message = f"{folder} cannot be written: {error.strerror or error}."
+        raise InputError(message, "Check the path and its permissions.") from error
 
 
 def _keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
@@ -351,10 +322,9 @@ def _keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
         raise InputError(f"{path} is damaged.", "Choose another --output.") from error
     for name, value in json.loads(text).items():  # through JSON, as those there went
         if there.get(name) != value:
+            message = f"{name} is {there.get(name)!r} there and {value!r} here."
             raise InputError(
-                f"{path.parent} holds a benchmark with other settings: "
-                f"{name} is {there.get(name)!r} there and {value!r} here.",
-                "Choose another --output.",
+                f"{path.parent} holds a benchmark with other settings: {message}", "Choose another --output."
             )
 
 
@@ -374,8 +344,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows by scenario and method in the order of their tables, then seed."""
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"n_edges": "Int64", "n_latents": "Int64"})
     order = {name: at for at, name in enumerate((*SCENARIOS, *METHODS, *BASELINES))}
-    keys = table["scenario"].map(order), table["method"].map(order), table["seed"]
-    return table.iloc[np.lexsort(keys[::-1])].reset_index(drop=True)
+    keys = table["seed"], table["method"].map(order), table["scenario"].map(order)  # the last one comes first
+    return table.iloc[np.lexsort(keys)].reset_index(drop=True)
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:

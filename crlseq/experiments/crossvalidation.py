@@ -1,27 +1,18 @@
 """Five-fold evaluation: a run's configuration is fitted again without the fifth that it must predict, five times.
 
-Of every fold a file is made that holds training cells alone, and the fit is given that file and nothing else: genes,
-normalisation, programs, targets, graph and baselines cannot have seen a cell or condition that is judged (`Fold`). What
-is held out:
-
-cells
-    A fifth of the cells of every condition that the fold fits.
-combinations
-    A fifth of the combinations. Those that the run itself holds out are in no fold's file.
-singles
-    A fifth of the single perturbations, with every combination that contains one: such a perturbation was never seen,
-    and a combination has then 0 or 1 of 2 parts seen. One combination can so be judged in several folds, by another fit
-    in each.
-
-Control cells are in every fold's file: predictions start from them, and every change is taken against them.
+The fit of a fold is given training cells alone: genes, normalisation, programs, targets, graph and baselines cannot have
+seen a cell or condition that is judged. What is held out: of ``cells`` a fifth of every condition that the fold fits; of
+``combinations`` a fifth (those that the run itself holds out are in no fold's fit); of ``singles`` a fifth, with every
+combination that contains one, which then has 0 or 1 of 2 parts seen and can be judged in several folds. Control cells are
+in every fold's fit: predictions start from them, and every change is taken against them.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -34,7 +25,7 @@ from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.errors import InputError, UsageError
 from crlseq.evaluation.compare import AXIOMS, METRICS, compare, in_words, summarise
 from crlseq.evaluation.evaluate import Evaluation, evaluate
-from crlseq.pipeline.fit import Progress, fit
+from crlseq.pipeline.fit import fit
 from crlseq.run.run import Run
 from crlseq.storage.runfolder import EMBEDDINGS, GENE_SETS
 
@@ -43,8 +34,7 @@ SPLITS = ("cells", "combinations", "singles")
 MIN_HELD_OUT = 2  # cells of a condition that say anything of its mean
 
 
-@dataclass(frozen=True)
-class Fold:
+class Fold(NamedTuple):
     """Indices of cells: what is fitted, and what is judged; control cells are in ``train`` alone."""
 
     train: np.ndarray
@@ -62,15 +52,9 @@ def cross_validate(
 
     Parameters
     ----------
-    run
-        A run with its folder, which holds the screen.
-    folds
-        At least 2.
     splits
         Of `SPLITS`. None takes those that the screen has something to say of: cells; combinations, if there are any;
         and singles, if there are combinations (whose parts are then unseen) or the run has embeddings.
-    legacy
-        See `crlseq.evaluation.evaluate.evaluate`.
     note
         Called with a line about each fold.
 
@@ -92,17 +76,15 @@ def cross_validate(
         if name not in SPLITS:
             raise UsageError(f"There is no split {name!r}.", f"There are {', '.join(SPLITS)}.")
     screen, labels = _read(run)
-    config = fold_config(run, labels)
-    chosen = tuple(splits) if splits else default_splits(run, labels)
-    plan = make_folds(labels, run, folds, chosen)
+    config, controls = fold_config(run, labels), np.flatnonzero(labels.condition == 0)
+    chosen = splits or default_splits(run, labels)
     tables, notes = [], [f"{folds} folds; held out: {', '.join(chosen)}."]
-    for number, fold in enumerate(plan):
+    for number, fold in enumerate(make_folds(labels, run, folds, chosen)):
         if not len(fold.judged):
             continue
-        controls = np.flatnonzero(labels.condition == 0)
         with tempfile.TemporaryDirectory(prefix="crlseq-fold-") as folder:
             note(f"fold {number + 1} of {folds}: {len(fold.train)} cells to fit, {len(fold.judged)} to evaluate on")
-            refit = fit(screen[fold.train].copy(), Path(folder) / "RUN", config=config, progress=Progress())
+            refit = fit(screen[fold.train].copy(), Path(folder) / "RUN", config=config)
             found = evaluate(refit, screen[np.union1d(controls, fold.judged)].copy(), legacy)
         tables.append(found.conditions.assign(fold=number))
         notes += [text for text in found.notes if text not in notes and not text.startswith("Never fitted")]
@@ -110,8 +92,7 @@ def cross_validate(
     if not tables:
         raise InputError("There is nothing to hold out.", "Choose other --splits.")
     table: pd.DataFrame = pd.concat(tables, ignore_index=True)
-    means = over_folds(table)
-    seed = run.facts.seed
+    means, seed = over_folds(table), run.facts.seed
     comparisons = compare(means, seed)
     return Evaluation(table, summarise(means, seed), comparisons, in_words(comparisons), tuple(notes), {})
 
@@ -127,14 +108,12 @@ def over_folds(table: pd.DataFrame) -> pd.DataFrame:
 def make_folds(labels: Perturbations, run: Run, folds: int, splits: Sequence[str]) -> list[Fold]:
     """Which cells each fold fits and judges: none does both, and all cells of a condition held out whole are judged."""
     rng = np.random.default_rng([run.facts.seed, 11])
-    settings = Config.model_validate(run.info["config"]).data
-    selection = select_conditions(labels, settings)
+    selection = select_conditions(labels, Config.model_validate(run.info["config"]).data)
     order = np.array([len(parts) for parts in labels.conditions])
     never = selection.held_out & (order > 0)  # by the run itself
     usable = (selection.fitted & (order > 0)) | never
     singles = np.flatnonzero(usable & (order == 1) & ~never) if "singles" in splits else np.zeros(0, np.int64)
-    shuffled = rng.permutation(singles)
-    of_part = {labels.conditions[c][0]: i % folds for i, c in enumerate(shuffled)}
+    of_part = {labels.conditions[c][0]: i % folds for i, c in enumerate(rng.permutation(singles))}
     whole_ones = usable & ((order > 1) | never) if "combinations" in splits else never
     of_condition = np.full(len(order), -1)
     load = np.zeros(folds, dtype=np.int64)
@@ -164,9 +143,9 @@ def make_folds(labels: Perturbations, run: Run, folds: int, splits: Sequence[str
 
 def default_splits(run: Run, labels: Perturbations) -> tuple[str, ...]:
     """See `cross_validate`."""
-    combined = any(len(parts) > 1 for parts in labels.conditions)
-    embedded = run.facts.embeddings is not None
-    return ("cells", *(["combinations"] if combined else []), *(["singles"] if combined or embedded else []))
+    if any(len(parts) > 1 for parts in labels.conditions):
+        return SPLITS
+    return ("cells", "singles") if run.facts.embeddings is not None else ("cells",)
 
 
 def fold_config(run: Run, labels: Perturbations) -> Config:

@@ -18,10 +18,9 @@ from crlseq.errors import InputError
 from crlseq.run.run import Run
 
 
-def h5ad(run: Run, path: Path) -> list[str]:
+def h5ad(run: Run, path: Path) -> None:
     """The annotated input, as it lies in the run's folder."""
     run.write_h5ad(run.folder / "crlseq.h5ad", path)
-    return []
 
 
 def _read(run: Run) -> ad.AnnData:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pandas as pd
-
 from crlseq.export.graph import verdict
 from crlseq.export.registry import write_folder
 from crlseq.readout.enrichment import TOP_MOST, TOP_SHARE
@@ -20,19 +18,13 @@ def csv(run: Run, path: Path) -> list[str]:
     return [verdict(run)]
 
 
-def network_table(run: Run) -> pd.DataFrame:
+def network(run: Run, path: Path) -> None:
     """``source, target, weight``: every program's loadings that are not 0, as decoupler's methods take networks."""
-    table = run.programs[run.programs["loading"] != 0]
-    return pd.DataFrame({"source": table["program"], "target": table["gene"], "weight": table["loading"]})
+    table = run.programs.loc[run.programs["loading"] != 0, ["program", "gene", "loading"]]
+    path.write_bytes(to_csv(table.set_axis(["source", "target", "weight"], axis=1)))
 
 
-def network(run: Run, path: Path) -> list[str]:
-    """See `network_table`."""
-    path.write_bytes(to_csv(network_table(run)))
-    return []
-
-
-def gmt(run: Run, path: Path) -> list[str]:
+def gmt(run: Run, path: Path) -> None:
     """Two sets per program: its strongest genes that rise and that fall with it."""
     lines = []
     for program in run.facts.programs:
@@ -44,21 +36,16 @@ def gmt(run: Run, path: Path) -> list[str]:
             if genes:
                 lines.append("\t".join(map(_field, [f"{program.name}_{direction}", program.label, *genes])))
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return []
 
 
-def rnk(run: Run, path: Path) -> list[str]:
+def rnk(run: Run, path: Path) -> None:
     """A ranking of all genes per program, by signed loading."""
     files = {}
     for name in run.program_names:
         own = run.programs[run.programs["program"] == name].sort_values("loading", ascending=False, kind="stable")
-        rows = (
-            f"{_field(str(gene))}\t{value!r}\n"
-            for gene, value in zip(own["gene"], own["loading"].tolist(), strict=True)
-        )
-        files[f"{name}.rnk"] = "".join(rows).encode()
+        pairs = zip(own["gene"], own["loading"].tolist(), strict=True)
+        files[f"{name}.rnk"] = "".join(f"{_field(str(gene))}\t{value!r}\n" for gene, value in pairs).encode()
     write_folder(path, files)
-    return []
 
 
 def _field(text: str) -> str:

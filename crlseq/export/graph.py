@@ -57,11 +57,8 @@ def to_cyjs(graph: nx.DiGraph[str]) -> bytes:
 def to_dot(graph: nx.DiGraph[str]) -> bytes:
     """The DAG in Graphviz' language: programs with their labels, edges with weights, a bar at the end of negative ones."""
     verdict = f"The graph is {graph.graph['identified']}."
-    lines = [
-        "digraph crlseq {",
-        f"  graph [rankdir=TB, label={_quoted(verdict)}];",
-        "  node [shape=box, style=rounded];",
-    ]
+    lines = ["digraph crlseq {", f"  graph [rankdir=TB, label={_quoted(verdict)}];"]
+    lines.append("  node [shape=box, style=rounded];")
     for node, values in graph.nodes(data=True):
         lines.append(f"  {_quoted(node)} [label={_quoted(node, values['label'])}];")
     for source, target, values in graph.edges(data=True):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 from crlseq.export.registry import write_folder
 from crlseq.run.run import Run
@@ -34,9 +32,18 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 
 
-def multiqc(run: Run, path: Path) -> list[str]:
-    """Two files, with a row that is named for the run's folder."""
-    sample, values = run.folder.resolve().name, _values(run)
+def multiqc(run: Run, path: Path) -> None:
+    """Two files, with a row that is named for the run's folder, without what the run does not have."""
+    sample, facts, metrics = run.folder.resolve().name, run.facts, run.facts.metrics
+    values = {
+        "perturbations": len(run.interventions), "programs": facts.n_latents, "detected": metrics.n_detected,
+        "graph": facts.identification.verdict, "edges": metrics.n_edges,
+        "cells": facts.cells.train + facts.cells.validation + facts.cells.test, "unused": facts.cells.unused,
+        "genes": len(run.programs) // max(facts.n_latents, 1), "pearson_delta": metrics.pearson_delta,
+        "evaluated_on": metrics.evaluated_on, "epochs": facts.training.epochs_run, "seconds": facts.seconds,
+        "version": facts.version,
+    }  # fmt: skip
+    values = {name: value for name, value in values.items() if value is not None and value == value}  # NaN is not
     table = {
         "id": "crlseq", "section_name": "crlseq",
         "description": "Causal gene programs of Perturb-seq screens: what each run found, and whether its graph is determined.",
@@ -49,22 +56,6 @@ def multiqc(run: Run, path: Path) -> list[str]:
         "headers": {name: {"namespace": "crlseq", **about} for name, about in GENERAL.items()},
         "data": {sample: {name: value for name, value in values.items() if name in GENERAL}},
     }  # fmt: skip
-    contents = {"crlseq_mqc.json": table, "crlseq_general_mqc.json": general}
-    write_folder(
-        path, {name: json.dumps(about, indent=1, ensure_ascii=False).encode() for name, about in contents.items()}
-    )
-    return []
-
-
-def _values(run: Run) -> dict[str, Any]:
-    """The row of `COLUMNS`, without what a run does not have."""
-    facts, metrics = run.facts, run.facts.metrics
-    values: dict[str, Any] = {
-        "perturbations": len(run.interventions), "programs": facts.n_latents, "detected": metrics.n_detected,
-        "graph": facts.identification.verdict, "edges": metrics.n_edges,
-        "cells": facts.cells.train + facts.cells.validation + facts.cells.test, "unused": facts.cells.unused,
-        "genes": len(run.programs) // max(facts.n_latents, 1), "pearson_delta": metrics.pearson_delta,
-        "evaluated_on": metrics.evaluated_on, "epochs": facts.training.epochs_run, "seconds": facts.seconds,
-        "version": facts.version,
-    }  # fmt: skip
-    return {k: v for k, v in values.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
+    parts = {"crlseq_mqc.json": table, "crlseq_general_mqc.json": general}
+    files = {name: json.dumps(part, indent=1, ensure_ascii=False).encode() for name, part in parts.items()}
+    write_folder(path, files)

@@ -1,18 +1,17 @@
 """The formats of other tools that a run can be written in, and the one function that writes them.
 
-A new format is an entry in `FORMATS` and a function beside its kin: ``f(run, path) -> notes`` writes the format and
-returns what a user should know. Formats are named here as text, since the command line reads this table before anything
-heavy is imported.
+A new format is an entry in `FORMATS` and a function beside its kin: ``f(run, path)`` writes the format and returns what a
+user should know, if there is anything. Functions are named as text, since the command line reads this table before
+anything heavy is imported.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from crlseq.errors import InputError, UsageError
 from crlseq.storage.files import written_whole
@@ -21,26 +20,13 @@ if TYPE_CHECKING:
     from crlseq.run.run import Run
 
 
-@dataclass(frozen=True)
-class Format:
-    """One format.
+class Format(NamedTuple):
+    """One format."""
 
-    Attributes
-    ----------
-    what
-        What is written and for which tool, for the help.
-    function
-        Module of `crlseq.export` and name of the function that writes it.
-    suffix
-        Usual end of the file's name; empty for a folder of files.
-    extra
-        Package that is needed, which is the name of crlseq's extra too.
-    """
-
-    what: str
-    function: str
-    suffix: str = ""
-    extra: str = ""
+    what: str  # is written and for which tool, for the help
+    function: str  # that writes it, after its module of `crlseq.export`
+    suffix: str = ""  # usual end of the file's name; empty for a folder of files
+    extra: str = ""  # package that is needed, and the name of crlseq's extra
 
 
 FORMATS: dict[str, Format] = {
@@ -61,36 +47,20 @@ FORMATS: dict[str, Format] = {
 
 
 def write(run: Run, name: str, path: Path) -> list[str]:
-    """Write a format of `FORMATS`, whole or not at all.
+    """Write a format of `FORMATS`, whole or not at all; returned is what a user should know about it.
 
-    Returns
-    -------
-    What a user should know about it.
-
-    Raises
-    ------
-    InputError
-        If the run has no folder, or the place cannot be written.
-    UsageError
-        If there is no such format, or the library for it is not installed.
+    Refused are, by `InputError`, a run without a folder and a place that cannot be written, and what `check_format` refuses.
     """
     check_format(name)
     _ = run.folder  # refuses a run without one
     module, function = FORMATS[name].function.split(".")
     writer = getattr(import_module(f"crlseq.export.{module}"), function)
-    if not FORMATS[name].suffix:
-        return list(writer(run, path))
-    with written_whole(path) as beside:
-        return list(writer(run, beside))
+    with written_whole(path) if FORMATS[name].suffix else nullcontext(path) as place:
+        return list(writer(run, place) or [])
 
 
 def check_format(name: str) -> None:
-    """Refuse a format that does not exist or whose library is not installed.
-
-    Raises
-    ------
-    UsageError
-    """
+    """Refuse, by `UsageError`, a format that does not exist or whose library is not installed."""
     if name not in FORMATS:
         raise UsageError(f"There is no format {name!r}.", f"Formats are {', '.join(FORMATS)}.")
     extra = FORMATS[name].extra

@@ -352,22 +352,3 @@ def _obs(run: Run, names: list[str], cells: np.ndarray, counterfactual: bool) ->
     if counterfactual:
         columns["counterfactual"] = ~real
     return pd.DataFrame(columns, index=pd.Index(index, dtype=object))
-
-
-def refuse_file(output: Path, force: bool, inputs: Sequence[Path]) -> None:
-    """Refuse a file that must not or cannot be written, before any work is done; `inputs` are never replaced.
-
-    Raises
-    ------
-    InputError
-    """
-    try:
-        if any(output.resolve() == path.resolve() for path in inputs):
-            raise InputError(f"{output} is an input of the prediction.", "Choose another --output.")
-        is_folder, exists = output.is_dir(), output.exists()
-    except OSError as error:  # a name that is too long, or a loop of links
-        raise InputError(f"{output} cannot be written: {error.strerror}.", "Choose another --output.") from None
-    if is_folder:
-        raise InputError(f"{output} is a folder.", "Name a file to write.")
-    if exists and not force:
-        raise InputError(f"{output} exists.", "Choose another --output, or replace it with --force.")

@@ -217,6 +217,7 @@ def test_one_seed_has_no_ensemble(run_folder: Path) -> None:
 
 def test_help_says_what_the_configuration_says() -> None:
     told = " ".join(invoke("fit", "--help").out.replace("│", " ").split())
+    assert "…" not in told, "a terminal of 80 columns cuts it off"
     for name, flag in FLAGS.items():
         for word in flag["switch"].split("/") if flag["switch"] else ["--" + name.replace("_", "-")]:
             assert word in told

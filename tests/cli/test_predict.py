@@ -91,8 +91,10 @@ def test_bad_places(run_folder: Path, tmp_path: Path) -> None:
     for output in (run_folder / "crlseq.h5ad", run_folder / "run.json"):
         before = output.read_bytes()
         answer = invoke("predict", run_folder, "-p", "g0", "-o", output, "--force")
-        check_refusal(answer.code, answer.out, answer.err, 3, "an input of the prediction")
+        check_refusal(answer.code, answer.out, answer.err, 3, "a part of the run")
         assert output.read_bytes() == before
+    answer = invoke("predict", run_folder, "-p", "g0", "-o", tmp_path / "file", "--from", tmp_path / "file", "--force")
+    check_refusal(answer.code, answer.out, answer.err, 3, "an input of the prediction")
     answer = invoke("predict", run_folder, "-p", "g0", "-o", tmp_path / ("x" * 300))
     check_refusal(answer.code, answer.out, answer.err, 3, "cannot be written")
     answer = invoke("predict", tmp_path, "-p", "g0", "-o", tmp_path / "virtual.h5ad")

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import crlseq
-from crlseq.experiments.compare_runs import causes, differences
+from crlseq.experiments.rerun import causes, differences
 from tests.support import check_refusal, invoke, spawn
 
 FIT = ["--method", "gradient", "--epochs", 2, "--n-latents", 2, "--hold-out-cells", 0.2]
