@@ -171,8 +171,7 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
             return
         if first["input"] != digest:
             raise InputError(
-                f"Rank {ranks.rank} and rank 0 read different files as {source}.",
-                "Give every machine the same file.",
+                f"Rank {ranks.rank} and rank 0 read different files as {source}.", "Give every machine the same file."
             )
         with on_threads(_threads(config, data)):
             fit_model(left_out(data, first["escaped"].numpy()), config, first["n_latents"], ranks=ranks)
