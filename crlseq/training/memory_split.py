@@ -54,10 +54,7 @@ class SplitSteps:
     def divide(self, n: int, batch: BatchIndex) -> None:
         """Twice as many parts as the `n` that memory did not suffice for, unless another thread has done so.
 
-        Raises
-        ------
-        InputError
-            If a part is a single condition already.
+        InputError if a part is a single condition already.
         """
         with self._lock:
             if torch.cuda.is_available():
@@ -98,12 +95,11 @@ class SplitStep:
             self.steps.divide(n, self.batch)
 
     def _parts(self, n: int) -> Iterator[Step]:
-        whole = self.whole
-        if n == 1 and whole is not None:
-            yield whole
-            return
-        for own in self.steps.conditions(self.batch, n):
-            yield self.steps.objective.prepare(self.batch, own)
+        if n == 1 and self.whole is not None:
+            yield self.whole
+        else:
+            for own in self.steps.conditions(self.batch, n):
+                yield self.steps.objective.prepare(self.batch, own)
 
 
 def _sum(found: Iterator[Terms]) -> Terms:
