@@ -78,10 +78,8 @@ def fitted_sets(path: Path, genes: Sequence[str]) -> GeneSets:
             )
     refuse_unmatched(str(path), seen, common, genes)
     if not units:
-        raise InputError(
-            f"No gene set of {path} contains {MIN_FITTED} or more of the {len(genes)} fitted genes.",
-            "Fit more genes, or give other gene sets.",
-        )
+        what = f"No gene set of {path} contains {MIN_FITTED} or more of the {len(genes)} fitted genes."
+        raise InputError(what, "Fit more genes, or give other gene sets.")
     members = np.zeros((len(units), len(genes)), dtype=bool)
     for row, found in zip(members, units, strict=True):
         row[list(found)] = True

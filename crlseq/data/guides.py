@@ -106,10 +106,8 @@ def genes_of_guides(
     if table is not None:
         missing = [guide for guide in guides if guide not in table]
         if missing:
-            raise InputError(
-                f"{len(missing)} of {len(guides)} guides are not in the guide map, first {missing[0]!r}.",
-                "Add one line per guide: the guide, a tab, its gene.",
-            )
+            what = f"{len(missing)} of {len(guides)} guides are not in the guide map, first {missing[0]!r}."
+            raise InputError(what, "Add one line per guide: the guide, a tab, its gene.")
         parsed, rule = {guide: table[guide] for guide in guides}, "table"
     else:
         parsed, rule = _by_style(guides, control_label)
@@ -172,10 +170,8 @@ def _genes(names: Iterable[str], config: DataConfig) -> tuple[dict[str, str], st
     mark = config.separator or JOINED
     torn = next((gene for gene in genes.values() if mark in gene), None)
     if torn is not None:
-        raise InputError(
-            f"The gene {torn!r} of a guide contains {mark!r}, which separates the genes of a combination.",
-            "Choose another --separator, or rename the gene in a --guide-map.",
-        )
+        what = f"The gene {torn!r} of a guide contains {mark!r}, which separates the genes of a combination."
+        raise InputError(what, "Choose another --separator, or rename the gene in a --guide-map.")
     return genes, rule
 
 
@@ -292,10 +288,8 @@ def _no_counts(source: str, key: str, there: list[str]) -> InputError:
 
 def _table_of(element: Any, key: str) -> tuple[sp.csr_matrix, list[str]]:
     if not isinstance(element, pd.DataFrame):
-        raise InputError(
-            f"The guide counts obsm[{key!r}] do not name their guides.",
-            "Store them as a DataFrame with guides as columns, or as a modality of a MuData file.",
-        )
+        what = f"The guide counts obsm[{key!r}] do not name their guides."
+        raise InputError(what, "Store them as a DataFrame with guides as columns, or as a modality of a MuData file.")
     return _as_counts(element.to_numpy(), key), [str(name) for name in element.columns]
 
 
@@ -306,10 +300,8 @@ def _as_counts(values: Any, key: str) -> sp.csr_matrix:
         raise InputError(f"The guide counts {key!r} are not numbers.", "Give UMI counts.") from error
     bad = (~np.isfinite(counts.data)) | (counts.data < 0) | (counts.data != np.rint(counts.data))
     if bad.any():
-        raise InputError(
-            f"The guide counts {key!r} have the value {counts.data[np.flatnonzero(bad)[0]]:g}, which is not a count.",
-            "Give raw UMI counts.",
-        )
+        what = f"The guide counts {key!r} have the value {counts.data[np.flatnonzero(bad)[0]]:g}, which is not a count."
+        raise InputError(what, "Give raw UMI counts.")
     return counts
 
 

@@ -110,10 +110,8 @@ def read_perturbations(
     rivals = [r for r in usable[1:] if (r.key in STYLE_OF) == (chosen.key in STYLE_OF)]
     for rival in rivals:
         if difference := _difference(chosen, rival):
-            raise InputError(
-                f"Columns '{chosen.key}' and '{rival.key}' both look like perturbation labels, but {difference}.",
-                f"Choose with {_options('--perturbation-key', [chosen.key, rival.key])}.",
-            )
+            what = f"Columns '{chosen.key}' and '{rival.key}' both look like perturbation labels, but {difference}."
+            raise InputError(what, f"Choose with {_options('--perturbation-key', [chosen.key, rival.key])}.")
     given = {"--perturbation-key": key, "--control-label": control_label, "--separator": separator}
     told = " and ".join(option for option, value in given.items() if value is not None)
     same = " and ".join(f"'{rival.key}'" for rival in rivals)

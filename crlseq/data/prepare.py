@@ -237,10 +237,8 @@ class _Progress:
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path} is damaged.", "Start over with --force.") from error
             if not same:
-                raise InputError(
-                    "The unfinished store was started from other files or with other options.",
-                    "Repeat its options to resume it, or start over with --force.",
-                )
+                what = "The unfinished store was started from other files or with other options."
+                raise InputError(what, "Repeat its options to resume it, or start over with --force.")
         self.files, self.buckets, self.shards = (self.done[name] for name in ("files", "buckets", "shards"))
 
     def save(self) -> None:
@@ -269,10 +267,8 @@ def _distribute(plan: _Plan, buckets: Buckets, progress: _Progress, stage: Calla
                 progress.save()
             kinds.append(kind_of_values(found, screen.source, plan.options.values)[0])
             if kinds[-1] != kinds[0]:
-                raise InputError(
-                    f"{path} has values of kind {kinds[-1]}, but {plan.paths[0]} of kind {kinds[0]}.",
-                    "Prepare files of one kind together, or name a layer with --layer.",
-                )
+                what = f"{path} has values of kind {kinds[-1]}, but {plan.paths[0]} of kind {kinds[0]}."
+                raise InputError(what, "Prepare files of one kind together, or name a layer with --layer.")
     return kinds[0]
 
 

@@ -37,7 +37,7 @@ from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
 from crlseq.run.summary import sets_in_words
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_weights
-from crlseq.storage.files import by_hdf5
+from crlseq.storage.files import by_hdf5, refuse_existing
 from crlseq.storage.runfolder import EMBEDDINGS, GENE_SETS, move_into_place, partial_of, refuse_output, working_folder
 from crlseq.storage.stage_cache import StageCache
 from crlseq.threads import on_threads
@@ -131,8 +131,7 @@ def fit(
         return _finished(target, config, progress, ranks)
     refuse_output(target, resume, force)
     with working_folder(partial_of(target), resume) as folder:
-        if not force and os.path.lexists(target):  # another process has finished it in the meantime
-            raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
+        refuse_existing(target, force)  # another process may have finished it in the meantime
         _fit(Job(source, config, progress, ranks, folder))
         move_into_place(folder, target)
     return load(target)
@@ -142,10 +141,8 @@ def _finished(target: Path, config: Config, progress: Progress, ranks: Ranks) ->
     """The run that was to be resumed."""
     run = load(target)
     if run.info["config"] != config.model_dump(mode="json"):
-        raise InputError(
-            f"The run {target} is finished, but was fitted with other options.",
-            "Choose another --output, or replace it with --force and without --resume.",
-        )
+        what = f"The run {target} is finished, but was fitted with other options."
+        raise InputError(what, "Choose another --output, or replace it with --force and without --resume.")
     progress.note(f"{target} is finished already.")
     ranks.from_first(None)
     return run
@@ -154,14 +151,7 @@ def _finished(target: Path, config: Config, progress: Progress, ranks: Ranks) ->
 def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
     """What ranks behind the first do of `fit`: read the same screen, and train with the others.
 
-    Raises
-    ------
-    InputError
-        If the screen cannot be used, or is not the first rank's.
-    UsageError
-        If steps are too small for so many processes.
-    ConvergenceError
-        If the loss is not finite.
+    Raises what `fit` does, and InputError if the screen is not the first rank's.
     """
     resolve_device(config.training.device)
     with on_threads(_threads(config)):
@@ -250,28 +240,17 @@ def _test(job: Job, screen: Screen) -> Tested:
 
 def _discover(job: Job, tested: Tested) -> Start:
     """Step 3: programs, targets and graph by likelihood, unless they are to be learned by gradient."""
-    try:
-        return Start(*_start(tested.data, job.config, tested.projection, tested.tests, job.progress, tested.stages))
-    except InputError:  # there is nothing to go on with
-        tested.stages.clear()
-        raise
-
-
-def _start(
-    data: PerturbSeqData,
-    config: Config,
-    projection: Projection,
-    tests: dict[str, np.ndarray],
-    progress: Progress,
-    cache: StageCache,
-) -> tuple[WarmStart | None, int, str]:
-    """What the fit starts from (None: random weights), the number of programs, and why that many."""
+    tests, stages, progress, seed = tested.tests, tested.stages, job.progress, job.config.training.seed
     effect = np.where(tests["fdr"] <= DETECTABLE_FDR, np.maximum(tests["energy"], 1e-12), 0.0)  # NaN counts as none
-    task = Task(data, effect, config.model, config.training.seed, progress.stage, progress.note, cache)
-    programs = find_programs(task)
-    if programs.discovery is None:
-        return None, programs.n, programs.reason
-    return WarmStart(programs.discovery, ~np.isnan(tests["p_value"]), projection), programs.n, programs.reason
+    task = Task(tested.data, effect, job.config.model, seed, progress.stage, progress.note, stages)
+    try:
+        programs = find_programs(task)
+    except InputError:  # there is nothing to go on with
+        stages.clear()
+        raise
+    found = programs.discovery
+    warm = None if found is None else WarmStart(found, ~np.isnan(tests["p_value"]), tested.projection)
+    return Start(warm, programs.n, programs.reason)
 
 
 def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
@@ -279,8 +258,7 @@ def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
     folder, progress, ranks, sets = job.folder, job.progress, job.ranks, screen.sets
     progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
     escaped = np.zeros(0, dtype=np.int64) if tested.responders is None else tested.responders.escaped
-    of_ranks = {"input": screen.digest, "n_latents": start.n_latents, "escaped": torch.from_numpy(escaped)}
-    ranks.from_first(of_ranks)
+    ranks.from_first({"input": screen.digest, "n_latents": start.n_latents, "escaped": torch.from_numpy(escaped)})
     if sets is not None and folder is not None and not (folder / GENE_SETS).exists():
         sets.write(folder / GENE_SETS)
     identity = f"{screen.identity}\n{start.n_latents}\n{'' if sets is None else sets.digest()}"

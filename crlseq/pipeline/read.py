@@ -12,11 +12,10 @@ import torch
 from crlseq._version import __version__
 from crlseq.config import Config, to_toml
 from crlseq.data import splits
-from crlseq.data.dataset import PerturbSeqData, read_data
+from crlseq.data.dataset import PerturbSeqData, StreamedExpression, read_data
 from crlseq.data.embeddings import Embeddings, read_embeddings
 from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
 from crlseq.data.source import content_of, digest_of, state_of
-from crlseq.data.streamed import StreamedExpression
 from crlseq.errors import UsageError
 from crlseq.storage.runfolder import GENE_SETS
 from crlseq.training.distributed import Ranks
@@ -72,18 +71,14 @@ def read_cells(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) ->
     data = read_data(source, config.data, config.training.seed)
     streamed = isinstance(data.x, StreamedExpression)
     if streamed and config.data.responders:
-        raise UsageError(
-            "--responders excludes single cells, which a streamed store does not allow.",
-            "Load the whole store with --in-memory, or drop --responders.",
-        )
+        what = "--responders excludes single cells, which a streamed store does not allow."
+        raise UsageError(what, "Load the whole store with --in-memory, or drop --responders.")
     suit_allocator(streamed)
     torch.set_num_threads(threads)  # numba, which scanpy starts to choose genes, sets its own number
     in_step = resolve_step(config.training, data.cells_by_condition(splits.TRAIN))
     if ranks.size > in_step:
-        raise UsageError(
-            f"{ranks.size} processes cannot share steps of {in_step} perturbations.",
-            "Start fewer processes, or raise perturbations_per_step in the configuration file.",
-        )
+        what = f"{ranks.size} processes cannot share steps of {in_step} perturbations."
+        raise UsageError(what, "Start fewer processes, or raise perturbations_per_step in the configuration file.")
     return data
 
 

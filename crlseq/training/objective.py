@@ -12,8 +12,7 @@ from torch import Tensor
 
 from crlseq.config import ModelConfig
 from crlseq.data.batches import BatchIndex
-from crlseq.data.dataset import PerturbSeqData
-from crlseq.data.streamed import StreamedExpression
+from crlseq.data.dataset import PerturbSeqData, StreamedExpression
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.expression_rows import DenseRows, Rows, SparseRows
 from crlseq.model.losses import Kernel, anchor_term, interventional_terms, loss_terms
