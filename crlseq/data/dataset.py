@@ -17,14 +17,7 @@ from crlseq.data import splits
 from crlseq.data.guides import Guides, read_labels
 from crlseq.data.matrix import Screen, open_screen, scan
 from crlseq.data.perturbations import Perturbations, refuse_missing_column
-from crlseq.data.preprocess import (
-    Preprocessing,
-    is_sparse,
-    kind_of_values,
-    load,
-    plan_preprocessing,
-    refuse_silent_cells,
-)
+from crlseq.data.preprocess import Preprocessing, kind_of_values, load, plan_preprocessing, refuse_silent_cells
 from crlseq.data.store import Manifest, StoredMatrix, read_manifest
 from crlseq.errors import InputError, few
 
@@ -113,10 +106,7 @@ class PerturbSeqData:
         return np.flatnonzero((self.condition == condition) & np.isin(self.split, codes))
 
     def comparable(self) -> np.ndarray:
-        """(cells,) bool: whether controls to train on share a cell's batch.
-
-        What a batch without any does to its cells cannot be told from what their perturbations do.
-        """
+        """(cells,) bool: whether controls to train on share a cell's batch, so that its effect can be told."""
         return np.isin(self.batch, self.batch[self.cells(0, splits.TRAIN)])
 
     def cells_by_condition(self, *codes: int) -> list[np.ndarray]:
@@ -253,8 +243,8 @@ def _stream(
     assert isinstance(screen.matrix, StoredMatrix)
     controls = labels.condition == 0
     pools = [np.flatnonzero(controls & (split == code))[:CONTROL_POOL] for code in range(1, len(splits.SPLITS))]
-    sparse, held = is_sparse(n_values, (screen.n_cells, len(record.genes))), np.sort(np.concatenate(pools))
-    return StreamedExpression(screen.matrix, record, record.places(screen.genes), sparse, held)
+    sparse, place = record.is_sparse(n_values, screen.n_cells), record.places(screen.genes)
+    return StreamedExpression(screen.matrix, record, place, sparse, np.sort(np.concatenate(pools)))
 
 
 def _renumbered(labels: Perturbations, selection: Selection) -> tuple[np.ndarray, list[int], dict[int, int], list[str]]:

@@ -109,8 +109,7 @@ def read_gmt(path: Path) -> Iterator[tuple[str, str, list[str]]]:
 
     InputError if the file cannot be read, is packed or no text, or a line is malformed, too long or repeats a name.
     """
-    at, read = dict[str, int](), 0
-    number = 0
+    at, read, number = dict[str, int](), 0, 0
     try:
         with path.open("rb") as file:
             while line := file.readline(MAX_LINE + 1):

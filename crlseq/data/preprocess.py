@@ -92,6 +92,10 @@ class Preprocessing:
         """(all genes,) int32 column of each fitted gene, in the file's order; -1 of the others."""
         return np.asarray(pd.Index(self.genes).get_indexer(genes), dtype=np.int32)
 
+    def is_sparse(self, n_values: int, n_cells: int) -> bool:
+        """Whether expression with so many values is held by those that are not 0."""
+        return n_values < 0.5 * n_cells * len(self.genes)
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -257,7 +261,7 @@ def load(screen: Screen, record: Preprocessing, n_values: int) -> sp.csr_matrix 
     place at once, and nothing is held twice.
     """
     place, shape = record.places(screen.genes), (screen.n_cells, len(record.genes))
-    sparse = is_sparse(n_values, shape)
+    sparse = record.is_sparse(n_values, screen.n_cells)
     dense = np.empty((0, 0) if sparse else shape, dtype=np.float32)
     data = np.empty(n_values if sparse else 0, dtype=np.float32)
     indices = np.empty(len(data), dtype=np.int32)
@@ -271,8 +275,3 @@ def load(screen: Screen, record: Preprocessing, n_values: int) -> sp.csr_matrix 
         entries = slice(start[rows.start], start[rows.stop])
         data[entries], indices[entries] = part.data, part.indices
     return sp.csr_matrix((data, indices, start), shape=shape) if sparse else dense
-
-
-def is_sparse(n_values: int, shape: tuple[int, int]) -> bool:
-    """Whether a matrix is held by its values that are not 0."""
-    return n_values < 0.5 * shape[0] * shape[1]

@@ -16,8 +16,8 @@ All cells stay where there is no ground to tell them apart: without a detectable
 shifted normal describes the coordinates as well (BIC), or where the two means are closer than `SEPARATION` standard
 deviations of control.
 
-Choosing cells by how they look makes the perturbation's effect look larger, and that of a perturbation whose effect
-varies among cells most of all. p-values are therefore those of all cells, and test cells are never left out.
+Choosing cells by how they look makes effects look larger, those that vary among cells most of all. p-values are therefore
+of all cells, and test cells are never left out.
 """
 
 from __future__ import annotations
@@ -154,11 +154,11 @@ def _tell_apart(x: np.ndarray, is_train: np.ndarray, control: np.ndarray) -> _Mi
         if np.array_equal(now, responds):
             break
         responds = now
-    why = ""
     if separation < SEPARATION:
         why = "responders would be too close to control cells"
-    elif not _needs_two(s[is_train], (share, m, sd), (m0, sd0)):
-        why = "one normal distribution describes the cells as well"
+    else:
+        two = _needs_two(s[is_train], (share, m, sd), (m0, sd0))
+        why = "" if two else "one normal distribution describes the cells as well"
     return _Mixture(posterior, share, separation, why)
 
 

@@ -49,7 +49,11 @@ def read_screen(
     ``folder`` is the run's; ``stage`` and ``note`` report what is done and what was decided on the way.
     """
     vectors = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
-    gmt = _gmt(config, folder)
+    gmt = None if config.data.gene_sets is None else Path(config.data.gene_sets)
+    if gmt is not None:
+        if folder is not None and (folder / GENE_SETS).exists() and not gmt.exists():
+            gmt = folder / GENE_SETS  # a fit that goes on does without the file, by this copy
+        check_gmt(gmt)
     stage("reading the screen")
     # A store is compared with its checksums before anything is made of it.
     state, digest = state_of(source), digest_of(source)
@@ -80,14 +84,3 @@ def read_cells(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) ->
         what = f"{ranks.size} processes cannot share steps of {in_step} perturbations."
         raise UsageError(what, "Start fewer processes, or raise perturbations_per_step in the configuration file.")
     return data
-
-
-def _gmt(config: Config, folder: Path | None) -> Path | None:
-    """The file of gene sets, looked through; a fit that goes on does without it, by the copy in its folder."""
-    if config.data.gene_sets is None:
-        return None
-    path = Path(config.data.gene_sets)
-    if folder is not None and (folder / GENE_SETS).exists() and not path.exists():
-        path = folder / GENE_SETS
-    check_gmt(path)
-    return path

@@ -85,10 +85,7 @@ def previous_of(path: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without executing anything in it.
-
-    InputError if the file is cut short, changed, or holds anything but tensors and primitives.
-    """
+    """Read a checkpoint, executing nothing; InputError if it is damaged or holds more than tensors and primitives."""
     try:
         content = path.read_bytes()
         if hashlib.sha256(content[:-CHECKSUM]).digest() != content[-CHECKSUM:]:

@@ -53,14 +53,11 @@ class LostRankError(CrlseqError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train one model, and which of them this is; `ALONE` is a single one, for which nothing is sent.
-
-    ``waiting`` is the group whose operations wait for what the first rank does alone.
-    """
+    """The processes that train one model, and which of them this is; `ALONE` is a single one, for which nothing is sent."""
 
     rank: int = 0
     size: int = 1
-    waiting: ProcessGroup | None = None
+    waiting: ProcessGroup | None = None  # whose operations wait for what the first rank does alone
 
     def own(self, mask: np.ndarray) -> np.ndarray | None:
         """Pieces of a step, (C, B) cells that are there, which this rank computes; None for all of them."""

@@ -153,10 +153,7 @@ def fit_extrapolation(
 def _surely_better(
     squares: dict[tuple[str, float], np.ndarray], simple: tuple[str, float], others: list[tuple[str, float]]
 ) -> tuple[str, float]:
-    """The best of `others` by summed squares (K,), if it beats `simple` by more than one standard error; else `simple`.
-
-    With few perturbations the best of many is often better by chance.
-    """
+    """The best of `others` by summed squares (K,), if it beats `simple` by more than one standard error; else `simple`."""
     if not others:
         return simple
     best = min(others, key=lambda key: float(squares[key].sum()))

@@ -21,10 +21,9 @@ from crlseq.training.warm_start import Anchor
 
 
 class CellSource:
-    """Cells of the screen as tensors on the device: sparse or dense as they are stored; there for good if they fit.
+    """Cells of the screen as tensors on the device: sparse or dense as they are stored.
 
-    On CUDA the whole screen lies on the device when it takes at most half of the free memory; else cells are sliced
-    on the CPU and sent.
+    On CUDA all lie there for good when they take at most half of the free memory; else they are sliced and sent.
     """
 
     def __init__(self, data: PerturbSeqData, device: torch.device, dtype: torch.dtype) -> None:

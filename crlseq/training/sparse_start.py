@@ -37,10 +37,8 @@ class Loadings:
     share: Tensor
 
     def readout(self) -> tuple[np.ndarray, np.ndarray]:
-        """Weights (G, p) of the least-squares latents ``(x - center) D^-1 B' (B D^-1 B')^-1``, and their variances (p,).
-
-        These are no positive numbers where a program has no genes of its own.
-        """
+        """Weights (G, p) of the least-squares latents ``(x - center) D^-1 B' (B D^-1 B')^-1``, and their variances (p,)."""
+        # Which are no positive numbers where a program has no genes of its own.
         precise = self.loading / self.noise
         covariance = torch.linalg.inv_ex(precise @ self.loading.T)[0]
         return (precise.T @ covariance).numpy(), covariance.diagonal().numpy()
