@@ -184,8 +184,7 @@ class _Rules:
         strong = STRONG_SEPARATORS | {self.style.separator}
         no_names = NEVER_PERTURBATIONS | CONTROL_LABELS | {""}
         labels = [label for label in self.labels if label != self.control and label.casefold() not in no_names]
-        certain: list[str | None] = []
-        possible: list[str | None] = []
+        certain, possible = list[str | None](), list[str | None]()
         for separator in SEPARATORS:
             joined = [self.split(label, separator) for label in labels if separator.strip() in label]
             singles = {label for label in labels if separator.strip() not in label}
@@ -324,11 +323,9 @@ def _nothing_found(
         hint = "Name the column with --perturbation-key and its control with --control-label"
         return InputError(f"No column has {known}.", f"{hint}; columns: {columns}.")
     labels = _labels(obs[key])[0]
-    missing = (
-        "none of its labels is a known control label"
-        if control_label is None
-        else f"none is labelled '{control_label}'"
-    )
+    missing = f"none is labelled '{control_label}'"
+    if control_label is None:
+        missing = "none of its labels is a known control label"
     return InputError(
         f"Column '{key}' has no control cells: {missing}.",
         f"Name the control label with --control-label; labels: {_some(labels, control_label or 'control')}.",

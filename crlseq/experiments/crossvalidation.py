@@ -34,7 +34,8 @@ from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.errors import InputError, UsageError
 from crlseq.evaluation.compare import AXIOMS, METRICS, compare, in_words, summarise
 from crlseq.evaluation.evaluate import Evaluation, evaluate
-from crlseq.pipeline.fit import Progress, fit
+from crlseq.pipeline.fit import fit
+from crlseq.pipeline.read import Progress
 from crlseq.run.run import Run
 from crlseq.storage.runfolder import EMBEDDINGS, GENE_SETS
 

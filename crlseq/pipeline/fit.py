@@ -8,8 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from crlseq.discovery.methods import find_programs
 from crlseq.discovery.task import Task
 from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.fitted import FittedRun, load
-from crlseq.pipeline.read import Screen, read_cells, read_screen
+from crlseq.pipeline.read import Job, Progress, Screen, read_cells, read_screen
 from crlseq.pipeline.tables import tables_of
 from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
@@ -49,15 +48,6 @@ from crlseq.training.warm_start import WarmStart
 
 N_COMPONENTS = 50
 FEW_GENES = 2000  # below, the products of a training step are too small to share among threads
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a fit reports while it runs; by default nothing."""
-
-    stage: Callable[[str], None] = lambda text: None
-    note: Callable[[str], None] = lambda text: None
-    epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None
 
 
 def fit(
@@ -168,19 +158,6 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is fitted, how, and where to; without a folder the run stays in memory."""
-
-    source: str | Path | ad.AnnData
-    config: Config
-    progress: Progress
-    ranks: Ranks
-    folder: Path | None = None
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
-    clock: float = field(default_factory=time.monotonic)  # the date may be set back meanwhile
-
-
-@dataclass(frozen=True)
 class Tested:
     """Which perturbations have an effect, and the cells that are fitted: those that responded, where that is asked."""
 
@@ -203,7 +180,7 @@ class Start:
 def _fit(job: Job) -> FittedRun:
     """The six steps; memory that a step has freed is given back before the next one."""
     with on_threads(_threads(job.config)):
-        screen = read_screen(job.source, job.config, job.folder, job.ranks, job.progress.stage, job.progress.note)
+        screen = read_screen(job)
         give_back()
         tested = _test(job, screen)
         start = _discover(job, tested)

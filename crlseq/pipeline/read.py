@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import anndata as ad
@@ -25,6 +27,28 @@ from crlseq.training.trainer import resolve_step
 
 
 @dataclass(frozen=True)
+class Progress:
+    """What a fit reports while it runs; by default nothing."""
+
+    stage: Callable[[str], None] = lambda text: None
+    note: Callable[[str], None] = lambda text: None
+    epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is fitted, how, and where to; without a folder the run stays in memory."""
+
+    source: str | Path | ad.AnnData
+    config: Config
+    progress: Progress
+    ranks: Ranks
+    folder: Path | None = None
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    clock: float = field(default_factory=time.monotonic)  # the date may be set back meanwhile
+
+
+@dataclass(frozen=True)
 class Screen:
     """A screen as read, with the tables beside it; `state` and `digest` are its file's, `identity` that of the fit."""
 
@@ -36,28 +60,19 @@ class Screen:
     vectors: Embeddings | None
 
 
-def read_screen(
-    source: str | Path | ad.AnnData,
-    config: Config,
-    folder: Path | None,
-    ranks: Ranks,
-    stage: Callable[[str], None],
-    note: Callable[[str], None],
-) -> Screen:
-    """Step 1: the screen, gene sets and gene vectors, of which the small ones are looked through before the screen is read.
-
-    ``folder`` is the run's; ``stage`` and ``note`` report what is done and what was decided on the way.
-    """
+def read_screen(job: Job) -> Screen:
+    """Step 1: the screen, gene sets and gene vectors, of which the small ones are looked through before the screen is read."""
+    source, config, folder, note = job.source, job.config, job.folder, job.progress.note
     vectors = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
     gmt = None if config.data.gene_sets is None else Path(config.data.gene_sets)
     if gmt is not None:
         if folder is not None and (folder / GENE_SETS).exists() and not gmt.exists():
             gmt = folder / GENE_SETS  # a fit that goes on does without the file, by this copy
         check_gmt(gmt)
-    stage("reading the screen")
+    job.progress.stage("reading the screen")
     # A store is compared with its checksums before anything is made of it.
     state, digest = state_of(source), digest_of(source)
-    data = read_cells(source, config, ranks)
+    data = read_cells(source, config, job.ranks)
     if vectors is not None:
         refuse_strangers(vectors, data.perturbation_names, str(config.data.embeddings))
     for text in data.notes:

@@ -7,6 +7,7 @@ virtual machine six times as long as the arithmetic. So a fit keeps what it free
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT, RETURNED = 1 << 30, 1 << 22
@@ -27,10 +28,8 @@ def give_back() -> None:
 
 
 def _of_glibc(function: str, *arguments: int) -> None:
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # another C library
         getattr(ctypes.CDLL(None), function)(*arguments)
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
 
 
 def out_of_memory(error: BaseException) -> bool:

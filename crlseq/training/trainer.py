@@ -181,12 +181,9 @@ class _Epochs:
     """The `n` epochs of a fit: what each asks of the screen, and what is done where one fails or the fit was stopped."""
 
     def __init__(
-        self,
-        learners: list[Learner],
-        on_epoch: Callable[[dict[str, float], int], None],
-        on_retry: Callable[[str], None],
+        self, learners: list[Learner], on_epoch: Callable[[dict[str, float], int], None], on_note: Callable[[str], None]
     ) -> None:
-        self.learners, self.on_epoch, self.on_retry = learners, on_epoch, on_retry
+        self.learners, self.on_epoch, self.on_note = learners, on_epoch, on_note
         config, ranks, data = learners[0].config, learners[0].ranks, learners[0].objective.source.data
         self.config, self.shuffled = config, data.shuffled
         self.notes: list[str] = []
@@ -204,7 +201,7 @@ class _Epochs:
     def note(self, text: str) -> None:
         """Report, and remember, what was done again or otherwise."""
         self.notes.append(text)
-        self.on_retry(text)
+        self.on_note(text)
 
     def state(self, epoch: int) -> dict[str, Any]:
         """What is needed to go on behind `epoch`."""
