@@ -53,8 +53,16 @@ class Sparsity:
     def begin(self, epoch: int, n_epochs: int, sparsity: float) -> None:
         """Start an epoch: shapes of unit variance; in some epochs the masks' mode, of a spike annealed to `sparsity`."""
         self.decoder.standardise(self.model.scm(self.z))
-        if epoch % max(1, n_epochs // TIMES) == 0:
-            self._fit_masks(self.full.annealed(sparsity))
+        if epoch % max(1, n_epochs // TIMES):
+            return
+        # M-step, for latents drawn from the posterior of the cells.
+        rows, encoder = self.source.rows(self.cells), self.model.encoder
+        mean, variance = encoder.posterior(rows.times(encoder.hidden.weight.T) + encoder.hidden.bias)
+        eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1)).to(mean)
+        h = self.decoder.features(self.model.scm(mean + variance.sqrt() * eps))
+        mean_x = rows.moments(torch.ones(len(self.cells), device=mean.device))[0].to(mean) / len(self.cells)
+        cross = rows.transposed_times(h - h.mean(0))  # features that sum to 0: expression need not
+        self.decoder.fit_masks(self.full.annealed(sparsity), self.log_noise.exp(), h, mean_x, cross)
 
     @torch.no_grad()
     def mark(self) -> None:
@@ -65,16 +73,6 @@ class Sparsity:
     def hold(self) -> None:
         """After a step of gradient descent: masks that were 0 stay so."""
         self.decoder.output.mask.mul_(self.support)
-
-    def _fit_masks(self, prior: SpikeSlab) -> None:
-        """M-step, for latents drawn from the posterior of the cells."""
-        rows, encoder = self.source.rows(self.cells), self.model.encoder
-        mean, variance = encoder.posterior(rows.times(encoder.hidden.weight.T) + encoder.hidden.bias)
-        eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1)).to(mean)
-        h = self.decoder.features(self.model.scm(mean + variance.sqrt() * eps))
-        mean_x = rows.moments(torch.ones(len(self.cells), device=mean.device))[0].to(mean) / len(self.cells)
-        cross = rows.transposed_times(h - h.mean(0))  # features that sum to 0: expression need not
-        self.decoder.fit_masks(prior, self.log_noise.exp(), h, mean_x, cross)
 
 
 class Learner:
@@ -118,9 +116,6 @@ class Learner:
         """One of the epoch's steps of gradient descent."""
         drawn = self.noise.get_state()
 
-        def begin() -> None:
-            self.optimizer.zero_grad(set_to_none=True)
-
         def descend(part: Step) -> dict[str, Tensor]:
             self.noise.set_state(drawn)  # the noise is drawn for the whole batch
             terms = self.objective(part, self.noise)
@@ -128,7 +123,7 @@ class Learner:
             total.backward()  # type: ignore[no-untyped-call]
             return {name: value.detach() for name, value in {**terms, "total": total}.items()}
 
-        terms = step.terms(begin, descend)
+        terms = step.terms(self.optimizer.zero_grad, descend)
         parameters = list(self.model.parameters())
         self.ranks.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.config.training.gradient_norm is not None:
