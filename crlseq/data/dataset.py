@@ -230,10 +230,8 @@ def _is_sorted(condition: np.ndarray) -> bool:
 
 
 def _is_streamed(config: DataConfig, n_values: int) -> bool:
-    if config.streamed is not None:
-        return config.streamed
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 8 * n_values > IN_MEMORY * memory
+    return 8 * n_values > IN_MEMORY * memory if config.streamed is None else config.streamed
 
 
 def _stream(

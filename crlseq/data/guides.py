@@ -85,8 +85,7 @@ def read_labels(
     if config.guide_key is None and config.guide_counts is None:
         if config.guide_map is not None:
             raise UsageError("--guide-map needs guides.", "Name them with --guide-key or --guide-counts.")
-        labels = read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator)
-        return labels, None
+        return read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator), None
     guides = _from_column(screen, config) if config.guide_key is not None else _from_counts(screen, source, config)
     table = pd.DataFrame({GUIDE_LABELS: guides.labels}, index=screen.obs.index)
     labels = read_perturbations(table, GUIDE_LABELS, guides.control_label, config.separator)
@@ -191,8 +190,7 @@ def _from_column(screen: Screen, config: DataConfig) -> Guides:
         # "unassigned" stays, and is dropped and counted by it.
         written.append(unsure[0] if unsure else mark.join(targets) or control)
     labels = pd.Categorical(np.append(np.array(written, dtype=object), np.nan)[codes])
-    where = f"Guides are named in column {key!r}"
-    return _guides(labels, control, genes, rule, where, {"column": key})
+    return _guides(labels, control, genes, rule, f"Guides are named in column {key!r}", {"column": key})
 
 
 def _split(text: str, separator: str | None) -> list[str]:

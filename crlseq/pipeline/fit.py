@@ -150,9 +150,8 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
         if first is None:  # there is nothing to fit
             return
         if first["input"] != digest:
-            raise InputError(
-                f"Rank {ranks.rank} and rank 0 read different files as {source}.", "Give every machine the same file."
-            )
+            what = f"Rank {ranks.rank} and rank 0 read different files as {source}."
+            raise InputError(what, "Give every machine the same file.")
         with on_threads(_threads(config, data)):
             fit_model(left_out(data, first["escaped"].numpy()), config, first["n_latents"], ranks=ranks)
 
@@ -258,11 +257,10 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     found = None if screen.vectors is None else _extrapolation(fitted, data, screen.vectors)
     if found is not None:
         progress.note(found.in_words())
-    in_memory = isinstance(job.source, ad.AnnData)
     info = run.info | {
         "command": _command(),
         "input": {
-            "path": "in memory" if in_memory else str(Path(job.source).resolve()),
+            "path": "in memory" if isinstance(job.source, ad.AnnData) else str(Path(job.source).resolve()),
             "sha256": screen.digest,
             "n_cells": int(data.x.shape[0]),
             "n_genes": data.preprocessing.n_genes_in_file,
@@ -312,9 +310,8 @@ def _write(job: Job, screen: Screen, run: FittedRun, folder: Path) -> None:
     save_weights(folder / "model.safetensors", *run.weights)
     run.write_h5ad(job.source, folder / "crlseq.h5ad")
     if state_of(job.source) != screen.state and digest_of(job.source) != screen.digest:
-        raise InputError(
-            f"{job.source} was changed while it was fitted.", "Fit again while nothing writes to the file."
-        )
+        what = f"{job.source} was changed while it was fitted."
+        raise InputError(what, "Fit again while nothing writes to the file.")
     if run.map is not None:
         with by_hdf5():
             run.map.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")

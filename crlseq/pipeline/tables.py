@@ -100,11 +100,9 @@ def _with_claims(tests: dict[str, np.ndarray], config: Config) -> np.ndarray:
     return claims
 
 
-def _support(
-    discovery: Discovery | None, n_latents: int, n_perturbations: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _support(discovery: Discovery | None, n_latents: int, n_targets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bootstrap support of edges (p, p), of targets (K,) and of programs (p,); NaN where there is none."""
-    targets, stability = np.full(n_perturbations, np.nan), None if discovery is None else discovery.stability
+    targets, stability = np.full(n_targets, np.nan), None if discovery is None else discovery.stability
     if discovery is None or stability is None:
         return np.full((n_latents, n_latents), np.nan), targets, np.full(n_latents, np.nan)
     targets[discovery.environments] = stability.target.numpy()

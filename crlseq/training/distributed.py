@@ -46,9 +46,8 @@ class LostRankError(CrlseqError):
     exit_code = INTERRUPTED
 
     def __init__(self, message: str) -> None:
-        super().__init__(
-            message, "An unfinished fit goes on with the same command and --resume, on any number of ranks."
-        )
+        hint = "An unfinished fit goes on with the same command and --resume, on any number of ranks."
+        super().__init__(message, hint)
 
 
 @dataclass(frozen=True)
@@ -144,9 +143,8 @@ def joined() -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"
     attempt = f"crlseq-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # torchrun keeps its store over restarts
     words = PrefixStore(attempt, store)
-    dist.init_process_group(
-        backend, store=PrefixStore("group", words), rank=rank, world_size=size, timeout=STEP_TIMEOUT
-    )
+    own = PrefixStore("group", words)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
     try:
         yield (ranks := Ranks(rank, size, dist.new_group(timeout=WAIT_TIMEOUT)))
         ranks.from_first(None)  # what the first rank still writes may fail as well

@@ -37,8 +37,7 @@ class CellSource:
 
     def dense(self, index: np.ndarray) -> Tensor:
         """(...) cell indices to (..., G)."""
-        rows = torch.from_numpy(self.data.dense(index.ravel())).to(self.device, self.dtype)
-        return rows.reshape(*index.shape, -1)
+        return torch.from_numpy(self.data.dense(index.ravel())).to(self.device, self.dtype).reshape(*index.shape, -1)
 
     def rows(self, index: np.ndarray) -> Rows:
         """(N,) cell indices to their rows as they are stored."""

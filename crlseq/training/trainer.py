@@ -232,9 +232,8 @@ class _Epochs:
                 learner.slow_down(epoch)
             if exploded:
                 self._load(copy.deepcopy(checkpoints.state))  # a copy: the state must outlast another attempt
-                self.note(
-                    f"The loss is not finite in epoch {epoch + 1}; it is repeated with a quarter of the learning rate."
-                )
+                again = "it is repeated with a quarter of the learning rate"
+                self.note(f"The loss is not finite in epoch {epoch + 1}; {again}.")
                 continue
             self.on_epoch(active[0].history[-1], self.n)
             last = epoch + 1 == self.n or all(learner.exhausted(epoch, self.n) for learner in self.learners)
