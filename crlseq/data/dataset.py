@@ -81,8 +81,7 @@ class PerturbSeqData:
     conditions: tuple[tuple[int, ...], ...]  # ascending indices of single perturbations; () of the control
     condition_names: tuple[str, ...]
     perturbation_names: tuple[str, ...]  # of perturbations in fitted conditions and no others
-    batch: np.ndarray  # (cells,) int64 index into `batch_names`; one batch without a batch key
-    batch_names: tuple[str, ...]
+    batch: np.ndarray  # (cells,) int64, the number of a cell's batch; one batch without a batch key
     split: np.ndarray  # (cells,) int8 code of `splits.SPLITS`
     totals: np.ndarray | None  # (cells,) counts over all genes of the file; None for values that are no counts
     preprocessing: Preprocessing
@@ -197,7 +196,6 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         condition_names=tuple(labels.condition_names[c] for c in known),
         perturbation_names=tuple(labels.names[part] for part in number),
         batch=batch,
-        batch_names=batch_names,
         split=split,
         totals=scanned.totals if record.values == "counts" else None,
         preprocessing=record,
@@ -289,10 +287,8 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
         targets = [part for part in parts if part in labels.names or part != labels.control_label]
         found = by_name.get(label, lookup.get(frozenset(targets)))
         if found is None or found == 0:
-            raise InputError(
-                f"--hold-out {label!r} is not a perturbation in {labels.key!r}.",
-                f"Labels there are written like {labels.condition_names[-1]!r}.",
-            )
+            hint = f"Labels there are written like {labels.condition_names[-1]!r}."
+            raise InputError(f"--hold-out {label!r} is not a perturbation in {labels.key!r}.", hint)
         held_out[found] = True
     if not config.combinations:
         held_out |= np.array([len(parts) > 1 for parts in labels.conditions])

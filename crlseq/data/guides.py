@@ -122,10 +122,9 @@ def _by_style(guides: Sequence[str], control_label: str | None) -> tuple[dict[st
     named = [g for g in guides if not _is_control(g, fits[rule].get(g, short[g]), control_label)]
     if 2 * sum(g in fits[rule] for g in named) < len(named):
         first = next(g for g in named if g not in fits[rule])
-        raise InputError(
-            f"The names of the {len(guides)} guides do not contain their genes in a known style, such as {first!r}.",
-            "Give a table of guides and genes with --guide-map; if the names are genes, use --perturbation-key.",
-        )
+        what = f"The names of the {len(guides)} guides do not contain their genes in a known style, such as {first!r}."
+        hint = "Give a table of guides and genes with --guide-map; if the names are genes, use --perturbation-key."
+        raise InputError(what, hint)
     return {g: fits[rule].get(g, short[g]) for g in guides}, rule
 
 

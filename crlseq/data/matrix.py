@@ -89,10 +89,8 @@ def readable(source: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # h5py, zarr and anndata raise almost every type for damaged files
         detail = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")[:200]
-        raise InputError(
-            f"{source}: {what} cannot be read ({detail}).",
-            "The file may be cut short or damaged; check that `anndata.read_h5ad` opens it.",
-        ) from error
+        hint = "The file may be cut short or damaged; check that `anndata.read_h5ad` opens it."
+        raise InputError(f"{source}: {what} cannot be read ({detail}).", hint) from error
 
 
 @contextmanager

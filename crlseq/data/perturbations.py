@@ -296,15 +296,11 @@ def _ambiguous_column(readings: Sequence[Perturbations]) -> InputError:
     controls = {r.control_label: int(r.is_control.sum()) for r in readings}
     if len(controls) > 1:
         listed = " and ".join(f"'{label}' ({n} cells)" for label, n in controls.items())
-        return InputError(
-            f"Column '{key}' has more than one control label: {listed}.",
-            f"Choose with {_options('--control-label', list(controls))}.",
-        )
+        hint = f"Choose with {_options('--control-label', list(controls))}."
+        return InputError(f"Column '{key}' has more than one control label: {listed}.", hint)
     ways = [f"combinations at '{r.separator}'" if r.separator else "single perturbations" for r in readings]
-    return InputError(
-        f"Labels of column '{key}' can be read as {' or as '.join(ways)}.",
-        f"Choose with {_options('--separator', [r.separator or '' for r in readings])}.",
-    )
+    hint = f"Choose with {_options('--separator', [r.separator or '' for r in readings])}."
+    return InputError(f"Labels of column '{key}' can be read as {' or as '.join(ways)}.", hint)
 
 
 def _nothing_found(
@@ -313,10 +309,8 @@ def _nothing_found(
     if readings:
         best = readings[0]
         besides = f"only the perturbation '{best.names[0]}'" if best.names else "no perturbation"
-        return InputError(
-            f"Column '{best.key}' has {besides} besides the control '{best.control_label}', and two are needed.",
-            "Name a column with more perturbations with --perturbation-key.",
-        )
+        what = f"Column '{best.key}' has {besides} besides the control '{best.control_label}', and two are needed."
+        return InputError(what, "Name a column with more perturbations with --perturbation-key.")
     if key is None:
         known = "a known control label" if control_label is None else f"the label '{control_label}'"
         columns = _some([str(column) for column in obs.columns], "perturbation")

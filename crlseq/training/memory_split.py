@@ -63,15 +63,11 @@ class SplitSteps:
                 return
             own = self.ranks.own(batch.mask)
             if n >= len(batch.mask if own is None else own):
-                raise InputError(
-                    "There is not enough memory for a step of one perturbation.",
-                    "Lower --batch-size or --n-top-genes and fit again, or use --resume on a larger machine.",
-                )
+                hint = "Lower --batch-size or --n-top-genes and fit again, or use --resume on a larger machine."
+                raise InputError("There is not enough memory for a step of one perturbation.", hint)
             self.n = 2 * n
-            self.note(
-                f"There is not enough memory for a step; from now on each is computed in {self.n} parts, with the same result"
-                " up to rounding."
-            )
+            now = f"from now on each is computed in {self.n} parts, with the same result up to rounding"
+            self.note(f"There is not enough memory for a step; {now}.")
 
 
 class SplitStep:
