@@ -21,7 +21,7 @@ from crlseq.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from crlseq.pipeline.fit import Progress
+    from crlseq.pipeline.read import Progress
     from crlseq.run.run import Run
 
 GAP = 2  # blanks between the columns of a table
@@ -152,7 +152,7 @@ class FitProgress:
 
     def __enter__(self) -> Progress:
         """The callbacks that `crlseq.fit` takes."""
-        from crlseq.pipeline.fit import Progress
+        from crlseq.pipeline.read import Progress
 
         return Progress() if self.quiet else Progress(self._stage, lambda text: say(f"  {text}"), self._epoch)
 

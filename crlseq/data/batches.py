@@ -84,8 +84,7 @@ def epoch_batches(
 
 def _batch(pieces: list[tuple[int, np.ndarray]], partners: ControlPartners, rng: np.random.Generator) -> BatchIndex:
     shape = (len(pieces), max(len(cells) for _, cells in pieces))
-    perturbed, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
-    control = np.zeros(shape, dtype=np.int64)
+    mask, (perturbed, control) = np.zeros(shape, dtype=bool), np.zeros((2, *shape), dtype=np.int64)
     drawn = partners.draw_shared([cells for _, cells in pieces], rng)
     for row, ((_, cells), controls) in enumerate(zip(pieces, drawn, strict=True)):
         perturbed[row, : len(cells)] = cells

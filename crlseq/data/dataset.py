@@ -15,23 +15,60 @@ import scipy.sparse as sp
 from crlseq.config import DataConfig
 from crlseq.data import splits
 from crlseq.data.guides import Guides, read_labels
-from crlseq.data.matrix import Scan, Screen, open_screen, scan
+from crlseq.data.matrix import Screen, open_screen, scan
 from crlseq.data.perturbations import Perturbations, refuse_missing_column
-from crlseq.data.preprocess import (
-    Preprocessing,
-    is_sparse,
-    kind_of_values,
-    load,
-    plan_preprocessing,
-    refuse_silent_cells,
-)
+from crlseq.data.preprocess import Preprocessing, kind_of_values, load, plan_preprocessing, refuse_silent_cells
 from crlseq.data.store import Manifest, StoredMatrix, read_manifest
-from crlseq.data.streamed import StreamedExpression
 from crlseq.errors import InputError, few
 
 ROWS = 4096  # cells taken at once where all are gone through
 CONTROL_POOL = 16_384  # which stay in memory: at 500 values a cell, 65 MB
 IN_MEMORY = 0.25  # share of the machine's memory up to which a store is loaded whole
+STREAMED_ROWS = 1024  # of a store, read at once: what is in float64 on the way
+
+
+class StreamedExpression:
+    """Normalised expression (cells, fitted genes) of a store: rows are read when asked for, as in memory to the bit.
+
+    `matrix` has cells as in the store; for `place` see `Preprocessing.places`; rows are CSR if `sparse`; the cells in
+    `held` are asked for again and again and stay in memory.
+    """
+
+    def __init__(
+        self, matrix: StoredMatrix, record: Preprocessing, place: np.ndarray, sparse: bool, held: np.ndarray
+    ) -> None:
+        self.matrix, self.record, self.place, self.sparse = matrix, record, place, sparse
+        self.shape = (matrix.shape[0], len(record.genes))
+        self.slot = np.full(matrix.shape[0], -1, dtype=np.int32)
+        self.held = self._read(held)
+        self.slot[held] = np.arange(len(held))
+
+    def __getitem__(self, index: slice | np.ndarray) -> sp.csr_matrix | np.ndarray:
+        """Rows by a slice or by cells in any order, float32."""
+        if isinstance(index, slice):
+            index = np.arange(self.shape[0])[index]
+        rows = self._rows(index)
+        return rows if self.sparse else rows.toarray()
+
+    def _rows(self, index: np.ndarray) -> sp.csr_matrix:
+        slot = self.slot[index]
+        if len(index) and slot.min() >= 0:
+            return sp.csr_matrix(self.held[slot])
+        fresh = slot < 0
+        cells, where = np.unique(index[fresh], return_inverse=True)
+        read = self._read(cells)
+        if fresh.all():
+            return read if len(cells) == len(index) and (np.diff(where) == 1).all() else read[where]
+        kept = np.flatnonzero(~fresh)
+        position = np.empty(len(index), dtype=np.int64)
+        position[kept] = np.arange(len(kept))
+        position[fresh] = len(kept) + where
+        return sp.csr_matrix(sp.vstack([self.held[slot[kept]], read], format="csr"))[position]
+
+    def _read(self, cells: np.ndarray) -> sp.csr_matrix:
+        starts = range(0, max(len(cells), 1), STREAMED_ROWS)
+        parts = [self.record.expression(self.matrix[cells[i : i + STREAMED_ROWS]], self.place) for i in starts]
+        return parts[0] if len(parts) == 1 else sp.csr_matrix(sp.vstack(parts, format="csr"))
 
 
 @dataclass(frozen=True)
@@ -44,8 +81,7 @@ class PerturbSeqData:
     conditions: tuple[tuple[int, ...], ...]  # ascending indices of single perturbations; () of the control
     condition_names: tuple[str, ...]
     perturbation_names: tuple[str, ...]  # of perturbations in fitted conditions and no others
-    batch: np.ndarray  # (cells,) int64 index into `batch_names`; one batch without a batch key
-    batch_names: tuple[str, ...]
+    batch: np.ndarray  # (cells,) int64, the number of a cell's batch; one batch without a batch key
     split: np.ndarray  # (cells,) int8 code of `splits.SPLITS`
     totals: np.ndarray | None  # (cells,) counts over all genes of the file; None for values that are no counts
     preprocessing: Preprocessing
@@ -69,10 +105,7 @@ class PerturbSeqData:
         return np.flatnonzero((self.condition == condition) & np.isin(self.split, codes))
 
     def comparable(self) -> np.ndarray:
-        """(cells,) bool: whether controls to train on share a cell's batch.
-
-        What a batch without any does to its cells cannot be told from what their perturbations do.
-        """
+        """(cells,) bool: whether controls to train on share a cell's batch, so that its effect can be told."""
         return np.isin(self.batch, self.batch[self.cells(0, splits.TRAIN)])
 
     def cells_by_condition(self, *codes: int) -> list[np.ndarray]:
@@ -102,8 +135,8 @@ class PerturbSeqData:
                     total += (x.astype(np.float64) ** power).sum(0)
                 else:
                     total += np.bincount(x.indices, x.data.astype(np.float64) ** power, minlength=self.n_genes)
-        mean, square = sums / max(len(index), 1)
-        return mean, square
+        sums /= max(len(index), 1)
+        return sums[0], sums[1]
 
     def dense(self, index: np.ndarray) -> np.ndarray:
         """(len(index), genes) float32 rows."""
@@ -142,7 +175,11 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
             config.validation_cells, config.hold_out_cells, np.random.default_rng([seed, 0]), shuffled,
         )  # fmt: skip
         scanned = scan(screen)
-        record = _preprocessing(screen, scanned, split, config, seed)
+        values = kind_of_values(scanned, screen.source, config.values)
+        if values[0] != "continuous":
+            refuse_silent_cells(screen, scanned, split != splits.UNUSED)
+        # Genes are chosen on training cells alone, so that test cells have no say in the model.
+        record = plan_preprocessing(screen, scanned, values, split == splits.TRAIN, config, seed)
         n_values = int(scanned.detected[record.columns(screen.genes, screen.source)].sum())
         if shuffled and _is_streamed(config, n_values):
             x: sp.csr_matrix | np.ndarray | StreamedExpression = _stream(screen, record, n_values, labels, split)
@@ -159,7 +196,6 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         condition_names=tuple(labels.condition_names[c] for c in known),
         perturbation_names=tuple(labels.names[part] for part in number),
         batch=batch,
-        batch_names=batch_names,
         split=split,
         totals=scanned.totals if record.values == "counts" else None,
         preprocessing=record,
@@ -191,19 +227,9 @@ def _is_sorted(condition: np.ndarray) -> bool:
     return bool((np.diff(known) >= 0).all() and (condition[len(known) :] < 0).all())
 
 
-def _preprocessing(screen: Screen, scanned: Scan, split: np.ndarray, config: DataConfig, seed: int) -> Preprocessing:
-    values = kind_of_values(scanned, screen.source, config.values)
-    if values[0] != "continuous":
-        refuse_silent_cells(screen, scanned, split != splits.UNUSED)
-    # Genes are chosen on training cells alone, so that test cells have no say in the model.
-    return plan_preprocessing(screen, scanned, values, split == splits.TRAIN, config, seed)
-
-
 def _is_streamed(config: DataConfig, n_values: int) -> bool:
-    if config.streamed is not None:
-        return config.streamed
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 8 * n_values > IN_MEMORY * memory
+    return 8 * n_values > IN_MEMORY * memory if config.streamed is None else config.streamed
 
 
 def _stream(
@@ -213,17 +239,15 @@ def _stream(
     assert isinstance(screen.matrix, StoredMatrix)
     controls = labels.condition == 0
     pools = [np.flatnonzero(controls & (split == code))[:CONTROL_POOL] for code in range(1, len(splits.SPLITS))]
-    sparse, held = is_sparse(n_values, (screen.n_cells, len(record.genes))), np.sort(np.concatenate(pools))
-    return StreamedExpression(screen.matrix, record, record.places(screen.genes), sparse, held)
+    sparse, place = record.is_sparse(n_values, screen.n_cells), record.places(screen.genes)
+    return StreamedExpression(screen.matrix, record, place, sparse, np.sort(np.concatenate(pools)))
 
 
 def _renumbered(labels: Perturbations, selection: Selection) -> tuple[np.ndarray, list[int], dict[int, int], list[str]]:
     """Conditions that are fitted, or held out and made of fitted perturbations, counted from 0.
 
-    Returns
-    -------
-    The condition of each cell (cells,) or -1; these conditions by their numbers in the labels; the number of each
-    fitted perturbation by that in the labels; and a note on the conditions that are left out here.
+    The condition of each cell (cells,) or -1; these conditions by their numbers in the labels; the number of each fitted
+    perturbation by that in the labels; and a note on the conditions that are left out here.
     """
     fitted = {part for c in np.flatnonzero(selection.fitted) for part in labels.conditions[c]}
     number = {part: i for i, part in enumerate(sorted(fitted))}
@@ -263,10 +287,8 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
         targets = [part for part in parts if part in labels.names or part != labels.control_label]
         found = by_name.get(label, lookup.get(frozenset(targets)))
         if found is None or found == 0:
-            raise InputError(
-                f"--hold-out {label!r} is not a perturbation in {labels.key!r}.",
-                f"Labels there are written like {labels.condition_names[-1]!r}.",
-            )
+            hint = f"Labels there are written like {labels.condition_names[-1]!r}."
+            raise InputError(f"--hold-out {label!r} is not a perturbation in {labels.key!r}.", hint)
         held_out[found] = True
     if not config.combinations:
         held_out |= np.array([len(parts) > 1 for parts in labels.conditions])
@@ -275,9 +297,8 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     small[0] = False
     if small.any():
         names = [labels.condition_names[c] for c in np.flatnonzero(small)]
-        notes.append(
-            f"Perturbations with fewer than {config.min_cells} cells are excluded ({len(names)}): {few(names)}."
-        )
+        what = f"Perturbations with fewer than {config.min_cells} cells are excluded"
+        notes.append(f"{what} ({len(names)}): {few(names)}.")
     fitted = ~held_out & ~small
     if counts[0] < 2:
         raise InputError(f"Too few control cells: {counts[0]}.", "At least two are needed, better several hundred.")
@@ -286,8 +307,7 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
             f"Too few perturbations to fit: {fitted[1:].sum()}; the largest has {counts[1:].max(initial=0)} cells.",
             "At least two are needed; see --min-cells, --hold-out and --combinations.",
         )
-    held_out &= counts > 0
-    return Selection(fitted, held_out, notes)
+    return Selection(fitted, held_out & (counts > 0), notes)
 
 
 def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -297,9 +317,8 @@ def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.
     column = screen.obs[key]
     missing = int((column.isna().to_numpy() & labelled).sum())
     if missing:
-        raise InputError(
-            f"Cells without a value in the batch column {key!r}: {missing}.", "Fill them in or drop the cells."
-        )
+        what = f"Cells without a value in the batch column {key!r}: {missing}."
+        raise InputError(what, "Fill them in or drop the cells.")
     codes, names = pd.factorize(column.astype(str), sort=True)
     return codes.astype(np.int64), tuple(map(str, names))
 

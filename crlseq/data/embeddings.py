@@ -41,10 +41,8 @@ def read_embeddings(path: str | Path) -> Embeddings:
         raise InputError(f"{source} name {str(repeated[0])!r} more than once.", "Keep one vector for each gene.")
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
-        raise InputError(
-            f"{source} have no finite number for {str(names[row])!r} in column {column + 1}.",
-            "Remove or fill it first.",
-        )
+        what = f"{source} have no finite number for {str(names[row])!r} in column {column + 1}."
+        raise InputError(what, "Remove or fill it first.")
     varies = np.ptp(values, axis=0) > 1e-12 * np.abs(values).max(axis=0)
     if not varies.any():
         raise InputError(f"{source} are the same for all genes.", HINT)

@@ -78,10 +78,8 @@ def fitted_sets(path: Path, genes: Sequence[str]) -> GeneSets:
             )
     refuse_unmatched(str(path), seen, common, genes)
     if not units:
-        raise InputError(
-            f"No gene set of {path} contains {MIN_FITTED} or more of the {len(genes)} fitted genes.",
-            "Fit more genes, or give other gene sets.",
-        )
+        what = f"No gene set of {path} contains {MIN_FITTED} or more of the {len(genes)} fitted genes."
+        raise InputError(what, "Fit more genes, or give other gene sets.")
     members = np.zeros((len(units), len(genes)), dtype=bool)
     for row, found in zip(members, units, strict=True):
         row[list(found)] = True
@@ -111,8 +109,7 @@ def read_gmt(path: Path) -> Iterator[tuple[str, str, list[str]]]:
 
     InputError if the file cannot be read, is packed or no text, or a line is malformed, too long or repeats a name.
     """
-    at, read = dict[str, int](), 0
-    number = 0
+    at, read, number = dict[str, int](), 0, 0
     try:
         with path.open("rb") as file:
             while line := file.readline(MAX_LINE + 1):

@@ -85,8 +85,7 @@ def read_labels(
     if config.guide_key is None and config.guide_counts is None:
         if config.guide_map is not None:
             raise UsageError("--guide-map needs guides.", "Name them with --guide-key or --guide-counts.")
-        labels = read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator)
-        return labels, None
+        return read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator), None
     guides = _from_column(screen, config) if config.guide_key is not None else _from_counts(screen, source, config)
     table = pd.DataFrame({GUIDE_LABELS: guides.labels}, index=screen.obs.index)
     labels = read_perturbations(table, GUIDE_LABELS, guides.control_label, config.separator)
@@ -106,10 +105,8 @@ def genes_of_guides(
     if table is not None:
         missing = [guide for guide in guides if guide not in table]
         if missing:
-            raise InputError(
-                f"{len(missing)} of {len(guides)} guides are not in the guide map, first {missing[0]!r}.",
-                "Add one line per guide: the guide, a tab, its gene.",
-            )
+            what = f"{len(missing)} of {len(guides)} guides are not in the guide map, first {missing[0]!r}."
+            raise InputError(what, "Add one line per guide: the guide, a tab, its gene.")
         parsed, rule = {guide: table[guide] for guide in guides}, "table"
     else:
         parsed, rule = _by_style(guides, control_label)
@@ -125,10 +122,9 @@ def _by_style(guides: Sequence[str], control_label: str | None) -> tuple[dict[st
     named = [g for g in guides if not _is_control(g, fits[rule].get(g, short[g]), control_label)]
     if 2 * sum(g in fits[rule] for g in named) < len(named):
         first = next(g for g in named if g not in fits[rule])
-        raise InputError(
-            f"The names of the {len(guides)} guides do not contain their genes in a known style, such as {first!r}.",
-            "Give a table of guides and genes with --guide-map; if the names are genes, use --perturbation-key.",
-        )
+        what = f"The names of the {len(guides)} guides do not contain their genes in a known style, such as {first!r}."
+        hint = "Give a table of guides and genes with --guide-map; if the names are genes, use --perturbation-key."
+        raise InputError(what, hint)
     return {g: fits[rule].get(g, short[g]) for g in guides}, rule
 
 
@@ -172,10 +168,8 @@ def _genes(names: Iterable[str], config: DataConfig) -> tuple[dict[str, str], st
     mark = config.separator or JOINED
     torn = next((gene for gene in genes.values() if mark in gene), None)
     if torn is not None:
-        raise InputError(
-            f"The gene {torn!r} of a guide contains {mark!r}, which separates the genes of a combination.",
-            "Choose another --separator, or rename the gene in a --guide-map.",
-        )
+        what = f"The gene {torn!r} of a guide contains {mark!r}, which separates the genes of a combination."
+        raise InputError(what, "Choose another --separator, or rename the gene in a --guide-map.")
     return genes, rule
 
 
@@ -195,8 +189,7 @@ def _from_column(screen: Screen, config: DataConfig) -> Guides:
         # "unassigned" stays, and is dropped and counted by it.
         written.append(unsure[0] if unsure else mark.join(targets) or control)
     labels = pd.Categorical(np.append(np.array(written, dtype=object), np.nan)[codes])
-    where = f"Guides are named in column {key!r}"
-    return _guides(labels, control, genes, rule, where, {"column": key})
+    return _guides(labels, control, genes, rule, f"Guides are named in column {key!r}", {"column": key})
 
 
 def _split(text: str, separator: str | None) -> list[str]:
@@ -292,10 +285,8 @@ def _no_counts(source: str, key: str, there: list[str]) -> InputError:
 
 def _table_of(element: Any, key: str) -> tuple[sp.csr_matrix, list[str]]:
     if not isinstance(element, pd.DataFrame):
-        raise InputError(
-            f"The guide counts obsm[{key!r}] do not name their guides.",
-            "Store them as a DataFrame with guides as columns, or as a modality of a MuData file.",
-        )
+        what = f"The guide counts obsm[{key!r}] do not name their guides."
+        raise InputError(what, "Store them as a DataFrame with guides as columns, or as a modality of a MuData file.")
     return _as_counts(element.to_numpy(), key), [str(name) for name in element.columns]
 
 
@@ -306,10 +297,8 @@ def _as_counts(values: Any, key: str) -> sp.csr_matrix:
         raise InputError(f"The guide counts {key!r} are not numbers.", "Give UMI counts.") from error
     bad = (~np.isfinite(counts.data)) | (counts.data < 0) | (counts.data != np.rint(counts.data))
     if bad.any():
-        raise InputError(
-            f"The guide counts {key!r} have the value {counts.data[np.flatnonzero(bad)[0]]:g}, which is not a count.",
-            "Give raw UMI counts.",
-        )
+        what = f"The guide counts {key!r} have the value {counts.data[np.flatnonzero(bad)[0]]:g}, which is not a count."
+        raise InputError(what, "Give raw UMI counts.")
     return counts
 
 

@@ -20,10 +20,7 @@ DAMAGED = "It is damaged; copy or download it again."
 
 
 def refuse_traps(handle: h5py.File, path: Path) -> None:
-    """Refuse a file that takes data from other files, has a group within itself, or a heap that never ends.
-
-    This comes before anything in it is followed.
-    """
+    """Refuse a file that takes data from other files, has a group within itself, or a heap that never ends."""
     if handle.id.get_create_plist().get_sizes() == (8, 8):  # as everybody writes them
         _refuse_endless_heaps(path)
     _refuse_odd_links(handle, path)
@@ -71,12 +68,8 @@ def _refuse_endless_heaps(path: Path) -> None:
 
 
 def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
-    """HDF5 can take data from any other file that the user may read; what a stranger sent must not.
-
-    Nor may a group lie within itself: readers go round and round in it.
-    """
-    around: set[int] = set()  # addresses of the groups that we are in
-    seen: set[int] = set()
+    """HDF5 can take data from any file that the user may read, and readers go round in a group within itself."""
+    around, seen = set[int](), set[int]()  # addresses of the groups that we are in, and of all
 
     def look(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):

@@ -84,7 +84,9 @@ def _attempt(found: dict[str, Any], action: Callable[[], Any]) -> Any:
 
 def _describe_labels(labels: Perturbations, screen: Screen) -> dict[str, Any]:
     counts = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
-    measured = _gene_names(screen)
+    # Names in the index, and symbols where a column beside Ensembl identifiers has them.
+    symbols = [screen.var[key].dropna().astype(str) for key in screen.var.columns if key in SYMBOL_COLUMNS]
+    measured = {*screen.genes, *(name for column in symbols for name in column)}
     return {
         "perturbation_key": labels.key,
         "control_label": labels.control_label,
@@ -98,12 +100,6 @@ def _describe_labels(labels: Perturbations, screen: Screen) -> dict[str, Any]:
         "targets_measured": [name for name in labels.names if name in measured],
         "targets_not_measured": [name for name in labels.names if name not in measured],
     }
-
-
-def _gene_names(screen: Screen) -> set[str]:
-    """Names of genes in the index, and their symbols where a column beside Ensembl identifiers has them."""
-    symbols = [screen.var[key].dropna().astype(str) for key in screen.var.columns if key in SYMBOL_COLUMNS]
-    return {*screen.genes, *(name for column in symbols for name in column)}
 
 
 def _batch_columns(screen: Screen) -> list[dict[str, Any]]:

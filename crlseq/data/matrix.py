@@ -89,10 +89,8 @@ def readable(source: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # h5py, zarr and anndata raise almost every type for damaged files
         detail = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")[:200]
-        raise InputError(
-            f"{source}: {what} cannot be read ({detail}).",
-            "The file may be cut short or damaged; check that `anndata.read_h5ad` opens it.",
-        ) from error
+        hint = "The file may be cut short or damaged; check that `anndata.read_h5ad` opens it."
+        raise InputError(f"{source}: {what} cannot be read ({detail}).", hint) from error
 
 
 @contextmanager
@@ -221,9 +219,8 @@ def _checked(obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: s
     for index, kind, call in ((obs.index, "cell", "obs"), (genes, "gene", "var")):
         if not index.is_unique:
             first = str(index[index.duplicated()][0])
-            raise InputError(
-                f"{source}: the {kind} name {first!r} occurs more than once.", f"Use `{call}_names_make_unique`."
-            )
+            what = f"{source}: the {kind} name {first!r} occurs more than once."
+            raise InputError(what, f"Use `{call}_names_make_unique`.")
         odd = next((name for name in map(str, index) if NO_TEXT.search(name)), None)
         if odd is not None:
             raise InputError(f"{source}: the {kind} name {odd!r} is not valid text.", "Rename it in UTF-8 without NUL.")

@@ -110,10 +110,8 @@ def read_perturbations(
     rivals = [r for r in usable[1:] if (r.key in STYLE_OF) == (chosen.key in STYLE_OF)]
     for rival in rivals:
         if difference := _difference(chosen, rival):
-            raise InputError(
-                f"Columns '{chosen.key}' and '{rival.key}' both look like perturbation labels, but {difference}.",
-                f"Choose with {_options('--perturbation-key', [chosen.key, rival.key])}.",
-            )
+            what = f"Columns '{chosen.key}' and '{rival.key}' both look like perturbation labels, but {difference}."
+            raise InputError(what, f"Choose with {_options('--perturbation-key', [chosen.key, rival.key])}.")
     given = {"--perturbation-key": key, "--control-label": control_label, "--separator": separator}
     told = " and ".join(option for option, value in given.items() if value is not None)
     same = " and ".join(f"'{rival.key}'" for rival in rivals)
@@ -186,8 +184,7 @@ class _Rules:
         strong = STRONG_SEPARATORS | {self.style.separator}
         no_names = NEVER_PERTURBATIONS | CONTROL_LABELS | {""}
         labels = [label for label in self.labels if label != self.control and label.casefold() not in no_names]
-        certain: list[str | None] = []
-        possible: list[str | None] = []
+        certain, possible = list[str | None](), list[str | None]()
         for separator in SEPARATORS:
             joined = [self.split(label, separator) for label in labels if separator.strip() in label]
             singles = {label for label in labels if separator.strip() not in label}
@@ -299,15 +296,11 @@ def _ambiguous_column(readings: Sequence[Perturbations]) -> InputError:
     controls = {r.control_label: int(r.is_control.sum()) for r in readings}
     if len(controls) > 1:
         listed = " and ".join(f"'{label}' ({n} cells)" for label, n in controls.items())
-        return InputError(
-            f"Column '{key}' has more than one control label: {listed}.",
-            f"Choose with {_options('--control-label', list(controls))}.",
-        )
+        hint = f"Choose with {_options('--control-label', list(controls))}."
+        return InputError(f"Column '{key}' has more than one control label: {listed}.", hint)
     ways = [f"combinations at '{r.separator}'" if r.separator else "single perturbations" for r in readings]
-    return InputError(
-        f"Labels of column '{key}' can be read as {' or as '.join(ways)}.",
-        f"Choose with {_options('--separator', [r.separator or '' for r in readings])}.",
-    )
+    hint = f"Choose with {_options('--separator', [r.separator or '' for r in readings])}."
+    return InputError(f"Labels of column '{key}' can be read as {' or as '.join(ways)}.", hint)
 
 
 def _nothing_found(
@@ -316,21 +309,17 @@ def _nothing_found(
     if readings:
         best = readings[0]
         besides = f"only the perturbation '{best.names[0]}'" if best.names else "no perturbation"
-        return InputError(
-            f"Column '{best.key}' has {besides} besides the control '{best.control_label}', and two are needed.",
-            "Name a column with more perturbations with --perturbation-key.",
-        )
+        what = f"Column '{best.key}' has {besides} besides the control '{best.control_label}', and two are needed."
+        return InputError(what, "Name a column with more perturbations with --perturbation-key.")
     if key is None:
         known = "a known control label" if control_label is None else f"the label '{control_label}'"
         columns = _some([str(column) for column in obs.columns], "perturbation")
         hint = "Name the column with --perturbation-key and its control with --control-label"
         return InputError(f"No column has {known}.", f"{hint}; columns: {columns}.")
     labels = _labels(obs[key])[0]
-    missing = (
-        "none of its labels is a known control label"
-        if control_label is None
-        else f"none is labelled '{control_label}'"
-    )
+    missing = f"none is labelled '{control_label}'"
+    if control_label is None:
+        missing = "none of its labels is a known control label"
     return InputError(
         f"Column '{key}' has no control cells: {missing}.",
         f"Name the control label with --control-label; labels: {_some(labels, control_label or 'control')}.",

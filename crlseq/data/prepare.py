@@ -1,9 +1,7 @@
 """Screens larger than memory: one pass over each file into a store that training reads in contiguous runs.
 
-1. *Labels.* The tables of cells are read and joined, the place of every cell drawn: sorted by perturbation, shuffled
-   within each.
-2. *Distribution.* Each matrix is read once in blocks, and its cells are appended to buckets, a bucket holding the cells
-   of a stretch of the store.
+1. *Labels.* The tables of cells are read and joined, the place of every cell drawn.
+2. *Distribution.* Each matrix is read once in blocks, whose cells are appended to buckets, one for a stretch of the store.
 3. *Shards.* Bucket after bucket is put in order and written as shards of a zarr store (`crlseq.data.store`).
 
 Memory holds the tables of cells, a block, a bucket and a shard. What is done is noted after every block and shard, so
@@ -31,10 +29,11 @@ from crlseq.config import DataConfig
 from crlseq.data.matrix import Scan, open_screen
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.data.preprocess import kind_of_values
-from crlseq.data.store import MANIFEST, Manifest, read_manifest, sha256_of
+from crlseq.data.store import MANIFEST, Manifest, files_of, read_manifest, sha256_of
 from crlseq.data.storewriter import Buckets, write_matrix, write_tables
 from crlseq.errors import InputError
-from crlseq.storage.runfolder import locked, move_into_place, partial_of
+from crlseq.storage.files import refuse_existing
+from crlseq.storage.runfolder import locked, move_into_place, partial_of, working_folder
 
 INPUT_KEY = "crlseq_input"  # column of obs: which of several files a cell is of
 PARTS = frozenset({"lock", "progress.json", "buckets", "store"})
@@ -121,33 +120,25 @@ def prepare(
     stage("reading the tables of cells")
     plan = _plan(paths, options, seed)
     note(plan.labels.reason)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with locked(partial):
-            if not resume:
-                _empty(partial)
-            progress = _Progress(partial / "progress.json", identity)
-            buckets = Buckets(partial / "buckets", len(plan.obs), len(plan.var), plan.dtype, progress.buckets)
-            kind = _distribute(plan, buckets, progress, stage)
-            stage("writing the store")
-            manifest = _write_store(plan, partial / "store", buckets, progress, kind)
-            move_into_place(partial / "store", target)
+    with working_folder(partial, resume=True):
+        if not resume:
             _empty(partial)
-        partial.rmdir()
-    except OSError as error:
-        raise InputError(
-            f"{partial} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
-        ) from error
+        progress = _Progress(partial / "progress.json", identity)
+        buckets = Buckets(partial / "buckets", len(plan.obs), len(plan.var), plan.dtype, progress.buckets)
+        kind = _distribute(plan, buckets, progress, stage)
+        stage("writing the store")
+        manifest = _write_store(plan, partial / "store", buckets, progress, kind)
+        move_into_place(partial / "store", target)
+        _empty(partial)
     return manifest
 
 
 def _refuse_output(target: Path, resume: bool, force: bool) -> None:
     partial = partial_of(target)
-    if os.path.lexists(target):
-        if not force:
-            raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
-        if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
-            raise InputError(f"{target} exists, is not a crlseq store and is left alone.", "Choose another --output.")
+    refuse_existing(target, force)
+    empty = target.is_dir() and not any(target.iterdir())
+    if os.path.lexists(target) and not (target / MANIFEST).is_file() and not empty:
+        raise InputError(f"{target} exists, is not a crlseq store and is left alone.", "Choose another --output.")
     foreign = sorted(file.name for file in partial.iterdir() if file.name not in PARTS) if partial.is_dir() else []
     if foreign or (partial.exists() and not partial.is_dir()):
         raise InputError(f"{partial} is not an unfinished crlseq store and is left alone.", "Choose another --output.")
@@ -166,14 +157,10 @@ def _identity(paths: Sequence[Path], options: DataConfig, seed: int) -> str:
     if missing := [path for path in paths if not path.exists()]:
         raise InputError(f"There is no file {missing[0]}.", "Check the path.")
     stats = [
-        [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(path)]
+        [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(path)]
         for path in paths
     ]
     return hashlib.sha256(repr((__version__, stats, options.model_dump(mode="json"), seed)).encode()).hexdigest()
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def _plan(paths: list[Path], options: DataConfig, seed: int) -> _Plan:
@@ -237,10 +224,8 @@ class _Progress:
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path} is damaged.", "Start over with --force.") from error
             if not same:
-                raise InputError(
-                    "The unfinished store was started from other files or with other options.",
-                    "Repeat its options to resume it, or start over with --force.",
-                )
+                what = "The unfinished store was started from other files or with other options."
+                raise InputError(what, "Repeat its options to resume it, or start over with --force.")
         self.files, self.buckets, self.shards = (self.done[name] for name in ("files", "buckets", "shards"))
 
     def save(self) -> None:
@@ -269,10 +254,8 @@ def _distribute(plan: _Plan, buckets: Buckets, progress: _Progress, stage: Calla
                 progress.save()
             kinds.append(kind_of_values(found, screen.source, plan.options.values)[0])
             if kinds[-1] != kinds[0]:
-                raise InputError(
-                    f"{path} has values of kind {kinds[-1]}, but {plan.paths[0]} of kind {kinds[0]}.",
-                    "Prepare files of one kind together, or name a layer with --layer.",
-                )
+                what = f"{path} has values of kind {kinds[-1]}, but {plan.paths[0]} of kind {kinds[0]}."
+                raise InputError(what, "Prepare files of one kind together, or name a layer with --layer.")
     return kinds[0]
 
 
@@ -294,7 +277,7 @@ def _write_store(plan: _Plan, store: Path, buckets: Buckets, progress: _Progress
         n_genes=len(plan.var),
         n_nonzero=int(start[-1]),
         inputs=tuple(path.name for path in plan.paths),
-        files={str(file.relative_to(store)): sha256_of(file) for file in _files(store) if file.name != MANIFEST},
+        files={str(file.relative_to(store)): sha256_of(file) for file in files_of(store) if file.name != MANIFEST},
         identity=progress.done["identity"],
     )
     (store / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

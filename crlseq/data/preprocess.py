@@ -16,6 +16,7 @@ from crlseq.config import DataConfig
 from crlseq.data.matrix import Scan, Screen
 from crlseq.errors import InputError
 
+MIN_COMMON = 0.5  # share of the fitted genes below which a file is another measurement
 MAX_LOG = 30.0  # log1p of the largest count a screen could hold is 20 or so
 ROWS = 4096  # cells normalised at once
 N_CELLS_FOR_GENES = 50_000  # highly variable genes are chosen on at most so many cells
@@ -46,10 +47,8 @@ class Preprocessing:
         columns = genes.get_indexer(pd.Index(self.genes))
         if (columns < 0).any():
             missing = self.genes[int(np.flatnonzero(columns < 0)[0])]
-            raise InputError(
-                f"{source}: {(columns < 0).sum()} of the {len(columns)} fitted genes are missing, first {missing!r}.",
-                "Give cells with the same genes.",
-            )
+            what = f"{source}: {(columns < 0).sum()} of the {len(columns)} fitted genes are missing, first {missing!r}."
+            raise InputError(what, "Give cells with the same genes.")
         return np.asarray(columns)
 
     def check(self, block: sp.csr_matrix, source: str) -> None:
@@ -57,15 +56,11 @@ class Preprocessing:
         if not np.isfinite(block.data).all():
             raise InputError(f"{source} has NaN or infinite values.", "Remove or replace them first.")
         if self.values == "counts" and ((block.data < 0) | (block.data != np.rint(block.data))).any():
-            raise InputError(
-                f"{source} has values that are not counts, but the fit used counts.",
-                "Give raw counts in the same layer.",
-            )
+            what = f"{source} has values that are not counts, but the fit used counts."
+            raise InputError(what, "Give raw counts in the same layer.")
         if self.values == "log" and block.nnz and block.data.max() > MAX_LOG:
-            raise InputError(
-                f"{source} has values up to {block.data.max():g}, but the fit used log-normalised values.",
-                "Give values normalised in the same way as the fit's.",
-            )
+            what = f"{source} has values up to {block.data.max():g}, but the fit used log-normalised values."
+            raise InputError(what, "Give values normalised in the same way as the fit's.")
 
     def apply(self, cells: sp.csr_matrix) -> sp.csr_matrix:
         """Normalised float64 cells (n, all genes)."""
@@ -97,13 +92,60 @@ class Preprocessing:
         """(all genes,) int32 column of each fitted gene, in the file's order; -1 of the others."""
         return np.asarray(pd.Index(self.genes).get_indexer(genes), dtype=np.int32)
 
+    def is_sparse(self, n_values: int, n_cells: int) -> bool:
+        """Whether expression with so many values is held by those that are not 0."""
+        return n_values < 0.5 * n_cells * len(self.genes)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """``present`` indices of fitted genes that a file has, and their ``columns`` there; ``n_fitted`` of all."""
+
+    present: np.ndarray
+    columns: np.ndarray
+    n_fitted: int
+
+    def take(self, block: sp.csr_matrix) -> sp.csr_matrix:
+        """(cells, present) values of normalised cells (cells, genes of the file)."""
+        return block[:, self.columns]
+
+    def filled(self, values: np.ndarray, fill: np.ndarray) -> np.ndarray:
+        """(cells, fitted genes): `values` (cells, present), and `fill` (fitted genes,) where genes are missing."""
+        whole = np.tile(np.asarray(fill, dtype=values.dtype), (len(values), 1))
+        whole[:, self.present] = values
+        return whole
+
+
+def align(record: Preprocessing, screen: Screen) -> tuple[Alignment, list[str]]:
+    """Find the fitted genes in a screen by name; sentences on what is missing there and what is dropped.
+
+    InputError if fewer than half of the fitted genes are there.
+    """
+    places = screen.genes.get_indexer(pd.Index(record.genes))
+    present, source = np.flatnonzero(places >= 0), screen.source
+    n, missing = len(places), np.flatnonzero(places < 0)
+    first = "".join(repr(record.genes[j]) for j in missing[:1])
+    lacking = f"{source}: {len(missing)} of the {n} fitted genes are missing, first {first}."
+    if len(present) < MIN_COMMON * n:
+        raise InputError(lacking, "Give cells with the same genes under the same names.")
+    notes = [f"{lacking} They get their mean over the fit's control cells."] if first else []
+    dropped = screen.n_genes - len(present)
+    if screen.n_genes > record.n_genes_in_file or (len(missing) and dropped):
+        notes.append(f"{source}: {dropped} of its {screen.n_genes} genes were not fitted and are ignored.")
+    if record.values == "counts" and screen.n_genes != record.n_genes_in_file:
+        notes.append(
+            f"{source} has {screen.n_genes} genes, the fitted file {record.n_genes_in_file}: counts are scaled by "
+            "totals over the genes present."
+        )
+    return Alignment(present, places[present], n), notes
+
 
 def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str, str]:
     """``counts``, ``log`` or ``continuous``, and the reason in words.
 
-    Counts are whole and not negative; log-normalised values are fractional, not negative and small;
-    continuous values (scaled data, residuals, simulations) are negative for a good part. A few negative
-    values are a mistake in the file. InputError if the values are none of these, or contradict what was asked for.
+    Counts are whole and not negative; log-normalised values are fractional, not negative and small; continuous values
+    (scaled data, residuals, simulations) are negative for a good part: a few negative values are a mistake in the file.
+    InputError if the values are none of these, or contradict what was asked for.
     """
     hint = "Give raw counts or log-normalised values (`sc.pp.normalize_total`, `sc.pp.log1p`) in X or with --layer."
     if not scanned.n_nonzero:
@@ -121,17 +163,14 @@ def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str
         return "continuous", "as requested: used unchanged"
     if asked == "counts" or (asked == "auto" and whole):
         if not whole:
-            raise InputError(
-                f"{source} does not hold counts: some values ({scanned.n_fractional}) are not whole numbers.", hint
-            )
+            what = f"some values ({scanned.n_fractional}) are not whole numbers"
+            raise InputError(f"{source} does not hold counts: {what}.", hint)
         if asked == "auto":
             _refuse_odd_integers(scanned, source, hint)
         return "counts", f"all values are whole numbers, the largest {scanned.maximum:g}"
     if scanned.maximum > MAX_LOG:
-        raise InputError(
-            f"{source}: values are fractional and reach {scanned.maximum:g}, so they are neither counts nor log-normalised.",
-            hint,
-        )
+        what = f"values are fractional and reach {scanned.maximum:g}, so they are neither counts nor log-normalised"
+        raise InputError(f"{source}: {what}.", hint)
     return "log", f"values are fractional and at most {scanned.maximum:.3g}"
 
 
@@ -152,10 +191,8 @@ def refuse_silent_cells(screen: Screen, scanned: Scan, used: np.ndarray) -> None
     """A used cell without any count cannot be normalised; usually an empty droplet or a damaged row."""
     silent = np.flatnonzero((scanned.totals == 0) & used)
     if len(silent):
-        raise InputError(
-            f"{screen.source}: cells without any counts: {len(silent)} (first {str(screen.obs.index[silent[0]])!r}).",
-            "Remove them with `sc.pp.filter_cells(adata, min_counts=1)`.",
-        )
+        what = f"{screen.source}: cells without any counts: {len(silent)} (first {str(screen.obs.index[silent[0]])!r})."
+        raise InputError(what, "Remove them with `sc.pp.filter_cells(adata, min_counts=1)`.")
 
 
 def plan_preprocessing(
@@ -206,10 +243,8 @@ def _highly_variable(
 
     if len(cells) > most:
         cells = np.sort(np.random.default_rng(seed).choice(cells, most, replace=False))
-    parts = [
-        record.apply(screen.rows(cells[i : i + ROWS]))[:, columns].astype(np.float32)
-        for i in range(0, len(cells), ROWS)
-    ]
+    blocks = (screen.rows(cells[i : i + ROWS]) for i in range(0, len(cells), ROWS))
+    parts = [record.apply(block)[:, columns].astype(np.float32) for block in blocks]
     sample = ad.AnnData(sp.csr_matrix(sp.vstack(parts, format="csr")))
     del parts
     if record.values == "continuous":  # no mean-variance trend to take out
@@ -226,7 +261,7 @@ def load(screen: Screen, record: Preprocessing, n_values: int) -> sp.csr_matrix 
     place at once, and nothing is held twice.
     """
     place, shape = record.places(screen.genes), (screen.n_cells, len(record.genes))
-    sparse = is_sparse(n_values, shape)
+    sparse = record.is_sparse(n_values, screen.n_cells)
     dense = np.empty((0, 0) if sparse else shape, dtype=np.float32)
     data = np.empty(n_values if sparse else 0, dtype=np.float32)
     indices = np.empty(len(data), dtype=np.int32)
@@ -240,8 +275,3 @@ def load(screen: Screen, record: Preprocessing, n_values: int) -> sp.csr_matrix 
         entries = slice(start[rows.start], start[rows.stop])
         data[entries], indices[entries] = part.data, part.indices
     return sp.csr_matrix((data, indices, start), shape=shape) if sparse else dense
-
-
-def is_sparse(n_values: int, shape: tuple[int, int]) -> bool:
-    """Whether a matrix is held by its values that are not 0."""
-    return n_values < 0.5 * shape[0] * shape[1]

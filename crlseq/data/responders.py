@@ -16,8 +16,8 @@ All cells stay where there is no ground to tell them apart: without a detectable
 shifted normal describes the coordinates as well (BIC), or where the two means are closer than `SEPARATION` standard
 deviations of control.
 
-Choosing cells by how they look makes the perturbation's effect look larger, and that of a perturbation whose effect
-varies among cells most of all. p-values are therefore those of all cells, and test cells are never left out.
+Choosing cells by how they look makes effects look larger, those that vary among cells most of all. p-values are therefore
+of all cells, and test cells are never left out.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ def find_responders(data: PerturbSeqData, scores: np.ndarray, fdr: np.ndarray) -
             row["why"] = "no detectable effect"
         else:
             cells = np.concatenate([fitted, test[c]])
-            found = _tell_apart(x[cells], np.arange(len(cells)) < len(train[c]), control)
-            row |= {"share": found.share, "separation": found.separation, "why": found.why}
-            if not found.why:
-                posterior[cells] = found.posterior
-                out = fitted[found.posterior[: len(fitted)] < THRESHOLD]
+            told, share, separation, why = _tell_apart(x[cells], np.arange(len(cells)) < len(train[c]), control)
+            row |= {"share": share, "separation": separation, "why": why}
+            if not why:
+                posterior[cells] = told
+                out = fitted[told[: len(fitted)] < THRESHOLD]
                 row["n_left_out"] = len(out)
                 escaped.append(out)
     columns = ["perturbation", "n_cells", "n_left_out", "share", "separation", "why"]
@@ -121,16 +121,8 @@ def _centred(x: np.ndarray, batch: np.ndarray, controls: np.ndarray) -> np.ndarr
     return centred
 
 
-@dataclass(frozen=True)
-class _Mixture:
-    posterior: np.ndarray
-    share: float
-    separation: float
-    why: str
-
-
-def _tell_apart(x: np.ndarray, is_train: np.ndarray, control: np.ndarray) -> _Mixture:
-    """Posterior (cells,) of the scores x (cells, q) of one perturbation; control (n, q), both centred."""
+def _tell_apart(x: np.ndarray, is_train: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, float, float, str]:
+    """Posterior (cells,) of the centred scores x (cells, q) of one perturbation, share, separation, and why all stay."""
     responds = is_train.copy()
     for _ in range(ROUNDS):
         total, n = x[responds].sum(0), int(responds.sum())
@@ -150,16 +142,16 @@ def _tell_apart(x: np.ndarray, is_train: np.ndarray, control: np.ndarray) -> _Mi
         posterior = 1 / (1 + np.exp(-np.clip(log_odds, -50, 50)))
         now = is_train & (posterior >= THRESHOLD)
         if now.sum() < MIN_CELLS:
-            return _Mixture(posterior, share, separation, f"fewer than {MIN_CELLS} training cells would remain")
+            return posterior, share, separation, f"fewer than {MIN_CELLS} training cells would remain"
         if np.array_equal(now, responds):
             break
         responds = now
-    why = ""
     if separation < SEPARATION:
         why = "responders would be too close to control cells"
-    elif not _needs_two(s[is_train], (share, m, sd), (m0, sd0)):
-        why = "one normal distribution describes the cells as well"
-    return _Mixture(posterior, share, separation, why)
+    else:
+        two = _needs_two(s[is_train], (share, m, sd), (m0, sd0))
+        why = "" if two else "one normal distribution describes the cells as well"
+    return posterior, share, separation, why
 
 
 def _log_normal(s: np.ndarray, m: float, sd: float) -> np.ndarray:

@@ -1,13 +1,12 @@
 """Perturb-seq screens with a known truth: structural equations, interventions, mixing, counts.
 
-`simulate` draws control and perturbed cells of the model that crlseq looks for and keeps what
-made them, so that a fit can be scored. Everything follows from one `numpy.random.Generator`:
-equal arguments give equal cells.
+`simulate` draws control and perturbed cells of the model that crlseq looks for and keeps what made them, so that a fit can
+be scored. Everything follows from one `numpy.random.Generator`: equal arguments give equal cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -156,7 +155,7 @@ def simulate(
         escaped[n_control:] = rng.random(len(latents) - n_control) < escapers
         latents[escaped] = latents_under((), int(escaped.sum()))
     loaded = rng.random((n_latents, n_genes)) < loading_density if loading_density < 1 else None
-    signal = _draw_mixing(n_latents, n_genes, mixing, loaded, rng)(latents)
+    signal = _mixed(latents, n_genes, mixing, loaded, rng)
     signal /= signal.std() or 1.0
     if n_batches > 1:
         batch = rng.integers(n_batches, size=len(latents))
@@ -164,7 +163,10 @@ def simulate(
         obs["batch"] = pd.Categorical([f"b{i}" for i in batch], categories=[f"b{i}" for i in range(n_batches)])
     if escapers:
         obs["escaped"] = escaped
-    values = _counts(signal, depth, rng) if noise == "counts" else _gaussian(signal, rng)
+    if noise == "counts":
+        values: Any = _counts(signal, depth, rng)
+    else:
+        values = (signal + GAUSSIAN_NOISE * rng.standard_normal(signal.shape)).astype(np.float32)
     truth = {
         "adjacency": adjacency,
         "target": pd.DataFrame({"latent": effects.target}, index=_names("g", n_single)),
@@ -182,14 +184,8 @@ def _names(kind: str, n: int) -> pd.Index:
 
 def _refuse_impossible(given: Mapping[str, Any]) -> None:
     """The arguments of `simulate`, by name."""
-    for name in (
-        "n_latents",
-        "perturbations_per_latent",
-        "n_genes",
-        "cells_per_perturbation",
-        "n_control",
-        "n_batches",
-    ):
+    sizes = ("n_latents", "perturbations_per_latent", "n_genes", "cells_per_perturbation", "n_control", "n_batches")
+    for name in sizes:
         if given[name] < 1 or given[name] != int(given[name]):
             raise ValueError(f"{name} must be a whole number of at least 1, not {given[name]}.")
     for name in ("expected_parents", "n_doubles", "escapers", "batch_scale", "seed"):
@@ -197,14 +193,10 @@ def _refuse_impossible(given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a finite number of at least 0, not {given[name]}.")
         if name in ("n_doubles", "seed") and given[name] != int(given[name]):
             raise ValueError(f"{name} must be a whole number, not {given[name]}.")
-    for name, kinds in (
-        ("equations", Equations),
-        ("intervention", InterventionKind),
-        ("mixing", Mixing),
-        ("noise", Noise),
-    ):
-        if given[name] not in get_args(kinds):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, not {given[name]!r}.")
+    kinds = {"equations": Equations, "intervention": InterventionKind, "mixing": Mixing, "noise": Noise}
+    for name, kind in kinds.items():
+        if given[name] not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {given[name]!r}.")
     if not (np.isfinite(given["depth"]) and given["depth"] > 0):
         raise ValueError(f"depth must be a positive number, not {given['depth']}.")
     p, n_single = given["n_latents"], given["n_latents"] * given["perturbations_per_latent"]
@@ -272,33 +264,25 @@ def _draw_latents(
     return latents
 
 
-def _draw_mixing(
-    p: int, n_genes: int, mixing: Mixing, loaded: NDArray[np.bool_] | None, rng: np.random.Generator
-) -> Callable[[Floats], Floats]:
-    """The map from latents (n, p) to signal (n, n_genes); each latent moves the genes that are ``loaded`` (p, n_genes)."""
+def _mixed(
+    latents: Floats, n_genes: int, mixing: Mixing, loaded: NDArray[np.bool_] | None, rng: np.random.Generator
+) -> Floats:
+    """Signal (n, n_genes) of latents (n, p); each latent moves the genes that are ``loaded`` (p, n_genes)."""
+    p = latents.shape[1]
     if mixing == "linear":
         loadings = rng.standard_normal((p, n_genes)) / np.sqrt(p)
         if loaded is not None:
             loadings *= loaded
-        return lambda latents: latents @ loadings
+        return np.asarray(latents @ loadings)
     hidden = 4 * p
     first = rng.standard_normal((p, hidden)) / np.sqrt(p)
     last = rng.standard_normal((hidden, n_genes)) / np.sqrt(hidden)
     if loaded is not None:  # unit h reads latent h % p alone, as strongly as another does all
         first = np.tile(np.eye(p), 4) * (first * np.sqrt(p))
         last *= np.tile(loaded, (4, 1))
-    offset = 0.5 * rng.standard_normal(hidden)
-
-    def network(latents: Floats) -> Floats:
-        value = latents @ first + offset
-        signal: Floats = np.where(value > 0, value, 0.2 * value) @ last
-        return signal
-
-    return network
-
-
-def _gaussian(signal: Floats, rng: np.random.Generator) -> NDArray[np.float32]:
-    return (signal + GAUSSIAN_NOISE * rng.standard_normal(signal.shape)).astype(np.float32)
+    value = latents @ first + 0.5 * rng.standard_normal(hidden)
+    signal: Floats = np.where(value > 0, value, 0.2 * value) @ last
+    return signal
 
 
 def _counts(signal: Floats, depth: float, rng: np.random.Generator) -> sparse.csr_matrix:

@@ -9,7 +9,7 @@ import anndata as ad
 import numpy as np
 
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.data.store import read_manifest, verify
+from crlseq.data.store import files_of, read_manifest, verify
 from crlseq.errors import InputError
 
 
@@ -47,7 +47,7 @@ def digest_of(source: str | Path | ad.AnnData) -> str:
     if read_manifest(path) is not None:
         return verify(path)
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    for file in files_of(path):
         if path.is_dir():
             digest.update(str(file.relative_to(path)).encode())
         try:

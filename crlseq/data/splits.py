@@ -7,8 +7,7 @@ import numpy as np
 SPLITS = ("unused", "train", "validation", "test")
 UNUSED, TRAIN, VALIDATION, TEST = range(4)
 
-MIN_TRAIN = 2  # an unbiased MMD needs two cells a side, so a split never leaves or takes fewer
-MIN_HELD_OUT = 2
+MIN_CELLS = 2  # an unbiased MMD needs two cells a side, so a split never leaves or takes fewer
 
 
 def split_cells(
@@ -39,7 +38,7 @@ def split_cells(
             drawn, taken = in_random_order(cells, rng, shuffled), 0
             for share, code in ((test, TEST), (validation, VALIDATION)):
                 n = round(share * len(cells))
-                if n >= MIN_HELD_OUT and len(cells) - taken - n >= MIN_TRAIN:
+                if min(n, len(cells) - taken - n) >= MIN_CELLS:
                     split[drawn[taken : taken + n]] = code
                     taken += n
     return split

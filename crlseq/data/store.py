@@ -96,13 +96,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files of a folder by path, or the file itself."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
 class ShardedVector:
     """A one-dimensional sharded zarr array of Blosc chunks; InputError if it is laid out in another way."""
 
     def __init__(self, folder: Path) -> None:
         try:
             meta = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
-            (self.length,) = meta["shape"]
+            (_,) = meta["shape"]
             (self.shard,) = meta["chunk_grid"]["configuration"]["chunk_shape"]
             (sharding,) = meta["codecs"]
             (self.chunk,) = sharding["configuration"]["chunk_shape"]

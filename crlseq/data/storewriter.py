@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,7 @@ def _packed(values: np.ndarray) -> bytes:
     return bytes(PACKING.encode(np.ascontiguousarray(values)))
 
 
-def write_matrix(
-    store: Path, buckets: Buckets, start: np.ndarray, n_genes: int, done: Mapping[str, str]
-) -> Iterator[str]:
+def write_matrix(store: Path, buckets: Buckets, start: np.ndarray, n_genes: int, done: dict[str, str]) -> Iterator[str]:
     """``X`` of a store as CSR from buckets and row pointers; yields the name of each shard once its file is there.
 
     What shards are `done` (digests by name) stay as they are.

@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from crlseq.data.alignment import Alignment, align
 from crlseq.data.inspection import SYMBOL_COLUMNS
 from crlseq.data.matrix import Screen, open_screen, readable
 from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturbations
-from crlseq.data.preprocess import Preprocessing
+from crlseq.data.preprocess import Alignment, Preprocessing, align
 from crlseq.errors import InputError, few
 from crlseq.evaluation.baselines import Indices
 from crlseq.model.discrepancy_vae import DiscrepancyVAE

@@ -8,8 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,13 @@ from crlseq.discovery.methods import find_programs
 from crlseq.discovery.task import Task
 from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.fitted import FittedRun, load
-from crlseq.pipeline.read import Screen, read_cells, read_screen
+from crlseq.pipeline.read import Job, Progress, Screen, read_cells, read_screen
 from crlseq.pipeline.tables import tables_of
 from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
 from crlseq.run.summary import sets_in_words
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_weights
-from crlseq.storage.files import by_hdf5
+from crlseq.storage.files import by_hdf5, refuse_existing
 from crlseq.storage.runfolder import EMBEDDINGS, GENE_SETS, move_into_place, partial_of, refuse_output, working_folder
 from crlseq.storage.stage_cache import StageCache
 from crlseq.threads import on_threads
@@ -49,15 +48,6 @@ from crlseq.training.warm_start import WarmStart
 
 N_COMPONENTS = 50
 FEW_GENES = 2000  # below, the products of a training step are too small to share among threads
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a fit reports while it runs; by default nothing."""
-
-    stage: Callable[[str], None] = lambda text: None
-    note: Callable[[str], None] = lambda text: None
-    epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None
 
 
 def fit(
@@ -131,8 +121,7 @@ def fit(
         return _finished(target, config, progress, ranks)
     refuse_output(target, resume, force)
     with working_folder(partial_of(target), resume) as folder:
-        if not force and os.path.lexists(target):  # another process has finished it in the meantime
-            raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
+        refuse_existing(target, force)  # another process may have finished it in the meantime
         _fit(Job(source, config, progress, ranks, folder))
         move_into_place(folder, target)
     return load(target)
@@ -142,10 +131,8 @@ def _finished(target: Path, config: Config, progress: Progress, ranks: Ranks) ->
     """The run that was to be resumed."""
     run = load(target)
     if run.info["config"] != config.model_dump(mode="json"):
-        raise InputError(
-            f"The run {target} is finished, but was fitted with other options.",
-            "Choose another --output, or replace it with --force and without --resume.",
-        )
+        what = f"The run {target} is finished, but was fitted with other options."
+        raise InputError(what, "Choose another --output, or replace it with --force and without --resume.")
     progress.note(f"{target} is finished already.")
     ranks.from_first(None)
     return run
@@ -154,14 +141,7 @@ def _finished(target: Path, config: Config, progress: Progress, ranks: Ranks) ->
 def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
     """What ranks behind the first do of `fit`: read the same screen, and train with the others.
 
-    Raises
-    ------
-    InputError
-        If the screen cannot be used, or is not the first rank's.
-    UsageError
-        If steps are too small for so many processes.
-    ConvergenceError
-        If the loss is not finite.
+    Raises what `fit` does, and InputError if the screen is not the first rank's.
     """
     resolve_device(config.training.device)
     with on_threads(_threads(config)):
@@ -170,25 +150,10 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
         if first is None:  # there is nothing to fit
             return
         if first["input"] != digest:
-            raise InputError(
-                f"Rank {ranks.rank} and rank 0 read different files as {source}.",
-                "Give every machine the same file.",
-            )
+            what = f"Rank {ranks.rank} and rank 0 read different files as {source}."
+            raise InputError(what, "Give every machine the same file.")
         with on_threads(_threads(config, data)):
             fit_model(left_out(data, first["escaped"].numpy()), config, first["n_latents"], ranks=ranks)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is fitted, how, and where to; without a folder the run stays in memory."""
-
-    source: str | Path | ad.AnnData
-    config: Config
-    progress: Progress
-    ranks: Ranks
-    folder: Path | None = None
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
-    clock: float = field(default_factory=time.monotonic)  # the date may be set back meanwhile
 
 
 @dataclass(frozen=True)
@@ -214,7 +179,7 @@ class Start:
 def _fit(job: Job) -> FittedRun:
     """The six steps; memory that a step has freed is given back before the next one."""
     with on_threads(_threads(job.config)):
-        screen = read_screen(job.source, job.config, job.folder, job.ranks, job.progress.stage, job.progress.note)
+        screen = read_screen(job)
         give_back()
         tested = _test(job, screen)
         start = _discover(job, tested)
@@ -251,28 +216,17 @@ def _test(job: Job, screen: Screen) -> Tested:
 
 def _discover(job: Job, tested: Tested) -> Start:
     """Step 3: programs, targets and graph by likelihood, unless they are to be learned by gradient."""
-    try:
-        return Start(*_start(tested.data, job.config, tested.projection, tested.tests, job.progress, tested.stages))
-    except InputError:  # there is nothing to go on with
-        tested.stages.clear()
-        raise
-
-
-def _start(
-    data: PerturbSeqData,
-    config: Config,
-    projection: Projection,
-    tests: dict[str, np.ndarray],
-    progress: Progress,
-    cache: StageCache,
-) -> tuple[WarmStart | None, int, str]:
-    """What the fit starts from (None: random weights), the number of programs, and why that many."""
+    tests, stages, progress, seed = tested.tests, tested.stages, job.progress, job.config.training.seed
     effect = np.where(tests["fdr"] <= DETECTABLE_FDR, np.maximum(tests["energy"], 1e-12), 0.0)  # NaN counts as none
-    task = Task(data, effect, config.model, config.training.seed, progress.stage, progress.note, cache)
-    programs = find_programs(task)
-    if programs.discovery is None:
-        return None, programs.n, programs.reason
-    return WarmStart(programs.discovery, ~np.isnan(tests["p_value"]), projection), programs.n, programs.reason
+    task = Task(tested.data, effect, job.config.model, seed, progress.stage, progress.note, stages)
+    try:
+        programs = find_programs(task)
+    except InputError:  # there is nothing to go on with
+        stages.clear()
+        raise
+    found = programs.discovery
+    warm = None if found is None else WarmStart(found, ~np.isnan(tests["p_value"]), tested.projection)
+    return Start(warm, programs.n, programs.reason)
 
 
 def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
@@ -280,8 +234,7 @@ def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
     folder, progress, ranks, sets = job.folder, job.progress, job.ranks, screen.sets
     progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
     escaped = np.zeros(0, dtype=np.int64) if tested.responders is None else tested.responders.escaped
-    of_ranks = {"input": screen.digest, "n_latents": start.n_latents, "escaped": torch.from_numpy(escaped)}
-    ranks.from_first(of_ranks)
+    ranks.from_first({"input": screen.digest, "n_latents": start.n_latents, "escaped": torch.from_numpy(escaped)})
     if sets is not None and folder is not None and not (folder / GENE_SETS).exists():
         sets.write(folder / GENE_SETS)
     identity = f"{screen.identity}\n{start.n_latents}\n{'' if sets is None else sets.digest()}"
@@ -304,11 +257,10 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     found = None if screen.vectors is None else _extrapolation(fitted, data, screen.vectors)
     if found is not None:
         progress.note(found.in_words())
-    in_memory = isinstance(job.source, ad.AnnData)
     info = run.info | {
         "command": _command(),
         "input": {
-            "path": "in memory" if in_memory else str(Path(job.source).resolve()),
+            "path": "in memory" if isinstance(job.source, ad.AnnData) else str(Path(job.source).resolve()),
             "sha256": screen.digest,
             "n_cells": int(data.x.shape[0]),
             "n_genes": data.preprocessing.n_genes_in_file,
@@ -358,9 +310,8 @@ def _write(job: Job, screen: Screen, run: FittedRun, folder: Path) -> None:
     save_weights(folder / "model.safetensors", *run.weights)
     run.write_h5ad(job.source, folder / "crlseq.h5ad")
     if state_of(job.source) != screen.state and digest_of(job.source) != screen.digest:
-        raise InputError(
-            f"{job.source} was changed while it was fitted.", "Fit again while nothing writes to the file."
-        )
+        what = f"{job.source} was changed while it was fitted."
+        raise InputError(what, "Fit again while nothing writes to the file.")
     if run.map is not None:
         with by_hdf5():
             run.map.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")

@@ -31,12 +31,7 @@ class FittedRun(Run):
 
 
 def load(path: str | Path) -> FittedRun:
-    """Read a run folder.
-
-    Raises
-    ------
-    InputError
-        See `crlseq.run.run.Run.load`.
+    """Read a run folder; InputError as `crlseq.run.run.Run.load`.
 
     Examples
     --------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import anndata as ad
@@ -12,17 +14,38 @@ import torch
 from crlseq._version import __version__
 from crlseq.config import Config, to_toml
 from crlseq.data import splits
-from crlseq.data.dataset import PerturbSeqData, read_data
+from crlseq.data.dataset import PerturbSeqData, StreamedExpression, read_data
 from crlseq.data.embeddings import Embeddings, read_embeddings
 from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
 from crlseq.data.source import content_of, digest_of, state_of
-from crlseq.data.streamed import StreamedExpression
 from crlseq.errors import UsageError
 from crlseq.storage.runfolder import GENE_SETS
 from crlseq.training.distributed import Ranks
 from crlseq.training.extrapolation import refuse_strangers
 from crlseq.training.memory import suit_allocator
 from crlseq.training.trainer import resolve_step
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a fit reports while it runs; by default nothing."""
+
+    stage: Callable[[str], None] = lambda text: None
+    note: Callable[[str], None] = lambda text: None
+    epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is fitted, how, and where to; without a folder the run stays in memory."""
+
+    source: str | Path | ad.AnnData
+    config: Config
+    progress: Progress
+    ranks: Ranks
+    folder: Path | None = None
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    clock: float = field(default_factory=time.monotonic)  # the date may be set back meanwhile
 
 
 @dataclass(frozen=True)
@@ -37,24 +60,19 @@ class Screen:
     vectors: Embeddings | None
 
 
-def read_screen(
-    source: str | Path | ad.AnnData,
-    config: Config,
-    folder: Path | None,
-    ranks: Ranks,
-    stage: Callable[[str], None],
-    note: Callable[[str], None],
-) -> Screen:
-    """Step 1: the screen, gene sets and gene vectors, of which the small ones are looked through before the screen is read.
-
-    ``folder`` is the run's; ``stage`` and ``note`` report what is done and what was decided on the way.
-    """
+def read_screen(job: Job) -> Screen:
+    """Step 1: the screen, gene sets and gene vectors, of which the small ones are looked through before the screen is read."""
+    source, config, folder, note = job.source, job.config, job.folder, job.progress.note
     vectors = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
-    gmt = _gmt(config, folder)
-    stage("reading the screen")
+    gmt = None if config.data.gene_sets is None else Path(config.data.gene_sets)
+    if gmt is not None:
+        if folder is not None and (folder / GENE_SETS).exists() and not gmt.exists():
+            gmt = folder / GENE_SETS  # a fit that goes on does without the file, by this copy
+        check_gmt(gmt)
+    job.progress.stage("reading the screen")
     # A store is compared with its checksums before anything is made of it.
     state, digest = state_of(source), digest_of(source)
-    data = read_cells(source, config, ranks)
+    data = read_cells(source, config, job.ranks)
     if vectors is not None:
         refuse_strangers(vectors, data.perturbation_names, str(config.data.embeddings))
     for text in data.notes:
@@ -72,27 +90,12 @@ def read_cells(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) ->
     data = read_data(source, config.data, config.training.seed)
     streamed = isinstance(data.x, StreamedExpression)
     if streamed and config.data.responders:
-        raise UsageError(
-            "--responders excludes single cells, which a streamed store does not allow.",
-            "Load the whole store with --in-memory, or drop --responders.",
-        )
+        what = "--responders excludes single cells, which a streamed store does not allow."
+        raise UsageError(what, "Load the whole store with --in-memory, or drop --responders.")
     suit_allocator(streamed)
     torch.set_num_threads(threads)  # numba, which scanpy starts to choose genes, sets its own number
     in_step = resolve_step(config.training, data.cells_by_condition(splits.TRAIN))
     if ranks.size > in_step:
-        raise UsageError(
-            f"{ranks.size} processes cannot share steps of {in_step} perturbations.",
-            "Start fewer processes, or raise perturbations_per_step in the configuration file.",
-        )
+        what = f"{ranks.size} processes cannot share steps of {in_step} perturbations."
+        raise UsageError(what, "Start fewer processes, or raise perturbations_per_step in the configuration file.")
     return data
-
-
-def _gmt(config: Config, folder: Path | None) -> Path | None:
-    """The file of gene sets, looked through; a fit that goes on does without it, by the copy in its folder."""
-    if config.data.gene_sets is None:
-        return None
-    path = Path(config.data.gene_sets)
-    if folder is not None and (folder / GENE_SETS).exists() and not path.exists():
-        path = folder / GENE_SETS
-    check_gmt(path)
-    return path

@@ -81,12 +81,10 @@ def tables_of(
     if fitted.others:
         kept, *others = (read_model(each.cpu(), data) for each in (model, *fitted.others))
         agreement = seed_agreement(kept, others, interventions, edges)
-    history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"]).astype(
-        {"epoch": int, "total": float}
-    )
+    history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"])
     weights = ({name: value.cpu() for name, value in model.state_dict().items()}, fitted.architecture)
     return FittedRun(
-        info, programs, interventions, edges, history, evaluation,
+        info, programs, interventions, edges, history.astype({"epoch": int, "total": float}), evaluation,
         weights=weights, ensemble=agreement, pathways=pathways,
     )  # fmt: skip
 
@@ -102,14 +100,11 @@ def _with_claims(tests: dict[str, np.ndarray], config: Config) -> np.ndarray:
     return claims
 
 
-def _support(
-    discovery: Discovery | None, n_latents: int, n_perturbations: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _support(discovery: Discovery | None, n_latents: int, n_targets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bootstrap support of edges (p, p), of targets (K,) and of programs (p,); NaN where there is none."""
-    targets = np.full(n_perturbations, np.nan)
-    if discovery is None or discovery.stability is None:
+    targets, stability = np.full(n_targets, np.nan), None if discovery is None else discovery.stability
+    if discovery is None or stability is None:
         return np.full((n_latents, n_latents), np.nan), targets, np.full(n_latents, np.nan)
-    stability = discovery.stability
     targets[discovery.environments] = stability.target.numpy()
     return stability.edge.numpy(), targets, stability.program.numpy()
 
@@ -168,9 +163,8 @@ def _condition_rows(data: PerturbSeqData) -> list[dict[str, Any]]:
     for c, (name, perturbations) in enumerate(zip(data.condition_names, data.conditions, strict=True)):
         counts = np.bincount(data.split[data.condition == c], minlength=len(splits.SPLITS))
         cells = {code_name: int(n) for code_name, n in zip(splits.SPLITS, counts, strict=True) if n}
-        rows.append(
-            {"name": name, "perturbations": [data.perturbation_names[k] for k in perturbations], "cells": cells}
-        )
+        parts = [data.perturbation_names[k] for k in perturbations]
+        rows.append({"name": name, "perturbations": parts, "cells": cells})
     return rows
 
 
@@ -179,9 +173,8 @@ def _program_rows(
 ) -> list[dict[str, Any]]:
     """Name, label, drivers and genes of each program, and its `numbers` (p,) by name; None for NaN."""
     labels = program_labels(interventions, len(numbers["scale"]))
-    genes = (
-        programs[(programs["rank"] <= TOP_GENES) & (programs["loading"] != 0)].groupby("program")["gene"].agg(", ".join)
-    )
+    top = programs[(programs["rank"] <= TOP_GENES) & (programs["loading"] != 0)]
+    genes = top.groupby("program")["gene"].agg(", ".join)
     rows = []
     for k, label in enumerate(labels):
         drivers = interventions.loc[interventions["program"] == f"P{k}", "perturbation"]
@@ -193,10 +186,8 @@ def _program_rows(
 
 
 def _metrics(evaluation: pd.DataFrame, interventions: pd.DataFrame, dag: Dag) -> dict[str, Any]:
-    metrics: dict[str, Any] = {
-        "n_detected": int((interventions["fdr"] <= DETECTABLE_FDR).sum()),
-        "n_edges": int(dag.declared.sum()),
-    }
+    detected = int((interventions["fdr"] <= DETECTABLE_FDR).sum())
+    metrics: dict[str, Any] = {"n_detected": detected, "n_edges": int(dag.declared.sum())}
     if len(evaluation):
         metrics["evaluated_on"] = str(evaluation["split"].iloc[0])
         for column in ("mmd2", "mmd2_no_change", "pearson_delta", "l2", "l2_no_change"):
@@ -207,20 +198,9 @@ def _metrics(evaluation: pd.DataFrame, interventions: pd.DataFrame, dag: Dag) ->
 
 def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict[str, Any]:
     """What ``run.json`` holds of a discovery."""
-    row: dict[str, Any] = {
-        "intervention": discovery.kind,
-        "equations": discovery.equations,
-        "held_out": discovery.held_out,
-        "gain_of_edges": discovery.gain,
-        "gain_error": discovery.gain_error,
-        "dispersion": discovery.misfit,
-        "straightened": discovery.straightened,
-        "n_latents_curve": None if discovery.choice is None else discovery.choice.curve,
-        "bootstrap": None,
-    }
-    if discovery.stability is not None:
-        stability = discovery.stability
-        row["bootstrap"] = {
+    stability, bootstrap = discovery.stability, None
+    if stability is not None:
+        bootstrap = {
             "replicates": stability.n,
             "failed": stability.failed,
             "edge": stability.edge.tolist(),
@@ -230,7 +210,17 @@ def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict
             "assignment": stability.assignment.tolist(),
             "shift_error": [None if np.isnan(value) else value for value in stability.shift_error.tolist()],
         }
-    return row
+    return {
+        "intervention": discovery.kind,
+        "equations": discovery.equations,
+        "held_out": discovery.held_out,
+        "gain_of_edges": discovery.gain,
+        "gain_error": discovery.gain_error,
+        "dispersion": discovery.misfit,
+        "straightened": discovery.straightened,
+        "n_latents_curve": None if discovery.choice is None else discovery.choice.curve,
+        "bootstrap": bootstrap,
+    }
 
 
 def _sparsity_row(decoder: SparseDecoder, programs: pd.DataFrame) -> dict[str, Any]:

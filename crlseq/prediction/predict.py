@@ -26,10 +26,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from crlseq.data.alignment import align
 from crlseq.data.matrix import Screen, open_screen, readable
 from crlseq.data.perturbations import read_perturbations
-from crlseq.data.preprocess import Preprocessing
+from crlseq.data.preprocess import Preprocessing, align
 from crlseq.errors import InputError, UsageError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import Mechanism

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from crlseq.errors import CrlseqError, InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.storage.files import sync
 
 CHECKSUM = 32  # bytes at the end of a checkpoint
 
@@ -39,13 +40,7 @@ class _NoDraws(TorchFunctionMode):
 
 
 def load_model(path: Path) -> DiscrepancyVAE:
-    """The model from `save_weights`, in evaluation mode on the CPU.
-
-    Raises
-    ------
-    InputError
-        If the file is missing or damaged.
-    """
+    """The model from `save_weights`, in evaluation mode on the CPU; InputError if the file is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as handle:
             architecture = json.loads((handle.metadata() or {})["architecture"])
@@ -57,9 +52,8 @@ def load_model(path: Path) -> DiscrepancyVAE:
         return build(state, architecture)
     except Exception as error:  # safetensors raises its own type, torch and JSON many
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"The weights {path} cannot be read: {detail}.", "Fit again, or restore the run folder."
-        ) from error
+        hint = "Fit again, or restore the run folder."
+        raise InputError(f"The weights {path} cannot be read: {detail}.", hint) from error
 
 
 def build(state: dict[str, Tensor], architecture: dict[str, Any]) -> DiscrepancyVAE:
@@ -78,10 +72,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     content = buffer.getvalue()
     beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as handle:
-        handle.write(content + hashlib.sha256(content).digest())
-        handle.flush()
-        os.fsync(handle.fileno())
+    beside.write_bytes(content + hashlib.sha256(content).digest())
+    sync(beside)
     if path.exists():
         os.replace(path, previous_of(path))
     os.replace(beside, path)
@@ -93,13 +85,7 @@ def previous_of(path: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without executing anything in it.
-
-    Raises
-    ------
-    InputError
-        If the file is cut short, changed, or holds anything but tensors and primitives.
-    """
+    """Read a checkpoint, executing nothing; InputError if it is damaged or holds more than tensors and primitives."""
     try:
         content = path.read_bytes()
         if hashlib.sha256(content[:-CHECKSUM]).digest() != content[-CHECKSUM:]:
@@ -138,21 +124,13 @@ class Checkpoints:
         self.state, self.written = dict[str, Any](), True
 
     def last(self) -> dict[str, Any] | None:
-        """The state on disk, if there is one.
-
-        Raises
-        ------
-        InputError
-            If it is damaged or of another fit.
-        """
+        """The state on disk, if there is one; InputError if it is damaged or of another fit."""
         if self.path is None or not self.path.exists():
             return None
         saved = load_checkpoint(self.path)
         if saved["identity"] != self.identity:
-            raise InputError(
-                "The unfinished run was started with another input or other options.",
-                "Resume it with the same options, or start over with --force.",
-            )
+            what = "The unfinished run was started with another input or other options."
+            raise InputError(what, "Resume it with the same options, or start over with --force.")
         return saved
 
     def take(self, state: dict[str, Any], write: bool) -> None:

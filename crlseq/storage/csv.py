@@ -19,9 +19,8 @@ import pandas as pd
 FORMULA = r"^(?='*[=+@\t\r\n-])"
 DEFUSED = r"^'(?='*[=+@\t\r\n-])"
 # From pandas 3.1 on numbers are read to the last digit without being asked for.
-EXACT: dict[str, Any] = (
-    {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
-)
+_NEW = tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1)
+EXACT: dict[str, Any] = {} if _NEW else {"float_precision": "round_trip"}
 
 
 def to_csv(table: pd.DataFrame) -> bytes:
@@ -45,10 +44,7 @@ def _defused(column: pd.Series) -> pd.Series:
 def read_csv(path: Path, columns: Mapping[str, type], later: Mapping[str, type] | None = None) -> pd.DataFrame:
     """A table that `to_csv` wrote, with at least these columns; it may have the later ones.
 
-    Raises
-    ------
-    OSError, ValueError
-        If it cannot be read, a column is missing, or a value is of another kind.
+    OSError or ValueError if it cannot be read, a column is missing, or a value is of another kind.
     """
     # A gene may be called NA: only empty fields are missing values, and only in columns of numbers.
     kinds = {**columns, **(later or {})}

@@ -19,12 +19,7 @@ _HDF5 = re.compile(r"errno = (\d+)")  # in what it says of a disk, beside the ti
 def written_whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; it takes the place of `path` at the end of the block, or is removed.
 
-    A link at `path` is replaced, not followed.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written.
+    A link at `path` is replaced, not followed. InputError if it cannot be written.
     """
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -34,9 +29,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         sync(beside)
         beside.replace(path)
     except (OSError, RuntimeError) as error:  # h5py's at a full disk is a RuntimeError
-        raise InputError(
-            f"{path} cannot be written: {_reason(error)}.", "Check the path, its permissions and the disk."
-        ) from error
+        hint = "Check the path, its permissions and the disk."
+        raise InputError(f"{path} cannot be written: {_reason(error)}.", hint) from error
     finally:
         with suppress(OSError):  # a path that cannot be written cannot be cleaned up either
             beside.unlink(missing_ok=True)
@@ -77,11 +71,16 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def refuse_existing(target: Path, force: bool) -> None:
+    """Refuse, by `InputError`, a place where something is that is not to be replaced."""
+    if os.path.lexists(target) and not force:
+        raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
+
+
 def refuse_links_outside(folder: Path) -> None:
     """Refuse, by `InputError`, a folder with a link that leads out of it: its content would be another's, and harmed."""
     inside = folder.resolve()
     for file in sorted(folder.rglob("*")):
         if file.is_symlink() and not file.resolve().is_relative_to(inside):
-            raise InputError(
-                f"{file} is a link that leads out of {folder}.", "Replace the link by a copy of its target."
-            )
+            hint = "Replace the link by a copy of its target."
+            raise InputError(f"{file} is a link that leads out of {folder}.", hint)

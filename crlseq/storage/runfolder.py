@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from crlseq.errors import InputError
-from crlseq.storage.files import sync
+from crlseq.storage.files import refuse_existing, sync
 from crlseq.storage.stage_cache import is_stage_file
 
 TABLES = ("programs", "interventions", "dag", "history", "evaluation")  # each a file .csv
@@ -20,24 +20,10 @@ PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets 
 EMBEDDINGS = "embeddings.h5ad"  # of fits with embeddings alone
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
 RUN_FILES = frozenset(
-    {
-        "lock",
-        "resume.pt",
-        "resume.previous.pt",
-        "run.json",
-        "model.safetensors",
-        "crlseq.h5ad",
-        "report.html",
-        "dag.graphml",
-        "dag.json",
-        EMBEDDINGS,
-        ENSEMBLE,
-        GENE_SETS,
-        PATHWAYS,
-    }
-    | {f"{name}.csv" for name in TABLES}
+    {"lock", "resume.pt", "resume.previous.pt", "run.json", "model.safetensors", "crlseq.h5ad", "report.html"}
+    | {"dag.graphml", "dag.json", EMBEDDINGS, ENSEMBLE, GENE_SETS, PATHWAYS, *(f"{name}.csv" for name in TABLES)}
 )
-
+ELSEWHERE = "Choose another --output."
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without locks answer
 
 
@@ -49,33 +35,25 @@ def partial_of(target: Path) -> Path:
 def refuse_output(target: Path, resume: bool, force: bool) -> None:
     """Refuse, by `InputError`, a place that cannot be written, or that holds what would be lost."""
     if not target.name:
-        raise InputError(f"The output {target} cannot be a run folder.", "Choose another --output.")
+        raise InputError(f"The output {target} cannot be a run folder.", ELSEWHERE)
     partial = partial_of(target)
     try:
         ancestor = next(folder for folder in target.absolute().parents if folder.exists())
         exists, unfinished = os.path.lexists(target), partial.exists()
         foreign = sorted(file.name for file in partial.iterdir() if not _is_ours(file)) if unfinished else []
     except OSError as error:  # a name that is too long, a folder that may not be searched, a file called RUN.partial
-        raise InputError(f"{target} cannot be written: {error.strerror}.", "Choose another --output.") from None
+        raise InputError(f"{target} cannot be written: {error.strerror}.", ELSEWHERE) from None
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise InputError(
-            f"{target} cannot be written: {ancestor} is not a writable folder.", "Choose another --output."
-        )
-    if exists and not force:
-        raise InputError(f"The output {target} exists.", "Choose another --output, or replace it with --force.")
+        raise InputError(f"{target} cannot be written: {ancestor} is not a writable folder.", ELSEWHERE)
+    refuse_existing(target, force)
     if exists and not (target / "run.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(
-            f"{target} exists and is not a run of crlseq; it is left unchanged.", "Choose another --output."
-        )
+        raise InputError(f"{target} exists and is not a run of crlseq; it is left unchanged.", ELSEWHERE)
     if foreign:
-        raise InputError(
-            f"{partial} holds {foreign[0]!r}, which is not part of a run; nothing is removed.",
-            "Choose another --output.",
-        )
+        what = f"{partial} holds {foreign[0]!r}, which is not part of a run; nothing is removed."
+        raise InputError(what, ELSEWHERE)
     if unfinished and not (resume or force):
-        raise InputError(
-            f"There is an unfinished run in {partial}.", "Continue with --resume, or start over with --force."
-        )
+        hint = "Continue with --resume, or start over with --force."
+        raise InputError(f"There is an unfinished run in {partial}.", hint)
 
 
 def _is_ours(file: Path) -> bool:
@@ -86,18 +64,12 @@ def _is_ours(file: Path) -> bool:
 def refuse_part_of_run(path: Path) -> None:
     """Refuse, by `InputError`, to replace a file of a finished run by what a later command makes."""
     if path.name in RUN_FILES and (path.resolve().parent / "run.json").is_file():
-        raise InputError(f"{path} is a part of the run, which must stay as it was fitted.", "Choose another --output.")
+        raise InputError(f"{path} is a part of the run, which must stay as it was fitted.", ELSEWHERE)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock file, which is gone at the end.
-
-    Raises
-    ------
-    InputError
-        If another process holds it.
-    """
+    """Hold the folder's lock file, which is gone at the end; InputError if another process holds it."""
     path = folder / "lock"
     with path.open("w") as lock:
         held = True
@@ -110,9 +82,8 @@ def locked(folder: Path) -> Iterator[None]:
                 raise
         # The file may be one that another process has just removed.
         if not held or not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-            raise InputError(
-                f"Another crlseq process is writing to {folder}.", "Wait for it to end, or choose another --output."
-            )
+            hint = "Wait for it to end, or choose another --output."
+            raise InputError(f"Another crlseq process is writing to {folder}.", hint)
         try:
             yield
         finally:
@@ -123,10 +94,7 @@ def locked(folder: Path) -> Iterator[None]:
 def working_folder(partial: Path, resume: bool) -> Iterator[Path]:
     """The folder that becomes the run, locked against a second process; gone at the end if nothing was put into it.
 
-    Raises
-    ------
-    InputError
-        If another process writes to it, or it cannot be written.
+    InputError if another process writes to it, or it cannot be written.
     """
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -137,9 +105,8 @@ def working_folder(partial: Path, resume: bool) -> Iterator[Path]:
                         left.unlink()
             yield partial
     except OSError as error:
-        raise InputError(
-            f"{partial} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
-        ) from error
+        hint = "Check the disk and its permissions."
+        raise InputError(f"{partial} cannot be written: {error.strerror or error}.", hint) from error
     finally:
         with suppress(OSError):  # what is there is to be resumed
             partial.rmdir()

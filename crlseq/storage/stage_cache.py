@@ -8,6 +8,7 @@ from the seed by itself, so that what follows is the same to the bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,10 +49,7 @@ def is_stage_file(name: str) -> bool:
 
 
 class StageCache:
-    """Results by stage: read where they are on disk, else computed and written; without a folder always computed.
-
-    The ``identity`` says what they are computed for: results of another are not read.
-    """
+    """Results by stage, for one identity: read from disk, else computed and written; without a folder always computed."""
 
     def __init__(self, folder: Path | None = None, identity: str = "") -> None:
         self.folder, self.identity = folder, identity
@@ -61,13 +59,11 @@ class StageCache:
         if self.folder is None:
             return compute()
         path = self.folder / f"{PREFIX}{stage.replace(' ', '-')}{SUFFIX}"
-        try:
+        with suppress(InputError, KeyError, TypeError, ValueError):  # not there, damaged, or of another version
             saved = load_checkpoint(path)
             if (saved["format"], saved["identity"]) == (FORMAT, self.identity):
                 cached: Result = unpacked(saved["result"])
                 return cached
-        except (InputError, KeyError, TypeError, ValueError):  # not there, damaged, or of another version
-            pass
         path.unlink(missing_ok=True)
         result = compute()
         save_checkpoint(path, {"format": FORMAT, "identity": self.identity, "result": packed(result)})

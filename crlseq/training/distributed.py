@@ -2,11 +2,9 @@
 
 Every rank draws the whole step, its cells and its noise, as a single process would from the same seed, and computes the
 pieces that are dealt to it. The cells of one perturbation stay whole on one rank, since the MMD is no sum over cells.
-Each term of the loss is a mean over pieces or over cells: weighted by its rank's share, the gradients of all ranks add
-up to those of one process (`crlseq.training.objective`), whatever the number of ranks.
-
-What only the first rank finds out (latents and graph to start from, a checkpoint) is sent to the others as bytes that
-are read as checkpoints are: tensors and primitives, nothing executable.
+Weighted by their rank's share, the terms of the loss and their gradients add up to those of one process
+(`crlseq.training.objective`). What only the first rank finds out (latents and graph to start from, a checkpoint) is sent
+to the others as bytes that are read as checkpoints are: tensors and primitives, nothing executable.
 
 A rank that fails writes so to the store that ``torchrun`` keeps; the first to fail prints why, and the others end with its
 exit code. A rank that is lost without a word closes its connections, which ends the collective operations of the others
@@ -48,21 +46,17 @@ class LostRankError(CrlseqError):
     exit_code = INTERRUPTED
 
     def __init__(self, message: str) -> None:
-        super().__init__(
-            message, "An unfinished fit goes on with the same command and --resume, on any number of ranks."
-        )
+        hint = "An unfinished fit goes on with the same command and --resume, on any number of ranks."
+        super().__init__(message, hint)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train one model, and which of them this is; `ALONE` is a single one, for which nothing is sent.
-
-    ``waiting`` is the group whose operations wait for what the first rank does alone.
-    """
+    """The processes that train one model, and which of them this is; `ALONE` is a single one, for which nothing is sent."""
 
     rank: int = 0
     size: int = 1
-    waiting: ProcessGroup | None = None
+    waiting: ProcessGroup | None = None  # whose operations wait for what the first rank does alone
 
     def own(self, mask: np.ndarray) -> np.ndarray | None:
         """Pieces of a step, (C, B) cells that are there, which this rank computes; None for all of them."""
@@ -79,12 +73,11 @@ class Ranks:
             torch.save(value, buffer)
         length = torch.tensor([buffer.getbuffer().nbytes])
         self.spread([length])
-        content = torch.zeros(int(length), dtype=torch.uint8)
         if self.rank == 0:
-            content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-        self.spread([content])
-        if self.rank == 0:
+            self.spread([torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)])
             return value
+        content = torch.zeros(int(length), dtype=torch.uint8)
+        self.spread([content])
         found: T = torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
         return found
 
@@ -108,8 +101,7 @@ class Ranks:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with _lost_rank_reported():
             dist.all_reduce(flat)
-        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
+        for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
@@ -134,11 +126,7 @@ def joined() -> Iterator[Ranks]:
     """The ranks of the job that ``torchrun`` started; `ALONE` without it. For commands: it may end the process.
 
     The error of the rank that fails first is raised there; the others end silently with the same exit code.
-
-    Raises
-    ------
-    LostRankError
-        If another rank is gone without a word, or the job is stopped.
+    LostRankError if another rank is gone without a word, or the job is stopped.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
@@ -155,12 +143,10 @@ def joined() -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"
     attempt = f"crlseq-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # torchrun keeps its store over restarts
     words = PrefixStore(attempt, store)
-    dist.init_process_group(
-        backend, store=PrefixStore("group", words), rank=rank, world_size=size, timeout=STEP_TIMEOUT
-    )
+    own = PrefixStore("group", words)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
     try:
-        ranks = Ranks(rank, size, dist.new_group(timeout=WAIT_TIMEOUT))
-        yield ranks
+        yield (ranks := Ranks(rank, size, dist.new_group(timeout=WAIT_TIMEOUT)))
         ranks.from_first(None)  # what the first rank still writes may fail as well
     except (Exception, KeyboardInterrupt) as error:
         if threading.current_thread() is threading.main_thread():

@@ -6,8 +6,7 @@ past the programs. Noise scales and cuts of a stranger are not predicted. The we
 regression with an intercept on standardised vectors, ``w(e) = 1/K + k(e) (K_c + penalty I)^-1 (I - 1/K)`` with the linear
 kernel, of the mean of the fitted perturbations (w = 1/K), or of no effect (w = 0): which of these, and the penalty, is
 what has the least squared leave-one-out error in mean expression, summed over genes; what is less simple has to be better
-by more than one standard error over the perturbations. Vectors that say nothing of effects
-so end at the mean or at no effect, and the run says so. What leave-one-out missed, gene by gene, is the standard error.
+by more than one standard error over the perturbations. What leave-one-out missed, gene by gene, is the standard error.
 """
 
 from __future__ import annotations
@@ -33,33 +32,15 @@ PENALTIES = np.logspace(-2, 4, 25)
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """A fitted map.
+    """A fitted map; its ``skill`` is 1 - squared leave-one-out error over that of the better of mean and no effect."""
 
-    Attributes
-    ----------
-    table
-        Vectors of all genes of the user's table.
-    fitted
-        Fitted perturbations with a vector and cells of their own, K names.
-    choice
-        ``ridge``, ``mean`` or ``none``.
-    penalty
-        Of the ridge.
-    skill
-        1 - squared leave-one-out error over that of the better of mean and no effect; 0 unless the ridge was chosen.
-    shifts
-        (K, p) mean shift of each latent's equation by the fitted perturbations.
-    error
-        (G,) root mean square of what leave-one-out missed, and of the fitted perturbations' own errors.
-    """
-
-    table: Embeddings
-    fitted: tuple[str, ...]
-    choice: str
-    penalty: float
-    skill: float
-    shifts: np.ndarray
-    error: np.ndarray
+    table: Embeddings  # of all genes of the user's table
+    fitted: tuple[str, ...]  # K perturbations with a vector and cells of their own
+    choice: str  # "ridge", "mean" or "none"
+    penalty: float  # of the ridge
+    skill: float  # 0 unless the ridge was chosen
+    shifts: np.ndarray  # (K, p) mean shift of each latent's equation by the fitted perturbations
+    error: np.ndarray  # (G,) root mean square of what leave-one-out missed, and of the fitted perturbations' own errors
 
     def weights(self, names: Sequence[str]) -> np.ndarray:
         """(len(names), K) weights of the fitted perturbations for genes of the table."""
@@ -108,24 +89,16 @@ class Extrapolation:
 
     def in_words(self) -> str:
         """One sentence on what the vectors are worth."""
-        known = f"{len(self.fitted)} fitted perturbations have a vector"
         if self.choice == "ridge":
-            return (
-                f"{known}; predicting the effect of each from the others reduces the squared error by {self.skill:.0%}."
-            )
-        what = "the mean effect" if self.choice == "mean" else "no effect"
-        return (
-            f"{known}, but the vectors carry no predictive information: {what} is predicted for unseen perturbations."
-        )
+            worth = f"; predicting the effect of each from the others reduces the squared error by {self.skill:.0%}."
+        else:
+            what = "the mean effect" if self.choice == "mean" else "no effect"
+            worth = f", but the vectors carry no predictive information: {what} is predicted for unseen perturbations."
+        return f"{len(self.fitted)} fitted perturbations have a vector{worth}"
 
 
 def refuse_strangers(table: Embeddings, perturbations: Sequence[str], path: str) -> None:
-    """Refuse a table that lacks the perturbations, before anything is fitted.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse, by `InputError`, a table that lacks the perturbations, before anything is fitted."""
     known = set(table.names)
     common = [name for name in perturbations if name in known]
     if len(common) < MIN_PERTURBATIONS:
@@ -142,12 +115,7 @@ def fit_extrapolation(
 ) -> Extrapolation:
     """Fit the map to what a fitted model says of its perturbations.
 
-    Parameters
-    ----------
-    names, own_cells
-        (K,) perturbations of the model, and whether each has cells of its own.
-    control
-        (n, G) control cells to take effects on.
+    ``own_cells`` (K,) bool says which have cells of their own; effects are taken on the ``control`` cells (n, G).
     """
     known = set(table.names)
     chosen = [k for k, name in enumerate(names) if name in known and own_cells[k]]
@@ -184,10 +152,7 @@ def fit_extrapolation(
 def _surely_better(
     squares: dict[tuple[str, float], np.ndarray], simple: tuple[str, float], others: list[tuple[str, float]]
 ) -> tuple[str, float]:
-    """The best of `others` by summed squares (K,), if it beats `simple` by more than one standard error; else `simple`.
-
-    With few perturbations the best of many is often better by chance.
-    """
+    """The best of `others` by summed squares (K,), if it beats `simple` by more than one standard error; else `simple`."""
     if not others:
         return simple
     best = min(others, key=lambda key: float(squares[key].sum()))
@@ -196,13 +161,7 @@ def _surely_better(
 
 
 def load_extrapolation(path: Path) -> Extrapolation:
-    """The map of a run folder.
-
-    Raises
-    ------
-    InputError
-        If its file is missing or damaged.
-    """
+    """The map of a run folder; InputError if its file is missing or damaged."""
     table = read_embeddings(path)
     with readable(str(path), "the map from embeddings"):
         stored = ad.read_h5ad(path).uns["crlseq"]

@@ -7,44 +7,88 @@ import math
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from crlseq.config import Config
+from crlseq.data import splits
 from crlseq.errors import ConvergenceError
 from crlseq.model.losses import weighted_total
 from crlseq.model.sparse_decoder import SparseDecoder
+from crlseq.model.spike_slab import SpikeSlab
 from crlseq.training.distributed import Ranks
 from crlseq.training.memory_split import SplitStep
 from crlseq.training.objective import Objective, Step
 from crlseq.training.schedules import Weights, final_weights, settled
-from crlseq.training.sparsity import Sparsity
 
 SLOWER, MAX_SLOWER = 0.25, 5  # of the learning rate where a loss is not finite, and how often
 EXPLODED = 1e12
+MAX_CELLS = 10_000  # that masks are fitted to
+TIMES = 20  # in a fit
+DRAWS = 2000  # of control latents, whose variance is the unit of a program
+
+
+class Sparsity:
+    """Masks of a sparse decoder in training: a generalised EM.
+
+    Encoder, structural model, shapes, and the masks that are not 0 learn by gradient. Now and then the masks are set to
+    their mode under the spike-and-slab lasso, given the posterior of some cells: exactly, by coordinate ascent, so that
+    masks become 0 and come back by the same rule, and no step of an optimiser decides which genes a program has.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        model = objective.model
+        assert isinstance(model.decoder, SparseDecoder) and model.log_noise is not None
+        self.model, self.decoder, self.log_noise = model, model.decoder, model.log_noise
+        self.source = objective.source
+        cells = np.flatnonzero(self.source.data.split == splits.TRAIN)
+        self.cells = cells[np.linspace(0, len(cells) - 1, min(MAX_CELLS, len(cells))).astype(int)]
+        self.full = SpikeSlab.of(len(self.cells))
+        z = torch.randn(DRAWS, len(model.scm.graph), generator=torch.Generator().manual_seed(0))
+        self.z = z.to(model.scm.graph)  # the same at all times: masks move with the model alone
+        self.support = torch.empty(0)
+
+    @torch.no_grad()
+    def begin(self, epoch: int, n_epochs: int, sparsity: float) -> None:
+        """Start an epoch: shapes of unit variance; in some epochs the masks' mode, of a spike annealed to `sparsity`."""
+        self.decoder.standardise(self.model.scm(self.z))
+        if epoch % max(1, n_epochs // TIMES):
+            return
+        # M-step, for latents drawn from the posterior of the cells.
+        rows, encoder = self.source.rows(self.cells), self.model.encoder
+        mean, variance = encoder.posterior(rows.times(encoder.hidden.weight.T) + encoder.hidden.bias)
+        eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1)).to(mean)
+        h = self.decoder.features(self.model.scm(mean + variance.sqrt() * eps))
+        mean_x = rows.moments(torch.ones(len(self.cells), device=mean.device))[0].to(mean) / len(self.cells)
+        cross = rows.transposed_times(h - h.mean(0))  # features that sum to 0: expression need not
+        self.decoder.fit_masks(self.full.annealed(sparsity), self.log_noise.exp(), h, mean_x, cross)
+
+    @torch.no_grad()
+    def mark(self) -> None:
+        """Remember which masks are 0."""
+        self.support = (self.decoder.output.mask != 0).to(self.decoder.output.mask)
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """After a step of gradient descent: masks that were 0 stay so."""
+        self.decoder.output.mask.mul_(self.support)
 
 
 class Learner:
     """Trains a model on steps that others may train on as well.
 
-    Attributes
-    ----------
-    history
-        One record per epoch: ``epoch``, the terms, ``validation_*`` terms, ``temperature``.
-    best_epoch, best_loss, best_state
-        The settled epoch with the lowest validation loss (-1: none yet), that loss, and its weights.
+    ``history`` has a record per epoch: ``epoch``, the terms, ``validation_*`` terms, ``temperature``; ``best_epoch`` is the
+    settled one with the lowest validation loss (-1: none yet), ``best_loss`` that loss, ``best_state`` its weights.
     """
 
     def __init__(self, objective: Objective, config: Config, ranks: Ranks) -> None:
-        self.model, self.objective = objective.model, objective
-        self.config, self.ranks = config, ranks
+        self.model, self.objective, self.config, self.ranks = objective.model, objective, config, ranks
         self.history: list[dict[str, float]] = []
         self.best_epoch, self.best_loss = -1, math.inf
         self.best_state = copy.deepcopy(self.model.state_dict())
         self.slower = 0  # how often the learning rate was lowered
-        self.sparsity: Sparsity | None = None
-        if isinstance(self.model.decoder, SparseDecoder):
-            self.sparsity = Sparsity(objective)
+        self.sparsity = Sparsity(objective) if isinstance(self.model.decoder, SparseDecoder) else None
 
     @cached_property
     def optimizer(self) -> torch.optim.Adam:
@@ -72,9 +116,6 @@ class Learner:
         """One of the epoch's steps of gradient descent."""
         drawn = self.noise.get_state()
 
-        def begin() -> None:
-            self.optimizer.zero_grad(set_to_none=True)
-
         def descend(part: Step) -> dict[str, Tensor]:
             self.noise.set_state(drawn)  # the noise is drawn for the whole batch
             terms = self.objective(part, self.noise)
@@ -82,7 +123,7 @@ class Learner:
             total.backward()  # type: ignore[no-untyped-call]
             return {name: value.detach() for name, value in {**terms, "total": total}.items()}
 
-        terms = step.terms(begin, descend)
+        terms = step.terms(self.optimizer.zero_grad, descend)
         parameters = list(self.model.parameters())
         self.ranks.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.config.training.gradient_norm is not None:
@@ -126,13 +167,7 @@ class Learner:
         return True
 
     def slow_down(self, epoch: int) -> None:
-        """A quarter of the learning rate from here on.
-
-        Raises
-        ------
-        ConvergenceError
-            If that was done `MAX_SLOWER` times.
-        """
+        """A quarter of the learning rate from here on; ConvergenceError if that was done `MAX_SLOWER` times."""
         if self.slower == MAX_SLOWER:
             raise ConvergenceError(
                 f"The loss is not finite in epoch {epoch + 1}, even with a learning rate {SLOWER**-MAX_SLOWER:.0f} times smaller.",

@@ -1,17 +1,16 @@
 """When freed memory goes back to the system, and whether it ran out.
 
 glibc gives a freed block of 32 MB or more back at once, and fetching it again costs a page fault for every 4 kB: on a
-virtual machine the systems of 30 programs took six times as long in page faults as in arithmetic. So a fit keeps what it
-frees, and gives it back between its stages.
+virtual machine six times as long as the arithmetic. So a fit keeps what it frees, and gives it back between its stages.
 """
 
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-KEPT = 1 << 30
-RETURNED = 1 << 22
+KEPT, RETURNED = 1 << 30, 1 << 22
 
 
 def suit_allocator(streamed: bool) -> None:
@@ -29,14 +28,11 @@ def give_back() -> None:
 
 
 def _of_glibc(function: str, *arguments: int) -> None:
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # another C library
         getattr(ctypes.CDLL(None), function)(*arguments)
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of a device: torch reports it in errors of its own."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    by_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return by_torch or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -54,10 +54,7 @@ class SplitSteps:
     def divide(self, n: int, batch: BatchIndex) -> None:
         """Twice as many parts as the `n` that memory did not suffice for, unless another thread has done so.
 
-        Raises
-        ------
-        InputError
-            If a part is a single condition already.
+        InputError if a part is a single condition already.
         """
         with self._lock:
             if torch.cuda.is_available():
@@ -66,15 +63,11 @@ class SplitSteps:
                 return
             own = self.ranks.own(batch.mask)
             if n >= len(batch.mask if own is None else own):
-                raise InputError(
-                    "There is not enough memory for a step of one perturbation.",
-                    "Lower --batch-size or --n-top-genes and fit again, or use --resume on a larger machine.",
-                )
+                hint = "Lower --batch-size or --n-top-genes and fit again, or use --resume on a larger machine."
+                raise InputError("There is not enough memory for a step of one perturbation.", hint)
             self.n = 2 * n
-            self.note(
-                f"There is not enough memory for a step; from now on each is computed in {self.n} parts, with the same result"
-                " up to rounding."
-            )
+            now = f"from now on each is computed in {self.n} parts, with the same result up to rounding"
+            self.note(f"There is not enough memory for a step; {now}.")
 
 
 class SplitStep:
@@ -98,12 +91,11 @@ class SplitStep:
             self.steps.divide(n, self.batch)
 
     def _parts(self, n: int) -> Iterator[Step]:
-        whole = self.whole
-        if n == 1 and whole is not None:
-            yield whole
-            return
-        for own in self.steps.conditions(self.batch, n):
-            yield self.steps.objective.prepare(self.batch, own)
+        if n == 1 and self.whole is not None:
+            yield self.whole
+        else:
+            for own in self.steps.conditions(self.batch, n):
+                yield self.steps.objective.prepare(self.batch, own)
 
 
 def _sum(found: Iterator[Terms]) -> Terms:

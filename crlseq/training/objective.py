@@ -12,8 +12,7 @@ from torch import Tensor
 
 from crlseq.config import ModelConfig
 from crlseq.data.batches import BatchIndex
-from crlseq.data.dataset import PerturbSeqData
-from crlseq.data.streamed import StreamedExpression
+from crlseq.data.dataset import PerturbSeqData, StreamedExpression
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.expression_rows import DenseRows, Rows, SparseRows
 from crlseq.model.losses import Kernel, anchor_term, interventional_terms, loss_terms
@@ -22,10 +21,9 @@ from crlseq.training.warm_start import Anchor
 
 
 class CellSource:
-    """Cells of the screen as tensors on the device: sparse or dense as they are stored; there for good if they fit.
+    """Cells of the screen as tensors on the device: sparse or dense as they are stored.
 
-    On CUDA the whole screen lies on the device when it takes at most half of the free memory; else cells are sliced
-    on the CPU and sent.
+    On CUDA all lie there for good when they take at most half of the free memory; else they are sliced and sent.
     """
 
     def __init__(self, data: PerturbSeqData, device: torch.device, dtype: torch.dtype) -> None:
@@ -39,18 +37,19 @@ class CellSource:
 
     def dense(self, index: np.ndarray) -> Tensor:
         """(...) cell indices to (..., G)."""
-        rows = torch.from_numpy(self.data.dense(index.ravel())).to(self.device, self.dtype)
-        return rows.reshape(*index.shape, -1)
+        return torch.from_numpy(self.data.dense(index.ravel())).to(self.device, self.dtype).reshape(*index.shape, -1)
 
     def rows(self, index: np.ndarray) -> Rows:
         """(N,) cell indices to their rows as they are stored."""
         if self.resident is None:
             chosen = self.data.x[index]
-            if self.device.type == "cpu" and not isinstance(chosen, np.ndarray):
-                start, gene, value = self._sent(chosen)
-                row = np.repeat(np.arange(len(index), dtype=chosen.indices.dtype), np.diff(chosen.indptr))
-                return SparseRows(start, torch.from_numpy(row), gene, value, *self._sent(chosen.tocsc()))
-            return self._rows(*self._sent(chosen))
+            if isinstance(chosen, np.ndarray):
+                return DenseRows(*self._sent(chosen))
+            start, gene, value = self._sent(chosen)
+            if self.device.type != "cpu":
+                return SparseRows.from_csr(start, gene, value, self.data.n_genes)
+            row = np.repeat(np.arange(len(index), dtype=chosen.indices.dtype), np.diff(chosen.indptr))
+            return SparseRows(start, torch.from_numpy(row), gene, value, *self._sent(chosen.tocsc()))
         at = torch.from_numpy(index).to(self.device)
         if len(self.resident) == 1:
             return DenseRows(self.resident[0][at])
@@ -58,19 +57,13 @@ class CellSource:
         first, counts = start[at].long(), (start[at + 1] - start[at]).long()
         own = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         entry = torch.arange(int(own[-1]), device=self.device) + torch.repeat_interleave(first - own[:-1], counts)
-        return self._rows(own.to(gene.dtype), gene[entry], value[entry])
+        return SparseRows.from_csr(own.to(gene.dtype), gene[entry], value[entry], self.data.n_genes)
 
     def _sent(self, x: Any) -> tuple[Tensor, ...]:
         if isinstance(x, np.ndarray):
             return (torch.from_numpy(x).to(self.device, self.dtype),)
         start, gene, value = map(torch.from_numpy, (x.indptr, x.indices, x.data))
         return start.to(self.device, gene.dtype), gene.to(self.device), value.to(self.device, self.dtype)
-
-    def _rows(self, *parts: Tensor) -> Rows:
-        if len(parts) == 1:
-            return DenseRows(parts[0])
-        start, gene, value = parts
-        return SparseRows.from_csr(start, gene, value, self.data.n_genes)
 
 
 @dataclass(frozen=True)
@@ -84,17 +77,14 @@ class StepShare:
 
 @dataclass(frozen=True)
 class Step:
-    """A batch as tensors: conditions (C, M), mask (C, B) or None, cells, and what their latents are held to (2, C, B, p).
+    """A batch as tensors."""
 
-    ``whole`` is (C, B) of the batch, and ``share`` what of it is computed; None for all. Cells are `StepCells`, or the dense rows (C, B, G) of controls and of perturbed cells.
-    """
-
-    conditions: Tensor
-    mask: Tensor | None
-    cells: StepCells | tuple[Tensor, Tensor]
-    anchors: Tensor | None
-    whole: tuple[int, int]
-    share: StepShare | None
+    conditions: Tensor  # (C, M)
+    mask: Tensor | None  # (C, B)
+    cells: StepCells | tuple[Tensor, Tensor]  # or dense rows (C, B, G) of controls and of perturbed cells
+    anchors: Tensor | None  # (2, C, B, p) what their latents are held to
+    whole: tuple[int, int]  # (C, B) of the batch
+    share: StepShare | None  # what of it is computed; None for all
 
 
 class Objective:
@@ -131,8 +121,7 @@ class Objective:
         With ``own`` conditions of the batch the terms are this part's share: those of parts that make up the batch add up
         to its terms.
         """
-        share = None
-        whole: tuple[int, int] = batch.mask.shape
+        share, whole = None, batch.mask.shape
         if own is not None:
             of_conditions, of_cells = len(own) / len(batch.mask), float(batch.mask[own].sum() / batch.mask.sum())
             # A part without conditions computes one for a share of 0: its gradients are there, as those of the others.
@@ -141,12 +130,8 @@ class Objective:
             share = StepShare(torch.from_numpy(own).to(self.device), of_conditions, of_cells)
         mask = None if batch.mask.all() else torch.from_numpy(batch.mask).to(self.device)
         conditions = self.table[torch.from_numpy(batch.condition).to(self.device)]
-        cells: StepCells | tuple[Tensor, Tensor]
-        if self.linear_output:
-            cells = self._cells(batch)
-        else:
-            cells = self.source.dense(batch.control), self.source.dense(batch.perturbed)
-        anchors = None
+        dense, anchors = self.source.dense, None
+        cells = self._cells(batch) if self.linear_output else (dense(batch.control), dense(batch.perturbed))
         if self.anchored:
             anchors = self.anchors[torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)]
         return Step(conditions, mask, cells, anchors, whole, share)
@@ -192,15 +177,9 @@ class Objective:
         control, perturbed = np.zeros((2, *batch.mask.shape), dtype=np.int64)
         control[batch.mask] = place
         perturbed[batch.mask] = len(controls) + np.arange(batch.mask.sum())
-        index = np.concatenate([controls, batch.perturbed[batch.mask]])
-        return step_cells(
-            rows=self.source.rows(index),
-            n_controls=len(controls),
-            control=torch.from_numpy(control).to(self.device),
-            perturbed=torch.from_numpy(perturbed).to(self.device),
-            counts=tuple(batch.mask.sum(1).tolist()),
-            kernel=self.kernel,
-        )
+        rows = self.source.rows(np.concatenate([controls, batch.perturbed[batch.mask]]))
+        left, right = (torch.from_numpy(place).to(self.device) for place in (control, perturbed))
+        return step_cells(rows, len(controls), left, right, tuple(batch.mask.sum(1).tolist()), self.kernel)
 
     def _draws(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)

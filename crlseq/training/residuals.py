@@ -93,10 +93,10 @@ def missed_effects(measured: np.ndarray, noise: np.ndarray, control_noise: np.nd
 
 def _agreement(effects: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Mean (G,) of effects (n, G), its squared error by their spread, and the share of its squares that is more."""
-    n, mean = len(effects), effects.mean(0)
-    if n < 2:
+    mean = effects.mean(0)
+    if len(effects) < 2:
         return mean, np.zeros_like(mean), 0.0
-    spread = effects.var(0, ddof=1) / n
+    spread = effects.var(0, ddof=1) / len(effects)
     return mean, spread, _share_kept(mean, spread)
 
 
@@ -112,16 +112,13 @@ def shrink(effect: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarra
     d, s = effect[known], error[known]
     if not len(d):
         return shrunk, squared
-    largest = 2 * np.sqrt(max(float((d**2 - s**2).max()), 0.0))
-    smallest = float(s.min()) / 10
+    largest, smallest = 2 * np.sqrt(max(float((d**2 - s**2).max()), 0.0)), float(s.min()) / 10
     n_scales = max(0, int(np.ceil(np.log2(max(largest / smallest, 1.0)))))
     scales = np.concatenate([[0.0], smallest * 2.0 ** np.arange(1, n_scales + 1)])  # of the prior's normals
     variance = s[:, None] ** 2 + scales**2
     log_likelihood = -0.5 * (d[:, None] ** 2 / variance + np.log(variance))
     likelihood = np.exp(log_likelihood - log_likelihood.max(1, keepdims=True))
-    share = np.full(len(scales), 1 / len(scales))
-    pseudo = np.zeros(len(scales))
-    pseudo[0] = NULL_COUNT
+    share, pseudo = np.full(len(scales), 1 / len(scales)), np.eye(len(scales))[0] * NULL_COUNT
     for _ in range(EM_STEPS):
         posterior = likelihood * share
         posterior /= posterior.sum(1, keepdims=True)
@@ -165,5 +162,4 @@ def mean_effect(
 def _moments(data: PerturbSeqData, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and unbiased variance (G,) of cells."""
     mean, square = data.moments(cells)
-    n = len(cells)
-    return mean, np.maximum(square - mean**2, 0.0) * n / max(n - 1, 1)
+    return mean, np.maximum(square - mean**2, 0.0) * len(cells) / max(len(cells) - 1, 1)

@@ -37,10 +37,8 @@ class Loadings:
     share: Tensor
 
     def readout(self) -> tuple[np.ndarray, np.ndarray]:
-        """Weights (G, p) of the least-squares latents ``(x - center) D^-1 B' (B D^-1 B')^-1``, and their variances (p,).
-
-        These are no positive numbers where a program has no genes of its own.
-        """
+        """Weights (G, p) of the least-squares latents ``(x - center) D^-1 B' (B D^-1 B')^-1``, and their variances (p,)."""
+        # Which are no positive numbers where a program has no genes of its own.
         precise = self.loading / self.noise
         covariance = torch.linalg.inv_ex(precise @ self.loading.T)[0]
         return (precise.T @ covariance).numpy(), covariance.diagonal().numpy()
@@ -55,19 +53,11 @@ def sparse_loadings(
     weights: Tensor | None,
     start: tuple[np.ndarray, np.ndarray],
 ) -> Loadings:
-    """Sparse loadings, by EM from dense ones.
+    """Sparse loadings, by EM from a ``start`` of dense ones (p, G) and noise variances (G,).
 
-    Parameters
-    ----------
-    cells
-        (n,) cells, of which at most `MAX_CELLS` are looked at.
-    latents, variance
-        Latents (n, p) of the cells as discovered, and posterior variances (p,).
-    weights
-        (conditions, M, p) target weights, with which the structural model is the latents' prior; None leaves the latents as
-        they are, and EM is of the loadings alone.
-    start
-        Loadings (p, G) and noise variances (G,).
+    At most `MAX_CELLS` of the cells (n,) are looked at, with their latents (n, p) as discovered and posterior variances
+    (p,). With target weights (conditions, M, p) the structural model is the latents' prior; without them the latents stay
+    as they are, and EM is of the loadings alone.
     """
     some = np.linspace(0, len(cells) - 1, min(MAX_CELLS, len(cells))).astype(int)
     chosen, n = cells[some], len(some)
@@ -119,10 +109,7 @@ def _product(x: Any, table: Tensor) -> Tensor:
 
 
 def condition_prior(scm: LatentSCM, conditions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Means (C, p) and covariances (C, p, p), float64, of latents under conditions (C, M) with target weights (C, M, p).
-
-    Equations are linear.
-    """
+    """Means (C, p) and covariances (C, p, p), float64, of linear latents under conditions (C, M) with weights (C, M, p)."""
     mechanism = scm.mechanism(conditions, weights)
     adjacency = (scm.adjacency * mechanism.retention[:, None, :]).to(DTYPE)
     total = torch.linalg.inv(torch.eye(adjacency.shape[-1], dtype=DTYPE) - adjacency)
@@ -141,8 +128,7 @@ def _posterior(
 ) -> tuple[Tensor, Tensor]:
     """Posterior means (n, p) of latents, and the sum over cells of their covariances.
 
-    ``score`` (n, p) is ``(x - c) D^-1 B'`` of the cells, ``information`` (p, p) ``B D^-1 B'``, ``groups`` the cells of each
-    condition.
+    ``score`` (n, p) is ``(x - c) D^-1 B'``, ``information`` (p, p) ``B D^-1 B'``; ``groups`` are each condition's cells.
     """
     means, total = torch.empty_like(score), torch.zeros_like(information)
     for mean, covariance, cells in zip(*prior, groups, strict=False):

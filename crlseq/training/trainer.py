@@ -39,8 +39,6 @@ VALIDATION_BATCH, VALIDATION_CONDITIONS = 64, 16  # cells of a condition, and co
 MIN_IN_STEP, MAX_IN_STEP, ENOUGH_STEPS = 8, 64, 20  # perturbations in a step, and steps per epoch to keep
 MIN_EPOCHS, MIN_STEPS = 100, 2000  # a small screen makes few steps per epoch and needs as many as a large one
 
-History = list[dict[str, float]]
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -53,7 +51,7 @@ class Fit:
 
     model: DiscrepancyVAE
     architecture: dict[str, Any]
-    history: History
+    history: list[dict[str, float]]
     best_epoch: int
     bandwidth: float
     stopped_early: bool
@@ -65,18 +63,10 @@ class Fit:
 
 
 def resolve_device(asked: str) -> torch.device:
-    """The device to compute on; ``auto`` is CUDA when there is one.
-
-    Raises
-    ------
-    InputError
-        If CUDA is asked for and absent.
-    """
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
+    """The device to compute on; ``auto`` is CUDA when there is one; InputError if CUDA is asked for and absent."""
+    if asked == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda was asked for, but torch finds no CUDA device.", "Use --device cpu or auto.")
-    return torch.device("cuda")
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def architecture_of(
@@ -147,30 +137,14 @@ def fit_model(
     With several `ranks` each calls this with the same data and configuration; number of latents, start and checkpoint
     are the first rank's, and what the latents miss is measured there alone.
 
-    Parameters
-    ----------
-    checkpoint
-        Where to write checkpoints, and to go on from if one is there; None for neither.
-    identity
-        What a checkpoint must have been written for (input and configuration).
-    on_epoch
-        Called with each epoch's record (``epoch``, the terms, ``validation_*`` terms, ``temperature``) and the
-        number of epochs.
-    start
-        Latents, targets and graph to start from; None starts from random weights and learns them by gradient.
-    gene_sets
-        (S, G) bool members of the sets that the encoder reads; None for one that reads all genes.
-    on_retry
-        Called with a sentence when an epoch is repeated, from the weights before it and with a quarter of the learning
-        rate from there on, since a loss was not finite (at most `MAX_SLOWER` times in a fit); and when steps are computed
-        in more parts, since memory ran out.
+    Checkpoints are written for an ``identity`` (input and configuration), and gone on from if one is there. ``on_epoch``
+    gets each epoch's record and the number of epochs. Without a ``start`` weights are random, and targets and graph are
+    learned by gradient; without ``gene_sets`` (S, G) bool the encoder reads all genes. ``on_retry`` gets a sentence when
+    an epoch is repeated, from the weights before it and with a quarter of the learning rate from there on, since a loss
+    was not finite (at most `MAX_SLOWER` times in a fit); and when steps are computed in more parts, since memory ran out.
 
-    Raises
-    ------
-    ConvergenceError
-        If a loss is still not finite.
-    InputError
-        If the checkpoint is damaged or belongs to another fit, or memory does not suffice for one perturbation.
+    ConvergenceError if a loss is still not finite; InputError if the checkpoint is damaged or belongs to another fit, or
+    memory does not suffice for one perturbation.
     """
     training, first_rank = config.training, ranks.rank == 0
     n_sets = 0 if gene_sets is None else len(gene_sets)
@@ -179,7 +153,7 @@ def fit_model(
     )
     bandwidth = ranks.from_first(_bandwidth(config.model, data, training.seed))
     learners = _learners(data, config, architecture, bandwidth, start, gene_sets, ranks)
-    epochs = _Epochs(data, config, learners, ranks, on_epoch, on_retry)
+    epochs = _Epochs(learners, on_epoch, on_retry)
     with Checkpoints(checkpoint if first_rank else None, identity) as checkpoints:
         saved = ranks.from_first(checkpoints.last())
         if saved is not None:
@@ -207,16 +181,11 @@ class _Epochs:
     """The `n` epochs of a fit: what each asks of the screen, and what is done where one fails or the fit was stopped."""
 
     def __init__(
-        self,
-        data: PerturbSeqData,
-        config: Config,
-        learners: list[Learner],
-        ranks: Ranks,
-        on_epoch: Callable[[dict[str, float], int], None],
-        on_retry: Callable[[str], None],
+        self, learners: list[Learner], on_epoch: Callable[[dict[str, float], int], None], on_note: Callable[[str], None]
     ) -> None:
-        self.data, self.config, self.learners = data, config, learners
-        self.on_epoch, self.on_retry = on_epoch, on_retry
+        self.learners, self.on_epoch, self.on_note = learners, on_epoch, on_note
+        config, ranks, data = learners[0].config, learners[0].ranks, learners[0].objective.source.data
+        self.config, self.shuffled = config, data.shuffled
         self.notes: list[str] = []
         self.steps = SplitSteps(learners[0].objective, ranks, self.note)
         self.train_cells = data.cells_by_condition(splits.TRAIN)
@@ -232,7 +201,7 @@ class _Epochs:
     def note(self, text: str) -> None:
         """Report, and remember, what was done again or otherwise."""
         self.notes.append(text)
-        self.on_retry(text)
+        self.on_note(text)
 
     def state(self, epoch: int) -> dict[str, Any]:
         """What is needed to go on behind `epoch`."""
@@ -259,13 +228,12 @@ class _Epochs:
                 break
             self._learn(epoch, active)
             exploded = [learner for learner in active if not learner.end(epoch, self.n)]
+            for learner in exploded:
+                learner.slow_down(epoch)
             if exploded:
-                for learner in exploded:
-                    learner.slow_down(epoch)
                 self._load(copy.deepcopy(checkpoints.state))  # a copy: the state must outlast another attempt
-                self.note(
-                    f"The loss is not finite in epoch {epoch + 1}; it is repeated with a quarter of the learning rate."
-                )
+                again = "it is repeated with a quarter of the learning rate"
+                self.note(f"The loss is not finite in epoch {epoch + 1}; {again}.")
                 continue
             self.on_epoch(active[0].history[-1], self.n)
             last = epoch + 1 == self.n or all(learner.exhausted(epoch, self.n) for learner in self.learners)
@@ -282,9 +250,7 @@ class _Epochs:
         noise = int(rng.integers(2**62))
         for i, learner in enumerate(self.learners):
             learner.begin(epoch, self.n, schedule(epoch, self.n, self.config.model, training), noise + i)
-        batches = epoch_batches(
-            self.train_cells, self.partners, training.batch_size, self.in_step, rng, self.data.shuffled
-        )
+        batches = epoch_batches(self.train_cells, self.partners, training.batch_size, self.in_step, rng, self.shuffled)
         for step in ahead(self.steps.prepare, batches):
             self._each(methodcaller("learn", step, len(batches)), active)
         n_judged = sum(len(batch.condition) for batch in self.validation)
@@ -335,9 +301,9 @@ def _start_from_first(model: DiscrepancyVAE, anchor: Anchor | None, ranks: Ranks
     learned = ranks.from_first([parameter.requires_grad for parameter in model.parameters()])
     for parameter, is_learned in zip(model.parameters(), learned, strict=True):
         parameter.requires_grad_(is_learned)
-    parts = None if anchor is None else (torch.from_numpy(anchor.z), torch.from_numpy(anchor.variance))
+    parts = None if anchor is None else [torch.from_numpy(part) for part in (anchor.z, anchor.variance)]
     parts = ranks.from_first(parts)
-    return None if parts is None else Anchor(parts[0].numpy(), parts[1].numpy())
+    return None if parts is None else Anchor(*(part.numpy() for part in parts))
 
 
 def _validation_batches(data: PerturbSeqData, seed: int) -> list[BatchIndex]:

@@ -3,8 +3,7 @@
 A leaky ReLU of slope c satisfies relu(v) - relu(-v) = (1 + c) v, so that 2 p hidden units carry a linear map. The
 encoder regresses the latents that the likelihood found on expression, the decoder expression on the latents, and the
 structural model holds the graph, targets and interventions that were found. Without a training step this is the
-linear method; training adds what is not linear. An encoder that reads gene sets cannot be exact: see
-`crlseq.training.set_start`.
+linear method; training adds what is not linear. An encoder that reads gene sets cannot be exact: see `start_from_sets`.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
 from crlseq.data import splits
@@ -21,15 +21,17 @@ from crlseq.data.projection import Projection
 from crlseq.discovery.misfit import DESCRIBED
 from crlseq.discovery.result import Discovery
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.networks import GeneSetLayer
+from crlseq.model.networks import Encoder, GeneSetLayer
 from crlseq.model.scm import LOG_SCALE_BOUND, NEGATIVE_SLOPE, LatentSCM
 from crlseq.model.sparse_decoder import SparseDecoder
-from crlseq.training.set_start import start_from_sets
 from crlseq.training.sparse_start import Loadings, control_deviation, least_noise, sparse_loadings
 
 RIDGE = 1e-6  # of the regressions, relative
 WORSE = 2.0  # variance of latents by sparse loadings, over that of the discovery's, up to which they are taken
 MIN_VARIANCE = 1e-2  # of an anchor: latents have unit noise, and none is read off a cell without error
+MAX_READ = 5_000  # cells of which the read-out is estimated
+CENTER = 4.0  # standard deviations above the kink of the leaky ReLU: activities start linear in the genes
+PENALTIES = np.logspace(-4, 2, 13)  # by cell
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
     k = np.full(len(data.split), -1)
     k[discovery.index] = np.arange(len(discovery.index))
     train = np.flatnonzero((data.split == splits.TRAIN) & (k >= 0))
-    found = None
     if isinstance(model.decoder, SparseDecoder):
         found, discovery = _sparsify(model, discovery, data, k, train)
+        _start_sparse(model.decoder, model.scm, found)
     u = discovery.latents[k[train]]
     z = model.scm.abduct(torch.from_numpy(u).to(model.scm.graph.dtype)).double().numpy()
     p, measured = z.shape[1], np.maximum(discovery.noise, MIN_VARIANCE)
@@ -81,13 +83,10 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
     _write(model.encoder.variance.bias, np.log(np.expm1(np.minimum(known, 1.0))))
 
     if isinstance(model.decoder, SparseDecoder):
-        assert found is not None
-        _start_sparse(model.decoder, model.scm, found)
         noise = found.noise.numpy()
     else:
         loadings, center, noise = _decode(u, data, train)
-        eye = np.eye(p)
-        _write(model.decoder.hidden.weight, np.concatenate([eye, -eye]))
+        _write(model.decoder.hidden.weight, np.concatenate([np.eye(p), -np.eye(p)]))
         _write(model.decoder.hidden.bias, np.zeros(2 * p))
         _linear_output(model.decoder.output, loadings.T, center)
     if model.log_noise is not None:
@@ -148,26 +147,31 @@ def _start_sparse(decoder: SparseDecoder, scm: LatentSCM, found: Loadings) -> No
     one, scale = np.ones(p), control_deviation(scm).numpy()
     _write(decoder.hidden.weight, np.concatenate([one, -one]))
     _write(decoder.hidden.bias, np.zeros(2 * p))
-    output = decoder.output
-    nn.init.zeros_(output.shape)
+    nn.init.zeros_(decoder.output.shape)
     line = np.concatenate([one, -one]) / np.tile(scale, 2) / (1 + NEGATIVE_SLOPE)
-    output.shape[:, : 2 * p] = torch.from_numpy(line)
-    _write(output.mask, found.loading.T.numpy() * scale)
-    _write(output.bias, found.center.numpy())
-    output.share.copy_(found.share)
+    decoder.output.shape[:, : 2 * p] = torch.from_numpy(line)
+    _write(decoder.output.mask, found.loading.T.numpy() * scale)
+    _write(decoder.output.bias, found.center.numpy())
+    decoder.output.share.copy_(found.share)
 
 
 def _decode(u: np.ndarray, data: PerturbSeqData, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loadings (p, G), center (G,) and residual variances (G,) of expression on latents (n, p), by least squares."""
     mean_x, square = data.moments(cells)
     mean_u, centred = u.mean(0), u - u.mean(0)
-    cross = np.zeros((u.shape[1], data.n_genes))
-    for rows, x in data.blocks(cells):
-        cross += (x.T @ centred[rows]).T  # centred latents sum to 0, so x need not be centred
     gram = centred.T @ centred
-    loadings = np.linalg.solve(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), cross)
+    ridge = RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+    loadings = np.linalg.solve(gram + ridge, _cross(data, cells, centred).T)
     explained = np.einsum("kg,kl,lg->g", loadings, gram / len(u), loadings)
     return loadings, mean_x - mean_u @ loadings, square - mean_x**2 - explained
+
+
+def _cross(data: PerturbSeqData, cells: np.ndarray, centred: np.ndarray) -> np.ndarray:
+    """(G, p) products of expression with latents (n, p) that sum to 0, so that expression need not be centred."""
+    cross = np.zeros((data.n_genes, centred.shape[1]))
+    for rows, x in data.blocks(cells):
+        cross += x.T @ centred[rows]
+    return cross
 
 
 def regress(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -194,3 +198,53 @@ def _linear_output(layer: nn.Linear, weight: np.ndarray, bias: np.ndarray) -> No
 def _write(parameter: Tensor, value: np.ndarray) -> None:
     """Set the first rows of a parameter."""
     parameter[: len(value)].copy_(torch.from_numpy(np.asarray(value, dtype=float)))
+
+
+@torch.no_grad()
+def start_from_sets(encoder: Encoder, data: PerturbSeqData, cells: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Write activities of gene sets and a read-out into `encoder`, from training cells (n,) and their noise z (n, p).
+
+    The activity of a set is the combination of its genes that goes along most with the latents that the likelihood found:
+    with standardised genes x_s of the set and latents z, the direction w of unit length that maximises |Cov(w x_s, z)|
+    over all latents together, the first step of partial least squares (Wold 1975). Latents are then regressed on the
+    activities of all sets at once,
+
+        z_k = sum_s B_sk h_s + b_k,     |B_k|^2 penalised, the penalty chosen by generalised cross-validation,
+
+    for sets overlap, and there may be more of them than a screen can tell apart. Returns the variance (p,) of z that they
+    leave unexplained.
+    """
+    layer = encoder.hidden
+    assert isinstance(layer, GeneSetLayer)
+    members = layer.members.cpu().numpy()
+    some = np.linspace(0, len(cells) - 1, min(MAX_READ, len(cells))).astype(int)
+    cells, z = cells[some], z[some]
+    weight = _directions(members, data, cells, z)
+    raw = np.empty((len(cells), len(members)))
+    for rows, x in data.blocks(cells):
+        raw[rows] = x @ weight.T
+    mean, deviation = raw.mean(0), raw.std(0)
+    scale = 1 / np.where(deviation > 1e-12, deviation, 1.0)
+    raw = (raw - mean) * scale + CENTER
+    h = np.where(raw > 0, raw, NEGATIVE_SLOPE * raw)
+    ridge = RidgeCV(PENALTIES * len(h), alpha_per_target=True).fit(h - CENTER, z)
+    slope = ridge.coef_.reshape(z.shape[1], -1)
+    layer.free.copy_(torch.from_numpy(weight * scale[:, None]))
+    layer.bias.copy_(torch.from_numpy(CENTER - mean * scale))
+    encoder.mean.weight.copy_(torch.from_numpy(slope))
+    encoder.mean.bias.copy_(torch.from_numpy(np.atleast_1d(ridge.intercept_) - CENTER * slope.sum(1)))
+    unexplained: np.ndarray = (z - ridge.predict(h - CENTER).reshape(z.shape)).var(0)
+    return unexplained
+
+
+def _directions(members: np.ndarray, data: PerturbSeqData, cells: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """(S, G) weights of genes in the activity of each set, 0 outside of it."""
+    mean, square = data.moments(cells)
+    deviation = np.sqrt(np.maximum(square - mean**2, 0.0))
+    inverse = np.where(deviation > 1e-6, 1 / np.where(deviation > 1e-6, deviation, 1.0), 0.0)
+    cross = _cross(data, cells, z - z.mean(0)) * (inverse[:, None] / len(cells))
+    weight = np.zeros(members.shape)
+    for own, row in zip(members, weight, strict=True):
+        left = np.linalg.svd(cross[own], full_matrices=False)[0][:, 0]
+        row[own] = left * inverse[own] * (1.0 if (left * np.abs(left)).sum() >= 0 else -1.0)
+    return weight

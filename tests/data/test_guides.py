@@ -31,11 +31,7 @@ from tests.support import DATA, check_refusal, fit_file, invoke, small_screen
         ("STAT1_g1 STAT1_sg2 NKX2-1_g1 non-targeting_g12", "GENE_g1", "STAT1 STAT1 NKX2-1 control"),
         ("Atg5g1 Rag1g2 Reg1g1 NTCg1", "GENEg1", "Atg5 Rag1 Reg1 control"),
         ("ENSG00000115415_1 ENSG00000115415_2 safe-targeting_7", "GENE_1", "ENSG00000115415 ENSG00000115415 control"),
-        (
-            "AHR_+_17421431.23-P1P2 AHR_-_17338341.23-P1 non-targeting_00012",
-            "GENE_+_POSITION",
-            "AHR AHR control",
-        ),
+        ("AHR_+_17421431.23-P1P2 AHR_-_17338341.23-P1 non-targeting_00012", "GENE_+_POSITION", "AHR AHR control"),
         ("TP53_ACGTACGTACGTACGTACGT MYC_TTTTACGTACGTACGTACGT NT3_g1", "GENE_SEQUENCE", "TP53 MYC NT3_g1"),
         ("sgSTAT1 sgIRF1 ctrl3", "sgGENE", "STAT1 IRF1 control"),
     ],

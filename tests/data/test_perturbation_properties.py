@@ -14,12 +14,7 @@ import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crlseq.data.perturbations import (
-    CONTROL_LABELS,
-    NEVER_PERTURBATIONS,
-    Perturbations,
-    read_perturbations,
-)
+from crlseq.data.perturbations import CONTROL_LABELS, NEVER_PERTURBATIONS, Perturbations, read_perturbations
 from tests.support import ROOT, table
 
 # HDF5 has no text with NUL in it, and pandas hashes text up to the first NUL.

@@ -8,12 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crlseq.data.perturbations import (
-    CONTROL_LABELS,
-    NEVER_PERTURBATIONS,
-    candidates,
-    read_perturbations,
-)
+from crlseq.data.perturbations import CONTROL_LABELS, NEVER_PERTURBATIONS, candidates, read_perturbations
 from crlseq.errors import InputError
 from tests.support import labels, table
 

@@ -221,9 +221,11 @@ def test_bad_arguments(argument: str, value: Any, sentence: str) -> None:
 @pytest.mark.parametrize("mixing", ["linear", "network"])
 def test_latents_move_the_genes_that_are_loaded_on_them_and_no_others(mixing: Any) -> None:
     rng = np.random.default_rng(0)
-    loaded = rng.random((4, 200)) < 0.3
-    signal = module._draw_mixing(4, 200, mixing, loaded, rng)
-    latents = rng.standard_normal((50, 4))
+    loaded, latents = rng.random((4, 200)) < 0.3, rng.standard_normal((50, 4))
+
+    def signal(values: np.ndarray) -> np.ndarray:
+        return module._mixed(values, 200, mixing, loaded, np.random.default_rng(1))
+
     for k in range(4):
         moved = latents.copy()
         moved[:, k] += 1

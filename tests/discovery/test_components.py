@@ -152,7 +152,7 @@ def test_a_batch_with_few_controls_is_centred_on_all(data: PerturbSeqData) -> No
     few[controls[: components.ENOUGH_CONTROLS - 1]] = 2
     some = np.flatnonzero(data.condition == 1)
     few[some] = 2
-    batched = replace(data, batch=few, batch_names=("a", "b", "c"))
+    batched = replace(data, batch=few)
     alone = whitened_components(replace(data, batch=np.zeros_like(few)), 5, 0)
     scores = whitened_components(batched, 5, 0)
     train = data.split == splits.TRAIN

@@ -14,7 +14,7 @@ from crlseq.data.genesets import GeneSets
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.readout.pathways import pathway_table
 from crlseq.readout.programs import find_programs
-from crlseq.training.set_start import start_from_sets
+from crlseq.training.warm_start import start_from_sets
 from tests.support import small_screen
 
 P, SIZE, LOST = 3, 10, 0
