@@ -15,7 +15,7 @@ import scipy.sparse as sp
 
 from crlseq.data.alignment import Alignment, align
 from crlseq.data.inspection import SYMBOL_COLUMNS
-from crlseq.data.matrix import Screen, open_screen, readable
+from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturbations
 from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError, few
@@ -36,51 +36,27 @@ class Cells:
     def __getitem__(self, chosen: np.ndarray) -> Cells:
         return Cells(self.x[chosen], self.condition[chosen], self.batch[chosen])
 
-    def of_genes(self, genes: np.ndarray) -> Cells:
-        """The same cells with some of their genes."""
-        return replace(self, x=self.x[:, genes])
-
 
 @dataclass(frozen=True)
 class CellSets:
-    """What an evaluation works on.
+    """What an evaluation works on: what was fitted, control cells, and perturbed cells that were not fitted.
 
-    Attributes
-    ----------
-    train, control, measured
-        Three sets of cells: what was fitted, control cells, and perturbed cells that were not fitted. Controls have all
-        fitted genes, since the model starts from them; the others those that are ``compared``.
-    compared
-        Indices of the fitted genes that the judging cells have.
-    conditions, condition_names, names
-        Ascending indices into ``names`` per condition, () for the control; labels; single perturbations.
-    known
-        Index of a single perturbation in ``names`` -> its rows in ``model``; several for one that is extrapolated.
-    seen
-        Indices in ``names`` of those that were fitted.
-    model
-        The run's, with perturbations never seen where it can extrapolate to them.
-    fitted
-        (conditions,) bool.
-    gene_places
-        Name or symbol of a gene -> columns among the compared ones.
-    kind
-        What measured cells of fitted conditions are called.
+    Controls have all fitted genes, since the model starts from them; the others those that are compared.
     """
 
     train: Cells
     control: Cells
     measured: Cells
-    compared: np.ndarray
-    conditions: tuple[Indices, ...]
+    compared: np.ndarray  # indices of the fitted genes that the judging cells have
+    conditions: tuple[Indices, ...]  # ascending indices into `names`, () for the control
     condition_names: tuple[str, ...]
-    names: tuple[str, ...]
-    known: dict[int, tuple[int, ...]]
-    seen: frozenset[int]
-    model: DiscrepancyVAE
-    fitted: np.ndarray
-    gene_places: Mapping[str, list[int]]
-    kind: str
+    names: tuple[str, ...]  # single perturbations
+    known: dict[int, tuple[int, ...]]  # place in `names` -> rows in `model`; several for one that is extrapolated
+    seen: frozenset[int]  # places in `names` of those that were fitted
+    model: DiscrepancyVAE  # the run's, with perturbations never seen where it can extrapolate to them
+    fitted: np.ndarray  # (conditions,) bool
+    gene_places: Mapping[str, list[int]]  # name or symbol of a gene -> columns among the compared ones
+    kind: str  # what measured cells of fitted conditions are called
     notes: tuple[str, ...]
 
     def group(self, condition: int) -> str:
@@ -106,10 +82,7 @@ class _Table:
 def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls: bool = False) -> CellSets:
     """The run's own cells by their split, or other cells against the run's training cells.
 
-    Raises
-    ------
-    InputError
-        If there are no cells to judge by or no controls, or genes, labels or values are others than the fit's.
+    InputError if there are none to judge by or no controls, or genes, labels or values are others than the fit's.
     """
     own, places = _read_own(run)
     notes: list[str] = []
@@ -123,16 +96,13 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
     if other is None:
         control, measured, kind = _held_out(cells, split, train, held_out_controls, notes)
     else:
-        given, compared, kind = (
-            Cells(other.x, labels.condition[n:], batch[n:]),
-            other.alignment.present,
-            "held-out cells",
-        )
-        control = given[given.condition == 0]
+        given, kind = Cells(other.x, labels.condition[n:], batch[n:]), "held-out cells"
+        compared, control = other.alignment.present, given[given.condition == 0]
         if len(compared) < other.alignment.n_fitted:
             mean = train[train.condition == 0].x.mean(0)
-            control = replace(control, x=other.alignment.filled(_dense(control.x), np.asarray(mean).ravel()))
-            train = train.of_genes(compared)
+            x = control.x if isinstance(control.x, np.ndarray) else control.x.toarray()
+            control = replace(control, x=other.alignment.filled(x, np.asarray(mean).ravel()))
+            train = replace(train, x=train.x[:, compared])
         if len(control.condition) < 2:
             raise InputError(
                 f"{other.source} has {len(control.condition)} cells labelled {labels.control_label!r}; at least two are needed.",
@@ -233,17 +203,12 @@ def _known(
     return known, seen, model
 
 
-def _dense(x: sp.csr_matrix | np.ndarray) -> np.ndarray:
-    return x if isinstance(x, np.ndarray) else x.toarray()
-
-
 def _expression(screen: Screen, record: Preprocessing, alignment: Alignment) -> sp.csr_matrix | np.ndarray:
     """Normalised expression (cells, fitted genes that are there) as the fit had it."""
     parts = []
-    with readable(screen.source, "the matrix"):
-        for _, block in screen.blocks():
-            record.check(block, screen.source)
-            parts.append(alignment.take(record.apply(block)).astype(np.float32))
+    for _, block in screen.blocks():
+        record.check(block, screen.source)
+        parts.append(alignment.take(record.apply(block)).astype(np.float32))
     x = sp.csr_matrix(sp.vstack(parts, format="csr"))
     x.sort_indices()
     return x if x.nnz < 0.5 * x.shape[0] * x.shape[1] else x.toarray()
@@ -286,11 +251,10 @@ def _batches(tables: list[pd.DataFrame], key: str | None) -> np.ndarray:
 def _fingerprints(screen: Screen, columns: np.ndarray, chosen: np.ndarray | None = None) -> list[bytes]:
     """The values of cells in some genes, as the file has them: equal for equal cells, whatever their names and totals."""
     found = []
-    with readable(screen.source, "the matrix"):
-        for rows, block in screen.blocks():
-            own = sp.csr_matrix(block[:, columns] if chosen is None else block[chosen[rows]][:, columns])
-            own.sort_indices()
-            for a, b in pairwise(own.indptr):
-                cell = own.indices[a:b].astype(np.int64).tobytes() + own.data[a:b].astype(np.float32).tobytes()
-                found.append(hashlib.blake2b(cell, digest_size=16).digest())
+    for rows, block in screen.blocks():
+        own = sp.csr_matrix(block[:, columns] if chosen is None else block[chosen[rows]][:, columns])
+        own.sort_indices()
+        for a, b in pairwise(own.indptr):
+            cell = own.indices[a:b].astype(np.int64).tobytes() + own.data[a:b].astype(np.float32).tobytes()
+            found.append(hashlib.blake2b(cell, digest_size=16).digest())
     return found

@@ -22,9 +22,10 @@ from matplotlib.figure import Figure
 from crlseq._version import __version__
 from crlseq.data.simulate import CONTROL, simulate
 from crlseq.errors import CrlseqError, InputError, UsageError
-from crlseq.evaluation.calibration import calibration, edge_supports
 from crlseq.evaluation.recovery import (
     LATENT_SCORES,
+    calibration,
+    edge_supports,
     gene_list_scores,
     graph_scores,
     random_graph_scores,

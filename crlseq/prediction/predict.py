@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from crlseq.data.alignment import align
-from crlseq.data.matrix import Screen, open_screen, readable
+from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.perturbations import read_perturbations
 from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError, UsageError
@@ -42,14 +42,6 @@ DRAWS = 100
 NORMAL_QUANTILE = 1.959964  # of a two-sided interval of 95 %
 COVERS = "the cells' noise, the control cells, the shifts and the residuals"
 COVERS_NOT = "graph, targets, retentions and loadings are taken as known"
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Control cells that virtual cells start from: expression (n, G) float32 and names (n,)."""
-
-    x: np.ndarray
-    cells: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -118,18 +110,18 @@ def predict(
     requests, notes = understand(run, [perturbations] if isinstance(perturbations, str) else list(perturbations))
     if n_cells is not None and n_cells < 1:
         raise UsageError(f"{n_cells} cells were requested.", "Request at least one.")
-    start = _start(run, source, n_cells, counterfactual, seed, notes)
+    x, cells = _start(run, source, n_cells, counterfactual, seed, notes)
     for text in notes:
         note(text)
     unseen = sorted({name for request in requests for name in request.unseen})
     wider, rows_of = run.with_unseen(unseen)
     # float32 would leave rounding errors where nothing is to change.
     models = [copy.deepcopy(found).double() for found in ((run.model, wider) if unseen else (run.model,))]
-    control = torch.from_numpy(start.x.astype(float))[None]
+    control = torch.from_numpy(x.astype(float))[None]
     scale = torch.tensor([program.scale for program in run.facts.programs], dtype=control.dtype)
     eps = None
     if not counterfactual:
-        eps = torch.randn((1, len(start.x), len(scale)), generator=_generator(seed, 0), dtype=control.dtype)
+        eps = torch.randn((1, len(x), len(scale)), generator=_generator(seed, 0), dtype=control.dtype)
     shift_error = shift_errors(run, models[0].encoder(control)[1].mean((0, 1)).numpy())
     shift_error = np.append(shift_error, np.full(len(models[-1].scm.shift) - len(shift_error), np.nan))
     answers = []
@@ -141,11 +133,24 @@ def predict(
         if counterfactual:
             answer.row.update(counterfactual_quality(model, control, perturbed, scale))
         answers.append(answer)
-    real = models[0].latents(control)[0].numpy() if counterfactual else None
-    result = _gathered(run, requests, answers, start, real)
+    blocks, latents = [answer.x for answer in answers], [answer.latents for answer in answers]
+    if counterfactual:  # after the real ones
+        blocks, latents = [x, *blocks], [models[0].latents(control)[0].numpy(), *latents]
+    names = [request.name for request in requests]
+    result = ad.AnnData(
+        np.concatenate(blocks),
+        obs=_obs(run, names, cells, counterfactual),
+        var=pd.DataFrame(index=pd.Index(run.preprocessing.genes, dtype=object)),
+    )
+    center, scales = (np.array([getattr(row, name) for row in run.facts.programs]) for name in ("center", "scale"))
+    result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scales).astype(np.float32)
+    for i, name in enumerate(("mean", "effect", "effect_lower", "effect_upper")):
+        result.varm[f"crlseq_{name}"] = np.stack([answer.means[i] for answer in answers], 1)
     result.var["control_mean"] = control[0].mean(0).numpy()
-    result.uns["crlseq_prediction"] |= {
-        "n_cells": len(start.x), "seed": seed, "interval": f"95 % over {COVERS}; {COVERS_NOT}",
+    rows = pd.DataFrame([answer.row for answer in answers], index=pd.Index(names, dtype=object, name="perturbation"))
+    result.uns["crlseq_prediction"] = {
+        "perturbations": np.array(names, dtype=object), "summary": rows,
+        "n_cells": len(x), "seed": seed, "interval": f"95 % over {COVERS}; {COVERS_NOT}",
         "notes": np.array(notes, dtype=object), "version": run.facts.version,
     }  # fmt: skip
     return result
@@ -165,28 +170,6 @@ def _answer(
     }  # fmt: skip
     means = (mean, effect, effect - half, effect + half)
     return _Answer(virtual.numpy().astype(np.float32), output.latents[0].numpy(), means, row)
-
-
-def _gathered(
-    run: Run, requests: list[Request], answers: list[_Answer], start: _Start, real: np.ndarray | None
-) -> ad.AnnData:
-    """All virtual cells in one AnnData, after the real ones if their latents are given."""
-    blocks, latents = [answer.x for answer in answers], [answer.latents for answer in answers]
-    if real is not None:
-        blocks, latents = [start.x, *blocks], [real, *latents]
-    names = [request.name for request in requests]
-    result = ad.AnnData(
-        np.concatenate(blocks),
-        obs=_obs(run, names, start.cells, real is not None),
-        var=pd.DataFrame(index=pd.Index(run.preprocessing.genes, dtype=object)),
-    )
-    center, scale = (np.array([getattr(row, name) for row in run.facts.programs]) for name in ("center", "scale"))
-    result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scale).astype(np.float32)
-    for i, name in enumerate(("mean", "effect", "effect_lower", "effect_upper")):
-        result.varm[f"crlseq_{name}"] = np.stack([answer.means[i] for answer in answers], 1)
-    rows = pd.DataFrame([answer.row for answer in answers], index=pd.Index(names, dtype=object, name="perturbation"))
-    result.uns["crlseq_prediction"] = {"perturbations": np.array(names, dtype=object), "summary": rows}
-    return result
 
 
 def effect_errors(
@@ -255,13 +238,12 @@ def _start(
     counterfactual: bool,
     seed: int,
     notes: list[str],
-) -> _Start:
-    """The control cells to start from, in the space of the fit; says in `notes` what was decided."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Control cells to start from, (n, G) float32 in the space of the fit, and their names (n,); adds to `notes`."""
     record, own = run.preprocessing, source is None
-    if source is None:
-        if run.path is None:
-            raise InputError("This run was never written to a folder.", "Give the cells to start from.")
-        source = run.path / "crlseq.h5ad"
+    if run.path is None and own:
+        raise InputError("This run was never written to a folder.", "Give the cells to start from.")
+    source = run.folder / "crlseq.h5ad" if source is None else source
     with open_screen(source, record.layer) as screen:
         alignment, about = align(record, screen)
         if len(alignment.present) < alignment.n_fitted and run.path is None:
@@ -280,19 +262,17 @@ def _start(
         batch = screen.obs[key].astype(str).to_numpy() if key in screen.obs else np.zeros(screen.n_cells)
         rng = np.random.default_rng([seed, 7])
         index, again = np.unique(draw_controls(controls, batch, wanted, rng), return_inverse=True)
-        with readable(screen.source, "the matrix"):
-            block = screen.rows(index)
+        block = screen.rows(index)
         record.check(block, screen.source)
         x = alignment.take(record.apply(block)).astype(np.float32).toarray()
         if len(alignment.present) < alignment.n_fitted:
             x = alignment.filled(x, _control_mean(run, record))
-        return _Start(x[again], screen.obs.index.astype(str).to_numpy()[index][again])
+        return x[again], screen.obs.index.astype(str).to_numpy()[index][again]
 
 
 def _control_mean(run: Run, record: Preprocessing) -> np.ndarray:
     """(G,) mean of the run's own control cells."""
-    assert run.path is not None
-    with open_screen(run.path / "crlseq.h5ad", record.layer) as screen:
+    with open_screen(run.folder / "crlseq.h5ad", record.layer) as screen:
         rows = screen.rows(_controls(run, screen, True, []))
         normalised = record.apply(rows)[:, record.columns(screen.genes, screen.source)]
         return np.asarray(normalised.mean(0)).ravel()
@@ -355,12 +335,7 @@ def _obs(run: Run, names: list[str], cells: np.ndarray, counterfactual: bool) ->
 
 
 def refuse_file(output: Path, force: bool, inputs: Sequence[Path]) -> None:
-    """Refuse a file that must not or cannot be written, before any work is done; `inputs` are never replaced.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse a file that must not or cannot be written, before any work is done; `inputs` are never replaced."""
     try:
         if any(output.resolve() == path.resolve() for path in inputs):
             raise InputError(f"{output} is an input of the prediction.", "Choose another --output.")

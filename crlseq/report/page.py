@@ -61,16 +61,13 @@ def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> 
         file.write_text(page, encoding="utf-8", errors="replace")
 
 
-def _fixed(value: Any, decimals: int = 2) -> str:
-    return "–" if value is None or value != value else f"{_rounded(value, decimals):.{decimals}f}"
+def _fixed(value: Any, decimals: int = 2, sign: str = "-") -> str:
+    """So many decimals, without a minus before a zero; `sign` "+" also before what is not negative."""
+    return "–" if value is None or value != value else f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"
 
 
 def _signed(value: Any, decimals: int = 2) -> str:
-    return "–" if value is None or value != value else f"{_rounded(value, decimals):+.{decimals}f}"
-
-
-def _rounded(value: float, decimals: int) -> float:
-    return round(value, decimals) + 0.0  # no minus before a zero
+    return _fixed(value, decimals, "+")
 
 
 def _brief(value: Any) -> str:
@@ -138,16 +135,17 @@ def _card(program: Program, enriched: pd.DataFrame | None) -> dict[str, Any]:
 
 def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
     """Means over conditions, one row per prediction; None where the table lacks it."""
-    rows = []
-    for ending, title in (
-        ("", "model"),
-        ("_training", "training effects (sum over the parts if not fitted)"),
-        ("_mean", "mean effect of all perturbations"),
-        ("_no_change", "no change"),
-    ):
-        found = {m: evaluation[m + ending].mean() if m + ending in evaluation else None for m in METRICS}
-        rows.append({"title": title, **found})
-    return rows if len(evaluation) else []
+    titles = {
+        "": "model",
+        "_training": "training effects (sum over the parts if not fitted)",
+        "_mean": "mean effect of all perturbations",
+        "_no_change": "no change",
+    }
+    return [
+        {"title": title} | {m: evaluation[m + ending].mean() if m + ending in evaluation else None for m in METRICS}
+        for ending, title in titles.items()
+        if len(evaluation)
+    ]
 
 
 def _seeds(run: Run) -> dict[str, Any] | None:
@@ -156,10 +154,9 @@ def _seeds(run: Run) -> dict[str, Any] | None:
         return None
     kinds = {str(kind): part.drop(columns="kind") for kind, part in run.ensemble.groupby("kind", sort=False)}
     losses = [loss for loss in run.facts.training.seed_losses if loss is not None]
-    first = run.facts.seed
     return {
         "n": run.facts.config.training.ensemble,
-        "first": first,
+        "first": run.facts.seed,
         "kept": run.facts.training.kept_seed,
         "losses": (min(losses), max(losses)) if losses else None,
         "given": run.facts.discovery is not None,

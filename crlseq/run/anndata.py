@@ -47,13 +47,7 @@ def read_latents(
 
 
 def read_cells(path: Path) -> pd.DataFrame:
-    """`CELL_COLUMNS` that an annotated file has, by the name of the cell.
-
-    Raises
-    ------
-    InputError
-        If it cannot be read.
-    """
+    """`CELL_COLUMNS` that an annotated file has, by the name of the cell; InputError if it cannot be read."""
     import anndata as ad
 
     from crlseq.data.matrix import open_store
@@ -77,18 +71,10 @@ def anndata_keys(
     latents: np.ndarray,
     cells: pd.DataFrame,
 ) -> dict[str, dict[str, Any]]:
-    """The keys that crlseq adds to an AnnData, by slot.
+    """The keys that crlseq adds to an AnnData with these `genes`, by slot.
 
-    Parameters
-    ----------
-    info, facts
-        ``run.json`` as it is and with types.
-    genes
-        Of the AnnData.
-    latents
-        (cells, p) float32.
-    cells
-        `CELL_COLUMNS` of its cells.
+    ``info`` and ``facts`` are ``run.json`` as it is and with types; of the AnnData's cells are ``latents`` (cells, p)
+    float32 and `CELL_COLUMNS`.
     """
     names = [program.name for program in facts.programs]
     p = len(names)
@@ -96,15 +82,13 @@ def anndata_keys(
     loadings = wide.reindex(genes)
     fitted = loadings.notna().all(axis=1).to_numpy()
     order = np.argsort(-wide.to_numpy(), axis=0, kind="stable")
-    fields = {name: np.asarray(wide.index, dtype=str)[order[:, k]] for k, name in enumerate(names)}
-    scores = {name: wide.to_numpy()[order[:, k], k].astype(np.float32) for k, name in enumerate(names)}
+    scores = np.take_along_axis(wide.to_numpy(), order, axis=0).astype(np.float32)
     # What scanpy's readers of `rank_genes_groups` take besides: log2 fold changes of one standard deviation of the
     # program, and p-values, which loadings have none of.
-    is_log = facts.preprocessing.values != "continuous"
-    changes = {
-        name: (column / np.log(2) if is_log else np.full_like(column, np.nan)) for name, column in scores.items()
-    }
-    untested = {name: np.full_like(column, np.nan) for name, column in scores.items()}
+    untested = np.full_like(scores, np.nan)
+    changes = untested if facts.preprocessing.values == "continuous" else scores / np.log(2)
+    genes_of = np.asarray(wide.index, dtype=str)[order]
+    ranked = {"names": genes_of, "scores": scores, "logfoldchanges": changes, "pvals": untested, "pvals_adj": untested}
     return {
         "obsm": {"X_crlseq": np.ascontiguousarray(latents, dtype=np.float32)},
         "varm": {"crlseq_programs": np.ascontiguousarray(loadings.fillna(0.0).to_numpy(np.float32))},
@@ -123,22 +107,14 @@ def anndata_keys(
                 "interventions": interventions.set_index("perturbation"),
                 "identified": facts.identification.verdict,
                 "identified_reason": facts.identification.reason,
-                "names": _records(fields),
-                "scores": _records(scores),
-                "logfoldchanges": _records(changes),
-                "pvals": _records(untested),
-                "pvals_adj": _records(untested),
+                **{
+                    key: np.rec.fromarrays(list(values.T), [(name, values.dtype) for name in names])
+                    for key, values in ranked.items()
+                },
                 "run_json": run_json(info),
             }
         },
     }
-
-
-def _records(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    records = np.empty(len(next(iter(columns.values()))), [(name, column.dtype) for name, column in columns.items()])
-    for name, column in columns.items():
-        records[name] = column
-    return records.view(np.recarray)
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +183,11 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
 
     path.unlink(missing_ok=True)
     with ad.settings.override(allow_write_nullable_strings=True), by_hdf5():
-        if isinstance(source, ad.AnnData) or not (h5py.is_hdf5(source) or read_manifest(source) is not None):
+        if not isinstance(source, ad.AnnData) and read_manifest(source) is not None:
+            _copy_store(source, path)
+        elif not isinstance(source, ad.AnnData) and h5py.is_hdf5(source):
+            _copy_file(source, path)
+        else:
             if isinstance(source, ad.AnnData):
                 adata = source.to_memory() if source.isbacked else source.copy()
             else:
@@ -215,10 +195,6 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
             set_keys(adata, keys)
             adata.write_h5ad(path, compression="gzip")
             return
-        if read_manifest(source) is not None:
-            _copy_store(source, path)
-        else:
-            _copy_file(source, path)
         try:
             with h5py.File(path, "r+") as handle:
                 for slot, values in keys.items():

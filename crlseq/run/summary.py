@@ -14,11 +14,7 @@ from crlseq.run.schema import DETECTABLE_FDR, PROGRAM_NUMBERS, Bootstrap, RunInf
 TITLE_GENES = 3
 SETTLED = 0.02  # share of the fall of the validation loss that the last fifth of the epochs may still bring
 FEW_EPOCHS = 5
-BASELINES = {
-    "no_change": "no change",
-    "mean": "mean effect",
-    "training": "training effects",
-}
+BASELINES = {"no_change": "no change", "mean": "mean effect", "training": "training effects"}
 
 
 @dataclass(frozen=True)
@@ -217,17 +213,12 @@ def _converged(training: Training, history: pd.DataFrame, from_random: bool) -> 
 def summary_table(programs: list[Program]) -> pd.DataFrame:
     """One row per program: what `describe_programs` says, short."""
 
-    def top(table: pd.DataFrame) -> str:
-        return ", ".join(table["gene"][:5])
-
     return pd.DataFrame({
         "program": [p.name for p in programs],
         "title": [p.title for p in programs],
         "n_drivers": [len(p.drivers) for p in programs],
-        "up": [top(p.up) for p in programs],
-        "down": [top(p.down) for p in programs],
-        "upstream": [", ".join(p.upstream) for p in programs],
-        "downstream": [", ".join(p.downstream) for p in programs],
+        **{way: [", ".join(getattr(p, way)["gene"][:5]) for p in programs] for way in ("up", "down")},
+        **{way: [", ".join(getattr(p, way)) for p in programs] for way in ("upstream", "downstream")},
         **{name: [getattr(p, name) for p in programs] for name in PROGRAM_NUMBERS},
     })  # fmt: skip
 
