@@ -131,7 +131,14 @@ def _read_own(run: Run) -> tuple[_Table, dict[str, list[int]]]:
             raise InputError(f"{screen.source} is not the file that the fit wrote.", "Restore it, or fit again.")
         alignment, _ = align(record, screen)
         own = _Table(screen.source, screen.obs, _expression(screen, record, alignment), alignment, [])
-        return own, _gene_places(screen, record.genes)
+        # By symbol too, where the file has symbols beside identifiers.
+        var = screen.var.set_axis(screen.genes, axis=0).loc[list(record.genes)]
+        places: dict[str, list[int]] = {gene: [i] for i, gene in enumerate(record.genes)}
+        for key in var.columns.intersection([*SYMBOL_COLUMNS]):
+            for i, symbol in enumerate(var[key].astype(str)):
+                if i not in places.setdefault(symbol, []):
+                    places[symbol].append(i)
+        return own, places
 
 
 def _read_other(run: Run, data: str | Path | ad.AnnData, notes: list[str]) -> _Table:
@@ -212,18 +219,6 @@ def _expression(screen: Screen, record: Preprocessing, alignment: Alignment) -> 
     x = sp.csr_matrix(sp.vstack(parts, format="csr"))
     x.sort_indices()
     return x if x.nnz < 0.5 * x.shape[0] * x.shape[1] else x.toarray()
-
-
-def _gene_places(screen: Screen, genes: tuple[str, ...]) -> dict[str, list[int]]:
-    """Columns of the fitted genes by name, and by symbol where the file has symbols beside identifiers."""
-    var = screen.var.set_axis(screen.genes, axis=0).loc[list(genes)]
-    places: dict[str, list[int]] = {gene: [i] for i, gene in enumerate(genes)}
-    for key in var.columns:
-        if key in SYMBOL_COLUMNS:
-            for i, symbol in enumerate(var[key].astype(str)):
-                if i not in places.setdefault(symbol, []):
-                    places[symbol].append(i)
-    return places
 
 
 def _labels(tables: list[pd.DataFrame], facts: RunInfo) -> Perturbations:

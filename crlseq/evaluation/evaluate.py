@@ -38,20 +38,16 @@ SHARED_NOISE = 0.1  # share of the measured changes that is the controls' sampli
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """What `evaluate` found; `sentences` are on the comparisons, `notes` on what was left out or has to be known.
 
     Attributes
     ----------
     conditions
-        ``condition, group, predictor, n_cells``, the metrics of `comparison.METRICS`, and for the model those of
-        `comparison.AXIOMS`; one row per condition and predictor: the model, each baseline, the split-half ceiling and the
+        ``condition, group, predictor, n_cells``, the metrics of `compare.METRICS`, and for the model those of
+        `compare.AXIOMS`; one row per condition and predictor: the model, each baseline, the split-half ceiling and the
         sampling floor.
     summary, comparisons
-        See `comparison.summarise` and `comparison.compare`.
-    sentences
-        On the comparisons.
-    notes
-        What was left out or has to be known.
+        See `compare.summarise` and `compare.compare`.
     predicted
         Mean expression (conditions, fitted genes) by predictor, conditions as in the table.
     recovery
@@ -74,8 +70,6 @@ def evaluate(
 
     Parameters
     ----------
-    run
-        A run with its folder.
     data
         Other cells with the same labels and genes, and controls of their own. None takes the run's test cells, or its
         validation cells where it has none.

@@ -29,7 +29,6 @@ from torch import Tensor
 from crlseq.data.alignment import align
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.perturbations import read_perturbations
-from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError, UsageError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import Mechanism
@@ -69,8 +68,6 @@ def predict(
 
     Parameters
     ----------
-    run
-        A finished run.
     perturbations
         Labels such as ``"A"`` or ``"A+B"``; parts in any order, joined as in the fitted labels or by a usual separator.
     source
@@ -266,16 +263,11 @@ def _start(
         record.check(block, screen.source)
         x = alignment.take(record.apply(block)).astype(np.float32).toarray()
         if len(alignment.present) < alignment.n_fitted:
-            x = alignment.filled(x, _control_mean(run, record))
+            with open_screen(run.folder / "crlseq.h5ad", record.layer) as fitted:  # their mean over the fit's controls
+                rows = record.apply(fitted.rows(_controls(run, fitted, True, [])))
+                means = rows[:, record.columns(fitted.genes, fitted.source)].mean(0)
+            x = alignment.filled(x, np.asarray(means).ravel())
         return x[again], screen.obs.index.astype(str).to_numpy()[index][again]
-
-
-def _control_mean(run: Run, record: Preprocessing) -> np.ndarray:
-    """(G,) mean of the run's own control cells."""
-    with open_screen(run.folder / "crlseq.h5ad", record.layer) as screen:
-        rows = screen.rows(_controls(run, screen, True, []))
-        normalised = record.apply(rows)[:, record.columns(screen.genes, screen.source)]
-        return np.asarray(normalised.mean(0)).ravel()
 
 
 def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarray:

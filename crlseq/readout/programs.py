@@ -22,28 +22,17 @@ from crlseq.run.schema import Identification
 
 JACOBIAN_CELLS = 500
 ROWS = 4096  # cells encoded at once
+DECLARED_WEIGHT = 0.1  # one standard deviation of the source moves the target by at least a tenth of its own
 
 
 @dataclass(frozen=True)
 class Programs:
-    """Latents in the units users see: unit variance over control cells, mostly positive loadings.
+    """Latents in the units users see: unit variance over control cells, mostly positive loadings."""
 
-    Attributes
-    ----------
-    loading
-        (p, G) mean Jacobian of the decoder over control cells times the latent's standard deviation.
-    total_effect
-        (p, G) the same for a shift of the latent that runs through the DAG to its descendants.
-    scale
-        (p,) signed: a raw latent is ``center + scale * latent``.
-    center
-        (p,) mean of the raw latent over control cells.
-    """
-
-    loading: np.ndarray
-    total_effect: np.ndarray
-    scale: np.ndarray
-    center: np.ndarray
+    loading: np.ndarray  # (p, G) mean Jacobian of the decoder over control cells times the latent's standard deviation
+    total_effect: np.ndarray  # (p, G) the same for a shift of the latent that runs through the DAG to its descendants
+    scale: np.ndarray  # (p,) signed: a raw latent is ``center + scale * latent``
+    center: np.ndarray  # (p,) mean of the raw latent over control cells
 
 
 @torch.no_grad()
@@ -90,19 +79,13 @@ def mean_jacobian(function: Callable[[Tensor], Tensor], points: Tensor) -> np.nd
 
 @dataclass(frozen=True)
 class Interventions:
-    """One row per single perturbation.
+    """One row per single perturbation."""
 
-    ``weight`` (K, p) points of the simplex; ``target`` (K,) the program of the largest weight, -1
-    without a claim (all else is NaN then); ``shift`` (K,)
-    what that program is moved by, in its standard deviations; ``retention`` (K,) share of its parents'
-    contribution that it keeps; ``noise_scale`` (K,) factor on its own noise.
-    """
-
-    weight: np.ndarray
-    target: np.ndarray
-    shift: np.ndarray
-    retention: np.ndarray
-    noise_scale: np.ndarray
+    weight: np.ndarray  # (K, p) points of the simplex
+    target: np.ndarray  # (K,) the program of the largest weight, -1 without a claim: all else is NaN then
+    shift: np.ndarray  # (K,) what that program is moved by, in its standard deviations
+    retention: np.ndarray  # (K,) share of its parents' contribution that it keeps
+    noise_scale: np.ndarray  # (K,) factor on its own noise
 
 
 @torch.no_grad()
@@ -126,9 +109,6 @@ def find_interventions(model: DiscrepancyVAE, programs: Programs, claims: np.nda
         retention=of_target(mechanism.retention),
         noise_scale=of_target(mechanism.log_scale.exp()),
     )
-
-
-DECLARED_WEIGHT = 0.1  # one standard deviation of the source moves the target by at least a tenth of its own
 
 
 @dataclass(frozen=True)

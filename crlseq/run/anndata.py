@@ -77,7 +77,6 @@ def anndata_keys(
     float32 and `CELL_COLUMNS`.
     """
     names = [program.name for program in facts.programs]
-    p = len(names)
     wide = programs.pivot(index="gene", columns="program", values="loading")[names]
     loadings = wide.reindex(genes)
     fitted = loadings.notna().all(axis=1).to_numpy()
@@ -87,6 +86,10 @@ def anndata_keys(
     # program, and p-values, which loadings have none of.
     untested = np.full_like(scores, np.nan)
     changes = untested if facts.preprocessing.values == "continuous" else scores / np.log(2)
+    # One level of numbers, strings and bools, all that every anndata writes; the rest is in `run_json`.
+    params, plain = {"preset": info["config"]["preset"]}, (str, int, float, bool)
+    for section in ("data", "model", "training"):
+        params |= {name: value for name, value in info["config"][section].items() if isinstance(value, plain)}
     genes_of = np.asarray(wide.index, dtype=str)[order]
     ranked = {"names": genes_of, "scores": scores, "logfoldchanges": changes, "pvals": untested, "pvals_adj": untested}
     return {
@@ -99,11 +102,11 @@ def anndata_keys(
         "var": {"crlseq_fitted": fitted},
         "uns": {
             "crlseq": {
-                "params": _flat(info["config"])
+                "params": params
                 | {"reference": facts.control_label, "groupby": facts.perturbation_key, "use_raw": False},
                 "program_names": np.array(names, dtype=str),
                 "program_labels": np.array([program.label for program in facts.programs], dtype=str),
-                "adjacency": np.array(facts.adjacency, dtype=float).reshape(p, p),
+                "adjacency": np.array(facts.adjacency, dtype=float).reshape(len(names), -1),
                 "interventions": interventions.set_index("perturbation"),
                 "identified": facts.identification.verdict,
                 "identified_reason": facts.identification.reason,
@@ -115,14 +118,6 @@ def anndata_keys(
             }
         },
     }
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """One level of numbers, strings and bools, all that every anndata writes; the rest is in ``run_json``."""
-    flat: dict[str, Any] = {"preset": config["preset"]}
-    for section in ("data", "model", "training"):
-        flat |= {name: value for name, value in config[section].items() if isinstance(value, str | int | float | bool)}
-    return flat
 
 
 def set_keys(adata: ad.AnnData, keys: Mapping[str, Mapping[str, Any]]) -> None:

@@ -46,18 +46,13 @@ class Run:
         ``perturbation, program, weight, shift, retention, n_cells, p_value, fdr, ...``; one row per perturbation.
     edges
         ``source, target, weight, support, identified``: the declared edges.
-    history
-        Loss terms by epoch.
-    evaluation
-        Virtual against held-out cells by condition.
+    history, evaluation
+        Loss terms by epoch; virtual against held-out cells by condition.
     path
         The folder, None for a run that was not written.
-    weights
-        State and architecture of the model; None: read from the folder when first needed.
-    cells
-        `crlseq.run.schema.CELL_COLUMNS` by the name of the cell; None: likewise.
-    map
-        From gene vectors to perturbations never seen, where the fit was given embeddings; None: likewise.
+    weights, cells, map
+        State and architecture of the model; `crlseq.run.schema.CELL_COLUMNS` by the name of the cell; from gene vectors
+        to perturbations never seen, where the fit was given embeddings. None: read from the folder when first needed.
     ensemble
         ``kind, source, target, agreement, mean, sd``: what models of other seeds agree on; None for one seed.
     pathways
@@ -145,10 +140,7 @@ class Run:
     def latents(self, source: str | Path | ad.AnnData) -> np.ndarray:
         """(cells, p) float32 latents, unit variance over the fitted control cells, of any cells with these genes.
 
-        Raises
-        ------
-        InputError
-            If a fitted gene is missing, or values are not of the kind that was fitted.
+        InputError if a fitted gene is missing, or values are not of the kind that was fitted.
         """
         return read_latents(self.model, self.preprocessing, self.facts, source)
 
@@ -206,11 +198,8 @@ class Run:
     def load(cls, path: str | Path) -> Self:
         """Read a run folder.
 
-        Raises
-        ------
-        InputError
-            If it is not one, is unfinished, damaged, written by a newer crlseq or by one whose runs are no longer read,
-            or has a link that leads out of it.
+        InputError if it is not one, is unfinished, damaged, written by a newer crlseq or by one whose runs are no longer
+        read, or has a link that leads out of it.
         """
         folder = Path(path)
         if not (folder / "run.json").is_file():

@@ -34,10 +34,8 @@ class Program:
     anchors
         Genes of this program alone, by |loading|, where the decoder is sparse; None where it is dense, and every gene is
         loaded on every program.
-    upstream, downstream
-        Programs from which a declared path leads here, and to which one leads.
-    parents, children
-        Those among them that a declared edge joins, with its weight.
+    upstream, downstream, parents, children
+        Programs from which a declared path leads here, and to which one leads; those that an edge joins, with its weight.
     variance_explained, effect_explained
         See `crlseq.readout.explained`; NaN where it could not be measured.
     pathways
@@ -85,11 +83,13 @@ def describe_programs(
         table = genes[row.name]
         loadings = table.loc[table["loading"] != 0, ["gene", "loading", "total_effect"]]
         numbers = row.model_dump(include=set(PROGRAM_NUMBERS))
+        theirs = set(own["perturbation"])
+        top = [gene for gene in loadings["gene"][: TITLE_GENES + len(theirs)] if gene not in theirs][:TITLE_GENES]
         found.append(
             Program(
                 name=row.name,
                 label=row.label,
-                title=_title(row.label, loadings["gene"], set(own["perturbation"])),
+                title=f"{row.label}: {', '.join(top)}" if top else row.label,  # STAT1, JAK2 +2: GBP1, PSMB9, WARS
                 drivers=own.reset_index(drop=True),
                 up=loadings[loadings["loading"] > 0].reset_index(drop=True),
                 down=loadings[loadings["loading"] < 0].reset_index(drop=True),
@@ -103,12 +103,6 @@ def describe_programs(
             )
         )
     return found
-
-
-def _title(label: str, genes: pd.Series, drivers: set[str]) -> str:
-    """``STAT1, JAK2 +2: GBP1, PSMB9, WARS``."""
-    top = [gene for gene in genes[: TITLE_GENES + len(drivers)] if gene not in drivers][:TITLE_GENES]
-    return f"{label}: {', '.join(top)}" if top else label
 
 
 def _sorted(names: Iterable[str]) -> tuple[str, ...]:
