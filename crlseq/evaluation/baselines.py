@@ -78,15 +78,11 @@ def batch_shares(controls: GroupMoments, group: np.ndarray, batch: np.ndarray, n
 
 @dataclass(frozen=True)
 class TrainingEffects:
-    """All that baselines know.
+    """All that baselines know."""
 
-    ``parts`` of each fitted condition; ``effect`` (conditions, genes) of its training cells against controls;
-    ``halves`` (2, conditions, genes): the same from either half of its cells.
-    """
-
-    parts: tuple[Indices, ...]
-    effect: np.ndarray
-    halves: np.ndarray
+    parts: tuple[Indices, ...]  # of each fitted condition
+    effect: np.ndarray  # (conditions, genes) of its training cells against controls
+    halves: np.ndarray  # (2, conditions, genes): the same from either half of its cells
 
 
 def training_effects(

@@ -31,11 +31,10 @@ def variance_explained(model: DiscrepancyVAE, data: PerturbSeqData) -> np.ndarra
     controls = data.cells(0, splits.TRAIN, splits.VALIDATION)
     some = controls[np.linspace(0, len(controls) - 1, min(CONTROL_CELLS, len(controls))).astype(int)]
     v, batch = encode(model, data, some), data.batch[some]
-    for b in np.unique(batch):
-        v[batch == b] -= v[batch == b].mean(0)
     product, total = np.zeros((v.shape[1], data.n_genes)), 0.0
     for b in np.unique(batch):
         own = np.flatnonzero(batch == b)
+        v[own] -= v[own].mean(0)
         x = data.dense(some[own]).astype(float)
         x -= x.mean(0)
         product += v[own].T @ x

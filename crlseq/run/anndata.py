@@ -18,32 +18,7 @@ if TYPE_CHECKING:
     import anndata as ad
     import h5py
 
-    from crlseq.data.preprocess import Preprocessing
-    from crlseq.model.discrepancy_vae import DiscrepancyVAE
-
 COPIED, COPIED_CELLS = 1 << 16, 8192  # values of a chunk, and cells of a block, of a copied store
-
-
-def read_latents(
-    model: DiscrepancyVAE, record: Preprocessing, facts: RunInfo, source: str | Path | ad.AnnData
-) -> np.ndarray:
-    """(cells, p) float32 latents; see `crlseq.run.run.Run.latents`."""
-    import torch
-
-    from crlseq.data.matrix import open_screen
-
-    scale = np.array([program.scale for program in facts.programs])
-    center = np.array([program.center for program in facts.programs])
-    dtype = model.scm.graph.dtype
-    parts = []
-    with open_screen(source, record.layer) as screen, torch.no_grad():
-        columns = record.columns(screen.genes, screen.source)
-        for _, block in screen.blocks():
-            record.check(block, screen.source)
-            x = torch.from_numpy(record.apply(block)[:, columns].astype(np.float32).toarray()).to(dtype)
-            values = (model.latents(x).double().numpy() - center) / scale
-            parts.append(values.astype(np.float32))  # of a million cells these are few, in float64 they are not
-    return np.concatenate(parts)
 
 
 def read_cells(path: Path) -> pd.DataFrame:

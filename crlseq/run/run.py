@@ -16,7 +16,7 @@ import pandas as pd
 from crlseq._version import __version__
 from crlseq.errors import InputError
 from crlseq.run import schema
-from crlseq.run.anndata import anndata_keys, read_cells, read_latents, set_keys, write_annotated
+from crlseq.run.anndata import anndata_keys, read_cells, set_keys, write_annotated
 from crlseq.run.graph import ancestry, dag_graph, dag_json, graphml
 from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, summary_table
@@ -142,7 +142,21 @@ class Run:
 
         InputError if a fitted gene is missing, or values are not of the kind that was fitted.
         """
-        return read_latents(self.model, self.preprocessing, self.facts, source)
+        import torch
+
+        from crlseq.data.matrix import open_screen
+
+        model, record = self.model, self.preprocessing
+        parts = []
+        center, scale = (np.array([getattr(row, name) for row in self.facts.programs]) for name in ("center", "scale"))
+        with open_screen(source, record.layer) as screen, torch.no_grad():
+            columns = record.columns(screen.genes, screen.source)
+            for _, block in screen.blocks():
+                record.check(block, screen.source)
+                x = torch.from_numpy(record.apply(block)[:, columns].astype(np.float32).toarray())
+                values = (model.latents(x.to(model.scm.graph.dtype)).double().numpy() - center) / scale
+                parts.append(values.astype(np.float32))  # of a million cells these are few, in float64 they are not
+        return np.concatenate(parts)
 
     def annotate(self, adata: ad.AnnData) -> ad.AnnData:
         """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes.

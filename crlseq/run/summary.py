@@ -19,46 +19,28 @@ BASELINES = {"no_change": "no change", "mean": "mean effect", "training": "train
 
 @dataclass(frozen=True)
 class Program:
-    """One program.
+    """One program, in standard deviations of which its shifts and weights are."""
 
-    Attributes
-    ----------
-    name, label, title
-        ``P3``; its strongest perturbations; these and its top genes (those that are no driver's own) in one line.
-    drivers
-        ``perturbation, weight, shift, support, fdr, n_cells``: perturbations that target it, those with a detectable
-        effect first, by |shift|. A shift is in standard deviations of the program.
-    up, down
-        ``gene, loading, total_effect``: genes that rise and fall with the program, by |loading|. Changes of log expression
-        when the program rises by a standard deviation: directly, and with all that follows through the DAG.
-    anchors
-        Genes of this program alone, by |loading|, where the decoder is sparse; None where it is dense, and every gene is
-        loaded on every program.
-    upstream, downstream, parents, children
-        Programs from which a declared path leads here, and to which one leads; those that an edge joins, with its weight.
-    variance_explained, effect_explained
-        See `crlseq.readout.explained`; NaN where it could not be measured.
-    pathways
-        ``gene_set, description, weight, n_genes``: what the encoder reads it from, by \\|weight\\| (standard deviations of
-        the program by one of the set's activity); empty where the encoder reads all genes.
-    stability
-        Mean \\|cosine\\| of its loadings with those of bootstrap replicates; NaN without a bootstrap.
-    """
-
-    name: str
-    label: str
-    title: str
+    name: str  # P3
+    label: str  # its strongest perturbations
+    title: str  # these and its top genes (those that are no driver's own) in one line
+    # ``perturbation, weight, shift, support, fdr, n_cells``: perturbations that target it, those with a detectable effect
+    # first, by |shift|
     drivers: pd.DataFrame
+    # ``gene, loading, total_effect``: genes that rise and fall with it, by |loading|. Changes of log expression when the
+    # program rises by a standard deviation: directly, and with all that follows through the DAG.
     up: pd.DataFrame
     down: pd.DataFrame
-    anchors: tuple[str, ...] | None
-    upstream: tuple[str, ...]
-    downstream: tuple[str, ...]
-    parents: dict[str, float]
-    children: dict[str, float]
-    variance_explained: float
+    anchors: tuple[str, ...] | None  # genes of this program alone, by |loading|; None where the decoder is dense
+    upstream: tuple[str, ...]  # programs from which a declared path leads here
+    downstream: tuple[str, ...]  # programs to which one leads
+    parents: dict[str, float]  # those upstream that a declared edge joins, with its weight
+    children: dict[str, float]  # likewise downstream
+    variance_explained: float  # see `crlseq.readout.explained`; NaN where it could not be measured
     effect_explained: float
-    stability: float
+    stability: float  # mean |cosine| of its loadings with those of bootstrap replicates; NaN without a bootstrap
+    # ``gene_set, description, weight, n_genes``: what the encoder reads it from, by |weight| (per standard deviation of the
+    # set's activity); empty where the encoder reads all genes
     pathways: pd.DataFrame
 
 
