@@ -31,6 +31,7 @@ N_COMPONENTS = 10  # as in Ahlmann-Eltze et al. 2025
 PENALTIES = np.logspace(-3, 3, 25)
 
 Indices = tuple[int, ...]
+Expression = sp.csr_matrix | np.ndarray  # (cells, genes)
 
 
 class GroupMoments(NamedTuple):
@@ -41,7 +42,7 @@ class GroupMoments(NamedTuple):
     n: np.ndarray
 
 
-def group_moments(x: sp.csr_matrix | np.ndarray, group: np.ndarray, n_groups: int) -> GroupMoments:
+def group_moments(x: Expression, group: np.ndarray, n_groups: int) -> GroupMoments:
     """GroupMoments of cells (cells, genes) by group (cells,); cells of group -1 take no part."""
     there = np.flatnonzero(group >= 0)
     indicator = sp.csr_matrix((np.ones(len(there)), (group[there], there)), shape=(n_groups, x.shape[0]))
@@ -59,7 +60,7 @@ def dense(values: Any) -> np.ndarray:
     return np.asarray(values if isinstance(values, np.ndarray) else values.toarray(), dtype=float)
 
 
-def control_moments(x: sp.csr_matrix | np.ndarray, batch: np.ndarray, n_batches: int) -> GroupMoments:
+def control_moments(x: Expression, batch: np.ndarray, n_batches: int) -> GroupMoments:
     """Of control cells (cells, genes) by batch (cells,); the last group is of all, for batches without two controls."""
     own, every = group_moments(x, batch, n_batches), group_moments(x, np.zeros_like(batch), 1)
     return GroupMoments(*map(np.concatenate, zip(own, every, strict=True)))
@@ -86,11 +87,7 @@ class TrainingEffects:
 
 
 def training_effects(
-    x: sp.csr_matrix | np.ndarray,
-    condition: np.ndarray,
-    batch: np.ndarray,
-    conditions: Sequence[Indices],
-    rng: np.random.Generator,
+    x: Expression, condition: np.ndarray, batch: np.ndarray, conditions: Sequence[Indices], rng: np.random.Generator
 ) -> TrainingEffects:
     """Effects of every condition with two training cells; condition 0, with the parts (), is the control.
 

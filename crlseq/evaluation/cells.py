@@ -19,7 +19,7 @@ from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturbations
 from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError, few
-from crlseq.evaluation.baselines import Indices
+from crlseq.evaluation.baselines import Expression, Indices
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.run.run import Run
 from crlseq.run.schema import RunInfo
@@ -29,7 +29,7 @@ from crlseq.run.schema import RunInfo
 class Cells:
     """Normalised expression (cells, fitted genes), and condition and batch (cells,) of each; condition -1: none."""
 
-    x: sp.csr_matrix | np.ndarray
+    x: Expression
     condition: np.ndarray
     batch: np.ndarray
 
@@ -74,7 +74,7 @@ class _Table:
 
     source: str
     obs: pd.DataFrame
-    x: sp.csr_matrix | np.ndarray
+    x: Expression
     alignment: Alignment
     marks: list[bytes]  # of other files alone
 
@@ -210,7 +210,7 @@ def _known(
     return known, seen, model
 
 
-def _expression(screen: Screen, record: Preprocessing, alignment: Alignment) -> sp.csr_matrix | np.ndarray:
+def _expression(screen: Screen, record: Preprocessing, alignment: Alignment) -> Expression:
     """Normalised expression (cells, fitted genes that are there) as the fit had it."""
     parts = []
     for _, block in screen.blocks():

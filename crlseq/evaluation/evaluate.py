@@ -117,7 +117,8 @@ def evaluate(
                 scores.setdefault(name, {}).setdefault(metric, np.full(len(chosen), np.nan))[i] = value
     scores[MODEL] |= virtual.axioms(queries)
     scores.setdefault(CEILING, {}).update(_split_half(measured, virtual.controls, effects.effect.mean(0), targets, rng))
-    scores[FLOOR] = _sampling_floor(truth)
+    sampling = truth.measured.variance / truth.measured.n[:, None]  # squared standard errors of measured means
+    scores[FLOOR] = _sampling_floor(truth, sampling)
     names, groups = [sets.condition_names[c] for c in chosen], [sets.group(int(c)) for c in chosen]
     about = {"condition": names, "group": groups, "n_cells": truth.measured.n}
     rows = [pd.DataFrame({**about, "predictor": name, **values}) for name, values in scores.items()]
@@ -125,7 +126,8 @@ def evaluate(
     table = table[["condition", "group", "predictor", "n_cells", *(m for m in (*METRICS, *AXIOMS) if m in table)]]
     comparisons = compare(table, seed)
     recovery, notes = known_recovery(run, data)
-    noisy = int((_shared_noise(truth) > SHARED_NOISE).sum())
+    change = ((truth.measured.mean - truth.control) ** 2).sum(1)
+    noisy = int(((truth.error - sampling).clip(0.0).sum(1) / np.maximum(change, 1e-30) > SHARED_NOISE).sum())
     if data is None and not held_out_controls and noisy > len(chosen) / 4:
         notes.append(
             f"In {noisy} of {len(chosen)} conditions, sampling error of the controls' mean makes up more than a tenth of the "
@@ -244,16 +246,8 @@ def _welch(measured: GroupMoments, shares: np.ndarray, controls: GroupMoments, c
     return error, np.where(there & (n > 1), p_value, 1.0)
 
 
-def _shared_noise(truth: _Truth) -> np.ndarray:
-    """(conditions,) squared error of the controls' mean over the squared change that was measured."""
-    own = truth.measured.variance / np.maximum(truth.measured.n, 1)[:, None]
-    change = ((truth.measured.mean - truth.control) ** 2).sum(1)
-    return np.asarray((truth.error - own).clip(0.0).sum(1) / np.maximum(change, 1e-30))
-
-
-def _sampling_floor(truth: _Truth) -> dict[str, np.ndarray]:
-    """Distances to the measured mean that the true mean would have: roots of the summed squared standard errors."""
-    squared = truth.measured.variance / truth.measured.n[:, None]
+def _sampling_floor(truth: _Truth, squared: np.ndarray) -> dict[str, np.ndarray]:
+    """Distances to the measured mean that the true mean would have, from its `squared` standard errors."""
     squares = {"": squared, "_top_expressed": squared[:, truth.top_expressed]}
     floor = {f"l2{genes}": np.sqrt(own.sum(1)) for genes, own in squares.items()}
     return floor | {f"rmse{genes}": np.sqrt(own.mean(1)) for genes, own in squares.items()}

@@ -102,10 +102,7 @@ def match_programs(
 
 
 def partition_agreement(claims: list[str | None], targets: NDArray[np.integer[Any]]) -> float:
-    """Adjusted Rand index of the perturbations by program and by true latent (Hubert and Arabie 1985).
-
-    A perturbation without a claim is a cluster of its own.
-    """
+    """Adjusted Rand index of the perturbations by program (each alone without a claim) and latent (Hubert, Arabie 1985)."""
     clusters = [("alone", str(i)) if claim is None else ("program", claim) for i, claim in enumerate(claims)]
     codes, _ = pd.factorize(pd.Series(clusters, dtype=object))
     return float(adjusted_rand_score(targets, codes))
@@ -151,10 +148,7 @@ def closure(graph: Graph) -> Graph:
 
 
 def random_graph_scores(true: Graph, n: int = N_RANDOM_GRAPHS, seed: int = 0) -> dict[str, float]:
-    """Mean `graph_scores` over `n` random DAGs with as many edges as the truth.
-
-    Each has a uniformly random causal order and uniformly random edges along it.
-    """
+    """Mean `graph_scores` over `n` DAGs of uniformly random order, with as many random edges along it as the truth has."""
     rng = np.random.default_rng(seed)
     (before, after), drawn = np.triu_indices(len(true), 1), []
     for _ in range(n):
@@ -185,7 +179,7 @@ def _standardised(values: Floats) -> NDArray[np.float64]:
 def edge_supports(
     support: Sequence[Sequence[float]], interventions: pd.DataFrame, truth: Mapping[str, Any]
 ) -> pd.DataFrame:
-    """Every ordered pair of programs with the ``support`` (p, p) of its edge row -> column, and whether that edge is ``true``.
+    """Every ordered pair of programs, the ``support`` (p, p) of its edge row -> column, and whether that edge is ``true``.
 
     Programs are matched to latents as in `score_recovery`; no edge of one without a latent is true.
     """

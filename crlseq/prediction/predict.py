@@ -229,12 +229,7 @@ def shift_errors(run: Run, variance: np.ndarray) -> np.ndarray:
 
 
 def _start(
-    run: Run,
-    source: str | Path | ad.AnnData | None,
-    n_cells: int | None,
-    counterfactual: bool,
-    seed: int,
-    notes: list[str],
+    run: Run, source: str | Path | ad.AnnData | None, n_cells: int | None, paired: bool, seed: int, notes: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Control cells to start from, (n, G) float32 in the space of the fit, and their names (n,); adds to `notes`."""
     record, own = run.preprocessing, source is None
@@ -249,7 +244,7 @@ def _start(
         controls = _controls(run, screen, own, notes)
         wanted = min(N_CELLS, len(controls)) if n_cells is None else n_cells
         if wanted > len(controls):
-            if counterfactual:
+            if paired:
                 raise UsageError(
                     f"{wanted} counterfactuals were requested, but there are only {len(controls)} control cells.",
                     "Each cell has one counterfactual: lower --n-cells.",

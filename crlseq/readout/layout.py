@@ -36,8 +36,7 @@ ROUNDS = 12  # of the places in step 4
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """A node: its centre and size, in the units of the sizes that were given."""
 
     x: float
@@ -83,7 +82,7 @@ def lay_out(sizes: Mapping[str, Point], edges: Sequence[tuple[str, str]], page: 
     own = {name: (width / text, height / text) for name, (width, height) in sizes.items()}
     found = [_layered(graph, own, edges, down, page[0] / text) for down in (True, False)]
     best = min(found, key=lambda layout: max(layout.width / page[0], layout.height / page[1]))
-    boxes = {name: Box(*(text * v for v in (b.x, b.y, b.width, b.height))) for name, b in best.boxes.items()}
+    boxes = {name: Box(*(text * value for value in box)) for name, box in best.boxes.items()}
     lines = [[(text * x, text * y) for x, y in line] for line in best.edges]
     return Layout(text * best.width, text * best.height, best.down, boxes, lines)
 

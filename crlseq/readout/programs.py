@@ -113,18 +113,17 @@ def find_interventions(model: DiscrepancyVAE, programs: Programs, claims: np.nda
 
 @dataclass(frozen=True)
 class Dag:
-    """``weights`` (p, p) standardised, row -> column; ``declared`` (p, p) bool: the edges that are reported."""
+    """The graph in users' units."""
 
-    weights: np.ndarray
-    declared: np.ndarray
+    weights: (
+        np.ndarray
+    )  # (p, p), row -> column: change of the target, in its standard deviations, for one of the source
+    declared: np.ndarray  # (p, p) bool: the edges that are reported
     identification: Identification
 
 
 def find_dag(model: DiscrepancyVAE, programs: Programs, config: ModelConfig, discovery: Discovery | None = None) -> Dag:
-    """Standardised adjacency: change of the target, in its standard deviations, for one of the source.
-
-    Edges that a discovery found are declared; of a graph learned by gradient those of `DECLARED_WEIGHT`.
-    """
+    """Edges that a discovery found are declared; of a graph learned by gradient those of `DECLARED_WEIGHT`."""
     adjacency = model.scm.adjacency.detach().cpu().double().numpy()
     weights = adjacency * programs.scale[:, None] / programs.scale[None, :]
     if discovery is None:

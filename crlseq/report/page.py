@@ -43,10 +43,7 @@ PAGE = (1200.0, 1200.0)
 
 
 def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> None:
-    """Render ``templates/report.html.j2``; every name from the data is escaped. Written beside, then renamed.
-
-    With what `crlseq.enrich` found, a program's card has its gene sets.
-    """
+    """Render ``templates/report.html.j2``, names from the data escaped; gene sets are those that `crlseq.enrich` found."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("crlseq.report"),
         autoescape=True,
