@@ -105,15 +105,17 @@ def evaluate(
     measured = Cells(sets.measured.x, place[sets.measured.condition], sets.measured.batch)
     changes = baselines.predict(effects, queries)
     virtual = _VirtualControls(run, sets, rng)
-    targets = _target_genes(sets, queries)
+    targets = np.zeros((len(queries), train.x.shape[1]), dtype=bool)  # the genes that perturbations are named after
+    for row, parts in zip(targets, queries, strict=True):
+        row[[g for part in parts for g in sets.gene_places.get(sets.names[part], ())]] = True
     truth = _Truth.of(measured, virtual.controls, effects.effect.mean(0), targets)
     changes = {MODEL: np.stack([virtual.change(parts, truth.shares[i]) for i, parts in enumerate(queries)]), **changes}
     predicted = {name: truth.control + change for name, change in changes.items()}
     scores = {name: truth.score(mean, truth.measured.mean) for name, mean in predicted.items()}
     cells = [_compare_cells(virtual, measured, i, parts, changes, legacy, rng) for i, parts in enumerate(queries)]
     for name in (*changes, CEILING):
-        for i, row in enumerate(cells):
-            for metric, value in row.get(name, {}).items():
+        for i, found in enumerate(cells):
+            for metric, value in found.get(name, {}).items():
                 scores.setdefault(name, {}).setdefault(metric, np.full(len(chosen), np.nan))[i] = value
     scores[MODEL] |= virtual.axioms(queries)
     scores.setdefault(CEILING, {}).update(_split_half(measured, virtual.controls, effects.effect.mean(0), targets, rng))
@@ -310,11 +312,3 @@ def _compare_cells(
             paired = made[every] if name == MODEL else virtual.cells[every] + change[condition]
             rows.setdefault(name, {}).update(metrics.legacy_scores(paired, x))
     return rows
-
-
-def _target_genes(sets: CellSets, queries: list[Indices]) -> np.ndarray:
-    """(conditions, genes) bool: the genes that a condition's perturbations are named after."""
-    marked = np.zeros((len(queries), sets.train.x.shape[1]), dtype=bool)
-    for row, parts in zip(marked, queries, strict=True):
-        row[[g for part in parts for g in sets.gene_places.get(sets.names[part], ())]] = True
-    return marked

@@ -16,18 +16,13 @@ from crlseq.run.run import Run
 
 @dataclass(frozen=True)
 class Request:
-    """A condition to predict.
+    """A condition to predict."""
 
-    ``name`` as the fit would write it, ``parts`` the ascending indices of its perturbations, ``programs`` those they
-    target ("" for a part without a claim, joined by "+"), ``seen`` whether its cells were ``fitted``, ``held out`` or
-    ``not measured``, or whether it is ``extrapolated`` since it has ``unseen`` parts: genes never perturbed, by name.
-    """
-
-    name: str
-    parts: tuple[int, ...]
-    programs: str
-    seen: str
-    unseen: tuple[str, ...] = ()
+    name: str  # as the fit would write it
+    parts: tuple[int, ...]  # ascending indices of its perturbations
+    programs: str  # those they target, "" for a part without a claim, joined by "+"
+    seen: str  # ``fitted``, ``held out`` or ``not measured``; ``extrapolated`` with unseen parts
+    unseen: tuple[str, ...] = ()  # genes never perturbed, by name
 
 
 def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str]]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +40,6 @@ DRAWS = 100
 NORMAL_QUANTILE = 1.959964  # of a two-sided interval of 95 %
 COVERS = "the cells' noise, the control cells, the shifts and the residuals"
 COVERS_NOT = "graph, targets, retentions and loadings are taken as known"
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """Virtual cells (n, G) of a request, their latents (n, p), four means (G,) of the table, and a row of the summary."""
-
-    x: np.ndarray
-    latents: np.ndarray
-    means: tuple[np.ndarray, ...]
-    row: dict[str, Any]
 
 
 @torch.no_grad()
@@ -126,13 +115,12 @@ def predict(
         model = models[bool(request.unseen)]
         perturbed = torch.tensor([[*request.parts, *(row for name in request.unseen for row in rows_of[name])]])
         error = effect_errors(model, control, perturbed, shift_error, _generator(seed, 1)).numpy()
-        answer = _answer(request, model, control, perturbed, eps, error)
+        answers.append(_answer(request, model, control, perturbed, eps, error))
         if counterfactual:
-            answer.row.update(counterfactual_quality(model, control, perturbed, scale))
-        answers.append(answer)
-    blocks, latents = [answer.x for answer in answers], [answer.latents for answer in answers]
+            answers[-1][-1].update(counterfactual_quality(model, control, perturbed, scale))
+    blocks, latents, means, rows = zip(*answers, strict=True)
     if counterfactual:  # after the real ones
-        blocks, latents = [x, *blocks], [models[0].latents(control)[0].numpy(), *latents]
+        blocks, latents = (x, *blocks), (models[0].latents(control)[0].numpy(), *latents)
     names = [request.name for request in requests]
     result = ad.AnnData(
         np.concatenate(blocks),
@@ -141,12 +129,12 @@ def predict(
     )
     center, scales = (np.array([getattr(row, name) for row in run.facts.programs]) for name in ("center", "scale"))
     result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scales).astype(np.float32)
-    for i, name in enumerate(("mean", "effect", "effect_lower", "effect_upper")):
-        result.varm[f"crlseq_{name}"] = np.stack([answer.means[i] for answer in answers], 1)
+    for name, values in zip(("mean", "effect", "effect_lower", "effect_upper"), zip(*means, strict=True), strict=True):
+        result.varm[f"crlseq_{name}"] = np.stack(values, 1)
     result.var["control_mean"] = control[0].mean(0).numpy()
-    rows = pd.DataFrame([answer.row for answer in answers], index=pd.Index(names, dtype=object, name="perturbation"))
+    summary = pd.DataFrame(list(rows), index=pd.Index(names, dtype=object, name="perturbation"))
     result.uns["crlseq_prediction"] = {
-        "perturbations": np.array(names, dtype=object), "summary": rows,
+        "perturbations": np.array(names, dtype=object), "summary": summary,
         "n_cells": len(x), "seed": seed, "interval": f"95 % over {COVERS}; {COVERS_NOT}",
         "notes": np.array(notes, dtype=object), "version": run.facts.version,
     }  # fmt: skip
@@ -155,8 +143,8 @@ def predict(
 
 def _answer(
     request: Request, model: DiscrepancyVAE, control: Tensor, perturbed: Tensor, eps: Tensor | None, error: np.ndarray
-) -> _Answer:
-    """Cells (1, n, G) under perturbations (1, M); `error` (G,) of their mean effect."""
+) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...], dict[str, Any]]:
+    """Virtual cells (n, G), latents (n, p), four means (G,) and a row of the summary; `error` (G,) of the mean effect."""
     output = model(control, perturbed, eps)
     virtual = output.virtual[0]
     mean = virtual.mean(0).numpy()
@@ -166,7 +154,7 @@ def _answer(
         "effect_l2": float(np.linalg.norm(effect)), "n_genes_changed": int((np.abs(effect) > half).sum()),
     }  # fmt: skip
     means = (mean, effect, effect - half, effect + half)
-    return _Answer(virtual.numpy().astype(np.float32), output.latents[0].numpy(), means, row)
+    return virtual.numpy().astype(np.float32), output.latents[0].numpy(), means, row
 
 
 def effect_errors(

@@ -93,7 +93,6 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "read_from_sets": sets_in_words(run.facts),
         "n_fitted_genes": run.programs["gene"].nunique(),
         "interventions": interventions[:ROWS].to_dict("records"),
-        "n_interventions": len(interventions),
         "largest_shift": limit_of(interventions["shift"].to_numpy()),
         "map": charts.intervention_map(run),
         "edges": run.edges[:ROWS].to_dict("records"),
@@ -121,7 +120,6 @@ def _card(program: Program, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "drivers": program.drivers[:DRIVERS].to_dict("records"),
         "more_drivers": max(0, len(program.drivers) - DRIVERS),
         "largest_shift": limit_of(program.drivers["shift"].to_numpy()),
-        "total": bool(program.downstream),  # else it is the loading
         "genes": {name: table.to_dict("records") for name, table in genes.items()},
         "largest": limit_of(pd.concat([table["loading"] for table in genes.values()]).to_numpy()),
         "pathways": program.pathways[:PATHWAYS].to_dict("records"),
@@ -152,11 +150,7 @@ def _seeds(run: Run) -> dict[str, Any] | None:
     kinds = {str(kind): part.drop(columns="kind") for kind, part in run.ensemble.groupby("kind", sort=False)}
     losses = [loss for loss in run.facts.training.seed_losses if loss is not None]
     return {
-        "n": run.facts.config.training.ensemble,
-        "first": run.facts.seed,
-        "kept": run.facts.training.kept_seed,
         "losses": (min(losses), max(losses)) if losses else None,
-        "given": run.facts.discovery is not None,
         "agreed": [
             (kind, int((part["agreement"] >= (AGREED if kind == "program" else 1.0)).sum()), len(part))
             for kind, part in kinds.items()
@@ -170,22 +164,9 @@ def _dag(run: Run) -> dict[str, Any]:
     """The drawing as the template puts it into SVG, with what is told of everything in it."""
     drawing = draw(run, FONT, PAGE, _text_width)
     programs = run.described
-    nodes = [
-        {
-            "name": node.program.name,
-            "box": node.box,
-            "disc": node.disc,
-            "radius": node.radius,
-            "lines": [(*node.line_at(i, FONT), line) for i, line in enumerate(node.lines)],
-            "about": _about(node.program),
-        }
-        for node in drawing.nodes
-    ]
     edges = [
         {
-            "source": edge.source,
-            "target": edge.target,
-            "raises": edge.weight > 0,
+            "edge": edge,
             "width": edge_width(edge.support) * FONT,
             "points": " ".join(f"{x:.1f},{y:.1f}" for x, y in edge.points),
             "path": edge_path(edge.points, drawing),
@@ -198,7 +179,7 @@ def _dag(run: Run) -> dict[str, Any]:
     ]
     return {
         "drawing": drawing,
-        "nodes": nodes,
+        "nodes": [(node, _about(node.program)) for node in drawing.nodes],
         "edges": edges,
         "head": HEAD * FONT,
         "heading": heading(run),
