@@ -65,7 +65,13 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
             continue
         batches = tuple(np.unique(data.batch[cells]).tolist())
         if batches not in known:
-            known[batches] = _controls(model, data, controls, batches, seed)
+            alike = controls[np.isin(data.batch[controls], batches)]
+            source = alike if len(alike) >= 2 else controls  # of all batches where these have none
+            mean = data.moments(source)[0]
+            drawn = np.random.default_rng([seed, 6]).choice(source, min(SOURCE_CELLS, len(source)), replace=False)
+            control = data.dense(np.sort(drawn))
+            x = torch.from_numpy(control[_compared(len(control))])
+            known[batches] = control, mean, squared_distances(x, x).double(), abducted(model, control, seed)
         control, mean, within_control, act = known[batches]
         few = np.random.default_rng([seed, 6, c]).permutation(len(cells))[:COMPARED_CELLS]
         measured = data.dense(cells)
@@ -104,20 +110,6 @@ def _training_effects(data: PerturbSeqData) -> dict[tuple[int, ...], np.ndarray]
 def _compared(n: int) -> np.ndarray:
     """Which of n cells are compared."""
     return np.linspace(0, n - 1, min(n, COMPARED_CELLS)).astype(int)
-
-
-def _controls(
-    model: DiscrepancyVAE, data: PerturbSeqData, controls: np.ndarray, batches: tuple[int, ...], seed: int
-) -> tuple[np.ndarray, np.ndarray, Tensor, Callable[[np.ndarray], np.ndarray]]:
-    """Of controls of the given batches, or of all: some (n, G), mean (G,) of all, squared distances, `abducted`."""
-    rng = np.random.default_rng([seed, 6])
-    alike = controls[np.isin(data.batch[controls], batches)]
-    source = alike if len(alike) >= 2 else controls
-    mean = data.moments(source)[0]
-    source = np.sort(rng.choice(source, min(SOURCE_CELLS, len(source)), replace=False))
-    cells = data.dense(source)
-    x = torch.from_numpy(cells[_compared(len(cells))])
-    return cells, mean, squared_distances(x, x).double(), abducted(model, cells, seed)
 
 
 def _discrepancies(
