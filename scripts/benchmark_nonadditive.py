@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import crlseq
 from crlseq.evaluation.cells import read_cells
-from crlseq.evaluation.held_out import virtual_cells
+from crlseq.evaluation.held_out import abducted
 from crlseq.evaluation.metrics import l2_distance, pearson_delta
 from crlseq.evaluation.recovery import closure
 from crlseq.run.run import Run
@@ -39,11 +39,11 @@ def pairs_of(run: Run, truth: dict[str, object]) -> pd.DataFrame:
     target = truth["target"]["latent"]  # type: ignore[index]
     control_cells = np.asarray(_dense(judged.control.x)[:SOURCE_CELLS], dtype=float)
     control = _dense(judged.control.x).mean(0)
-    seed, model = run.facts.seed, run.model
+    act = abducted(run.model, control_cells, run.facts.seed)
 
     def predicted(parts: Sequence[int]) -> np.ndarray:
         rows = np.array([judged.known[part][0] for part in parts])
-        return np.asarray(virtual_cells(model, control_cells, rows, seed).mean(0) - control_cells.mean(0))
+        return np.asarray(act(rows).mean(0) - control_cells.mean(0))
 
     single = {c[0]: _dense(judged.train.x[judged.train.condition == i]).mean(0) - control for i, c in enumerate(judged.conditions) if len(c) == 1}  # fmt: skip
     of_model = {part: predicted([part]) for part in single}

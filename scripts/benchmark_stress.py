@@ -24,8 +24,7 @@ import scipy.sparse as sp
 import crlseq
 from crlseq.data.simulate import CONTROL
 from crlseq.errors import CrlseqError
-from crlseq.evaluation.calibration import edge_supports
-from crlseq.evaluation.recovery import closure, score_recovery
+from crlseq.evaluation.recovery import closure, edge_supports, score_recovery
 from crlseq.run.run import Run
 
 SURE = 0.9

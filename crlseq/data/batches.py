@@ -33,12 +33,8 @@ class ControlPartners:
         self.pools = {int(b): controls[batch[controls] == b] for b in np.unique(batch[controls])}
         self.everyone = controls
 
-    def draw(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One control a cell; no control twice among partners of one batch while the pool lasts."""
-        return self.draw_shared([cells], rng)[0]
-
     def draw_shared(self, pieces: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-        """`draw` for pieces that make one step and share their controls.
+        """One control per cell of pieces that make one step; none twice in a piece and batch while the pool lasts.
 
         All choose from the same few, `SHARED` times as many as the largest piece takes, so that a step reads and
         encodes each control once, whatever the number of pieces.

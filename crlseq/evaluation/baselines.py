@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -31,21 +31,18 @@ N_COMPONENTS = 10  # as in Ahlmann-Eltze et al. 2025
 PENALTIES = np.logspace(-3, 3, 25)
 
 Indices = tuple[int, ...]
+Expression = sp.csr_matrix | np.ndarray  # (cells, genes)
 
 
-@dataclass(frozen=True)
-class GroupMoments:
-    """Mean and unbiased variance (groups, genes) of groups of cells, and their numbers (groups,).
-
-    A group without cells has mean 0, one of fewer than two variance 0.
-    """
+class GroupMoments(NamedTuple):
+    """Mean (0 without cells), unbiased variance (0 of one cell), (groups, genes), and number of cells (groups,)."""
 
     mean: np.ndarray
     variance: np.ndarray
     n: np.ndarray
 
 
-def group_moments(x: sp.csr_matrix | np.ndarray, group: np.ndarray, n_groups: int) -> GroupMoments:
+def group_moments(x: Expression, group: np.ndarray, n_groups: int) -> GroupMoments:
     """GroupMoments of cells (cells, genes) by group (cells,); cells of group -1 take no part."""
     there = np.flatnonzero(group >= 0)
     indicator = sp.csr_matrix((np.ones(len(there)), (group[there], there)), shape=(n_groups, x.shape[0]))
@@ -63,52 +60,34 @@ def dense(values: Any) -> np.ndarray:
     return np.asarray(values if isinstance(values, np.ndarray) else values.toarray(), dtype=float)
 
 
-@dataclass(frozen=True)
-class Controls:
-    """GroupMoments of control cells by batch; the last group is of all batches, for batches without two controls."""
-
-    moments: GroupMoments
-
-    def shares(self, group: np.ndarray, batch: np.ndarray, n_groups: int) -> np.ndarray:
-        """(groups, batches + 1) share of each group's cells in each batch with controls, or under the last."""
-        n_batches = len(self.moments.n) - 1
-        usable = np.append(self.moments.n[:-1] >= 2, False)
-        there = group >= 0
-        known = (batch >= 0) & (batch < n_batches)
-        place = np.where(known, batch, n_batches)
-        place = np.where(usable[place], place, n_batches)[there]
-        counts = np.zeros((n_groups, n_batches + 1))
-        np.add.at(counts, (group[there], place), 1.0)
-        shares: np.ndarray = counts / np.maximum(counts.sum(1, keepdims=True), 1.0)
-        return shares
-
-
-def control_moments(x: sp.csr_matrix | np.ndarray, batch: np.ndarray, n_batches: int) -> Controls:
-    """GroupMoments of control cells (cells, genes) of batches (cells,)."""
+def control_moments(x: Expression, batch: np.ndarray, n_batches: int) -> GroupMoments:
+    """Of control cells (cells, genes) by batch (cells,); the last group is of all, for batches without two controls."""
     own, every = group_moments(x, batch, n_batches), group_moments(x, np.zeros_like(batch), 1)
-    stacked = (np.concatenate([getattr(own, name), getattr(every, name)]) for name in ("mean", "variance", "n"))
-    return Controls(GroupMoments(*stacked))
+    return GroupMoments(*map(np.concatenate, zip(own, every, strict=True)))
+
+
+def batch_shares(controls: GroupMoments, group: np.ndarray, batch: np.ndarray, n_groups: int) -> np.ndarray:
+    """(groups, batches + 1) share of each group's cells in each batch of `control_moments`, or under its last group."""
+    n_batches, there = len(controls.n) - 1, group >= 0
+    usable = np.append(controls.n[:-1] >= 2, False)
+    place = np.where((batch >= 0) & (batch < n_batches), batch, n_batches)
+    counts = np.zeros((n_groups, n_batches + 1))
+    np.add.at(counts, (group[there], np.where(usable[place], place, n_batches)[there]), 1.0)
+    shares: np.ndarray = counts / np.maximum(counts.sum(1, keepdims=True), 1.0)
+    return shares
 
 
 @dataclass(frozen=True)
 class TrainingEffects:
-    """All that baselines know.
+    """All that baselines know."""
 
-    ``parts`` of each fitted condition; ``effect`` (conditions, genes) of its training cells against controls;
-    ``halves`` (2, conditions, genes): the same from either half of its cells.
-    """
-
-    parts: tuple[Indices, ...]
-    effect: np.ndarray
-    halves: np.ndarray
+    parts: tuple[Indices, ...]  # of each fitted condition
+    effect: np.ndarray  # (conditions, genes) of its training cells against controls
+    halves: np.ndarray  # (2, conditions, genes): the same from either half of its cells
 
 
 def training_effects(
-    x: sp.csr_matrix | np.ndarray,
-    condition: np.ndarray,
-    batch: np.ndarray,
-    conditions: Sequence[Indices],
-    rng: np.random.Generator,
+    x: Expression, condition: np.ndarray, batch: np.ndarray, conditions: Sequence[Indices], rng: np.random.Generator
 ) -> TrainingEffects:
     """Effects of every condition with two training cells; condition 0, with the parts (), is the control.
 
@@ -119,8 +98,7 @@ def training_effects(
     half = halves(condition, rng)
 
     def effects(group: np.ndarray) -> np.ndarray:
-        shares = controls.shares(group, batch, n)
-        return np.asarray(group_moments(x, group, n).mean - shares @ controls.moments.mean)
+        return np.asarray(group_moments(x, group, n).mean - batch_shares(controls, group, batch, n) @ controls.mean)
 
     fitted = [c for c in range(1, n) if (condition == c).sum() >= 2]
     either = np.stack([effects(np.where(half == h, condition, -1))[fitted] for h in (0, 1)])

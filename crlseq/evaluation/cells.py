@@ -14,11 +14,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from crlseq.data.inspection import SYMBOL_COLUMNS
-from crlseq.data.matrix import Screen, open_screen, readable
+from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturbations
 from crlseq.data.preprocess import Alignment, Preprocessing, align
 from crlseq.errors import InputError, few
-from crlseq.evaluation.baselines import Indices
+from crlseq.evaluation.baselines import Expression, Indices
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.run.run import Run
 from crlseq.run.schema import RunInfo
@@ -28,58 +28,34 @@ from crlseq.run.schema import RunInfo
 class Cells:
     """Normalised expression (cells, fitted genes), and condition and batch (cells,) of each; condition -1: none."""
 
-    x: sp.csr_matrix | np.ndarray
+    x: Expression
     condition: np.ndarray
     batch: np.ndarray
 
     def __getitem__(self, chosen: np.ndarray) -> Cells:
         return Cells(self.x[chosen], self.condition[chosen], self.batch[chosen])
 
-    def of_genes(self, genes: np.ndarray) -> Cells:
-        """The same cells with some of their genes."""
-        return replace(self, x=self.x[:, genes])
-
 
 @dataclass(frozen=True)
 class CellSets:
-    """What an evaluation works on.
+    """What an evaluation works on: what was fitted, control cells, and perturbed cells that were not fitted.
 
-    Attributes
-    ----------
-    train, control, measured
-        Three sets of cells: what was fitted, control cells, and perturbed cells that were not fitted. Controls have all
-        fitted genes, since the model starts from them; the others those that are ``compared``.
-    compared
-        Indices of the fitted genes that the judging cells have.
-    conditions, condition_names, names
-        Ascending indices into ``names`` per condition, () for the control; labels; single perturbations.
-    known
-        Index of a single perturbation in ``names`` -> its rows in ``model``; several for one that is extrapolated.
-    seen
-        Indices in ``names`` of those that were fitted.
-    model
-        The run's, with perturbations never seen where it can extrapolate to them.
-    fitted
-        (conditions,) bool.
-    gene_places
-        Name or symbol of a gene -> columns among the compared ones.
-    kind
-        What measured cells of fitted conditions are called.
+    Controls have all fitted genes, since the model starts from them; the others those that are compared.
     """
 
     train: Cells
     control: Cells
     measured: Cells
-    compared: np.ndarray
-    conditions: tuple[Indices, ...]
+    compared: np.ndarray  # indices of the fitted genes that the judging cells have
+    conditions: tuple[Indices, ...]  # ascending indices into `names`, () for the control
     condition_names: tuple[str, ...]
-    names: tuple[str, ...]
-    known: dict[int, tuple[int, ...]]
-    seen: frozenset[int]
-    model: DiscrepancyVAE
-    fitted: np.ndarray
-    gene_places: Mapping[str, list[int]]
-    kind: str
+    names: tuple[str, ...]  # single perturbations
+    known: dict[int, tuple[int, ...]]  # place in `names` -> rows in `model`; several for one that is extrapolated
+    seen: frozenset[int]  # places in `names` of those that were fitted
+    model: DiscrepancyVAE  # the run's, with perturbations never seen where it can extrapolate to them
+    fitted: np.ndarray  # (conditions,) bool
+    gene_places: Mapping[str, list[int]]  # name or symbol of a gene -> columns among the compared ones
+    kind: str  # what measured cells of fitted conditions are called
     notes: tuple[str, ...]
 
     def group(self, condition: int) -> str:
@@ -97,7 +73,7 @@ class _Table:
 
     source: str
     obs: pd.DataFrame
-    x: sp.csr_matrix | np.ndarray
+    x: Expression
     alignment: Alignment
     marks: list[bytes]  # of other files alone
 
@@ -105,10 +81,7 @@ class _Table:
 def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls: bool = False) -> CellSets:
     """The run's own cells by their split, or other cells against the run's training cells.
 
-    Raises
-    ------
-    InputError
-        If there are no cells to judge by or no controls, or genes, labels or values are others than the fit's.
+    InputError if there are none to judge by or no controls, or genes, labels or values are others than the fit's.
     """
     own, places = _read_own(run)
     notes: list[str] = []
@@ -122,16 +95,13 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
     if other is None:
         control, measured, kind = _held_out(cells, split, train, held_out_controls, notes)
     else:
-        given, compared, kind = (
-            Cells(other.x, labels.condition[n:], batch[n:]),
-            other.alignment.present,
-            "held-out cells",
-        )
-        control = given[given.condition == 0]
+        given, kind = Cells(other.x, labels.condition[n:], batch[n:]), "held-out cells"
+        compared, control = other.alignment.present, given[given.condition == 0]
         if len(compared) < other.alignment.n_fitted:
             mean = train[train.condition == 0].x.mean(0)
-            control = replace(control, x=other.alignment.filled(_dense(control.x), np.asarray(mean).ravel()))
-            train = train.of_genes(compared)
+            x = control.x if isinstance(control.x, np.ndarray) else control.x.toarray()
+            control = replace(control, x=other.alignment.filled(x, np.asarray(mean).ravel()))
+            train = replace(train, x=train.x[:, compared])
         if len(control.condition) < 2:
             raise InputError(
                 f"{other.source} has {len(control.condition)} cells labelled {labels.control_label!r}; at least two are needed.",
@@ -160,7 +130,14 @@ def _read_own(run: Run) -> tuple[_Table, dict[str, list[int]]]:
             raise InputError(f"{screen.source} is not the file that the fit wrote.", "Restore it, or fit again.")
         alignment, _ = align(record, screen)
         own = _Table(screen.source, screen.obs, _expression(screen, record, alignment), alignment, [])
-        return own, _gene_places(screen, record.genes)
+        # By symbol too, where the file has symbols beside identifiers.
+        var = screen.var.set_axis(screen.genes, axis=0).loc[list(record.genes)]
+        places: dict[str, list[int]] = {gene: [i] for i, gene in enumerate(record.genes)}
+        for key in var.columns.intersection([*SYMBOL_COLUMNS]):
+            for i, symbol in enumerate(var[key].astype(str)):
+                if i not in places.setdefault(symbol, []):
+                    places[symbol].append(i)
+        return own, places
 
 
 def _read_other(run: Run, data: str | Path | ad.AnnData, notes: list[str]) -> _Table:
@@ -232,32 +209,15 @@ def _known(
     return known, seen, model
 
 
-def _dense(x: sp.csr_matrix | np.ndarray) -> np.ndarray:
-    return x if isinstance(x, np.ndarray) else x.toarray()
-
-
-def _expression(screen: Screen, record: Preprocessing, alignment: Alignment) -> sp.csr_matrix | np.ndarray:
+def _expression(screen: Screen, record: Preprocessing, alignment: Alignment) -> Expression:
     """Normalised expression (cells, fitted genes that are there) as the fit had it."""
     parts = []
-    with readable(screen.source, "the matrix"):
-        for _, block in screen.blocks():
-            record.check(block, screen.source)
-            parts.append(alignment.take(record.apply(block)).astype(np.float32))
+    for _, block in screen.blocks():
+        record.check(block, screen.source)
+        parts.append(alignment.take(record.apply(block)).astype(np.float32))
     x = sp.csr_matrix(sp.vstack(parts, format="csr"))
     x.sort_indices()
     return x if x.nnz < 0.5 * x.shape[0] * x.shape[1] else x.toarray()
-
-
-def _gene_places(screen: Screen, genes: tuple[str, ...]) -> dict[str, list[int]]:
-    """Columns of the fitted genes by name, and by symbol where the file has symbols beside identifiers."""
-    var = screen.var.set_axis(screen.genes, axis=0).loc[list(genes)]
-    places: dict[str, list[int]] = {gene: [i] for i, gene in enumerate(genes)}
-    for key in var.columns:
-        if key in SYMBOL_COLUMNS:
-            for i, symbol in enumerate(var[key].astype(str)):
-                if i not in places.setdefault(symbol, []):
-                    places[symbol].append(i)
-    return places
 
 
 def _labels(tables: list[pd.DataFrame], facts: RunInfo) -> Perturbations:
@@ -285,11 +245,10 @@ def _batches(tables: list[pd.DataFrame], key: str | None) -> np.ndarray:
 def _fingerprints(screen: Screen, columns: np.ndarray, chosen: np.ndarray | None = None) -> list[bytes]:
     """The values of cells in some genes, as the file has them: equal for equal cells, whatever their names and totals."""
     found = []
-    with readable(screen.source, "the matrix"):
-        for rows, block in screen.blocks():
-            own = sp.csr_matrix(block[:, columns] if chosen is None else block[chosen[rows]][:, columns])
-            own.sort_indices()
-            for a, b in pairwise(own.indptr):
-                cell = own.indices[a:b].astype(np.int64).tobytes() + own.data[a:b].astype(np.float32).tobytes()
-                found.append(hashlib.blake2b(cell, digest_size=16).digest())
+    for rows, block in screen.blocks():
+        own = sp.csr_matrix(block[:, columns] if chosen is None else block[chosen[rows]][:, columns])
+        own.sort_indices()
+        for a, b in pairwise(own.indptr):
+            cell = own.indices[a:b].astype(np.int64).tobytes() + own.data[a:b].astype(np.float32).tobytes()
+            found.append(hashlib.blake2b(cell, digest_size=16).digest())
     return found

@@ -104,7 +104,9 @@ def in_words(comparisons: pd.DataFrame) -> tuple[str, ...]:
             rows = part[part["baseline"] == baseline].set_index("metric").to_dict("index")
             correlation, distance = rows["pearson_delta"], rows["l2"]
             single = "the training effect (additive)" if "cells" in str(group) else "additive"
-            name = (single if baseline == "additive" else WORDS[baseline]) + _title(by)
+            name = single if baseline == "additive" else WORDS[baseline]
+            if by:
+                name += ", the best baseline," if len(by) == 2 else f", the best baseline by {by[0]},"
             row, metric = (correlation, "Pearson delta") if correlation["n"] else (distance, "L2")
             against = [_against(correlation, "Pearson delta", True)] if correlation["n"] else []
             against.append(_against(distance, "L2", False))
@@ -123,12 +125,6 @@ def limits(summary: pd.DataFrame) -> tuple[str, ...]:
         f"puts the measured mean at L2 {means[group, FLOOR, 'l2']:.3g} from the true one."
         for group in summary["group"].unique()
     )
-
-
-def _title(by: list[str]) -> str:
-    if not by:
-        return ""
-    return ", the best baseline," if len(by) == 2 else f", the best baseline by {by[0]},"
 
 
 def _against(row: Mapping[Any, Any], name: str, larger: bool) -> str:

@@ -21,11 +21,11 @@ from crlseq.data.batches import ControlPartners
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.errors import InputError
 from crlseq.evaluation import baselines, metrics
-from crlseq.evaluation.baselines import Controls, GroupMoments, Indices, control_moments, dense, group_moments
+from crlseq.evaluation.baselines import GroupMoments, Indices, batch_shares, control_moments, dense, group_moments
 from crlseq.evaluation.cells import Cells, CellSets, read_cells
 from crlseq.evaluation.compare import AXIOMS, CEILING, FLOOR, METRICS, MODEL, compare, in_words, summarise
-from crlseq.evaluation.held_out import COMPARED_CELLS, SOURCE_CELLS, virtual_cells
-from crlseq.evaluation.truth import known_recovery
+from crlseq.evaluation.held_out import COMPARED_CELLS, SOURCE_CELLS, abducted
+from crlseq.evaluation.recovery import known_recovery
 from crlseq.model.losses import median_bandwidth
 from crlseq.prediction.counterfactual import counterfactual_quality
 from crlseq.run.run import Run
@@ -38,20 +38,16 @@ SHARED_NOISE = 0.1  # share of the measured changes that is the controls' sampli
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """What `evaluate` found; `sentences` are on the comparisons, `notes` on what was left out or has to be known.
 
     Attributes
     ----------
     conditions
-        ``condition, group, predictor, n_cells``, the metrics of `comparison.METRICS`, and for the model those of
-        `comparison.AXIOMS`; one row per condition and predictor: the model, each baseline, the split-half ceiling and the
+        ``condition, group, predictor, n_cells``, the metrics of `compare.METRICS`, and for the model those of
+        `compare.AXIOMS`; one row per condition and predictor: the model, each baseline, the split-half ceiling and the
         sampling floor.
     summary, comparisons
-        See `comparison.summarise` and `comparison.compare`.
-    sentences
-        On the comparisons.
-    notes
-        What was left out or has to be known.
+        See `compare.summarise` and `compare.compare`.
     predicted
         Mean expression (conditions, fitted genes) by predictor, conditions as in the table.
     recovery
@@ -74,8 +70,6 @@ def evaluate(
 
     Parameters
     ----------
-    run
-        A run with its folder.
     data
         Other cells with the same labels and genes, and controls of their own. None takes the run's test cells, or its
         validation cells where it has none.
@@ -111,30 +105,31 @@ def evaluate(
     measured = Cells(sets.measured.x, place[sets.measured.condition], sets.measured.batch)
     changes = baselines.predict(effects, queries)
     virtual = _VirtualControls(run, sets, rng)
-    targets = _target_genes(sets, queries)
+    targets = np.zeros((len(queries), train.x.shape[1]), dtype=bool)  # the genes that perturbations are named after
+    for row, parts in zip(targets, queries, strict=True):
+        row[[g for part in parts for g in sets.gene_places.get(sets.names[part], ())]] = True
     truth = _Truth.of(measured, virtual.controls, effects.effect.mean(0), targets)
     changes = {MODEL: np.stack([virtual.change(parts, truth.shares[i]) for i, parts in enumerate(queries)]), **changes}
     predicted = {name: truth.control + change for name, change in changes.items()}
     scores = {name: truth.score(mean, truth.measured.mean) for name, mean in predicted.items()}
     cells = [_compare_cells(virtual, measured, i, parts, changes, legacy, rng) for i, parts in enumerate(queries)]
     for name in (*changes, CEILING):
-        for i, row in enumerate(cells):
-            for metric, value in row.get(name, {}).items():
+        for i, found in enumerate(cells):
+            for metric, value in found.get(name, {}).items():
                 scores.setdefault(name, {}).setdefault(metric, np.full(len(chosen), np.nan))[i] = value
     scores[MODEL] |= virtual.axioms(queries)
     scores.setdefault(CEILING, {}).update(_split_half(measured, virtual.controls, effects.effect.mean(0), targets, rng))
-    scores[FLOOR] = _sampling_floor(truth)
-    about = {
-        "condition": [sets.condition_names[c] for c in chosen],
-        "group": [sets.group(int(c)) for c in chosen],
-        "n_cells": truth.measured.n,
-    }
+    sampling = truth.measured.variance / truth.measured.n[:, None]  # squared standard errors of measured means
+    scores[FLOOR] = _sampling_floor(truth, sampling)
+    names, groups = [sets.condition_names[c] for c in chosen], [sets.group(int(c)) for c in chosen]
+    about = {"condition": names, "group": groups, "n_cells": truth.measured.n}
     rows = [pd.DataFrame({**about, "predictor": name, **values}) for name, values in scores.items()]
     table: pd.DataFrame = pd.concat(rows, ignore_index=True)
     table = table[["condition", "group", "predictor", "n_cells", *(m for m in (*METRICS, *AXIOMS) if m in table)]]
     comparisons = compare(table, seed)
     recovery, notes = known_recovery(run, data)
-    noisy = int((_shared_noise(truth) > SHARED_NOISE).sum())
+    change = ((truth.measured.mean - truth.control) ** 2).sum(1)
+    noisy = int(((truth.error - sampling).clip(0.0).sum(1) / np.maximum(change, 1e-30) > SHARED_NOISE).sum())
     if data is None and not held_out_controls and noisy > len(chosen) / 4:
         notes.append(
             f"In {noisy} of {len(chosen)} conditions, sampling error of the controls' mean makes up more than a tenth of the "
@@ -151,13 +146,13 @@ class _VirtualControls:
 
     def __init__(self, run: Run, sets: CellSets, rng: np.random.Generator) -> None:
         cells = sets.control
-        self.run, self.known, self.model = run, sets.known, sets.model
-        self.compared = sets.compared
+        self.known, self.model, self.compared = sets.known, sets.model, sets.compared
         self.controls = control_moments(cells.x[:, self.compared], cells.batch, int(cells.batch.max(initial=0)) + 1)
         some = [rng.permutation(np.flatnonzero(cells.batch == b))[:SOURCE_CELLS] for b in np.unique(cells.batch)]
         chosen = np.sort(np.concatenate(some))
         self.whole, self.batch = dense(cells.x[chosen]), cells.batch[chosen]
         self.cells = self.whole[:, self.compared]
+        self.act = abducted(self.model, self.whole, run.facts.seed)
         self.made: tuple[Indices, np.ndarray] = ((), self.cells)
         self.scale = torch.tensor([program.scale for program in run.facts.programs], dtype=torch.float64)
 
@@ -171,8 +166,7 @@ class _VirtualControls:
         if not known:
             return np.asarray(self.cells)
         if self.made[0] != known:
-            made = virtual_cells(self.model, self.whole, np.array(known), self.run.facts.seed)
-            self.made = (known, made[:, self.compared])
+            self.made = (known, self.act(np.array(known))[:, self.compared])
         return self.made[1]
 
     def axioms(self, queries: list[Indices]) -> dict[str, np.ndarray]:
@@ -189,12 +183,9 @@ class _VirtualControls:
 
     def change(self, parts: Indices, shares: np.ndarray) -> np.ndarray:
         """(genes,) mean change in batches by `shares`: of each batch's cells, so that a draw of few adds little noise."""
-        difference = self.virtual(parts) - self.cells
-        n_batches = len(shares) - 1
-        mean = group_moments(difference, self.batch, n_batches).mean
-        n = self.controls.moments.n[:-1]
-        every = (n / n.sum()) @ mean
-        return np.asarray(shares @ np.vstack([mean, every]))
+        mean = group_moments(self.virtual(parts) - self.cells, self.batch, len(shares) - 1).mean
+        n = self.controls.n[:-1]
+        return np.asarray(shares @ np.vstack([mean, (n / n.sum()) @ mean]))
 
 
 @dataclass(frozen=True)
@@ -212,19 +203,16 @@ class _Truth:
     targets: np.ndarray
 
     @classmethod
-    def of(cls, cells: Cells, controls: Controls, mean_effect: np.ndarray, targets: np.ndarray) -> _Truth:
-        n = len(targets)
-        measured = group_moments(cells.x, cells.condition, n)
-        shares = controls.shares(cells.condition, cells.batch, n)
-        own = controls.moments
-        control = shares @ own.mean
-        error, p_value = _welch(measured, shares, own, measured.mean - control)
+    def of(cls, cells: Cells, controls: GroupMoments, mean_effect: np.ndarray, targets: np.ndarray) -> _Truth:
+        measured = group_moments(cells.x, cells.condition, len(targets))
+        shares = batch_shares(controls, cells.condition, cells.batch, len(targets))
+        control = shares @ controls.mean
+        error, p_value = _welch(measured, shares, controls, measured.mean - control)
         is_de = np.stack([benjamini_hochberg(row) <= DE_FDR for row in p_value])
         strength = np.abs(measured.mean - control) / np.sqrt(np.where(error > 0, error, np.inf))
         top_de = np.argsort(-strength, axis=1, kind="stable")[:, :TOP_DE]
-        top_expressed = np.argsort(-own.mean[-1], kind="stable")[:TOP_EXPRESSED]
-        perturbed = control + mean_effect
-        return cls(measured, shares, control, perturbed, error, top_expressed, top_de, is_de, targets)
+        top_expressed = np.argsort(-controls.mean[-1], kind="stable")[:TOP_EXPRESSED]
+        return cls(measured, shares, control, control + mean_effect, error, top_expressed, top_de, is_de, targets)
 
     def score(self, predicted: np.ndarray, measured: np.ndarray) -> dict[str, np.ndarray]:
         """Every metric of means, (conditions,) each."""
@@ -260,32 +248,20 @@ def _welch(measured: GroupMoments, shares: np.ndarray, controls: GroupMoments, c
     return error, np.where(there & (n > 1), p_value, 1.0)
 
 
-def _shared_noise(truth: _Truth) -> np.ndarray:
-    """(conditions,) squared error of the controls' mean over the squared change that was measured."""
-    own = truth.measured.variance / np.maximum(truth.measured.n, 1)[:, None]
-    change = ((truth.measured.mean - truth.control) ** 2).sum(1)
-    return np.asarray((truth.error - own).clip(0.0).sum(1) / np.maximum(change, 1e-30))
-
-
-def _sampling_floor(truth: _Truth) -> dict[str, np.ndarray]:
-    """Distances to the measured mean that the true mean would have: roots of the summed squared standard errors."""
-    squared = truth.measured.variance / truth.measured.n[:, None]
-    top = squared[:, truth.top_expressed]
-    return {
-        "l2": np.sqrt(squared.sum(1)),
-        "l2_top_expressed": np.sqrt(top.sum(1)),
-        "rmse": np.sqrt(squared.mean(1)),
-        "rmse_top_expressed": np.sqrt(top.mean(1)),
-    }
+def _sampling_floor(truth: _Truth, squared: np.ndarray) -> dict[str, np.ndarray]:
+    """Distances to the measured mean that the true mean would have, from its `squared` standard errors."""
+    squares = {"": squared, "_top_expressed": squared[:, truth.top_expressed]}
+    floor = {f"l2{genes}": np.sqrt(own.sum(1)) for genes, own in squares.items()}
+    return floor | {f"rmse{genes}": np.sqrt(own.mean(1)) for genes, own in squares.items()}
 
 
 def _split_half(
-    cells: Cells, controls: Controls, mean_effect: np.ndarray, targets: np.ndarray, rng: np.random.Generator
+    cells: Cells, controls: GroupMoments, mean_effect: np.ndarray, targets: np.ndarray, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
     """Metrics of one half of a condition's cells as a prediction of the other, means over `HALVES` divisions.
 
-    What is measured, the differentially expressed genes included, is the second half's. Both have half the cells that
-    predictors are held against, so that one made of many training cells can pass this.
+    The second half's differentially expressed genes count. Both have half the cells that predictors are held against,
+    so that one made of many training cells can pass this.
     """
     found = []
     for _ in range(HALVES):
@@ -313,17 +289,17 @@ def _compare_cells(
     """
     own = np.flatnonzero(cells.condition == condition)
     size = min(len(own) // 2, COMPARED_CELLS)
-    batch = np.concatenate([virtual.batch, cells.batch[own]])
-    partners = ControlPartners(np.arange(len(virtual.batch)), batch)
+    n = len(virtual.batch)
+    partners = ControlPartners(np.arange(n), np.concatenate([virtual.batch, cells.batch[own]]))
     made, x = virtual.virtual(parts), dense(cells.x[own])
-    every = partners.draw(np.arange(len(own)) + len(virtual.batch), rng)
+    every = partners.draw_shared([np.arange(len(own)) + n], rng)[0]
     some = rng.permutation(len(own))[: 2 * COMPARED_CELLS]
     bandwidth = median_bandwidth(torch.from_numpy(np.concatenate([virtual.cells[every[some]], x[some]])))
     found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(HALVES if size >= 2 else 0):
         order = rng.permutation(len(own))
         first, second = order[:size], order[size : 2 * size]
-        source = partners.draw(first + len(virtual.batch), rng)
+        source = partners.draw_shared([first + n], rng)[0]
         half, base = metrics.Sample(x[first]), metrics.Sample(virtual.cells[source])
         predicted = {name: base.moved(change[condition]) for name, change in changes.items() if name != MODEL}
         predicted |= {MODEL: metrics.Sample(made[source]), CEILING: metrics.Sample(x[second])}
@@ -336,11 +312,3 @@ def _compare_cells(
             paired = made[every] if name == MODEL else virtual.cells[every] + change[condition]
             rows.setdefault(name, {}).update(metrics.legacy_scores(paired, x))
     return rows
-
-
-def _target_genes(sets: CellSets, queries: list[Indices]) -> np.ndarray:
-    """(conditions, genes) bool: the genes that a condition's perturbations are named after."""
-    marked = np.zeros((len(queries), sets.train.x.shape[1]), dtype=bool)
-    for row, parts in zip(marked, queries, strict=True):
-        row[[g for part in parts for g in sets.gene_places.get(sets.names[part], ())]] = True
-    return marked

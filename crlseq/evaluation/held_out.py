@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
@@ -21,14 +21,9 @@ SOURCE_CELLS = 500  # controls of a condition's batches that virtual cells are m
 COMPARED_CELLS = 250  # a side, in distances between cells; more sharpen a comparison less than they cost
 
 
-def virtual_cells(model: DiscrepancyVAE, control: np.ndarray, perturbations: np.ndarray, seed: int) -> np.ndarray:
-    """Control cells (n, G) as they would be under perturbations (M,), filled up with -1: abduction, action, prediction."""
-    return abducted(model, control, seed)(perturbations)
-
-
 @torch.no_grad()
 def abducted(model: DiscrepancyVAE, control: np.ndarray, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """`virtual_cells` of the same controls under any condition: they are encoded once."""
+    """Control cells (n, G), encoded once, as they would be under perturbations (M,), filled up with -1."""
     weight = model.encoder.hidden.weight
     x = torch.from_numpy(control).to(weight.device, weight.dtype)[None]
     generator = torch.Generator(weight.device).manual_seed(seed)
@@ -62,7 +57,7 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
     table = data.perturbation_table()
     train = _training_effects(data)
     average = np.mean(list(train.values()), axis=0) if train else np.zeros(data.n_genes)
-    known: dict[tuple[int, ...], _Controls] = {}
+    known: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, Tensor, Callable[[np.ndarray], np.ndarray]]] = {}
     rows = []
     for c in range(1, len(data.conditions)):
         cells = held_out[c]
@@ -70,7 +65,13 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
             continue
         batches = tuple(np.unique(data.batch[cells]).tolist())
         if batches not in known:
-            known[batches] = _controls(model, data, controls, batches, seed)
+            alike = controls[np.isin(data.batch[controls], batches)]
+            source = alike if len(alike) >= 2 else controls  # of all batches where these have none
+            mean = data.moments(source)[0]
+            drawn = np.random.default_rng([seed, 6]).choice(source, min(SOURCE_CELLS, len(source)), replace=False)
+            control = data.dense(np.sort(drawn))
+            x = torch.from_numpy(control[_compared(len(control))])
+            known[batches] = control, mean, squared_distances(x, x).double(), abducted(model, control, seed)
         control, mean, within_control, act = known[batches]
         few = np.random.default_rng([seed, 6, c]).permutation(len(cells))[:COMPARED_CELLS]
         measured = data.dense(cells)
@@ -106,36 +107,13 @@ def _training_effects(data: PerturbSeqData) -> dict[tuple[int, ...], np.ndarray]
     return {data.conditions[c]: mean_effect(data, cells[c], controls)[0].astype(np.float32) for c in fitted}
 
 
-class _Controls(NamedTuple):
-    """Some control cells (n, G), the mean (G,) of all, squared distances of those compared, what makes virtual cells."""
-
-    cells: np.ndarray
-    mean: np.ndarray
-    within: torch.Tensor
-    act: Callable[[np.ndarray], np.ndarray]
-
-
 def _compared(n: int) -> np.ndarray:
     """Which of n cells are compared."""
     return np.linspace(0, n - 1, min(n, COMPARED_CELLS)).astype(int)
 
 
-def _controls(
-    model: DiscrepancyVAE, data: PerturbSeqData, controls: np.ndarray, batches: tuple[int, ...], seed: int
-) -> _Controls:
-    """Controls of the given batches; of all where these have none. The same for every condition of the batches."""
-    rng = np.random.default_rng([seed, 6])
-    alike = controls[np.isin(data.batch[controls], batches)]
-    source = alike if len(alike) >= 2 else controls
-    mean = data.moments(source)[0]
-    source = np.sort(rng.choice(source, min(SOURCE_CELLS, len(source)), replace=False))
-    cells = data.dense(source)
-    x = torch.from_numpy(cells[_compared(len(cells))])
-    return _Controls(cells, mean, squared_distances(x, x).double(), abducted(model, cells, seed))
-
-
 def _discrepancies(
-    virtual: np.ndarray, control: np.ndarray, within_control: torch.Tensor, measured: np.ndarray
+    virtual: np.ndarray, control: np.ndarray, within_control: Tensor, measured: np.ndarray
 ) -> tuple[float, float]:
     """Unbiased MMD^2 of virtual and of control cells to measured ones; distances of real cells are taken once.
 
@@ -145,9 +123,6 @@ def _discrepancies(
     within, between = squared_distances(m, m).double(), squared_distances(c, m).double()
     pairs = [x[tuple(torch.triu_indices(len(x), len(x), offset=1))] for x in (within_control, within)]
     bandwidth = max(float(torch.cat([*pairs, between.flatten()]).median()), 1e-12)
-    virtual_within, virtual_between = squared_distances(v, v).double(), squared_distances(v, m).double()
     kernel = Kernel(bandwidth, MMD_KERNELS)
-    return (
-        float(mmd_of_distances(virtual_within, within, virtual_between, kernel)),
-        float(mmd_of_distances(within_control, within, between, kernel)),
-    )
+    made = squared_distances(v, v).double(), within, squared_distances(v, m).double()
+    return float(mmd_of_distances(*made, kernel)), float(mmd_of_distances(within_control, within, between, kernel))

@@ -85,14 +85,12 @@ def legacy_scores(predicted: np.ndarray, measured: np.ndarray) -> dict[str, floa
     absolute means, clipped at 0, the variance being that of the prediction; and the root of mean squared differences
     between paired cells over that of the measured values. Near-perfect R^2 needs no prediction at all.
     """
-    found = []
+    found, kernel = [], Kernel(LEGACY_BANDWIDTH, LEGACY_KERNELS, unbiased=False)
     size = min(LEGACY_BATCH, len(measured))
     for start in range(0, len(measured) - size + 1, size):
         x, y = predicted[start : start + size], measured[start : start + size]
         a, b = x.mean(0), y.mean(0)
-        mmd = mmd_squared(
-            torch.from_numpy(x), torch.from_numpy(y), Kernel(LEGACY_BANDWIDTH, LEGACY_KERNELS, unbiased=False)
-        )
+        mmd = mmd_squared(torch.from_numpy(x), torch.from_numpy(y), kernel)
         r2 = max(1 - float(((a - b) ** 2).sum() / ((a - a.mean()) ** 2).sum()), 0.0)
         found.append((float(mmd), r2, float(np.sqrt(((x - y) ** 2).mean() / (y**2).mean()))))
     return dict(zip(("legacy_mmd2", "legacy_r2", "legacy_rmse"), map(float, np.mean(found, axis=0)), strict=True))

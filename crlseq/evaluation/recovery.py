@@ -6,29 +6,37 @@ single perturbations agree with (Hungarian method). Edges of matched programs ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
-from crlseq.evaluation.representation import representation_scores
+from crlseq.data.matrix import open_store, readable
+from crlseq.discovery.edges import reachable
+from crlseq.errors import InputError
+from crlseq.evaluation.representation import Floats, representation_scores
+from crlseq.run.run import Run
 
 Graph = NDArray[np.bool_]
 
 LATENT_SCORES = ("mcc", "dci_disentanglement", "dci_completeness", "dci_informativeness", "irs")
 N_RANDOM_GRAPHS = 1000  # the mean F1 of random graphs is then known to about 0.003
+BORDERS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # lower ends of the bins of supports; the last one ends with 1
 
 
 def score_recovery(
     interventions: pd.DataFrame,
     edges: pd.DataFrame,
     truth: Mapping[str, Any],
-    latents: NDArray[np.floating[Any]] | None = None,
-    true_latents: NDArray[np.floating[Any]] | None = None,
+    latents: Floats | None = None,
+    true_latents: Floats | None = None,
 ) -> dict[str, float]:
     """``target_accuracy, ari, mcc`` and the scores of `representation_scores` and `graph_scores` of a run's tables.
 
@@ -42,24 +50,18 @@ def score_recovery(
     claims = claims_of(interventions, targets.index)
     latent_of, accuracy = match_programs(claims, targets.to_numpy(), len(adjacency))
     found = np.zeros_like(adjacency)
-    n_unmatched = 0
-    for source, target in zip(edges["source"], edges["target"], strict=True):
-        if source in latent_of and target in latent_of:
-            found[latent_of[source], latent_of[target]] = True
-        else:
-            n_unmatched += 1
+    matched = edges[edges["source"].isin([*latent_of]) & edges["target"].isin([*latent_of])]
+    for source, target in zip(matched["source"], matched["target"], strict=True):
+        found[latent_of[source], latent_of[target]] = True
     scores = {"target_accuracy": accuracy, "ari": partition_agreement(claims, targets.to_numpy())}
     scores |= dict.fromkeys(LATENT_SCORES, float("nan"))
     if latents is not None and true_latents is not None:
         scores |= {"mcc": mean_correlation(latents, true_latents), **representation_scores(latents, true_latents)}
-    return scores | graph_scores(found, adjacency, n_unmatched)
+    return scores | graph_scores(found, adjacency, len(edges) - len(matched))
 
 
 def gene_list_scores(
-    programs: pd.DataFrame,
-    latents: NDArray[np.floating[Any]],
-    true_latents: NDArray[np.floating[Any]],
-    truth: Mapping[str, Any],
+    programs: pd.DataFrame, latents: Floats, true_latents: Floats, truth: Mapping[str, Any]
 ) -> dict[str, float]:
     """Gene lists of programs against those that made the cells: ``list_precision, list_recall, program_length``.
 
@@ -72,12 +74,10 @@ def gene_list_scores(
     if "loaded" in truth:
         loaded, names = truth["loaded"], list(dict.fromkeys(programs["program"]))
         _, (mine, true) = _match_latents(latents, true_latents)
-        pairs = [
-            (listed.get(names[i], set()), set(loaded.columns[loaded.iloc[j]])) for i, j in zip(mine, true, strict=True)
-        ]
-        both, n_listed, n_true = (
-            sum(map(len, sets)) for sets in ((a & b for a, b in pairs), *zip(*pairs, strict=True))
-        )
+        lists = [listed.get(names[i], set()) for i in mine]
+        made = [set(loaded.columns[loaded.iloc[j]]) for j in true]
+        both = sum(len(a & b) for a, b in zip(lists, made, strict=True))
+        n_listed, n_true = (sum(map(len, sets)) for sets in (lists, made))
         scores = {"list_precision": both / n_listed, "list_recall": both / n_true} if n_listed and n_true else scores
     return {**scores, "program_length": float(listed.map(len).sum() / programs["program"].nunique())}
 
@@ -102,16 +102,13 @@ def match_programs(
 
 
 def partition_agreement(claims: list[str | None], targets: NDArray[np.integer[Any]]) -> float:
-    """Adjusted Rand index of the perturbations by program and by true latent (Hubert and Arabie 1985).
-
-    A perturbation without a claim is a cluster of its own.
-    """
+    """Adjusted Rand index of the perturbations by program (each alone without a claim) and latent (Hubert, Arabie 1985)."""
     clusters = [("alone", str(i)) if claim is None else ("program", claim) for i, claim in enumerate(claims)]
     codes, _ = pd.factorize(pd.Series(clusters, dtype=object))
     return float(adjusted_rand_score(targets, codes))
 
 
-def mean_correlation(latents: NDArray[np.floating[Any]], true_latents: NDArray[np.floating[Any]]) -> float:
+def mean_correlation(latents: Floats, true_latents: Floats) -> float:
     """MCC: mean over true latents of |Pearson correlation| with the latent matched to each.
 
     Latents (cells, q) are matched one to one to true latents (cells, p) such that the sum of |correlation| is
@@ -122,8 +119,8 @@ def mean_correlation(latents: NDArray[np.floating[Any]], true_latents: NDArray[n
 
 
 def _match_latents(
-    latents: NDArray[np.floating[Any]], true_latents: NDArray[np.floating[Any]]
-) -> tuple[NDArray[np.floating[Any]], tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]]:
+    latents: Floats, true_latents: Floats
+) -> tuple[Floats, tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]]:
     """|Correlation| (q, p), and the pairs of the matching."""
     correlation = np.abs(_standardised(latents).T @ _standardised(true_latents))
     return correlation, linear_sum_assignment(correlation, maximize=True)
@@ -147,31 +144,19 @@ def graph_scores(found: Graph, true: Graph, n_unmatched: int = 0) -> dict[str, f
 
 def closure(graph: Graph) -> Graph:
     """Transitive closure (p, p): j is an ancestor of k if a path leads from j to k."""
-    reach = graph.copy()
-    while True:
-        further = reach | (reach.astype(int) @ reach.astype(int) > 0)
-        if (further == reach).all():
-            return reach
-        reach = further
+    return np.asarray(reachable(torch.from_numpy(graph)).numpy())
 
 
 def random_graph_scores(true: Graph, n: int = N_RANDOM_GRAPHS, seed: int = 0) -> dict[str, float]:
-    """Mean `graph_scores` over `n` random DAGs with as many edges as the truth.
-
-    Each has a uniformly random causal order and uniformly random edges along it.
-    """
+    """Mean `graph_scores` over `n` DAGs of uniformly random order, with as many random edges along it as the truth has."""
     rng = np.random.default_rng(seed)
-    drawn = [graph_scores(_random_dag(len(true), int(true.sum()), rng), true) for _ in range(n)]
+    (before, after), drawn = np.triu_indices(len(true), 1), []
+    for _ in range(n):
+        kept, order = rng.permutation(len(before))[: int(true.sum())], rng.permutation(len(true))
+        graph = np.zeros_like(true, dtype=bool)
+        graph[order[before[kept]], order[after[kept]]] = True
+        drawn.append(graph_scores(graph, true))
     return {name: float(np.mean([scores[name] for scores in drawn])) for name in drawn[0]}
-
-
-def _random_dag(p: int, n_edges: int, rng: np.random.Generator) -> Graph:
-    before, after = np.triu_indices(p, 1)
-    kept = rng.permutation(len(before))[:n_edges]
-    order = rng.permutation(p)
-    graph = np.zeros((p, p), dtype=bool)
-    graph[order[before[kept]], order[after[kept]]] = True
-    return graph
 
 
 def claims_of(interventions: pd.DataFrame, perturbations: pd.Index) -> list[str | None]:
@@ -181,7 +166,7 @@ def claims_of(interventions: pd.DataFrame, perturbations: pd.Index) -> list[str 
     return [None if pd.isna(name) or name == "" else str(name) for name in program.reindex(perturbations.astype(str))]
 
 
-def _standardised(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def _standardised(values: Floats) -> NDArray[np.float64]:
     """Columns with mean 0 and norm 1; columns that do not vary become 0."""
     centred = np.asarray(values, dtype=np.float64) - np.mean(values, axis=0, dtype=np.float64)
     norm = np.linalg.norm(centred, axis=0)
@@ -189,3 +174,77 @@ def _standardised(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     flat = norm <= 1e-9 * np.linalg.norm(np.asarray(values, dtype=np.float64), axis=0)
     unit: NDArray[np.float64] = np.where(flat, 0.0, centred / np.where(flat, 1.0, norm))
     return unit
+
+
+def edge_supports(
+    support: Sequence[Sequence[float]], interventions: pd.DataFrame, truth: Mapping[str, Any]
+) -> pd.DataFrame:
+    """Every ordered pair of programs, the ``support`` (p, p) of its edge row -> column, and whether that edge is ``true``.
+
+    Programs are matched to latents as in `score_recovery`; no edge of one without a latent is true.
+    """
+    share, adjacency = np.asarray(support, dtype=float), np.asarray(truth["adjacency"]) != 0
+    targets = truth["target"]["latent"].astype(int)
+    latent_of, _ = match_programs(claims_of(interventions, targets.index), targets.to_numpy(), len(adjacency))
+    latent = np.array([latent_of.get(f"P{i}", -1) for i in range(len(share))])
+    source, target = np.nonzero(~np.eye(len(share), dtype=bool))
+    known = (latent[source] >= 0) & (latent[target] >= 0)
+    return pd.DataFrame({
+        "source": [f"P{i}" for i in source], "target": [f"P{i}" for i in target],
+        "support": share[source, target], "true": known & adjacency[latent[source], latent[target]],
+    })  # fmt: skip
+
+
+def calibration(supports: pd.DataFrame) -> pd.DataFrame:
+    """Pairs, true edges, their share and the mean support by bin of support: ``support`` (lower end), ``mean_support``,
+    ``pairs``, ``true``, ``share_true``. Calibrated supports have a share near their mean; bins without pairs are left out."""
+    which = np.searchsorted(BORDERS, supports["support"].to_numpy() + 1e-9, side="right") - 1
+    rows = []
+    for i in np.unique(which)[::-1]:
+        inside = supports[which == i]
+        rows.append({
+            "support": BORDERS[i], "mean_support": float(inside["support"].mean()), "pairs": len(inside),
+            "true": int(inside["true"].sum()), "share_true": float(inside["true"].mean()),
+        })  # fmt: skip
+    return pd.DataFrame(rows, columns=["support", "mean_support", "pairs", "true", "share_true"])
+
+
+def known_recovery(run: Run, data: str | Path | ad.AnnData | None) -> tuple[dict[str, float] | None, list[str]]:
+    """`score_recovery` of a run and notes; None where neither `data` nor the run's own file has a truth.
+
+    Latents are those of every cell of that file, none if it has no true ones: they are read off cells alike, fitted or not.
+    """
+    for source in (data, run.path and run.path / "crlseq.h5ad"):
+        if source is None:
+            continue
+        truth, true_latents = _read(source)
+        if truth is None:
+            continue
+        if not _is_truth(truth):
+            return None, ["uns['truth'] is not in the format of `crlseq simulate` and is ignored."]
+        notes, latents = [], None
+        try:
+            latents = None if true_latents is None else run.latents(source)
+        except InputError as error:  # genes are missing: targets and graph can be scored all the same
+            notes.append(f"No latents are scored: {error.message}")
+        return score_recovery(run.interventions, run.edges, truth, latents, true_latents), notes
+    return None, []
+
+
+def _read(source: str | Path | ad.AnnData) -> tuple[Any, np.ndarray | None]:
+    if isinstance(source, ad.AnnData):
+        return source.uns.get("truth"), source.obsm.get("true_latents")
+    with open_store(Path(source)) as store, readable(str(source), "the truth"):
+        truth, latents = (
+            ad.io.read_elem(store[slot][name]) if slot in store and name in store[slot] else None
+            for slot, name in (("uns", "truth"), ("obsm", "true_latents"))
+        )
+    return truth, latents
+
+
+def _is_truth(truth: Any) -> bool:
+    if not isinstance(truth, Mapping) or not {"adjacency", "target"} <= truth.keys():
+        return False
+    shape, target = np.shape(truth["adjacency"]), truth["target"]
+    square = len(shape) == 2 and shape[0] == shape[1]
+    return square and isinstance(target, pd.DataFrame) and "latent" in target

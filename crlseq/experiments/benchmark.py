@@ -22,7 +22,7 @@ from crlseq._version import __version__
 from crlseq.data.simulate import CONTROL, simulate
 from crlseq.errors import CrlseqError, InputError, UsageError
 from crlseq.evaluation import recovery
-from crlseq.evaluation.calibration import calibration, edge_supports
+from crlseq.evaluation.recovery import calibration, edge_supports
 from crlseq.pipeline.fit import fit
 from crlseq.storage.csv import EXACT, to_csv
 from crlseq.storage.files import written_whole

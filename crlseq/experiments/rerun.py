@@ -23,8 +23,9 @@ from crlseq.config import Config
 from crlseq.data.matrix import open_store, readable
 from crlseq.data.source import digest_of
 from crlseq.errors import InputError
-from crlseq.pipeline.fit import Progress, fit
+from crlseq.pipeline.fit import fit
 from crlseq.pipeline.fitted import load
+from crlseq.pipeline.read import Progress
 from crlseq.run.schema import Input, RunInfo
 from crlseq.storage.runfolder import EMBEDDINGS, ENSEMBLE
 

@@ -21,12 +21,10 @@ from crlseq.discovery.result import Discovery
 from crlseq.evaluation.held_out import evaluate_held_out
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.pipeline.fitted import FittedRun
-from crlseq.readout.dag import Dag, find_dag
 from crlseq.readout.ensemble import read_model, seed_agreement
 from crlseq.readout.explained import effect_explained, variance_explained
-from crlseq.readout.interventions import find_interventions
 from crlseq.readout.pathways import explained_by_sets, pathway_table
-from crlseq.readout.programs import find_programs
+from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs
 from crlseq.run.schema import DETECTABLE_FDR, FORMAT
 from crlseq.run.tables import edge_table, intervention_table, program_labels, program_table
 from crlseq.training.trainer import Fit, resolve_device

@@ -28,14 +28,9 @@ def embedding(
 ) -> Axes:
     """Cells by their latents in two programs: controls grey, some perturbations in colour, their means as large marks.
 
-    Parameters
-    ----------
-    programs
-        Two programs, such as ``("P0", "P3")``; None takes the two that explain most of the perturbations' effects.
-    perturbations
-        Labels of conditions to colour, eight at most; None takes the strongest ones that target these programs.
-    ax, show
-        See `crlseq.pl.dag`.
+    Two ``programs``, such as ``("P0", "P3")``; None takes the two that explain most of the perturbations' effects. At
+    most eight ``perturbations``, by label; None takes the strongest that target these programs. ``ax, show``: see
+    `crlseq.pl.dag`.
 
     Raises
     ------
@@ -58,7 +53,6 @@ def embedding(
     ax = axes_of(ax, 6.2, 4.8)
     ax.scatter(x[labels == control], y[labels == control], s=4, color="#b9bfc5", linewidths=0, rasterized=True)
     looks = {control: (SOFT, "o"), **dict(zip(chosen, zip(DISTINCT, MARKS, strict=True), strict=False))}
-    means = []
     for name, (colour, mark) in looks.items():
         own = np.flatnonzero(labels == name)
         if not len(own):
@@ -66,21 +60,17 @@ def embedding(
         if name != control:
             few = own[np.linspace(0, len(own) - 1, min(FEW, len(own))).astype(int)]
             ax.scatter(x[few], y[few], s=9, color=colour, marker=mark, linewidths=0, alpha=0.7, rasterized=True)
-        means.append((name, colour, mark, x[own].mean(), y[own].mean()))
-    for name, colour, mark, a, b in means:  # above all cells
-        ax.scatter([a], [b], s=90, color=colour, marker=mark, edgecolor="white", linewidth=1.2, zorder=4, label=" " + short(name))  # fmt: skip
+        mean, label = ([x[own].mean()], [y[own].mean()]), " " + short(name)
+        ax.scatter(*mean, s=90, color=colour, marker=mark, edgecolor="white", linewidth=1.2, zorder=4, label=label)
     legend = ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for text in legend.get_texts():
         text.set_parse_math(False)
-    both = np.isin(labels, list(looks))
-    x, y = x[both], y[both]
-    for axis, values in (("x", x), ("y", y)):
+    drawn = np.isin(labels, list(looks))
+    for axis, name, values in (("x", pair[0], x[drawn]), ("y", pair[1], y[drawn])):
         low, high = np.quantile(values, [SHOWN, 1 - SHOWN])
         edge = 0.05 * (high - low) or 1.0
         getattr(ax, f"set_{axis}lim")(low - edge, high + edge)
-    for axis, name in (("x", pair[0]), ("y", pair[1])):
-        title = f"{name}  {short(run.described[name].label, 40)}"
-        getattr(ax, f"set_{axis}label")(title, fontsize=8, **TEXT)
+        getattr(ax, f"set_{axis}label")(f"{name}  {short(run.described[name].label, 40)}", fontsize=8, **TEXT)
     ax.tick_params(labelsize=7)
     ax.set_title("Cells by program (SD of control cells); large marks are means", fontsize=9, loc="left")
     bare(ax)
@@ -105,10 +95,8 @@ def _pair(run: Run, programs: Sequence[str] | None) -> tuple[str, str]:
 
 def _perturbations(run: Run, pair: tuple[str, str], asked: Sequence[str] | None) -> list[str]:
     if asked is None:
-        drivers = [run.described[name].drivers for name in pair]
-        return [
-            str(name) for own in drivers for name in own.loc[own["n_cells"] > 0, "perturbation"][: len(DISTINCT) // 2]
-        ]
+        drivers, most = [run.described[name].drivers for name in pair], len(DISTINCT) // 2
+        return [str(name) for own in drivers for name in own.loc[own["n_cells"] > 0, "perturbation"][:most]]
     known = {row.name for row in run.facts.conditions}
     if unknown := [name for name in asked if name not in known]:
         raise UsageError(f"There is no perturbation {unknown[0]!r} in this run.", "See `crlseq inspect interventions`.")
@@ -126,9 +114,8 @@ def _cells(run: Run) -> tuple[np.ndarray, np.ndarray, str]:
     path = run.folder / "crlseq.h5ad"
     with open_store(path) as store, readable(str(path), "the table of cells"):
         obs, latents = ad.io.read_elem(store["obs"]), np.asarray(store["obsm/X_crlseq"])
-    found = read_perturbations(
-        obs, run.facts.perturbation_key, run.facts.control_label, run.facts.config.data.separator
-    )
+    facts = run.facts
+    found = read_perturbations(obs, facts.perturbation_key, facts.control_label, facts.config.data.separator)
     used = np.flatnonzero(found.condition >= 0)
     some = used[np.linspace(0, len(used) - 1, min(CELLS, len(used))).astype(int)]
     names = np.asarray(found.condition_names, dtype=object)

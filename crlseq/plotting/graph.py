@@ -26,14 +26,8 @@ def dag(run: Run, *, ax: Axes | None = None, show: bool = False) -> Axes:
 
     A program is a box with its strongest perturbations; the area of its disc is the share of the perturbations' effects
     that it explains. Edges are wide where their support over bootstraps is high; orange with an arrow: the source raises
-    the target, blue with a bar: it lowers it. Without an edge all programs are drawn, and the title says so.
-
-    Parameters
-    ----------
-    ax
-        Where to draw; everything is shrunk to fit. None makes a figure in which the text has eight points.
-    show
-        Whether to show the figure.
+    the target, blue with a bar: it lowers it. Without an edge all programs are drawn, and the title says so. Everything
+    is shrunk to fit ``ax``; None makes a figure in which the text has eight points. ``show``: whether to show the figure.
 
     Examples
     --------
@@ -86,10 +80,9 @@ def _draw_node(ax: Axes, node: Node, scale: float) -> None:
     )  # fmt: skip
     ax.add_patch(Circle(node.disc, node.radius, facecolor=SOFT, edgecolor="none", zorder=4))
     for i, line in enumerate(node.lines):
-        weight = "bold" if i == 0 else "normal"
-        ax.text(
-            *node.line_at(i, FONT), line, size=FONT * scale, va="center", color=INK, weight=weight, zorder=5, **TEXT
-        )
+        x, y = node.line_at(i, FONT)
+        weight = "normal" if i else "bold"
+        ax.text(x, y, line, size=FONT * scale, va="center", color=INK, weight=weight, zorder=5, **TEXT)
 
 
 def _draw_edge(ax: Axes, edge: Edge, down: bool, scale: float) -> None:

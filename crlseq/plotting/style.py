@@ -32,11 +32,12 @@ def finish(ax: Axes, show: bool) -> Axes:
     return ax
 
 
-def note(ax: Axes, text: str) -> Axes:
+def note(ax: Axes | None, text: str, show: bool) -> Axes:
     """An empty plot that says why it is empty."""
+    ax = axes_of(ax, 4, 2)
     ax.set_axis_off()
     ax.text(0.5, 0.5, text, ha="center", va="center", wrap=True, transform=ax.transAxes, color=SOFT, **TEXT)
-    return ax
+    return finish(ax, show)
 
 
 def bare(ax: Axes) -> None:

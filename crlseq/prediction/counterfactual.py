@@ -29,10 +29,9 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 def counterfactual_quality(
     model: DiscrepancyVAE, control: Tensor, perturbations: Tensor, scale: Tensor
 ) -> dict[str, float]:
-    """``composition, effectiveness, realised, reversibility, change``: see above.
+    """``composition, effectiveness, realised, reversibility, change`` of control cells (1, n, G) under perturbations (1, M).
 
-    Of control cells (1, n, G) under perturbations (1, M) int64; ``scale`` (p,) standard deviations of the latents over
-    controls.
+    ``scale`` (p,): standard deviations of the latents over controls.
     """
     unchanged = model(control, torch.full_like(perturbations, -1)).virtual
     output = model(control, perturbations)

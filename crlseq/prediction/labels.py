@@ -16,29 +16,20 @@ from crlseq.run.run import Run
 
 @dataclass(frozen=True)
 class Request:
-    """A condition to predict.
+    """A condition to predict."""
 
-    ``name`` as the fit would write it, ``parts`` the ascending indices of its perturbations, ``programs`` those they
-    target ("" for a part without a claim, joined by "+"), ``seen`` whether its cells were ``fitted``, ``held out`` or
-    ``not measured``, or whether it is ``extrapolated`` since it has ``unseen`` parts: genes never perturbed, by name.
-    """
-
-    name: str
-    parts: tuple[int, ...]
-    programs: str
-    seen: str
-    unseen: tuple[str, ...] = ()
+    name: str  # as the fit would write it
+    parts: tuple[int, ...]  # ascending indices of its perturbations
+    programs: str  # those they target, "" for a part without a claim, joined by "+"
+    seen: str  # ``fitted``, ``held out`` or ``not measured``; ``extrapolated`` with unseen parts
+    unseen: tuple[str, ...] = ()  # genes never perturbed, by name
 
 
 def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str]]:
     """Requests in the order of `labels`, each once, and notes on what to know about them.
 
-    Raises
-    ------
-    InputError
-        If a part was neither fitted nor has a vector, or occurs twice in a label, or a label is the control.
-    UsageError
-        If there is no label.
+    InputError if a part was neither fitted nor has a vector or occurs twice in a label, or a label is the control;
+    UsageError without a label.
     """
     if not labels:
         raise UsageError("No perturbation to predict was named.", "Give --perturbation at least once.")
@@ -51,21 +42,25 @@ def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str
     requests: dict[tuple[tuple[int, ...], tuple[str, ...]], Request] = {}
     notes: list[str] = []
     for label in labels:
-        asked = _parts(run, label, names, known)
+        asked = _read(run, label, names, known)
+        if not asked:
+            raise InputError(
+                f"{label!r} is the control.", "Name a perturbation; virtual cells start from control cells."
+            )
+        if repeated := [part for i, part in enumerate(asked) if part in asked[:i]]:
+            raise InputError(f"{label!r} names {repeated[0]!r} twice.", "Name each perturbation of a combination once.")
         parts = tuple(sorted(position[part] for part in asked if part in position))
         unseen = tuple(sorted(part for part in asked if part not in position))
         if (parts, unseen) in requests:
             notes.append(f"{label!r} was requested twice and is predicted once.")
             continue
         programs = "+".join([*table_programs.iloc[list(parts)], *("" for _ in unseen)])
-        if unseen:
-            name = fitted_separator(run).join([*(names[k] for k in parts), *unseen])
-            requests[parts, unseen] = Request(name, parts, programs, "extrapolated", unseen)
-            continue
-        row = conditions.get(parts)
-        seen = "not measured" if row is None else "fitted" if "train" in row.cells else "held out"
-        name = fitted_separator(run).join(names[k] for k in parts) if row is None else row.name
-        requests[parts, unseen] = Request(name, parts, programs, seen)
+        row = None if unseen else conditions.get(parts)
+        name = fitted_separator(run).join([*(names[k] for k in parts), *unseen]) if row is None else row.name
+        seen = "extrapolated" if unseen else "not measured"
+        if row is not None:
+            seen = "fitted" if "train" in row.cells else "held out"
+        requests[parts, unseen] = Request(name, parts, programs, seen, unseen)
     strangers = sorted({name for _, unseen in requests for name in unseen})
     if strangers and table is not None:
         notes.append(
@@ -86,19 +81,8 @@ def fitted_separator(run: Run) -> str:
     return run.facts.config.data.separator or "+"
 
 
-def _parts(run: Run, label: str, names: list[str], known: set[str]) -> list[str]:
-    """Perturbations that a label names: fitted ones, `names`, or others that are `known` by their vectors."""
-    parts = _read(run, label, names, known)
-    if not parts:
-        raise InputError(f"{label!r} is the control.", "Name a perturbation; virtual cells start from control cells.")
-    repeated = [part for i, part in enumerate(parts) if part in parts[:i]]
-    if repeated:
-        raise InputError(f"{label!r} names {repeated[0]!r} twice.", "Name each perturbation of a combination once.")
-    return parts
-
-
 def _read(run: Run, label: str, names: list[str], known: set[str]) -> list[str]:
-    """The parts of a label; none for the control."""
+    """The parts of a label, fitted ones (`names`) or others `known` by their vectors; none for the control."""
     control, text = run.facts.control_label, label.strip()
 
     def is_control(part: str) -> bool:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from crlseq.data.matrix import Screen, open_screen, readable
+from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.perturbations import read_perturbations
-from crlseq.data.preprocess import Preprocessing, align
+from crlseq.data.preprocess import align
 from crlseq.errors import InputError, UsageError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import Mechanism
@@ -41,24 +40,6 @@ DRAWS = 100
 NORMAL_QUANTILE = 1.959964  # of a two-sided interval of 95 %
 COVERS = "the cells' noise, the control cells, the shifts and the residuals"
 COVERS_NOT = "graph, targets, retentions and loadings are taken as known"
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Control cells that virtual cells start from: expression (n, G) float32 and names (n,)."""
-
-    x: np.ndarray
-    cells: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """Virtual cells (n, G) of a request, their latents (n, p), four means (G,) of the table, and a row of the summary."""
-
-    x: np.ndarray
-    latents: np.ndarray
-    means: tuple[np.ndarray, ...]
-    row: dict[str, Any]
 
 
 @torch.no_grad()
@@ -76,8 +57,6 @@ def predict(
 
     Parameters
     ----------
-    run
-        A finished run.
     perturbations
         Labels such as ``"A"`` or ``"A+B"``; parts in any order, joined as in the fitted labels or by a usual separator.
     source
@@ -117,18 +96,18 @@ def predict(
     requests, notes = understand(run, [perturbations] if isinstance(perturbations, str) else list(perturbations))
     if n_cells is not None and n_cells < 1:
         raise UsageError(f"{n_cells} cells were requested.", "Request at least one.")
-    start = _start(run, source, n_cells, counterfactual, seed, notes)
+    x, cells = _start(run, source, n_cells, counterfactual, seed, notes)
     for text in notes:
         note(text)
     unseen = sorted({name for request in requests for name in request.unseen})
     wider, rows_of = run.with_unseen(unseen)
     # float32 would leave rounding errors where nothing is to change.
     models = [copy.deepcopy(found).double() for found in ((run.model, wider) if unseen else (run.model,))]
-    control = torch.from_numpy(start.x.astype(float))[None]
+    control = torch.from_numpy(x.astype(float))[None]
     scale = torch.tensor([program.scale for program in run.facts.programs], dtype=control.dtype)
     eps = None
     if not counterfactual:
-        eps = torch.randn((1, len(start.x), len(scale)), generator=_generator(seed, 0), dtype=control.dtype)
+        eps = torch.randn((1, len(x), len(scale)), generator=_generator(seed, 0), dtype=control.dtype)
     shift_error = shift_errors(run, models[0].encoder(control)[1].mean((0, 1)).numpy())
     shift_error = np.append(shift_error, np.full(len(models[-1].scm.shift) - len(shift_error), np.nan))
     answers = []
@@ -136,15 +115,27 @@ def predict(
         model = models[bool(request.unseen)]
         perturbed = torch.tensor([[*request.parts, *(row for name in request.unseen for row in rows_of[name])]])
         error = effect_errors(model, control, perturbed, shift_error, _generator(seed, 1)).numpy()
-        answer = _answer(request, model, control, perturbed, eps, error)
+        answers.append(_answer(request, model, control, perturbed, eps, error))
         if counterfactual:
-            answer.row.update(counterfactual_quality(model, control, perturbed, scale))
-        answers.append(answer)
-    real = models[0].latents(control)[0].numpy() if counterfactual else None
-    result = _gathered(run, requests, answers, start, real)
+            answers[-1][-1].update(counterfactual_quality(model, control, perturbed, scale))
+    blocks, latents, means, rows = zip(*answers, strict=True)
+    if counterfactual:  # after the real ones
+        blocks, latents = (x, *blocks), (models[0].latents(control)[0].numpy(), *latents)
+    names = [request.name for request in requests]
+    result = ad.AnnData(
+        np.concatenate(blocks),
+        obs=_obs(run, names, cells, counterfactual),
+        var=pd.DataFrame(index=pd.Index(run.preprocessing.genes, dtype=object)),
+    )
+    center, scales = (np.array([getattr(row, name) for row in run.facts.programs]) for name in ("center", "scale"))
+    result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scales).astype(np.float32)
+    for name, values in zip(("mean", "effect", "effect_lower", "effect_upper"), zip(*means, strict=True), strict=True):
+        result.varm[f"crlseq_{name}"] = np.stack(values, 1)
     result.var["control_mean"] = control[0].mean(0).numpy()
-    result.uns["crlseq_prediction"] |= {
-        "n_cells": len(start.x), "seed": seed, "interval": f"95 % over {COVERS}; {COVERS_NOT}",
+    summary = pd.DataFrame(list(rows), index=pd.Index(names, dtype=object, name="perturbation"))
+    result.uns["crlseq_prediction"] = {
+        "perturbations": np.array(names, dtype=object), "summary": summary,
+        "n_cells": len(x), "seed": seed, "interval": f"95 % over {COVERS}; {COVERS_NOT}",
         "notes": np.array(notes, dtype=object), "version": run.facts.version,
     }  # fmt: skip
     return result
@@ -152,8 +143,8 @@ def predict(
 
 def _answer(
     request: Request, model: DiscrepancyVAE, control: Tensor, perturbed: Tensor, eps: Tensor | None, error: np.ndarray
-) -> _Answer:
-    """Cells (1, n, G) under perturbations (1, M); `error` (G,) of their mean effect."""
+) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...], dict[str, Any]]:
+    """Virtual cells (n, G), latents (n, p), four means (G,) and a row of the summary; `error` (G,) of the mean effect."""
     output = model(control, perturbed, eps)
     virtual = output.virtual[0]
     mean = virtual.mean(0).numpy()
@@ -163,29 +154,7 @@ def _answer(
         "effect_l2": float(np.linalg.norm(effect)), "n_genes_changed": int((np.abs(effect) > half).sum()),
     }  # fmt: skip
     means = (mean, effect, effect - half, effect + half)
-    return _Answer(virtual.numpy().astype(np.float32), output.latents[0].numpy(), means, row)
-
-
-def _gathered(
-    run: Run, requests: list[Request], answers: list[_Answer], start: _Start, real: np.ndarray | None
-) -> ad.AnnData:
-    """All virtual cells in one AnnData, after the real ones if their latents are given."""
-    blocks, latents = [answer.x for answer in answers], [answer.latents for answer in answers]
-    if real is not None:
-        blocks, latents = [start.x, *blocks], [real, *latents]
-    names = [request.name for request in requests]
-    result = ad.AnnData(
-        np.concatenate(blocks),
-        obs=_obs(run, names, start.cells, real is not None),
-        var=pd.DataFrame(index=pd.Index(run.preprocessing.genes, dtype=object)),
-    )
-    center, scale = (np.array([getattr(row, name) for row in run.facts.programs]) for name in ("center", "scale"))
-    result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scale).astype(np.float32)
-    for i, name in enumerate(("mean", "effect", "effect_lower", "effect_upper")):
-        result.varm[f"crlseq_{name}"] = np.stack([answer.means[i] for answer in answers], 1)
-    rows = pd.DataFrame([answer.row for answer in answers], index=pd.Index(names, dtype=object, name="perturbation"))
-    result.uns["crlseq_prediction"] = {"perturbations": np.array(names, dtype=object), "summary": rows}
-    return result
+    return virtual.numpy().astype(np.float32), output.latents[0].numpy(), means, row
 
 
 def effect_errors(
@@ -248,19 +217,13 @@ def shift_errors(run: Run, variance: np.ndarray) -> np.ndarray:
 
 
 def _start(
-    run: Run,
-    source: str | Path | ad.AnnData | None,
-    n_cells: int | None,
-    counterfactual: bool,
-    seed: int,
-    notes: list[str],
-) -> _Start:
-    """The control cells to start from, in the space of the fit; says in `notes` what was decided."""
+    run: Run, source: str | Path | ad.AnnData | None, n_cells: int | None, paired: bool, seed: int, notes: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Control cells to start from, (n, G) float32 in the space of the fit, and their names (n,); adds to `notes`."""
     record, own = run.preprocessing, source is None
-    if source is None:
-        if run.path is None:
-            raise InputError("This run was never written to a folder.", "Give the cells to start from.")
-        source = run.path / "crlseq.h5ad"
+    if run.path is None and own:
+        raise InputError("This run was never written to a folder.", "Give the cells to start from.")
+    source = run.folder / "crlseq.h5ad" if source is None else source
     with open_screen(source, record.layer) as screen:
         alignment, about = align(record, screen)
         if len(alignment.present) < alignment.n_fitted and run.path is None:
@@ -269,7 +232,7 @@ def _start(
         controls = _controls(run, screen, own, notes)
         wanted = min(N_CELLS, len(controls)) if n_cells is None else n_cells
         if wanted > len(controls):
-            if counterfactual:
+            if paired:
                 raise UsageError(
                     f"{wanted} counterfactuals were requested, but there are only {len(controls)} control cells.",
                     "Each cell has one counterfactual: lower --n-cells.",
@@ -279,22 +242,15 @@ def _start(
         batch = screen.obs[key].astype(str).to_numpy() if key in screen.obs else np.zeros(screen.n_cells)
         rng = np.random.default_rng([seed, 7])
         index, again = np.unique(draw_controls(controls, batch, wanted, rng), return_inverse=True)
-        with readable(screen.source, "the matrix"):
-            block = screen.rows(index)
+        block = screen.rows(index)
         record.check(block, screen.source)
         x = alignment.take(record.apply(block)).astype(np.float32).toarray()
         if len(alignment.present) < alignment.n_fitted:
-            x = alignment.filled(x, _control_mean(run, record))
-        return _Start(x[again], screen.obs.index.astype(str).to_numpy()[index][again])
-
-
-def _control_mean(run: Run, record: Preprocessing) -> np.ndarray:
-    """(G,) mean of the run's own control cells."""
-    assert run.path is not None
-    with open_screen(run.path / "crlseq.h5ad", record.layer) as screen:
-        rows = screen.rows(_controls(run, screen, True, []))
-        normalised = record.apply(rows)[:, record.columns(screen.genes, screen.source)]
-        return np.asarray(normalised.mean(0)).ravel()
+            with open_screen(run.folder / "crlseq.h5ad", record.layer) as fitted:  # their mean over the fit's controls
+                rows = record.apply(fitted.rows(_controls(run, fitted, True, [])))
+                means = rows[:, record.columns(fitted.genes, fitted.source)].mean(0)
+            x = alignment.filled(x, np.asarray(means).ravel())
+        return x[again], screen.obs.index.astype(str).to_numpy()[index][again]
 
 
 def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarray:

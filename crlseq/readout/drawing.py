@@ -17,7 +17,6 @@ LINE, MARGIN, LARGEST, HEAD = 1.3, 0.7, 1.6, 0.75
 SMALLEST = 0.2  # radius of the disc of a program that explains nothing
 LABEL = 22  # characters of a line of a label
 DRAWN = 150  # edges at most: more are a tangle that nobody reads, and take long to lay out
-LEGEND = "Disc area: share of the perturbations' effects that the program explains"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,10 @@ class Drawing:
 def draw(run: Run, font: float, page: Point, width_of: Callable[[str, bool], float]) -> Drawing:
     """Lay a run's DAG out, in the unit of ``font``: ``page`` is what it should fit on, ``width_of`` a text, bold or not."""
     programs = run.described
-    lines = {name: _label_lines(program) for name, program in programs.items()}
+    lines = {}
+    for name, program in programs.items():  # and, in one or two lines, its strongest perturbations
+        words = textwrap.wrap(short(program.label, 2 * LABEL), LABEL, break_on_hyphens=False) or [""]
+        lines[name] = [name, *(short(line, LABEL) for line in words[:2])]
     # Boxes of one size: sizes that say nothing would compete with those of the discs.
     text = max(width_of(line, i == 0) for own in lines.values() for i, line in enumerate(own))
     tall = max(2 * LARGEST, LINE * max(map(len, lines.values()))) + 2 * MARGIN
@@ -71,11 +73,13 @@ def draw(run: Run, font: float, page: Point, width_of: Callable[[str, bool], flo
     strength = np.lexsort((-run.edges["weight"].abs(), -run.edges["support"].fillna(0.0)))
     rows = run.edges.iloc[np.sort(strength[:DRAWN])].to_dict("records")
     layout = lay_out(dict.fromkeys(programs, size), [(row["source"], row["target"]) for row in rows], page, font)
-    areas = _areas(programs)
+    # Area of each disc, 1 for the largest; all 0 where the run does not tell what programs explain.
+    explained = {name: max(float(np.nan_to_num(p.effect_explained)), 0.0) for name, p in programs.items()}
+    largest = max(explained.values()) or 1.0
     nodes = [
         Node(
             programs[name], box, lines[name], (box.x - box.width / 2 + (MARGIN + LARGEST) * font, box.y),
-            font * max(SMALLEST, LARGEST * float(np.sqrt(areas[name]))),
+            font * max(SMALLEST, LARGEST * float(np.sqrt(explained[name] / largest))),
         )
         for name, box in layout.boxes.items()
     ]  # fmt: skip
@@ -110,24 +114,9 @@ def legend(run: Run) -> list[str]:
     """How to read the drawing, as sentences."""
     sentences = []
     if any(not np.isnan(program.effect_explained) for program in run.described.values()):
-        sentences.append(f"{LEGEND}.")
+        sentences.append("Disc area: share of the perturbations' effects that the program explains.")
     if len(run.edges):
         supported = run.edges["support"].notna().any()
-        sentences.append("Arrow: the source raises the target; bar: it lowers it.")
-        sentences.append(
-            "Edge width: bootstrap support." if supported else "Without a bootstrap, all edges have the same width."
-        )
+        width = "Edge width: bootstrap support." if supported else "Without a bootstrap, all edges have the same width."
+        sentences += ["Arrow: the source raises the target; bar: it lowers it.", width]
     return sentences
-
-
-def _areas(programs: dict[str, Program]) -> dict[str, float]:
-    """Area of each program's disc, 1 for the largest; all 0 where the run does not tell what programs explain."""
-    explained = {name: max(float(np.nan_to_num(p.effect_explained)), 0.0) for name, p in programs.items()}
-    largest = max(explained.values())
-    return {name: value / largest if largest else 0.0 for name, value in explained.items()}
-
-
-def _label_lines(program: Program) -> list[str]:
-    """Name of a program and, in one or two lines, its strongest perturbations."""
-    words = textwrap.wrap(short(program.label, 2 * LABEL), LABEL, break_on_hyphens=False) or [""]
-    return [program.name, *(short(line, LABEL) for line in words[:2])]

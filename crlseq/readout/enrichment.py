@@ -47,16 +47,12 @@ def enrich(
 
     Parameters
     ----------
-    run
-        A fitted screen.
     gene_sets
         A gmt file, or names of genes by the name of the set.
     n_top
         Top genes in each direction, by \\|loading\\|. None: a tenth of the fitted genes, 100 at most.
     min_size, max_size
         Sets with fewer or more fitted genes are not tested by their genes.
-    seed
-        Of the sampling.
 
     Returns
     -------
@@ -161,10 +157,7 @@ def discrete_fdr(p_value: np.ndarray, total: int, size: np.ndarray, n_chosen: np
 
         fdr_(k) = max_{j <= k} (1 / j) sum_i F_i(p_(j)) / (1 - F_i(p_(j))),     at most 1.
 
-    Parameters
-    ----------
-    p_value, size, n_chosen
-        (tests,) ``P(X >= overlap)`` for X ~ hypergeometric(total, size, n_chosen), and its parameters.
+    ``p_value`` (tests,): ``P(X >= overlap)`` for X ~ hypergeometric(total, size, n_chosen).
     """
     level, place, count = np.unique(p_value, return_inverse=True, return_counts=True)
     sums = np.zeros(len(level))

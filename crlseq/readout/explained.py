@@ -31,11 +31,10 @@ def variance_explained(model: DiscrepancyVAE, data: PerturbSeqData) -> np.ndarra
     controls = data.cells(0, splits.TRAIN, splits.VALIDATION)
     some = controls[np.linspace(0, len(controls) - 1, min(CONTROL_CELLS, len(controls))).astype(int)]
     v, batch = encode(model, data, some), data.batch[some]
-    for b in np.unique(batch):
-        v[batch == b] -= v[batch == b].mean(0)
     product, total = np.zeros((v.shape[1], data.n_genes)), 0.0
     for b in np.unique(batch):
         own = np.flatnonzero(batch == b)
+        v[own] -= v[own].mean(0)
         x = data.dense(some[own]).astype(float)
         x -= x.mean(0)
         product += v[own].T @ x
@@ -65,21 +64,17 @@ def effect_explained(model: DiscrepancyVAE, data: PerturbSeqData, target: np.nda
     chosen = [k for k in there if target[k] >= 0]
     controls = controls_by_batch(data, cells[0])
     explained, total = np.zeros(model.scm.graph.shape[0]), 0.0
+    some = cells[0][np.linspace(0, len(cells[0]) - 1, min(SOURCE_CELLS, len(cells[0]))).astype(int)]
+    weight = model.encoder.hidden.weight
+    z: Tensor = model.encoder(torch.from_numpy(data.dense(some)).to(weight.device, weight.dtype))[0]
+    before = model.decoder(model.scm(z)).mean(0)
     for i in range(0, len(chosen), AT_ONCE):
         part = chosen[i : i + AT_ONCE]
-        for k, through in zip(part, _through(model, data, cells[0], part), strict=True):
+        index = torch.tensor(part, device=weight.device)[:, None]
+        moved = model.scm(z.expand(len(part), -1, -1), model.scm.mechanism(index, model.target_weights(index)))
+        changes = (model.decoder(moved).mean(1) - before).cpu().double().numpy()
+        for k, through in zip(part, changes, strict=True):
             change, own, shared = mean_effect(data, cells[there[k]], controls)
             explained[target[k]] += float(change @ change) - float(((change - through) ** 2).sum())
             total += float(change @ change) - float((own + shared).sum())
     return explained / total if total > 0 else np.full_like(explained, np.nan)
-
-
-def _through(model: DiscrepancyVAE, data: PerturbSeqData, controls: np.ndarray, chosen: list[int]) -> np.ndarray:
-    """(len(chosen), G) mean change of control cells under each perturbation, through the latents."""
-    some = controls[np.linspace(0, len(controls) - 1, min(SOURCE_CELLS, len(controls))).astype(int)]
-    weight = model.encoder.hidden.weight
-    z: Tensor = model.encoder(torch.from_numpy(data.dense(some)).to(weight.device, weight.dtype))[0]
-    index = torch.tensor(chosen, device=weight.device)[:, None]
-    moved = model.scm(z.expand(len(chosen), -1, -1), model.scm.mechanism(index, model.target_weights(index)))
-    change = model.decoder(moved).mean(1) - model.decoder(model.scm(z)).mean(0)
-    return np.asarray(change.cpu().double().numpy())

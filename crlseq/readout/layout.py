@@ -36,8 +36,7 @@ ROUNDS = 12  # of the places in step 4
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """A node: its centre and size, in the units of the sizes that were given."""
 
     x: float
@@ -82,13 +81,10 @@ def lay_out(sizes: Mapping[str, Point], edges: Sequence[tuple[str, str]], page: 
     # In units of the text's size, in which the distances above are.
     own = {name: (width / text, height / text) for name, (width, height) in sizes.items()}
     found = [_layered(graph, own, edges, down, page[0] / text) for down in (True, False)]
-    return _scaled(min(found, key=lambda layout: max(layout.width / page[0], layout.height / page[1])), text)
-
-
-def _scaled(layout: Layout, by: float) -> Layout:
-    boxes = {name: Box(*(by * value for value in (b.x, b.y, b.width, b.height))) for name, b in layout.boxes.items()}
-    edges = [[(by * x, by * y) for x, y in line] for line in layout.edges]
-    return Layout(by * layout.width, by * layout.height, layout.down, boxes, edges)
+    best = min(found, key=lambda layout: max(layout.width / page[0], layout.height / page[1]))
+    boxes = {name: Box(*(text * value for value in box)) for name, box in best.boxes.items()}
+    lines = [[(text * x, text * y) for x, y in line] for line in best.edges]
+    return Layout(text * best.width, text * best.height, best.down, boxes, lines)
 
 
 def crossings(above: Sequence[int], below: Sequence[int]) -> int:
@@ -226,16 +222,8 @@ def _places(
             fitted = isotonic_regression(wish - offsets[i], weights=weight).x
             place |= dict(zip(columns[i], fitted + offsets[i], strict=True))
     low = min((place[node] - across[node] / 2 for node in place), default=0.0)
-    return _closed_up(columns, links, across, {node: float(value - low) for node, value in place.items()})
-
-
-def _closed_up(
-    columns: list[list[_Node]],
-    links: list[tuple[_Node, _Node]],
-    across: Mapping[_Node, float],
-    place: dict[_Node, float],
-) -> dict[_Node, float]:
-    """Parts that no edge joins, moved together as far as boxes allow: no wish of step 4 keeps them near one another."""
+    place = {node: float(value - low) for node, value in place.items()}
+    # Parts that no edge joins move together as far as boxes allow: no wish above keeps them near one another.
     before = {b: a for column in columns for a, b in pairwise(column)}
     for part in sorted(nx.connected_components(nx.Graph(links)), key=lambda own: min(place[node] for node in own)):
         room = [

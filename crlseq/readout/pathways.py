@@ -14,6 +14,7 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.networks import GeneSetLayer
 from crlseq.model.scm import NEGATIVE_SLOPE
 from crlseq.readout.programs import ROWS, Programs, encode, mean_jacobian
+from crlseq.run.tables import program_names
 from crlseq.training.warm_start import WarmStart, regress
 
 
@@ -45,18 +46,14 @@ def pathway_table(model: DiscrepancyVAE, data: PerturbSeqData, programs: Program
     read = model.encoder.mean.weight.detach().cpu().double().numpy()  # (p, S)
     found = through.T @ read * (deviation * sign) / programs.scale[:, None]
     about = {name: description for name, description, _ in sets.lines}
-    tables = []
-    for k, row in enumerate(found):
-        order = np.argsort(-np.abs(row), kind="stable")
-        names = np.array(sets.names, dtype=object)[order]
-        tables.append(
-            pd.DataFrame({
-                "program": f"P{k}", "gene_set": names, "description": [about[name] for name in names],
-                "weight": row[order], "rank": np.arange(1, len(row) + 1),
-                "n_genes": sets.members.sum(1)[order], "same_genes": np.array(sets.same, dtype=object)[order],
-            })
-        )  # fmt: skip
-    return pd.concat(tables, ignore_index=True)
+    order = np.argsort(-np.abs(found), axis=1, kind="stable")
+    columns, (p, n_sets) = order.ravel(), found.shape
+    names = np.array(sets.names, dtype=object)[columns]
+    return pd.DataFrame({
+        "program": np.repeat(program_names(p), n_sets), "gene_set": names, "description": [about[name] for name in names],
+        "weight": np.take_along_axis(found, order, axis=1).ravel(), "rank": np.tile(np.arange(1, n_sets + 1), p),
+        "n_genes": sets.members.sum(1)[columns], "same_genes": np.array(sets.same, dtype=object)[columns],
+    })  # fmt: skip
 
 
 def explained_by_sets(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) -> tuple[np.ndarray, np.ndarray]:

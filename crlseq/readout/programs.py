@@ -1,4 +1,7 @@
-"""Gene programs: what one standard deviation of a latent does to every gene, directly and through the DAG."""
+"""What a fitted model says in users' units: gene programs, interventions, and the DAG.
+
+A program is what one standard deviation of a latent does to every gene, directly and through the DAG.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crlseq.config import ModelConfig
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.discovery.result import Discovery
+from crlseq.discovery.verdict import judge_gradient
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.run.schema import Identification
 
 JACOBIAN_CELLS = 500
 ROWS = 4096  # cells encoded at once
+DECLARED_WEIGHT = 0.1  # one standard deviation of the source moves the target by at least a tenth of its own
 
 
 @dataclass(frozen=True)
 class Programs:
-    """Latents in the units users see: unit variance over control cells, mostly positive loadings.
+    """Latents in the units users see: unit variance over control cells, mostly positive loadings."""
 
-    Attributes
-    ----------
-    loading
-        (p, G) mean Jacobian of the decoder over control cells times the latent's standard deviation.
-    total_effect
-        (p, G) the same for a shift of the latent that runs through the DAG to its descendants.
-    scale
-        (p,) signed: a raw latent is ``center + scale * latent``.
-    center
-        (p,) mean of the raw latent over control cells.
-    """
-
-    loading: np.ndarray
-    total_effect: np.ndarray
-    scale: np.ndarray
-    center: np.ndarray
+    loading: np.ndarray  # (p, G) mean Jacobian of the decoder over control cells times the latent's standard deviation
+    total_effect: np.ndarray  # (p, G) the same for a shift of the latent that runs through the DAG to its descendants
+    scale: np.ndarray  # (p,) signed: a raw latent is ``center + scale * latent``
+    center: np.ndarray  # (p,) mean of the raw latent over control cells
 
 
 @torch.no_grad()
@@ -79,3 +75,59 @@ def mean_jacobian(function: Callable[[Tensor], Tensor], points: Tensor) -> np.nd
         moved: Tensor = torch.func.jvp(function, (points,), (tangent,))[1]
         rows.append(moved.detach().mean(0).cpu().double().numpy())
     return np.stack(rows)
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """One row per single perturbation."""
+
+    weight: np.ndarray  # (K, p) points of the simplex
+    target: np.ndarray  # (K,) the program of the largest weight, -1 without a claim: all else is NaN then
+    shift: np.ndarray  # (K,) what that program is moved by, in its standard deviations
+    retention: np.ndarray  # (K,) share of its parents' contribution that it keeps
+    noise_scale: np.ndarray  # (K,) factor on its own noise
+
+
+@torch.no_grad()
+def find_interventions(model: DiscrepancyVAE, programs: Programs, claims: np.ndarray | None = None) -> Interventions:
+    """Read the interventions off the fitted model, each perturbation alone; ``claims`` (K,) bool, None for all."""
+    n = len(model.scm.shift)
+    alone = torch.arange(n, device=model.scm.shift.device)[:, None]  # (K, 1)
+    weights = model.target_weights(alone)
+    mechanism = model.scm.mechanism(alone, weights)
+    weight = weights[:, 0].cpu().double().numpy()
+    rows, target = np.arange(n), weight.argmax(1)
+    claimed = (weight.max(1) > 0) & (True if claims is None else claims)
+
+    def of_target(values: torch.Tensor) -> np.ndarray:
+        return np.where(claimed, values.cpu().double().numpy()[rows, target], np.nan)
+
+    return Interventions(
+        weight=np.where(claimed.reshape(-1, 1), weight, np.nan),
+        target=np.where(claimed, target, -1),
+        shift=of_target(mechanism.shift) / programs.scale[target],
+        retention=of_target(mechanism.retention),
+        noise_scale=of_target(mechanism.log_scale.exp()),
+    )
+
+
+@dataclass(frozen=True)
+class Dag:
+    """The graph in users' units."""
+
+    weights: (
+        np.ndarray
+    )  # (p, p), row -> column: change of the target, in its standard deviations, for one of the source
+    declared: np.ndarray  # (p, p) bool: the edges that are reported
+    identification: Identification
+
+
+def find_dag(model: DiscrepancyVAE, programs: Programs, config: ModelConfig, discovery: Discovery | None = None) -> Dag:
+    """Edges that a discovery found are declared; of a graph learned by gradient those of `DECLARED_WEIGHT`."""
+    adjacency = model.scm.adjacency.detach().cpu().double().numpy()
+    weights = adjacency * programs.scale[:, None] / programs.scale[None, :]
+    if discovery is None:
+        verdict, declared = judge_gradient(config), np.abs(weights) >= DECLARED_WEIGHT
+    else:
+        verdict, declared = discovery.verdict, discovery.adjacency != 0
+    return Dag(weights, declared, Identification(verdict=verdict.answer, reason=verdict.reason))

@@ -5,7 +5,7 @@ Lengths are in SVG units. Names are full here: the template shortens what it sho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -183,7 +183,7 @@ def _axis(
     return at, [(at(value), f"{value:.4g}") for value in steps], start, end
 
 
-def _ticks(low: float, high: float, whole: bool) -> Sequence[float]:
+def _ticks(low: float, high: float, whole: bool) -> list[float]:
     """Round numbers from about `low` to about `high`, some five of them; whole ones for epochs."""
     rough = (high - low) / 5
     power = 10.0 ** np.floor(np.log10(rough))

@@ -43,10 +43,7 @@ PAGE = (1200.0, 1200.0)
 
 
 def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> None:
-    """Render ``templates/report.html.j2``; every name from the data is escaped. Written beside, then renamed.
-
-    With what `crlseq.enrich` found, a program's card has its gene sets.
-    """
+    """Render ``templates/report.html.j2``, names from the data escaped; gene sets are those that `crlseq.enrich` found."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("crlseq.report"),
         autoescape=True,
@@ -61,16 +58,13 @@ def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> 
         file.write_text(page, encoding="utf-8", errors="replace")
 
 
-def _fixed(value: Any, decimals: int = 2) -> str:
-    return "–" if value is None or value != value else f"{_rounded(value, decimals):.{decimals}f}"
+def _fixed(value: Any, decimals: int = 2, sign: str = "-") -> str:
+    """So many decimals, without a minus before a zero; `sign` "+" also before what is not negative."""
+    return "–" if value is None or value != value else f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"
 
 
 def _signed(value: Any, decimals: int = 2) -> str:
-    return "–" if value is None or value != value else f"{_rounded(value, decimals):+.{decimals}f}"
-
-
-def _rounded(value: float, decimals: int) -> float:
-    return round(value, decimals) + 0.0  # no minus before a zero
+    return _fixed(value, decimals, "+")
 
 
 def _brief(value: Any) -> str:
@@ -99,7 +93,6 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "read_from_sets": sets_in_words(run.facts),
         "n_fitted_genes": run.programs["gene"].nunique(),
         "interventions": interventions[:ROWS].to_dict("records"),
-        "n_interventions": len(interventions),
         "largest_shift": limit_of(interventions["shift"].to_numpy()),
         "map": charts.intervention_map(run),
         "edges": run.edges[:ROWS].to_dict("records"),
@@ -127,7 +120,6 @@ def _card(program: Program, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "drivers": program.drivers[:DRIVERS].to_dict("records"),
         "more_drivers": max(0, len(program.drivers) - DRIVERS),
         "largest_shift": limit_of(program.drivers["shift"].to_numpy()),
-        "total": bool(program.downstream),  # else it is the loading
         "genes": {name: table.to_dict("records") for name, table in genes.items()},
         "largest": limit_of(pd.concat([table["loading"] for table in genes.values()]).to_numpy()),
         "pathways": program.pathways[:PATHWAYS].to_dict("records"),
@@ -138,16 +130,17 @@ def _card(program: Program, enriched: pd.DataFrame | None) -> dict[str, Any]:
 
 def _means(evaluation: pd.DataFrame) -> list[dict[str, Any]]:
     """Means over conditions, one row per prediction; None where the table lacks it."""
-    rows = []
-    for ending, title in (
-        ("", "model"),
-        ("_training", "training effects (sum over the parts if not fitted)"),
-        ("_mean", "mean effect of all perturbations"),
-        ("_no_change", "no change"),
-    ):
-        found = {m: evaluation[m + ending].mean() if m + ending in evaluation else None for m in METRICS}
-        rows.append({"title": title, **found})
-    return rows if len(evaluation) else []
+    titles = {
+        "": "model",
+        "_training": "training effects (sum over the parts if not fitted)",
+        "_mean": "mean effect of all perturbations",
+        "_no_change": "no change",
+    }
+    return [
+        {"title": title} | {m: evaluation[m + ending].mean() if m + ending in evaluation else None for m in METRICS}
+        for ending, title in titles.items()
+        if len(evaluation)
+    ]
 
 
 def _seeds(run: Run) -> dict[str, Any] | None:
@@ -156,13 +149,8 @@ def _seeds(run: Run) -> dict[str, Any] | None:
         return None
     kinds = {str(kind): part.drop(columns="kind") for kind, part in run.ensemble.groupby("kind", sort=False)}
     losses = [loss for loss in run.facts.training.seed_losses if loss is not None]
-    first = run.facts.seed
     return {
-        "n": run.facts.config.training.ensemble,
-        "first": first,
-        "kept": run.facts.training.kept_seed,
         "losses": (min(losses), max(losses)) if losses else None,
-        "given": run.facts.discovery is not None,
         "agreed": [
             (kind, int((part["agreement"] >= (AGREED if kind == "program" else 1.0)).sum()), len(part))
             for kind, part in kinds.items()
@@ -176,22 +164,9 @@ def _dag(run: Run) -> dict[str, Any]:
     """The drawing as the template puts it into SVG, with what is told of everything in it."""
     drawing = draw(run, FONT, PAGE, _text_width)
     programs = run.described
-    nodes = [
-        {
-            "name": node.program.name,
-            "box": node.box,
-            "disc": node.disc,
-            "radius": node.radius,
-            "lines": [(*node.line_at(i, FONT), line) for i, line in enumerate(node.lines)],
-            "about": _about(node.program),
-        }
-        for node in drawing.nodes
-    ]
     edges = [
         {
-            "source": edge.source,
-            "target": edge.target,
-            "raises": edge.weight > 0,
+            "edge": edge,
             "width": edge_width(edge.support) * FONT,
             "points": " ".join(f"{x:.1f},{y:.1f}" for x, y in edge.points),
             "path": edge_path(edge.points, drawing),
@@ -204,7 +179,7 @@ def _dag(run: Run) -> dict[str, Any]:
     ]
     return {
         "drawing": drawing,
-        "nodes": nodes,
+        "nodes": [(node, _about(node.program)) for node in drawing.nodes],
         "edges": edges,
         "head": HEAD * FONT,
         "heading": heading(run),

@@ -18,42 +18,11 @@ if TYPE_CHECKING:
     import anndata as ad
     import h5py
 
-    from crlseq.data.preprocess import Preprocessing
-    from crlseq.model.discrepancy_vae import DiscrepancyVAE
-
 COPIED, COPIED_CELLS = 1 << 16, 8192  # values of a chunk, and cells of a block, of a copied store
 
 
-def read_latents(
-    model: DiscrepancyVAE, record: Preprocessing, facts: RunInfo, source: str | Path | ad.AnnData
-) -> np.ndarray:
-    """(cells, p) float32 latents; see `crlseq.run.run.Run.latents`."""
-    import torch
-
-    from crlseq.data.matrix import open_screen
-
-    scale = np.array([program.scale for program in facts.programs])
-    center = np.array([program.center for program in facts.programs])
-    dtype = model.scm.graph.dtype
-    parts = []
-    with open_screen(source, record.layer) as screen, torch.no_grad():
-        columns = record.columns(screen.genes, screen.source)
-        for _, block in screen.blocks():
-            record.check(block, screen.source)
-            x = torch.from_numpy(record.apply(block)[:, columns].astype(np.float32).toarray()).to(dtype)
-            values = (model.latents(x).double().numpy() - center) / scale
-            parts.append(values.astype(np.float32))  # of a million cells these are few, in float64 they are not
-    return np.concatenate(parts)
-
-
 def read_cells(path: Path) -> pd.DataFrame:
-    """`CELL_COLUMNS` that an annotated file has, by the name of the cell.
-
-    Raises
-    ------
-    InputError
-        If it cannot be read.
-    """
+    """`CELL_COLUMNS` that an annotated file has, by the name of the cell; InputError if it cannot be read."""
     import anndata as ad
 
     from crlseq.data.matrix import open_store
@@ -77,34 +46,27 @@ def anndata_keys(
     latents: np.ndarray,
     cells: pd.DataFrame,
 ) -> dict[str, dict[str, Any]]:
-    """The keys that crlseq adds to an AnnData, by slot.
+    """The keys that crlseq adds to an AnnData with these `genes`, by slot.
 
-    Parameters
-    ----------
-    info, facts
-        ``run.json`` as it is and with types.
-    genes
-        Of the AnnData.
-    latents
-        (cells, p) float32.
-    cells
-        `CELL_COLUMNS` of its cells.
+    ``info`` and ``facts`` are ``run.json`` as it is and with types; of the AnnData's cells are ``latents`` (cells, p)
+    float32 and `CELL_COLUMNS`.
     """
     names = [program.name for program in facts.programs]
-    p = len(names)
     wide = programs.pivot(index="gene", columns="program", values="loading")[names]
     loadings = wide.reindex(genes)
     fitted = loadings.notna().all(axis=1).to_numpy()
     order = np.argsort(-wide.to_numpy(), axis=0, kind="stable")
-    fields = {name: np.asarray(wide.index, dtype=str)[order[:, k]] for k, name in enumerate(names)}
-    scores = {name: wide.to_numpy()[order[:, k], k].astype(np.float32) for k, name in enumerate(names)}
+    scores = np.take_along_axis(wide.to_numpy(), order, axis=0).astype(np.float32)
     # What scanpy's readers of `rank_genes_groups` take besides: log2 fold changes of one standard deviation of the
     # program, and p-values, which loadings have none of.
-    is_log = facts.preprocessing.values != "continuous"
-    changes = {
-        name: (column / np.log(2) if is_log else np.full_like(column, np.nan)) for name, column in scores.items()
-    }
-    untested = {name: np.full_like(column, np.nan) for name, column in scores.items()}
+    untested = np.full_like(scores, np.nan)
+    changes = untested if facts.preprocessing.values == "continuous" else scores / np.log(2)
+    # One level of numbers, strings and bools, all that every anndata writes; the rest is in `run_json`.
+    params, plain = {"preset": info["config"]["preset"]}, (str, int, float, bool)
+    for section in ("data", "model", "training"):
+        params |= {name: value for name, value in info["config"][section].items() if isinstance(value, plain)}
+    genes_of = np.asarray(wide.index, dtype=str)[order]
+    ranked = {"names": genes_of, "scores": scores, "logfoldchanges": changes, "pvals": untested, "pvals_adj": untested}
     return {
         "obsm": {"X_crlseq": np.ascontiguousarray(latents, dtype=np.float32)},
         "varm": {"crlseq_programs": np.ascontiguousarray(loadings.fillna(0.0).to_numpy(np.float32))},
@@ -115,38 +77,22 @@ def anndata_keys(
         "var": {"crlseq_fitted": fitted},
         "uns": {
             "crlseq": {
-                "params": _flat(info["config"])
+                "params": params
                 | {"reference": facts.control_label, "groupby": facts.perturbation_key, "use_raw": False},
                 "program_names": np.array(names, dtype=str),
                 "program_labels": np.array([program.label for program in facts.programs], dtype=str),
-                "adjacency": np.array(facts.adjacency, dtype=float).reshape(p, p),
+                "adjacency": np.array(facts.adjacency, dtype=float).reshape(len(names), -1),
                 "interventions": interventions.set_index("perturbation"),
                 "identified": facts.identification.verdict,
                 "identified_reason": facts.identification.reason,
-                "names": _records(fields),
-                "scores": _records(scores),
-                "logfoldchanges": _records(changes),
-                "pvals": _records(untested),
-                "pvals_adj": _records(untested),
+                **{
+                    key: np.rec.fromarrays(list(values.T), [(name, values.dtype) for name in names])
+                    for key, values in ranked.items()
+                },
                 "run_json": run_json(info),
             }
         },
     }
-
-
-def _records(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    records = np.empty(len(next(iter(columns.values()))), [(name, column.dtype) for name, column in columns.items()])
-    for name, column in columns.items():
-        records[name] = column
-    return records.view(np.recarray)
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """One level of numbers, strings and bools, all that every anndata writes; the rest is in ``run_json``."""
-    flat: dict[str, Any] = {"preset": config["preset"]}
-    for section in ("data", "model", "training"):
-        flat |= {name: value for name, value in config[section].items() if isinstance(value, str | int | float | bool)}
-    return flat
 
 
 def set_keys(adata: ad.AnnData, keys: Mapping[str, Mapping[str, Any]]) -> None:
@@ -207,7 +153,11 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
 
     path.unlink(missing_ok=True)
     with ad.settings.override(allow_write_nullable_strings=True), by_hdf5():
-        if isinstance(source, ad.AnnData) or not (h5py.is_hdf5(source) or read_manifest(source) is not None):
+        if not isinstance(source, ad.AnnData) and read_manifest(source) is not None:
+            _copy_store(source, path)
+        elif not isinstance(source, ad.AnnData) and h5py.is_hdf5(source):
+            _copy_file(source, path)
+        else:
             if isinstance(source, ad.AnnData):
                 adata = source.to_memory() if source.isbacked else source.copy()
             else:
@@ -215,10 +165,6 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
             set_keys(adata, keys)
             adata.write_h5ad(path, compression="gzip")
             return
-        if read_manifest(source) is not None:
-            _copy_store(source, path)
-        else:
-            _copy_file(source, path)
         try:
             with h5py.File(path, "r+") as handle:
                 for slot, values in keys.items():

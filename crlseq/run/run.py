@@ -15,19 +15,10 @@ import pandas as pd
 
 from crlseq._version import __version__
 from crlseq.errors import InputError
-from crlseq.run.anndata import anndata_keys, read_cells, read_latents, set_keys, write_annotated
+from crlseq.run import schema
+from crlseq.run.anndata import anndata_keys, read_cells, set_keys, write_annotated
 from crlseq.run.graph import ancestry, dag_graph, dag_json, graphml
-from crlseq.run.schema import (
-    ANCHOR,
-    COLUMNS,
-    ENSEMBLE_COLUMNS,
-    FORMAT,
-    MAX_JSON,
-    PATHWAY_COLUMNS,
-    SPLIT,
-    RunInfo,
-    run_json,
-)
+from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, summary_table
 from crlseq.storage.csv import read_csv, to_csv
 from crlseq.storage.files import refuse_links_outside
@@ -55,18 +46,13 @@ class Run:
         ``perturbation, program, weight, shift, retention, n_cells, p_value, fdr, ...``; one row per perturbation.
     edges
         ``source, target, weight, support, identified``: the declared edges.
-    history
-        Loss terms by epoch.
-    evaluation
-        Virtual against held-out cells by condition.
+    history, evaluation
+        Loss terms by epoch; virtual against held-out cells by condition.
     path
         The folder, None for a run that was not written.
-    weights
-        State and architecture of the model; None: read from the folder when first needed.
-    cells
-        `crlseq.run.schema.CELL_COLUMNS` by the name of the cell; None: likewise.
-    map
-        From gene vectors to perturbations never seen, where the fit was given embeddings; None: likewise.
+    weights, cells, map
+        State and architecture of the model; `crlseq.run.schema.CELL_COLUMNS` by the name of the cell; from gene vectors
+        to perturbations never seen, where the fit was given embeddings. None: read from the folder when first needed.
     ensemble
         ``kind, source, target, agreement, mean, sd``: what models of other seeds agree on; None for one seed.
     pathways
@@ -154,12 +140,23 @@ class Run:
     def latents(self, source: str | Path | ad.AnnData) -> np.ndarray:
         """(cells, p) float32 latents, unit variance over the fitted control cells, of any cells with these genes.
 
-        Raises
-        ------
-        InputError
-            If a fitted gene is missing, or values are not of the kind that was fitted.
+        InputError if a fitted gene is missing, or values are not of the kind that was fitted.
         """
-        return read_latents(self.model, self.preprocessing, self.facts, source)
+        import torch
+
+        from crlseq.data.matrix import open_screen
+
+        model, record = self.model, self.preprocessing
+        parts = []
+        center, scale = (np.array([getattr(row, name) for row in self.facts.programs]) for name in ("center", "scale"))
+        with open_screen(source, record.layer) as screen, torch.no_grad():
+            columns = record.columns(screen.genes, screen.source)
+            for _, block in screen.blocks():
+                record.check(block, screen.source)
+                x = torch.from_numpy(record.apply(block)[:, columns].astype(np.float32).toarray())
+                values = (model.latents(x.to(model.scm.graph.dtype)).double().numpy() - center) / scale
+                parts.append(values.astype(np.float32))  # of a million cells these are few, in float64 they are not
+        return np.concatenate(parts)
 
     def annotate(self, adata: ad.AnnData) -> ad.AnnData:
         """Add crlseq's keys to an AnnData in place, and return it: the fitted one, or other cells with its genes.
@@ -185,20 +182,13 @@ class Run:
     def _keys(self, source: str | Path | ad.AnnData, cells: pd.Index, genes: pd.Index) -> dict[str, dict[str, Any]]:
         known = read_cells(self.folder / "crlseq.h5ad") if self.cells is None else self.cells
         known = known.reindex(cells.astype(str))
-        known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(SPLIT)
-        return anndata_keys(
-            self.info, self.facts, self.programs, self.interventions, genes, self.latents(source), known
-        )
+        known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(schema.SPLIT)
+        latents = self.latents(source)
+        return anndata_keys(self.info, self.facts, self.programs, self.interventions, genes, latents, known)
 
     @property
     def folder(self) -> Path:
-        """The folder of a run that was written.
-
-        Raises
-        ------
-        InputError
-            If it was not.
-        """
+        """The folder of a run that was written; InputError of one that was not."""
         if self.path is None:
             raise InputError("This run was never written to a folder.", "Give crlseq.fit an output.")
         return self.path
@@ -215,19 +205,15 @@ class Run:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables by the names of their files."""
-        return dict(
-            zip(TABLES, (self.programs, self.interventions, self.edges, self.history, self.evaluation), strict=True)
-        )
+        tables = (self.programs, self.interventions, self.edges, self.history, self.evaluation)
+        return dict(zip(TABLES, tables, strict=True))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a run folder.
 
-        Raises
-        ------
-        InputError
-            If it is not one, is unfinished, damaged, written by a newer crlseq or by one whose runs are no longer read,
-            or has a link that leads out of it.
+        InputError if it is not one, is unfinished, damaged, written by a newer crlseq or by one whose runs are no longer
+        read, or has a link that leads out of it.
         """
         folder = Path(path)
         if not (folder / "run.json").is_file():
@@ -240,19 +226,22 @@ class Run:
         refuse_links_outside(folder)
         writer = __version__
         try:
-            info = _read_json(folder / "run.json")
-            if info["format"] > FORMAT:
+            if (folder / "run.json").stat().st_size > schema.MAX_JSON:
+                raise ValueError(f"run.json has more than {schema.MAX_JSON >> 20} MiB")
+            info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            if info["format"] > schema.FORMAT:
                 raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
             writer = str(info["version"])
-            if info["format"] < FORMAT:
-                raise ValueError(f"its format is {info['format']}; this version reads {FORMAT}")
+            if info["format"] < schema.FORMAT:
+                raise ValueError(f"its format is {info['format']}; this version reads {schema.FORMAT}")
             facts = RunInfo.read(info)
+            anchor = {"programs": schema.ANCHOR}
             programs, interventions, edges, history, evaluation = (
-                read_csv(folder / f"{name}.csv", COLUMNS[name], ANCHOR if name == "programs" else {}) for name in TABLES
+                read_csv(folder / f"{name}.csv", schema.COLUMNS[name], anchor.get(name, {})) for name in TABLES
             )
             several = facts.config.training.ensemble > 1
-            ensemble = read_csv(folder / ENSEMBLE, ENSEMBLE_COLUMNS) if several else None
-            pathways = None if facts.gene_sets is None else read_csv(folder / PATHWAYS, PATHWAY_COLUMNS)
+            ensemble = read_csv(folder / ENSEMBLE, schema.ENSEMBLE_COLUMNS) if several else None
+            pathways = None if facts.gene_sets is None else read_csv(folder / PATHWAYS, schema.PATHWAY_COLUMNS)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             if writer != __version__:
@@ -261,13 +250,5 @@ class Run:
                     "Fit again with the command in its run.json, or read it with that version.",
                 ) from error
             raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
-        return cls(
-            info, programs, interventions, edges, history, evaluation, folder, ensemble=ensemble, pathways=pathways
-        )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"run.json has more than {MAX_JSON >> 20} MiB")
-    info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return info
+        tables = (programs, interventions, edges, history, evaluation)
+        return cls(info, *tables, path=folder, ensemble=ensemble, pathways=pathways)

@@ -235,13 +235,7 @@ class RunInfo(_Part):
 
     @classmethod
     def read(cls, info: Mapping[str, Any]) -> RunInfo:
-        """The typed content of ``run.json``.
-
-        Raises
-        ------
-        ValueError
-            If a key is missing or a value is of another kind.
-        """
+        """The typed content of ``run.json``; ValueError if a key is missing or a value is of another kind."""
         try:
             return cls.model_validate(info)
         except ValidationError as error:

@@ -14,57 +14,33 @@ from crlseq.run.schema import DETECTABLE_FDR, PROGRAM_NUMBERS, Bootstrap, RunInf
 TITLE_GENES = 3
 SETTLED = 0.02  # share of the fall of the validation loss that the last fifth of the epochs may still bring
 FEW_EPOCHS = 5
-BASELINES = {
-    "no_change": "no change",
-    "mean": "mean effect",
-    "training": "training effects",
-}
+BASELINES = {"no_change": "no change", "mean": "mean effect", "training": "training effects"}
 
 
 @dataclass(frozen=True)
 class Program:
-    """One program.
+    """One program, in standard deviations of which its shifts and weights are."""
 
-    Attributes
-    ----------
-    name, label, title
-        ``P3``; its strongest perturbations; these and its top genes (those that are no driver's own) in one line.
-    drivers
-        ``perturbation, weight, shift, support, fdr, n_cells``: perturbations that target it, those with a detectable
-        effect first, by |shift|. A shift is in standard deviations of the program.
-    up, down
-        ``gene, loading, total_effect``: genes that rise and fall with the program, by |loading|. Changes of log expression
-        when the program rises by a standard deviation: directly, and with all that follows through the DAG.
-    anchors
-        Genes of this program alone, by |loading|, where the decoder is sparse; None where it is dense, and every gene is
-        loaded on every program.
-    upstream, downstream
-        Programs from which a declared path leads here, and to which one leads.
-    parents, children
-        Those among them that a declared edge joins, with its weight.
-    variance_explained, effect_explained
-        See `crlseq.readout.explained`; NaN where it could not be measured.
-    pathways
-        ``gene_set, description, weight, n_genes``: what the encoder reads it from, by \\|weight\\| (standard deviations of
-        the program by one of the set's activity); empty where the encoder reads all genes.
-    stability
-        Mean \\|cosine\\| of its loadings with those of bootstrap replicates; NaN without a bootstrap.
-    """
-
-    name: str
-    label: str
-    title: str
+    name: str  # P3
+    label: str  # its strongest perturbations
+    title: str  # these and its top genes (those that are no driver's own) in one line
+    # ``perturbation, weight, shift, support, fdr, n_cells``: perturbations that target it, those with a detectable effect
+    # first, by |shift|
     drivers: pd.DataFrame
+    # ``gene, loading, total_effect``: genes that rise and fall with it, by |loading|. Changes of log expression when the
+    # program rises by a standard deviation: directly, and with all that follows through the DAG.
     up: pd.DataFrame
     down: pd.DataFrame
-    anchors: tuple[str, ...] | None
-    upstream: tuple[str, ...]
-    downstream: tuple[str, ...]
-    parents: dict[str, float]
-    children: dict[str, float]
-    variance_explained: float
+    anchors: tuple[str, ...] | None  # genes of this program alone, by |loading|; None where the decoder is dense
+    upstream: tuple[str, ...]  # programs from which a declared path leads here
+    downstream: tuple[str, ...]  # programs to which one leads
+    parents: dict[str, float]  # those upstream that a declared edge joins, with its weight
+    children: dict[str, float]  # likewise downstream
+    variance_explained: float  # see `crlseq.readout.explained`; NaN where it could not be measured
     effect_explained: float
-    stability: float
+    stability: float  # mean |cosine| of its loadings with those of bootstrap replicates; NaN without a bootstrap
+    # ``gene_set, description, weight, n_genes``: what the encoder reads it from, by |weight| (per standard deviation of the
+    # set's activity); empty where the encoder reads all genes
     pathways: pd.DataFrame
 
 
@@ -89,11 +65,13 @@ def describe_programs(
         table = genes[row.name]
         loadings = table.loc[table["loading"] != 0, ["gene", "loading", "total_effect"]]
         numbers = row.model_dump(include=set(PROGRAM_NUMBERS))
+        theirs = set(own["perturbation"])
+        top = [gene for gene in loadings["gene"][: TITLE_GENES + len(theirs)] if gene not in theirs][:TITLE_GENES]
         found.append(
             Program(
                 name=row.name,
                 label=row.label,
-                title=_title(row.label, loadings["gene"], set(own["perturbation"])),
+                title=f"{row.label}: {', '.join(top)}" if top else row.label,  # STAT1, JAK2 +2: GBP1, PSMB9, WARS
                 drivers=own.reset_index(drop=True),
                 up=loadings[loadings["loading"] > 0].reset_index(drop=True),
                 down=loadings[loadings["loading"] < 0].reset_index(drop=True),
@@ -107,12 +85,6 @@ def describe_programs(
             )
         )
     return found
-
-
-def _title(label: str, genes: pd.Series, drivers: set[str]) -> str:
-    """``STAT1, JAK2 +2: GBP1, PSMB9, WARS``."""
-    top = [gene for gene in genes[: TITLE_GENES + len(drivers)] if gene not in drivers][:TITLE_GENES]
-    return f"{label}: {', '.join(top)}" if top else label
 
 
 def _sorted(names: Iterable[str]) -> tuple[str, ...]:
@@ -217,17 +189,12 @@ def _converged(training: Training, history: pd.DataFrame, from_random: bool) -> 
 def summary_table(programs: list[Program]) -> pd.DataFrame:
     """One row per program: what `describe_programs` says, short."""
 
-    def top(table: pd.DataFrame) -> str:
-        return ", ".join(table["gene"][:5])
-
     return pd.DataFrame({
         "program": [p.name for p in programs],
         "title": [p.title for p in programs],
         "n_drivers": [len(p.drivers) for p in programs],
-        "up": [top(p.up) for p in programs],
-        "down": [top(p.down) for p in programs],
-        "upstream": [", ".join(p.upstream) for p in programs],
-        "downstream": [", ".join(p.downstream) for p in programs],
+        **{way: [", ".join(getattr(p, way)["gene"][:5]) for p in programs] for way in ("up", "down")},
+        **{way: [", ".join(getattr(p, way)) for p in programs] for way in ("upstream", "downstream")},
         **{name: [getattr(p, name) for p in programs] for name in PROGRAM_NUMBERS},
     })  # fmt: skip
 

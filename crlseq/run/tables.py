@@ -24,10 +24,8 @@ def program_table(
 
     Of a sparse decoder also ``anchor``: whether the gene is loaded on this program and on no other.
     """
-    order = np.argsort(-np.abs(loading), axis=1, kind="stable")
     p, n = loading.shape
-    rows = np.repeat(np.arange(p), n)
-    columns = order.ravel()
+    rows, columns = np.repeat(np.arange(p), n), np.argsort(-np.abs(loading), axis=1, kind="stable").ravel()
     loaded = loading != 0
     anchor = {"anchor": (loaded & (loaded.sum(0) == 1))[rows, columns]} if sparse else {}
     return pd.DataFrame({

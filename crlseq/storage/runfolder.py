@@ -8,16 +8,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from crlseq.errors import InputError
 from crlseq.storage.files import refuse_existing, sync
-from crlseq.storage.stage_cache import is_stage_file
 
 TABLES = ("programs", "interventions", "dag", "history", "evaluation")  # each a file .csv
 ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
 PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
 EMBEDDINGS = "embeddings.h5ad"  # of fits with embeddings alone
+STAGE = "stage-{}.pt"  # result of a stage, of an unfinished fit alone
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
 RUN_FILES = frozenset(
     {"lock", "resume.pt", "resume.previous.pt", "run.json", "model.safetensors", "crlseq.h5ad", "report.html"}
@@ -58,7 +59,7 @@ def refuse_output(target: Path, resume: bool, force: bool) -> None:
 
 def _is_ours(file: Path) -> bool:
     name = file.name.removesuffix(".tmp")
-    return (name in RUN_FILES or is_stage_file(name)) and not file.is_dir() and not file.is_symlink()
+    return (name in RUN_FILES or fnmatch(name, STAGE.format("*"))) and not file.is_dir() and not file.is_symlink()
 
 
 def refuse_part_of_run(path: Path) -> None:

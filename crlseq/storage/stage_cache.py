@@ -19,9 +19,9 @@ from torch import Tensor
 
 from crlseq.errors import InputError
 from crlseq.storage.checkpoint import load_checkpoint, save_checkpoint
+from crlseq.storage.runfolder import STAGE
 
 FORMAT = 2
-PREFIX, SUFFIX = "stage-", ".pt"
 
 Result = TypeVar("Result")
 Class = TypeVar("Class", bound=type)
@@ -43,11 +43,6 @@ def cached_on_disk(*attributes: str) -> Callable[[Class], Class]:
     return register
 
 
-def is_stage_file(name: str) -> bool:
-    """Whether a file in the folder of an unfinished run holds the result of a stage."""
-    return name.startswith(PREFIX) and name.endswith(SUFFIX)
-
-
 class StageCache:
     """Results by stage, for one identity: read from disk, else computed and written; without a folder always computed."""
 
@@ -58,7 +53,7 @@ class StageCache:
         """What `compute` gives: registered classes, tensors, arrays, primitives, and tuples, lists and dicts of them."""
         if self.folder is None:
             return compute()
-        path = self.folder / f"{PREFIX}{stage.replace(' ', '-')}{SUFFIX}"
+        path = self.folder / STAGE.format(stage.replace(" ", "-"))
         with suppress(InputError, KeyError, TypeError, ValueError):  # not there, damaged, or of another version
             saved = load_checkpoint(path)
             if (saved["format"], saved["identity"]) == (FORMAT, self.identity):
@@ -71,7 +66,7 @@ class StageCache:
 
     def clear(self) -> None:
         """Remove the files."""
-        for path in [] if self.folder is None else self.folder.glob(f"{PREFIX}*{SUFFIX}"):
+        for path in [] if self.folder is None else self.folder.glob(STAGE.format("*")):
             path.unlink(missing_ok=True)
 
 

@@ -9,6 +9,7 @@ from crlseq.evaluation.baselines import (
     BASELINES,
     TrainingEffects,
     additive,
+    batch_shares,
     control_moments,
     group_moments,
     halves,
@@ -120,6 +121,6 @@ def test_standard_errors_are_welchs() -> None:
     cells, controls = rng.normal(size=(7, 5)) + 1, 3 * rng.normal(size=(12, 5))
     measured = group_moments(cells, np.zeros(7, dtype=int), 1)
     own = control_moments(controls, np.zeros(12, dtype=int), 1)
-    shares = own.shares(np.zeros(7, dtype=int), np.zeros(7, dtype=int), 1)
-    _, p_value = _welch(measured, shares, own.moments, measured.mean - own.moments.mean[:1])
+    shares = batch_shares(own, np.zeros(7, dtype=int), np.zeros(7, dtype=int), 1)
+    _, p_value = _welch(measured, shares, own, measured.mean - own.mean[:1])
     assert p_value[0] == pytest.approx(ttest_ind(cells, controls, equal_var=False).pvalue)

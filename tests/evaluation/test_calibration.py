@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crlseq.evaluation.calibration import calibration, edge_supports
+from crlseq.evaluation.recovery import calibration, edge_supports
 
 ADJACENCY = np.array([[0, 1.2, 0], [0, 0, 0], [0, -0.8, 0]])  # 0 -> 1 <- 2
 

@@ -15,8 +15,7 @@ from crlseq.errors import InputError
 from crlseq.evaluation.baselines import BASELINES
 from crlseq.evaluation.compare import AXIOMS, METRICS, PREDICTORS, bootstrap_interval, compare, in_words, summarise
 from crlseq.evaluation.evaluate import Evaluation, evaluate
-from crlseq.evaluation.recovery import score_recovery
-from crlseq.evaluation.truth import known_recovery
+from crlseq.evaluation.recovery import known_recovery, score_recovery
 from crlseq.run.run import Run
 from tests.support import dense
 

@@ -9,11 +9,9 @@ from crlseq.data import splits
 from crlseq.data.dataset import read_data
 from crlseq.data.simulate import simulate
 from crlseq.discovery.verdict import judge_gradient
-from crlseq.evaluation.held_out import evaluate_held_out, virtual_cells
+from crlseq.evaluation.held_out import abducted, evaluate_held_out
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.readout.dag import DECLARED_WEIGHT, find_dag
-from crlseq.readout.interventions import find_interventions
-from crlseq.readout.programs import encode, find_programs
+from crlseq.readout.programs import DECLARED_WEIGHT, encode, find_dag, find_interventions, find_programs
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +144,7 @@ def test_virtual_cells_of_a_known_shift():
         model.intervention_encoder.logits.bias.copy_(torch.tensor([50.0, 0.0]))
     control = np.arange(12.0).reshape(3, 4)
     expected = control + np.array([3.0, 0, 0, 0])
-    assert virtual_cells(model, control, np.array([0]), 0) == pytest.approx(expected, abs=1e-6)
+    assert abducted(model, control, 0)(np.array([0])) == pytest.approx(expected, abs=1e-6)
 
 
 def test_evaluation_has_the_training_effects_beside_the_model(data):
