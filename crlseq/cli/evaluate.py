@@ -74,7 +74,7 @@ def evaluate(
             beside.write_bytes(to_csv(found.conditions))
     if json:
         show_json({
-            "verdict": list(found.sentences), "notes": list(found.notes), "summary": found.summary.to_dict("records"),
+            "verdict": list(found.verdict), "notes": list(found.notes), "summary": found.summary.to_dict("records"),
             "comparisons": found.comparisons.to_dict("records"), "conditions": found.conditions.to_dict("records"),
             "recovery": found.recovery,
         })  # fmt: skip
@@ -95,7 +95,7 @@ def _show(found: Evaluation, legacy: bool) -> None:
             show_table(wide, f"{group}, means of {n} conditions")
     else:
         show_table(found.summary, "")
-    for line in (*found.sentences, *limits(found.summary)):
+    for line in (*found.verdict, *limits(found.summary)):
         say(line)
     for group, rows in found.summary[found.summary["predictor"] == "model"].groupby("group", sort=False):
         means = rows.set_index("metric")["mean"]

@@ -254,7 +254,8 @@ def _distribute(plan: _Plan, buckets: Buckets, progress: _Progress, stage: Calla
                 progress.save()
             kinds.append(kind_of_values(found, screen.source, plan.options.values)[0])
             if kinds[-1] != kinds[0]:
-                what = f"{path} has values of kind {kinds[-1]}, but {plan.paths[0]} of kind {kinds[0]}."
+                last, first = (kind.removesuffix("s") for kind in (kinds[-1], kinds[0]))
+                what = f"{path} has {last} values, but {plan.paths[0]} has {first} values."
                 raise InputError(what, "Prepare files of one kind together, or name a layer with --layer.")
     return kinds[0]
 

@@ -38,7 +38,7 @@ SHARED_NOISE = 0.1  # share of the measured changes that is the controls' sampli
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found; `sentences` are on the comparisons, `notes` on what was left out or has to be known.
+    """What `evaluate` found; `verdict` are sentences on the comparisons, `notes` on what was left out or has to be known.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Evaluation:
     conditions: pd.DataFrame
     summary: pd.DataFrame
     comparisons: pd.DataFrame
-    sentences: tuple[str, ...]
+    verdict: tuple[str, ...]
     notes: tuple[str, ...]
     predicted: dict[str, np.ndarray] = field(repr=False)
     recovery: dict[str, float] | None = None

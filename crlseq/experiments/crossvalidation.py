@@ -88,7 +88,7 @@ def cross_validate(
             found = evaluate(refit, screen[np.union1d(controls, fold.judged)].copy(), legacy)
         tables.append(found.conditions.assign(fold=number))
         notes += [text for text in found.notes if text not in notes and not text.startswith("Never fitted")]
-        note(f"  {refit.facts.n_latents} programs; {'; '.join(found.sentences[:1])}")
+        note(f"  {refit.facts.n_latents} programs; {'; '.join(found.verdict[:1])}")
     if not tables:
         raise InputError("There is nothing to hold out.", "Choose other --splits.")
     table: pd.DataFrame = pd.concat(tables, ignore_index=True)

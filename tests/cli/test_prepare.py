@@ -219,7 +219,7 @@ def test_files_with_other_values(folder: Path) -> None:
     adata.X = np.log1p(dense(adata))
     adata.write_h5ad(folder / "b.h5ad")
     answer = invoke("prepare", folder / "a.h5ad", folder / "b.h5ad", "--output", folder / "STORE")
-    check_refusal(answer.code, answer.out, answer.err.replace("  Column", "• "), 3, "log values", "counts values")
+    check_refusal(answer.code, answer.out, answer.err.replace("  Column", "• "), 3, "log values", "count values")
     assert not (folder / "STORE").exists()
 
 

@@ -155,7 +155,7 @@ def test_held_out_doubles_are_grouped_by_parts_seen(doubles: Run) -> None:
     found = evaluate(doubles)
     assert found.conditions["group"].unique().tolist() == ["combinations, 2 of 2 parts seen"]
     assert sorted(found.conditions["condition"].unique()) == ["g2+g4", "g3+g4"]
-    assert "better than additive" in found.sentences[0]
+    assert "better than additive" in found.verdict[0]
 
 
 def test_a_double_with_parts_that_were_never_fitted(screen: ad.AnnData, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_an_evaluation_repeats(finished: Run, held_out: Evaluation) -> None:
     again = evaluate(finished, legacy=True)
     assert again.conditions.equals(held_out.conditions)
     assert again.summary.equals(held_out.summary)
-    assert again.sentences == held_out.sentences
+    assert again.verdict == held_out.verdict
 
 
 def test_bad_evaluation_sets(finished: Run, screen: ad.AnnData) -> None:

@@ -141,7 +141,7 @@ def test_a_cross_validation(linear: Run) -> None:
     assert means.loc[("held-out cells", "g0", "model"), "l2"] == pytest.approx(g0["l2"].mean())
     assert rows.loc[("held-out cells", "model", "l2"), "n"] == 9
     assert found.notes[0] == "2 folds; held out: cells, combinations."
-    assert len(found.sentences) >= 2
+    assert len(found.verdict) >= 2
 
 
 def test_unseen_singles_and_combinations_of_them(linear: Run, labelled: Perturbations) -> None:
