@@ -2,9 +2,9 @@
 
     python scripts/outputs.py --data FOLDER [PAGE ...]
 
-A block that starts with ``$ `` holds commands and their output on a terminal of 100 columns; a block after a ``python``
+A block that starts with ``$ `` holds commands and their output on a terminal of 110 columns; a block after a ``python``
 block holds what that prints. A command that several pages share runs once. A line ``...`` stands for lines that a page
-leaves out: the line after it is the last one that starts with the same word, the others follow one another.
+leaves out: the line after it is the one that is most like it, the others follow one another.
 
 FOLDER holds the files that the pages name: papalexi2021_thp1_20729x299.h5ad and reactome.gmt (Reactome 2022 of Enrichr).
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import difflib
 import fcntl
 import io
 import os
@@ -31,16 +32,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/tutorial.md")
-COLUMNS, ROWS = 100, 60
+COLUMNS, ROWS = 110, 60
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELIDED = "..."
+STYLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def on_terminal(command: str, folder: Path) -> str:
     """What a command prints: tables as on a terminal, progress as in a log, in the order in which they come."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    environment = os.environ | {"COLUMNS": str(COLUMNS), "NO_COLOR": "1", "TERM": "dumb", "MPLBACKEND": "agg"}
+    environment = os.environ | {"COLUMNS": str(COLUMNS), "NO_COLOR": "1", "TERM": "xterm", "MPLBACKEND": "agg"}
     words = re.sub(r"^crlseq ", f"{sys.executable} -m crlseq ", command)
     process = subprocess.Popen(
         words, shell=True, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=slave, stderr=subprocess.PIPE
@@ -61,26 +63,26 @@ def on_terminal(command: str, folder: Path) -> str:
     process.stderr.close()
     if process.wait():
         raise SystemExit(f"{command} ended with {process.returncode}:\n{b''.join(parts).decode()}")
-    return b"".join(parts).decode().replace("\r\n", "\n")
+    return STYLE.sub("", b"".join(parts).decode()).replace("\r\n", "\n")
 
 
 def of_python(code: str, names: dict[str, Any]) -> str:
-    """What code prints, and its last expression as in a notebook."""
-    tree, printed = ast.parse(code), io.StringIO()
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    """What code prints, and its expressions as in a notebook."""
+    printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(tree, "page", "exec"), names)
-        if isinstance(last, ast.Expr):
-            value = eval(compile(ast.Expression(last.value), "page", "eval"), names)
+        for part in ast.parse(code).body:
+            if not isinstance(part, ast.Expr):
+                exec(compile(ast.Module([part], []), "page", "exec"), names)
+                continue
+            value = eval(compile(ast.Expression(part.value), "page", "eval"), names)
             if value is not None and "Axes" not in type(value).__name__:
                 print(repr(value))
     return printed.getvalue()
 
 
-def key(line: str) -> str:
-    """The first word of letters of a line."""
-    found = re.search(r"[^\W\d]\w+", line)
-    return found[0] if found else line.strip()
+def alike(a: str, b: str) -> float:
+    """Share of the letters and digits that two lines have in common, in order."""
+    return difflib.SequenceMatcher(None, "".join(a.split()), "".join(b.split()), autojunk=False).ratio()
 
 
 def shown(new: str, old: str) -> str:
@@ -95,11 +97,9 @@ def shown(new: str, old: str) -> str:
             skip = True
             continue
         if skip:
-            matches = [i for i in range(place, len(lines)) if key(lines[i]) == key(line)]
-            if not matches:
-                continue
-            place, skip = matches[-1], False
-        kept.append(lines[place])
+            place = max(range(place, len(lines)), key=lambda i: alike(lines[i], line), default=len(lines))
+            skip = False
+        kept += lines[place : place + 1]
         place += 1
     return "\n".join(kept)
 

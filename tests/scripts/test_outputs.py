@@ -14,9 +14,9 @@ from scripts.outputs import of_python, on_terminal, renewed, shown
     [
         ("anything", "one 1\ntwo 2\none 3\nthree 4"),
         ("one 9\n...\nthree 9", "one 1\n...\nthree 4"),
-        ("...\none 9\nthree 9", "...\none 3\nthree 4"),
+        ("...\none 3\nthree 9", "...\none 3\nthree 4"),
         ("one 9\ntwo 9\n...", "one 1\ntwo 2\n..."),
-        ("...\ngone 9\ntwo 9", "...\ntwo 2"),
+        ("...\nthree 4\nmore", "...\nthree 4"),
     ],
 )
 def test_the_lines_that_a_page_shows(old: str, expected: str) -> None:
