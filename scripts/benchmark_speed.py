@@ -34,7 +34,8 @@ from screens import make_screen
 import crlseq
 from crlseq.model import losses
 from crlseq.model.expression_rows import DenseRows, SparseRows
-from crlseq.pipeline.fit import Progress, fit
+from crlseq.pipeline.fit import fit
+from crlseq.pipeline.read import Progress
 from crlseq.training.objective import CellSource, Objective
 
 STAGES = ("waiting for cells", "products", "MMD", "other forward", "backward", "optimiser", "rest")
