@@ -96,7 +96,9 @@ def bootstrap(
 
 def match_programs(fit: Solution, other: Solution) -> tuple[Tensor, Tensor, Tensor]:
     """Programs of ``other`` that stand for those of ``fit``: index, sign and \\|cosine\\| of the loadings, (p,) each.
-    Hungarian method on the number of perturbations shared, ties by the direction of the loadings."""
+
+    Hungarian method on the number of perturbations shared, ties by the direction of the loadings.
+    """
     p = fit.model.p
     shared = _shared(fit.targets[0], other.targets[0], p)
     root = torch.linalg.cholesky(fit.model.moments.pooled() + 1e-9 * torch.eye(fit.model.q, dtype=DTYPE))
@@ -140,7 +142,8 @@ def _sampler(values: Tensor, variances: Tensor | None, environment: Tensor) -> C
 
 def _refit(edges: Edges, moments: Moments, generator: torch.Generator) -> Solution | None:
     """Targets (from those of the fit or afresh, by likelihood), parameters and edges for other moments; None where the
-    likelihood has no maximum."""
+    likelihood has no maximum.
+    """
     now = reassign_targets(edges.solution.refitted(moments=moments, steps=REPLICATE_STEPS), MOVING_ROUNDS)
     rival = _afresh(now, generator)
     if now.model.intervention.graph == "nothing":

@@ -44,8 +44,10 @@ ENOUGH_CONTROLS = 20  # in a batch, to centre it on its own
 
 def whitened_components(data: PerturbSeqData, n_components: int, seed: int) -> Scores:
     """(cells, q) components of every cell, centred on the control cells of its batch, overall deviation 1.
+
     Estimated on training cells alone; q is `n_components` or what genes and cells allow. Cells that take no part are 0.
-    Perturbed genes are left out: that a knock-out lowers its own transcript would give it a direction of its own."""
+    Perturbed genes are left out: that a knock-out lowers its own transcript would give it a direction of its own.
+    """
     genes = np.flatnonzero(~np.isin(data.genes, data.perturbation_names))
     if len(genes) < 2:
         genes = np.arange(data.n_genes)
@@ -92,7 +94,9 @@ def count_components(
     counts: Callable[[np.ndarray], sp.csr_matrix], fitted: np.ndarray, cells: np.ndarray, n_components: int
 ) -> Scores:
     """(len(cells), n_components) whitened components of counts, loadings estimated on the cells `fitted`.
-    ``counts`` gives those (cells, genes) of indices. Cost: cells x genes (at most `MAX_GENES`) x n_components^2."""
+
+    ``counts`` gives those (cells, genes) of indices. Cost: cells x genes (at most `MAX_GENES`) x n_components^2.
+    """
     x, genes, axes = _select(counts(fitted), n_components)
     alpha = dispersion(x)
     dense = torch.from_numpy(x.toarray()).float()
@@ -243,7 +247,8 @@ def _score(
     rough: Information | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fisher scoring of cells: components (n, q) and intercepts (n, 1), exact whatever the information on the way was:
-    that is what costs, so that it is renewed after large steps alone, and the first steps may do with a `rough` one."""
+    that is what costs, so that it is renewed after large steps alone, and the first steps may do with a `rough` one.
+    """
     q, g = loadings.shape
     design, exact = torch.cat([loadings, torch.ones(1, g)]), _information(loadings)
     penalty = torch.cat([prior, prior.new_zeros(1)])
@@ -282,7 +287,8 @@ def _information(loadings: Tensor) -> Information:
 
 def _low_rank_information(loadings: Tensor, weights: Tensor, prior: Tensor) -> Information:
     """`_information` for a fraction of its cost: principal components of the information matrices of some cells, with
-    working weights (n, genes), in the metric of their mean, so that an error counts by what it makes of a step."""
+    working weights (n, genes), in the metric of their mean, so that an error counts by what it makes of a step.
+    """
     design = torch.cat([loadings, torch.ones(1, loadings.shape[1])])
     one, other = torch.triu_indices(len(design), len(design))
     twice = torch.where(one == other, 1.0, 2.0**0.5)  # of a matrix's norm an entry off the diagonal counts twice

@@ -46,8 +46,10 @@ Refine = Callable[[Task, Start, Cells, Solution, KindComparison], Refined]
 
 def discover(task: Task, refine: Refine | None = None) -> Discovery:
     """Targets, interventions and graph of a screen, from its single perturbations with an effect.
+
     Where linear equations do not describe the cells, ``refine`` gives other coordinates with a comparison of models on
-    them, a finished discovery, or None if it does no better."""
+    them, a finished discovery, or None if it does no better.
+    """
     start = find_components(task)
     p, cache = start.n_latents, task.cache
     with on_threads(1 if p < MANY_LATENTS else task.threads):

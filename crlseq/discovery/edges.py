@@ -62,7 +62,9 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
 
 class _Profile:
     """Quadratic model of the profile likelihood of the edges, from which edges can be taken away.
-    ``covariance`` (P, p p) of all parameters with the edges, ``value`` (P,) of all parameters, ``on`` (p p) edges."""
+
+    ``covariance`` (P, p p) of all parameters with the edges, ``value`` (P,) of all parameters, ``on`` (p p) edges.
+    """
 
     def __init__(self, now: Solution, dispersion: float) -> None:
         model = now.model
@@ -132,8 +134,10 @@ def _root(information: Tensor) -> Tensor:
 
 def score_absent(now: Solution) -> tuple[Tensor, Tensor]:
     """Absent edges (m,), as places in the flat graph, and their score statistics (m,).
+
     Twice the log-likelihood that an edge would gain with all other parameters free to follow, to second order:
-    ``N g^2 / (i_ee - i_eo i_oo^-1 i_oe)``, g and i being gradient and information per cell, o what is there already."""
+    ``N g^2 / (i_ee - i_eo i_oo^-1 i_oe)``, g and i being gradient and information per cell, o what is there already.
+    """
     model, p = now.model, now.model.p
     full = 1 - torch.eye(p, dtype=DTYPE)[None]
     _, gradient, information = model.information(now.theta, now.targets, full)

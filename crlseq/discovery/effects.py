@@ -93,7 +93,9 @@ def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
 
 def effect_tests(data: PerturbSeqData, scores: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Test of every single perturbation on training and validation cells, by principal component scores (cells, q).
-    Each (perturbations,); NaN where one only occurs in combinations, or in batches without controls."""
+
+    Each (perturbations,); NaN where one only occurs in combinations, or in batches without controls.
+    """
     cells = data.cells_by_condition(splits.TRAIN, splits.VALIDATION)
     comparable = data.comparable()
     index = {parts[0]: c for c, parts in enumerate(data.conditions) if len(parts) == 1}

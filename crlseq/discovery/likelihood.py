@@ -42,8 +42,10 @@ NEAR_END = 1.5  # |logit| at which a learned retention starts from a fixed one o
 @cached_on_disk("moments", "p", "kind", "floor", "fit_noise")
 class LinearModel:
     """The likelihood of one data set and kind of intervention; parameters packed as (R, P), R restarts.
+
     ``moments`` of the environments in float64; ``floor`` is measurement noise that every component has at least, and
-    keeps a latent from taking a component whole; without ``fit_noise`` latents are observed (``psi`` fixed, tiny)."""
+    keeps a latent from taking a component whole; without ``fit_noise`` latents are observed (``psi`` fixed, tiny).
+    """
 
     def __init__(
         self, moments: Moments, p: int, kind: InterventionKind, floor: float = 1e-4, fit_noise: bool = True
@@ -223,7 +225,9 @@ class Solution:
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """Read-out of latents, ``u = (y - offset) @ D``: D (q, p) and its error variance (p,).
-        Generalised least squares, ``D = psi^-1 W'(W psi^-1 W')^-1``: unbiased in every environment."""
+
+        Generalised least squares, ``D = psi^-1 W'(W psi^-1 W')^-1``: unbiased in every environment.
+        """
         named = self.model.unpack(self.theta)
         w = named["W"][0]
         scaled = w / (self.model.floor + named["psi"][0].exp())

@@ -36,8 +36,10 @@ def environment_moments(
     values: Tensor, environment: Tensor, variances: Tensor | None = None, n_environments: int | None = None
 ) -> Moments:
     """Moments of cells (N, q) by environment (N,), 0 for control; covariances divide by the number of cells.
+
     Posterior ``variances`` (N, q) are added to the covariances (aggregated posterior). With ``n_environments`` those
-    without cells have count, mean and covariance 0; without, one of fewer than two cells is a `ValueError`."""
+    without cells have count, mean and covariance 0; without, one of fewer than two cells is a `ValueError`.
+    """
     n = int(environment.max()) + 1 if n_environments is None else n_environments
     counts = torch.bincount(environment, minlength=n).to(DTYPE)
     if n_environments is None and bool((counts < 2).any()):
@@ -59,7 +61,9 @@ def fold_moments(
     values: Tensor, environment: Tensor, variances: Tensor | None, n_folds: int, generator: torch.Generator
 ) -> list[tuple[Moments, Moments]]:
     """Moments of the other cells and of the fold, for each of `n_folds`; every environment is spread over all folds.
-    An environment may be without cells in a fold; `environment` has every number up to its largest at least twice."""
+
+    An environment may be without cells in a fold; `environment` has every number up to its largest at least twice.
+    """
     shuffled = torch.randperm(len(values), generator=generator)
     order = shuffled[torch.argsort(environment[shuffled], stable=True)]  # by environment, in random order within
     fold = torch.empty(len(values), dtype=torch.long)

@@ -137,8 +137,10 @@ def _shifts(values: Tensor, environment: Tensor) -> _Shifts | None:
 
 def _bundle(found: _Shifts) -> tuple[Tensor, Tensor]:
     """Unit rays (m, r) and the ray of every perturbation (K,), -1 for those without an effect or between rays.
+
     Strongest first, one joins the ray within 45 degrees (less noise) or, off every line through a ray by more than
-    noise, starts one; then rays and members are settled in turn."""
+    noise, starts one; then rays and members are settled in turn.
+    """
     d, r, effect = found.leading, found.leading.shape[1], found.effect
     k, power = len(d), (d**2).sum(1)
     size = power.clamp_min(1e-12).sqrt()
@@ -191,8 +193,10 @@ def _opposite(rays: Tensor, members: Tensor, found: _Shifts) -> int:
 
 def _exclusion(rays: Tensor, members: Tensor, found: _Shifts) -> Tensor:
     """How far two rays exclude each other (m, m); -1 for opposite ends of a straight line, 0 for unrelated rays.
+
     Sum of their cosine; third moments ``E x^2 y + E x y^2`` of all cells along them; and log variances along one, in
-    cells that moved along the other, against controls, where smaller (a bent line runs across the other ray)."""
+    cells that moved along the other, against controls, where smaller (a bent line runs across the other ray).
+    """
     along = found.cells @ rays.T  # (N, m)
     along = along - along.mean(0)
     along = (along / along.std(0).clamp_min(1e-12)).clamp(-MAX_DEVIATION, MAX_DEVIATION)

@@ -284,7 +284,8 @@ def _prune(cells: _Cells, state: _State, threshold: float) -> _State:
 
 def _start(values: Tensor, environment: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mixing (p, p), offset (p,) and targets (K,) of the linear equations: in whitened components the lines of the
-    mean shifts are orthogonal; the nearest orthogonal matrix is never ill-conditioned."""
+    mean shifts are orthogonal; the nearest orthogonal matrix is never ill-conditioned.
+    """
     if not bool(torch.isfinite(values).all()):
         raise ValueError("components must be finite numbers.")
     moments = environment_moments(values, environment)

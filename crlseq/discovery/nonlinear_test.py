@@ -22,7 +22,8 @@ def misfit_of_equations(solution: NonlinearSolution, values: Tensor, environment
 @dataclass(frozen=True)
 class Preference:
     """Whether held-out cells prefer nonlinear equations: ``gain`` per cell and its standard ``error``, ``misfit`` and
-    fit of nonlinear equations (None where one of the fits failed)."""
+    fit of nonlinear equations (None where one of the fits failed).
+    """
 
     chosen: bool
     gain: float

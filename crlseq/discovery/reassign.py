@@ -26,7 +26,9 @@ MOVED_STEPS = 20  # of scoring after a round of moves
 @dataclass(frozen=True)
 class Assignment:
     """Best target of each of K perturbations, (K,), with ``shift``, ``log_scale`` and ``retention`` at that target.
-    ``nll`` (K, p) is the negative log-likelihood per cell under every target, constants left out."""
+
+    ``nll`` (K, p) is the negative log-likelihood per cell under every target, constants left out.
+    """
 
     targets: Tensor
     shift: Tensor
@@ -37,7 +39,9 @@ class Assignment:
 
 def assign_targets(model: LinearModel, theta: Tensor, moments: Moments) -> Assignment:
     """Targets by likelihood, of the model's own perturbations or others: environments 1 .. K of ``moments``.
-    ``theta`` (1, P) is held fixed but for what belongs to a perturbation alone. Environment 0 is not used."""
+
+    ``theta`` (1, P) is held fixed but for what belongs to a perturbation alone. Environment 0 is not used.
+    """
     w = model.unpack(theta)
     graph, loadings, offset = w["G"][0], w["W"][0], w["offset"][0]
     eye = torch.eye(model.p, dtype=DTYPE)
@@ -80,7 +84,9 @@ def move(model: LinearModel, theta: Tensor, found: Assignment, moved: Tensor) ->
 
 def reassign_targets(solution: Solution, rounds: int = 10) -> Solution:
     """Move every perturbation to the target of the best likelihood and refit (the first restart), until nothing moves.
-    A program keeps the perturbation that gains least by leaving. The likelihood never falls."""
+
+    A program keeps the perturbation that gains least by leaving. The likelihood never falls.
+    """
     model, now = solution.model, solution
     for _ in range(rounds):
         found = assign_targets(model, now.theta, model.moments)

@@ -78,7 +78,8 @@ def solve(
 class Deviations:
     """How environments deviate from means (R, C, q) and covariances (R, C, q, q) of a model: ``nll`` (R,) per cell,
     ``precision`` L (R, C, q, q), ``by_covariance`` E (R, C, q, q), ``by_mean`` e (R, C, q); ``failed`` (R,) where a
-    covariance is not positive."""
+    covariance is not positive.
+    """
 
     def __init__(self, moments: Moments, mean: Tensor, covariance: Tensor) -> None:
         weight = moments.weight()
@@ -113,8 +114,10 @@ class Implied:
 
 class LinearScore:
     """Gradient and information of the linear model, filled in block by block.
+
     Each block of parameters writes its gradient and its information with itself and with the blocks written before;
-    what no block writes is 0. ``at`` gives a block's place among the parameters, ``targets`` (R, K)."""
+    what no block writes is 0. ``at`` gives a block's place among the parameters, ``targets`` (R, K).
+    """
 
     def __init__(self, s: Implied, moments: Moments, targets: Tensor, at: dict[str, slice]) -> None:
         (r, c, q), p, size = s.mean.shape, s.graph.shape[1], max(place.stop for place in at.values())

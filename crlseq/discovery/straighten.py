@@ -49,7 +49,8 @@ CAUSAL = Phase(5000, settle=True)
 
 def starting_directions(solution: Solution, wide: Moments) -> Tensor:
     """Encoder directions (q, p) on all components, with moments ``wide``, from a linear fit on the first ones, whose
-    noise holds each component's nonlinear residue (principal components start far worse)."""
+    noise holds each component's nonlinear residue (principal components start far worse).
+    """
     old = solution.model
     q = wide.means.shape[1]
     if q > old.q:

@@ -36,7 +36,8 @@ class Task:
 
     def environments(self, perturbations: np.ndarray) -> Tensor:
         """(cells,) environments: 0 control, i + 1 the single perturbation ``perturbations[i]``, -1 others and cells of
-        batches without controls."""
+        batches without controls.
+        """
         data = self.data
         number: dict[tuple[int, ...], int] = {(): 0} | {(int(k),): i + 1 for i, k in enumerate(perturbations)}
         of_condition = np.array([*(number.get(parts, -1) for parts in data.conditions), -1])

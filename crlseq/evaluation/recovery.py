@@ -197,7 +197,8 @@ def edge_supports(
 
 def calibration(supports: pd.DataFrame) -> pd.DataFrame:
     """Pairs, true edges, their share and the mean support by bin of support: ``support`` (lower end), ``mean_support``,
-    ``pairs``, ``true``, ``share_true``. Calibrated supports have a share near their mean; bins without pairs are left out."""
+    ``pairs``, ``true``, ``share_true``. Calibrated supports have a share near their mean; bins without pairs are left out.
+    """
     which = np.searchsorted(BORDERS, supports["support"].to_numpy() + 1e-9, side="right") - 1
     rows = []
     for i in np.unique(which)[::-1]:

@@ -93,7 +93,9 @@ class DiscrepancyVAE(nn.Module):
 
     def forward(self, control: Tensor, perturbations: Tensor, eps: Tensor | None = None) -> ModelOutput:
         """Virtual cells of conditions (C, M) int64, filled up with -1, from the control cells (C, B, G) of each.
-        ``eps`` (C, B, p) are standard normal draws, None for the posterior mean."""
+
+        ``eps`` (C, B, p) are standard normal draws, None for the posterior mean.
+        """
         mean, variance = self.encoder(control)
         z = mean if eps is None else mean + variance.sqrt() * eps
         latents = self.intervene(z, perturbations)

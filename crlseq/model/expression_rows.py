@@ -56,7 +56,9 @@ class DenseRows:
 @dataclass(frozen=True)
 class SparseRows:
     """Rows by their non-zeros (CSR), and the same by gene (CSC), which the gradient of a product reads.
-    Entries are picked by `index_select`, which on the CPU is five times as fast as an index in brackets."""
+
+    Entries are picked by `index_select`, which on the CPU is five times as fast as an index in brackets.
+    """
 
     start: Tensor  # (N + 1,)
     row: Tensor  # (nnz,), as the next two
@@ -161,7 +163,9 @@ class _Product(torch.autograd.Function):
 
 def _bags(table: Tensor, index: Tensor, start: Tensor, value: Tensor) -> Tensor:
     """Sums over the entries of each row, ``start[i] <= e < start[i + 1]``, of ``value[e] table[index[e]]``.
-    On the CPU `WIDTH` columns at a time: what is read at random stays in a core's cache, four times as fast as 384."""
+
+    On the CPU `WIDTH` columns at a time: what is read at random stays in a core's cache, four times as fast as 384.
+    """
     n = table.shape[1]
     if n <= WIDTH or table.device.type != "cpu":
         return _bag(table.contiguous(), index, start, value)

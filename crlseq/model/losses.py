@@ -17,7 +17,9 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE, Inference, ModelOutput
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(..., n, G) and (..., m, G) to (..., n, m) squared Euclidean distances |a|^2 + |b|^2 - 2 a b^T.
-    Centred at b's mean: the cancellation in float32 grows with the rows' squared norm."""
+
+    Centred at b's mean: the cancellation in float32 grows with the rows' squared norm.
+    """
     center = b.mean(-2, keepdim=True)
     a, b = a - center, b - center
     inner = a @ b.transpose(-1, -2)
@@ -26,7 +28,9 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def multi_kernel(distance: Tensor, bandwidth: float | Tensor, n_kernels: int) -> Tensor:
     """sum_{i < n} exp(-d^2 / b_i), b_i = bandwidth * 2^(i - n // 2), of squared distances, elementwise.
-    Bandwidths double, so each kernel is the square of the next wider one: one exponential in all."""
+
+    Bandwidths double, so each kernel is the square of the next wider one: one exponential in all.
+    """
     kernel: Tensor = _MultiKernel.apply(distance, bandwidth, n_kernels)  # type: ignore[no-untyped-call]
     return kernel
 
@@ -84,7 +88,9 @@ def mmd_squared(
     a: Tensor, b: Tensor, kernel: Kernel, a_mask: Tensor | None = None, b_mask: Tensor | None = None
 ) -> Tensor:
     """Squared maximum mean discrepancy (Gretton et al. 2012, JMLR 13, eqs. 3 and 5) of cells (..., n, G) and (..., m, G).
-    Masks (..., n) and (..., m) are 1 for cells and 0 for rows that only fill up."""
+
+    Masks (..., n) and (..., m) are 1 for cells and 0 for rows that only fill up.
+    """
     distances = squared_distances(a, a), squared_distances(b, b), squared_distances(a, b)
     return mmd_of_distances(*distances, kernel, a_mask, b_mask)
 
@@ -119,8 +125,10 @@ def loss_terms(
     model: DiscrepancyVAE, output: ModelOutput, control: Tensor, perturbed: Tensor, kernel: Kernel, mask: Tensor | None
 ) -> dict[str, Tensor]:
     """Unweighted terms ``mmd``, ``reconstruction``, ``kl`` and ``graph``, each a scalar.
+
     Without a noise model the reconstruction is the mean squared error and the KL the sum over latents, as published.
-    With Gaussian noise they are the negative log-likelihood and the KL of a cell, divided by the number of genes."""
+    With Gaussian noise they are the negative log-likelihood and the KL of a cell, divided by the number of genes.
+    """
     kl = mean_over_cells(kl_divergence(output.mean, output.variance), mask)
     if model.log_noise is not None:
         kl = kl / control.shape[-1]
@@ -139,7 +147,9 @@ def interventional_terms(
 
 def anchor_term(mean: Tensor, anchor: Tensor, variance: Tensor, n_genes: int, mask: Tensor | None = None) -> Tensor:
     """Squared distance of posterior means to given ones, ``sum_k (mean - anchor)^2 / (2 variance)``, per gene.
-    The negative log-likelihood of ``anchor`` (C, B, p) as a measurement of z with noise ``variance`` (p,)."""
+
+    The negative log-likelihood of ``anchor`` (C, B, p) as a measurement of z with noise ``variance`` (p,).
+    """
     return mean_over_cells(0.5 * ((mean - anchor) ** 2 / variance).sum(-1), mask) / n_genes
 
 

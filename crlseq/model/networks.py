@@ -9,8 +9,10 @@ from crlseq.model.scm import NEGATIVE_SLOPE
 
 class GeneSetLayer(nn.Module):
     """Activities of gene sets: a linear layer whose unit s reads the genes of set s, W = V * (M + leak (1 - M)).
+
     De la Fuente et al., "Interpretable causal representation learning for biological data in the pathway space", ICLR
-    2025. M (S, G) bool says which genes are in which set; with a leak of 0 a unit reads its own genes alone."""
+    2025. M (S, G) bool says which genes are in which set; with a leak of 0 a unit reads its own genes alone.
+    """
 
     members: Tensor
 
@@ -41,7 +43,8 @@ class GeneSetLayer(nn.Module):
 
 class Encoder(nn.Module):
     """Expression to the posterior of the exogenous noise, q(z | x) = N(mean, diag(variance)): h = LeakyReLU(x W1 + b1),
-    mean = h Wm + bm, variance = softplus(h Wv + bv). With gene sets the hidden units are their activities."""
+    mean = h Wm + bm, variance = softplus(h Wv + bv). With gene sets the hidden units are their activities.
+    """
 
     def __init__(self, n_genes: int, n_hidden: int, n_latents: int, n_gene_sets: int = 0, leak: float = 0.0) -> None:
         super().__init__()
@@ -92,8 +95,10 @@ class Decoder(nn.Module):
 
 class InterventionEncoder(nn.Module):
     """Perturbation to target weights: t = softmax(temperature * (LeakyReLU(embedding + b1) W2 + b2)).
+
     The published one-hot layer is the table ``embedding`` (K, n_hidden): a look-up and not a product. Known targets are
-    given and not learned: `is_given` (K,) says which, `given` (K, p) holds their weights (all 0: no effect)."""
+    given and not learned: `is_given` (K,) says which, `given` (K, p) holds their weights (all 0: no effect).
+    """
 
     given: Tensor
     is_given: Tensor

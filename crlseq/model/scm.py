@@ -73,7 +73,9 @@ class LatentSCM(nn.Module):
 
     def mechanism(self, perturbations: Tensor, target_weights: Tensor) -> Mechanism:
         """Mechanisms, of fields (C, p), of conditions (C, M): int64 single perturbations, filled up with -1.
-        ``target_weights`` (C, M, p) are those of each, from the intervention encoder."""
+
+        ``target_weights`` (C, M, p) are those of each, from the intervention encoder.
+        """
         index = perturbations.clamp_min(0)
         weight = target_weights * (perturbations >= 0).to(target_weights.dtype)[..., None]  # (C, M, p)
         retention = (1 - weight * (1 - self.retention()[index][..., None])).prod(1)

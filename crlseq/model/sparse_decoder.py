@@ -58,7 +58,8 @@ class ProgramUnits(nn.Module):
 
 class SparseDecoder(Decoder):
     """Latents to mean expression through masks; see above. The ``n_hidden`` units are shared out: as many whole ones
-    per program, and at least two, which carry a linear map."""
+    per program, and at least two, which carry a linear map.
+    """
 
     hidden: ProgramUnits  # type: ignore[assignment]
     output: MaskedLinear  # type: ignore[assignment]
@@ -85,8 +86,10 @@ class SparseDecoder(Decoder):
     @torch.no_grad()
     def fit_masks(self, prior: SpikeSlab, noise: Tensor, h: Tensor, mean_x: Tensor, cross: Tensor) -> None:
         """Masks, their shares of the slab, and biases at the mode, given shapes and noise variances (G,); in place.
+
         ``h`` (n, H) features of cells, ``mean_x`` (G,) mean of their expression, and ``cross`` (G, H) sums over cells
-        of expression times the features about their mean."""
+        of expression times the features about their mean.
+        """
         output, unit = self.output, noise.double().sqrt()[:, None]
         centred = (h - h.mean(0)).double()
         start, shape = output.mask.double() / unit, output.shape.double()

@@ -104,8 +104,10 @@ def sparse_loss_terms(
     model: DiscrepancyVAE, cells: StepCells, conditions: Tensor, eps: tuple[Tensor, Tensor], kernel: Kernel
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     """Terms ``mmd``, ``reconstruction``, ``kl`` and ``graph``, and posterior means (C, B, p) of controls and perturbed.
+
     The mean of `crlseq.model.losses.loss_terms` and `interventional_terms`, for Gaussian noise and the identity as
-    output. ``conditions`` (C, M) are filled up with -1; ``eps`` are standard normal draws (C, B, p) of both sides."""
+    output. ``conditions`` (C, M) are filled up with -1; ``eps`` are standard normal draws (C, B, p) of both sides.
+    """
     scm, encoder, mask = model.scm, model.encoder, cells.mask
     weight, bias = model.decoder.output.weight, model.decoder.output.bias
     n_genes = len(weight)

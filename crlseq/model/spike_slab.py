@@ -37,7 +37,8 @@ class SpikeSlab:
     @classmethod
     def of(cls, n_cells: int) -> SpikeSlab:
         """Slab 1, and a spike that n cells cannot tell from 0, 8 sqrt(n): masks are kept from about 4 standard errors
-        on (`threshold`), which depends on the spike's rate by the square root of its logarithm alone."""
+        on (`threshold`), which depends on the spike's rate by the square root of its logarithm alone.
+        """
         return cls(n_cells, SLAB, max(SPIKE * math.sqrt(n_cells), 2 * SLAB))
 
     def annealed(self, sparsity: float) -> SpikeSlab:

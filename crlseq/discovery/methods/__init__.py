@@ -41,7 +41,8 @@ class Method(Protocol):
 
     def find(self, task: Task) -> Programs:
         """The programs, with a verdict from `crlseq.discovery.verdict`, from the cells of each environment and the size
-        of each perturbation's effect. An `InputError` if more are asked for than the screen can tell apart."""
+        of each perturbation's effect. An `InputError` if more are asked for than the screen can tell apart.
+        """
 
 
 def method_of(name: str) -> Method:
@@ -51,7 +52,8 @@ def method_of(name: str) -> Method:
 
 def find_programs(task: Task) -> Programs:
     """By the method of the configuration; by gradient where no other can find anything. An `InputError` if more
-    programs are asked for than the screen can tell apart."""
+    programs are asked for than the screen can tell apart.
+    """
     name: str = task.config.method
     if not task.config.causal_layer:  # the ablation without structural equations has no graph to find
         name = "gradient"

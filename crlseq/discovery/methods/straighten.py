@@ -60,7 +60,8 @@ def straightened(
     task: Task, components: Cells, dense: Solution, linear: KindComparison
 ) -> tuple[Cells, KindComparison] | None:
     """Straightened latents and the models on them; None if the structural model describes them no better. A training
-    can end in a wrong partition: it is done again, from that of the lowest misfit, until the latents are described."""
+    can end in a wrong partition: it is done again, from that of the lowest misfit, until the latents are described.
+    """
     best: tuple[Cells, KindComparison] | None = None
     start = dense
     for attempt in range(ATTEMPTS):
