@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,13 +15,14 @@ from crlseq.config import ModelConfig
 from crlseq.discovery import discover as steps
 from crlseq.discovery import methods
 from crlseq.discovery.discover import compare_on
+from crlseq.discovery.edges import Edges
 from crlseq.discovery.likelihood import Solution, fit_linear
 from crlseq.discovery.methods import NAMES, find_programs, method_of, straighten
 from crlseq.discovery.misfit import DESCRIBED, Misfit, misfit
 from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.result import Discovery
 from crlseq.discovery.task import Cells
-from crlseq.discovery.verdict import Answer
+from crlseq.discovery.verdict import Answer, judge
 from crlseq.errors import InputError
 from tests.discovery.test_discover import CONFIG, Screen
 
@@ -131,6 +133,26 @@ def test_straightened_latents_take_the_place_of_the_components(hard: Screen, mon
     moved = again.latents - found.latents
     assert np.abs(moved - moved[0]).max() < 1e-9 < np.abs(moved[0]).max()
     assert not np.allclose(again.noise, found.noise)
+
+
+def test_a_straightened_fit_that_loses_every_edge_in_the_last_selection_is_not_identified(
+    hard: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = hard.task(CONFIG.model_copy(update={"bootstrap": 0}))
+    start = steps.find_components(task)
+    cells = start.cells.first(10)
+    dense = steps.fit_likelihood(task, cells, 4)
+    linear = compare_on(task, cells, dense, 0)
+    assert judge(linear.evidence).answer == "identified"
+    monkeypatch.setattr(straighten, "FREE", tuple(replace(phase, steps=5) for phase in straighten.FREE))
+    monkeypatch.setattr(straighten, "CAUSAL", replace(straighten.CAUSAL, steps=5))
+    monkeypatch.setattr(straighten, "compare_on", lambda *args: linear)
+    monkeypatch.setattr(straighten, "select_edges", lambda found: Edges(found, torch.zeros(4, 4).double(), 1.0))
+    trained = straighten.train_once(task, start.cells, dense, math.inf, 0)
+    assert trained is not None
+    edges, verdict, _, _ = steps.judged(task, *trained)
+    assert verdict.answer == "not identified" and "No edge" in verdict.reason
+    assert edges.solution.model.kind == "shift" and not edges.adjacency.any()
 
 
 def attempts(screen: Screen, monkeypatch: pytest.MonkeyPatch, misfits: list[float | None]) -> tuple[Any, list[Any]]:
