@@ -79,8 +79,8 @@ def _fit(
         theta, (rest, jacobian), damping = theta + step, trial, max(damping / 5, 1e-9)
         if before - rest @ rest < 1e-6 * (1 + before):
             break
-    covariance: Floats = np.linalg.inv(jacobian.T @ jacobian + 1e-9 * np.eye(len(theta)))
-    return theta, covariance, float(rest @ rest)
+    covariance = np.linalg.inv(jacobian.T @ jacobian + 1e-9 * np.eye(len(theta)))
+    return theta, covariance.astype(np.float64), float(rest @ rest)
 
 
 def _residuals(
