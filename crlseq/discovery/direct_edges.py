@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from crlseq.discovery.changes import Changes
 from crlseq.discovery.hits import Floats
@@ -33,6 +34,11 @@ class Direct:
     error: Floats
     hidden: Floats
     misfit: float
+
+    def reordered(self, order: NDArray[np.int64]) -> Direct:
+        """The same with programs in another order (p,)."""
+        both = np.ix_(order, order)
+        return Direct(self.effect[both], self.error[both], self.hidden[both], self.misfit)
 
 
 def direct_edges(found: Changes, ordered: Bools, both: Bools) -> Direct:

@@ -26,10 +26,11 @@ from crlseq.discovery.likelihood import Solution, fit_linear
 from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import environment_moments, fold_moments, noise_level
 from crlseq.discovery.n_latents import LatentChoice, choose_n_latents
+from crlseq.discovery.ordering import Ordering, order_programs, with_support
 from crlseq.discovery.reassign import reassign_targets
-from crlseq.discovery.result import Discovery, Judged, linear_result
+from crlseq.discovery.result import Discovery, Judged, claims_of, linear_result
 from crlseq.discovery.task import Cells, Start, Task
-from crlseq.discovery.verdict import DECLARED_SUPPORT, judge
+from crlseq.discovery.verdict import DECLARED_SUPPORT, PairCounts, judge
 from crlseq.errors import InputError
 from crlseq.threads import in_parallel, on_threads
 
@@ -62,7 +63,9 @@ def discover(task: Task, refine: Refine | None = None) -> Discovery:
             if isinstance(refined, Discovery):
                 return refined
             cells, comparison = refined or (cells, comparison)
-        return linear_result(task, start, cells, comparison, judged(task, cells, comparison))
+        task.stage("reading off what interventions change")
+        ordering = cache.get("ordering", lambda: ordered(task, start, cells, comparison.edges.solution))
+        return linear_result(task, start, cells, comparison, judged(task, cells, comparison, ordering), ordering)
 
 
 def find_components(task: Task) -> Start:
@@ -114,28 +117,61 @@ def compare_on(task: Task, cells: Cells, dense: Solution, seed: int) -> KindComp
     return compare_kinds(dense, folds, task.kind, task.threads)
 
 
-def judged(task: Task, cells: Cells, comparison: KindComparison) -> Judged:
-    """The verdict on all evidence, and the edges that it leaves: none unless it grants a graph."""
+def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> Ordering:
+    """What interventions change, by all perturbations with an effect."""
+    claims = claims_of(task, start, cells, solution)
+    acting = np.flatnonzero(claims.target >= 0)
+    environment = task.environments(acting)
+    known = task.cells_of(splits.TRAIN, environment) | task.cells_of(splits.VALIDATION, environment)
+    y, own, targets = cells.values[known].double().numpy(), environment[known].numpy(), claims.target[acting]
+    found = order_programs(y, own, targets, solution.model.p)
+    return with_support(found, y, own, targets, replicates(task, solution.model.p), task.seed, task.threads)
+
+
+def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Ordering) -> Judged:
+    """The verdict on all evidence, and the edges of the likelihood that it leaves: none unless it grants them."""
     edges = comparison.edges
     of_graph = misfit(edges.solution)
-    evidence = replace(comparison.evidence, misfit=of_graph)
+    pairs = counted(ordering, edges.adjacency.numpy() != 0)
+    evidence = replace(comparison.evidence, misfit=of_graph, pairs=pairs)
     verdict = judge(evidence)
-    if not verdict.grants_graph and edges.solution.model.intervention.graph != "nothing":
+    if not verdict.by_likelihood and edges.solution.model.intervention.graph != "nothing":
         edges = without_graph(edges)
     stability = measure_support(task, cells, edges)
-    if verdict.grants_graph and stability is not None and stability.n:
+    if verdict.by_likelihood and stability is not None and stability.n:
         evidence = replace(evidence, support=float(stability.edge[edges.adjacency != 0].max()))
         verdict = judge(evidence)
-        edges = supported(edges, stability) if verdict.grants_graph else without_graph(edges)
-    of_verdict = misfit(edges.solution) if verdict.grants_graph else of_graph
+        edges = supported(edges, stability) if verdict.by_likelihood else without_graph(edges)
+    of_verdict = misfit(edges.solution) if verdict.by_likelihood else of_graph
     return edges, verdict, of_verdict.dispersion, stability
+
+
+def counted(ordering: Ordering, edges: np.ndarray) -> PairCounts:
+    """How many pairs have each status, and how many of the likelihood's ``edges`` (p, p) they contradict."""
+    pairs = ordering.pairs
+    excluded, both = pairs.have("excluded"), pairs.have("both ways")
+    return PairCounts(
+        upstream=int(pairs.have("upstream").sum()),
+        likely=int(pairs.have("likely").sum()),
+        both_ways=int((both | both.T).sum()) // 2,
+        excluded=int(excluded.sum()),
+        undecided=int(pairs.have("undecided").sum()),
+        detectable=float(np.median(pairs.detectable[excluded])) if excluded.any() else float("inf"),
+        disagreeing=int((edges & excluded).sum()),
+    )
+
+
+def replicates(task: Task, p: int) -> int:
+    """How many times the bootstrap draws the cells again."""
+    n = task.config.bootstrap
+    if n == "auto":
+        return REPLICATES if p < MANY_LATENTS else FEW_REPLICATES
+    return n
 
 
 def measure_support(task: Task, cells: Cells, edges: Edges) -> Stability | None:
     """Support of the edges over bootstrap replicates."""
-    n = task.config.bootstrap
-    if n == "auto":
-        n = REPLICATES if edges.solution.model.p < MANY_LATENTS else FEW_REPLICATES
+    n = replicates(task, edges.solution.model.p)
     if not n:
         return None
     task.stage(f"bootstrapping {n} times")

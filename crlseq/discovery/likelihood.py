@@ -223,8 +223,8 @@ class Solution:
         model = self.model.like(moments, kind)
         return model.solve(model.adopt(start), targets, mask, steps)
 
-    def directions(self) -> tuple[Tensor, Tensor]:
-        """Read-out of latents, ``u = (y - offset) @ D``: D (q, p) and its error variance (p,).
+    def directions(self) -> Tensor:
+        """Read-out of latents (q, p), ``u = (y - offset) @ D``.
 
         Generalised least squares, ``D = psi^-1 W'(W psi^-1 W')^-1``: unbiased in every environment.
         """
@@ -233,8 +233,8 @@ class Solution:
         scaled = w / (self.model.floor + named["psi"][0].exp())
         gram = scaled @ w.T
         ridge = (1e-9 * gram.diagonal().mean() + 1e-12) * torch.eye(self.model.p, dtype=DTYPE)
-        inverse = torch.linalg.inv(gram + ridge)
-        return scaled.T @ inverse, inverse.diagonal()
+        directions: Tensor = scaled.T @ torch.linalg.inv(gram + ridge)
+        return directions
 
     def adjacency(self) -> Tensor:
         """``G`` (p, p) of the first restart, zero where the mask forbids an edge."""

@@ -47,6 +47,14 @@ class Pairs:
     detectable: Floats  # smallest |change| seen with 80 % power
     fdr: Floats  # of no change (Benjamini and Hochberg 1995)
 
+    def reordered(self, order: NDArray[np.int64]) -> Pairs:
+        """The same with programs in another order (p,)."""
+        both = np.ix_(order, order)
+        return Pairs(
+            self.change[both], self.error[both], self.status[both], self.guards[:, order][:, :, order],
+            self.detectable[both], self.fdr[both],
+        )  # fmt: skip
+
     def have(self, *names: str) -> Bools:
         """(p, p): pairs of these statuses."""
         own = np.isin(self.status, [STATUSES.index(name) for name in names])

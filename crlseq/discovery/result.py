@@ -11,15 +11,18 @@ from crlseq.data import splits
 from crlseq.discovery.bootstrap import Stability
 from crlseq.discovery.edges import Edges, reachable
 from crlseq.discovery.kind_comparison import KindComparison
+from crlseq.discovery.likelihood import Solution
 from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.n_latents import LatentChoice
 from crlseq.discovery.nonlinear_test import Preference
+from crlseq.discovery.ordering import Ordering
 from crlseq.discovery.reassign import assign_targets
 from crlseq.discovery.task import Cells, Start, Task
 from crlseq.discovery.verdict import Verdict, judge_nonlinear
 
 # Declared edges and the model that holds them, the verdict, the misfit of the model that it is about, and support.
 Judged = tuple[Edges, Verdict, float, Stability | None]
+LOG_SCALE = 1.4  # bound of a log noise scale that moments give
 CHUNK = 100_000  # cells whose latents are computed at a time
 
 
@@ -47,53 +50,96 @@ class Discovery:
     straightened: bool = False  # by a network
     stability: Stability | None = None  # programs in order; its K are the perturbations of `environments`
     choice: LatentChoice | None = None  # of the number of latents; None if it was asked for
+    ordering: Ordering | None = None  # what interventions change, programs in order; its K are `ordered`
 
 
-def linear_result(task: Task, start: Start, cells: Cells, comparison: KindComparison, judged: Judged) -> Discovery:
-    """Latents in topological order, in units of their own noise; interventions by perturbation."""
-    edges, verdict, misfit, stability = judged
-    solution, model, chosen, k = edges.solution, edges.solution.model, start.environments, len(task.effect)
-    named, order = model.unpack(solution.theta), _topological(edges.adjacency)
-    place = torch.argsort(order)
-    index, (directions, noise) = task.fitted_cells(), solution.directions()
-    some = torch.split(torch.from_numpy(index), CHUNK)  # no float64 copy of the whole screen
-    latents = torch.cat([(cells.values[rows].double() - named["offset"][0]) @ directions for rows in some])
-    if cells.variances is not None:
-        noise = (directions**2 * cells.variances[cells.train].mean(0)[:, None]).sum(0)
+@dataclass(frozen=True)
+class Claims:
+    """What each of K perturbations does to its program, in the numbering of a solution; -1, 0, 0, 1 without a claim."""
+
+    target: np.ndarray
+    shift: np.ndarray
+    log_scale: np.ndarray
+    retention: np.ndarray
+
+
+def claims_of(task: Task, start: Start, cells: Cells, solution: Solution) -> Claims:
+    """Of the perturbations that shape the graph, and of the others with an effect: they have a place in it."""
+    model, chosen, k = solution.model, start.environments, len(task.effect)
+    named = model.unpack(solution.theta)
     target, shift, log_scale, retention = np.full(k, -1), np.zeros(k), np.zeros(k), np.ones(k)
-    target[chosen] = place[solution.targets[0]].numpy()
+    target[chosen] = solution.targets[0].numpy()
     shift[chosen] = named["shift"][0].numpy()
     log_scale[chosen] = model.log_scale(named["scale"])[0].numpy()
     retention[chosen] = model.retention(named["retention"])[0].numpy()
     others = np.setdiff1d(np.flatnonzero(task.effect > 0), chosen)
-    if len(others):  # they do not shape the graph, but have a place in it
+    if len(others):
         environment = task.environments(others)
         known = task.cells_of(splits.TRAIN, environment)
         moments = environment_moments(cells.values[known], environment[known], None, len(others) + 1)
         found = assign_targets(model, solution.theta, moments)
-        target[others], shift[others] = place[found.targets].numpy(), found.shift.numpy()
+        target[others], shift[others] = found.targets.numpy(), found.shift.numpy()
         log_scale[others], retention[others] = found.log_scale.numpy(), found.retention.numpy()
+    return Claims(target, shift, log_scale, retention)
+
+
+def ordered_claims(task: Task, cells: Cells, claims: Claims, ordering: Ordering) -> Claims:
+    """Hard interventions on the ordered programs, by the mean and variance of each perturbation's training cells."""
+    shift, log_scale = np.zeros(len(claims.shift)), np.zeros(len(claims.shift))
+    acting = np.flatnonzero(claims.target >= 0)
+    environment = task.environments(acting).numpy()
+    environment[task.data.split != splits.TRAIN] = -1
+    for c, perturbation in enumerate(acting):
+        direction = ordering.directions()[:, claims.target[perturbation]]
+        own = (cells.values[environment == c + 1].double().numpy() - ordering.center) @ direction
+        if len(own) > 1:
+            shift[perturbation] = own.mean()
+            log_scale[perturbation] = np.clip(np.log(max(own.std(), 1e-3)), -LOG_SCALE, LOG_SCALE)
+    return Claims(claims.target, shift, log_scale, np.where(claims.target >= 0, 0.0, 1.0))
+
+
+def linear_result(
+    task: Task, start: Start, cells: Cells, comparison: KindComparison, judged: Judged, ordering: Ordering
+) -> Discovery:
+    """Latents in topological order, interventions by perturbation: of the likelihood, or by what interventions change."""
+    edges, verdict, misfit, stability = judged
+    solution, model = edges.solution, edges.solution.model
+    named, index = model.unpack(solution.theta), task.fitted_cells()
+    claims, kind, adjacency = claims_of(task, start, cells, solution), model.kind, edges.adjacency
+    center, directions = named["offset"][0], solution.directions()
+    if verdict.answer == "partly identified":
+        claims, kind = ordered_claims(task, cells, claims, ordering), "hard"
+        adjacency = torch.from_numpy(ordering.direct.effect * ordering.declared)
+        center, directions = torch.from_numpy(ordering.center), torch.from_numpy(ordering.directions())
+    variances = model.floor + named["psi"][0].exp()
+    if cells.variances is not None:
+        variances = cells.variances[cells.train].double().mean(0)
+    some = torch.split(torch.from_numpy(index), CHUNK)  # no float64 copy of the whole screen
+    latents = torch.cat([(cells.values[rows].double() - center) @ directions for rows in some])
+    order = _topological(adjacency)
+    target = np.where(claims.target >= 0, torch.argsort(order).numpy()[claims.target], -1)
     return Discovery(
         index=index,
         latents=latents[:, order].numpy(),
-        noise=noise[order].numpy(),
-        adjacency=edges.adjacency[order][:, order].numpy(),
+        noise=(directions**2 * variances[:, None]).sum(0)[order].numpy(),
+        adjacency=adjacency[order][:, order].numpy(),
         intercept=np.zeros(model.p),
         target=target,
-        shift=shift,
-        log_scale=log_scale,
-        retention=retention,
-        kind=model.kind,
+        shift=claims.shift,
+        log_scale=claims.log_scale,
+        retention=claims.retention,
+        kind=kind,
         equations="linear",
         verdict=verdict,
         held_out=comparison.held_out,
         gain=comparison.evidence.gain,
         gain_error=comparison.evidence.error,
         misfit=misfit,
-        environments=chosen,
+        environments=start.environments,
         straightened=cells.variances is not None,
         stability=None if stability is None else stability.reordered(order),
         choice=start.choice,
+        ordering=ordering.reordered(order.numpy()),
     )
 
 

@@ -64,7 +64,7 @@ def starting_directions(solution: Solution, wide: Moments) -> Tensor:
             "offset": torch.cat([named["offset"], wide.means[:1, old.q :]], 1),
         }
         solution = model.solve(model.pack(named), solution.targets, solution.mask, steps=WIDEN_STEPS)
-    return solution.directions()[0]
+    return solution.directions()
 
 
 def _network(n_in: int, n_out: int, bias: Tensor) -> nn.Sequential:

@@ -1,7 +1,8 @@
 """What the evidence says about the graph. Every verdict and its reason come into being here, and nowhere else.
 
-The first objection that holds makes a graph "not identified"; without one, hard interventions identify it and soft
-ones identify who is upstream of whom. `crlseq.discovery.discover` collects the evidence.
+Without an objection to the likelihood, hard interventions identify the graph and soft ones identify who is upstream of
+whom. With one, the pairs of programs that interventions order identify a part of it. `crlseq.discovery.discover` collects
+the evidence.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from crlseq.discovery.misfit import Misfit
 from crlseq.model.interventions import INTERVENTIONS
 from crlseq.storage.stage_cache import cached_on_disk
 
-Answer = Literal["identified", "ancestry only", "not identified"]
+Answer = Literal["identified", "ancestry only", "partly identified", "not identified"]
 DECISIVE = 2.0  # standard errors of a held-out gain
 DECLARED_SUPPORT = 0.5  # an edge that just passes its likelihood ratio is found in half of the replicates
 GRANTED: dict[str, tuple[Answer, str]] = {  # by what a kind of intervention identifies
@@ -34,6 +35,25 @@ class Verdict:
         """Whether edges may be declared."""
         return self.answer != "not identified"
 
+    @property
+    def by_likelihood(self) -> bool:
+        """Whether these are the edges that the likelihood selected."""
+        return self.answer in {answer for answer, _ in GRANTED.values()}
+
+
+@cached_on_disk()
+@dataclass(frozen=True)
+class PairCounts:
+    """How many pairs of programs have each status; both ways counts a pair once, all others are ordered pairs."""
+
+    upstream: int
+    likely: int
+    both_ways: int
+    excluded: int
+    undecided: int
+    detectable: float  # smallest change that would have been seen, in the median excluded pair
+    disagreeing: int  # edges of the likelihood that the pairs contradict
+
 
 @cached_on_disk()
 @dataclass(frozen=True)
@@ -47,12 +67,17 @@ class Evidence:
     error: float  # standard error of the gain
     misfit: Misfit | None = None  # of the model with the graph; None while unknown
     support: float | None = None  # largest of a selected edge; None without a bootstrap
+    pairs: PairCounts | None = None  # what interventions change; None while unknown
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """The verdict on a graph selected by likelihood."""
+    """The verdict: on the graph selected by likelihood, and where that falls, on the pairs that interventions order."""
     if objection := _objection(evidence):
-        return Verdict("not identified", objection)
+        pairs = evidence.pairs
+        if pairs is None or evidence.asked_without_graph is not None:
+            return Verdict("not identified", objection)
+        answer: Answer = "partly identified" if pairs.upstream else "not identified"
+        return Verdict(answer, f"{_in_words(pairs)} {objection}")
     gain = f"(gain {evidence.gain:.0f} ± {evidence.error:.0f} log-likelihood units)"
     better = f"With edges the model predicts held-out cells better than any model without {gain}"
     kind = INTERVENTIONS[evidence.kind]
@@ -71,9 +96,38 @@ def _objection(evidence: Evidence) -> str | None:
         return f"{INTERVENTIONS[evidence.asked_without_graph].reason} {ANY_GRAPH}"
     if evidence.misfit is not None and not evidence.misfit.describes:
         return f"The model fits poorly (misfit {evidence.misfit.value:.2f}; ideal 1.0), so the edges' gain ({gain}) may be an artefact."
+    if evidence.pairs is not None and evidence.pairs.both_ways:
+        return f"{_of(evidence.pairs.both_ways, 'pair')} of programs change each other: a hidden common cause, a cycle or nonlinear equations, which the likelihood does not know."
+    if evidence.pairs is not None and evidence.pairs.disagreeing:
+        return f"{_of(evidence.pairs.disagreeing, 'edge')} of the likelihood would have shown a change under intervention, and did not."
     if evidence.support is not None and evidence.support < DECLARED_SUPPORT:
         return f"The bootstrap removed the last edge: no selected edge recurs in at least half of the replicates (highest support {evidence.support:.2f})."
     return None
+
+
+def _in_words(pairs: PairCounts) -> str:
+    """What interventions say about all pairs of programs."""
+    total = pairs.upstream + pairs.likely + pairs.excluded + pairs.undecided + 2 * pairs.both_ways
+    if not (pairs.upstream or pairs.likely or pairs.both_ways):
+        said = "No intervention is seen to change how two programs vary together."
+    else:
+        said = f"Interventions order {_of(pairs.upstream, 'pair')} of programs."
+    parts = [f"{pairs.likely} likely"] * bool(pairs.likely) + [f"{pairs.both_ways} seen both ways"] * bool(
+        pairs.both_ways
+    )
+    if parts:
+        said += f" More are {' and '.join(parts)}."
+    if pairs.excluded:
+        said += (
+            f" In {pairs.excluded} of {total} directions a change above {pairs.detectable:.2f} would have been seen."
+        )
+    if pairs.undecided:
+        said += f" In {pairs.undecided} the cells are too few or the perturbations too weak."
+    return said
+
+
+def _of(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def judge_nonlinear(gain: float, error: float) -> Verdict:

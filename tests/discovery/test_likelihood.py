@@ -157,7 +157,7 @@ def test_exact_moments_give_shifts_scales_and_offset() -> None:
 def test_read_out_gives_the_latents_back_with_its_error() -> None:
     true = truth("hard")
     found = fit_linear(true.moments(10_000), P, "hard", restarts=2)
-    directions, error = found.directions()
+    directions = found.directions()
     loadings = found.model.unpack(found.theta)["W"][0]
     torch.testing.assert_close(loadings @ directions, torch.eye(P, dtype=DTYPE), atol=1e-6, rtol=0)
     place = found.targets[0, ::2]
@@ -345,7 +345,7 @@ def copies(moments: Moments) -> Moments:
 def test_degenerate_moments_never_give_nan(spoil: object, kind: InterventionKind) -> None:
     assert callable(spoil)
     found = fit_linear(spoil(truth(kind).moments(50)), P, kind, restarts=2, steps=25)
-    for value in (found.theta, found.nll, found.information, found.adjacency(), *found.directions()):
+    for value in (found.theta, found.nll, found.information, found.adjacency(), found.directions()):
         assert bool(torch.isfinite(value).all())
 
 

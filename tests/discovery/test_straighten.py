@@ -43,7 +43,7 @@ def explained(u: Tensor, v: Tensor) -> float:
 @pytest.fixture
 def start() -> tuple[Straightener, Tensor, Tensor]:
     y, environment, _ = bent()
-    directions = linear_fit(y, environment).directions()[0]
+    directions = linear_fit(y, environment).directions()
     return Straightener(y, environment, directions), y, directions
 
 
@@ -76,7 +76,7 @@ def test_a_component_that_latents_explain_wholly_keeps_some_noise() -> None:
 def test_a_bent_toy_becomes_straighter() -> None:
     y, environment, u = bent()
     solution = linear_fit(y, environment)
-    straightener = Straightener(y, environment, solution.directions()[0])
+    straightener = Straightener(y, environment, solution.directions())
     before = explained(u, straightener.encode(y)[0])
     straightener.train(Phase(400, 4.0))
     straightener.train(Phase(200, settle=True))
@@ -90,7 +90,7 @@ def test_a_bent_toy_becomes_straighter() -> None:
 
 def test_causal_training_keeps_the_kind_and_lowers_the_loss() -> None:
     y, environment, _ = bent()
-    straightener = Straightener(y, environment, linear_fit(y, environment).directions()[0])
+    straightener = Straightener(y, environment, linear_fit(y, environment).directions())
     first = straightener.train(Phase(100), "hard")
     later = straightener.train(Phase(200, settle=True), "hard")
     assert later < first
@@ -101,7 +101,7 @@ def test_causal_training_keeps_the_kind_and_lowers_the_loss() -> None:
 
 def test_one_seed_one_result() -> None:
     y, environment, _ = bent(n=40)
-    directions = linear_fit(y, environment).directions()[0]
+    directions = linear_fit(y, environment).directions()
 
     def trained(seed: int) -> Tensor:
         straightener = Straightener(y, environment, directions, seed)
@@ -151,7 +151,7 @@ def test_starting_directions_on_more_components_read_the_latents_out() -> None:
     narrow = type(wide)(wide.means[:, :5], wide.covariances[:, :5, :5], wide.counts)
     solution = fit_linear(narrow, P, "hard", targets=TARGETS[None])
     same = starting_directions(solution, narrow)
-    assert torch.equal(same, solution.directions()[0])
+    assert torch.equal(same, solution.directions())
     directions = starting_directions(solution, wide)
     assert directions.shape == (Q, P)
     torch.testing.assert_close((true.W @ directions).abs(), torch.eye(P, dtype=DTYPE), atol=0.05, rtol=0)

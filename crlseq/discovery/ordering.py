@@ -1,0 +1,104 @@
+"""The order of programs by what interventions change: axes, pairs, direct edges, and how often they are found again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crlseq.discovery.changes import Changes, exogenous_axes, measure_changes
+from crlseq.discovery.direct_edges import Direct, direct_edges
+from crlseq.discovery.hits import Floats
+from crlseq.discovery.pairs import Bools, Pairs, judge_pairs
+from crlseq.storage.stage_cache import cached_on_disk
+from crlseq.threads import in_parallel
+
+Ints = NDArray[np.int64]
+
+
+@cached_on_disk()
+@dataclass(frozen=True)
+class Ordering:
+    """What is known of the order of p programs; programs as the targets name them."""
+
+    center: Floats  # (q,)
+    axes: Floats  # (q, p): exogenous coordinates x = (y - center) @ axes, of unit variance over control cells
+    pairs: Pairs
+    direct: Direct
+    declared: Bools  # (p, p) direct edges between pairs that pass every guard; a DAG
+    penetrance: Floats  # (K,) share of hit cells, NaN where they cannot be told apart
+    penetrance_error: Floats  # (K,)
+    hit: Floats  # (n,) probability of each cell to have been hit: 0 of controls, NaN where it cannot be told
+    support: Floats  # (p, p) share of replicates that declare the edge again; NaN without replicates
+
+    def directions(self) -> Floats:
+        """Read-out (q, p) of the programs, u = (y - center) @ directions = x (I - G)^-1 with the declared G."""
+        graph = self.direct.effect * self.declared
+        directions: Floats = self.axes @ np.linalg.inv(np.eye(len(graph)) - graph)
+        return directions
+
+    def reordered(self, order: Ints) -> Ordering:
+        """The same with programs in another order (p,)."""
+        both = np.ix_(order, order)
+        return replace(
+            self,
+            axes=self.axes[:, order],
+            pairs=self.pairs.reordered(order),
+            direct=self.direct.reordered(order),
+            declared=self.declared[both],
+            support=self.support[both],
+        )
+
+
+def order_programs(y: Floats, environment: Ints, targets: Ints, p: int) -> Ordering:
+    """The order from cells ``y`` (n, q), ``environment`` (n,) 0 for control and c + 1 for perturbation c, and the program
+    that each perturbation targets, ``targets`` (K,).
+    """
+    center, axes = exogenous_axes(y, environment, targets, p)
+    found = measure_changes((y - center) @ axes, environment, targets)
+    pairs = judge_pairs(found)
+    direct, declared = _direct(found, pairs)
+    share, error = np.full(len(targets), np.nan), np.full(len(targets), np.nan)
+    hit = np.where(environment == 0, 0.0, np.nan)
+    for one in (one for group in found.by_target for one in group if one.hit.told):
+        share[one.perturbation], error[one.perturbation] = one.hit.share, one.hit.error
+        hit[environment == one.perturbation + 1] = one.hit.posterior
+    return Ordering(center, axes, pairs, direct, declared, share, error, hit, np.full((p, p), np.nan))
+
+
+def with_support(
+    ordering: Ordering, y: Floats, environment: Ints, targets: Ints, n: int, seed: int, threads: int
+) -> Ordering:
+    """With the support of edges over ``n`` replicates, which draw the cells of each environment again."""
+    order = np.argsort(environment, kind="stable")
+    start = np.cumsum(np.bincount(environment))
+    sizes = np.diff(start, prepend=0)
+
+    def replicate(i: int) -> Bools:
+        rng = np.random.default_rng([seed, 11, i])
+        drawn = np.concatenate([rng.integers(end - m, end, m) for m, end in zip(sizes, start, strict=True)])
+        rows = order[drawn]
+        found = measure_changes((y[rows] - ordering.center) @ ordering.axes, environment[rows], targets)
+        return _direct(found, judge_pairs(found))[1]
+
+    again = list(in_parallel(replicate, range(n), threads))
+    return replace(ordering, support=np.mean(again, axis=0)) if again else ordering
+
+
+def _direct(found: Changes, pairs: Pairs) -> tuple[Direct, Bools]:
+    """Direct edges that explain all pairs seen one way; those between pairs that pass every guard are declared."""
+    upstream, z = pairs.have("upstream"), np.abs(pairs.change) / pairs.error
+    ordered = _acyclic(upstream | pairs.have("likely"), np.where(upstream, np.inf, z))
+    direct = direct_edges(found, ordered, pairs.have("both ways"))
+    return direct, (direct.effect != 0) & upstream
+
+
+def _acyclic(edges: Bools, z: Floats) -> Bools:
+    """The pairs (p, p) without those that would close a cycle with pairs of larger ``z``."""
+    reach, kept = np.eye(len(edges), dtype=bool), np.zeros_like(edges)
+    for j, k in sorted(zip(*np.nonzero(edges), strict=True), key=lambda edge: (-z[edge], edge)):
+        if not reach[k, j]:
+            kept[j, k] = True
+            reach |= np.outer(reach[:, j], reach[k])
+    return kept
