@@ -54,6 +54,7 @@ class Perturbed:
     n: int
     shift: Floats  # (p,) of hit cells where they are told apart
     hit: Hit
+    along: Floats  # (p,) its cells' scores are x @ along
     covariance: Estimate  # E
     residual: Estimate | None  # F; None where hit cells are not told apart
     lean: Floats | None  # (p,) there: slopes in controls less those of the shift, by which F follows from E
@@ -134,12 +135,14 @@ def _measure(cells: Floats, control: Floats, inverse: Floats, i: int, perturbati
     if n < MIN_CELLS or abs(mean[i]) < MIN_SHIFT:
         return None
     along = inverse @ mean / (mean @ inverse @ mean)
-    hit = hit_cells(cells @ along, float((control @ along).var()))
+    scores = cells @ along
+    hit = hit_cells(scores, float((control @ along).var()))
     covariance = control.T @ control[:, i] / len(control)  # of x_i with all
     slope, none = covariance / covariance[i], np.zeros(len(covariance))
     if not hit.told:
-        return _measure_all(cells, covariance, i, hit, perturbation)
-    w = hit.posterior / hit.posterior.sum()
+        return _measure_all(cells, covariance, i, hit, along, perturbation)
+    w = hit.posterior(scores)
+    w /= w.sum()
     shift = w @ cells
     z = cells - shift
     product = z[:, [i]] * z
@@ -152,10 +155,10 @@ def _measure(cells: Floats, control: Floats, inverse: Floats, i: int, perturbati
     residual = Estimate(left, (w**2) @ (rest - left) ** 2, np.stack([none - scale, slope * scale, none, none]))
     of_control = float((control[:, i] ** 2).var()) / len(control)
     cut = (float(value[i] - covariance[i]), float(np.sqrt(variance[i] + of_control)))
-    return Perturbed(i, perturbation, n, shift, hit, own, residual, None, cut)
+    return Perturbed(i, perturbation, n, shift, hit, along, own, residual, None, cut)
 
 
-def _measure_all(cells: Floats, covariance: Floats, i: int, hit: Hit, perturbation: int) -> Perturbed:
+def _measure_all(cells: Floats, covariance: Floats, i: int, hit: Hit, along: Floats, perturbation: int) -> Perturbed:
     """The same of all cells, hit or not, in coordinates in which this perturbation's shift lies along x_i alone."""
     n, m = len(cells), cells.mean(0)
     lean, none = m / m[i], np.zeros(len(m))
@@ -167,7 +170,7 @@ def _measure_all(cells: Floats, covariance: Floats, i: int, hit: Hit, perturbati
     influence = (product - value - wider * (z - z[:, [i]] * lean) / m[i]) / n
     coefficients = np.stack([none - 1, lean, none + wider / m[i], -wider * lean / m[i]])
     own = Estimate(value - (covariance - covariance[i] * lean), (influence**2).sum(0), coefficients)
-    return Perturbed(i, perturbation, n, m, hit, own, None, covariance / covariance[i] - lean, None)
+    return Perturbed(i, perturbation, n, m, hit, along, own, None, covariance / covariance[i] - lean, None)
 
 
 def _residual(one: Perturbed, cut: float, error: float) -> Estimate:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from crlseq.storage.stage_cache import cached_on_disk
+
 Floats = NDArray[np.float64]
 STEPS, TOLERANCE = 200, 1e-5
 SEPARATED = 2.0  # |mu| / sqrt(v) from which hit and escaped cells are told apart
@@ -20,19 +22,30 @@ MIN_WIDTH = 0.2  # of w over v
 WIDTH_CELLS, ALL_HIT_CELLS = 10.0, 4.0  # cells that the priors are worth: on w = v, and on pi = 1
 
 
+@cached_on_disk()
 @dataclass(frozen=True)
 class Hit:
     """The mixture of one perturbation."""
 
-    posterior: Floats  # (n,) probability of each cell to have been hit
     share: float  # pi
     error: float  # standard error of the share, from the cells' scores of (pi, mu, log w)
-    separation: float  # |mu| in standard deviations of control cells
+    mean: float  # mu
+    width: float  # w
+    variance: float  # v
 
     @property
     def told(self) -> bool:
         """Whether hit and escaped cells can be told apart at all."""
         return self.separation >= SEPARATED
+
+    @property
+    def separation(self) -> float:
+        """|mu| in standard deviations of control cells."""
+        return abs(self.mean) / float(np.sqrt(self.variance))
+
+    def posterior(self, s: Floats) -> Floats:
+        """Probability (n,) of cells with scores ``s`` (n,) to have been hit."""
+        return _posterior(s, self.share, self.mean, self.width, self.variance)
 
 
 def hit_cells(s: Floats, variance: float) -> Hit:
@@ -58,7 +71,7 @@ def hit_cells(s: Floats, variance: float) -> Hit:
     )
     information = scores @ scores.T + np.diag([1e-9, 1e-9, WIDTH_CELLS / 2])
     error = float(np.sqrt(np.linalg.inv(information)[0, 0]))
-    return Hit(r, share, error, abs(mean) / float(np.sqrt(variance)))
+    return Hit(share, error, mean, width, variance)
 
 
 def _posterior(s: Floats, share: float, mean: float, width: float, variance: float) -> Floats:

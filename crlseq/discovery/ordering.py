@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from crlseq.discovery.changes import Changes, exogenous_axes, measure_changes
 from crlseq.discovery.direct_edges import Direct, direct_edges
-from crlseq.discovery.hits import Floats
+from crlseq.discovery.hits import Floats, Hit
 from crlseq.discovery.pairs import Bools, Pairs, judge_pairs
 from crlseq.storage.stage_cache import cached_on_disk
 from crlseq.threads import in_parallel
@@ -27,9 +27,8 @@ class Ordering:
     pairs: Pairs
     direct: Direct
     declared: Bools  # (p, p) direct edges between pairs that pass every guard; a DAG
-    penetrance: Floats  # (K,) share of hit cells, NaN where they cannot be told apart
-    penetrance_error: Floats  # (K,)
-    hit: Floats  # (n,) probability of each cell to have been hit: 0 of controls, NaN where it cannot be told
+    hits: dict[int, Hit]  # by perturbation: the mixture of hit and escaped cells, where they are told apart
+    along: dict[int, Floats]  # (q,) their scores are (y - center) @ along
     support: Floats  # (p, p) share of replicates that declare the edge again; NaN without replicates
 
     def directions(self) -> Floats:
@@ -37,6 +36,12 @@ class Ordering:
         graph = self.direct.effect * self.declared
         directions: Floats = self.axes @ np.linalg.inv(np.eye(len(graph)) - graph)
         return directions
+
+    def posterior(self, y: Floats, perturbation: int) -> Floats:
+        """Probability (n,) of cells (n, q) of a perturbation to have been hit; NaN where it cannot be told."""
+        if perturbation not in self.hits:
+            return np.full(len(y), np.nan)
+        return self.hits[perturbation].posterior((y - self.center) @ self.along[perturbation])
 
     def reordered(self, order: Ints) -> Ordering:
         """The same with programs in another order (p,)."""
@@ -59,12 +64,10 @@ def order_programs(y: Floats, environment: Ints, targets: Ints, p: int) -> Order
     found = measure_changes((y - center) @ axes, environment, targets)
     pairs = judge_pairs(found)
     direct, declared = _direct(found, pairs)
-    share, error = np.full(len(targets), np.nan), np.full(len(targets), np.nan)
-    hit = np.where(environment == 0, 0.0, np.nan)
-    for one in (one for group in found.by_target for one in group if one.hit.told):
-        share[one.perturbation], error[one.perturbation] = one.hit.share, one.hit.error
-        hit[environment == one.perturbation + 1] = one.hit.posterior
-    return Ordering(center, axes, pairs, direct, declared, share, error, hit, np.full((p, p), np.nan))
+    told = [one for group in found.by_target for one in group if one.hit.told]
+    hits = {one.perturbation: one.hit for one in told}
+    along = {one.perturbation: axes @ one.along for one in told}
+    return Ordering(center, axes, pairs, direct, declared, hits, along, np.full((p, p), np.nan))
 
 
 def with_support(

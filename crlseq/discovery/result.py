@@ -50,7 +50,13 @@ class Discovery:
     straightened: bool = False  # by a network
     stability: Stability | None = None  # programs in order; its K are the perturbations of `environments`
     choice: LatentChoice | None = None  # of the number of latents; None if it was asked for
-    ordering: Ordering | None = None  # what interventions change, programs in order; its K are `ordered`
+    ordering: Ordering | None = None  # what interventions change, programs in order; its perturbations are `acting`
+    hit: np.ndarray | None = None  # (cells,) float32 probability of each to have been hit; NaN where it cannot be told
+
+    @property
+    def acting(self) -> np.ndarray:
+        """Perturbations that act on a program."""
+        return np.flatnonzero(self.target >= 0)
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,19 @@ def linear_result(
         stability=None if stability is None else stability.reordered(order),
         choice=start.choice,
         ordering=ordering.reordered(order.numpy()),
+        hit=_hit(task, cells, np.flatnonzero(target >= 0), ordering),
     )
+
+
+def _hit(task: Task, cells: Cells, acting: np.ndarray, ordering: Ordering) -> np.ndarray:
+    """Probability (cells,) of each cell of the screen to have been hit by its perturbation, those held out included."""
+    environment = task.environments(acting).numpy()
+    hit = np.full(len(environment), np.nan, dtype=np.float32)
+    hit[environment == 0] = 0
+    for c in ordering.hits:
+        own = np.flatnonzero((environment == c + 1) & (task.data.split != splits.UNUSED))
+        hit[own] = ordering.posterior(cells.values[own].double().numpy(), c)
+    return hit
 
 
 def nonlinear_result(task: Task, start: Start, preference: Preference) -> Discovery:

@@ -280,6 +280,8 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
         cells["crlseq_perturbation"] = data.guides.labels
     if responders is not None:
         cells["crlseq_responder"] = responders.posterior
+    if start.warm is not None and start.warm.discovery.hit is not None:
+        cells["crlseq_hit"] = start.warm.discovery.hit
     run = replace(run, info=info, cells=cells, map=found)
     if words := sets_in_words(run.facts):
         progress.note(words)

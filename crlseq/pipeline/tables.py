@@ -17,6 +17,8 @@ from crlseq.config import Config
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.genesets import GeneSets
+from crlseq.discovery.ordering import Ordering
+from crlseq.discovery.pairs import GUARDS, STATUSES
 from crlseq.discovery.result import Discovery
 from crlseq.evaluation.held_out import evaluate_held_out
 from crlseq.model.sparse_decoder import SparseDecoder
@@ -26,7 +28,7 @@ from crlseq.readout.explained import effect_explained, variance_explained
 from crlseq.readout.pathways import explained_by_sets, pathway_table
 from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs
 from crlseq.run.schema import DETECTABLE_FDR, FORMAT
-from crlseq.run.tables import edge_table, intervention_table, program_labels, program_table
+from crlseq.run.tables import edge_table, intervention_table, pair_table, program_labels, program_table
 from crlseq.training.trainer import Fit, resolve_device
 from crlseq.training.warm_start import WarmStart
 
@@ -52,7 +54,7 @@ def tables_of(
     programs = program_table(data.genes, read.loading, read.total_effect, sparse is not None)
     interventions = intervention_table(
         data.perturbation_names, found.target, found.weight, found.shift, found.retention, found.noise_scale,
-        target_support, tests,
+        target_support, *_penetrance(discovery, len(found.target)), tests,
     )  # fmt: skip
     edges = edge_table(dag.weights, dag.declared, edge_support, dag.identification.verdict)
     evaluation = evaluate_held_out(model, data, config.training.seed)
@@ -75,6 +77,7 @@ def tables_of(
         "gene_sets": None if sets is None else _set_row(fitted, data, start, sets),
         "metrics": _metrics(evaluation, interventions, dag),
     }
+    pairs = None if discovery is None or discovery.ordering is None else _pairs(discovery.ordering, np.sign(read.scale))
     agreement = None
     if fitted.others:
         kept, *others = (read_model(each.cpu(), data) for each in (model, *fitted.others))
@@ -83,7 +86,7 @@ def tables_of(
     weights = ({name: value.cpu() for name, value in model.state_dict().items()}, fitted.architecture)
     return FittedRun(
         info, programs, interventions, edges, history.astype({"epoch": int, "total": float}), evaluation,
-        weights=weights, ensemble=agreement, pathways=pathways,
+        weights=weights, ensemble=agreement, pathways=pathways, pairs=pairs,
     )  # fmt: skip
 
 
@@ -104,7 +107,30 @@ def _support(discovery: Discovery | None, n_latents: int, n_targets: int) -> tup
     if discovery is None or stability is None:
         return np.full((n_latents, n_latents), np.nan), targets, np.full(n_latents, np.nan)
     targets[discovery.environments] = stability.target.numpy()
-    return stability.edge.numpy(), targets, stability.program.numpy()
+    edges = stability.edge.numpy()
+    if discovery.ordering is not None and not discovery.verdict.by_likelihood:
+        edges = discovery.ordering.support
+    return edges, targets, stability.program.numpy()
+
+
+def _penetrance(discovery: Discovery | None, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Share of hit cells (K,) and its standard error, NaN where hit and escaped cells cannot be told apart."""
+    share, error = np.full(n, np.nan), np.full(n, np.nan)
+    if discovery is not None and discovery.ordering is not None:
+        for k, hit in discovery.ordering.hits.items():
+            share[discovery.acting[k]], error[discovery.acting[k]] = hit.share, hit.error
+    return share, error
+
+
+def _pairs(ordering: Ordering, sign: np.ndarray) -> pd.DataFrame:
+    """``pairs.csv``; ``sign`` (p,) of the latents' programs."""
+    pairs, p = ordering.pairs, len(sign)
+    passed = np.full((p, p), "", dtype=object)
+    for k, i in np.argwhere(pairs.guards.any(0)):
+        passed[k, i] = ", ".join(name for name, on in zip(GUARDS, pairs.guards[:, k, i], strict=True) if on)
+    status = np.asarray(STATUSES, dtype=object)[pairs.status]
+    change = pairs.change * np.outer(sign, sign)
+    return pair_table(change, pairs.error, pairs.fdr, status, passed, pairs.detectable)
 
 
 def _fit_rows(fitted: Fit, data: PerturbSeqData, config: Config) -> dict[str, Any]:
@@ -196,7 +222,7 @@ def _metrics(evaluation: pd.DataFrame, interventions: pd.DataFrame, dag: Dag) ->
 
 def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict[str, Any]:
     """What ``run.json`` holds of a discovery."""
-    stability, bootstrap = discovery.stability, None
+    stability, ordering, bootstrap = discovery.stability, discovery.ordering, None
     if stability is not None:
         bootstrap = {
             "replicates": stability.n,
@@ -218,6 +244,12 @@ def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict
         "straightened": discovery.straightened,
         "n_latents_curve": None if discovery.choice is None else discovery.choice.curve,
         "bootstrap": bootstrap,
+        "pairs": None
+        if ordering is None
+        else {
+            "counts": {name: int(ordering.pairs.have(name).sum()) for name in STATUSES},
+            "edges_misfit": ordering.direct.misfit,
+        },
     }
 
 

@@ -42,6 +42,7 @@ def anndata_keys(
     facts: RunInfo,
     programs: pd.DataFrame,
     interventions: pd.DataFrame,
+    pairs: pd.DataFrame | None,
     genes: pd.Index,
     latents: np.ndarray,
     cells: pd.DataFrame,
@@ -83,6 +84,7 @@ def anndata_keys(
                 "program_labels": np.array([program.label for program in facts.programs], dtype=str),
                 "adjacency": np.array(facts.adjacency, dtype=float).reshape(len(names), -1),
                 "interventions": interventions.set_index("perturbation"),
+                **({} if pairs is None else {"pairs": pairs.set_axis(pairs.index.astype(str))}),
                 "identified": facts.identification.verdict,
                 "identified_reason": facts.identification.reason,
                 **{

@@ -22,7 +22,7 @@ from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, summary_table
 from crlseq.storage.csv import read_csv, to_csv
 from crlseq.storage.files import refuse_links_outside
-from crlseq.storage.runfolder import EMBEDDINGS, ENSEMBLE, PATHWAYS, TABLES, partial_of
+from crlseq.storage.runfolder import EMBEDDINGS, ENSEMBLE, PAIRS, PATHWAYS, TABLES, partial_of
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -57,6 +57,9 @@ class Run:
         ``kind, source, target, agreement, mean, sd``: what models of other seeds agree on; None for one seed.
     pathways
         ``program, gene_set, weight, ...``: what the encoder reads each program from; None where it reads all genes.
+    pairs
+        ``source, target, change, se, z, z_reversed, fdr, status, guards, detectable``: every ordered pair of programs,
+        whether the source is upstream of the target; None where targets were learned by gradient.
     """
 
     info: dict[str, Any]
@@ -71,6 +74,7 @@ class Run:
     map: Extrapolation | None = field(default=None, repr=False)
     ensemble: pd.DataFrame | None = field(default=None, repr=False)
     pathways: pd.DataFrame | None = field(default=None, repr=False)
+    pairs: pd.DataFrame | None = field(default=None, repr=False)
 
     @cached_property
     def facts(self) -> RunInfo:
@@ -184,7 +188,7 @@ class Run:
         known = known.reindex(cells.astype(str))
         known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(schema.SPLIT)
         latents = self.latents(source)
-        return anndata_keys(self.info, self.facts, self.programs, self.interventions, genes, latents, known)
+        return anndata_keys(self.info, self.facts, self.programs, self.interventions, self.pairs, genes, latents, known)
 
     @property
     def folder(self) -> Path:
@@ -196,7 +200,7 @@ class Run:
     def write_tables(self, folder: Path) -> None:
         """CSV tables, graph files and ``run.json``."""
         tables = {f"{name}.csv": table for name, table in self.tables().items()}
-        for name, table in (tables | {ENSEMBLE: self.ensemble, PATHWAYS: self.pathways}).items():
+        for name, table in (tables | {ENSEMBLE: self.ensemble, PATHWAYS: self.pathways, PAIRS: self.pairs}).items():
             if table is not None:
                 (folder / name).write_bytes(to_csv(table))
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
@@ -229,19 +233,21 @@ class Run:
             if (folder / "run.json").stat().st_size > schema.MAX_JSON:
                 raise ValueError(f"run.json has more than {schema.MAX_JSON >> 20} MiB")
             info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            if info["format"] > schema.FORMAT:
+            if info["format"] > max(schema.READABLE):
                 raise InputError(f"{folder} was written by crlseq {info['version']}, which is newer.", "Update crlseq.")
             writer = str(info["version"])
-            if info["format"] < schema.FORMAT:
-                raise ValueError(f"its format is {info['format']}; this version reads {schema.FORMAT}")
+            if info["format"] not in schema.READABLE:
+                raise ValueError(f"its format is {info['format']}; this version reads {min(schema.READABLE)} and later")
             facts = RunInfo.read(info)
-            anchor = {"programs": schema.ANCHOR}
+            later = {"programs": schema.ANCHOR, "interventions": schema.HIT}
             programs, interventions, edges, history, evaluation = (
-                read_csv(folder / f"{name}.csv", schema.COLUMNS[name], anchor.get(name, {})) for name in TABLES
+                read_csv(folder / f"{name}.csv", schema.COLUMNS[name], later.get(name, {})) for name in TABLES
             )
             several = facts.config.training.ensemble > 1
             ensemble = read_csv(folder / ENSEMBLE, schema.ENSEMBLE_COLUMNS) if several else None
             pathways = None if facts.gene_sets is None else read_csv(folder / PATHWAYS, schema.PATHWAY_COLUMNS)
+            ordered = facts.discovery is not None and facts.discovery.pairs is not None
+            pairs = read_csv(folder / PAIRS, schema.PAIR_COLUMNS) if ordered else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             if writer != __version__:
@@ -251,4 +257,4 @@ class Run:
                 ) from error
             raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
         tables = (programs, interventions, edges, history, evaluation)
-        return cls(info, *tables, path=folder, ensemble=ensemble, pathways=pathways)
+        return cls(info, *tables, path=folder, ensemble=ensemble, pathways=pathways, pairs=pairs)

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 MAX_JSON = 256 << 20  # bytes; that of a genome-wide screen has some 10 MiB
 DETECTABLE_FDR = 0.05
 PROGRAM_NUMBERS = ("variance_explained", "effect_explained", "stability")
@@ -29,14 +30,19 @@ COLUMNS: dict[str, dict[str, type]] = {
         "pearson_delta_mean": float, "l2_training": float, "l2_mean": float,
     },
 }  # fmt: skip
+HIT: dict[str, type] = {"penetrance": float, "penetrance_error": float}  # of interventions, since format 2
+PAIR_COLUMNS: dict[str, type] = {
+    "source": str, "target": str, "change": float, "se": float, "z": float, "z_reversed": float, "fdr": float,
+    "status": str, "guards": str, "detectable": float,
+}  # fmt: skip
 ANCHOR: dict[str, type] = {"anchor": bool}  # of programs, with a sparse decoder alone
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
 PATHWAY_COLUMNS = {
     "program": str, "gene_set": str, "description": str, "weight": float, "rank": int, "n_genes": int, "same_genes": str,
 }  # fmt: skip
 # Columns of obs: the split; where a fit was asked for them, what guides were read as, and the probability that a cell
-# responds to its perturbation.
-CELL_COLUMNS = ("crlseq_split", "crlseq_perturbation", "crlseq_responder")
+# responds to its perturbation; and of fits that find targets by likelihood, the probability that it was hit.
+CELL_COLUMNS = ("crlseq_split", "crlseq_perturbation", "crlseq_responder", "crlseq_hit")
 SPLIT = pd.CategoricalDtype(["train", "validation", "test", "unused"])
 
 # A path, and what quotes one, may hold undecodable bytes, which pydantic refuses in a string.
@@ -150,6 +156,13 @@ class Bootstrap(_Part):
     shift_error: list[float | None]
 
 
+class PairSummary(_Part):
+    """What interventions change, over all ordered pairs of programs."""
+
+    counts: dict[str, int]  # by status
+    edges_misfit: float  # chi-square per degree of freedom of the direct edges' fit
+
+
 class DiscoverySummary(_Part):
     """What the likelihood found; see `crlseq.discovery.result.Discovery`."""
 
@@ -162,6 +175,7 @@ class DiscoverySummary(_Part):
     straightened: bool
     n_latents_curve: list[dict[str, float]] | None
     bootstrap: Bootstrap | None
+    pairs: PairSummary | None = None
 
 
 class Training(_Part):

@@ -46,6 +46,8 @@ def intervention_table(
     retention: np.ndarray,
     noise_scale: np.ndarray,
     support: np.ndarray,
+    penetrance: np.ndarray,
+    penetrance_error: np.ndarray,
     tests: Mapping[str, np.ndarray],
 ) -> pd.DataFrame:
     """One row per single perturbation; all arguments (K,) but ``weight`` (K, p)."""
@@ -62,7 +64,31 @@ def intervention_table(
         "energy_distance": tests["energy"],
         "noise_scale": noise_scale,
         "support": support,
+        "penetrance": penetrance,
+        "penetrance_error": penetrance_error,
     })  # fmt: skip
+
+
+def pair_table(
+    change: np.ndarray,
+    error: np.ndarray,
+    fdr: np.ndarray,
+    status: np.ndarray,
+    guards: np.ndarray,
+    detectable: np.ndarray,
+) -> pd.DataFrame:
+    """`crlseq.run.schema.PAIR_COLUMNS` of every ordered pair, all arguments (p, p), ``status`` and ``guards`` in words."""
+    p = len(change)
+    names, off = np.asarray(program_names(p), dtype=object), ~np.eye(p, dtype=bool)
+    source, target = np.nonzero(off)
+    with np.errstate(invalid="ignore"):
+        z = np.where(np.isfinite(error), change / error, np.nan)
+    known = {"change": change, "se": error, "z": z, "z_reversed": z.T, "fdr": fdr}
+    columns = known | {"status": status, "guards": guards, "detectable": detectable}
+    unknown = ~np.isfinite(error[off])
+    table = pd.DataFrame({"source": names[source], "target": names[target]} | {k: v[off] for k, v in columns.items()})
+    table.loc[unknown, ["change", "se", "fdr", "detectable"]] = np.nan
+    return table
 
 
 def program_labels(interventions: pd.DataFrame, n_programs: int) -> list[str]:
