@@ -21,14 +21,17 @@ CELLS_PER_COMPONENT = 3  # fewer tell no precision
 @dataclass(frozen=True)
 class Leading:
     """What each of K perturbations changes most, and second most: unit ``directions`` (K, 2, q) in coordinates whitened
-    by the covariance within environments, ``lengths`` (K,) of the first in standard errors, ``errors`` (K,) of a mean in
-    standard deviations, and ``root`` (q, q) of the covariance: a direction d of the components is ``root @ d``.
+    by the covariance within environments, ``lengths`` (K,) of the first in standard errors, ``of_means`` (K,) whether it
+    is a mean shift, ``errors`` (K,) of a mean in standard deviations, ``root`` (q, q) of the covariance (a direction d of
+    the components is ``root @ d``), and differences of ``covariances`` (K, q, q).
     """
 
     directions: Tensor
     lengths: Tensor
+    of_means: Tensor
     errors: Tensor
     root: Tensor
+    covariances: Tensor
 
     def in_components(self, angles: Tensor) -> Tensor:
         """The changes (..., K, q) in the units of components, turned by ``angles`` (..., K) towards the second."""
@@ -51,7 +54,8 @@ def leading_changes(moments: Moments) -> Leading:
     white = torch.linalg.solve_triangular(root, white.transpose(1, 2), upper=False)
     enough = moments.counts > CELLS_PER_COMPONENT * q
     white = torch.where(enough[:, None, None], white, white[:1] * enough[0] + torch.eye(q, dtype=DTYPE) * ~enough[0])
-    largest = torch.linalg.eigvalsh(white[1:] - white[0]).abs().amax(1) / variance.sqrt()
+    change = white[1:] - white[0]
+    largest = torch.linalg.eigvalsh(change).abs().amax(1) / variance.sqrt()
     beyond = (largest**2 - (2 * math.sqrt(q) + q * variance.sqrt()) ** 2).clamp_min(0) / 2  # Var of a variance is 2
     precision = torch.linalg.inv(white + 1e-9 * torch.eye(q, dtype=DTYPE))
     value, vector = torch.linalg.eigh(precision[1:] - precision[0])
@@ -60,9 +64,10 @@ def leading_changes(moments: Moments) -> Leading:
         vector.gather(2, order)[:, :, : min(2, q)].transpose(1, 2).unbind(1) if q > 1 else (vector[:, 0],) * 2
     )
     mean = shifts / size[:, None].clamp_min(1e-9)
-    by_mean = (size**2 - q >= beyond)[:, None]
+    of_means = size**2 - q >= beyond
+    by_mean = of_means[:, None]
     directions = torch.stack([torch.where(by_mean, mean, first), torch.where(by_mean, first, second)], 1)
-    return Leading(directions, torch.where(by_mean[:, 0], size, beyond.sqrt()), variance.sqrt(), root)
+    return Leading(directions, torch.where(of_means, size, beyond.sqrt()), of_means, variance.sqrt(), root, change)
 
 
 def propose_targets(
