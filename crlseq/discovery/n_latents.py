@@ -78,7 +78,7 @@ def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> Late
     if found is None:
         return LatentChoice(1, [], "The perturbations do not shift the mean beyond sampling noise.")
     rays, members = _bundle(found)
-    by_variance = _by_variance(values, environment, found.effect)
+    by_variance = _by_variance(values, environment, found.effect & (found.rank > 0))
     if found.rank == 0 or len(rays) == 0:
         if by_variance:
             return LatentChoice(by_variance, [], f"No mean shifts; variances change along {_directions(by_variance)}.")
