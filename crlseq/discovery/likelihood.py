@@ -275,17 +275,13 @@ def fit_linear(
     From the partitions ``targets`` (R, K), else the ``restarts`` best proposed; ``each`` is a map, or a parallel one.
     Where one partition alone is proposed, as with one perturbation a program, restarts differ in the loadings.
     """
-    model, generator = (
-        LinearModel(moments, n_latents, kind, noise_floor, fit_noise),
-        torch.Generator().manual_seed(seed),
-    )
+    model, left = LinearModel(moments, n_latents, kind, noise_floor, fit_noise), 1
     if targets is None:
-        targets = propose_targets(moments, n_latents, restarts, generator)
-    mask, angles, left = allowed_edges(n_latents, kind), torch.zeros(targets.shape, dtype=DTYPE), 1
-    if restarts > 1 and bool((targets == targets[0]).all()):
-        targets, left = targets[:1].expand(TURNED_PER_RESTART * restarts, -1), TURNED_LEFT
-        angles = (2 * torch.rand(targets.shape, generator=generator, dtype=DTYPE) - 1) * MAX_TURN
-        angles[0] = 0
+        targets, angles = _starts(moments, n_latents, restarts, torch.Generator().manual_seed(seed))
+        left = TURNED_LEFT if bool(angles.any()) else 1
+    else:
+        angles = torch.zeros(targets.shape, dtype=DTYPE)
+    mask = allowed_edges(n_latents, kind)
 
     def race(some: tuple[Tensor, Tensor]) -> Solution:
         theta = model.start(*some)
@@ -296,3 +292,14 @@ def fit_linear(
     theta, partition, allowed = (torch.cat([getattr(s, name) for s in raced]) for name in ("theta", "targets", "mask"))
     ahead = torch.cat([s.nll for s in raced]).argsort(stable=True)[:left]
     return model.solve(theta[ahead], partition[ahead], allowed[ahead], steps).best()
+
+
+def _starts(moments: Moments, n_latents: int, restarts: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Partitions (R, K) and the angles (R, K) of their loadings: 0, but where only one partition is proposed."""
+    targets = propose_targets(moments, n_latents, restarts, generator)
+    if restarts == 1 or bool((targets != targets[0]).any()):
+        return targets, torch.zeros(targets.shape, dtype=DTYPE)
+    targets = targets[:1].expand(TURNED_PER_RESTART * restarts, -1)
+    angles = (2 * torch.rand(targets.shape, generator=generator, dtype=DTYPE) - 1) * MAX_TURN
+    angles[0] = 0
+    return targets, angles

@@ -25,7 +25,9 @@ OUTLYING = 3.0  # standard errors
 ROUNDS = 10  # of directions and shifts in turn
 SETTLED = 1e-4
 SPREAD = 0.03  # of the shift: by which directions of one target differ beyond sampling
-LEAN_DEVIATION = 0.3  # prior standard deviation of a lean about that of uncorrelated control cells; decides where few agree
+LEAN_DEVIATION = (
+    0.3  # prior standard deviation of a lean about that of uncorrelated control cells; decides where few agree
+)
 MAD_TO_SD = 1.4826
 MIN_CELLS = 10
 MIN_AGREEING = 2  # perturbations of a target, or what leans is not told from what has a second target
@@ -50,7 +52,9 @@ def second_targets(x: Floats, environment: NDArray[np.int64], targets: NDArray[n
     """
     k, p = len(targets), x.shape[1]
     n = np.bincount(environment, minlength=k + 1)
-    means = np.stack([np.bincount(environment, x[:, j], minlength=k + 1) for j in range(p)], 1) / np.maximum(n, 1)[:, None]
+    means = (
+        np.stack([np.bincount(environment, x[:, j], minlength=k + 1) for j in range(p)], 1) / np.maximum(n, 1)[:, None]
+    )
     control = np.cov(x[environment == 0].T).reshape(p, p)
     own = np.stack([np.cov(x[environment == c + 1].T).reshape(p, p) if n[c + 1] > 1 else control for c in range(k)])
     sampling = own / np.maximum(n[1:], 1)[:, None, None] + control / n[0]
