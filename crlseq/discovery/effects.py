@@ -81,10 +81,10 @@ def moment_test(
     row, column = np.triu_indices(q)
     scale = np.where(row == column, 1.0, 2.0) ** 0.5 / q**0.5  # an entry off the diagonal counts twice in the norm
     features = np.concatenate([z / q**0.25, z[:, row] * z[:, column] * scale], 1)
-    features = torch.from_numpy((features - features.mean(0)).astype(np.float32))
+    centred = torch.from_numpy((features - features.mean(0)).astype(np.float32))
 
     def distance(labels: np.ndarray) -> np.ndarray:
-        sums = torch.from_numpy(labels) @ features  # of the others: its negative
+        sums = torch.from_numpy(labels) @ centred  # of the others: its negative
         found: np.ndarray = ((sums * (1 / n + 1 / (len(z) - n))) ** 2).sum(1).numpy()
         return found
 

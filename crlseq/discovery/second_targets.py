@@ -108,6 +108,6 @@ def _leans(shift: Floats, error: Floats, prior: Floats, i: int) -> Floats:
         tried = ((agree * slopes).sum(1) + prior / LEAN_DEVIATION**2) / (agree.sum(1) + LEAN_DEVIATION**-2)
     apart = (shift - tried[:, None] * along) / error
     cost = np.minimum(apart**2, OUTLYING**2).sum(1) + ((tried - prior) / LEAN_DEVIATION) ** 2
-    best = np.take_along_axis(tried, cost.argmin(0)[None], 0)[0]
+    best: Floats = np.take_along_axis(tried, cost.argmin(0)[None], 0)[0]
     best[i] = 0.0
     return best
