@@ -102,25 +102,24 @@ def _directions(n: int) -> str:
 
 
 def _by_variance(values: Tensor, environment: Tensor, effect: Tensor) -> int:
-    """Number of programs of perturbations that change variances and no mean: those whose change of the covariance is like
-    none of the others' (cosine of the matrices, sampling noise taken off) and along none of the mean shifts.
+    """Number of programs of perturbations that change variances and no mean: those whose change of the covariance is along
+    none of the mean shifts and like none of the others' (cosine of the matrices, sampling noise taken off).
     """
+    if bool(effect.all()):
+        return 0
     moments = environment_moments(values, environment)
     leading, q = leading_changes(moments), values.shape[1]
-    change = leading.covariances.flatten(1)
-    noise = torch.diag(1 / moments.counts[1:]) + 1 / moments.counts[0]
+    clear = ~effect & ~leading.of_means & (leading.lengths > CLEAR_CHANGE)
+    by_length = leading.lengths.argsort(descending=True)
+    some = by_length[clear[by_length]][:MAX_RAYS]
+    along = (leading.directions[some, 0] @ leading.directions[effect, 0].T).abs() > SAME_RAY
+    some = some[~along.any(1)]
+    change = leading.covariances[some].flatten(1)
+    noise = torch.diag(1 / moments.counts[1:][some]) + 1 / moments.counts[0]
     product = change @ change.T - q * (q + 1) * noise
     size = product.diagonal().clamp_min(1e-12).sqrt()
     alike = (product / size[:, None] / size).abs() > SAME_CHANGE
-    clear = ~effect & ~leading.of_means & (leading.lengths > CLEAR_CHANGE)
-    along = (leading.directions[:, 0] @ leading.directions[effect, 0].T).abs() > SAME_RAY
-    known = effect | (clear & along.any(1))
-    n = 0
-    for c in leading.lengths.argsort(descending=True).tolist():
-        if clear[c] and not known[c]:
-            n += not bool((alike[c] & known).any())
-            known[c] = True
-    return n
+    return sum(not bool(alike[c, :c].any()) for c in range(len(some)))
 
 
 def _usable(values: Tensor, environment: Tensor) -> tuple[Tensor, Tensor]:
