@@ -31,7 +31,7 @@ FIT: dict[str, Any] = {"epochs": 1, "bootstrap": 2, "equations": "linear"}
 CALLS = {
     "components": (steps, "whitened_components"), "number": (steps, "number_of_programs"),
     "likelihood": (steps, "fit_likelihood"), "kinds": (steps, "compare_on"),
-    "straightened": (straighten, "straightened"), "bootstrap": (steps, "bootstrap"),
+    "straightened": (straighten, "straightened"), "ordering": (steps, "ordered"), "bootstrap": (steps, "bootstrap"),
 }  # fmt: skip
 
 
@@ -91,8 +91,8 @@ def interrupted(screen_file: Path, folder: Path, stage: str) -> set[str]:
     ("stage", "done"),
     [
         ("fitting the interventional", {"effects", "components", "number"}),
-        ("bootstrapping", {"effects", "components", "number", "likelihood", "kinds", "straightened"}),
-        ("reading off", {"effects", "components", "number", "likelihood", "kinds", "straightened", "bootstrap"}),
+        ("bootstrapping", {"effects", "components", "number", "likelihood", "kinds", "straightened", "ordering"}),
+        ("reading off", {"effects", *CALLS}),
     ],
 )
 def test_goes_on_behind_the_last_stage(
