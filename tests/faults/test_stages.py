@@ -126,6 +126,7 @@ def test_damaged_foreign_and_planted_results_are_computed_again(
     save_checkpoint(at["number"], {"format": 2, "identity": "of another fit", "result": 1})
     at["likelihood"].write_bytes(at["likelihood"].read_bytes()[:-1])
     at["kinds"].write_bytes(pickle.dumps(Planted()))
+    at["ordering"].write_bytes(b"")
     at["straightened"].unlink()
     save_checkpoint(at["straightened"], {"format": 2, "identity": "x", "result": Planted()})
     (tmp_path / "RUN.partial" / "stage-of-another-version.pt").write_bytes(b"?")
