@@ -29,6 +29,7 @@ class Ordering:
     declared: Bools  # (p, p) direct edges between pairs that pass every guard; a DAG
     hits: dict[int, Hit]  # by perturbation: the mixture of hit and escaped cells, where they are told apart
     along: dict[int, Floats]  # (q,) their scores are (y - center) @ along
+    robust: Bools  # (p, p) pairs that are called whatever is left out, see `crlseq.discovery.robustness`
     support: Floats  # (p, p) share of replicates that declare the edge again; NaN without replicates
 
     def directions(self) -> Floats:
@@ -52,6 +53,7 @@ class Ordering:
             pairs=self.pairs.reordered(order),
             direct=self.direct.reordered(order),
             declared=self.declared[both],
+            robust=self.robust[both],
             support=self.support[both],
         )
 
@@ -67,7 +69,8 @@ def order_programs(y: Floats, environment: Ints, targets: Ints, p: int) -> Order
     told = [one for group in found.by_target for one in group if one.hit.told]
     hits = {one.perturbation: one.hit for one in told}
     along = {one.perturbation: axes @ one.along for one in told}
-    return Ordering(center, axes, pairs, direct, declared, hits, along, np.full((p, p), np.nan))
+    robust = np.zeros((p, p), dtype=bool)  # not tried
+    return Ordering(center, axes, pairs, direct, declared, hits, along, robust, np.full((p, p), np.nan))
 
 
 def with_support(

@@ -130,7 +130,7 @@ def _pairs(ordering: Ordering, sign: np.ndarray) -> pd.DataFrame:
         passed[k, i] = ", ".join(name for name, on in zip(GUARDS, pairs.guards[:, k, i], strict=True) if on)
     status = np.asarray(STATUSES, dtype=object)[pairs.status]
     change = pairs.change * np.outer(sign, sign)
-    return pair_table(change, pairs.error, pairs.fdr, status, passed, pairs.detectable)
+    return pair_table(change, pairs.error, pairs.fdr, status, passed, pairs.detectable, ordering.robust)
 
 
 def _fit_rows(fitted: Fit, data: PerturbSeqData, config: Config) -> dict[str, Any]:
