@@ -44,7 +44,7 @@ class Direct:
 def direct_edges(found: Changes, ordered: Bools, both: Bools) -> Direct:
     """G within the pairs ``ordered`` (p, p), which hold no cycle, and Omega on the pairs ``both`` (p, p), symmetric."""
     p = len(found.e)
-    error = np.hypot(np.hypot(found.e_error, found.e - found.f), LEAST_ERROR)
+    error = np.hypot(found.e_error, LEAST_ERROR)
     seen = np.isfinite(error) & ~np.eye(p, dtype=bool)
     pairs = [(j, k) for j, k in zip(*np.nonzero(both | both.T), strict=True) if j < k]
     edges = list(zip(*np.nonzero(ordered & seen), strict=True))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from crlseq.discovery.changes import Changes, exogenous_axes, measure_changes
+from crlseq.discovery.axes import exogenous_axes
+from crlseq.discovery.changes import Changes, measure_changes
 from crlseq.discovery.direct_edges import Direct, direct_edges
 from crlseq.discovery.hits import Floats, Hit
 from crlseq.discovery.pairs import Bools, Pairs, judge_pairs
