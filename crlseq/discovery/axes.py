@@ -12,13 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from crlseq.discovery.hits import Floats
 
 SHIFT_SPREAD = 0.15  # by which unit shifts of one target differ beyond sampling, where the first axes are chosen
 ROUNDS, STEPS, SETTLED = 8, 30, 1e-4
-GRID = 201  # points over which a consensus is integrated
+GRID = 121  # points over which a consensus is integrated
 OUTLIERS, OUTLIER_SIZE = 0.2, 0.05  # start of rho and of tau^2
 RARE = (1.0, 9.0)  # outlying and other slopes that the prior of rho is worth
 LEAST_SIZE = 0.003  # of tau^2
@@ -43,8 +44,8 @@ def exogenous_axes(
     target, on which its perturbations agree; generalised least squares by the covariance of controls.
     """
     k = len(targets)
-    n = np.bincount(environment, minlength=k + 1)
-    mean = np.stack([y[environment == c].mean(0) for c in range(k + 1)])
+    n = np.maximum(np.bincount(environment, minlength=k + 1), 1)
+    mean = environment_means(y, environment, k + 1)
     white = np.linalg.cholesky(np.linalg.inv(np.cov(y[environment == 0].T)))
     shift = (mean[1:] - mean[0]) @ white
     basis = _first_basis(shift, targets, n[1:], p)
@@ -114,11 +115,19 @@ def shifts_outside(y: Floats, x: Floats, environment: NDArray[np.int64]) -> floa
         return 1.0
     total = 0.0
     for values, sign in ((y, 1.0), (x, -1.0)):
-        mean = np.stack([values[environment == c + 1].mean(0) for c in np.flatnonzero(there)])
-        shift = mean - values[environment == 0].mean(0)
+        mean = environment_means(values, environment, len(n))
+        shift = mean[1:][there] - mean[0]
         inverse = np.linalg.inv(np.cov(values[environment == 0].T).reshape(values.shape[1], -1))
         total += sign * float(((shift @ inverse * shift).sum(1) / (1 / n[1:][there] + 1 / n[0])).sum())
     return float(total / (there.sum() * (y.shape[1] - x.shape[1])))
+
+
+def environment_means(y: Floats, environment: NDArray[np.int64], n: int) -> Floats:
+    """Means (n, q) of the cells ``y`` (cells, q) of each environment; 0 without cells."""
+    share = 1 / np.maximum(np.bincount(environment, minlength=n), 1)
+    rows = sp.csr_matrix((share[environment], (environment, np.arange(len(y)))), shape=(n, len(y)))
+    means: Floats = rows @ y
+    return means
 
 
 def _first_basis(shift: Floats, targets: NDArray[np.int64], n: NDArray[np.int64], p: int) -> Floats:
