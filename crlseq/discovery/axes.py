@@ -126,8 +126,7 @@ def environment_means(y: Floats, environment: NDArray[np.int64], n: int) -> Floa
     """Means (n, q) of the cells ``y`` (cells, q) of each environment; 0 without cells."""
     share = 1 / np.maximum(np.bincount(environment, minlength=n), 1)
     rows = sp.csr_matrix((share[environment], (environment, np.arange(len(y)))), shape=(n, len(y)))
-    means: Floats = rows @ y
-    return means
+    return np.asarray(rows @ y, dtype=np.float64)
 
 
 def _first_basis(shift: Floats, targets: NDArray[np.int64], n: NDArray[np.int64], p: int) -> Floats:

@@ -16,6 +16,8 @@ from crlseq.storage.stage_cache import cached_on_disk
 from crlseq.threads import in_parallel
 
 Ints = NDArray[np.int64]
+MAYBE = 1.5  # standard errors from which a pair may be a link of a chain
+BEFORE = 1e6  # likely pairs are ordered before those
 
 
 @cached_on_disk()
@@ -91,9 +93,11 @@ def with_support(
 
 
 def _direct(found: Changes, pairs: Pairs) -> tuple[Direct, Bools]:
-    """Direct edges that explain all pairs seen one way; those between pairs that pass every guard are declared."""
-    upstream, z = pairs.have("upstream"), np.abs(pairs.change) / pairs.error
-    ordered = _acyclic(upstream | pairs.have("likely"), np.where(upstream, np.inf, z))
+    """Direct edges that explain what is seen; those between pairs that pass every guard are declared. Weak pairs take part,
+    since a program may be upstream of another through one that is not called.
+    """
+    upstream, likely, z = pairs.have("upstream"), pairs.have("likely"), np.abs(pairs.change) / pairs.error
+    ordered = _acyclic(upstream | likely | (z > MAYBE), np.where(upstream, np.inf, np.where(likely, BEFORE + z, z)))
     direct = direct_edges(found, ordered, pairs.have("both ways"))
     return direct, (direct.effect != 0) & upstream
 

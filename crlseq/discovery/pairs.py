@@ -28,18 +28,18 @@ from crlseq.discovery.hits import Floats
 from crlseq.storage.stage_cache import cached_on_disk
 
 Bools = NDArray[np.bool_]
-CALL, SEEN = 3.5, 3.0  # |z|
+CALL, SEEN, BACK = 3.5, 3.0, 2.7  # |z|: of a call, of what takes part in rules, of the reverse of a call
 FALSE_CALLS = 0.025  # expected among all pairs, where they are so many that CALL gives more
 LEFT, LEFT_LIKELY = 2.5, 1.5  # standard errors that correlations of controls must leave
 SMALL, SMALL_LIKELY = 0.5, 0.6  # share of a change below which the reverse must be, with two and one standard errors
 BESIDE = 4.0  # |z| of a change where there is none
-MODULATED, MODULATED_LIKELY = 0.05, 0.5  # probability that a change is one in proportion to the dose
+MODULATED, MODULATED_LIKELY = 0.02, 0.5  # probability that a change is one in proportion to the dose
 MODULATED_PRIOR = (1.0, 3.0)  # modulated and other changes that the prior is worth
 AGREE_DEGREES = 4.0  # of freedom, that perturbations of a target agree
 LIKELY_FDR = 0.02
 POWER = 0.84  # standard normal quantile of 80 % power
 SIZE = 0.3  # standard deviations of control cells: a change that matters, and that "excluded" is about
-HIDDEN = 0.35  # share of a change both ways from which correlation in controls explains it
+HIDDEN = 0.4  # share of a change both ways from which correlation in controls explains it
 STATUSES = ("upstream", "likely", "both ways", "excluded", "undecided")
 GUARDS = ("change", "one way", "controls", "beside", "dose")
 
@@ -55,7 +55,7 @@ class Pairs:
     guards: Bools  # (len(GUARDS), p, p) passed
     detectable: Floats  # smallest |change| seen with 80 % power
     fdr: Floats  # of no change (Benjamini and Hochberg 1995)
-    hidden: Bools  # of pairs seen both ways, those that correlate in controls as a hidden common cause makes them
+    hidden: Bools  # of pairs seen both ways, those that correlate in controls: a hidden common cause, not a cycle
 
     def have(self, *names: str) -> Bools:
         """(p, p): pairs of these statuses."""
@@ -88,12 +88,12 @@ def judge_pairs(found: Changes) -> Pairs:
     fdr[known] = benjamini_hochberg(2 * norm.sf(z[known]))
     leaning = SMALL_LIKELY * size > size.T + error.T
     likely = (fdr < LIKELY_FDR) & leaning & (left > LEFT_LIKELY * error) & beside & (dose < MODULATED_LIKELY)
-    both = (np.maximum(z, z.T) > CALL) & (np.minimum(z, z.T) > SEEN) & ~leaning & ~leaning.T
+    both = (np.maximum(z, z.T) > CALL) & (np.minimum(z, z.T) > BACK) & ~one_way & ~one_way.T & off
     detectable = (call + POWER) * error
     excluded = (detectable <= SIZE) & (size + 2 * error < detectable)
     status = np.where(excluded, STATUSES.index("excluded"), STATUSES.index("undecided"))
     status[likely & off] = STATUSES.index("likely")
-    status[both & ~upstream & ~upstream.T & off] = STATUSES.index("both ways")
+    status[both] = STATUSES.index("both ways")
     status[upstream] = STATUSES.index("upstream")
     return Pairs(-found.e, error, status, guards, detectable, fdr, both & _hidden(found))
 
@@ -157,12 +157,12 @@ def _beside_unchanged(found: Changes, z: Floats) -> Bools:
     moved = np.abs(found.beside) > BESIDE
     own = np.einsum("ikk->ki", moved)
     others = np.einsum("ikj,ji->ki", moved.astype(float), (z > CALL).astype(float)) > 0
-    return ~(own | others)
+    unchanged: Bools = ~(own | others)
+    return unchanged
 
 
 def _hidden(found: Changes) -> Bools:
-    """(p, p): both changes have one sign, and controls correlate with the other, as -E = Omega says."""
-    e, c = found.e, found.correlation
-    least = np.minimum(np.abs(e), np.abs(e.T))
-    hidden: Bools = (e * e.T > 0) & (-c * np.sign(e) > HIDDEN * least)
+    """(p, p): controls correlate as well, as Omega makes them; exogenous programs of a cycle do not."""
+    least = np.minimum(np.abs(found.e), np.abs(found.e.T))
+    hidden: Bools = np.abs(found.correlation) > HIDDEN * least
     return hidden
