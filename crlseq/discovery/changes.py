@@ -50,6 +50,8 @@ class Perturbed:
     scale: float  # share of E that it shows: 1 of hit cells, else the share of them
     value: Floats  # (p,) E[:, target] times scale; at the target the change of its variance
     variance: Floats  # (p,) that its own cells leave
+    escaped: Floats  # (p,) mean of escaped cells where they are told apart, else 0
+    n_escaped: float
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class _Sample:
     hit: Hit
     along: Floats  # (p,)
     scale: float
+    escaped: Floats  # (p,)
+    n_escaped: float
 
 
 def measure_changes(x: Floats, environment: NDArray[np.int64], targets: NDArray[np.int64]) -> Changes:
@@ -117,13 +121,14 @@ def _sample(cells: Floats, c0: Floats, inverse: Floats, i: int) -> _Sample | Non
     if hit.told:
         posterior = hit.posterior(scores)
         weight = posterior / posterior.sum()
-        shift = weight @ cells
-        return _Sample(cells - shift, weight, np.zeros_like(mean), 0.0, shift, hit, along, 1.0)
+        shift, n_escaped = weight @ cells, float((1 - posterior).sum())
+        escaped = (1 - posterior) @ cells / max(n_escaped, 1e-9)
+        return _Sample(cells - shift, weight, np.zeros_like(mean), 0.0, shift, hit, along, 1.0, escaped, n_escaped)
     lean, z = mean / mean[i], cells - mean
     lean[i] = 0
     wider = float((z[:, i] ** 2).mean() - c0[i, i]) / float(mean[i])
     weight = np.full(len(cells), 1 / len(cells))
-    return _Sample(z - z[:, [i]] * lean, weight, lean, wider, mean, hit, along, hit.share)
+    return _Sample(z - z[:, [i]] * lean, weight, lean, wider, mean, hit, along, hit.share, 0 * mean, 0.0)
 
 
 def _perturbed(found: dict[int, _Sample], i: int, c0: Floats, n_control: int) -> list[Perturbed]:
@@ -139,7 +144,8 @@ def _perturbed(found: dict[int, _Sample], i: int, c0: Floats, n_control: int) ->
     seen = []
     for c, one in found.items():
         value, variance = _estimate(one, slopes * one.scale, i, c0)
-        seen.append(Perturbed(i, c, one.shift, one.hit, one.along, one.scale, value, variance))
+        same = (one.shift, one.hit, one.along, one.scale, value, variance, one.escaped, one.n_escaped)
+        seen.append(Perturbed(i, c, *same))
     return seen
 
 

@@ -96,24 +96,26 @@ class _Problem:
 
     def fit(self, theta: Floats) -> tuple[Floats, Floats, float]:
         """Parameters, their covariance, and chi-square."""
-        damping, (rest, jacobian) = 1e-3, self.residuals(theta)
+        damping, now = 1e-3, self.residuals(theta)
         for _ in range(STEPS):
-            h, gradient, before = jacobian.T @ jacobian, jacobian.T @ rest, rest @ rest
+            rest, jacobian = now
+            h, gradient, before = jacobian.T @ jacobian, jacobian.T @ rest, float(rest @ rest)
             step = np.linalg.solve(h + damping * np.diag(np.diag(h)), gradient)
             new = np.asarray(theta - step, dtype=np.float64)
             new[-len(self.e) - 1 :] = np.maximum(new[-len(self.e) - 1 :], LEAST_OWN)
             trial = self.residuals(new)
-            if trial[0] @ trial[0] > before:
+            after = float(trial[0] @ trial[0])
+            if after > before:
                 damping *= 5
                 if damping > 1e6:
                     break
                 continue
-            theta, damping = new, max(damping / 5, 1e-9)
-            rest, jacobian = trial
-            if before - rest @ rest < 1e-6 * (1 + before):
+            theta, now, damping = new, trial, max(damping / 5, 1e-9)
+            if before - after < 1e-6 * (1 + before):
                 break
-        covariance: Floats = np.linalg.inv(jacobian.T @ jacobian + 1e-9 * np.eye(len(theta)))
-        return theta, covariance, float(rest @ rest)
+        rest, jacobian = now
+        covariance = np.linalg.inv(jacobian.T @ jacobian + 1e-9 * np.eye(len(theta)))
+        return theta, np.asarray(covariance, dtype=np.float64), float(rest @ rest)
 
     def worth(self, theta: Floats, covariance: Floats) -> Floats:
         """Chi-square (edges,) of Omega[j, j] G[j, k], the change that an edge makes: Omega may be uncertain, it is not."""

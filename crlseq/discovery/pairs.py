@@ -8,6 +8,7 @@ look like that, each of which leaves its own trace; the guards ask for the absen
 ``controls``  correlations of exogenous programs in controls leave most of it (`left_by_controls`): no ancestor's hidden
               cause, no axis that is turned by second targets which perturbations share
 ``beside``    covariances of k beside x_i stay as they are: no turned axis, no cells that are hit because of k
+``escaped``   cells that escaped do not differ from controls in k the other way than hit ones: k does not choose them
 ``dose``      the change is the same at all doses: no shift whose size depends on k (`modulated`)
 
 Wrong calls are weighed at the level of the screen where one screen can show them: a screen whose other changes are the
@@ -33,6 +34,8 @@ FALSE_CALLS = 0.025  # expected among all pairs, where they are so many that CAL
 LEFT, LEFT_LIKELY = 2.5, 1.5  # standard errors that correlations of controls must leave
 SMALL, SMALL_LIKELY = 0.5, 0.6  # share of a change below which the reverse must be, with two and one standard errors
 BESIDE = 4.0  # |z| of a change where there is none
+CHOSEN, CHOSEN_CALL = 0.3, 3.5  # standard deviations of controls by which escaped cells may differ, and its z
+MOST_HIT = 0.8  # of the cells: beyond, many of those that seem to have escaped were hit
 MODULATED, MODULATED_LIKELY = 0.02, 0.5  # probability that a change is one in proportion to the dose
 MODULATED_PRIOR = (1.0, 3.0)  # modulated and other changes that the prior is worth
 AGREE_DEGREES = 4.0  # of freedom, that perturbations of a target agree
@@ -41,7 +44,7 @@ POWER = 0.84  # standard normal quantile of 80 % power
 SIZE = 0.3  # standard deviations of control cells: a change that matters, and that "excluded" is about
 HIDDEN = 0.4  # share of a change both ways from which correlation in controls explains it
 STATUSES = ("upstream", "likely", "both ways", "excluded", "undecided")
-GUARDS = ("change", "one way", "controls", "beside", "dose")
+GUARDS = ("change", "one way", "controls", "beside", "escaped", "dose")
 
 
 @cached_on_disk()
@@ -79,15 +82,16 @@ def judge_pairs(found: Changes) -> Pairs:
     size, z = np.abs(found.e), np.abs(found.e) / error * off
     call = max(CALL, float(norm.isf(FALSE_CALLS / 2 / max(p * (p - 1), 1))))
     left, dose = left_by_controls(found), modulated(found)
-    beside = _beside_unchanged(found, z) & off
+    clean = _beside_unchanged(found, z), _not_chosen(found)
     one_way = SMALL * size > size.T + 2 * error.T
-    guards = np.stack([z > call, one_way, left > LEFT * error, beside, dose < MODULATED]) & off
+    guards = np.stack([z > call, one_way, left > LEFT * error, *clean, dose < MODULATED]) & off
     upstream = guards.all(0)
     fdr = np.ones((p, p))
     known = off & np.isfinite(error)
     fdr[known] = benjamini_hochberg(2 * norm.sf(z[known]))
     leaning = SMALL_LIKELY * size > size.T + error.T
-    likely = (fdr < LIKELY_FDR) & leaning & (left > LEFT_LIKELY * error) & beside & (dose < MODULATED_LIKELY)
+    likely = (fdr < LIKELY_FDR) & leaning & (left > LEFT_LIKELY * error) & (dose < MODULATED_LIKELY)
+    likely &= clean[0] & clean[1]
     both = (np.maximum(z, z.T) > CALL) & (np.minimum(z, z.T) > BACK) & ~one_way & ~one_way.T & off
     detectable = (call + POWER) * error
     excluded = (detectable <= SIZE) & (size + 2 * error < detectable)
@@ -159,6 +163,18 @@ def _beside_unchanged(found: Changes, z: Floats) -> Bools:
     others = np.einsum("ikj,ji->ki", moved.astype(float), (z > CALL).astype(float)) > 0
     unchanged: Bools = ~(own | others)
     return unchanged
+
+
+def _not_chosen(found: Changes) -> Bools:
+    """(p, p): cells of perturbations of i that escaped and those that were hit do not lie on two sides of controls in k."""
+    fine = np.ones(found.e.shape, dtype=bool)
+    for i, group in enumerate(found.by_target):
+        told = [one for one in group if one.hit.told and one.hit.share < MOST_HIT]
+        if told:
+            n = np.array([one.n_escaped for one in told])
+            apart = n @ np.stack([-np.sign(one.shift) * one.escaped for one in told]) / n.sum()
+            fine[:, i] = (apart < CHOSEN) | (apart * np.sqrt(n.sum()) < CHOSEN_CALL)
+    return fine
 
 
 def _hidden(found: Changes) -> Bools:

@@ -13,14 +13,13 @@ from crlseq.discovery.hits import Hit
 from crlseq.discovery.pairs import GUARDS, STATUSES, Pairs, judge_pairs, left_by_controls, modulated
 from tests.component_screens import component_screen
 
-HIT = Hit(share=1.0, error=0.01, mean=3.0, width=1.0, variance=1.0)
+HIT = Hit(share=0.6, error=0.01, mean=3.0, width=1.0, variance=1.0)
 SHIFTS = (3.0, -2.0, 4.0, -3.0)
 
 
 def perturbed(target: int, shift: float, value: np.ndarray) -> Perturbed:
-    return Perturbed(
-        target, 0, shift * np.eye(len(value))[target], HIT, np.ones(len(value)), 1.0, value, value * 0 + 0.01
-    )
+    none, own = np.zeros(len(value)), np.eye(len(value))[target]
+    return Perturbed(target, 0, shift * own, HIT, none, 1.0, value, none + 0.01, none, 40.0)
 
 
 def changes(e: np.ndarray, error: float = 0.05, **other: Any) -> Changes:
@@ -107,6 +106,15 @@ def test_covariances_beside_that_change() -> None:
     assert status(judge_pairs(changes(one_edge(), beside=beside))) == "upstream"  # 1 does not lose 2
 
 
+def test_cells_that_are_chosen_by_a_program() -> None:
+    for away, passes in ((-0.5, False), (0.5, True), (-0.2, True)):  # escaped cells, where hit ones are at +0.6
+        found = changes(one_edge())
+        own = np.eye(3)[0]
+        group = [replace(one, shift=one.shift + 0.6 * own, escaped=away * own) for one in found.by_target[1]]
+        found = replace(found, by_target=[found.by_target[0], group, found.by_target[2]])
+        assert ("escaped" in passed(judge_pairs(found))) is passes
+
+
 def test_change_in_proportion_to_the_dose() -> None:
     found = changes(one_edge())
     same = found.by_target
@@ -176,17 +184,17 @@ def judged(seeds: range, **options: Any) -> list[tuple[Pairs, np.ndarray]]:
 
 
 @pytest.mark.parametrize(
-    ("guard", "seeds", "options"),
+    ("guards", "seeds", "options"),
     [
         ("controls", range(3), {"hidden": 1}),
         ("controls", range(1, 4), {"shared": 0.3}),
         ("dose", range(3), {"modulated": 0.4}),
-        ("beside", range(1, 2), {"chosen": True}),
+        ("beside escaped", range(1, 2), {"chosen": True}),
         ("one way", range(1), {"shared": 0.3}),
     ],
 )
-def test_without_a_guard_a_broken_screen_has_wrong_pairs(guard: str, seeds: range, options: dict[str, Any]) -> None:
-    without, wrong = np.arange(len(GUARDS)) != GUARDS.index(guard), 0
+def test_without_a_guard_a_broken_screen_has_wrong_pairs(guards: str, seeds: range, options: dict[str, Any]) -> None:
+    without, wrong = np.array([name not in guards for name in GUARDS]), 0
     for pairs, upstream in judged(seeds, **options):
         assert not (pairs.have("upstream") & ~upstream).any()
         wrong += int((pairs.guards[without].all(0) & ~upstream).sum())
