@@ -31,7 +31,7 @@ class Consensus:
 
     mean: Floats  # (p, p) mu
     variance: Floats  # (p, p) of mu
-    outliers: float  # rho
+    outliers: float  # rho; 0 where no target has several perturbations
     size: float  # tau
 
 
@@ -101,7 +101,7 @@ def consensus(slope: Floats, variance: Floats, targets: NDArray[np.int64], p: in
         if own.any():
             mean[i], spread[i] = _posterior(slope[own], variance[own], outliers, size)
             spread[i] = np.maximum(spread[i], 1 / w[own].sum(0))
-    return Consensus(mean, spread, outliers, float(np.sqrt(size)))
+    return Consensus(mean, spread, outliers if several.any() else 0.0, float(np.sqrt(size)))
 
 
 def shifts_outside(y: Floats, x: Floats, environment: NDArray[np.int64]) -> float:
@@ -131,15 +131,18 @@ def environment_means(y: Floats, environment: NDArray[np.int64], n: int) -> Floa
 
 def _first_basis(shift: Floats, targets: NDArray[np.int64], n: NDArray[np.int64], p: int) -> Floats:
     """One direction (p, q) a target: the leading one of its perturbations' unit shifts, so that the strongest does not
-    decide.
+    decide. A program without perturbations gets one that is orthogonal to the others.
     """
     basis = np.zeros((p, shift.shape[1]))
     size = np.maximum(np.linalg.norm(shift, axis=1), 1e-12)
     weight = 1 / (shift.shape[1] / (n * size**2) + SHIFT_SPREAD**2)
-    for i in range(p):
+    there = np.bincount(targets, minlength=p) > 0
+    for i in np.flatnonzero(there):
         own = targets == i
         unit = shift[own] / size[own, None]
         basis[i] = np.linalg.svd(unit * np.sqrt(weight[own, None]), full_matrices=False)[2][0]
+    if not there.all():
+        basis[~there] = np.linalg.svd(basis[there])[2][-(p - there.sum()) :]
     return basis
 
 

@@ -107,6 +107,7 @@ def measure_changes(x: Floats, environment: NDArray[np.int64], targets: NDArray[
     seen = np.where(np.abs(e) > SEEN * np.sqrt(variance), e**2, 0)
     own_cut = np.where(np.isfinite(cut), cut**2, UNKNOWN_CUT**2)
     error = np.sqrt(variance + turned.T * own_cut + turned.T @ seen - np.diag(turned)[:, None] * seen)
+    error[np.bincount(targets, minlength=p) == 0] = np.inf  # their axes are arbitrary
     return Changes(e, error, cut, c0 * (1 - np.eye(p)), beside, outliers, by_target)
 
 

@@ -32,6 +32,7 @@ Bools = NDArray[np.bool_]
 CALL, SEEN, BACK = 3.5, 3.0, 2.7  # |z|: of a call, of what takes part in rules, of the reverse of a call
 FALSE_CALLS = 0.025  # expected among all pairs, where they are so many that CALL gives more
 LEFT, LEFT_LIKELY = 2.5, 1.5  # standard errors that correlations of controls must leave
+MARGIN = 1.3  # on what correlations feign: shared background may hide a part of them
 SMALL, SMALL_LIKELY = 0.5, 0.6  # share of a change below which the reverse must be, with two and one standard errors
 BESIDE = 4.0  # |z| of a change where there is none
 CHOSEN, CHOSEN_CALL = 0.3, 3.5  # standard deviations of controls by which escaped cells may differ, and its z
@@ -107,26 +108,26 @@ def left_by_controls(found: Changes) -> Floats:
 
     Without background they are Omega, or axes that are turned by -c. A hidden cause of k and i gives E[k, i] = -c_ki; one
     of k and an ancestor j of i, or an axis j that is turned towards k, c_kj E[j, i]; an axis i that is turned towards k,
-    c_ki times the change of Var(x_i).
+    c_ki times the change of Var(x_i). `MARGIN` times their sum is taken off.
     """
     e, c = found.e, found.correlation
     sign = np.sign(e)
     cut = np.where(np.isfinite(found.cut), found.cut, -0.5)
     own = np.maximum(0, np.maximum(-sign * c, sign * c * cut))
     seen = np.where(np.abs(e) > SEEN * found.e_error, e, 0)
-    left: Floats = np.abs(e) - own
+    feigned = own
     for j in range(len(e)):
-        feigned = np.maximum(0, sign * np.outer(c[:, j], seen[j]))
-        feigned[:, j] = 0
-        left -= feigned
+        by_j = np.maximum(0, sign * np.outer(c[:, j], seen[j]))
+        by_j[:, j] = 0
+        feigned = feigned + by_j
+    left: Floats = np.abs(e) - MARGIN * feigned
     return left
 
 
-def modulated(found: Changes) -> Floats:
-    """Probability (p, p) that E[k, i] is in proportion to the shift of i, and not the same at all doses.
+def dose_ratio(found: Changes) -> Floats:
+    """Log-likelihood (p, p) of one change at all doses less that of a change in proportion to the shift of i.
 
-    A program k that modulates the shift of i gives the first, a cut the second. Their likelihood ratio over the
-    perturbations of i; the share of modulated changes among all that are seen is found by EM.
+    A program k that modulates the shift of i gives the second, a cut the first; 0 where one perturbation cannot tell.
     """
     ratio = np.zeros(found.e.shape)
     for i, group in enumerate(found.by_target):
@@ -140,7 +141,14 @@ def modulated(found: Changes) -> Floats:
         scatter = (np.minimum(same, dose) + AGREE_DEGREES) / (len(group) + AGREE_DEGREES - 1)
         ratio[:, i] = np.clip((dose - same) / np.maximum(1, scatter) / 2, -50, 50)
     np.fill_diagonal(ratio, 0)
-    seen = np.abs(found.e) > SEEN * found.e_error
+    return ratio
+
+
+def modulated(found: Changes) -> Floats:
+    """Probability (p, p) that E[k, i] is in proportion to the dose, by `dose_ratio` and the share of such changes among
+    all that are seen, which is found by EM.
+    """
+    ratio, seen = dose_ratio(found), np.abs(found.e) > SEEN * found.e_error
     share = 0.5
     for _ in range(50):
         total = (share / (share + (1 - share) * np.exp(ratio[seen]))).sum()

@@ -105,3 +105,18 @@ def test_order_and_sign_of_programs_do_not_matter() -> None:
     moved = type(screen)(screen.y, screen.environment, np.argsort(order)[screen.targets], screen.graph).changes()
     np.testing.assert_allclose(np.abs(moved.e), np.abs(found.e[np.ix_(order, order)]), atol=1e-6)
     np.testing.assert_allclose(moved.e_error, found.e_error[np.ix_(order, order)], rtol=1e-5)
+
+
+def test_a_program_without_perturbations_is_unknown() -> None:
+    screen = component_screen(8, n=150, n_control=1000, p=4, k=12)
+    kept = screen.targets[screen.environment[screen.environment > 0] - 1] != 2
+    rows = np.concatenate([np.flatnonzero(screen.environment == 0), np.flatnonzero(screen.environment > 0)[kept]])
+    own = np.flatnonzero(screen.targets != 2)
+    number = np.zeros(len(screen.targets) + 1, dtype=int)
+    number[own + 1] = np.arange(1, len(own) + 1)
+    left = type(screen)(screen.y[rows], number[screen.environment[rows]], screen.targets[own], screen.graph)
+    found = left.changes()
+    assert np.isinf(found.e_error[2]).all()
+    assert np.isinf(found.e_error[[0, 1, 3], 2]).all()
+    assert np.isfinite(found.e_error[0, 1])
+    assert np.isfinite(found.e).all()

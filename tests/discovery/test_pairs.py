@@ -81,7 +81,7 @@ def test_hidden_cause_of_a_program_and_an_ancestor() -> None:
     correlation = np.zeros((3, 3))
     correlation[0, 2] = correlation[2, 0] = 0.9
     found = changes(e, correlation=correlation)
-    np.testing.assert_allclose(left_by_controls(found)[[0, 2], 1], 0.06)
+    np.testing.assert_allclose(left_by_controls(found)[[0, 2], 1], 0.6 - 1.3 * 0.9 * 0.6)
     assert "controls" not in passed(judge_pairs(found))
 
 
@@ -89,9 +89,9 @@ def test_left_by_controls_by_hand() -> None:
     correlation = np.zeros((3, 3))
     correlation[0, 1] = correlation[1, 0] = 0.2
     left = left_by_controls(changes(one_edge(), correlation=correlation))
-    np.testing.assert_allclose(left[0, 1], 0.6 - 0.2)  # E = -Omega
+    np.testing.assert_allclose(left[0, 1], 0.6 - 1.3 * 0.2)  # E = -Omega
     left = left_by_controls(changes(-one_edge(), correlation=correlation, cut=np.full(3, 1.5)))
-    np.testing.assert_allclose(left[0, 1], 0.6 - 0.3)  # a turned axis, where Var(x_1) grows by 1.5
+    np.testing.assert_allclose(left[0, 1], 0.6 - 1.3 * 0.3)  # a turned axis, where Var(x_1) grows by 1.5
     left = left_by_controls(changes(-one_edge(), correlation=correlation))
     np.testing.assert_allclose(left[0, 1], 0.6)  # where it shrinks, a turn gives the other sign
 
