@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from crlseq.discovery.axes import exogenous_axes
+from crlseq.discovery.assumptions import broken_assumptions
+from crlseq.discovery.axes import exogenous_axes, shifts_outside
 from crlseq.discovery.changes import Changes, measure_changes
 from crlseq.discovery.direct_edges import Direct, direct_edges
 from crlseq.discovery.hits import Floats, Hit
@@ -33,6 +34,7 @@ class Ordering:
     hits: dict[int, Hit]  # by perturbation: the mixture of hit and escaped cells, where they are told apart
     along: dict[int, Floats]  # (q,) their scores are (y - center) @ along
     support: Floats  # (p, p) share of replicates that declare the edge again; NaN without replicates
+    warnings: tuple[str, ...] = ()  # of assumptions that the screen breaks
 
     def directions(self) -> Floats:
         """Read-out (q, p) of the programs, u = (y - center) @ directions = x (I - G)^-1 with the declared G."""
@@ -64,13 +66,16 @@ def order_programs(y: Floats, environment: Ints, targets: Ints, p: int) -> Order
     that each perturbation targets, ``targets`` (K,).
     """
     center, axes = exogenous_axes(y, environment, targets, p)
-    found = measure_changes((y - center) @ axes, environment, targets)
+    x = (y - center) @ axes
+    found = measure_changes(x, environment, targets)
     pairs = judge_pairs(found)
     direct, declared = _direct(found, pairs)
     told = [one for group in found.by_target for one in group if one.hit.told]
     hits = {one.perturbation: one.hit for one in told}
     along = {one.perturbation: axes @ one.along for one in told}
-    return Ordering(center, axes, pairs, direct, declared, hits, along, np.full((p, p), np.nan))
+    n_control = int((environment == 0).sum())
+    warnings = broken_assumptions(found, pairs, shifts_outside(y, x, environment), n_control)
+    return Ordering(center, axes, pairs, direct, declared, hits, along, np.full((p, p), np.nan), warnings)
 
 
 def with_support(
