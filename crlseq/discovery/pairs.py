@@ -35,7 +35,8 @@ LEFT, LEFT_LIKELY = 2.5, 1.5  # standard errors that correlations of controls mu
 MARGIN = 1.3  # on what correlations feign: shared background may hide a part of them
 SMALL, SMALL_LIKELY = 0.5, 0.6  # share of a change below which the reverse must be, with two and one standard errors
 BESIDE = 4.0  # |z| of a change where there is none
-CHOSEN, CHOSEN_CALL = 0.3, 3.5  # standard deviations of controls by which escaped cells may differ, and its z
+CHOSEN, CHOSEN_CALL = 0.25, 3.5  # standard deviations of controls by which escaped cells may differ, and its z
+CHOSEN_SHARE = 0.7  # of |E|: hit cells that a true cause brings near controls are taken for escaped ones
 MOST_HIT = 0.8  # of the cells: beyond, many of those that seem to have escaped were hit
 MODULATED, MODULATED_LIKELY = 0.02, 0.5  # probability that a change is one in proportion to the dose
 MODULATED_PRIOR = (1.0, 3.0)  # modulated and other changes that the prior is worth
@@ -181,7 +182,8 @@ def _not_chosen(found: Changes) -> Bools:
         if told:
             n = np.array([one.n_escaped for one in told])
             apart = n @ np.stack([-np.sign(one.shift) * one.escaped for one in told]) / n.sum()
-            fine[:, i] = (apart < CHOSEN) | (apart * np.sqrt(n.sum()) < CHOSEN_CALL)
+            chosen = apart > np.maximum(CHOSEN, CHOSEN_SHARE * np.abs(found.e[:, i]))
+            fine[:, i] = ~(chosen & (apart * np.sqrt(n.sum()) > CHOSEN_CALL))
     return fine
 
 
