@@ -30,13 +30,20 @@ def robust_pairs(
     ``y`` (n, q) has more components where there are more; ``guide`` (n,) is each cell's guide, None if unknown.
     """
     p, q = len(ordering.declared), len(ordering.center)
-    robust, sign = ordering.pairs.have(*CALLED), np.sign(ordering.pairs.change)
+    robust = ordering.pairs.have(*CALLED)
     if not robust.any():
         return robust
-    for pairs in in_parallel(
-        lambda v: order_programs(*v, p).pairs, _variants(y, q, environment, targets, guide), threads
-    ):
-        robust &= pairs.have(*CALLED) & (np.sign(pairs.change) == sign)
+
+    def called_again(variant: Variant) -> Bools:
+        again = order_programs(*variant, p)
+        n = min(q, len(again.axes))
+        turned = np.sign((again.axes[:n] * ordering.axes[:n]).sum(0))  # an axis has no sign of its own
+        same = np.sign(again.pairs.change) * np.outer(turned, turned) == np.sign(ordering.pairs.change)
+        called: Bools = again.pairs.have(*CALLED) & same
+        return called
+
+    for again in in_parallel(called_again, _variants(y, q, environment, targets, guide), threads):
+        robust &= again
     return robust
 
 
