@@ -70,7 +70,7 @@ def tables_of(
         "n_latents": len(read.scale),
         "programs": _program_rows(programs, interventions, numbers),
         "adjacency": dag.weights.tolist(),
-        "identification": dag.identification.model_dump(),
+        "identification": dag.identification.model_dump(mode="json"),
         "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
         "sparsity": None if sparse is None else _sparsity_row(sparse, programs),
         "training": _training_row(fitted),

@@ -137,10 +137,11 @@ class ProgramRow(_Part):
 
 
 class Identification(_Part):
-    """Whether the data determine the graph, and why."""
+    """Whether the data determine the graph, and why; and what the screen shows of assumptions that it breaks."""
 
     verdict: str
     reason: str
+    warnings: tuple[str, ...] = ()
 
 
 class Bootstrap(_Part):
