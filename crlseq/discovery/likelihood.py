@@ -208,14 +208,10 @@ class Solution:
     information: Tensor
     converged: Tensor
 
-    def first(self, n: int) -> Solution:
-        """The ``n`` restarts with the best likelihoods, best first."""
-        i = self.nll.argsort(stable=True)[:n]
-        return replace(self, **{f.name: getattr(self, f.name)[i] for f in fields(self) if f.name != "model"})
-
     def best(self) -> Solution:
         """The restart with the best likelihood alone (R = 1)."""
-        return self.first(1)
+        i = int(self.nll.argmin())
+        return replace(self, **{f.name: getattr(self, f.name)[i : i + 1] for f in fields(self) if f.name != "model"})
 
     def refitted(
         self,
@@ -275,23 +271,23 @@ def fit_linear(
     From the partitions ``targets`` (R, K), else the ``restarts`` best proposed; ``each`` is a map, or a parallel one.
     Where one partition alone is proposed, as with one perturbation a program, restarts differ in the loadings.
     """
-    model, left = LinearModel(moments, n_latents, kind, noise_floor, fit_noise), 1
+    model = LinearModel(moments, n_latents, kind, noise_floor, fit_noise)
     if targets is None:
         targets, angles = _starts(moments, n_latents, restarts, torch.Generator().manual_seed(seed))
-        left = TURNED_LEFT if bool(angles.any()) else 1
     else:
         angles = torch.zeros(targets.shape, dtype=DTYPE)
-    mask = allowed_edges(n_latents, kind)
+    mask, left = allowed_edges(n_latents, kind), TURNED_LEFT if bool(angles.any()) else 1
 
     def race(some: tuple[Tensor, Tensor]) -> Solution:
         theta = model.start(*some)
-        return model.solve(theta, some[0], mask.expand(len(theta), -1, -1), min(RESTART_STEPS, steps)).first(left)
+        return model.solve(theta, some[0], mask.expand(len(theta), -1, -1), min(RESTART_STEPS, steps))
 
-    halves = zip(*(torch.tensor_split(both, min(2, len(targets))) for both in (targets, angles)), strict=True)
-    raced = list(each(race, halves))
-    theta, partition, allowed = (torch.cat([getattr(s, name) for s in raced]) for name in ("theta", "targets", "mask"))
-    ahead = torch.cat([s.nll for s in raced]).argsort(stable=True)[:left]
-    return model.solve(theta[ahead], partition[ahead], allowed[ahead], steps).best()
+    parts = min(2, len(targets))
+    raced = each(race, zip(torch.tensor_split(targets, parts), torch.tensor_split(angles, parts), strict=True))
+    theta, nll = (torch.cat(both) for both in zip(*((s.theta, s.nll) for s in raced), strict=True))
+    ahead = nll.argsort(stable=True)[:left].tolist()
+    ahead += [0] * (0 not in ahead)  # the best proposal is often right, and slower than others
+    return model.solve(theta[ahead], targets[ahead], mask.expand(len(ahead), -1, -1), steps).best()
 
 
 def _starts(moments: Moments, n_latents: int, restarts: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from crlseq.discovery.moments import DTYPE, Moments
 
 RACE_ROUNDS = 5  # after which tries are far enough apart to go on with the best alone
 LEFT_OF_RACE = 4  # one in so many
+CLEAR_SHIFT = 6.0  # standard deviations by chance of a squared shift
 CELLS_PER_COMPONENT = 3  # fewer tell no precision
 
 
@@ -40,9 +41,9 @@ class Leading:
 
 
 def leading_changes(moments: Moments) -> Leading:
-    """The mean shift of a perturbation, or the eigenvectors of its difference of precisions, by what is further from
-    chance: the squared shift beyond its expectation, or the square of the largest eigenvalue of the difference of
-    covariances beyond that of the largest one by chance (Marchenko and Pastur 1967).
+    """The mean shift of a perturbation where it is clear; else that, or the eigenvectors of its difference of precisions,
+    by what is further from chance: the squared shift beyond its expectation, or the square of the largest eigenvalue of
+    the difference of covariances beyond that of the largest one by chance (Marchenko and Pastur 1967).
     """
     q = moments.means.shape[1]
     root = torch.linalg.cholesky(moments.pooled() + 1e-9 * torch.eye(q, dtype=DTYPE))
@@ -64,7 +65,7 @@ def leading_changes(moments: Moments) -> Leading:
         vector.gather(2, order)[:, :, : min(2, q)].transpose(1, 2).unbind(1) if q > 1 else (vector[:, 0],) * 2
     )
     mean = shifts / size[:, None].clamp_min(1e-9)
-    of_means = size**2 - q >= beyond
+    of_means = size**2 - q >= beyond.clamp_max(CLEAR_SHIFT * math.sqrt(2 * q))
     by_mean = of_means[:, None]
     directions = torch.stack([torch.where(by_mean, mean, first), torch.where(by_mean, first, second)], 1)
     return Leading(directions, torch.where(of_means, size, beyond.sqrt()), of_means, variance.sqrt(), root, change)
