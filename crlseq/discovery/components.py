@@ -47,8 +47,9 @@ def whitened_components(data: PerturbSeqData, most: int, least: int, seed: int) 
     if len(trained) > MAX_LOADING_CELLS:
         rng = np.random.default_rng([seed, 7])
         trained = np.sort(rng.choice(trained, MAX_LOADING_CELLS, replace=False))
+    noise: float | None = 1.0
     if data.totals is not None:
-        own, noise = count_components(lambda index: data.counts(index)[:, genes], trained, used, most, least), 1.0
+        own = count_components(lambda index: data.counts(index)[:, genes], trained, used, most, least)
     else:
         own, noise = _principal_components(lambda index: data.dense(index)[:, genes], trained, used, most, least)
     scores = np.zeros((len(data.split), own.shape[1]), dtype=np.float32)
@@ -129,7 +130,9 @@ def count_components(
         sums += v.double().sum(0).numpy()
         products += (v.double().T @ v.double()).numpy()
         weight += own.numpy() / len(cells)
-    turned = _whitening(model.information(torch.from_numpy(weight)).numpy(), products - np.outer(sums, sums) / len(cells))
+    turned = _whitening(
+        model.information(torch.from_numpy(weight)).numpy(), products - np.outer(sums, sums) / len(cells)
+    )
     for rows in chunks:
         scores[rows] = scores[rows].astype(np.float64) @ turned
     return scores

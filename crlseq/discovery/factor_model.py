@@ -27,8 +27,9 @@ Information = Callable[[Tensor], Tensor]
 CHUNK = 1024
 EARLY_CELLS, EARLY_ROUNDS = 2_500, 3  # the first rounds need few cells
 FULL_STEPS = 3  # of cells without a start, in the first round of all
-SETTLING = 2  # rounds of all cells before components are dropped
+SETTLING = 1  # rounds of all cells after which components are dropped
 MAX_ROUNDS = 40
+EDGE_MARGIN = 1.05  # counts are not quite normal; a component at the edge itself would settle slowly
 SETTLED = 0.02  # root mean square of the loadings' steps, in standard errors
 TOLERANCE = 1e-3  # of a cell's step, in deviations of a component
 STALE = 0.1  # likewise: a step after which a cell's information is computed anew
@@ -86,20 +87,20 @@ def fit_factors(x: Tensor, axes: Floats, alpha: float, least: int, threads: int)
         steps = FULL_STEPS if i == 0 else 1
         model, v, s, moved, signal = _round(x, v, s, model, steps, threads)
         kept = max(int((signal > noise_edge(*x.shape)).sum()), min(least, len(signal)), 1)
-        if i + 1 >= SETTLING and kept < len(signal):
+        if i >= SETTLING and kept < len(signal):
             model, v = FactorModel(model.loadings[:kept], model.intercept, model.alpha), v[:, :kept].contiguous()
-        elif i + 1 >= SETTLING and moved < SETTLED:
+        elif i >= SETTLING and moved < SETTLED:
             break
     return model, v
 
 
 def noise_edge(n: int, genes: int) -> float:
-    """Largest information of a component that is noise, fitted to n cells: (1 + sqrt(genes / n))^2 - 1.
+    """Largest information of a component that is noise, fitted to n cells: (1 + sqrt(genes / n))^2 - 1, and a little more.
 
     Measurement noise has variance 1 in units of information, so that the eigenvalues of the cells' spread end there
     (Marchenko & Pastur 1967).
     """
-    return float((1 + (genes / n) ** 0.5) ** 2 - 1)
+    return float(EDGE_MARGIN * ((1 + (genes / n) ** 0.5) ** 2 - 1))
 
 
 def _start(x: Tensor, axes: Floats, alpha: float) -> tuple[FactorModel, Tensor, Tensor]:
@@ -266,7 +267,9 @@ def low_rank_information(loadings: Tensor, weights: Tensor) -> Information:
     design = _design(loadings)
     one, other = torch.triu_indices(len(design), len(design))
     twice = torch.where(one == other, 1.0, 2.0**0.5)  # of a matrix's norm an entry off the diagonal counts twice
-    mean = (design * weights.mean(0)) @ design.T + torch.diag(torch.cat([loadings.new_ones(len(loadings)), loadings.new_zeros(1)]))
+    mean = (design * weights.mean(0)) @ design.T + torch.diag(
+        torch.cat([loadings.new_ones(len(loadings)), loadings.new_zeros(1)])
+    )
     root = torch.linalg.cholesky(mean)
     white = torch.linalg.solve_triangular(root, design, upper=False)
     products = (white[one] * white[other]).T * twice
