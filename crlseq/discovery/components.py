@@ -24,6 +24,9 @@ from crlseq.threads import in_parallel, on_threads
 Floats = NDArray[np.float64]
 Scores = NDArray[np.float32]  # of all cells: what is held of a screen of any size
 MAX_STEPS = 20  # scoring steps of a cell once the genes are known; it takes about 6
+# Precision of a cell's final components, of which their own would be 1: how far they are drawn towards 0 depends on the
+# cell's counts, so that a shift would make false variance, and silenced genes a false loss of it. Some, for poor cells.
+SCORE_PRIOR = 0.1
 MAX_LOADING_CELLS = 10_000  # loadings are estimated on at most so many cells
 MAX_GENES = 1_000  # and on the genes that vary most beyond counting noise: the cost grows with genes and not with news
 NULL = 1e-6  # of the leading variance: what a principal component has at least that is no rounding error
@@ -121,7 +124,7 @@ def count_components(
             own = counts(cells[rows])
         part = torch.from_numpy(own[:, genes].astype(np.float32).toarray())
         # Any start leads to the same end, for the likelihood is concave; this one halves the way.
-        v, s, _ = score(part, model.residuals(part) @ guess, model.log_size(part), model, MAX_STEPS, rough)
+        v, s, _ = score(part, model.residuals(part) @ guess, model.log_size(part), model, MAX_STEPS, SCORE_PRIOR, rough)
         return v, model.working(part, v, s)[0].double().sum(0)
 
     chunks = list(chunks_of(len(cells)))
@@ -141,11 +144,11 @@ def count_components(
 def _whitening(information: Floats, spread: Floats) -> Floats:
     """(q, q) from components drawn towards 0 to components of unit measurement noise on their principal axes.
 
-    With J the mean information of a cell and unit variance before, a component is drawn towards 0 by J (J + I)^-1.
+    With J the mean information of a cell, components are drawn towards 0 by J (J + `SCORE_PRIOR` I)^-1.
     """
     value, vector = np.linalg.eigh(information)
     value = np.maximum(value, 1e-9 * value[-1] + 1e-12)
-    white = vector * (np.sqrt(value) * (1 + 1 / value))
+    white = vector * (np.sqrt(value) * (1 + SCORE_PRIOR / value))
     return np.asarray(white @ np.linalg.eigh(white.T @ spread @ white)[1][:, ::-1])
 
 

@@ -29,6 +29,7 @@ EARLY_CELLS, EARLY_ROUNDS = 2_500, 3  # the first rounds need few cells
 FULL_STEPS = 3  # of cells without a start, in the first round of all
 SETTLING = 1  # rounds of all cells after which components are dropped
 MAX_ROUNDS = 40
+SPARE = 4  # components of noise that are kept: without any, noise is taken for a program's
 EDGE_MARGIN = 1.05  # counts are not quite normal; a component at the edge itself would settle slowly
 SETTLED = 0.02  # root mean square of the loadings' steps, in standard errors
 TOLERANCE = 1e-3  # of a cell's step, in deviations of a component
@@ -75,7 +76,7 @@ class FactorModel:
 def fit_factors(x: Tensor, axes: Floats, alpha: float, least: int, threads: int) -> tuple[FactorModel, Tensor]:
     """The model and components (n, q) of counts (n, genes), from axes (genes, most) of their residuals.
 
-    Of the components those stay that noise alone would hardly make, and `least` of them at least.
+    Those components stay that noise alone would hardly make, `least` of them at least, and `SPARE` more.
     """
     few = x[:: max(1, len(x) // EARLY_CELLS)].contiguous()
     model, v, s = _start(few, axes, alpha)
@@ -83,13 +84,16 @@ def fit_factors(x: Tensor, axes: Floats, alpha: float, least: int, threads: int)
         model, v, s, _, _ = _round(few, v, s, model, 1, threads, dispersions=i > 0)
     if len(few) < len(x):
         v, s = x.new_zeros(len(x), v.shape[1]), model.log_size(x)
+    real = v.shape[1]
     for i in range(MAX_ROUNDS):
         steps = FULL_STEPS if i == 0 else 1
         model, v, s, moved, signal = _round(x, v, s, model, steps, threads)
-        kept = max(int((signal > noise_edge(*x.shape)).sum()), min(least, len(signal)), 1)
+        settled = float(moved[:real].square().mean()) ** 0.5 < SETTLED
+        real = max(int((signal > noise_edge(*x.shape)).sum()), 1)
+        kept = min(max(real, least) + SPARE, len(signal))
         if i >= SETTLING and kept < len(signal):
             model, v = FactorModel(model.loadings[:kept], model.intercept, model.alpha), v[:, :kept].contiguous()
-        elif i >= SETTLING and moved < SETTLED:
+        elif i >= SETTLING and settled:
             break
     return model, v
 
@@ -135,8 +139,8 @@ class _Sums:
 
 def _round(
     x: Tensor, v: Tensor, s: Tensor, model: FactorModel, steps: int, threads: int, dispersions: bool = True
-) -> tuple[FactorModel, Tensor, Tensor, float, Tensor]:
-    """One round: model, components, log sizes, the step of the loadings in standard errors, and components' information.
+) -> tuple[FactorModel, Tensor, Tensor, Tensor, Tensor]:
+    """One round: model, components, log sizes, steps of loadings (q,) in standard errors, and components' information.
 
     Components come back on the principal axes of their information, the largest first.
     """
@@ -159,7 +163,7 @@ def _round(
     gradient = sums.gradient - torch.einsum("gij,jg->gi", _unpacked(sums.uncertain, q + 1), design)
     h = _unpacked(sums.information, q + 1) + RIDGE_GENES * n * torch.eye(q + 1, dtype=torch.float64)
     step = torch.linalg.solve(h, gradient)
-    moved = float((step * gradient)[:, :q].sum().clamp_min(0) / (q * len(step))) ** 0.5
+    moved = (step * gradient)[:, :q].mean(0).clamp_min(0).sqrt()
     step = step.clamp(-1, 1)
     mean = sums.total / n
     root = torch.linalg.cholesky(sums.spread / n - torch.outer(mean, mean) + 1e-9 * torch.eye(q, dtype=torch.float64))
@@ -213,16 +217,22 @@ def _shrunk(sums: Tensor, intercept: Tensor) -> Tensor:
 
 
 def score(
-    x: Tensor, v: Tensor, s: Tensor, model: FactorModel, steps: int, rough: Information | None = None
+    x: Tensor,
+    v: Tensor,
+    s: Tensor,
+    model: FactorModel,
+    steps: int,
+    prior: float = 1.0,
+    rough: Information | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fisher scoring of cells: components (n, q), log sizes (n, 1), Cholesky factors (n, q + 1, q + 1) of information.
 
-    Exact whatever the information on the way was: that is what costs, so that it is renewed after large steps alone, and
-    the first steps may do with a `rough` one.
+    ``prior`` is the components' precision. The end is exact whatever the information on the way was: that is what costs,
+    so that it is renewed after large steps alone, and the first steps may do with a `rough` one.
     """
     q = v.shape[1]
     design, exact = _design(model.loadings), _information(model.loadings)
-    penalty = torch.cat([x.new_ones(q), x.new_zeros(1)])
+    penalty = torch.cat([x.new_full((q,), prior), x.new_zeros(1)])
     state = torch.cat([v, s], 1)
     factor = x.new_empty(len(x), q + 1, q + 1)
     active, stale = torch.arange(len(x)), torch.ones(len(x), dtype=torch.bool)

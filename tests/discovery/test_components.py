@@ -16,6 +16,7 @@ from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.simulate import simulate
 from crlseq.discovery import components
 from crlseq.discovery.components import count_components, dispersion, whitened_components
+from crlseq.discovery.factor_model import SPARE
 from tests.support import small_screen
 
 N, GENES, FACTORS = 600, 80, 3
@@ -88,7 +89,7 @@ def test_measurement_noise_is_about_one_in_every_direction() -> None:
     x = np.column_stack([v, np.ones(N)])
     left = scores - x @ np.linalg.lstsq(x, scores, rcond=None)[0]
     noise = np.linalg.eigvalsh(np.cov(left.T))
-    assert noise.min() > 0.5 and noise.max() < 1.2  # less than 1, for scores are drawn towards 0
+    assert noise.min() > 0.85 and noise.max() < 1.25
     # principal axes: uncorrelated, the largest first
     covariance = np.cov(scores.T)
     assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 1e-7 * covariance.max()
@@ -264,6 +265,30 @@ def test_values_that_are_no_counts_give_principal_components() -> None:
     expected /= (expected[train] - expected[train].mean(0)).std()
     sign = np.sign((scores * expected).sum(0))
     assert np.allclose(scores, sign * expected, atol=1e-6)
+
+
+def test_what_is_noise_is_dropped_and_the_noise_is_told() -> None:
+    data = read(small_screen(n_genes=60, depth=3000.0, seed=6))
+    scores, noise = whitened_components(data, 15, 1, 0)
+    assert scores.shape[1] == len(small_screen().uns["truth"]["adjacency"]) + SPARE
+    train = data.split == splits.TRAIN
+    assert noise is not None and (scores[train] - scores[train].mean(0)).std() == pytest.approx(1)
+    # with more components than there are, those of noise have its variance: a little more, being fitted to these cells
+    more, noise = whitened_components(data, 15, 15, 0)
+    assert noise is not None and 1 < more[train].var(0)[-5:].mean() / noise < 2.5
+
+
+def test_rounding_errors_are_no_components() -> None:
+    rng = np.random.default_rng(0)
+    adata = small_screen(noise="gaussian", seed=3)
+    flat = rng.standard_normal((adata.n_obs, 4)) @ rng.standard_normal((4, adata.n_vars))
+    data = replace(read(adata), x=flat.astype(np.float32))
+    scores, noise = whitened_components(data, 8, 1, 0)
+    assert scores.shape[1] == 4
+    train = data.split == splits.TRAIN
+    assert noise == pytest.approx(components.NULL * scores[train].var(0).max(), rel=1e-3)
+    assert whitened_components(data, 8, 6, 0)[0].shape[1] == 6
+    assert whitened_components(read(adata), 8, 1, 0)[1] is None  # noise that nobody knows
 
 
 @pytest.mark.parametrize("noise", ["counts", "gaussian"])
