@@ -26,6 +26,7 @@ from crlseq.discovery.likelihood import Solution, fit_linear
 from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import environment_moments, fold_moments, noise_level
 from crlseq.discovery.n_latents import LatentChoice, choose_n_latents
+from crlseq.discovery.negative_controls import Found, ordered_shifts
 from crlseq.discovery.ordering import Ordering, order_programs, with_support
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.discovery.result import Discovery, Judged, claims_of, linear_result
@@ -63,9 +64,10 @@ def discover(task: Task, refine: Refine | None = None) -> Discovery:
             if isinstance(refined, Discovery):
                 return refined
             cells, comparison = refined or (cells, comparison)
-        task.stage("reading off what interventions change")
-        ordering = cache.get("ordering", lambda: ordered(task, start, cells, comparison.edges.solution))
-        return linear_result(task, start, cells, comparison, judged(task, cells, comparison, ordering), ordering)
+        task.stage("ordering programs by what interventions change")
+        ordering, of_shifts = cache.get("ordering", lambda: ordered(task, start, cells, comparison.edges.solution))
+        found = linear_result(task, start, cells, comparison, judged(task, cells, comparison, ordering), ordering)
+        return replace(found, of_shifts=of_shifts)
 
 
 def find_components(task: Task) -> Start:
@@ -119,15 +121,17 @@ def compare_on(task: Task, cells: Cells, dense: Solution, seed: int) -> KindComp
     return compare_kinds(dense, folds, task.kind, task.threads)
 
 
-def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> Ordering:
-    """What interventions change, by all perturbations with an effect."""
+def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple[Ordering, Found]:
+    """What interventions change, by all perturbations with an effect; and what mere shifts of controls would change."""
     claims = claims_of(task, start, cells, solution)
     acting = np.flatnonzero(claims.target >= 0)
     environment = task.environments(acting)
     known = task.cells_of(splits.TRAIN, environment) | task.cells_of(splits.VALIDATION, environment)
     y, own, targets = cells.values[known].double().numpy(), environment[known].numpy(), claims.target[acting]
-    found = order_programs(y, own, targets, solution.model.p)
-    return with_support(found, y, own, targets, replicates(task, solution.model.p), task.seed, task.threads)
+    p = solution.model.p
+    found = order_programs(y, own, targets, p)
+    of_shifts = ordered_shifts(y, own, targets, p, found, task.seed)
+    return with_support(found, y, own, targets, replicates(task, p), task.seed, task.threads), of_shifts
 
 
 def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Ordering) -> Judged:

@@ -163,6 +163,15 @@ class PairSummary(_Part):
     edges_misfit: float  # chi-square per degree of freedom of the direct edges' fit
 
 
+class NegativeControls(_Part):
+    """Pseudo-perturbations of control cells, and pairs under mere shifts of control cells: how many, how many found."""
+
+    perturbations: int = 0
+    detected: int = 0
+    pairs: int = 0
+    ordered: int = 0
+
+
 class DiscoverySummary(_Part):
     """What the likelihood found; see `crlseq.discovery.result.Discovery`."""
 
@@ -242,6 +251,7 @@ class RunInfo(_Part):
     programs: list[ProgramRow]
     adjacency: Matrix
     identification: Identification
+    negative_controls: NegativeControls = NegativeControls()
     discovery: DiscoverySummary | None
     training: Training
     metrics: Metrics
