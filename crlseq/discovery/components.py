@@ -110,8 +110,7 @@ def count_components(
     threads = torch.get_num_threads()
     with on_threads(1):  # chunks share the threads, and no sum depends on how many there are
         model, v = fit_factors(dense, axes, dispersion(x), least, threads)
-        z = model.residuals(dense)  # regressed on with a ridge of what noise of unit variance would add
-        guess = torch.linalg.solve(z.T @ z + len(z) * torch.eye(z.shape[1]), z.T @ v)
+        guess = model.regression(dense, v)
         some = dense[:CHUNK]
         rough = low_rank_information(model.loadings, model.working(some, v[: len(some)], model.log_size(some))[0])
     q = v.shape[1]

@@ -26,12 +26,12 @@ Floats = NDArray[np.float64]
 Information = Callable[[Tensor], Tensor]
 CHUNK = 1024
 EARLY_CELLS, EARLY_ROUNDS = 2_500, 3  # the first rounds need few cells
-FULL_STEPS = 3  # of cells without a start, in the first round of all
+DISPERSION_ROUNDS = 5  # of all cells in which dispersions are estimated: more would change them by a hundredth
 SETTLING = 1  # rounds of all cells after which components are dropped
 MAX_ROUNDS = 40
 SPARE = 4  # components of noise that are kept: without any, noise is taken for a program's
 EDGE_MARGIN = 1.05  # counts are not quite normal; a component at the edge itself would settle slowly
-SETTLED = 0.02  # root mean square of the loadings' steps, in standard errors
+SETTLED = 0.03  # root mean square of the loadings' steps, in standard errors
 TOLERANCE = 1e-3  # of a cell's step, in deviations of a component
 STALE = 0.1  # likewise: a step after which a cell's information is computed anew
 INFORMATION_RANK = 64  # of what cells' informations differ by; the rest is left out of the first steps
@@ -66,6 +66,12 @@ class FactorModel:
         weight = (rate / (1 + self.alpha * rate)).sqrt()
         return ((x / (self.log_size(x) + self.intercept).exp() - 1) * weight).clamp_(-6, 6)
 
+    def regression(self, x: Tensor, v: Tensor) -> Tensor:
+        """(genes, q) from residuals to components, with a ridge of what noise of unit variance would add."""
+        z = self.residuals(x)
+        solved: Tensor = torch.linalg.solve(z.T @ z + len(z) * torch.eye(z.shape[1]), z.T @ v)
+        return solved
+
     def information(self, weight: Tensor) -> Tensor:
         """Information (q, q) about components, the cell's size profiled out, for working weights (genes,)."""
         loadings = self.loadings.double()
@@ -81,13 +87,12 @@ def fit_factors(x: Tensor, axes: Floats, alpha: float, least: int, threads: int)
     few = x[:: max(1, len(x) // EARLY_CELLS)].contiguous()
     model, v, s = _start(few, axes, alpha)
     for i in range(EARLY_ROUNDS):
-        model, v, s, _, _ = _round(few, v, s, model, 1, threads, dispersions=i > 0)
+        model, v, s, _, _ = _round(few, v, s, model, threads, i > 0)
     if len(few) < len(x):
-        v, s = x.new_zeros(len(x), v.shape[1]), model.log_size(x)
+        v, s = model.residuals(x) @ model.regression(few, v), model.log_size(x)
     real = v.shape[1]
     for i in range(MAX_ROUNDS):
-        steps = FULL_STEPS if i == 0 else 1
-        model, v, s, moved, signal = _round(x, v, s, model, steps, threads)
+        model, v, s, moved, signal = _round(x, v, s, model, threads, i < DISPERSION_ROUNDS)
         settled = float(moved[:real].square().mean()) ** 0.5 < SETTLED
         real = max(int((signal > noise_edge(*x.shape)).sum()), 1)
         kept = min(max(real, least) + SPARE, len(signal))
@@ -138,7 +143,7 @@ class _Sums:
 
 
 def _round(
-    x: Tensor, v: Tensor, s: Tensor, model: FactorModel, steps: int, threads: int, dispersions: bool = True
+    x: Tensor, v: Tensor, s: Tensor, model: FactorModel, threads: int, dispersions: bool
 ) -> tuple[FactorModel, Tensor, Tensor, Tensor, Tensor]:
     """One round: model, components, log sizes, steps of loadings (q,) in standard errors, and components' information.
 
@@ -146,8 +151,8 @@ def _round(
     """
 
     def part(rows: slice) -> tuple[Tensor, Tensor, _Sums]:
-        own, own_size, factor = score(x[rows], v[rows], s[rows], model, steps)
-        return own, own_size, _sums(x[rows], own, own_size, torch.cholesky_inverse(factor), model)
+        own, own_size, factor = score(x[rows], v[rows], s[rows], model, 1)
+        return own, own_size, _sums(x[rows], own, own_size, torch.cholesky_inverse(factor), model, dispersions)
 
     n, q = v.shape
     chunks, sums = list(chunks_of(n)), None
@@ -178,7 +183,7 @@ def _round(
     return model, (after - mean.float()) @ back.float(), sizes, moved, signal.flip(0)
 
 
-def _sums(x: Tensor, v: Tensor, s: Tensor, covariance: Tensor, model: FactorModel) -> _Sums:
+def _sums(x: Tensor, v: Tensor, s: Tensor, covariance: Tensor, model: FactorModel, dispersions: bool) -> _Sums:
     """Sums over cells with posterior covariances (n, q + 1, q + 1) of components and log size."""
     q = v.shape[1]
     one, other = torch.triu_indices(q + 1, q + 1)
@@ -188,11 +193,12 @@ def _sums(x: Tensor, v: Tensor, s: Tensor, covariance: Tensor, model: FactorMode
     # Sizes are free: their uncertainty is no part of what the loadings explain, but of the residuals' variance it is.
     of_components = packed * ((one < q) & (other < q))
     uncertain = w.T @ of_components
-    twice = torch.where(one == other, 1.0, 2.0)
-    columns = _design(model.loadings)
-    variance = packed @ (columns[one] * columns[other] * twice[:, None])
-    share = 1 - model.alpha * w  # 1 / (1 + alpha mean)
-    squares = torch.stack([(r**2 + w**2 * variance).sum(0), (w * share).sum(0), (w**2).sum(0)])
+    squares = w.new_zeros(3, x.shape[1])
+    if dispersions:
+        columns = _design(model.loadings)
+        variance = packed @ (columns[one] * columns[other] * torch.where(one == other, 1.0, 2.0)[:, None])
+        share = 1 - model.alpha * w  # 1 / (1 + alpha mean)
+        squares = torch.stack([(r**2 + w**2 * variance).sum(0), (w * share).sum(0), (w**2).sum(0)])
     return _Sums(
         w.T @ (design[:, one] * design[:, other]) + uncertain, uncertain, r.T @ design, w.sum(0),
         v.T @ v + covariance[:, :q, :q].sum(0), v.sum(0), squares,
