@@ -37,7 +37,7 @@ from crlseq.threads import in_parallel, on_threads
 
 COMPONENTS = 40
 MAX_ENVIRONMENTS = 300  # perturbations that shape the graph: those with the largest effects
-MIN_NOISE = 0.8  # share of the measurement noise that every component has at least
+MIN_NOISE = 0.1  # share of the measurement noise that every component has at least; more makes targets hard to reassign
 RESTARTS, FOLDS, REPLICATES = 6, 5, 20
 MANY_LATENTS = 20  # from here on each of those is dear, and there are fewer:
 FEW_RESTARTS, FEW_FOLDS, FEW_REPLICATES = 1, 2, 0
