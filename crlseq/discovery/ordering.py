@@ -33,6 +33,7 @@ class Ordering:
     declared: Bools  # (p, p) direct edges between pairs that pass every guard; a DAG
     hits: dict[int, Hit]  # by perturbation: the mixture of hit and escaped cells, where they are told apart
     along: dict[int, Floats]  # (q,) their scores are (y - center) @ along
+    robust: Bools  # (p, p) pairs that are called whatever is left out, see `crlseq.discovery.robustness`
     support: Floats  # (p, p) share of replicates that declare the edge again; NaN without replicates
     warnings: tuple[str, ...] = ()  # of assumptions that the screen breaks
 
@@ -57,6 +58,7 @@ class Ordering:
             pairs=self.pairs.reordered(order),
             direct=self.direct.reordered(order),
             declared=self.declared[both],
+            robust=self.robust[both],
             support=self.support[both],
         )
 
@@ -73,9 +75,10 @@ def order_programs(y: Floats, environment: Ints, targets: Ints, p: int) -> Order
     told = [one for group in found.by_target for one in group if one.hit.told]
     hits = {one.perturbation: one.hit for one in told}
     along = {one.perturbation: axes @ one.along for one in told}
+    robust = np.zeros((p, p), dtype=bool)  # not tried
     n_control = int((environment == 0).sum())
     warnings = broken_assumptions(found, pairs, shifts_outside(y, x, environment), n_control)
-    return Ordering(center, axes, pairs, direct, declared, hits, along, np.full((p, p), np.nan), warnings)
+    return Ordering(center, axes, pairs, direct, declared, hits, along, robust, np.full((p, p), np.nan), warnings)
 
 
 def with_support(

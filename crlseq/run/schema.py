@@ -33,7 +33,7 @@ COLUMNS: dict[str, dict[str, type]] = {
 HIT: dict[str, type] = {"penetrance": float, "penetrance_error": float}  # of interventions, since format 2
 PAIR_COLUMNS: dict[str, type] = {
     "source": str, "target": str, "change": float, "se": float, "z": float, "z_reversed": float, "fdr": float,
-    "status": str, "guards": str, "detectable": float,
+    "status": str, "guards": str, "detectable": float, "robust": bool,
 }  # fmt: skip
 ANCHOR: dict[str, type] = {"anchor": bool}  # of programs, with a sparse decoder alone
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
@@ -137,10 +137,11 @@ class ProgramRow(_Part):
 
 
 class Identification(_Part):
-    """Whether the data determine the graph, and why."""
+    """Whether the data determine the graph, and why; and what the screen shows of assumptions that it breaks."""
 
     verdict: str
     reason: str
+    warnings: tuple[str, ...] = ()
 
 
 class Bootstrap(_Part):
