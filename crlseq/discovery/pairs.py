@@ -87,12 +87,8 @@ def judge_pairs(found: Changes) -> Pairs:
     left, (dose, share) = left_by_controls(found), modulated(found)
     clean = _beside_unchanged(found, z), _not_chosen(found)
     one_way = SMALL * size > size.T + 2 * error.T
-    guards = (
-        np.stack(
-            [z > call, one_way, left > LEFT * error, *clean, dose < (MODULATED if share < SHOWN else MODULATED_SHOWN)]
-        )
-        & off
-    )
+    same_dose = dose < (MODULATED if share < SHOWN else MODULATED_SHOWN)
+    guards = np.stack([z > call, one_way, left > LEFT * error, *clean, same_dose]) & off
     upstream = guards.all(0)
     fdr = np.ones((p, p))
     known = off & np.isfinite(error)
