@@ -106,7 +106,8 @@ def _direct(found: Changes, pairs: Pairs) -> tuple[Direct, Bools]:
     """
     upstream, likely, z = pairs.have("upstream"), pairs.have("likely"), np.abs(pairs.change) / pairs.error
     ordered = _acyclic(upstream | likely | (z > MAYBE), np.where(upstream, np.inf, np.where(likely, BEFORE + z, z)))
-    direct = direct_edges(found, ordered, pairs.have("both ways"))
+    both = pairs.have("both ways")
+    direct = direct_edges(found, ordered | (both & ~pairs.hidden), both & pairs.hidden)
     return direct, (direct.effect != 0) & upstream
 
 
