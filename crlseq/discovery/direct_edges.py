@@ -3,10 +3,11 @@
     minimise  sum_ki ( (E + Omega T D)[k, i] / error[k, i] )^2 + sum_k ( (Omega[k, k] - level) / SPREAD )^2
               + ( (level - LEVEL) / LEVEL_SPREAD )^2,              T = (I - G)^-1,  D = diag(1 / T[i, i]),
 
-over G on pairs that are ordered or in a cycle (D is 1 without one: an intervention opens it), Omega on the diagonal and on
-pairs with a hidden common cause, and the level, by damped Gauss-Newton; edges that are not worth their price go, the cheapest first, a quarter of them at a time. The diagonal of Omega is the share of
-a program's variance over control cells that is its own, times the share of its parents' effect that an intervention takes
-away: with it at 1, where it is less, a chain j -> k -> i asks for an edge j -> i.
+over G on pairs that are ordered or in a cycle (D is 1 without one: an intervention opens it), Omega on the diagonal and
+on pairs with a hidden common cause, and the level, by damped Gauss-Newton. Edges that are not worth their price go, the
+cheapest first, a quarter of them at a time. The diagonal of Omega is the share of a program's variance over control cells
+that is its own, times the share of its parents' effect that an intervention takes away: with it at 1, where it is less, a
+chain j -> k -> i asks for an edge j -> i.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from numpy.typing import NDArray
 
 from crlseq.discovery.changes import Changes
 from crlseq.discovery.hits import Floats
-from crlseq.discovery.pairs import Bools
+from crlseq.discovery.pairs import SEEN, Bools
 from crlseq.storage.stage_cache import cached_on_disk
 
 PRICE = 12.0  # chi-square that an edge must be worth
 LEAST_ERROR = 0.03  # linear equations are no better than that
 LEVEL, LEVEL_SPREAD, SPREAD = 0.75, 0.25, 0.1
 LEAST_OWN = 0.1  # of Omega's diagonal
+SILENT = 0.15  # change of a variance that says nothing
 STEPS = 50
 
 
@@ -155,3 +157,22 @@ def direct_edges(found: Changes, ordered: Bools, hidden: Bools) -> Direct:
         deviation[edge] = np.sqrt(covariance[i, i])
     freedom = max(1, int(seen.sum()) - n - len(pairs))
     return Direct(effect, deviation, omega - np.diag(np.diag(omega)), square / freedom)
+
+
+def through_silent(found: Changes, direct: Direct, known: Bools) -> Bools:
+    """Edges j -> i (p, p) that may go through a parent k of i whose own parents no intervention shows.
+
+    An intervention on k that changes nothing, not even Var(x_k), is a mere shift where the screen's others also change the
+    noise of their targets; then nothing is known of j -> k. Pairs ``known`` (p, p) are ordered: k upstream of j is no link.
+    """
+    p = len(found.e)
+    size = np.abs(found.e)
+    noise = found.cut - np.where(size > SEEN * found.e_error, found.e**2, 0).sum(0)
+    shown = (size > SEEN * found.e_error).any(0)
+    others = noise[shown & np.isfinite(noise)]
+    if not len(others) or abs(np.median(others)) < SILENT:
+        return np.zeros((p, p), dtype=bool)
+    silent = ~shown & ~(np.abs(found.cut) > SILENT)
+    parents = (direct.effect != 0) & silent[:, None]
+    through: Bools = (~known.T & ~np.eye(p, dtype=bool)).astype(float) @ parents > 0
+    return through & (direct.effect != 0)
