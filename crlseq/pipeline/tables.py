@@ -18,7 +18,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.genesets import GeneSets
 from crlseq.discovery.ordering import Ordering
-from crlseq.discovery.pairs import GUARDS, STATUSES
+from crlseq.discovery.pairs import GUARDS, SIZE, STATUSES
 from crlseq.discovery.result import Discovery
 from crlseq.evaluation.held_out import evaluate_held_out
 from crlseq.model.sparse_decoder import SparseDecoder
@@ -248,6 +248,7 @@ def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict
         if ordering is None
         else {
             "counts": {name: int(ordering.pairs.have(name).sum()) for name in STATUSES},
+            "size": SIZE,
             "edges_misfit": ordering.direct.misfit,
         },
     }
