@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from crlseq.discovery import discover as module
 from crlseq.discovery.bootstrap import Stability
 from crlseq.discovery.discover import discover
 from crlseq.discovery.misfit import Misfit
+from crlseq.discovery.pairs import STATUSES
 from crlseq.discovery.result import Discovery
 from crlseq.discovery.task import Task
 from crlseq.discovery.verdict import DECLARED_SUPPORT
@@ -188,7 +190,10 @@ def test_the_number_of_programs_is_found_and_told(hard: Screen) -> None:
     found = hard.discover(ModelConfig(bootstrap=0), note=notes.append, stage=stages.append)
     assert found.choice is not None and found.choice.n_latents == 4 == len(found.adjacency)
     assert notes == [f"4 programs: {found.choice.reason}"]
-    assert stages == ["finding components and the number of programs", "fitting the interventional likelihood"]
+    assert stages == [
+        "finding components and the number of programs", "fitting the interventional likelihood",
+        "reading off what interventions change",
+    ]  # fmt: skip
 
 
 def test_bootstrap_support_is_in_the_order_of_the_programs(hard: Screen, found: Discovery) -> None:
@@ -201,8 +206,22 @@ def test_bootstrap_support_is_in_the_order_of_the_programs(hard: Screen, found: 
     assert (sure.stability.target.numpy() > 0.5).all()
 
 
+@pytest.fixture
+def unordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interventions change nothing: what is left is the likelihood."""
+    real = module.order_programs
+
+    def order(*args: Any) -> Any:
+        found = real(*args)
+        p = len(found.declared)
+        nothing = np.full((p, p), STATUSES.index("undecided"))
+        return replace(found, declared=np.zeros((p, p), bool), pairs=replace(found.pairs, status=nothing))
+
+    monkeypatch.setattr(module, "order_programs", order)
+
+
 def test_without_its_last_edge_a_graph_is_not_identified(
-    hard: Screen, found: Discovery, monkeypatch: pytest.MonkeyPatch
+    hard: Screen, found: Discovery, monkeypatch: pytest.MonkeyPatch, unordered: None
 ) -> None:
     """Edges that the bootstrap does not support are not declared; without any there is no graph to identify."""
 
@@ -224,7 +243,7 @@ def test_without_its_last_edge_a_graph_is_not_identified(
 
 
 def test_a_graph_that_does_not_describe_the_cells_is_not_identified_and_its_misfit_is_the_one_recorded(
-    hard: Screen, found: Discovery, monkeypatch: pytest.MonkeyPatch
+    hard: Screen, found: Discovery, monkeypatch: pytest.MonkeyPatch, unordered: None
 ) -> None:
     monkeypatch.setattr(
         module, "misfit", lambda solution: Misfit(1.51 if solution.model.kind == "hard" else 1.60, 0.01)
@@ -233,6 +252,23 @@ def test_a_graph_that_does_not_describe_the_cells_is_not_identified_and_its_misf
     assert (left.kind, left.verdict.answer) == ("shift", "not identified")
     assert "misfit 1.51" in left.verdict.reason and left.misfit == 1.51
     assert left.gain == found.gain and not left.adjacency.any()
+
+
+def test_where_the_likelihood_falls_the_pairs_that_interventions_order_are_declared(
+    hard: Screen, found: Discovery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "misfit", lambda solution: Misfit(1.51, 0.01))
+    left = hard.discover()
+    assert (left.kind, left.verdict.answer) == ("hard", "partly identified")
+    assert left.verdict.reason.startswith("Interventions order") and "misfit 1.51" in left.verdict.reason
+    assert left.adjacency.any() and not ((left.adjacency != 0) & (found.adjacency == 0)).any()
+    assert not np.tril(left.adjacency).any()  # in topological order
+    hard.place(left)
+    assert left.ordering is not None and left.hit is not None
+    upstream = left.ordering.pairs.have("upstream")
+    assert (upstream[left.adjacency != 0]).all()
+    acting = left.acting
+    assert (left.retention[acting] == 0).all() and np.isfinite(left.log_scale[acting]).all()
 
 
 def test_threads_change_nothing_and_are_given_back(hard: Screen, found: Discovery) -> None:

@@ -255,7 +255,7 @@ def test_older_runs(copy: Path) -> None:
         crlseq.load(copy)
     path.write_text(json.dumps({**info, "version": "0.0.1", "format": 0}))
     with pytest.raises(
-        InputError, match=rf"crlseq 0\.0\.1, which version .* its format is 0; this version reads 1\. {hint}"
+        InputError, match=rf"crlseq 0\.0\.1, which version .* its format is 0; this version reads 1 and later\. {hint}"
     ):
         crlseq.load(copy)
 
