@@ -30,6 +30,7 @@ class Ordering:
     hits: dict[int, Hit]  # by perturbation: the mixture of hit and escaped cells, where they are told apart
     along: dict[int, Floats]  # (q,) their scores are (y - center) @ along
     support: Floats  # (p, p) share of replicates that declare the edge again; NaN without replicates
+    ancestor: Floats  # (p, p) likewise the pair to be upstream
 
     def directions(self) -> Floats:
         """Read-out (q, p) of the programs, u = (y - center) @ directions = x (I - G)^-1 with the declared G."""
@@ -53,6 +54,7 @@ class Ordering:
             direct=self.direct.reordered(order),
             declared=self.declared[both],
             support=self.support[both],
+            ancestor=self.ancestor[both],
         )
 
 
@@ -67,13 +69,14 @@ def order_programs(y: Floats, environment: Ints, targets: Ints, p: int) -> Order
     told = [one for group in found.by_target for one in group if one.hit.told]
     hits = {one.perturbation: one.hit for one in told}
     along = {one.perturbation: axes @ one.along for one in told}
-    return Ordering(center, axes, pairs, direct, declared, hits, along, np.full((p, p), np.nan))
+    unknown = np.full((p, p), np.nan)
+    return Ordering(center, axes, pairs, direct, declared, hits, along, unknown, unknown)
 
 
 def with_support(
     ordering: Ordering, y: Floats, environment: Ints, targets: Ints, n: int, seed: int, threads: int
 ) -> Ordering:
-    """With the support of edges over ``n`` replicates, which draw the cells of each environment again."""
+    """With the support of edges and of pairs over ``n`` replicates, which draw the cells of each environment again."""
     order = np.argsort(environment, kind="stable")
     start = np.cumsum(np.bincount(environment))
     sizes = np.diff(start, prepend=0)
@@ -83,10 +86,14 @@ def with_support(
         drawn = np.concatenate([rng.integers(end - m, end, m) for m, end in zip(sizes, start, strict=True)])
         rows = order[drawn]
         found = measure_changes((y[rows] - ordering.center) @ ordering.axes, environment[rows], targets)
-        return _direct(found, judge_pairs(found))[1]
+        pairs = judge_pairs(found)
+        return np.stack([_direct(found, pairs)[1], pairs.have("upstream")])
 
     again = list(in_parallel(replicate, range(n), threads))
-    return replace(ordering, support=np.mean(again, axis=0)) if again else ordering
+    if not again:
+        return ordering
+    edges, upstream = np.mean(again, axis=0)
+    return replace(ordering, support=edges, ancestor=upstream)
 
 
 def _direct(found: Changes, pairs: Pairs) -> tuple[Direct, Bools]:

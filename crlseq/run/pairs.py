@@ -73,8 +73,8 @@ def sentence(pair: Mapping[str, Any], size: float) -> str:
         return f"{k} is upstream of {i} and {acts}."
     if status == "likely":
         passed = pair["guards"].split(", ")
-        reasons = [why.format(k=k, i=i) for name, why in OTHERWISE.items() if name not in passed]
-        return f"{k} is likely upstream of {i} and {acts}. Another explanation: {'; or '.join(reasons)}."
+        others = [f"{why.format(k=k, i=i)} (guard {name})" for name, why in OTHERWISE.items() if name not in passed]
+        return f"{k} is likely upstream of {i} and {acts}. Not ruled out: {'; '.join(others)}."
     if status == "both ways":
         return (
             f"{k} and {i} each change where the other is perturbed ({i}: {change}; {k}: z {_number(pair['z_reversed'], '+', 1)}): "
