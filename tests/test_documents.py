@@ -17,6 +17,7 @@ import pytest
 
 import crlseq
 from crlseq.data.store import MANIFEST
+from crlseq.experiments.benchmark import COLUMNS
 from crlseq.run.run import Run
 from crlseq.run.schema import CELL_COLUMNS, PATHWAY_COLUMNS
 from crlseq.storage.runfolder import GENE_SETS, PATHWAYS
@@ -169,6 +170,17 @@ def test_every_anndata_key_is_described(run_folder: Path, screen_file: Path) -> 
     optional = {'obs["crlseq_perturbation"]', 'obs["crlseq_responder"]'}
     assert set(table("AnnData keys")) == added | optional
     assert {f'obs["{name}"]' for name in CELL_COLUMNS} == {key for key in added if key.startswith("obs[")} | optional
+
+
+def test_simulations_and_benchmarks_are_described() -> None:
+    adata = crlseq.simulate(
+        n_latents=3, n_genes=9, cells_per_perturbation=4, n_control=9, guides=2, penetrance=(0.5, 1.0), n_batches=2,
+        cell_cycle=True, loading_density=0.5, hidden=1, genewise_dispersion=True, depth_by_condition=0.1,
+    )  # fmt: skip
+    found = element_names(adata) - {'uns["truth"]'} | {f'uns["truth"]["{key}"]' for key in adata.uns["truth"]}
+    assert {name for name in table("crlseq simulate") if "[" in name} == found
+    assert table("True targets") == list(adata.uns["truth"]["target"].columns)
+    assert table("benchmark.csv") == list(COLUMNS)
 
 
 def test_predictions_and_judgements_are_described(finished: Run) -> None:

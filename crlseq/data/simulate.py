@@ -1,50 +1,54 @@
 """Perturb-seq screens with a known truth: structural equations, interventions, mixing, counts.
 
-`simulate` draws control and perturbed cells of the model that crlseq looks for and keeps what made them, so that a fit can
-be scored. Everything follows from one `numpy.random.Generator`: equal arguments give equal cells.
+`simulate` draws control and perturbed cells of the model that crlseq looks for, with what real screens add to it, and keeps
+what made them, so that a fit can be scored. Equal arguments give equal cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import anndata
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import sparse
 
 from crlseq.config import InterventionKind
-from crlseq.model.interventions import INTERVENTIONS
-
-Equations = Literal["linear", "relu"]
-Mixing = Literal["linear", "network"]
-Noise = Literal["counts", "gaussian"]
-Floats = NDArray[np.float64]
+from crlseq.data.simulated_expression import (
+    DISPERSION,
+    LOG_RATE_SCALE,
+    Mixing,
+    Noise,
+    background_loadings,
+    counts,
+    draw_background,
+    draw_dispersions,
+    mixed,
+)
+from crlseq.data.simulated_latents import (
+    CAUSED,
+    Effects,
+    Equations,
+    Floats,
+    Rng,
+    System,
+    draw_effects,
+    draw_graph,
+    draw_hidden,
+    draw_latents,
+    draw_pairs,
+    draw_penetrance,
+    with_loop,
+    with_second_targets,
+)
 
 CONTROL = "control"
-EDGE_WEIGHT = (0.6, 1.4)  # |G[j, k]|: far enough from 0 to be visible, small enough not to drown z
-SHIFT = (1.0, 3.0)  # |a|, in standard deviations of the target's own noise
-NOISE_SCALE = 0.7  # exp(s) of hard and soft interventions
-RETENTION = (0.2, 0.6)  # gamma of soft interventions
 GAUSSIAN_NOISE = 0.3  # measurement noise, in standard deviations of the signal
-LOG_RATE_SCALE = 0.35  # standard deviation over cells and genes of the log rate that the latents explain
-LOG_MEAN_SCALE = 1.2  # spread of the genes' mean log rates
-DEPTH_SCALE = 0.3  # spread of the cells' log depths
-DISPERSION = 0.2  # negative binomial: variance = mean + DISPERSION * mean^2
-CHUNK = 4096  # cells whose rates are held at once
-
-
-@dataclass(frozen=True)
-class _Effects:
-    """What each single perturbation does, all of shape (K,)."""
-
-    target: NDArray[np.int64]
-    shift: Floats
-    log_scale: Floats
-    retention: Floats
+ALL_HIT = (1.0, 1.0)  # penetrance
+# What has a generator of its own: an option draws from there and leaves the rest of the screen as it was.
+STREAMS = ("cycle", "hidden", "second_targets", "hits", "background", "dispersion", "depth")
+Hits = list[tuple[NDArray[np.int64], NDArray[np.bool_]]]
 
 
 def simulate(
@@ -55,35 +59,51 @@ def simulate(
     cells_per_perturbation: int = 150,
     n_control: int = 2000,
     expected_parents: float = 1.0,
+    edge_size: tuple[float, float] = (0.6, 1.4),
     equations: Equations = "linear",
     intervention: InterventionKind = "hard",
+    shift_size: tuple[float, float] = (1.0, 3.0),
+    retention: tuple[float, float] = (0.2, 0.6),
+    penetrance: tuple[float, float] = ALL_HIT,
+    guides: int = 1,
+    second_targets: float = 0.0,
+    hidden: int = 0,
+    cycle: bool = False,
     mixing: Mixing = "linear",
+    background: int = 0,
+    cell_cycle: bool = False,
     noise: Noise = "counts",
     depth: float = 5000.0,
+    depth_by_condition: float = 0.0,
+    log_rate_scale: float = LOG_RATE_SCALE,
+    genewise_dispersion: bool = False,
     n_doubles: int = 0,
-    escapers: float = 0.0,
     n_batches: int = 1,
     batch_scale: float = 0.0,
     loading_density: float = 1.0,
     seed: int = 0,
 ) -> anndata.AnnData:
-    """Simulate a Perturb-seq screen whose latent DAG and intervention targets are known.
+    """Simulate a Perturb-seq screen whose latent graph and intervention targets are known.
 
-    Structural equations of latent ``k``, for a cell under the perturbations ``c`` in its label::
+    Structural equations of latent ``k``, for a cell that the perturbations ``c`` in its label hit::
 
-        u_k = g_k * sum_j G[j, k] phi(u_j) + exp(s_k) z_k + a_k,      z_k ~ N(0, 1)
+        u_k = g_k * (sum_j G[j, k] phi(u_j) + sum_h L[h, k] v_h) + exp(s_k) z_k + a_k,      z_k, v_h ~ N(0, 1)
 
     with ``phi`` the identity or ReLU, ``g_k`` the product of the retentions, ``s_k`` and ``a_k`` the sums of
-    the log noise scales and shifts of those perturbations that target ``k`` (1, 0 and 0 where none does).
-    ``hard``: retention 0, scale 0.7; ``soft``: retention in [0.2, 0.6], scale 0.7; ``shift``: retention 1,
-    scale 1. Shifts have size 1 to 3 and random sign, edges size 0.6 to 1.4 and random sign; the causal order
-    is a random permutation of the latents, and each pair is joined with the same probability.
+    the log noise scales and shifts of those perturbations that target ``k`` (1, 0 and 0 where none does, and in cells that
+    are not hit). ``hard``: retention 0, scale 0.7; ``soft``: retention in `retention`, scale 0.7; ``shift``: retention 1,
+    scale 1. Shifts and edges have sizes in `shift_size` and `edge_size` and random signs; the causal order
+    is a random permutation of the latents, and each pair is joined with the same probability. ``v`` are the hidden
+    common causes, each with weights of size 0.7 to 1.2 on three latents.
 
     The signal is ``e = u W`` (linear) or ``e = LeakyReLU0.2(u W1 + b1) W2`` (network, ``4 n_latents`` hidden units),
     scaled to unit standard deviation. With ``loading_density`` < 1 each latent moves that share of the genes, drawn at
-    random, and with the network mixing each has hidden units of its own, so that it moves no other gene. Gaussian values
-    are ``e + 0.3 N(0, 1)``; counts are negative binomial with mean ``d * softmax(b + 0.35 e)`` and variance
-    ``mean + 0.2 mean^2``, ``b`` normal with standard deviation 1.2, ``d`` log-normal about ``depth``.
+    random, and with the network mixing each has hidden units of its own, so that it moves no other gene. Background factors
+    are added to the signal. Gaussian values
+    are ``e + 0.3 N(0, 1)``; counts are negative binomial with mean ``d * softmax(b + r e)`` and variance
+    ``mean + 0.2 mean^2``, ``b`` normal with standard deviation 1.2, ``d`` log-normal about ``depth``, ``r`` the `log_rate_scale`.
+
+    What an option adds is drawn by a generator of its own, so that the same seed gives the same screen otherwise.
 
     Parameters
     ----------
@@ -96,37 +116,62 @@ def simulate(
         Cells of every single or double perturbation, and control cells.
     expected_parents
         Edges per latent on average; at most ``(p - 1) / 2``, the complete DAG.
+    edge_size, shift_size, retention
+        Lowest and highest size of an edge and of a shift, the latter in standard deviations of the target's own noise, and
+        lowest and highest retention of soft interventions.
     equations, intervention, mixing, noise
         The kinds described above.
-    depth
-        Median of the expected counts per cell; unused for Gaussian values.
+    penetrance
+        Lowest and highest share of a perturbation's cells that it hits; the others are as control cells, such as those
+        with an in-frame repair. Shares are uniform between the two, and 0, 0 is a screen without any effect.
+    guides
+        Guides of each perturbation and of the controls; each cell of a perturbation has one of them. The penetrances of
+        a perturbation's guides differ with a standard deviation of 0.15, within the bounds.
+    second_targets
+        Share of the perturbations that also shift a second latent, by 0.3 to 0.8 of their shift's size, with random sign.
+    hidden
+        Number of hidden common causes.
+    cycle
+        Whether one edge leads back from a latent to one of its ancestors. Its size is reduced until the spectral radius of
+        ``|G|`` is at most 0.8; latents are the fixed point of the equations.
+    background, cell_cycle
+        Normal factors that nobody perturbs, and whether there are two more on a circle: ``sqrt(2) cos t, sqrt(2) sin t``,
+        ``t`` uniform. Each moves 40 % of the genes, and each of these with as much variance as a latent has on average
+        over the genes it moves and control cells.
+    depth, depth_by_condition
+        Median of the expected counts per cell, and the standard deviation between conditions of its logarithm.
+    log_rate_scale
+        Standard deviation of a log rate for one of the signal; like `depth` unused for Gaussian values.
+    genewise_dispersion
+        Whether dispersions are drawn by gene, from a gamma distribution with mean 0.2 and shape 2, within 0.02 and 1.
     n_doubles
-        Combinations of two perturbations, drawn without repetition, named ``gA+gB``.
-    escapers
-        Share of perturbed cells that the perturbation does nothing to, such as those with an in-frame repair: their
-        latents are drawn as control cells' are.
+        Combinations of two perturbations, drawn without repetition, named ``gA+gB``; each hits for itself.
     n_batches, batch_scale
         Cells fall into batches at random; ``batch_scale`` is the standard deviation of the batches' effects on
         genes, in units of the signal's.
     loading_density
         Share of the genes that a latent moves, in (0, 1].
     seed
-        Seed of ``numpy.random.default_rng``.
+        Seed of all random numbers.
 
     Returns
     -------
     anndata.AnnData
         Cells x genes: ``X`` CSR float32 counts or dense float32 values; ``obs["perturbation"]`` (categorical,
-        ``control`` among them), ``obs["batch"]`` if there are several, ``obs["escaped"]`` (bool) if any did;
-        ``obsm["true_latents"]`` (cells, p);
-        ``uns["truth"]`` with ``adjacency`` (p, p), ``target`` (single perturbation -> ``latent``),
-        ``loaded`` (p, n_genes) bool where ``loading_density`` < 1, ``orientation`` and ``note``.
+        ``control`` among them), ``obs["batch"]`` and ``obs["guide"]`` if there are several, ``obs["hit"]`` (bool, whether
+        any perturbation of the label hit the cell) if not all cells are hit; ``obsm["true_latents"]`` (cells, p) and
+        ``obsm["true_background"]`` (cells, factors);
+        ``uns["truth"]`` with ``adjacency`` (p, p) and ``target``, a table of the single perturbations with ``latent``,
+        ``shift``, ``retention``, ``penetrance`` (share of its cells that are hit), ``second_latent`` (-1: none) and
+        ``second_shift``; where they were asked for ``loaded`` (p, n_genes) bool, ``hidden`` (hidden causes, p) the weights,
+        ``background`` (factors, n_genes) the loadings, ``dispersion`` (n_genes,) and ``log_depth``, a table of
+        the conditions; ``orientation`` and ``note``.
 
     Raises
     ------
     ValueError
         If a size is not positive, a kind is unknown, more edges than the complete DAG or more doubles than
-        pairs are asked for, or a number is negative or not finite.
+        pairs are asked for, a number is negative or not finite, or a range or an option does not fit.
 
     Examples
     --------
@@ -137,163 +182,194 @@ def simulate(
     >>> adata.uns["truth"]["adjacency"].shape, adata.obsm["true_latents"].shape
     ((3, 3), (300, 3))
     """
-    _refuse_impossible(locals())
-    rng, n_single = np.random.default_rng(seed), n_latents * perturbations_per_latent
-    adjacency, order = _draw_graph(n_latents, expected_parents, rng)
-    effects = _draw_effects(n_latents, n_single, intervention, rng)
-    conditions: list[tuple[int, ...]] = [(), *((i,) for i in range(n_single)), *_draw_pairs(n_single, n_doubles, rng)]
+    given = dict(locals())
+    _refuse_impossible(given)
+    rng = np.random.default_rng(seed)
+    own = dict(zip(STREAMS, map(np.random.default_rng, np.random.SeedSequence(seed).spawn(len(STREAMS))), strict=True))
+    system, effects = _draw_system(given, rng, own)
+    n_single = len(effects.target)
+    conditions: list[tuple[int, ...]] = [(), *((i,) for i in range(n_single)), *draw_pairs(n_single, n_doubles, rng)]
     sizes = [n_control] + [cells_per_perturbation] * (len(conditions) - 1)
-
-    def latents_under(members: tuple[int, ...], n: int) -> Floats:
-        return _draw_latents(n, adjacency, order, effects, members, equations, rng)
-
-    latents = np.concatenate([latents_under(members, n) for members, n in zip(conditions, sizes, strict=True)])
-    labels = ["+".join(f"g{i}" for i in members) or CONTROL for members in conditions]
-    obs: dict[str, Any] = {"perturbation": pd.Categorical(np.repeat(np.array(labels, dtype=object), sizes))}
-    escaped = np.zeros(len(latents), dtype=bool)
-    if escapers:  # without them nothing is drawn: one seed, one screen
-        escaped[n_control:] = rng.random(len(latents) - n_control) < escapers
-        latents[escaped] = latents_under((), int(escaped.sum()))
-    loaded = rng.random((n_latents, n_genes)) < loading_density if loading_density < 1 else None
-    signal = _mixed(latents, n_genes, mixing, loaded, rng)
-    signal /= signal.std() or 1.0
+    hits = _draw_hits(conditions, sizes, draw_penetrance(n_single, guides, penetrance, own["hits"]), own["hits"])
+    latents = np.concatenate([
+        draw_latents(system, effects, members, hit, equations, rng, own["hidden"])
+        for members, (_, hit) in zip(conditions, hits, strict=True)
+    ])  # fmt: skip
+    signal, factors, loadings = _draw_signal(latents, given, rng, own["background"])
+    obs = _columns(conditions, hits, given)
     if n_batches > 1:
         batch = rng.integers(n_batches, size=len(latents))
         signal += (batch_scale * rng.standard_normal((n_batches, n_genes)))[batch]
         obs["batch"] = pd.Categorical([f"b{i}" for i in batch], categories=[f"b{i}" for i in range(n_batches)])
-    if escapers:
-        obs["escaped"] = escaped
-    if noise == "counts":
-        values: Any = _counts(signal, depth, rng)
-    else:
-        values = (signal + GAUSSIAN_NOISE * rng.standard_normal(signal.shape)).astype(np.float32)
-    truth = {
-        "adjacency": adjacency,
-        "target": pd.DataFrame({"latent": effects.target}, index=_names("g", n_single)),
-        "orientation": "adjacency[i, j] != 0 means latent i -> latent j",
-        "note": f"{equations} structural equations, {intervention} interventions, {mixing} mixing of {n_latents} latents"
-        f" into {n_genes} genes, {noise} noise, seed {seed}",
-    } | ({} if loaded is None else {"loaded": loaded})
+    values, made = _measured(signal, conditions, sizes, given, rng, own)
+    truth = _truth(system, effects, hits) | loadings | made | {"note": _note(given)}
     cells, genes = pd.DataFrame(obs, index=_names("c", len(latents))), pd.DataFrame(index=_names("gene", n_genes))
-    return anndata.AnnData(values, cells, genes, uns={"truth": truth}, obsm={"true_latents": latents})
+    return anndata.AnnData(values, cells, genes, uns={"truth": truth}, obsm={"true_latents": latents} | factors)
 
 
 def _names(kind: str, n: int) -> pd.Index:
     return pd.Index([f"{kind}{i}" for i in range(n)], dtype=object)
 
 
+def _parts(members: Sequence[int]) -> list[str]:
+    """The names in a condition's label."""
+    return [f"g{i}" for i in members] or [CONTROL]
+
+
+def _label(members: Sequence[int]) -> str:
+    return "+".join(_parts(members))
+
+
+def _draw_system(given: Mapping[str, Any], rng: Rng, own: Mapping[str, Rng]) -> tuple[System, Effects]:
+    """Structural equations and the effects of single perturbations, of the arguments of `simulate`."""
+    p, sizes = given["n_latents"], given["edge_size"]
+    adjacency, order = draw_graph(p, given["expected_parents"], sizes, rng)
+    if given["cycle"]:
+        adjacency = with_loop(adjacency, order, sizes, own["cycle"])
+    n_single = p * given["perturbations_per_latent"]
+    effects = draw_effects(p, n_single, given["intervention"], given["shift_size"], given["retention"], rng)
+    if given["second_targets"]:
+        effects = with_second_targets(effects, p, given["second_targets"], own["second_targets"])
+    return System(adjacency, order, draw_hidden(given["hidden"], p, own["hidden"])), effects
+
+
+def _draw_hits(conditions: Sequence[Sequence[int]], sizes: Sequence[int], penetrance: Floats, rng: Rng) -> Hits:
+    """For each condition the guides of its cells (n, m), one for each part of its label, and by which of its perturbations
+    they are hit (n, m); ``penetrance`` (K, guides).
+    """
+    hits = []
+    for members, n in zip(conditions, sizes, strict=True):
+        guide = rng.integers(penetrance.shape[1], size=(n, len(_parts(members))))
+        share = penetrance[list(members), guide] if members else np.zeros((n, 0))
+        hits.append((guide, rng.random(share.shape) < share))
+    return hits
+
+
+def _columns(conditions: Sequence[Sequence[int]], hits: Hits, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of obs: the condition of each cell, its guides where there are several, whether it is hit where not all are."""
+    names = np.array([_label(members) for members in conditions], dtype=object)
+    columns: dict[str, Any] = {"perturbation": pd.Categorical(np.repeat(names, [len(hit) for _, hit in hits]))}
+    if given["guides"] > 1:
+        columns["guide"] = pd.Categorical([
+            "|".join(f"{part}_{which}" for part, which in zip(_parts(members), row, strict=True))
+            for members, (guide, _) in zip(conditions, hits, strict=True)
+            for row in guide
+        ])  # fmt: skip
+    if tuple(given["penetrance"]) != ALL_HIT:
+        columns["hit"] = np.concatenate([hit.any(1) for _, hit in hits])
+    return columns
+
+
+def _truth(system: System, effects: Effects, hits: Hits) -> dict[str, Any]:
+    """What made the latents, as ``uns["truth"]`` has it."""
+    n_single = len(effects.target)
+    target = pd.DataFrame(
+        {
+            "latent": effects.target, "shift": effects.shift, "retention": effects.retention,
+            "penetrance": [hit.mean() for _, hit in hits[1 : n_single + 1]],
+            "second_latent": effects.second_latent, "second_shift": effects.second_shift,
+        },
+        index=_names("g", n_single),
+    )  # fmt: skip
+    about = "adjacency[i, j] != 0 means latent i -> latent j"
+    truth = {"adjacency": system.adjacency, "target": target, "orientation": about}
+    return truth | ({"hidden": system.hidden} if len(system.hidden) else {})
+
+
+def _draw_signal(
+    latents: Floats, given: Mapping[str, Any], rng: Rng, background_rng: Rng
+) -> tuple[Floats, dict[str, Floats], dict[str, Any]]:
+    """Signal (n, n_genes) of latents and background; the factors of the background, and the loadings, where there are any."""
+    p, n_genes, density = given["n_latents"], given["n_genes"], given["loading_density"]
+    loadings: dict[str, Any] = {"loaded": rng.random((p, n_genes)) < density} if density < 1 else {}
+    signal = mixed(latents, n_genes, given["mixing"], loadings.get("loaded"), rng)
+    signal /= signal.std() or 1.0
+    if not (given["background"] or given["cell_cycle"]):
+        return signal, {}, loadings
+    factors = draw_background(len(latents), given["background"], given["cell_cycle"], background_rng)
+    strength = np.sqrt(signal[: given["n_control"]].var(0).mean() / (p * density))
+    loadings["background"] = background_loadings(factors.shape[1], n_genes, strength, background_rng)
+    return signal + factors @ loadings["background"], {"true_background": factors}, loadings
+
+
+def _measured(
+    signal: Floats,
+    conditions: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    given: Mapping[str, Any],
+    rng: Rng,
+    own: Mapping[str, Rng],
+) -> tuple[Any, dict[str, Any]]:
+    """Values of a signal (n, n_genes), and what the truth says about them."""
+    if given["noise"] == "gaussian":
+        return (signal + GAUSSIAN_NOISE * rng.standard_normal(signal.shape)).astype(np.float32), {}
+    made: dict[str, Any] = {}
+    dispersion, log_depth = np.full(signal.shape[1], DISPERSION), np.zeros(len(conditions))
+    if given["genewise_dispersion"]:
+        made["dispersion"] = dispersion = draw_dispersions(len(dispersion), own["dispersion"])
+    if given["depth_by_condition"]:
+        log_depth = given["depth_by_condition"] * own["depth"].standard_normal(len(conditions))
+        made["log_depth"] = pd.DataFrame({"log_depth": log_depth}, index=[_label(members) for members in conditions])
+    depth = given["depth"] * np.exp(np.repeat(log_depth, sizes))
+    return counts(given["log_rate_scale"] * signal, depth, dispersion, rng), made
+
+
+def _note(given: Mapping[str, Any]) -> str:
+    return (
+        f"{given['equations']} structural equations, {given['intervention']} interventions, {given['mixing']} mixing of "
+        f"{given['n_latents']} latents into {given['n_genes']} genes, {given['noise']} noise, seed {given['seed']}"
+    )
+
+
 def _refuse_impossible(given: Mapping[str, Any]) -> None:
     """The arguments of `simulate`, by name."""
-    sizes = ("n_latents", "perturbations_per_latent", "n_genes", "cells_per_perturbation", "n_control", "n_batches")
-    for name in sizes:
-        if given[name] < 1 or given[name] != int(given[name]):
-            raise ValueError(f"{name} must be a whole number of at least 1, not {given[name]}.")
-    for name in ("expected_parents", "n_doubles", "escapers", "batch_scale", "seed"):
-        if not (np.isfinite(given[name]) and given[name] >= 0):
-            raise ValueError(f"{name} must be a finite number of at least 0, not {given[name]}.")
-        if name in ("n_doubles", "seed") and given[name] != int(given[name]):
-            raise ValueError(f"{name} must be a whole number, not {given[name]}.")
+    _refuse_numbers(given)
+    _refuse_ranges(given)
     kinds = {"equations": Equations, "intervention": InterventionKind, "mixing": Mixing, "noise": Noise}
     for name, kind in kinds.items():
         if given[name] not in get_args(kind):
             raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {given[name]!r}.")
-    if not (np.isfinite(given["depth"]) and given["depth"] > 0):
-        raise ValueError(f"depth must be a positive number, not {given['depth']}.")
     p, n_single = given["n_latents"], given["n_latents"] * given["perturbations_per_latent"]
     if given["expected_parents"] > (p - 1) / 2:
         raise ValueError(
             f"expected_parents = {given['expected_parents']:g} asks for more edges than a DAG of {p} latents can have"
             f" (at most {(p - 1) / 2:g} per latent)."
         )
-    if not 0 < given["loading_density"] <= 1:
-        raise ValueError(f"loading_density must be above 0 and at most 1, not {given['loading_density']}.")
-    if given["escapers"] > 1:
-        raise ValueError(f"escapers is a share of the cells, not {given['escapers']:g}.")
     if given["n_doubles"] > n_single * (n_single - 1) // 2:
         raise ValueError(f"n_doubles = {given['n_doubles']} exceeds the number of pairs of {n_single} perturbations.")
+    for name, needed in {"cycle": 2, "second_targets": 2, "hidden": CAUSED}.items():
+        if given[name] and p < needed:
+            raise ValueError(f"{name} needs at least {needed} latents, not {p}.")
+    for name in ("depth_by_condition", "genewise_dispersion"):
+        if given[name] and given["noise"] != "counts":
+            raise ValueError(f"{name} needs counts, not {given['noise']} noise.")
 
 
-def _draw_graph(p: int, expected_parents: float, rng: np.random.Generator) -> tuple[Floats, NDArray[np.int64]]:
-    """Edge weights (p, p), row -> column, and a causal order of the latents."""
-    order = rng.permutation(p)
-    probability = 2 * expected_parents / (p - 1) if p > 1 else 0.0
-    joined = np.triu(rng.random((p, p)) < probability, 1)
-    weight = rng.uniform(*EDGE_WEIGHT, (p, p)) * rng.choice([-1.0, 1.0], (p, p))
-    adjacency = np.zeros((p, p))
-    adjacency[np.ix_(order, order)] = np.where(joined, weight, 0.0)
-    return adjacency, order
+def _refuse_numbers(given: Mapping[str, Any]) -> None:
+    positive = ("n_latents", "perturbations_per_latent", "n_genes", "cells_per_perturbation", "n_control", "n_batches")
+    for name in (*positive, "guides"):
+        if given[name] < 1 or given[name] != int(given[name]):
+            raise ValueError(f"{name} must be a whole number of at least 1, not {given[name]}.")
+    whole = ("n_doubles", "background", "hidden", "seed")
+    for name in (*whole, "expected_parents", "second_targets", "batch_scale", "depth_by_condition"):
+        if not (np.isfinite(given[name]) and given[name] >= 0):
+            raise ValueError(f"{name} must be a finite number of at least 0, not {given[name]}.")
+        if name in whole and given[name] != int(given[name]):
+            raise ValueError(f"{name} must be a whole number, not {given[name]}.")
+    for name in ("depth", "log_rate_scale"):
+        if not (np.isfinite(given[name]) and given[name] > 0):
+            raise ValueError(f"{name} must be a positive number, not {given[name]}.")
+    if not 0 < given["loading_density"] <= 1:
+        raise ValueError(f"loading_density must be above 0 and at most 1, not {given['loading_density']}.")
+    if given["second_targets"] > 1:
+        raise ValueError(f"second_targets is a share of the perturbations, not {given['second_targets']:g}.")
 
 
-def _draw_effects(p: int, n_single: int, intervention: InterventionKind, rng: np.random.Generator) -> _Effects:
-    target = np.concatenate([np.arange(p), rng.integers(p, size=n_single - p)]).astype(np.int64)
-    shift = rng.uniform(*SHIFT, n_single) * rng.choice([-1.0, 1.0], n_single)
-    soft = rng.uniform(*RETENTION, n_single)  # drawn for every kind: one seed, one set of targets and shifts
-    kind = INTERVENTIONS[intervention]
-    retention = soft if kind.retention is None else np.full(n_single, kind.retention)
-    log_scale = np.full(n_single, np.log(NOISE_SCALE) if kind.scales else 0.0)
-    return _Effects(target, shift, log_scale, retention)
-
-
-def _draw_pairs(n_single: int, n_doubles: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    first, second = np.triu_indices(n_single, 1)
-    chosen = np.sort(rng.choice(len(first), n_doubles, replace=False)) if n_doubles else np.zeros(0, np.int64)
-    return [(int(first[i]), int(second[i])) for i in chosen]
-
-
-def _draw_latents(
-    n: int,
-    adjacency: Floats,
-    order: NDArray[np.int64],
-    effects: _Effects,
-    members: tuple[int, ...],
-    equations: Equations,
-    rng: np.random.Generator,
-) -> Floats:
-    """Latents (n, p) of one condition: its structural equations, solved in causal order."""
-    p = len(adjacency)
-    shift, log_scale, retention = np.zeros(p), np.zeros(p), np.ones(p)
-    for i in members:
-        k = effects.target[i]
-        shift[k] += effects.shift[i]
-        log_scale[k] += effects.log_scale[i]
-        retention[k] *= effects.retention[i]
-    latents = rng.standard_normal((n, p)) * np.exp(log_scale) + shift
-    for k in order:
-        parents = np.maximum(latents, 0.0) if equations == "relu" else latents
-        latents[:, k] += retention[k] * (parents @ adjacency[:, k])
-    return latents
-
-
-def _mixed(
-    latents: Floats, n_genes: int, mixing: Mixing, loaded: NDArray[np.bool_] | None, rng: np.random.Generator
-) -> Floats:
-    """Signal (n, n_genes) of latents (n, p); each latent moves the genes that are ``loaded`` (p, n_genes)."""
-    p = latents.shape[1]
-    if mixing == "linear":
-        loadings = rng.standard_normal((p, n_genes)) / np.sqrt(p)
-        if loaded is not None:
-            loadings *= loaded
-        return np.asarray(latents @ loadings)
-    hidden = 4 * p
-    first = rng.standard_normal((p, hidden)) / np.sqrt(p)
-    last = rng.standard_normal((hidden, n_genes)) / np.sqrt(hidden)
-    if loaded is not None:  # unit h reads latent h % p alone, as strongly as another does all
-        first = np.tile(np.eye(p), 4) * (first * np.sqrt(p))
-        last *= np.tile(loaded, (4, 1))
-    value = latents @ first + 0.5 * rng.standard_normal(hidden)
-    signal: Floats = np.where(value > 0, value, 0.2 * value) @ last
-    return signal
-
-
-def _counts(signal: Floats, depth: float, rng: np.random.Generator) -> sparse.csr_matrix:
-    """Negative-binomial counts (CSR float32): a gamma-distributed rate, then Poisson."""
-    n, n_genes = signal.shape
-    base = LOG_MEAN_SCALE * rng.standard_normal(n_genes)
-    depths = depth * np.exp(DEPTH_SCALE * rng.standard_normal(n))
-    blocks = []
-    for start in range(0, n, CHUNK):
-        rate = np.exp(base + LOG_RATE_SCALE * signal[start : start + CHUNK])
-        rate *= (depths[start : start + CHUNK] / rate.sum(1))[:, None]
-        counts = rng.poisson(rng.gamma(1 / DISPERSION, rate * DISPERSION))
-        blocks.append(sparse.csr_matrix(counts.astype(np.float32)))
-    return sparse.csr_matrix(sparse.vstack(blocks, format="csr"))
+def _refuse_ranges(given: Mapping[str, Any]) -> None:
+    for name, top in {"edge_size": np.inf, "shift_size": np.inf, "retention": 1.0, "penetrance": 1.0}.items():
+        bounds = tuple(given[name])
+        if len(bounds) != 2 or not np.isfinite(bounds).all() or not 0 <= bounds[0] <= bounds[1] <= top:
+            least = "0 <= LOW <= HIGH" + (f" <= {top:g}" if top < np.inf else "")
+            raise ValueError(f"{name} must be two numbers with {least}, not {','.join(f'{x:g}' for x in bounds)}.")
+    if given["edge_size"][0] == 0:
+        raise ValueError("edge_size must be above 0. Without edges expected_parents is 0.")

@@ -63,7 +63,7 @@ def discover(task: Task, refine: Refine | None = None) -> Discovery:
             if isinstance(refined, Discovery):
                 return refined
             cells, comparison = refined or (cells, comparison)
-        task.stage("reading off what interventions change")
+        task.stage("ordering programs by what interventions change")
         ordering = cache.get("ordering", lambda: ordered(task, start, cells, comparison.edges.solution))
         return linear_result(task, start, cells, comparison, judged(task, cells, comparison, ordering), ordering)
 

@@ -1,4 +1,4 @@
-"""Scores of a fit against a known truth: targets, partition, ancestry, edges, latents.
+"""Scores of a fit against a known truth: targets, partition, ancestry, edges, pairs, penetrance, latents.
 
 Programs have no names in the truth, so each is matched to one true latent: the one-to-one matching that most
 single perturbations agree with (Hungarian method). Edges of matched programs are compared after that renaming.
@@ -27,6 +27,12 @@ from crlseq.run.run import Run
 Graph = NDArray[np.bool_]
 
 LATENT_SCORES = ("mcc", "dci_disentanglement", "dci_completeness", "dci_informativeness", "irs")
+PAIR_SCORES = (
+    *("upstream_precision", "upstream_recall", "likely_precision", "likely_recall", "both_ways", "excluded_wrong"),
+)
+# Numbers whose sums over screens give pooled precisions and recalls.
+EDGE_COUNTS = ("edges_true", "edges_right", "edges_wrong")
+PAIR_COUNTS = ("pairs_true", "upstream_right", "upstream_wrong", "likely_right", "likely_wrong")
 N_RANDOM_GRAPHS = 1000  # the mean F1 of random graphs is then known to about 0.003
 BORDERS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # lower ends of the bins of supports; the last one ends with 1
 
@@ -37,13 +43,16 @@ def score_recovery(
     truth: Mapping[str, Any],
     latents: Floats | None = None,
     true_latents: Floats | None = None,
+    pairs: pd.DataFrame | None = None,
 ) -> dict[str, float]:
-    """``target_accuracy, ari, mcc`` and the scores of `representation_scores` and `graph_scores` of a run's tables.
+    """``target_accuracy, ari, mcc``, `EDGE_COUNTS`, the scores of `representation_scores` and `graph_scores` and, where the
+    tables of a run have them, those of `pair_scores` and ``penetrance_error``.
 
     An intervention with an empty or missing program claims no target. An edge that touches an unmatched program adds one
-    to ``shd``; it joins no pair of true latents, so precision and recall do not see it. ``truth`` has ``adjacency``
-    (p, p), row -> column, and ``target``, a table perturbation -> ``latent``, as `crlseq.data.simulate.simulate` writes
-    them. Latents (cells, q) and true ones (cells, p) may be missing; their scores are NaN then.
+    to ``shd`` and is one of the ``edges_wrong``; it joins no pair of true latents, so precision and recall do not see it.
+    ``truth`` has ``adjacency`` (p, p), row -> column, and ``target``, a table perturbation -> ``latent``, as
+    `crlseq.data.simulate.simulate` writes them. Latents (cells, q) and true ones (cells, p) may be missing; their scores
+    are NaN then.
     """
     adjacency = np.asarray(truth["adjacency"]) != 0
     targets = truth["target"]["latent"].astype(int)
@@ -54,10 +63,51 @@ def score_recovery(
     for source, target in zip(matched["source"], matched["target"], strict=True):
         found[latent_of[source], latent_of[target]] = True
     scores = {"target_accuracy": accuracy, "ari": partition_agreement(claims, targets.to_numpy())}
+    if "penetrance" in interventions and "penetrance" in truth["target"]:
+        scores["penetrance_error"] = penetrance_error(interventions, truth["target"])
+    right = int((found & adjacency).sum())
+    scores |= dict(zip(EDGE_COUNTS, (int(adjacency.sum()), right, len(edges) - right), strict=True))
+    scores |= {} if pairs is None else pair_scores(pairs, latent_of, adjacency)
     scores |= dict.fromkeys(LATENT_SCORES, float("nan"))
     if latents is not None and true_latents is not None:
         scores |= {"mcc": mean_correlation(latents, true_latents), **representation_scores(latents, true_latents)}
     return scores | graph_scores(found, adjacency, len(edges) - len(matched))
+
+
+def pair_scores(pairs: pd.DataFrame, latent_of: Mapping[str, int], adjacency: Graph) -> dict[str, float]:
+    """`PAIR_SCORES` and `PAIR_COUNTS` of a table of ordered pairs of programs, ``source, target, status``.
+
+    The truth are the pairs joined by a path of ``adjacency`` (p, p), row -> column; ``latent_of`` are the true latents of
+    programs. ``upstream`` are pairs of that status, ``likely`` those of status upstream or likely; a pair of a program
+    without a latent is wrong. ``both_ways`` is a number of unordered pairs. ``excluded_wrong`` is the share of excluded
+    pairs of programs with latents that are joined. Shares of nothing are NaN.
+    """
+    ends = [pairs[name].map(latent_of) for name in ("source", "target")]
+    known = ends[0].notna() & ends[1].notna()
+    joined = np.zeros(len(pairs), dtype=bool)
+    source, target = (end[known].to_numpy(dtype=int) for end in ends)
+    joined[known] = ancestral = closure(adjacency)[source, target]
+    n_true, status = int(closure(adjacency).sum()), pairs["status"]
+    scores: dict[str, float] = {"pairs_true": n_true}
+    for name, claimed in {"upstream": status == "upstream", "likely": status.isin(["upstream", "likely"])}.items():
+        right, n = int((claimed & joined).sum()), int(claimed.sum())
+        scores |= {f"{name}_right": right, f"{name}_wrong": n - right}
+        scores |= {f"{name}_precision": _share(right, n), f"{name}_recall": _share(right, n_true)}
+    both = pairs.loc[status == "both ways", ["source", "target"]]
+    excluded = (status == "excluded")[known]
+    scores["both_ways"] = len({frozenset(pair) for pair in both.itertuples(index=False)})
+    return scores | {"excluded_wrong": _share(int((excluded & ancestral).sum()), int(excluded.sum()))}
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
+
+
+def penetrance_error(interventions: pd.DataFrame, targets: pd.DataFrame) -> float:
+    """Mean |penetrance - true share of hit cells| over the perturbations that have both; NaN if none has."""
+    found = pd.Series(interventions["penetrance"].to_numpy(dtype=float), interventions["perturbation"].astype(str))
+    true = pd.Series(targets["penetrance"].to_numpy(dtype=float), targets.index.astype(str))
+    return float((found.reindex(true.index) - true).abs().mean())
 
 
 def gene_list_scores(
@@ -143,8 +193,8 @@ def graph_scores(found: Graph, true: Graph, n_unmatched: int = 0) -> dict[str, f
 
 
 def closure(graph: Graph) -> Graph:
-    """Transitive closure (p, p): j is an ancestor of k if a path leads from j to k."""
-    return np.asarray(reachable(torch.from_numpy(graph)).numpy())
+    """Transitive closure (p, p): j is an ancestor of k != j if a path leads from j to k."""
+    return np.asarray(reachable(torch.from_numpy(graph)).numpy()) & ~np.eye(len(graph), dtype=bool)
 
 
 def random_graph_scores(true: Graph, n: int = N_RANDOM_GRAPHS, seed: int = 0) -> dict[str, float]:
@@ -228,7 +278,7 @@ def known_recovery(run: Run, data: str | Path | ad.AnnData | None) -> tuple[dict
             latents = None if true_latents is None else run.latents(source)
         except InputError as error:  # genes are missing: targets and graph can be scored all the same
             notes.append(f"No latents are scored: {error.message}")
-        return score_recovery(run.interventions, run.edges, truth, latents, true_latents), notes
+        return score_recovery(run.interventions, run.edges, truth, latents, true_latents, run.pairs), notes
     return None, []
 
 

@@ -28,6 +28,13 @@ from crlseq.storage.csv import EXACT, to_csv
 from crlseq.storage.files import written_whole
 from crlseq.storage.runfolder import locked
 
+# What real screens have: cells vary along factors that nobody perturbs, guides work in a part of the cells.
+REAL: dict[str, Any] = {
+    "n_latents": 8, "n_genes": 1000, "cells_per_perturbation": 300, "n_control": 2500, "depth": 4000.0,
+    "expected_parents": 0.75, "edge_size": (0.5, 1.2), "shift_size": (1.5, 5.0), "penetrance": (0.3, 0.95), "guides": 3,
+    "background": 2, "cell_cycle": True, "genewise_dispersion": True,
+    "log_rate_scale": 0.45,  # programs then explain about 0.35 in control cells: shifts are a part of the signal
+}  # fmt: skip
 # Options of `crlseq.data.simulate.simulate` where they are not its own: 10 latents, 4 perturbations a latent,
 # 150 cells a perturbation. `n_perturbations` keeps the first so many; `toy` has a simulator of its own.
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -41,6 +48,15 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "linear-shift": {"intervention": "shift"},
     "linear-soft": {"intervention": "soft"},
     "sparse-counts": {"loading_density": 0.15},
+    "real-linear": REAL,
+    "real-soft": {**REAL, "intervention": "soft", "retention": (0.5, 0.5)},
+    "real-network": {**REAL, "mixing": "network", "log_rate_scale": 0.55},  # the same 0.35
+    "real-shift": {**REAL, "intervention": "shift"},
+    "real-second": {**REAL, "second_targets": 0.4},
+    "real-null": {**REAL, "penetrance": (0.0, 0.0)},
+    "real-hidden": {**REAL, "hidden": 2},
+    "real-cycle": {**REAL, "cycle": True},
+    "real-relu": {**REAL, "equations": "relu"},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "default": {}, "sparse": {"decoder": "sparse"}, "linear": {"method": "linear"}, "paper": {"preset": "paper"},
@@ -53,9 +69,11 @@ BASELINES = ("random", "empty")
 SCORES = (
     *("target_accuracy", "ari", *recovery.LATENT_SCORES, "ancestor_f1", "ancestor_precision", "ancestor_recall"),
     *("shd", "edge_f1", "edge_precision", "edge_recall"),
+    *(*recovery.PAIR_SCORES, "penetrance_error"),
     *("list_precision", "list_recall", "program_length"),
 )
-COLUMNS = ("scenario", "seed", "method", *SCORES, "n_edges", "n_latents", "verdict", "seconds", "error")
+COUNTS = (*recovery.EDGE_COUNTS, *recovery.PAIR_COUNTS)
+COLUMNS = ("scenario", "seed", "method", *SCORES, *COUNTS, "n_edges", "n_latents", "verdict", "seconds", "error")
 SHOWN = {"ancestor_f1": "Ancestor F1", "target_accuracy": "Target accuracy", "shd": "SHD", "mcc": "MCC"}
 MARKS = {  # Okabe and Ito's colours, which colour-blind readers tell apart, and a shape each
     "default": ("#0072B2", "o"), "sparse": ("#CC79A7", "P"), "linear": ("#009E73", "D"), "paper": ("#D55E00", "s"),
@@ -207,7 +225,9 @@ def _fitted(row: Mapping[str, Any], screen: ad.AnnData, settings: Mapping[str, A
     except CrlseqError as error:
         return {"seconds": round(time.perf_counter() - started, 2), "error": str(error)}
     true_latents = screen.obsm["true_latents"]
-    scores: dict[str, Any] = recovery.score_recovery(run.interventions, run.edges, truth, latents, true_latents)
+    scores: dict[str, Any] = recovery.score_recovery(
+        run.interventions, run.edges, truth, latents, true_latents, run.pairs
+    )
     if method in BLIND:  # it claims no targets, and so no graph
         scores = {name: scores[name] for name in recovery.LATENT_SCORES}
     if "loaded" in truth:
@@ -232,8 +252,9 @@ def _baseline(method: str, screen: ad.AnnData) -> dict[str, Any]:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Median and quartiles over seeds, one row per scenario and method.
 
-    ``scenario, method, runs, failed, verdict`` (each with its number of runs) and for every score
-    ``NAME, NAME_q25, NAME_q75``; failed runs have no score and count under ``failed`` alone.
+    ``scenario, method, runs, failed, verdict`` (each with its number of runs), for every score
+    ``NAME, NAME_q25, NAME_q75``, and the sum of every count, such as ``upstream_right``, from which pooled shares follow;
+    failed runs have no score and count under ``failed`` alone.
     """
     rows = []
     for (scenario, method), group in table.groupby(["scenario", "method"], sort=False, observed=True):
@@ -247,6 +268,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             # Not `median`: it warns where no run has the score.
             quartiles = fitted[name].astype(float).quantile([0.5, 0.25, 0.75])
             row |= dict(zip((name, f"{name}_q25", f"{name}_q75"), quartiles, strict=True))
+        row |= {name: fitted[name].astype(float).sum(min_count=1) for name in COUNTS}
         rows.append(row)
     return pd.DataFrame(rows)
 

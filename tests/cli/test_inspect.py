@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -13,11 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 
 import crlseq
+from crlseq.cli.simulate import RANGES
+from crlseq.cli.simulate import simulate as simulate_command
 from crlseq.run.run import Run
 from crlseq.storage.csv import EXACT
 from tests.support import Answer, command, dense, environment, invoke, small_screen, spawn
@@ -361,12 +365,26 @@ def test_inspect_and_report_need_no_torch(run_folder: Path, tmp_path: Path) -> N
         assert shown.returncode == 0, shown.stderr
 
 
-@pytest.mark.parametrize("words", [["--noise", "wrong"], ["--n-latents", "0"], ["--depth", "nan"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--noise", "wrong"], ["--n-latents", "0"], ["--depth", "nan"], ["--penetrance", "0.5"],
+        ["--penetrance", "0.9,0.3"], ["--shift-size", "low,high"], ["--hidden", "1", "--n-latents", "2"],
+    ],
+)  # fmt: skip
 def test_simulate_refuses(tmp_path: Path, words: list[str]) -> None:
     answer = invoke("simulate", "--output", tmp_path / "s.h5ad", *words)
     assert (answer.code, answer.out) == (2, "")
     assert len(answer.err.splitlines()) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_simulate_has_the_arguments_and_defaults_of_the_function() -> None:
+    told, known = (inspect.signature(function).parameters for function in (simulate_command, crlseq.simulate))
+    defaults = {name: each.default for name, each in told.items() if name not in ("output", "force")}
+    for name in RANGES:
+        defaults[name] = tuple(map(float, defaults[name].split(",")))
+    assert defaults == {name: each.default for name, each in known.items()}
 
 
 def test_simulate(tmp_path: Path) -> None:
@@ -391,5 +409,21 @@ def test_simulate(tmp_path: Path) -> None:
     assert again.code == 3
     assert "--force" in again.err
     assert invoke(*words, "--force").code == 0
+    more = [
+        "--penetrance",
+        "0.4,0.6",
+        "--guides",
+        2,
+        "--background",
+        1,
+        "--cell-cycle",
+        "--edge-size",
+        "1,1",
+        "--force",
+    ]
+    assert invoke(*words, *more).code == 0
+    screen = ad.read_h5ad(path)
+    assert screen.obsm["true_background"].shape[1] == 3 and screen.obs["guide"].nunique() == 2 * 9
+    assert screen.uns["truth"]["target"]["penetrance"].between(0, 1, inclusive="neither").any()
     (tmp_path / "file").write_text("")
     assert invoke("simulate", "--output", tmp_path / "file" / "s.h5ad").code == 3

@@ -11,7 +11,7 @@ import pytest
 
 import crlseq
 from crlseq.run.run import Run
-from tests.support import RUN_FILES, invoke
+from tests.support import files_of, invoke
 
 G = 50
 
@@ -78,7 +78,7 @@ def test_inspect_names_the_anchors(run: Run, folder: Path) -> None:
 
 
 def test_all_that_flows_from_the_decoder_is_there(run: Run, folder: Path, sparse_screen: ad.AnnData) -> None:
-    assert {path.name for path in folder.iterdir()} >= RUN_FILES - {"resume.pt"}
+    assert {path.name for path in folder.iterdir()} >= files_of(folder) - {"resume.pt"}
     predicted = run.predict("g0+g1")
     assert np.isfinite(np.asarray(predicted.X)).all()
     x = np.asarray(sparse_screen.X, dtype=np.float32)

@@ -11,11 +11,11 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
-from crlseq.data import simulate as module
-from crlseq.data.simulate import simulate
+from crlseq.data.simulate import GAUSSIAN_NOISE, simulate
 
 SMALL: dict[str, Any] = {
     "n_latents": 3,
@@ -28,16 +28,6 @@ SMALL: dict[str, Any] = {
 
 def dense(data: anndata.AnnData) -> np.ndarray[Any, np.dtype[np.float32]]:
     return data.X.toarray() if sparse.issparse(data.X) else np.asarray(data.X)
-
-
-def topological_order(adjacency: np.ndarray[Any, np.dtype[np.float64]]) -> list[int]:
-    """Latents after their parents; shorter than p if there is a cycle."""
-    order: list[int] = []
-    while free := [
-        k for k in range(len(adjacency)) if k not in order and all(j in order for j in np.flatnonzero(adjacency[:, k]))
-    ]:
-        order += free
-    return order
 
 
 def test_layout() -> None:
@@ -70,6 +60,16 @@ def test_gaussian_values_are_dense_and_the_file_round_trips(tmp_path: Path) -> N
     assert again.uns["truth"]["note"] == data.uns["truth"]["note"]
 
 
+def test_screens_of_earlier_versions_stay_the_same() -> None:
+    """What options add is drawn elsewhere: the cells of the arguments of version 0.1 keep their counts."""
+    screens = [
+        simulate(**SMALL, n_doubles=3, n_batches=2, batch_scale=0.3, equations="relu", intervention="soft", seed=5),
+        simulate(**SMALL, mixing="network", intervention="shift", loading_density=0.4, expected_parents=0.5, seed=6),
+    ]
+    digests = [hashlib.sha256(dense(screen).tobytes()).hexdigest()[:16] for screen in screens]
+    assert digests == ["b9aff718aa4dc37a", "226fbbf5641f2765"]
+
+
 def test_equal_arguments_give_equal_cells_whatever_the_hash_seed() -> None:
     program = (
         "import hashlib; from crlseq.data.simulate import simulate; d = simulate(n_latents=3, perturbations_per_latent=2,"
@@ -87,62 +87,6 @@ def test_equal_arguments_give_equal_cells_whatever_the_hash_seed() -> None:
     )
     assert done.stdout.strip() == expected
     assert not np.array_equal(dense(here), dense(simulate(**SMALL, n_doubles=3, n_batches=2, batch_scale=0.1, seed=6)))
-
-
-def test_graphs_are_acyclic_in_a_random_order_with_the_density_asked_for() -> None:
-    graphs = [module._draw_graph(10, 1.5, np.random.default_rng(seed))[0] for seed in range(200)]
-    assert all(len(topological_order(graph)) == 10 for graph in graphs)
-    edges = np.array([np.count_nonzero(graph) for graph in graphs])
-    assert abs(edges.mean() - 15) < 4 * np.sqrt(45 * (1 / 3) * (2 / 3) / 200)  # 45 pairs, each with probability 1/3
-    against_index = sum(np.count_nonzero(np.tril(graph)) for graph in graphs) / edges.sum()
-    assert 0.45 < against_index < 0.55
-    weights = np.abs(np.concatenate([graph[graph != 0] for graph in graphs]))
-    assert weights.min() >= 0.6 and weights.max() <= 1.4
-    assert np.count_nonzero(module._draw_graph(4, 1.5, np.random.default_rng(0))[0]) == 6  # the complete DAG
-    assert np.count_nonzero(module._draw_graph(1, 0.0, np.random.default_rng(0))[0]) == 0
-
-
-class NoNoise:
-    """A generator whose standard normals are all 1, so that the equations can be worked out by hand."""
-
-    def standard_normal(self, shape: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.ones(shape)
-
-
-@pytest.mark.parametrize(
-    ("members", "equations", "expected"),
-    [
-        # chain 2 -> 0 -> 1 with G[2, 0] = 2 and G[0, 1] = -1, all z = 1
-        ((), "linear", [3, -2, 1]),
-        ((), "relu", [3, -2, 1]),
-        ((0,), "linear", [4.5, -3.5, 1]),  # on 0: half of the parent's 2, twice z, plus 1.5
-        ((1,), "linear", [-5, 6, -3]),  # on 2: shift -4, retention 1
-        ((1,), "relu", [1, 0, -3]),  # ReLU hides the negative parent
-        ((0, 2), "linear", [2.5, -1.5, 1]),  # both on 0: retentions 0.5 * 0, scales 2 * 1, shifts 1.5 - 1
-        ((0, 1), "linear", [0.5, 0.5, -3]),
-    ],
-)
-def test_structural_equations_by_hand(members: tuple[int, ...], equations: Any, expected: list[float]) -> None:
-    adjacency = np.zeros((3, 3))
-    adjacency[2, 0], adjacency[0, 1] = 2, -1
-    effects = module._Effects(
-        target=np.array([0, 2, 0]),
-        shift=np.array([1.5, -4, -1]),
-        log_scale=np.log([2.0, 1, 1]),
-        retention=np.array([0.5, 1, 0]),
-    )
-    latents = module._draw_latents(2, adjacency, np.array([2, 0, 1]), effects, members, equations, NoNoise())  # type: ignore[arg-type]
-    assert np.allclose(latents, [expected, expected])
-
-
-@pytest.mark.parametrize(("intervention", "scale"), [("hard", 0.7), ("soft", 0.7), ("shift", 1.0)])
-def test_kinds_of_intervention(intervention: Any, scale: float) -> None:
-    effects = module._draw_effects(4, 12, intervention, np.random.default_rng(0))
-    assert set(effects.target[:4]) == {0, 1, 2, 3}
-    assert np.allclose(np.exp(effects.log_scale), scale)
-    assert ((np.abs(effects.shift) >= 1) & (np.abs(effects.shift) <= 3)).all()
-    low, high = {"hard": (0, 0), "soft": (0.2, 0.6), "shift": (1, 1)}[intervention]
-    assert (effects.retention >= low).all() and (effects.retention <= high).all()
 
 
 def test_cells_follow_the_truth_that_is_returned() -> None:
@@ -171,15 +115,9 @@ def test_linear_mixing_is_linear_and_network_mixing_is_not() -> None:
     assert residual["network"] > 0.36
 
 
-def test_depth_and_overdispersion_of_counts() -> None:
+def test_depth_of_counts() -> None:
     data = simulate(n_latents=3, perturbations_per_latent=1, n_genes=400, n_control=3000, depth=2000.0, seed=3)
     assert abs(np.median(np.asarray(data.X.sum(1))) / 2000 - 1) < 0.05
-    flat = module._counts(np.zeros((4000, 50)), 5000.0, np.random.default_rng(0)).toarray()
-    share = flat / flat.sum(1, keepdims=True) * 5000
-    mean, variance = share.mean(0), share.var(0)
-    expressed = mean > 20
-    dispersion = (variance[expressed] - mean[expressed]) / mean[expressed] ** 2
-    assert 0.12 < np.median(dispersion) < 0.26
 
 
 def test_batches_shift_genes() -> None:
@@ -211,6 +149,17 @@ def test_batches_shift_genes() -> None:
         ("noise", "poisson", "noise must be one of counts, gaussian"),
         ("intervention", "none", "intervention must be one of"),
         ("equations", "tanh", "equations must be one of"),
+        ("guides", 0, "guides must be a whole number of at least 1"),
+        ("background", 1.5, "background must be a whole number"),
+        ("hidden", -1, "hidden must be a finite number of at least 0"),
+        ("second_targets", 1.2, "second_targets is a share"),
+        ("log_rate_scale", 0.0, "log_rate_scale must be a positive number"),
+        ("penetrance", (0.3, 1.1), "penetrance must be two numbers with 0 <= LOW <= HIGH <= 1, not 0.3,1.1"),
+        ("penetrance", (0.9, 0.3), "penetrance must be two numbers"),
+        ("penetrance", (0.9,), "penetrance must be two numbers"),
+        ("retention", (-0.1, 0.3), "retention must be two numbers"),
+        ("shift_size", (1.0, float("inf")), "shift_size must be two numbers with 0 <= LOW <= HIGH, not 1,inf"),
+        ("edge_size", (0.0, 1.0), "edge_size must be above 0"),
     ],
 )
 def test_bad_arguments(argument: str, value: Any, sentence: str) -> None:
@@ -218,18 +167,98 @@ def test_bad_arguments(argument: str, value: Any, sentence: str) -> None:
         simulate(**{**SMALL, argument: value})
 
 
-@pytest.mark.parametrize("mixing", ["linear", "network"])
-def test_latents_move_the_genes_that_are_loaded_on_them_and_no_others(mixing: Any) -> None:
-    rng = np.random.default_rng(0)
-    loaded, latents = rng.random((4, 200)) < 0.3, rng.standard_normal((50, 4))
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"n_latents": 2, "expected_parents": 0.5, "hidden": 1}, "hidden needs at least 3 latents, not 2"),
+        ({"n_latents": 1, "expected_parents": 0.0, "cycle": True}, "cycle needs at least 2 latents, not 1"),
+        ({"n_latents": 1, "expected_parents": 0.0, "second_targets": 0.5}, "second_targets needs at least 2 latents"),
+        ({"noise": "gaussian", "depth_by_condition": 0.1}, "depth_by_condition needs counts, not gaussian noise"),
+        ({"noise": "gaussian", "genewise_dispersion": True}, "genewise_dispersion needs counts"),
+    ],
+)
+def test_options_that_do_not_fit_each_other(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        simulate(**{**SMALL, **changes})
 
-    def signal(values: np.ndarray) -> np.ndarray:
-        return module._mixed(values, 200, mixing, loaded, np.random.default_rng(1))
 
-    for k in range(4):
-        moved = latents.copy()
-        moved[:, k] += 1
-        assert ((signal(moved) != signal(latents)).any(0) == loaded[k]).all()
+REAL: dict[str, Any] = {
+    "penetrance": (0.5, 0.9), "guides": 3, "background": 2, "cell_cycle": True, "second_targets": 0.5, "hidden": 2,
+    "cycle": True, "genewise_dispersion": True, "depth_by_condition": 0.2,
+}  # fmt: skip
+
+
+def test_layout_of_what_real_screens_have(tmp_path: Path) -> None:
+    data = simulate(**SMALL, **REAL, n_doubles=4)
+    data.write_h5ad(tmp_path / "screen.h5ad")
+    data = anndata.read_h5ad(tmp_path / "screen.h5ad")
+    truth, obs = data.uns["truth"], data.obs
+    shapes = {name: truth[name].shape for name in ("hidden", "background", "dispersion")}
+    assert shapes == {"hidden": (2, 3), "background": (4, 20), "dispersion": (20,)}
+    assert data.obsm["true_background"].shape == (len(data), 4)
+    assert list(truth["log_depth"].index) == list(dict.fromkeys(obs["perturbation"])) and truth["log_depth"].shape == (
+        11,
+        1,
+    )
+    assert list(truth["target"].columns) == [
+        "latent", "shift", "retention", "penetrance", "second_latent", "second_shift",
+    ]  # fmt: skip
+    assert (truth["target"]["second_latent"] >= 0).sum() == 3
+    control = (obs["perturbation"] == "control").to_numpy()
+    assert set(obs["guide"][control]) == {"control_0", "control_1", "control_2"} and not obs["hit"][control].any()
+    for label, guide in zip(obs["perturbation"], obs["guide"], strict=True):
+        assert [part.rpartition("_")[0] for part in guide.split("|")] == label.split("+")
+    plain = simulate(**SMALL)
+    assert set(plain.obs) == {"perturbation"} and set(plain.obsm) == {"true_latents"}
+    assert set(plain.uns["truth"]) == {"adjacency", "target", "orientation", "note"}
+    assert (plain.uns["truth"]["target"]["penetrance"] == 1).all()
+
+
+@pytest.mark.parametrize("option", ["background", "cell_cycle", "genewise_dispersion", "depth_by_condition"])
+def test_what_is_not_of_the_latents_leaves_them_as_they_were(option: str) -> None:
+    plain, changed = simulate(**SMALL), simulate(**SMALL, **{option: REAL[option]})
+    np.testing.assert_array_equal(plain.obsm["true_latents"], changed.obsm["true_latents"])
+    assert (dense(plain) != dense(changed)).any()
+
+
+def test_cells_that_are_not_hit_are_those_of_a_screen_without_effects() -> None:
+    wanted: dict[str, Any] = {**SMALL, "cells_per_perturbation": 400, "guides": 2, "seed": 7}
+    all_hit, none, some = (simulate(**wanted, penetrance=share) for share in ((1.0, 1.0), (0.0, 0.0), (0.6, 0.6)))
+    hit = some.obs["hit"].to_numpy()
+    np.testing.assert_array_equal(some.obsm["true_latents"][hit], all_hit.obsm["true_latents"][hit])
+    np.testing.assert_array_equal(some.obsm["true_latents"][~hit], none.obsm["true_latents"][~hit])
+    assert not none.obs["hit"].any() and "hit" not in all_hit.obs
+    share = some.obs.groupby("perturbation", observed=True)["hit"].mean().drop("control")
+    assert (share == some.uns["truth"]["target"]["penetrance"]).all()
+    assert share.to_numpy() == pytest.approx(0.6, abs=4 * np.sqrt(0.24 / 400))
+    assert set(none.uns["truth"]["target"]["penetrance"]) == {0.0}
+
+
+def test_parts_of_a_double_hit_for_themselves() -> None:
+    data = simulate(**{**SMALL, "cells_per_perturbation": 400}, n_doubles=6, penetrance=(0.5, 0.5))
+    doubles = data.obs["perturbation"].str.contains("+", regex=False)
+    assert data.obs["hit"][doubles].mean() == pytest.approx(0.75, abs=4 * np.sqrt(0.1875 / 2400))
+
+
+def test_background_is_as_strong_as_a_program() -> None:
+    """Values without measurement noise: background has the variance of a program on the genes that both load."""
+    wanted: dict[str, Any] = {"n_genes": 2000, "noise": "gaussian", "loading_density": 0.5, "seed": 1}
+    plain, more = simulate(**wanted), simulate(**wanted, background=1, cell_cycle=True)
+    added = dense(more).astype(float) - dense(plain)
+    factors, loadings = more.obsm["true_background"], more.uns["truth"]["background"]
+    np.testing.assert_allclose(added, factors @ loadings, atol=1e-5)
+    control = (plain.obs["perturbation"] == "control").to_numpy()
+    signal_variance = dense(plain)[control].var(0).mean() - GAUSSIAN_NOISE**2
+    of_a_program = signal_variance / (10 * 0.5)  # ten programs, each on half of the genes
+    for row in loadings:
+        assert (row[row != 0] ** 2).mean() == pytest.approx(of_a_program, rel=0.2)
+
+
+def test_depth_by_condition() -> None:
+    data = simulate(n_latents=3, n_genes=200, depth_by_condition=0.5, seed=2)
+    totals = pd.Series(np.log(np.asarray(data.X.sum(1)).ravel())).groupby(data.obs["perturbation"].to_numpy()).median()
+    expected = np.log(5000) + data.uns["truth"]["log_depth"]["log_depth"]
+    assert (totals - expected).abs().max() < 0.15 and expected.std() > 0.25
 
 
 def test_sparse_loadings_are_part_of_the_truth() -> None:
@@ -238,7 +267,7 @@ def test_sparse_loadings_are_part_of_the_truth() -> None:
     assert loaded.shape == (3, 400)
     assert loaded.mean() == pytest.approx(0.25, abs=0.04)
     # Genes that nothing is loaded on have measurement noise alone.
-    assert data.X[:, ~loaded.any(0)].std() == pytest.approx(module.GAUSSIAN_NOISE, rel=0.05)
+    assert data.X[:, ~loaded.any(0)].std() == pytest.approx(GAUSSIAN_NOISE, rel=0.05)
     assert "loaded" not in simulate(**SMALL).uns["truth"]
 
 

@@ -192,7 +192,7 @@ def test_the_number_of_programs_is_found_and_told(hard: Screen) -> None:
     assert notes == [f"4 programs: {found.choice.reason}"]
     assert stages == [
         "finding components and the number of programs", "fitting the interventional likelihood",
-        "reading off what interventions change",
+        "ordering programs by what interventions change",
     ]  # fmt: skip
 
 

@@ -18,7 +18,9 @@ from crlseq.evaluation.recovery import (
     graph_scores,
     match_programs,
     mean_correlation,
+    pair_scores,
     partition_agreement,
+    penetrance_error,
     random_graph_scores,
     score_recovery,
 )
@@ -101,6 +103,56 @@ def test_graph_scores_by_hand():
     assert graph_scores(found, chain, n_unmatched=3)["shd"] == 5
 
 
+def test_no_latent_is_its_own_ancestor() -> None:
+    loop = graph(3, (0, 1), (1, 0), (1, 2))
+    assert (closure(loop) == graph(3, (0, 1), (1, 0), (0, 2), (1, 2))).all()
+
+
+def statuses(**status: str) -> pd.DataFrame:
+    """Pairs such as ``P0_P1="upstream"``."""
+    rows = [(*pair.split("_"), each) for pair, each in status.items()]
+    return pd.DataFrame(rows, columns=["source", "target", "status"])
+
+
+def test_pair_scores_by_hand() -> None:
+    """The chain 0 -> 1 -> 2 has three pairs; P0, P1, P2 are its latents, P3 has none."""
+    chain, latent_of = graph(3, (0, 1), (1, 2)), {"P0": 0, "P1": 1, "P2": 2}
+    pairs = statuses(
+        P0_P1="upstream", P0_P2="likely", P2_P1="upstream", P3_P1="upstream", P1_P3="likely", P1_P0="excluded",
+        P2_P0="excluded", P1_P2="excluded", P3_P0="excluded", P0_P3="undecided",
+    )  # fmt: skip
+    scores = pair_scores(pairs, latent_of, chain)
+    assert scores == pytest.approx({
+        "pairs_true": 3,
+        "upstream_right": 1, "upstream_wrong": 2, "upstream_precision": 1 / 3, "upstream_recall": 1 / 3,
+        "likely_right": 2, "likely_wrong": 3, "likely_precision": 2 / 5, "likely_recall": 2 / 3,
+        "both_ways": 0, "excluded_wrong": 1 / 3,  # 1 -> 2 is there; nothing is known of P3
+    })  # fmt: skip
+
+
+def test_both_ways_counts_unordered_pairs() -> None:
+    pairs = statuses(P0_P1="both ways", P1_P0="both ways", P2_P0="both ways", P0_P2="both ways", P1_P2="undecided")
+    scores = pair_scores(pairs, {"P0": 0, "P1": 1, "P2": 2}, graph(3))
+    assert scores["both_ways"] == 2
+    nothing = ("upstream_precision", "upstream_recall", "likely_precision", "likely_recall", "excluded_wrong")
+    assert all(np.isnan(scores[name]) for name in nothing)
+    assert pair_scores(pairs.iloc[:0], {}, graph(3, (0, 1)))["upstream_recall"] == 0
+
+
+def test_both_directions_of_a_loop_are_true() -> None:
+    pairs = statuses(P0_P1="upstream", P1_P0="excluded")
+    scores = pair_scores(pairs, {"P0": 0, "P1": 1}, graph(2, (0, 1), (1, 0)))
+    assert (scores["pairs_true"], scores["upstream_precision"], scores["excluded_wrong"]) == (2, 1, 1)
+
+
+def test_penetrance_error_by_hand() -> None:
+    """Of four perturbations one was not fitted and one has no share: (0.1 + 0.2) / 2."""
+    found = pd.DataFrame({"perturbation": ["g1", "g0", "g2"], "penetrance": [0.5, 0.9, np.nan]})
+    true = pd.DataFrame({"penetrance": [0.8, 0.7, 0.6, 0.5]}, index=["g0", "g1", "g2", "g3"])
+    assert penetrance_error(found, true) == pytest.approx(0.15)
+    assert np.isnan(penetrance_error(found.iloc[2:], true))
+
+
 def test_same_ancestry_from_other_edges():
     chain, shortcut = graph(3, (0, 1), (1, 2)), graph(3, (0, 1), (1, 2), (0, 2))
     scores = graph_scores(shortcut, chain)
@@ -151,10 +203,18 @@ def test_score_recovery_by_hand():
     known = truth(graph(3, (0, 1), (1, 2)), 0, 1, 2, 2)
     scores = score_recovery(interventions("P2", "P0", "P1", "P1"), edges("P2>P0", "P0>P1"), known)
     assert scores["target_accuracy"] == scores["ari"] == scores["ancestor_f1"] == 1 and scores["shd"] == 0
-    assert np.isnan(scores["mcc"])
+    assert np.isnan(scores["mcc"]) and "pairs_true" not in scores and "penetrance_error" not in scores
     # P7 drives nothing: its edge joins no true latents and counts in the distance alone.
     scores = score_recovery(interventions("P2", "P0", "P1", "P1"), edges("P2>P0", "P0>P7"), known)
     assert scores["shd"] == 2 and scores["edge_precision"] == 1 and scores["edge_recall"] == 0.5
+    assert (scores["edges_true"], scores["edges_right"], scores["edges_wrong"]) == (2, 1, 1)
+    # Programs are renamed to latents for pairs as for edges.
+    pairs = statuses(P2_P1="upstream", P1_P0="likely")
+    known["target"]["penetrance"] = 0.5
+    table = interventions("P2", "P0", "P1", "P1").assign(penetrance=[0.5, 0.6, 0.5, 0.4])
+    scores = score_recovery(table, edges(), known, pairs=pairs)
+    assert scores["upstream_precision"] == 1 and scores["likely_precision"] == 0.5
+    assert scores["penetrance_error"] == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("nothing", ["", None, float("nan")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 import crlseq.experiments.benchmark as module
 from crlseq.errors import ConvergenceError, InputError, UsageError
+from crlseq.evaluation.recovery import PAIR_COUNTS, PAIR_SCORES, closure
 from crlseq.experiments.benchmark import COLUMNS, SCENARIOS, benchmark, draw, scenario_screen, summarise, toy_screen
 from tests.paths import shared
 
@@ -73,7 +75,7 @@ def test_toy_has_the_law_of_the_published_one() -> None:
 def test_every_scenario_can_be_simulated(name: str) -> None:
     screen = scenario_screen(name, 5, **TINY)
     truth = screen.uns["truth"]
-    p, k = {"toy": (5, 5), "large": (30, 200)}.get(name, (10, 40))
+    p, k = (8, 32) if name.startswith("real-") else {"toy": (5, 5), "large": (30, 200)}.get(name, (10, 40))
     assert truth["adjacency"].shape == (p, p) and len(truth["target"]) == k
     assert set(truth["target"]["latent"]) == set(range(p))
     assert set(labels(screen)) == {"control", *truth["target"].index}
@@ -92,13 +94,51 @@ def test_files_and_rows(finished: Path) -> None:
     assert len(table) == 2 * 2 * 4 and not table.duplicated(["scenario", "seed", "method"]).any()
     fits, others = table[table["method"].isin(["default", "paper"])], table[table["method"].isin(["random", "empty"])]
     assert table["error"].isna().all()
-    unknown = ["list_precision", "list_recall"]  # every latent of these scenarios moves every gene
+    # Every latent of these scenarios moves every gene, and these methods find neither pairs nor shares of hit cells.
+    unknown = ["list_precision", "list_recall", *PAIR_SCORES, *PAIR_COUNTS, "penetrance_error"]
     assert fits.drop(columns=["error", *unknown]).notna().all(axis=None) and fits[unknown].isna().all(axis=None)
     assert others[["target_accuracy", "ari", "mcc", "n_latents", "verdict", "seconds"]].isna().all(axis=None)
     assert others[["ancestor_f1", "shd"]].notna().all(axis=None)
     assert dict(zip(fits["scenario"], fits["n_latents"], strict=True)) == {"linear-gaussian": 10, "toy": 5}
     toy_empty = table[(table["scenario"] == "toy") & (table["method"] == "empty")]
     assert set(toy_empty["shd"]) == {4.0} and set(toy_empty["n_edges"]) == {0}
+
+
+def test_screens_like_real_ones_have_what_their_names_say() -> None:
+    small = {"n_genes": 40, "n_control": 100, "cells_per_perturbation": 60}
+    screens = {name: scenario_screen(name, 3, **small) for name in SCENARIOS if name.startswith("real-")}
+    truth = {name: screen.uns["truth"] for name, screen in screens.items()}
+    for name, screen in screens.items():
+        assert screen.obsm["true_background"].shape[1] == 4 and screen.obs["guide"].nunique() == 3 * 33
+        hit = screen.obs["hit"][screen.obs["perturbation"] != "control"].mean()
+        assert hit == 0 if name == "real-null" else 0.5 < hit < 0.75
+    assert set(truth["real-soft"]["target"]["retention"]) == {0.5}
+    assert set(truth["real-shift"]["target"]["retention"]) == {1.0}
+    assert {name for name, each in truth.items() if (each["target"]["second_latent"] >= 0).any()} == {"real-second"}
+    assert {name for name, each in truth.items() if "hidden" in each} == {"real-hidden"}
+    # A path of eight edges among eight latents comes back to one of them.
+    cyclic = {name for name, each in truth.items() if np.linalg.matrix_power(each["adjacency"] != 0, 8).any()}
+    assert cyclic == {"real-cycle"}
+
+
+def test_pairs_and_penetrance_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.fit
+
+    def with_pairs(screen: ad.AnnData, **options: Any) -> Any:
+        run = real(screen, **options)
+        ends = {"source": ["P0", "P1"], "target": ["P1", "P0"]}
+        pairs = pd.DataFrame({**ends, "status": ["both ways", "both ways"]})
+        return replace(run, pairs=pairs, interventions=run.interventions.assign(penetrance=0.75))
+
+    monkeypatch.setattr(module, "fit", with_pairs)
+    summary = benchmark(tmp_path / "B", **{**SMALL, "seeds": [3, 4]}).set_index("method").loc["default"]
+    assert summary["both_ways"] == 1 and summary["penetrance_error"] == 0.25  # all cells are hit
+    true = sum(
+        closure(scenario_screen("linear-counts", seed, **SMALL["simulator"]).uns["truth"]["adjacency"] != 0).sum()
+        for seed in (3, 4)
+    )
+    assert summary["pairs_true"] == true > 0 and summary["upstream_right"] == summary["upstream_wrong"] == 0
+    assert np.isnan(summary["upstream_precision"]) and summary["upstream_recall"] == 0
 
 
 def test_summary_is_of_the_rows(finished: Path) -> None:
@@ -108,6 +148,8 @@ def test_summary_is_of_the_rows(finished: Path) -> None:
     low, high = sorted(values)
     assert (row["runs"], row["failed"], row["verdict"]) == (2, 0, "not identified 2")
     assert row["shd"] == (low + high) / 2 and row["shd_q25"] == low + (high - low) / 4
+    true = [(scenario_screen("linear-gaussian", seed, **TINY).uns["truth"]["adjacency"] != 0).sum() for seed in (1, 2)]
+    assert row["edges_true"] == sum(true) and np.isnan(row["pairs_true"])
 
 
 def test_rows_there_are_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

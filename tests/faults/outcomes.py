@@ -19,7 +19,7 @@ from crlseq.data.inspection import describe
 from crlseq.errors import InputError
 from crlseq.run.anndata import write_annotated
 from tests.faults.screens import Made
-from tests.support import RUN_FILES, invoke
+from tests.support import files_of, invoke
 
 Outcome = dict[str, Any]
 
@@ -112,7 +112,7 @@ def fitted(path: Path) -> Outcome:
     if answer.code == 3:
         assert not folder.exists()
         return {"outcome": "refused", "detail": answer.err.splitlines()[-2]}
-    assert {file.name for file in folder.iterdir()} >= RUN_FILES - {"resume.pt"}
+    assert {file.name for file in folder.iterdir()} >= files_of(folder) - {"resume.pt"}
     run = crlseq.load(folder)
     assert np.isfinite(run.programs[["loading", "total_effect"]].to_numpy()).all()
     claims = run.interventions[run.interventions["program"] != ""]

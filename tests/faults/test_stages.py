@@ -31,7 +31,7 @@ FIT: dict[str, Any] = {"epochs": 1, "bootstrap": 2, "equations": "linear"}
 CALLS = {
     "components": (steps, "whitened_components"), "number": (steps, "number_of_programs"),
     "likelihood": (steps, "fit_likelihood"), "kinds": (steps, "compare_on"),
-    "straightened": (straighten, "straightened"), "bootstrap": (steps, "bootstrap"),
+    "straightened": (straighten, "straightened"), "ordering": (steps, "ordered"), "bootstrap": (steps, "bootstrap"),
 }  # fmt: skip
 
 
@@ -91,8 +91,8 @@ def interrupted(screen_file: Path, folder: Path, stage: str) -> set[str]:
     ("stage", "done"),
     [
         ("fitting the interventional", {"effects", "components", "number"}),
-        ("bootstrapping", {"effects", "components", "number", "likelihood", "kinds", "straightened"}),
-        ("reading off", {"effects", "components", "number", "likelihood", "kinds", "straightened", "bootstrap"}),
+        ("bootstrapping", {"effects", "components", "number", "likelihood", "kinds", "straightened", "ordering"}),
+        ("reading off", {"effects", *CALLS}),
     ],
 )
 def test_goes_on_behind_the_last_stage(
@@ -126,6 +126,7 @@ def test_damaged_foreign_and_planted_results_are_computed_again(
     save_checkpoint(at["number"], {"format": 2, "identity": "of another fit", "result": 1})
     at["likelihood"].write_bytes(at["likelihood"].read_bytes()[:-1])
     at["kinds"].write_bytes(pickle.dumps(Planted()))
+    at["ordering"].write_bytes(b"")
     at["straightened"].unlink()
     save_checkpoint(at["straightened"], {"format": 2, "identity": "x", "result": Planted()})
     (tmp_path / "RUN.partial" / "stage-of-another-version.pt").write_bytes(b"?")

@@ -13,7 +13,7 @@ import crlseq
 from crlseq.config import DataConfig
 from crlseq.data.inspection import describe
 from crlseq.run.run import Run
-from tests.support import RUN_FILES, invoke
+from tests.support import files_of, invoke
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -32,8 +32,8 @@ def check_and_fit(path: Path, folder: Path, *options: object) -> Run:
     assert found["problems"] == []
     answer = invoke("fit", path, "--output", folder, *options)
     assert answer.code == 0, answer.err
-    run_files = RUN_FILES if "linear" not in options else RUN_FILES - {"resume.pt"}
-    assert {file.name for file in folder.iterdir()} == run_files
+    untrained = {"resume.pt"} if "linear" in options else set()
+    assert {file.name for file in folder.iterdir()} == files_of(folder) - untrained
     run = crlseq.load(folder)
     kept = ad.read_h5ad(folder / "crlseq.h5ad", backed="r")
     assert kept.obsm["X_crlseq"].shape == (found["n_cells"], run.info["n_latents"])
