@@ -124,7 +124,7 @@ def with_pairs(run: Run, known: Mapping[tuple[int, int], dict[str, Any]]) -> Run
     rows = [
         {
             "source": k, "target": i, "change": 0.0, "se": 0.05, "z": 0.0, "z_reversed": 0.0, "fdr": 1.0, "status": "excluded",
-            "guards": "", "detectable": 0.2,
+            "guards": "", "detectable": 0.2, "robust": False,
         }
         | known.get((a, b), {})
         for a, k in enumerate(names) for b, i in enumerate(names) if a != b

@@ -43,10 +43,12 @@ def say(text: str) -> None:
 
 
 def say_verdict(run: Run) -> None:
-    """Whether the data determine the graph, and why."""
+    """Whether the data determine the graph, and why; and which assumptions the screen is seen to break."""
     from crlseq.export.graph import verdict
 
     say(verdict(run))
+    for warning in run.facts.identification.warnings:
+        say(f"warning: {warning}")
 
 
 def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: str = "") -> None:

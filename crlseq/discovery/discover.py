@@ -26,9 +26,11 @@ from crlseq.discovery.likelihood import Solution, fit_linear
 from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import environment_moments, fold_moments, noise_level
 from crlseq.discovery.n_latents import LatentChoice, choose_n_latents
+from crlseq.discovery.negative_controls import Found, ordered_shifts
 from crlseq.discovery.ordering import Ordering, order_programs, with_support
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.discovery.result import Discovery, Judged, claims_of, linear_result
+from crlseq.discovery.robustness import robust_pairs
 from crlseq.discovery.task import Cells, Start, Task
 from crlseq.discovery.verdict import DECLARED_SUPPORT, PairCounts, judge
 from crlseq.errors import InputError
@@ -64,8 +66,9 @@ def discover(task: Task, refine: Refine | None = None) -> Discovery:
                 return refined
             cells, comparison = refined or (cells, comparison)
         task.stage("ordering programs by what interventions change")
-        ordering = cache.get("ordering", lambda: ordered(task, start, cells, comparison.edges.solution))
-        return linear_result(task, start, cells, comparison, judged(task, cells, comparison, ordering), ordering)
+        ordering, of_shifts = cache.get("ordering", lambda: ordered(task, start, cells, comparison.edges.solution))
+        found = linear_result(task, start, cells, comparison, judged(task, cells, comparison, ordering), ordering)
+        return replace(found, of_shifts=of_shifts)
 
 
 def find_components(task: Task) -> Start:
@@ -117,15 +120,20 @@ def compare_on(task: Task, cells: Cells, dense: Solution, seed: int) -> KindComp
     return compare_kinds(dense, folds, task.kind, task.threads)
 
 
-def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> Ordering:
-    """What interventions change, by all perturbations with an effect."""
-    claims = claims_of(task, start, cells, solution)
-    acting = np.flatnonzero(claims.target >= 0)
+def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple[Ordering, Found]:
+    """What interventions change, by all perturbations with an effect; and what mere shifts of controls would change."""
+    targets = claims_of(task, start, cells, solution).target
+    acting = np.flatnonzero(targets >= 0)
     environment = task.environments(acting)
     known = task.cells_of(splits.TRAIN, environment) | task.cells_of(splits.VALIDATION, environment)
-    y, own, targets = cells.values[known].double().numpy(), environment[known].numpy(), claims.target[acting]
-    found = order_programs(y, own, targets, solution.model.p)
-    return with_support(found, y, own, targets, replicates(task, solution.model.p), task.seed, task.threads)
+    y, own, targets = cells.values[known].double().numpy(), environment[known].numpy(), targets[acting]
+    p, guides = solution.model.p, task.data.guides
+    found = order_programs(y, own, targets, p)
+    more = y if cells.variances is not None else start.cells.values[known].double().numpy()
+    guide = None if guides is None else guides.number[known.numpy()]
+    found = replace(found, robust=robust_pairs(found, more, own, targets, guide, task.threads))
+    of_shifts = ordered_shifts(y, own, targets, p, found, task.seed)
+    return with_support(found, y, own, targets, replicates(task, p), task.seed, task.threads), of_shifts
 
 
 def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Ordering) -> Judged:

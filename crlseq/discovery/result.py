@@ -14,6 +14,7 @@ from crlseq.discovery.kind_comparison import KindComparison
 from crlseq.discovery.likelihood import Solution
 from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.n_latents import LatentChoice
+from crlseq.discovery.negative_controls import Found
 from crlseq.discovery.nonlinear_test import Preference
 from crlseq.discovery.ordering import Ordering
 from crlseq.discovery.reassign import assign_targets
@@ -51,6 +52,7 @@ class Discovery:
     stability: Stability | None = None  # programs in order; its K are the perturbations of `environments`
     choice: LatentChoice | None = None  # of the number of latents; None if it was asked for
     ordering: Ordering | None = None  # what interventions change, programs in order; its perturbations are `acting`
+    of_shifts: Found | None = None  # pairs that mere shifts of control cells order
     hit: np.ndarray | None = None  # (cells,) float32 probability of each to have been hit; NaN where it cannot be told
 
     @property

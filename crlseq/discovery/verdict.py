@@ -139,9 +139,11 @@ def judge_nonlinear(gain: float, error: float) -> Verdict:
 
 
 def judge_gradient(config: ModelConfig) -> Verdict:
-    """The verdict on a graph learned by gradient with this configuration: theory and simulations leave no other."""
+    """The verdict on a graph without a discovery, under this configuration: theory and simulations leave no other."""
     kind = config.intervention
-    if not config.causal_layer:
+    if config.causal_layer and config.method != "gradient":
+        reason = "No single perturbation has a detectable effect, so nothing can order the programs."
+    elif not config.causal_layer:
         reason = "The model was fitted without structural equations, so it has no graph."
     elif config.equations != "nonlinear" and kind != "auto" and INTERVENTIONS[kind].graph == "nothing":
         reason = "With linear equations and shifts alone, the decoder can absorb any graph, including the empty one: the edges reflect the optimiser, not the data."

@@ -27,6 +27,7 @@ from crlseq.data.responders import Responders, find_responders, left_out
 from crlseq.data.source import digest_of, state_of
 from crlseq.discovery.effects import effect_tests
 from crlseq.discovery.methods import find_programs
+from crlseq.discovery.negative_controls import Found, undone_effects
 from crlseq.discovery.task import Task
 from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.fitted import FittedRun, load
@@ -34,7 +35,7 @@ from crlseq.pipeline.read import Job, Progress, Screen, read_cells, read_screen
 from crlseq.pipeline.tables import tables_of
 from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
-from crlseq.run.summary import sets_in_words
+from crlseq.run.summary import controls_in_words, sets_in_words
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_weights
 from crlseq.storage.files import by_hdf5, refuse_existing
 from crlseq.storage.runfolder import EMBEDDINGS, GENE_SETS, move_into_place, partial_of, refuse_output, working_folder
@@ -163,6 +164,7 @@ class Tested:
     data: PerturbSeqData
     projection: Projection
     tests: dict[str, np.ndarray]
+    undone: Found  # pseudo-perturbations of control cells with an effect
     responders: Responders | None
     stages: StageCache
 
@@ -207,11 +209,13 @@ def _test(job: Job, screen: Screen) -> Tested:
     projection = principal_components(data, N_COMPONENTS, seed)
     stages = StageCache(job.folder, hashlib.sha256(screen.identity.encode()).hexdigest())
     tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed))
+    undone = stages.get("negative controls", lambda: undone_effects(data, projection.scores, seed))
     if not job.config.data.responders:
-        return Tested(data, projection, tests, None, stages)
+        return Tested(data, projection, tests, undone, None, stages)
     responders = find_responders(data, projection.scores, tests["fdr"])
     job.progress.note(responders.in_words())
-    return Tested(left_out(data, responders.escaped, responders.in_words()), projection, tests, responders, stages)
+    left = left_out(data, responders.escaped, responders.in_words())
+    return Tested(left, projection, tests, undone, responders, stages)
 
 
 def _discover(job: Job, tested: Tested) -> Start:
@@ -267,6 +271,7 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
         },
         "embeddings": None if found is None else found.summary(),
         "responders": None if responders is None else responders.record(),
+        "negative_controls": _negative_controls(tested.undone, start.warm),
         "n_latents_reason": start.reason,
         "started": job.started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -283,9 +288,17 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     if start.warm is not None and start.warm.discovery.hit is not None:
         cells["crlseq_hit"] = start.warm.discovery.hit
     run = replace(run, info=info, cells=cells, map=found)
+    progress.note(controls_in_words(run.facts))
     if words := sets_in_words(run.facts):
         progress.note(words)
     return run
+
+
+def _negative_controls(undone: Found, warm: WarmStart | None) -> dict[str, int]:
+    """What was found where there is nothing, for ``run.json``."""
+    pairs = None if warm is None else warm.discovery.of_shifts
+    row = {"perturbations": undone.of, "detected": undone.found}
+    return row | {"pairs": 0 if pairs is None else pairs.of, "ordered": 0 if pairs is None else pairs.found}
 
 
 def _command() -> str:

@@ -71,7 +71,7 @@ def tables_of(
         "n_latents": len(read.scale),
         "programs": _program_rows(programs, interventions, numbers),
         "adjacency": dag.weights.tolist(),
-        "identification": dag.identification.model_dump(),
+        "identification": dag.identification.model_dump(mode="json"),
         "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
         "sparsity": None if sparse is None else _sparsity_row(sparse, programs),
         "training": _training_row(fitted),
@@ -137,7 +137,7 @@ def _pairs(ordering: Ordering, sign: np.ndarray) -> pd.DataFrame:
         passed[k, i] = ", ".join(name for name, on in zip(GUARDS, pairs.guards[:, k, i], strict=True) if on)
     status = np.asarray(STATUSES, dtype=object)[pairs.status]
     change = pairs.change * np.outer(sign, sign)
-    return pair_table(change, pairs.error, pairs.fdr, status, passed, pairs.detectable)
+    return pair_table(change, pairs.error, pairs.fdr, status, passed, pairs.detectable, ordering.robust)
 
 
 def _fit_rows(fitted: Fit, data: PerturbSeqData, config: Config) -> dict[str, Any]:

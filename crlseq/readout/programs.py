@@ -123,11 +123,16 @@ class Dag:
 
 
 def find_dag(model: DiscrepancyVAE, programs: Programs, config: ModelConfig, discovery: Discovery | None = None) -> Dag:
-    """Edges that a discovery found are declared; of a graph learned by gradient those of `DECLARED_WEIGHT`."""
+    """Edges that a discovery found are declared; of a graph that was to be learned by gradient those of
+    `DECLARED_WEIGHT`, and none where a likelihood found nothing to go by.
+    """
     adjacency = model.scm.adjacency.detach().cpu().double().numpy()
     weights = adjacency * programs.scale[:, None] / programs.scale[None, :]
     if discovery is None:
-        verdict, declared = judge_gradient(config), np.abs(weights) >= DECLARED_WEIGHT
+        asked = config.method == "gradient" or not config.causal_layer
+        verdict, declared = judge_gradient(config), (np.abs(weights) >= DECLARED_WEIGHT) & asked
     else:
         verdict, declared = discovery.verdict, discovery.adjacency != 0
-    return Dag(weights, declared, Identification(verdict=verdict.answer, reason=verdict.reason))
+    ordering = None if discovery is None else discovery.ordering
+    warnings = () if ordering is None else ordering.warnings
+    return Dag(weights, declared, Identification(verdict=verdict.answer, reason=verdict.reason, warnings=warnings))

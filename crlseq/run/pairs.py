@@ -49,15 +49,15 @@ STATUSES = {
         "This is no evidence against an effect.",
     ),
 }
-SEEN = "change"  # the guard without which nothing was seen
+SEEN = "change"  # the guard without which nothing is surely seen
 # What else could explain a change that does not pass a guard: {k} is the source, {i} the target.
 OTHERWISE = {
     SEEN: "chance",
-    "slope": "perturbations of {i} that also act on another program, or batches that were not given",
-    "one way": "a hidden common cause of both",
-    "cut": "a hidden common cause of both, since no perturbation of {k} is seen to cut it off from its own causes",
-    "resolved": "a hidden common cause of {k} and of another program upstream of {i}",
-    "dose": "perturbations of {i} whose strength depends on {k}, since the change is not shown to be the same for weak and strong ones",
+    "one way": "the reverse, which is not shown to be smaller",
+    "controls": "what correlates the programs in control cells, such as a hidden common cause or shared second targets",
+    "beside": "second targets of perturbations of {i}, which change more than its own covariances",
+    "escaped": "{k} itself, which sets the cells that are hit",
+    "dose": "perturbations of {i} whose strength depends on {k}",
 }
 
 
@@ -69,12 +69,11 @@ def sentence(pair: Mapping[str, Any], size: float) -> str:
     k, i, status = pair["source"], pair["target"], pair["status"]
     change, wider = f"{_number(pair['change'], '+')} ± {_number(pair['se'])} SD", pair["detectable"]
     acts = f"{'raises' if pair['change'] > 0 else 'lowers'} it: where {i} is perturbed, it loses {change} of what {k} gave it"
+    again = " It is seen again with other components, and without any one perturbation." if pair["robust"] else ""
     if status == "upstream":
-        return f"{k} is upstream of {i} and {acts}."
+        return f"{k} is upstream of {i} and {acts}.{again}"
     if status == "likely":
-        passed = pair["guards"].split(", ")
-        others = [f"{why.format(k=k, i=i)} (guard {name})" for name, why in OTHERWISE.items() if name not in passed]
-        return f"{k} is likely upstream of {i} and {acts}. Not ruled out: {'; '.join(others)}."
+        return f"{k} is likely upstream of {i} and {acts}. {_not_ruled_out(pair)}{again}"
     if status == "both ways":
         return (
             f"{k} and {i} each change where the other is perturbed ({i}: {change}; {k}: z {_number(pair['z_reversed'], '+', 1)}): "
@@ -93,17 +92,21 @@ def _undecided(pair: Mapping[str, Any], change: str, size: float) -> str:
             f"Whether {k} is upstream of {i} cannot be told: no perturbation of {i} is strong enough in enough cells."
         )
     if SEEN in pair["guards"].split(", "):
-        return (
-            f"A change is seen where {i} is perturbed ({change}), but the reverse is not shown to be smaller: more cells of "
-            f"perturbations of {k} may settle whether {k} is upstream of {i}."
-        )
+        return f"Whether {k} is upstream of {i} is open, although {i} loses {change} where it is perturbed. {_not_ruled_out(pair)}"
     if wider <= size:
-        return f"Whether {k} is upstream of {i} is open, although a change above {wider:.2f} SD would have been seen ({change})."
+        return f"Whether {k} is upstream of {i} is open: {change}, near the smallest change that would be seen, {wider:.2f} SD."
     times = (wider / size) ** 2
     return (
         f"Whether {k} is upstream of {i} is open ({change}): only a change above {wider:.2f} SD would have been seen. "
         f"{f'{times:.0f}' if times >= 10 else f'{times:.1f}'} times as many cells of perturbations of {i} would show one of {size:g} SD."
     )
+
+
+def _not_ruled_out(pair: Mapping[str, Any]) -> str:
+    """What else could explain the change, by the guards that the pair does not pass."""
+    passed = pair["guards"].split(", ")
+    others = [why.format(k=pair["source"], i=pair["target"]) + f" (guard {name})" for name, why in OTHERWISE.items() if name not in passed]
+    return f"Not ruled out: {'; '.join(others)}."
 
 
 def _number(value: float, sign: str = "-", decimals: int = 2) -> str:
@@ -160,8 +163,8 @@ def legend(pairs: pd.DataFrame) -> list[tuple[str, str, str]]:
 
 def why_no_pairs(facts: RunInfo) -> str:
     """Why a run has no ``pairs.csv``, in a sentence."""
-    if facts.discovery is None:
-        return "Targets were learned by gradient, so pairs of programs were not judged."
     if facts.format == 1:
         return "This run was written before crlseq judged pairs of programs; fit again for them."
+    if facts.discovery is None:
+        return "No targets were found by likelihood, so pairs of programs are not judged."
     return "Under nonlinear equations pairs of programs are not judged."

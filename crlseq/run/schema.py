@@ -33,7 +33,7 @@ COLUMNS: dict[str, dict[str, type]] = {
 HIT: dict[str, type] = {"penetrance": float, "penetrance_error": float}  # of interventions, since format 2
 PAIR_COLUMNS: dict[str, type] = {
     "source": str, "target": str, "change": float, "se": float, "z": float, "z_reversed": float, "fdr": float,
-    "status": str, "guards": str, "detectable": float,
+    "status": str, "guards": str, "detectable": float, "robust": bool,
 }  # fmt: skip
 ANCHOR: dict[str, type] = {"anchor": bool}  # of programs, with a sparse decoder alone
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
@@ -137,10 +137,11 @@ class ProgramRow(_Part):
 
 
 class Identification(_Part):
-    """Whether the data determine the graph, and why."""
+    """Whether the data determine the graph, and why; and what the screen shows of assumptions that it breaks."""
 
     verdict: str
     reason: str
+    warnings: tuple[str, ...] = ()
 
 
 class Bootstrap(_Part):
@@ -162,6 +163,15 @@ class PairSummary(_Part):
     counts: dict[str, int]  # by status
     size: float  # smallest change that "excluded" is about, in standard deviations of control cells
     edges_misfit: float  # chi-square per degree of freedom of the direct edges' fit
+
+
+class NegativeControls(_Part):
+    """Pseudo-perturbations of control cells, and pairs under mere shifts of control cells: how many, how many found."""
+
+    perturbations: int = 0
+    detected: int = 0
+    pairs: int = 0
+    ordered: int = 0
 
 
 class DiscoverySummary(_Part):
@@ -243,6 +253,7 @@ class RunInfo(_Part):
     programs: list[ProgramRow]
     adjacency: Matrix
     identification: Identification
+    negative_controls: NegativeControls = NegativeControls()
     discovery: DiscoverySummary | None
     training: Training
     metrics: Metrics

@@ -260,3 +260,16 @@ def short(text: object, most: int = 24) -> str:
     """One line of at most `most` characters; what cannot be printed becomes a blank."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return line if len(line) <= most else line[: most - 1].rstrip() + "…"
+
+
+def controls_in_words(facts: RunInfo) -> str:
+    """What was found where there is nothing to find."""
+    found = facts.negative_controls
+    if not found.perturbations:
+        return "Negative controls: too few control cells to set some aside."
+    words = (
+        f"Negative controls: {found.detected} of {found.perturbations} groups of control cells have a detectable effect"
+    )
+    if found.pairs:
+        words += f"; shifts of control cells order {found.ordered} of {found.pairs} pairs"
+    return f"{words}."

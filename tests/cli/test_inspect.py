@@ -126,7 +126,7 @@ def test_a_run_without_pairs_says_why(tmp_path: Path, screen_file: Path) -> None
     folder = tmp_path / "RUN"
     assert invoke("fit", screen_file, "--output", folder, "--method", "gradient", "--epochs", 1).code == 0
     old = Path(__file__).parents[1] / "run" / "folder_0202a24"
-    for path, why in ((folder, "learned by gradient"), (old, "before crlseq judged pairs")):
+    for path, why in ((folder, "found by likelihood"), (old, "before crlseq judged pairs")):
         answer = invoke("inspect", "pairs", path)
         assert why in answer.err and len(table(answer)) == 0 and "detectable" in answer.out
         assert json.loads(invoke("inspect", "pairs", path, "--json").out) == []

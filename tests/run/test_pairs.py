@@ -48,11 +48,13 @@ def test_upstream_and_likely() -> None:
     )
     lowers = sentence(a_pair(**UPSTREAM | {"change": -0.634}), 0.3)
     assert "lowers it" in lowers and "−0.63 ± 0.05 SD" in lowers
-    some = ", ".join(name for name in judged.GUARDS if name not in ("slope", "dose"))
+    some = ", ".join(name for name in judged.GUARDS if name not in ("controls", "dose"))
     likely = sentence(a_pair(**UPSTREAM | {"status": "likely", "guards": some}), 0.3)
     assert likely.startswith("P2 is likely upstream of P5") and "0.63 ± 0.05" in likely
-    assert "(guard slope)" in likely and "(guard dose)" in likely and likely.count("(guard") == 2
+    assert "(guard controls)" in likely and "(guard dose)" in likely and likely.count("(guard") == 2
     assert "perturbations of P5 whose strength depends on P2" in likely
+    again = "It is seen again with other components, and without any one perturbation."
+    assert sentence(a_pair(**UPSTREAM, robust=True), 0.3).endswith(again) and again not in likely
 
 
 def test_both_ways_and_excluded() -> None:
@@ -70,8 +72,8 @@ def test_both_ways_and_excluded() -> None:
         ({"detectable": 0.6}, "above 0.60 SD would have been seen. 4.0 times as many cells of perturbations of P5"),
         ({"detectable": 1.5}, "25 times as many cells"),
         ({"se": np.nan, "change": np.nan, "detectable": np.nan}, "no perturbation of P5 is strong enough in enough cells"),
-        ({"guards": "change, slope", "change": 0.5}, "more cells of perturbations of P2"),
-        ({"detectable": 0.2}, "although a change above 0.20 SD would have been seen"),
+        ({"guards": "change, one way, beside, escaped, dose", "change": 0.5}, "P5 loses +0.50 ± 0.05 SD where it is perturbed. Not ruled out: what"),
+        ({"detectable": 0.2, "change": 0.15}, "+0.15 ± 0.05 SD, near the smallest change that would be seen, 0.20 SD"),
     ],
 )  # fmt: skip
 def test_undecided_says_what_would_settle_it(known: dict[str, Any], words: str) -> None:
@@ -125,7 +127,8 @@ def test_one_program_makes_no_pair() -> None:
 
 def test_why_a_run_has_no_pairs() -> None:
     run = synthetic_run(2, 4)
-    assert "by gradient" in why_no_pairs(run.facts)
+    assert "before" in why_no_pairs(run.facts)  # format 1
+    assert "by likelihood" in why_no_pairs(Run({**run.info, "format": 2}, *run.tables().values()).facts)
     for number, word in ((1, "before"), (2, "nonlinear")):
         info = {**run.info, "format": number, "discovery": found_by_bootstrap(2)}
         assert word in why_no_pairs(Run(info, *run.tables().values()).facts)

@@ -1,0 +1,84 @@
+"""What a screen finds where there is nothing: control cells in the place of perturbed ones.
+
+Control cells are split at random into pseudo-perturbations, as large as the real ones and as many as leave half of the
+controls, and go through the test of effects. Half of them, moved by the mean shifts of real perturbations and in the
+share of cells that these hit, go through the order of programs: mere shifts order nothing. What is found is chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from crlseq.data import splits
+from crlseq.data.dataset import PerturbSeqData
+from crlseq.discovery.effects import effect_tests
+from crlseq.discovery.hits import Floats
+from crlseq.discovery.ordering import Ints, Ordering, order_programs
+from crlseq.storage.stage_cache import cached_on_disk
+
+ENOUGH = 40  # pseudo-perturbations, over repeats
+MAX_REPEATS, PAIR_REPEATS = 20, 5
+MIN_CELLS = 20  # of a pseudo-perturbation
+FDR = 0.05
+
+
+@cached_on_disk()
+@dataclass(frozen=True)
+class Found:
+    """So many of so many."""
+
+    found: int
+    of: int
+
+
+def undone_effects(data: PerturbSeqData, scores: np.ndarray, seed: int) -> Found:
+    """Pseudo-perturbations with a detected effect; ``scores`` as in `crlseq.discovery.effects.effect_tests`."""
+    cells = data.cells_by_condition(splits.TRAIN, splits.VALIDATION)
+    controls, sizes = cells[0], [len(own) for own in cells[1:] if len(own)]
+    size = min(int(np.median(sizes)) if sizes else 0, len(controls) // 2)
+    if size < MIN_CELLS:
+        return Found(0, 0)
+    m = min(len(sizes), max(1, len(controls) // 2 // size))
+    repeats, found = min(MAX_REPEATS, -(-ENOUGH // m)), 0
+    for i in range(repeats):
+        drawn = np.random.default_rng([seed, 13, i]).permutation(controls)
+        condition = np.where(np.isin(data.condition, (-1, 0)), data.condition, -1)
+        for k in range(m):
+            condition[drawn[k * size : (k + 1) * size]] = k + 1
+        names = tuple(f"pseudo{k}" for k in range(m))
+        pseudo = replace(
+            data, condition=condition, conditions=((), *((k,) for k in range(m))),
+            condition_names=(data.condition_names[0], *names), perturbation_names=names,
+        )  # fmt: skip
+        found += int((effect_tests(pseudo, scores, seed + i)["fdr"] <= FDR).sum())
+    return Found(found, repeats * m)
+
+
+def ordered_shifts(y: Floats, environment: Ints, targets: Ints, p: int, ordering: Ordering, seed: int) -> Found:
+    """Pairs that mere shifts of control cells order: the strongest shift of each program, on cells of their own.
+
+    Arguments as in `crlseq.discovery.ordering.order_programs`, and what it found.
+    """
+    controls = np.flatnonzero(environment == 0)
+    n = np.bincount(environment, minlength=len(targets) + 1)[1:]
+    size = min(int(np.median(n)), len(controls) // 2 // p)
+    if size < MIN_CELLS:
+        return Found(0, 0)
+    shift = np.stack([y[environment == c + 1].mean(0) for c in range(len(targets))]) - ordering.center
+    along = np.abs((shift @ ordering.axes)[np.arange(len(targets)), targets])
+    strongest = [int(np.flatnonzero(targets == i)[along[targets == i].argmax()]) for i in range(p)]
+    found = 0
+    for repeat in range(PAIR_REPEATS):
+        rng = np.random.default_rng([seed, 17, repeat])
+        drawn = rng.permutation(controls)
+        moved, own = [y[drawn[p * size :]]], [np.zeros(len(drawn) - p * size, dtype=np.int64)]
+        for i, c in enumerate(strongest):
+            share = ordering.hits[c].share if c in ordering.hits else 1.0
+            hit = rng.random(size) < share
+            moved.append(y[drawn[i * size : (i + 1) * size]] + hit[:, None] * shift[c] / share)
+            own.append(np.full(size, i + 1))
+        pairs = order_programs(np.concatenate(moved), np.concatenate(own), np.arange(p), p).pairs
+        found += int(pairs.have("upstream", "likely").sum())
+    return Found(found, PAIR_REPEATS * p * (p - 1))
