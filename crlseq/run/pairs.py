@@ -105,7 +105,11 @@ def _undecided(pair: Mapping[str, Any], change: str, size: float) -> str:
 def _not_ruled_out(pair: Mapping[str, Any]) -> str:
     """What else could explain the change, by the guards that the pair does not pass."""
     passed = pair["guards"].split(", ")
-    others = [why.format(k=pair["source"], i=pair["target"]) + f" (guard {name})" for name, why in OTHERWISE.items() if name not in passed]
+    others = [
+        why.format(k=pair["source"], i=pair["target"]) + f" (guard {name})"
+        for name, why in OTHERWISE.items()
+        if name not in passed
+    ]
     return f"Not ruled out: {'; '.join(others)}."
 
 
