@@ -31,6 +31,7 @@ from crlseq.discovery.ordering import Ordering, order_programs, with_support
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.discovery.result import Discovery, Judged, claims_of, linear_result
 from crlseq.discovery.robustness import robust_pairs
+from crlseq.discovery.second_targets import SecondTargets, second_targets
 from crlseq.discovery.task import Cells, Start, Task
 from crlseq.discovery.verdict import DECLARED_SUPPORT, PairCounts, judge
 from crlseq.errors import InputError
@@ -38,7 +39,7 @@ from crlseq.threads import in_parallel, on_threads
 
 COMPONENTS = 40
 MAX_ENVIRONMENTS = 300  # perturbations that shape the graph: those with the largest effects
-MIN_NOISE = 0.8  # share of the measurement noise that every component has at least
+MIN_NOISE = 0.1  # share of the measurement noise that every component has at least; more makes targets hard to reassign
 RESTARTS, FOLDS, REPLICATES = 6, 5, 20
 MANY_LATENTS = 20  # from here on each of those is dear, and there are fewer:
 FEW_RESTARTS, FEW_FOLDS, FEW_REPLICATES = 1, 2, 0
@@ -66,8 +67,12 @@ def discover(task: Task, refine: Refine | None = None) -> Discovery:
                 return refined
             cells, comparison = refined or (cells, comparison)
         task.stage("ordering programs by what interventions change")
-        ordering, of_shifts = cache.get("ordering", lambda: ordered(task, start, cells, comparison.edges.solution))
-        found = linear_result(task, start, cells, comparison, judged(task, cells, comparison, ordering), ordering)
+        ordering, second, of_shifts = cache.get(
+            "ordering", lambda: ordered(task, start, cells, comparison.edges.solution)
+        )
+        found = linear_result(
+            task, start, cells, comparison, judged(task, cells, comparison, ordering), ordering, second
+        )
         return replace(found, of_shifts=of_shifts)
 
 
@@ -79,13 +84,14 @@ def find_components(task: Task) -> Start:
     train = task.cells_of(splits.TRAIN, environment)
     task.stage("finding components and the number of programs")
     n = COMPONENTS if asked == "auto" else max(COMPONENTS, asked + 10)
-    y = task.cache.get("components", lambda: whitened_components(task.data, n, task.seed))
-    cells = Cells(torch.from_numpy(y), None, environment, train)
+    least = 1 if asked == "auto" else asked
+    y, noise = task.cache.get("components", lambda: whitened_components(task.data, n, least, task.seed))
+    cells = Cells(torch.from_numpy(y), None, environment, train, noise)
     p, choice = task.cache.get("number", lambda: number_of_programs(task, cells, len(chosen)))
     task.note(f"{p} programs: {'as asked.' if choice is None else choice.reason}")
-    if p + 10 > n:
-        y = task.cache.get("more components", lambda: whitened_components(task.data, p + 10, task.seed))
-        cells = replace(cells, values=torch.from_numpy(y))
+    if p + 10 > n == y.shape[1]:
+        y, noise = task.cache.get("more components", lambda: whitened_components(task.data, p + 10, p, task.seed))
+        cells = replace(cells, values=torch.from_numpy(y), noise=noise)
     return Start(cells, chosen, p, choice)
 
 
@@ -108,7 +114,8 @@ def fit_likelihood(task: Task, cells: Cells, p: int) -> Solution:
     values, _, environment = cells.training()
     moments = environment_moments(values, environment)
     restarts = RESTARTS if p < MANY_LATENTS else FEW_RESTARTS
-    floor, each = MIN_NOISE * noise_level(moments), partial(in_parallel, threads=task.threads)
+    noise = noise_level(moments) if cells.noise is None else cells.noise
+    floor, each = MIN_NOISE * noise, partial(in_parallel, threads=task.threads)
     return reassign_targets(fit_linear(moments, p, "hard", restarts, task.seed, floor, each=each))
 
 
@@ -120,8 +127,10 @@ def compare_on(task: Task, cells: Cells, dense: Solution, seed: int) -> KindComp
     return compare_kinds(dense, folds, task.kind, task.threads)
 
 
-def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple[Ordering, Found]:
-    """What interventions change, by all perturbations with an effect; and what mere shifts of controls would change."""
+def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple[Ordering, SecondTargets, Found]:
+    """What interventions change, by all perturbations with an effect; their second targets; and what mere shifts of
+    controls would change.
+    """
     targets = claims_of(task, start, cells, solution).target
     acting = np.flatnonzero(targets >= 0)
     environment = task.environments(acting)
@@ -133,7 +142,8 @@ def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple
     guide = None if guides is None else guides.number[known.numpy()]
     found = replace(found, robust=robust_pairs(found, more, own, targets, guide, task.threads))
     of_shifts = ordered_shifts(y, own, targets, p, found, task.seed)
-    return with_support(found, y, own, targets, replicates(task, p), task.seed, task.threads), of_shifts
+    second = second_targets((y - found.center) @ found.axes, own, targets)
+    return with_support(found, y, own, targets, replicates(task, p), task.seed, task.threads), second, of_shifts
 
 
 def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Ordering) -> Judged:

@@ -17,12 +17,12 @@ from crlseq._version import __version__
 from crlseq.errors import InputError
 from crlseq.run import schema
 from crlseq.run.anndata import anndata_keys, read_cells, set_keys, write_annotated
-from crlseq.run.graph import ancestry, dag_graph, dag_json, graphml
+from crlseq.run.graph import ancestry, dag_graph, dag_json, declared_order, graphml
 from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, summary_table
 from crlseq.storage.csv import read_csv, to_csv
 from crlseq.storage.files import refuse_links_outside
-from crlseq.storage.runfolder import EMBEDDINGS, ENSEMBLE, PAIRS, PATHWAYS, TABLES, partial_of
+from crlseq.storage.runfolder import EMBEDDINGS, ENSEMBLE, PAIRS, PATHWAYS, SECOND_TARGETS, TABLES, partial_of
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -75,6 +75,7 @@ class Run:
     ensemble: pd.DataFrame | None = field(default=None, repr=False)
     pathways: pd.DataFrame | None = field(default=None, repr=False)
     pairs: pd.DataFrame | None = field(default=None, repr=False)
+    second_targets: pd.DataFrame | None = field(default=None, repr=False)
 
     @cached_property
     def facts(self) -> RunInfo:
@@ -127,13 +128,19 @@ class Run:
 
     @property
     def ancestry(self) -> pd.DataFrame:
-        """``ancestor, descendant, declared, support``: pairs that the DAG declares or that have support of 0.1."""
-        return ancestry(self.dag, self.facts.bootstrap)
+        """``ancestor, descendant, declared, support, status``: which program is upstream of which.
+
+        Declared by a path of declared edges or by a pair that is ``upstream``; and those that are ``likely``, or have
+        support of 0.1.
+        """
+        return ancestry(declared_order(self.dag, self.pairs), self.pairs, self.facts.bootstrap)
 
     @cached_property
     def described(self) -> dict[str, Program]:
         """Every program by its name: drivers, genes, what lies up- and downstream; see `crlseq.run.summary.Program`."""
-        found = describe_programs(self.facts, self.programs, self.interventions, self.dag, self.pathways)
+        found = describe_programs(
+            self.facts, self.programs, self.interventions, self.dag, declared_order(self.dag, self.pairs), self.pathways
+        )
         return {program.name: program for program in found}
 
     @property
@@ -188,7 +195,8 @@ class Run:
         known = known.reindex(cells.astype(str))
         known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(schema.SPLIT)
         latents = self.latents(source)
-        return anndata_keys(self.info, self.facts, self.programs, self.interventions, self.pairs, genes, latents, known)
+        tables = {"pairs": self.pairs, "second_targets": self.second_targets}
+        return anndata_keys(self.info, self.facts, self.programs, self.interventions, tables, genes, latents, known)
 
     @property
     def folder(self) -> Path:
@@ -199,18 +207,23 @@ class Run:
 
     def write_tables(self, folder: Path) -> None:
         """CSV tables, graph files and ``run.json``."""
-        tables = {f"{name}.csv": table for name, table in self.tables().items()}
-        for name, table in (tables | {ENSEMBLE: self.ensemble, PATHWAYS: self.pathways, PAIRS: self.pairs}).items():
-            if table is not None:
-                (folder / name).write_bytes(to_csv(table))
+        for name, table in self.tables().items():
+            (folder / f"{name}.csv").write_bytes(to_csv(table))
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
         (folder / "run.json").write_text(run_json(self.info, 1), encoding="utf-8", newline="\n")
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """The tables by the names of their files."""
+        """The tables that the run has, by the names of their files."""
         tables = (self.programs, self.interventions, self.edges, self.history, self.evaluation)
-        return dict(zip(TABLES, tables, strict=True))
+        optional = {
+            ENSEMBLE: self.ensemble,
+            PATHWAYS: self.pathways,
+            PAIRS: self.pairs,
+            SECOND_TARGETS: self.second_targets,
+        }
+        own = {name.removesuffix(".csv"): table for name, table in optional.items() if table is not None}
+        return dict(zip(TABLES, tables, strict=True)) | own
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -248,6 +261,7 @@ class Run:
             pathways = None if facts.gene_sets is None else read_csv(folder / PATHWAYS, schema.PATHWAY_COLUMNS)
             ordered = facts.discovery is not None and facts.discovery.pairs is not None
             pairs = read_csv(folder / PAIRS, schema.PAIR_COLUMNS) if ordered else None
+            second = read_csv(folder / SECOND_TARGETS, schema.SECOND_COLUMNS) if ordered else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             if writer != __version__:
@@ -257,4 +271,4 @@ class Run:
                 ) from error
             raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
         tables = (programs, interventions, edges, history, evaluation)
-        return cls(info, *tables, path=folder, ensemble=ensemble, pathways=pathways, pairs=pairs)
+        return cls(info, *tables, path=folder, ensemble=ensemble, pathways=pathways, pairs=pairs, second_targets=second)

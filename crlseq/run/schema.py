@@ -35,6 +35,9 @@ PAIR_COLUMNS: dict[str, type] = {
     "source": str, "target": str, "change": float, "se": float, "z": float, "z_reversed": float, "fdr": float,
     "status": str, "guards": str, "detectable": float, "robust": bool,
 }  # fmt: skip
+SECOND_COLUMNS: dict[str, type] = {
+    "perturbation": str, "program": str, "shift": float, "se": float, "z": float, "fdr": float
+}  # fmt: skip
 ANCHOR: dict[str, type] = {"anchor": bool}  # of programs, with a sparse decoder alone
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
 PATHWAY_COLUMNS = {
@@ -161,6 +164,7 @@ class PairSummary(_Part):
     """What interventions change, over all ordered pairs of programs."""
 
     counts: dict[str, int]  # by status
+    size: float  # smallest change that "excluded" is about, in standard deviations of control cells
     edges_misfit: float  # chi-square per degree of freedom of the direct edges' fit
 
 
