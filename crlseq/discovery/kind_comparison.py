@@ -44,7 +44,7 @@ def compare_kinds(
     Soft over hard, which is nested in it, by the likelihood ratio over the dispersion on the cells of the fit (held-out
     cells are too few to see a retention of a half), beyond three standard deviations of what one parameter per
     perturbation gives by chance. The gain of a graph over none is summed over held-out cells, with its standard error
-    over environments. ``dense`` has hard interventions with a dense graph, fitted to all cells; ``folds`` are moments
+    over cells (`paired_error`). ``dense`` has hard interventions with a dense graph, fitted to all cells; ``folds`` are moments
     of the other cells and of the held-out ones. A given ``kind`` is taken; the evidence still comes from the data.
     """
     edges = hard = select_edges(dense)
@@ -67,11 +67,30 @@ def compare_kinds(
     # Scales are parameters too: where interventions leave them alone, mere shifts predict better than free scales do.
     rival = min(("no edges", plain), key=lambda name: float(losses[name].sum()))
     gained = losses[rival] - losses[chosen]
-    n_edges, gain, error = int((edges.adjacency != 0).sum()), gained.sum(), gained.std() * math.sqrt(len(gained))
-    evidence = Evidence(chosen, plain if plain == kind else None, n_edges, float(gain), float(error))
+    n_edges, error = int((edges.adjacency != 0).sum()), paired_error(models[chosen], models[rival])
+    evidence = Evidence(chosen, plain if plain == kind else None, n_edges, float(gained.sum()), error)
     if not judge(evidence).grants_graph:
         edges = _no_edges(models[plain])
     return KindComparison(edges, {name: float(loss.sum()) / cells for name, loss in losses.items()}, evidence)
+
+
+def paired_error(one: Solution, other: Solution) -> float:
+    """Standard error of the difference of two models' log-likelihoods, summed over the cells that both were fitted to.
+
+    Of a cell x it is (x - m_1)'P_1(x - m_1) / 2 - (x - m_2)'P_2(x - m_2) / 2 and constants. With A = P_1 - P_2 and
+    b = P_1 (y - m_1) - P_2 (y - m_2) its variance over Gaussian cells of mean y and covariance C is
+    tr(A C A C) / 2 + b'C b. Cells, not environments: what a graph gains comes from the few targets that have parents.
+    """
+    moments, sides = one.model.moments, []
+    for solution in (one, other):
+        mean, covariance = solution.model.environments(solution.theta, solution.targets)
+        precision = torch.linalg.inv(covariance[0])
+        sides.append((precision, (precision @ (moments.means - mean[0])[..., None])[..., 0]))
+    (p_1, b_1), (p_2, b_2) = sides
+    turned, b = (p_1 - p_2) @ moments.covariances, b_1 - b_2
+    square = (turned @ turned).diagonal(dim1=1, dim2=2).sum(1)
+    variance = 0.5 * square + torch.einsum("ca,cab,cb->c", b, moments.covariances, b)
+    return math.sqrt(float((moments.counts * variance).sum()))
 
 
 def without_graph(edges: Edges) -> Edges:

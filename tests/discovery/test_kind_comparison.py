@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crlseq.config import InterventionKind
-from crlseq.discovery.kind_comparison import KindComparison, compare_kinds, without_graph
+from crlseq.discovery.kind_comparison import KindComparison, compare_kinds, paired_error, without_graph
 from crlseq.discovery.likelihood import fit_linear
 from crlseq.discovery.moments import Moments, environment_moments, fold_moments
 from crlseq.discovery.verdict import Verdict, judge
@@ -136,3 +136,22 @@ def test_shifts_in_place_of_a_graph_are_those_of_the_comparison() -> None:
     left = without_graph(graph)
     assert torch.equal(left.solution.theta, asked.solution.theta) and left.dispersion == asked.dispersion
     assert not left.adjacency.any()
+
+
+def test_the_error_of_a_gain_is_that_of_cells_paired() -> None:
+    """Cell by cell: two fitted Gaussians of each environment, and the variance of the difference of their logs."""
+    values, environment = truth("hard", seed=0).cells(1000, 0)
+    hard = fit_linear(environment_moments(values, environment), P, "hard", restarts=2, noise_floor=0.03)
+    without = hard.refitted(mask=torch.zeros_like(hard.mask), steps=30)
+    logs = []
+    for solution in (hard, without):
+        mean, covariance = (
+            value[0][environment] for value in solution.model.environments(solution.theta, solution.targets)
+        )
+        logs.append(torch.distributions.MultivariateNormal(mean, covariance).log_prob(values))
+    gain = logs[0] - logs[1]
+    expected = (
+        sum(float(gain[environment == c].var() * (environment == c).sum()) for c in range(len(TARGETS) + 1)) ** 0.5
+    )
+    assert paired_error(hard, without) == pytest.approx(expected, rel=0.05)
+    assert paired_error(hard, hard) == pytest.approx(0, abs=1e-6)
