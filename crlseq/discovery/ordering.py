@@ -35,6 +35,7 @@ class Ordering:
     along: dict[int, Floats]  # (q,) their scores are (y - center) @ along
     robust: Bools  # (p, p) pairs that are called whatever is left out, see `crlseq.discovery.robustness`
     support: Floats  # (p, p) share of replicates that declare the edge again; NaN without replicates
+    ancestor: Floats  # (p, p) likewise the pair to be upstream
     warnings: tuple[str, ...] = ()  # of assumptions that the screen breaks
 
     def directions(self) -> Floats:
@@ -60,6 +61,7 @@ class Ordering:
             declared=self.declared[both],
             robust=self.robust[both],
             support=self.support[both],
+            ancestor=self.ancestor[both],
         )
 
 
@@ -78,13 +80,14 @@ def order_programs(y: Floats, environment: Ints, targets: Ints, p: int) -> Order
     robust = np.zeros((p, p), dtype=bool)  # not tried
     n_control = int((environment == 0).sum())
     warnings = broken_assumptions(found, pairs, shifts_outside(y, x, environment), n_control)
-    return Ordering(center, axes, pairs, direct, declared, hits, along, robust, np.full((p, p), np.nan), warnings)
+    unknown = np.full((p, p), np.nan)
+    return Ordering(center, axes, pairs, direct, declared, hits, along, robust, unknown, unknown, warnings)
 
 
 def with_support(
     ordering: Ordering, y: Floats, environment: Ints, targets: Ints, n: int, seed: int, threads: int
 ) -> Ordering:
-    """With the support of edges over ``n`` replicates, which draw the cells of each environment again."""
+    """With the support of edges and of pairs over ``n`` replicates, which draw the cells of each environment again."""
     order = np.argsort(environment, kind="stable")
     start = np.cumsum(np.bincount(environment))
     sizes = np.diff(start, prepend=0)
@@ -94,10 +97,14 @@ def with_support(
         drawn = np.concatenate([rng.integers(end - m, end, m) for m, end in zip(sizes, start, strict=True)])
         rows = order[drawn]
         found = measure_changes((y[rows] - ordering.center) @ ordering.axes, environment[rows], targets)
-        return _direct(found, judge_pairs(found))[1]
+        pairs = judge_pairs(found)
+        return np.stack([_direct(found, pairs)[1], pairs.have("upstream")])
 
     again = list(in_parallel(replicate, range(n), threads))
-    return replace(ordering, support=np.mean(again, axis=0)) if again else ordering
+    if not again:
+        return ordering
+    edges, upstream = np.mean(again, axis=0)
+    return replace(ordering, support=edges, ancestor=upstream)
 
 
 def _direct(found: Changes, pairs: Pairs) -> tuple[Direct, Bools]:

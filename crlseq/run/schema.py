@@ -161,6 +161,7 @@ class PairSummary(_Part):
     """What interventions change, over all ordered pairs of programs."""
 
     counts: dict[str, int]  # by status
+    size: float  # smallest change that "excluded" is about, in standard deviations of control cells
     edges_misfit: float  # chi-square per degree of freedom of the direct edges' fit
 
 
