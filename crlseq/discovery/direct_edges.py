@@ -174,6 +174,6 @@ def through_silent(found: Changes, direct: Direct, known: Bools) -> Bools:
         return np.zeros((p, p), dtype=bool)
     silent = ~shown & ~(np.abs(found.cut) > SILENT)
     parents = (direct.effect != 0) & silent[:, None]
-    links = ~known.T & ~np.eye(p, dtype=bool)
-    through: Bools = (links.astype(float) @ parents > 0) & (direct.effect != 0)
-    return through
+    through = (~known.T & ~np.eye(p, dtype=bool)).astype(float) @ parents > 0
+    unknown: Bools = through & (direct.effect != 0)
+    return unknown
