@@ -14,8 +14,8 @@ from crlseq.discovery.pairs import CALL, Pairs, dose_ratio
 OUTSIDE = 2.0  # chi-square a degree of freedom of shifts outside the axes
 OUTLIERS = 0.04  # share of slopes
 CORRELATED = 0.09  # root mean square of correlations in controls, beyond their sampling error
-BESIDE, MANY_BESIDE = 4.5, 2  # |z| of changes where there are none, and how many pairs of programs
-DOSE = -4.0  # log-likelihood of the same change at all doses less that of one in proportion
+BESIDE, MANY_BESIDE = 5.0, 2  # |z| of changes where there are none, and how many pairs of programs
+DOSE = -5.0  # log-likelihood of the same change at all doses less that of one in proportion
 
 
 def broken_assumptions(found: Changes, pairs: Pairs, outside: float, n_control: int) -> tuple[str, ...]:
@@ -46,14 +46,7 @@ def broken_assumptions(found: Changes, pairs: Pairs, outside: float, n_control: 
         doubts.append(
             "Some changes grow with the size of the shift: one program sets how strongly another is perturbed."
         )
-    n_beside = (
-        int(
-            (np.abs(found.beside) > BESIDE).sum((1, 2)).sum()
-            + np.einsum("ikk->ik", np.abs(found.beside) > BESIDE).sum()
-        )
-        // 2
-    )
-    if n_beside >= MANY_BESIDE:
+    if int(np.triu(np.abs(found.beside) > BESIDE).sum()) >= MANY_BESIDE:
         doubts.append(
             "Interventions change the variation of programs that they do not act on: second targets, cells that are hit because of their state, or a background that the perturbation changes."
         )

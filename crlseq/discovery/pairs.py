@@ -29,7 +29,7 @@ from crlseq.discovery.hits import Floats
 from crlseq.storage.stage_cache import cached_on_disk
 
 Bools = NDArray[np.bool_]
-CALL, SEEN, BACK = 3.5, 3.0, 2.7  # |z|: of a call, of what takes part in rules, of the reverse of a call
+CALL, SEEN, BACK = 3.5, 3.0, 3.2  # |z|: of a call, of what takes part in rules, of the reverse of a call
 FALSE_CALLS = 0.025  # expected among all pairs, where they are so many that CALL gives more
 LEFT, LEFT_LIKELY = 2.5, 1.5  # standard errors that correlations of controls must leave
 MARGIN = 1.3  # on what correlations feign: shared background may hide a part of them
