@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from crlseq.run.run import Run
-from crlseq.run.schema import ProgramRow
+from crlseq.run.schema import PAIR_COLUMNS, ProgramRow
 from crlseq.run.tables import edge_table, program_labels, program_table
 
 
@@ -115,3 +116,20 @@ def found_by_bootstrap(n_programs: int, assignment: dict[str, list[float]] | Non
             "shift_error": [None] * len(assignment),
         },
     }  # fmt: skip
+
+
+def with_pairs(run: Run, known: Mapping[tuple[int, int], dict[str, Any]]) -> Run:
+    """The run with ``pairs.csv``: 0 ± 0.05, excluded, but for what is ``known`` of pairs."""
+    names = run.program_names
+    rows = [
+        {
+            "source": k, "target": i, "change": 0.0, "se": 0.05, "z": 0.0, "z_reversed": 0.0, "fdr": 1.0, "status": "excluded",
+            "guards": "", "detectable": 0.2, "robust": False,
+        }
+        | known.get((a, b), {})
+        for a, k in enumerate(names) for b, i in enumerate(names) if a != b
+    ]  # fmt: skip
+    pairs = pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
+    summary = {"counts": pairs["status"].value_counts().to_dict(), "size": 0.3, "edges_misfit": 1.0}
+    discovery = (run.info["discovery"] or found_by_bootstrap(len(names))) | {"pairs": summary}
+    return replace(run, info={**run.info, "format": 2, "discovery": discovery}, pairs=pairs)

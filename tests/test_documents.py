@@ -117,7 +117,7 @@ def test_every_file_of_a_run_is_described(folders: list[Path]) -> None:
     assert table("pathways.csv") == list(PATHWAY_COLUMNS)
 
 
-@pytest.mark.parametrize("name", ["programs", "interventions", "dag", "history", "evaluation", "ensemble"])
+@pytest.mark.parametrize("name", ["programs", "interventions", "pairs", "dag", "history", "evaluation", "ensemble"])
 def test_every_column_is_described(folders: list[Path], name: str) -> None:
     paths = [path for folder in folders if (path := folder / f"{name}.csv").exists()]
     assert set(table(f"{name}.csv")) == {column for path in paths for column in pd.read_csv(path)}
@@ -126,7 +126,7 @@ def test_every_column_is_described(folders: list[Path], name: str) -> None:
 # Described as a whole: what is within has names from the data, or a page of its own.
 WHOLE = {
     *("config", "packages", "guides", "responders", "gene_sets", "conditions[].cells"),
-    *("discovery.held_out", "discovery.n_latents_curve"),
+    *("discovery.held_out", "discovery.n_latents_curve", "discovery.pairs.counts"),
 }
 
 
@@ -135,7 +135,7 @@ def keys(value: Any, name: str = "") -> Iterator[str]:
     if name in WHOLE:
         yield name
     elif isinstance(value, dict) and value:
-        if name in ("discovery", "discovery.bootstrap", "embeddings"):  # may be null
+        if name in ("discovery", "discovery.bootstrap", "discovery.pairs", "embeddings"):  # may be null
             yield name
         for key, own in value.items():
             yield from keys(own, f"{name}.{key}" if name else key)

@@ -17,6 +17,7 @@ CHOICES = "\n\n".join(["What to write:", *(f"{name}: {about.what}." for name, ab
 # What can be plotted: each is a function of `crlseq.pl`, whose arguments some options are.
 KINDS: dict[str, dict[str, str]] = {
     "dag": {},
+    "pairs": {},
     "programs": {"top": "n_genes"},
     "interventions": {"top": "top"},
     "history": {},
@@ -81,7 +82,7 @@ def plot(
     dpi: Annotated[int, setting("Resolution of a .png in dots per inch.", min=20, max=1200)] = 150,
     force: Force = False,
 ) -> None:
-    """Draw the graph, the programs, the intervention map, the losses, the tests of effects or the cells."""
+    """Draw the graph, the pairs of programs, the programs, the intervention map, the losses, the tests of effects or the cells."""
     suffix = output.suffix.lower()
     if suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"{output} does not end in .png, .svg or .pdf.", "Choose one of these formats.")
@@ -113,5 +114,5 @@ def plot(
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # shown as a box
         axes.figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=stamp)
     say(f"{kind}: {output}")
-    if kind == "dag":
+    if kind in ("dag", "pairs"):
         say_verdict(found)

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from crlseq.cli.options import AsJson, RunFolder, load, setting
-from crlseq.cli.output import say, say_verdict, show_json, show_table, show_text
+from crlseq.cli.output import say, say_verdict, show_json, show_paragraph, show_table, show_text
 from crlseq.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 
 ANCHORS = 10  # that are named
+# Colours of the marks of `crlseq.run.pairs`; grey is what is not known.
+LOOKS = {
+    "+": "bold yellow", "−": "bold cyan", "+?": "yellow", "−?": "cyan", "⇄": "bold magenta", "·": "bright_black",
+}  # fmt: skip
+TOLD = ("upstream", "likely", "both ways")  # statuses whose pairs are told one by one on a terminal
 
 
 class _SummaryByDefault(TyperGroup):
@@ -42,6 +47,7 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     """What was fitted, how well, and whether the graph can be trusted."""
     import pandas as pd
 
+    from crlseq.run.pairs import counts, why_no_pairs
     from crlseq.run.summary import answers, sets_in_words
 
     found = load(run)
@@ -66,6 +72,7 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
         "perturbations": f"{len(found.interventions)}, {metrics.n_detected} with a detectable effect (FDR <= 0.05)",
         "programs": f"{facts.n_latents} ({facts.n_latents_reason})",
         "graph": f"{identification.verdict}: {identification.reason}",
+        "pairs": why_no_pairs(facts) if found.pairs is None else counts(found.pairs),
         "likelihood": likelihood,
         "training": f"{epochs}, {facts.seconds} s on {facts.device}",
         "converged": f"{converged.answer}: {converged.reason}",
@@ -222,11 +229,14 @@ def interventions(run: RunFolder, json: AsJson = False) -> None:
 @app.command()
 def dag(run: RunFolder, json: AsJson = False) -> None:
     """The graph of the programs, as text and as a table, and whether the data determine it."""
+    from crlseq.run.pairs import told
+
     found = load(run)
     if json:
         import networkx as nx
 
-        show_json(nx.node_link_data(found.dag, edges="edges"))
+        own = {} if found.pairs is None else {"pairs": told(found.pairs, found.facts).to_dict("records")}
+        show_json(nx.node_link_data(found.dag, edges="edges") | own)
         return
     if sys.stdout.isatty():
         show_text(draw_dag(found))
@@ -234,12 +244,57 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
         show_table(found.edges, "Declared edges (weight: standard deviations of the target per one of the source)")
     else:
         show_text("No edge is declared.")
+    if sys.stdout.isatty():
+        show_text("")
+        _show_matrix(found)
+    say_verdict(found)
+
+
+def _show_matrix(run: Run) -> None:
+    """Marks of all pairs of programs, and what they mean."""
+    from crlseq.run.pairs import legend, matrix, why_no_pairs
+
+    if run.pairs is None:
+        show_paragraph(why_no_pairs(run.facts))
+        return
+    marks = matrix(run.pairs, run.program_names)
+    show_table(marks.reset_index(names=""), "Pairs of programs (source in the row, target in the column)", looks=LOOKS)
+    for mark, status, means in legend(run.pairs):
+        show_paragraph(f"{mark}  {status}: {means}")
+    show_text("")
+
+
+@app.command()
+def pairs(run: RunFolder, json: AsJson = False) -> None:
+    """Every ordered pair of programs: whether the source is upstream of the target, and how surely."""
+    import pandas as pd
+
+    from crlseq.run.pairs import STATUSES, by_status, told, why_no_pairs
+    from crlseq.run.schema import PAIR_COLUMNS
+
+    found = load(run)
+    if found.pairs is None:
+        say(why_no_pairs(found.facts))
+    table = pd.DataFrame(columns=list(PAIR_COLUMNS)) if found.pairs is None else told(found.pairs, found.facts)
+    if json:
+        show_table(table, "", json)
+        return
+    if not sys.stdout.isatty():
+        show_table(table[list(PAIR_COLUMNS)], "")
+        return
+    for status, part in by_status(table).items():
+        about = STATUSES[status]
+        show_paragraph(f"{status} ({len(part)}): {about.means} {about.means_not}")
+        for sentence in part["sentence"] if status in TOLD else ():
+            show_paragraph(f"• {sentence}")
+        show_table(part.drop(columns=["status", "sentence"]), "")
+        show_text("")
     say_verdict(found)
 
 
 @app.command()
 def ancestry(run: RunFolder, json: AsJson = False) -> None:
-    """Which program is upstream of which: by the declared graph, or in at least a tenth of bootstrap replicates."""
+    """Which program is upstream of which: declared, likely, or found in at least a tenth of the bootstrap replicates."""
     show_table(load(run).ancestry, "Ancestry (support: share of the bootstrap replicates)", json)
 
 

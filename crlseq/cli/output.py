@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +43,12 @@ def say(text: str) -> None:
 
 
 def say_verdict(run: Run) -> None:
-    """Whether the data determine the graph, and why."""
+    """Whether the data determine the graph, and why; and which assumptions the screen is seen to break."""
     from crlseq.export.graph import verdict
 
     say(verdict(run))
+    for warning in run.facts.identification.warnings:
+        say(f"warning: {warning}")
 
 
 def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: str = "") -> None:
@@ -68,8 +70,13 @@ def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: 
         raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
 
 
-def show_table(table: pd.DataFrame, title: str, as_json: bool = False, decimals: int = 3) -> None:
-    """A table for people on a terminal, tab-separated text into a pipe, a list of records as JSON."""
+def show_table(
+    table: pd.DataFrame, title: str, as_json: bool = False, decimals: int = 3, looks: Mapping[str, str] | None = None
+) -> None:
+    """A table for people on a terminal, tab-separated text into a pipe, a list of records as JSON.
+
+    ``looks``: rich styles of cells by their text.
+    """
     if as_json:
         show_json(json.loads(table.to_json(orient="records", double_precision=15)))
         return
@@ -90,7 +97,7 @@ def show_table(table: pd.DataFrame, title: str, as_json: bool = False, decimals:
             name, number = columns[k]
             shown.add_column(Text(name), justify="right" if number else "left", overflow="fold", min_width=least)
         for row in cells:
-            shown.add_row(*(Text(row[k]) for k, _ in block))
+            shown.add_row(*(Text(row[k], (looks or {}).get(row[k], "")) for k, _ in block))
         console.print(shown)
 
 
@@ -122,6 +129,14 @@ def show_text(text: str) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit from None
+
+
+def show_paragraph(text: str) -> None:
+    """Sentences to stdout, broken between words where that is a terminal."""
+    if not sys.stdout.isatty():
+        show_text(text)
+        return
+    Console(emoji=False).print(Text(visible(text)))
 
 
 def _without_nan(value: Any) -> Any:

@@ -69,6 +69,7 @@ class Guides:
     control_label: str  # of cells with control guides alone
     reason: str  # what was read, and how, in a sentence or two
     record: dict[str, Any]  # the same for run.json: thresholds, the rule, genes by guide, and cells by label
+    number: np.ndarray  # (cells,) int64 which guide a cell carries, the most frequent one of several; -1 none
 
 
 def read_labels(
@@ -189,7 +190,7 @@ def _from_column(screen: Screen, config: DataConfig) -> Guides:
         # "unassigned" stays, and is dropped and counted by it.
         written.append(unsure[0] if unsure else mark.join(targets) or control)
     labels = pd.Categorical(np.append(np.array(written, dtype=object), np.nan)[codes])
-    return _guides(labels, control, genes, rule, f"Guides are named in column {key!r}", {"column": key})
+    return _guides(labels, control, genes, rule, f"Guides are named in column {key!r}", {"column": key}, codes)
 
 
 def _split(text: str, separator: str | None) -> list[str]:
@@ -226,7 +227,8 @@ def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataCo
     about = {
         where: key, "min_umis": config.guide_min_umis, "min_share": config.guide_min_share, "cells_with_two": n_pairs
     }  # fmt: skip
-    return _guides(pd.Categorical(written), control, genes, rule, text, about)
+    strongest = np.where(counts.getnnz(1) > 0, np.asarray(counts.argmax(1)).ravel(), NONE)
+    return _guides(pd.Categorical(written), control, genes, rule, text, about, strongest)
 
 
 def assign(counts: sp.csr_matrix, min_umis: int, min_share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -303,7 +305,13 @@ def _as_counts(values: Any, key: str) -> sp.csr_matrix:
 
 
 def _guides(
-    labels: pd.Categorical, control: str, genes: dict[str, str], rule: str, where: str, about: dict[str, Any]
+    labels: pd.Categorical,
+    control: str,
+    genes: dict[str, str],
+    rule: str,
+    where: str,
+    about: dict[str, Any],
+    number: np.ndarray,
 ) -> Guides:
     """With words: the rule, an example, and how many guides are of how many genes and of the control."""
     perturbing = [guide for guide, gene in genes.items() if gene != control]
@@ -321,4 +329,4 @@ def _guides(
         **about, "rule": rule, "control_label": control, "genes": genes,
         "cells": {str(label): int(n) for label, n in cells.items() if n} | ({"missing": unnamed} if unnamed else {}),
     }  # fmt: skip
-    return Guides(labels, control, reason, record)
+    return Guides(labels, control, reason, record, number.astype(np.int64))

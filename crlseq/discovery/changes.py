@@ -1,20 +1,23 @@
 """What interventions change in the covariance of programs: a closed form that shows who is upstream of whom.
 
 Programs obey u = u G + z + shift (row vectors; z has covariance Omega), and the mean shift of an intervention on i points
-along row i of T = (I - G)^-1. In coordinates x in which it lies along axis i, x are the exogenous variables of every
-environment, but for x_i under do(i), which loses what its parents gave:
+along row i of T = (I - G)^-1. In coordinates x in which it lies along axis i (`crlseq.discovery.axes`), x are the
+exogenous variables of every environment, but for x_i under do(i), which loses what its parents gave:
 
     E[k, i] = Cov(x_k, x_i | do(i), hit cells) - Cov(x_k, x_i | controls) = -(Omega T)[k, i],      k != i.
 
 Whatever all environments share cancels: background that nobody perturbs, noise. A mere shift changes nothing, a soft
-intervention a part; escaped cells scale it, since their mixture varies along the shift and touches Var(x_i) alone. A
-second measure does not move when axis i is turned towards another program, which a second target does:
+intervention a part; escaped cells scale it, since their mixture varies along the shift and touches Var(x_i) alone.
 
-    F[k, i] = Cov(x_k, x_i | hit) - Var(x_i | hit) Cov(x_k, x_i | controls) / Var(x_i | controls).
+Covariances beside x_i do not change, D[j, k] = 0 for j, k != i. What they do change by in the sample is noise that
+E shares, so that it is taken off (control variates; b are the slopes of x_i on the x_k that it is seen to lose):
 
-Both come with standard errors: of cells (influence values), of perturbations of one target that differ beyond them, and
-of axes that are turned. Source: this project; that covariances of interventional data identify a linear latent graph is
-due to Squires et al. 2023, ICML.
+    E[k, i] = D[k, i] - sum_j b_j D[k, j].
+
+Standard errors know of cells (influence values), of perturbations of one target that differ beyond them, and of axes that
+are turned: a turn d of axis i towards k adds -d (Var(x_i | hit) - Var(x_i | controls)) to E[k, i], and one of axis j
+-d E[j, i]. Source: this project; that covariances of interventional data identify a linear latent graph is due to Squires
+et al. 2023, ICML.
 """
 
 from __future__ import annotations
@@ -24,25 +27,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from crlseq.discovery.axes import consensus
 from crlseq.discovery.hits import Floats, Hit, hit_cells
 
 MIN_SHIFT = 0.25  # standard deviations of control cells: a weaker perturbation says nothing about its target
 MIN_CELLS = 10
-SHIFT_SPREAD = 0.15  # by which unit shifts of one target differ beyond sampling, where weights are chosen
 PRIOR_DEGREES = 4.0  # of freedom, that perturbations of a target agree
-UNKNOWN_CUT = (-0.3, 0.4)  # change of Var(x_i) and its error where no perturbation shows it
-MIN_CUT_ERROR = 0.05
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A change (p,) seen in one perturbation, the variance (p,) that its own cells leave, and the influence of a control
-    cell c on entry j as the coefficients (4, p) of c_i c_j, c_i^2, c_j and c_i.
-    """
-
-    value: Floats
-    variance: Floats
-    controls: Floats
+LOST = 2.5  # standard errors from which a change enters the control variates
+SEEN = 2.0  # standard errors from which a change carries the error of another axis
+UNKNOWN_CUT = 0.5  # |change of Var(x_i)| where no perturbation shows it
 
 
 @dataclass(frozen=True)
@@ -51,178 +44,175 @@ class Perturbed:
 
     target: int
     perturbation: int  # 0 .. K - 1
-    n: int
-    shift: Floats  # (p,) of hit cells where they are told apart
+    shift: Floats  # (p,) of hit cells where they are told apart, else of all
     hit: Hit
     along: Floats  # (p,) its cells' scores are x @ along
-    covariance: Estimate  # E
-    residual: Estimate | None  # F; None where hit cells are not told apart
-    lean: Floats | None  # (p,) there: slopes in controls less those of the shift, by which F follows from E
-    cut: tuple[float, float] | None  # change of Var(x_i) and its standard error
+    scale: float  # share of E that it shows: 1 of hit cells, else the share of them
+    value: Floats  # (p,) E[:, target] times scale; at the target the change of its variance
+    variance: Floats  # (p,) that its own cells leave
+    escaped: Floats  # (p,) mean of escaped cells where they are told apart, else 0
+    n_escaped: float
 
 
 @dataclass(frozen=True)
 class Changes:
-    """E and F (p, p) of all pairs k -> i with standard errors, infinite where no perturbation can tell."""
+    """E (p, p) of all pairs k -> i with standard errors, infinite where no perturbation can tell, and what the rules need."""
 
     e: Floats
     e_error: Floats
-    f: Floats
-    f_error: Floats
     cut: Floats  # (p,) change of Var(x_i) in hit cells, NaN unknown
-    cut_error: Floats
-    tilt: float  # typical angle by which axes are turned beyond sampling
+    correlation: Floats  # (p, p) of x over controls, 0 on the diagonal
+    beside: Floats  # (p, p, p) z of D[j, k] under do(i) at [i, j, k]; 0 where j or k is i
+    outliers: float  # share of second targets among slopes of shifts
     by_target: list[list[Perturbed]]
 
 
-def exogenous_axes(
-    y: Floats, environment: NDArray[np.int64], targets: NDArray[np.int64], p: int
-) -> tuple[Floats, Floats]:
-    """Coordinates ``x = (y - center) @ axes``: center (q,), axes (q, p), x of unit variance over controls.
+@dataclass(frozen=True)
+class _Sample:
+    """Cells of one perturbation, weighted and centred so that products of them estimate what it changes."""
 
-    ``y`` (n, q) cells, ``environment`` (n,) 0 for control and c + 1 for perturbation c, ``targets`` (K,). One direction a
-    target: the leading one of its perturbations' unit shifts, so that the strongest does not decide; generalised least
-    squares by the covariance of controls.
-    """
-    k = len(targets)
-    n = np.bincount(environment, minlength=k + 1)[1:]
-    mean = np.stack([y[environment == c].mean(0) for c in range(k + 1)])
-    white = np.linalg.cholesky(np.linalg.inv(np.cov(y[environment == 0].T)))
-    shift, basis = (mean[1:] - mean[0]) @ white, np.zeros((p, y.shape[1]))
-    size = np.maximum(np.linalg.norm(shift, axis=1), 1e-12)
-    weight = 1 / (y.shape[1] / (n * size**2) + SHIFT_SPREAD**2)
-    for i in range(p):
-        own = targets == i
-        unit = shift[own] / size[own, None]
-        basis[i] = np.linalg.svd(unit * np.sqrt(weight[own, None]), full_matrices=False)[2][0]
-    axes = white @ np.linalg.pinv(basis)
-    control = (y[environment == 0] - mean[0]) @ axes
-    return mean[0], axes / control.std(0)
+    z: Floats  # (n, p) centred; where hit cells are not told apart, less ``lean`` x_i, so that the shift lies along x_i
+    weight: Floats  # (n,)
+    lean: Floats  # (p,)
+    wider: float  # variance of x_i that escaped cells add, over that of controls, over the shift: error of lean
+    shift: Floats  # (p,)
+    hit: Hit
+    along: Floats  # (p,)
+    scale: float
+    escaped: Floats  # (p,)
+    n_escaped: float
 
 
 def measure_changes(x: Floats, environment: NDArray[np.int64], targets: NDArray[np.int64]) -> Changes:
-    """E and F of exogenous coordinates ``x`` (n, p), centred on controls; the other arguments as in `exogenous_axes`."""
-    p = x.shape[1]
-    order = np.argsort(environment, kind="stable")
-    cells = np.split(x[order], np.cumsum(np.bincount(environment, minlength=len(targets) + 1))[:-1])
-    control = cells[0] - cells[0].mean(0)
-    seen: list[list[Perturbed]] = [[] for _ in range(p)]
-    inverse = np.linalg.inv(np.cov(control.T).reshape(p, p))
-    for c, target in enumerate(targets):
-        found = _measure(cells[c + 1], control, inverse, int(target), c)
-        if found is not None:
-            seen[target].append(found)
-    cut, cut_error = _cuts(seen)
-    e, f = np.zeros((p, p)), np.zeros((p, p))
-    e_variance, f_variance = np.full((p, p), np.inf), np.full((p, p), np.inf)
-    for i, group in enumerate(seen):
-        if group:
-            e[:, i], e_variance[:, i] = _pooled([one.covariance for one in group], control, i)
-            residuals = [_residual(one, cut[i], cut_error[i]) for one in group]
-            f[:, i], f_variance[:, i] = _pooled(residuals, control, i)
+    """E of exogenous coordinates ``x`` (n, p); ``environment`` (n,) 0 for control and c + 1 for perturbation c, ``targets``
+    (K,).
+    """
+    p, count = x.shape[1], np.bincount(environment, minlength=len(targets) + 1)
+    cells = np.split(x[np.argsort(environment, kind="stable")], np.cumsum(count)[:-1])
+    base = cells[0].mean(0)
+    control = cells[0] - base
+    c0 = control.T @ control / len(control)
+    inverse = np.linalg.pinv(c0)
+    e, variance, beside = np.zeros((p, p)), np.full((p, p), np.inf), np.zeros((p, p, p))
+    cut, by_target = np.full(p, np.nan), []
+    for i in range(p):
+        own = [int(c) for c in np.flatnonzero(targets == i)]
+        found = {c: s for c in own if (s := _sample(cells[c + 1] - base, c0, inverse, i)) is not None}
+        by_target.append(_perturbed(found, i, c0, len(control)))
+        if found:
+            e[:, i], variance[:, i], cut[i] = _pooled(by_target[i], control, i)
+            beside[i] = _beside(list(found.values()), c0, len(control), i)
     np.fill_diagonal(e, 0)
-    np.fill_diagonal(f, 0)
-    turned, tilt = _turned(seen, len(control))
-    leak = np.maximum(0, (turned @ e**2)[None] - turned[:, None] * e**2)
-    known = np.where(np.isfinite(cut), cut**2, np.nanmedian(cut**2) if np.isfinite(cut).any() else 0.5)
-    e_error, f_error = np.sqrt(e_variance + turned * known + leak), np.sqrt(f_variance + leak)
-    return Changes(e, e_error, f, f_error, cut, cut_error, tilt, seen)
+    turned, outliers = _turned(cells, base, targets, p)
+    seen = np.where(np.abs(e) > SEEN * np.sqrt(variance), e**2, 0)
+    own_cut = np.where(np.isfinite(cut), cut**2, UNKNOWN_CUT**2)
+    error = np.sqrt(variance + turned.T * own_cut + turned.T @ seen - np.diag(turned)[:, None] * seen)
+    error[np.bincount(targets, minlength=p) == 0] = np.inf  # their axes are arbitrary
+    return Changes(e, error, cut, c0 * (1 - np.eye(p)), beside, outliers, by_target)
 
 
-def _measure(cells: Floats, control: Floats, inverse: Floats, i: int, perturbation: int) -> Perturbed | None:
-    """What a perturbation of ``i`` changes, from its cells and the controls (·, p), both centred on the controls' mean."""
-    mean, n = cells.mean(0) if len(cells) else np.zeros(control.shape[1]), len(cells)
-    if n < MIN_CELLS or abs(mean[i]) < MIN_SHIFT:
+def _sample(cells: Floats, c0: Floats, inverse: Floats, i: int) -> _Sample | None:
+    """The cells (n, p) of a perturbation of ``i``, centred on controls of covariance ``c0``; None if they can say nothing."""
+    if len(cells) < MIN_CELLS or abs(cells[:, i].mean()) < MIN_SHIFT:
         return None
+    mean = cells.mean(0)
     along = inverse @ mean / (mean @ inverse @ mean)
     scores = cells @ along
-    hit = hit_cells(scores, float((control @ along).var()))
-    covariance = control.T @ control[:, i] / len(control)  # of x_i with all
-    slope, none = covariance / covariance[i], np.zeros(len(covariance))
-    if not hit.told:
-        return _measure_all(cells, covariance, i, hit, along, perturbation)
-    w = hit.posterior(scores)
-    w /= w.sum()
-    shift = w @ cells
-    z = cells - shift
-    product = z[:, [i]] * z
-    value = w @ product
-    variance = (w**2) @ (product - value) ** 2
-    own = Estimate(value - covariance, variance, np.stack([none - 1, none, none, none]))
-    rest = z[:, [i]] * (z - z[:, [i]] * slope)
-    left = w @ rest
-    scale = value[i] / covariance[i]
-    residual = Estimate(left, (w**2) @ (rest - left) ** 2, np.stack([none - scale, slope * scale, none, none]))
-    of_control = float((control[:, i] ** 2).var()) / len(control)
-    cut = (float(value[i] - covariance[i]), float(np.sqrt(variance[i] + of_control)))
-    return Perturbed(i, perturbation, n, shift, hit, along, own, residual, None, cut)
-
-
-def _measure_all(cells: Floats, covariance: Floats, i: int, hit: Hit, along: Floats, perturbation: int) -> Perturbed:
-    """The same of all cells, hit or not, in coordinates in which this perturbation's shift lies along x_i alone."""
-    n, m = len(cells), cells.mean(0)
-    lean, none = m / m[i], np.zeros(len(m))
+    hit = hit_cells(scores, float(along @ c0 @ along))
+    if hit.told:
+        posterior = hit.posterior(scores)
+        weight = posterior / posterior.sum()
+        shift, n_escaped = weight @ cells, float((1 - posterior).sum())
+        escaped = (1 - posterior) @ cells / max(n_escaped, 1e-9)
+        return _Sample(cells - shift, weight, np.zeros_like(mean), 0.0, shift, hit, along, 1.0, escaped, n_escaped)
+    lean, z = mean / mean[i], cells - mean
     lean[i] = 0
-    z = cells - m
-    product = z[:, [i]] * (z - z[:, [i]] * lean)
-    wider = float((z[:, i] ** 2).mean() - covariance[i])
-    value = product.mean(0)
-    influence = (product - value - wider * (z - z[:, [i]] * lean) / m[i]) / n
-    coefficients = np.stack([none - 1, lean, none + wider / m[i], -wider * lean / m[i]])
-    own = Estimate(value - (covariance - covariance[i] * lean), (influence**2).sum(0), coefficients)
-    return Perturbed(i, perturbation, n, m, hit, along, own, None, covariance / covariance[i] - lean, None)
+    wider = float((z[:, i] ** 2).mean() - c0[i, i]) / float(mean[i])
+    weight = np.full(len(cells), 1 / len(cells))
+    return _Sample(z - z[:, [i]] * lean, weight, lean, wider, mean, hit, along, hit.share, 0 * mean, 0.0)
 
 
-def _residual(one: Perturbed, cut: float, error: float) -> Estimate:
-    """F of a perturbation; where its hit cells are not told apart, from E and the change of Var(x_i) in others."""
-    if one.residual is not None:
-        variance = one.residual.variance.copy()
-        variance[one.target] = 1.0
-        return Estimate(one.residual.value, variance, one.residual.controls)
-    assert one.lean is not None
-    cut, error = (cut, max(error, MIN_CUT_ERROR)) if np.isfinite(cut) else UNKNOWN_CUT
-    value, variance = one.covariance.value - cut * one.lean, one.covariance.variance + (error * one.lean) ** 2
-    variance[one.target] = 1.0
-    return Estimate(value, variance, one.covariance.controls)
+def _perturbed(found: dict[int, _Sample], i: int, c0: Floats, n_control: int) -> list[Perturbed]:
+    """What each perturbation of ``i`` changes, noise that it shares with covariances beside x_i taken off."""
+    slopes = np.zeros(len(c0))
+    samples = list(found.values())
+    first = [_estimate(one, slopes, i, c0) for one in samples]
+    if first:
+        value, precision = _weighted([(one.scale, *own) for one, own in zip(samples, first, strict=True)])
+        lost = np.abs(value) > LOST * np.sqrt(1 / precision + 1 / n_control)
+        lost[i] = False
+        slopes[lost] = np.linalg.lstsq(c0[np.ix_(lost, lost)], value[lost], rcond=None)[0]
+    seen = []
+    for c, one in found.items():
+        value, variance = _estimate(one, slopes * one.scale, i, c0)
+        same = (one.shift, one.hit, one.along, one.scale, value, variance, one.escaped, one.n_escaped)
+        seen.append(Perturbed(i, c, *same))
+    return seen
 
 
-def _pooled(estimates: list[Estimate], control: Floats, i: int) -> tuple[Floats, Floats]:
-    """Weighted mean (p,) over a target's perturbations; its variance, widened where they differ beyond their errors."""
-    value = np.stack([one.value for one in estimates])
-    weight = 1 / np.stack([one.variance for one in estimates])
-    total = weight.sum(0)
-    mean = (weight * value).sum(0) / total
-    scatter = ((weight * (value - mean) ** 2).sum(0) + PRIOR_DEGREES) / (len(value) + PRIOR_DEGREES - 1)
-    a, b, c, d = sum(w * one.controls for w, one in zip(weight, estimates, strict=True)) / total
-    own = control[:, [i]]
-    influence = (a * own + c) * control + b * own**2 + d * own
-    return mean, np.maximum(1, scatter) / total + influence.var(0) / len(control)
+def _estimate(one: _Sample, slopes: Floats, i: int, c0: Floats) -> tuple[Floats, Floats]:
+    """D[:, i] - D slopes (p,) of one perturbation and the variance that its cells leave; at i the change of Var(x_i)."""
+    z, own = one.z, one.z[:, i]
+    product = z * (own - z @ slopes)[:, None]
+    product[:, i] = own**2
+    value = one.weight @ product
+    influence = one.weight[:, None] * (product - value - one.wider * z)
+    cells = 1 / float(one.weight @ one.weight)
+    variance: Floats = (influence**2).sum(0) * cells / max(cells - 2, 1.0)
+    turn = np.eye(len(c0))
+    turn[i] -= one.lean
+    of_control = turn.T @ c0 @ turn
+    expected = of_control[:, i] - of_control @ slopes
+    expected[i] = of_control[i, i]
+    return value - expected, variance
 
 
-def _cuts(seen: list[list[Perturbed]]) -> tuple[Floats, Floats]:
-    """Change of Var(x_i) in hit cells (p,) and its standard error, NaN where no perturbation shows it."""
-    cut, error = np.full(len(seen), np.nan), np.full(len(seen), np.nan)
-    for i, group in enumerate(seen):
-        shown = np.array([one.cut for one in group if one.cut is not None])
-        if len(shown):
-            weight = 1 / shown[:, 1] ** 2
-            cut[i], error[i] = (weight @ shown[:, 0]) / weight.sum(), weight.sum() ** -0.5
-    return cut, error
+def _weighted(estimates: list[tuple[float, Floats, Floats]]) -> tuple[Floats, Floats]:
+    """Weighted mean (p,) of values that show a known share of it, and its precision (p,)."""
+    scale, value, variance = (np.stack([np.asarray(one[j]) for one in estimates]) for j in range(3))
+    precision = (scale[:, None] ** 2 / variance).sum(0)
+    return (scale[:, None] * value / variance).sum(0) / precision, precision
 
 
-def _turned(seen: list[list[Perturbed]], n_control: int) -> tuple[Floats, float]:
-    """Variance (p,) of the angle by which each axis may be turned, and the typical angle beyond sampling: directions of a
-    target's perturbations differ by both.
-    """
-    noise, spread = np.zeros(len(seen)), []
-    for i, group in enumerate(seen):
-        if not group:
-            continue
-        noise[i] = np.mean([(1 / (one.n * one.hit.share) + 1 / n_control) / one.shift[i] ** 2 for one in group])
-        if len(group) > 1:
-            slopes = np.stack([np.delete(one.shift / one.shift[i], i) for one in group])
-            if slopes.shape[1]:
-                spread.append((slopes.var(0, ddof=1).mean() - noise[i], len(group) - 1))
-    beyond = max(0.0, float(sum(a * b for a, b in spread) / sum(b for _, b in spread))) if spread else 0.0
-    turned = np.array([(beyond + noise[i]) / len(group) if group else 0.0 for i, group in enumerate(seen)])
-    return turned, beyond**0.5
+def _pooled(seen: list[Perturbed], control: Floats, i: int) -> tuple[Floats, Floats, float]:
+    """E[:, i] (p,), its variance, widened where perturbations differ beyond their errors, and the change of Var(x_i)."""
+    estimates = [(one.scale, one.value, one.variance) for one in seen]
+    mean, precision = _weighted(estimates)
+    square = sum((value - scale * mean) ** 2 / variance for scale, value, variance in estimates)
+    scatter = np.maximum(1, (square + PRIOR_DEGREES) / (len(seen) + PRIOR_DEGREES - 1))
+    lost = np.where(np.abs(mean) > LOST / np.sqrt(precision), mean, 0)
+    lost[i] = 0
+    own = (control * (control[:, i] - control @ lost)[:, None]).var(0) / len(control)
+    shared = sum(scale / variance for scale, _, variance in estimates) / precision
+    told = [(1.0, one.value, one.variance) for one in seen if one.hit.told]
+    cut = float(_weighted(told)[0][i]) if told else np.nan
+    return mean, scatter / precision + own * shared**2, cut
+
+
+def _beside(samples: list[_Sample], c0: Floats, n_control: int, i: int) -> Floats:
+    """z (p, p) of the changes of covariances beside x_i, pooled over the perturbations of ``i``; 0 in row and column i."""
+    change, variance, total = np.zeros_like(c0), np.zeros_like(c0), 0.0
+    for one in samples:
+        z, w, w2 = one.z, one.weight[:, None], one.weight[:, None] ** 2
+        n = 1 / float((w2).sum())
+        turn = np.eye(len(c0))
+        turn[i] -= one.lean
+        moment, square = (z * w).T @ z, z**2
+        change += n * (moment - turn.T @ c0 @ turn)
+        variance += n**2 * ((square * w2).T @ square - 2 * moment * ((z * w2).T @ z) + moment**2 / n)
+        total += n
+    of_control = (np.outer(np.diag(c0), np.diag(c0)) + c0**2) / n_control  # normal variables
+    z_score: Floats = change / total / np.sqrt(variance / total**2 + of_control)
+    z_score[i] = z_score[:, i] = 0
+    return z_score
+
+
+def _turned(cells: list[Floats], base: Floats, targets: NDArray[np.int64], p: int) -> tuple[Floats, float]:
+    """Variance (p, p) of the angle by which each axis (row) may be turned towards another; share of outlying slopes."""
+    some = np.array([c for c in range(len(targets)) if len(cells[c + 1]) > 1])
+    mean = np.stack([cells[c + 1].mean(0) - base for c in some])
+    own = mean[np.arange(len(some)), targets[some]]
+    own = np.where(np.abs(own) < 1e-6, 1e-6, own)[:, None]
+    sampling = np.array([1 / len(cells[c + 1]) + 1 / len(cells[0]) for c in some])[:, None]
+    agreed = consensus(mean / own, np.broadcast_to(sampling / own**2, mean.shape), targets[some], p)
+    return agreed.variance, agreed.outliers

@@ -1,26 +1,33 @@
 """Direct edges among pairs that are known to be ordered: a sparse G and hidden causes that explain what interventions change.
 
-    minimise  sum_ki ( (E + Omega T)[k, i] / error[k, i] )^2,      T = (I - G)^-1,
+    minimise  sum_ki ( (E + Omega T D)[k, i] / error[k, i] )^2 + sum_k ( (Omega[k, k] - level) / SPREAD )^2
+              + ( (level - LEVEL) / LEVEL_SPREAD )^2,              T = (I - G)^-1,  D = diag(1 / T[i, i]),
 
-over G on ordered pairs and the covariances of Omega on pairs that are seen both ways (hidden common causes), by damped
-Gauss-Newton; edges that are not worth their price go, the cheapest first.
+over G on pairs that are ordered or in a cycle (D is 1 without one: an intervention opens it), Omega on the diagonal and
+on pairs with a hidden common cause, and the level, by damped Gauss-Newton. Edges that are not worth their price go, the
+cheapest first, a quarter of them at a time. The diagonal of Omega is the share of a program's variance over control cells
+that is its own, times the share of its parents' effect that an intervention takes away: with it at 1, where it is less, a
+chain j -> k -> i asks for an edge j -> i.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crlseq.discovery.changes import Changes
 from crlseq.discovery.hits import Floats
-from crlseq.discovery.pairs import Bools
+from crlseq.discovery.pairs import SEEN, Bools
 from crlseq.storage.stage_cache import cached_on_disk
 
 PRICE = 12.0  # chi-square that an edge must be worth
 LEAST_ERROR = 0.03  # linear equations are no better than that
-STEPS = 30
+LEVEL, LEVEL_SPREAD, SPREAD = 0.75, 0.25, 0.1
+LEAST_OWN = 0.1  # of Omega's diagonal
+SILENT = 0.15  # change of a variance that says nothing
+STEPS = 50
 
 
 @cached_on_disk()
@@ -41,71 +48,131 @@ class Direct:
         return Direct(self.effect[both], self.error[both], self.hidden[both], self.misfit)
 
 
-def direct_edges(found: Changes, ordered: Bools, both: Bools) -> Direct:
-    """G within the pairs ``ordered`` (p, p), which hold no cycle, and Omega on the pairs ``both`` (p, p), symmetric."""
-    p = len(found.e)
-    error = np.hypot(np.hypot(found.e_error, found.e - found.f), LEAST_ERROR)
-    seen = np.isfinite(error) & ~np.eye(p, dtype=bool)
-    pairs = [(j, k) for j, k in zip(*np.nonzero(both | both.T), strict=True) if j < k]
-    edges = list(zip(*np.nonzero(ordered & seen), strict=True))
-    start = np.concatenate(
-        [[-found.e[edge] for edge in edges], [-(found.e[a, b] + found.e[b, a]) / 2 for a, b in pairs]]
-    )
-    while True:
-        theta, covariance, square = _fit(found.e, error, seen, edges, pairs, start)
-        worth = theta[: len(edges)] ** 2 / np.diag(covariance)[: len(edges)]
-        if not len(edges) or worth.min() >= PRICE:
-            break
-        gone = int(worth.argmin())
-        edges.pop(gone)
-        start = np.delete(theta, gone)
-    effect, deviation, hidden = np.zeros((p, p)), np.full((p, p), np.nan), np.zeros((p, p))
-    for i, edge in enumerate(edges):
-        effect[edge], deviation[edge] = theta[i], np.sqrt(covariance[i, i])
-    for value, (a, b) in zip(theta[len(edges) :], pairs, strict=True):
-        hidden[a, b] = hidden[b, a] = value
-    freedom = max(1, int(seen.sum()) - len(theta))
-    return Direct(effect, deviation, hidden, square / freedom)
+@dataclass(frozen=True)
+class _Problem:
+    """What is fitted to what: parameters theta are the edges, the hidden pairs, Omega's diagonal and its level."""
 
+    e: Floats
+    error: Floats
+    seen: Bools
+    edges: list[tuple[int, int]]
+    pairs: list[tuple[int, int]]
 
-def _fit(
-    e: Floats, error: Floats, seen: Bools, edges: list[tuple[int, int]], pairs: list[tuple[int, int]], theta: Floats
-) -> tuple[Floats, Floats, float]:
-    """Parameters of the edges and of the pairs, their covariance, and chi-square."""
-    damping, (rest, jacobian) = 1e-3, _residuals(e, error, seen, edges, pairs, theta)
-    for _ in range(STEPS if len(theta) else 0):
-        h, gradient, before = jacobian.T @ jacobian, jacobian.T @ rest, rest @ rest
-        step = -np.linalg.solve(h + damping * np.diag(np.diag(h)) + 1e-9 * np.eye(len(h)), gradient)
-        trial = _residuals(e, error, seen, edges, pairs, theta + step)
-        if trial[0] @ trial[0] > before:
-            damping *= 5
-            if damping > 1e6:
+    def start(self) -> Floats:
+        """E itself."""
+        p, e = len(self.e), self.e
+        direct = [-e[edge] / LEVEL for edge in self.edges]
+        return np.array([*direct, *(-(e[a, b] + e[b, a]) / 2 for a, b in self.pairs), *[LEVEL] * (p + 1)])
+
+    def matrices(self, theta: Floats) -> tuple[Floats, Floats]:
+        """G and Omega."""
+        p, n = len(self.e), len(self.edges)
+        g, omega = np.zeros((p, p)), np.diag(theta[-p - 1 : -1])
+        for value, edge in zip(theta[:n], self.edges, strict=True):
+            g[edge] = value
+        for value, (a, b) in zip(theta[n : -p - 1], self.pairs, strict=True):
+            omega[a, b] = omega[b, a] = value
+        return g, omega
+
+    def residuals(self, theta: Floats) -> tuple[Floats, Floats]:
+        """(E + Omega T D) / error of the entries ``seen`` and the priors (m,), and derivatives (m, parameters)."""
+        p = len(self.e)
+        g, omega = self.matrices(theta)
+        total = np.linalg.inv(np.eye(p) - g)
+        own = np.diag(total)
+        left = omega @ total / own
+        columns = [
+            (np.outer(left[:, j] * own[j], total[k]) - left * total[:, j] * total[k]) / own for j, k in self.edges
+        ]
+        for a, b in self.pairs:
+            both = np.zeros((p, p))
+            both[a], both[b] = total[b] / own, total[a] / own
+            columns.append(both)
+        columns += list(np.eye(p)[:, :, None] * (total / own)[:, None])
+        jacobian = np.zeros((int(self.seen.sum()) + p + 1, len(theta)))
+        for i, column in enumerate(columns):
+            jacobian[: -p - 1, i] = (column / self.error)[self.seen]
+        diagonal, level = theta[-p - 1 : -1], theta[-1]
+        jacobian[-p - 1 : -1, -p - 1 : -1] = np.eye(p) / SPREAD
+        jacobian[-p - 1 : -1, -1] = -1 / SPREAD
+        jacobian[-1, -1] = 1 / LEVEL_SPREAD
+        prior = np.append((diagonal - level) / SPREAD, (level - LEVEL) / LEVEL_SPREAD)
+        return np.append(((self.e + left) / self.error)[self.seen], prior), jacobian
+
+    def fit(self, theta: Floats) -> tuple[Floats, Floats, float]:
+        """Parameters, their covariance, and chi-square."""
+        damping, now = 1e-3, self.residuals(theta)
+        for _ in range(STEPS):
+            rest, jacobian = now
+            h, gradient, before = jacobian.T @ jacobian, jacobian.T @ rest, float(rest @ rest)
+            step = np.linalg.solve(h + damping * np.diag(np.diag(h)), gradient)
+            new = np.asarray(theta - step, dtype=np.float64)
+            new[-len(self.e) - 1 :] = np.maximum(new[-len(self.e) - 1 :], LEAST_OWN)
+            trial = self.residuals(new)
+            after = float(trial[0] @ trial[0])
+            if after > before:
+                damping *= 5
+                if damping > 1e6:
+                    break
+                continue
+            theta, now, damping = new, trial, max(damping / 5, 1e-9)
+            if before - after < 1e-6 * (1 + before):
                 break
-            continue
-        theta, (rest, jacobian), damping = theta + step, trial, max(damping / 5, 1e-9)
-        if before - rest @ rest < 1e-6 * (1 + before):
+        rest, jacobian = now
+        covariance = np.linalg.inv(jacobian.T @ jacobian + 1e-9 * np.eye(len(theta)))
+        return theta, np.asarray(covariance, dtype=np.float64), float(rest @ rest)
+
+    def worth(self, theta: Floats, covariance: Floats) -> Floats:
+        """Chi-square (edges,) of Omega[j, j] G[j, k], the change that an edge makes: Omega may be uncertain, it is not."""
+        row = np.array([len(theta) - len(self.e) - 1 + j for j, _ in self.edges], dtype=int)
+        edge = np.arange(len(row))
+        own, g = theta[row], theta[: len(row)]
+        variance = own**2 * covariance[edge, edge] + g**2 * covariance[row, row] + 2 * own * g * covariance[edge, row]
+        chi_square: Floats = (own * g) ** 2 / variance
+        return chi_square
+
+    def without(self, gone: NDArray[np.int64]) -> _Problem:
+        """The same without these edges."""
+        return replace(self, edges=[edge for i, edge in enumerate(self.edges) if i not in set(gone.tolist())])
+
+
+def direct_edges(found: Changes, ordered: Bools, hidden: Bools) -> Direct:
+    """G within the pairs ``ordered`` (p, p) and Omega on the pairs ``hidden`` (p, p), symmetric."""
+    p = len(found.e)
+    error = np.hypot(found.e_error, LEAST_ERROR)
+    seen = np.isfinite(error) & ~np.eye(p, dtype=bool)
+    pairs = [(j, k) for j, k in zip(*np.nonzero(hidden | hidden.T), strict=True) if j < k]
+    problem = _Problem(found.e, error, seen, list(zip(*np.nonzero(ordered & seen), strict=True)), pairs)
+    start = problem.start()
+    while True:
+        theta, covariance, square = problem.fit(start)
+        n, worth = len(problem.edges), problem.worth(theta, covariance)
+        if not n or worth.min() >= PRICE:
             break
-    covariance = np.linalg.inv(jacobian.T @ jacobian + 1e-9 * np.eye(len(theta)))
-    return theta, covariance.astype(np.float64), float(rest @ rest)
+        gone = np.argsort(worth, kind="stable")[: max(1, int((worth < PRICE).sum()) // 4)]
+        problem, start = problem.without(gone), np.delete(theta, gone)
+    effect, omega = problem.matrices(theta)
+    deviation = np.full((p, p), np.nan)
+    for i, edge in enumerate(problem.edges):
+        deviation[edge] = np.sqrt(covariance[i, i])
+    freedom = max(1, int(seen.sum()) - n - len(pairs))
+    return Direct(effect, deviation, omega - np.diag(np.diag(omega)), square / freedom)
 
 
-def _residuals(
-    e: Floats, error: Floats, seen: Bools, edges: list[tuple[int, int]], pairs: list[tuple[int, int]], theta: Floats
-) -> tuple[Floats, Floats]:
-    """(E + Omega T) / error of the entries ``seen`` (m,), and derivatives (m, parameters)."""
-    p = len(e)
-    g, omega = np.zeros((p, p)), np.eye(p)
-    for value, edge in zip(theta, edges, strict=False):
-        g[edge] = value
-    for value, (a, b) in zip(theta[len(edges) :], pairs, strict=True):
-        omega[a, b] = omega[b, a] = value
-    total = np.linalg.inv(np.eye(p) - g)
-    left = omega @ total
-    columns = [np.outer(left[:, j], total[k]) for j, k in edges]
-    for a, b in pairs:
-        both = np.zeros((p, p))
-        both[a], both[b] = total[b], total[a]
-        columns.append(both)
-    scaled = [(column / error)[seen] for column in columns]
-    jacobian = np.stack(scaled, 1) if scaled else np.zeros((int(seen.sum()), 0))
-    return ((e + left) / error)[seen], jacobian
+def through_silent(found: Changes, direct: Direct, known: Bools) -> Bools:
+    """Edges j -> i (p, p) that may go through a parent k of i whose own parents no intervention shows.
+
+    An intervention on k that changes nothing, not even Var(x_k), is a mere shift where the screen's others also change the
+    noise of their targets; then nothing is known of j -> k. Pairs ``known`` (p, p) are ordered: k upstream of j is no link.
+    """
+    p = len(found.e)
+    size = np.abs(found.e)
+    noise = found.cut - np.where(size > SEEN * found.e_error, found.e**2, 0).sum(0)
+    shown = (size > SEEN * found.e_error).any(0)
+    others = noise[shown & np.isfinite(noise)]
+    if not len(others) or abs(np.median(others)) < SILENT:
+        return np.zeros((p, p), dtype=bool)
+    silent = ~shown & ~(np.abs(found.cut) > SILENT)
+    parents = (direct.effect != 0) & silent[:, None]
+    through: Bools = (~known.T & ~np.eye(p, dtype=bool)).astype(float) @ parents > 0
+    return through & (direct.effect != 0)

@@ -30,6 +30,7 @@ from crlseq.discovery.negative_controls import Found, ordered_shifts
 from crlseq.discovery.ordering import Ordering, order_programs, with_support
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.discovery.result import Discovery, Judged, claims_of, linear_result
+from crlseq.discovery.robustness import robust_pairs
 from crlseq.discovery.task import Cells, Start, Task
 from crlseq.discovery.verdict import DECLARED_SUPPORT, PairCounts, judge
 from crlseq.errors import InputError
@@ -124,13 +125,16 @@ def compare_on(task: Task, cells: Cells, dense: Solution, seed: int) -> KindComp
 
 def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple[Ordering, Found]:
     """What interventions change, by all perturbations with an effect; and what mere shifts of controls would change."""
-    claims = claims_of(task, start, cells, solution)
-    acting = np.flatnonzero(claims.target >= 0)
+    targets = claims_of(task, start, cells, solution).target
+    acting = np.flatnonzero(targets >= 0)
     environment = task.environments(acting)
     known = task.cells_of(splits.TRAIN, environment) | task.cells_of(splits.VALIDATION, environment)
-    y, own, targets = cells.values[known].double().numpy(), environment[known].numpy(), claims.target[acting]
-    p = solution.model.p
+    y, own, targets = cells.values[known].double().numpy(), environment[known].numpy(), targets[acting]
+    p, guides = solution.model.p, task.data.guides
     found = order_programs(y, own, targets, p)
+    more = y if cells.variances is not None else start.cells.values[known].double().numpy()
+    guide = None if guides is None else guides.number[known.numpy()]
+    found = replace(found, robust=robust_pairs(found, more, own, targets, guide, task.threads))
     of_shifts = ordered_shifts(y, own, targets, p, found, task.seed)
     return with_support(found, y, own, targets, replicates(task, p), task.seed, task.threads), of_shifts
 

@@ -7,14 +7,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from crlseq.discovery.changes import Changes, exogenous_axes, measure_changes
-from crlseq.discovery.direct_edges import Direct, direct_edges
+from crlseq.discovery.assumptions import broken_assumptions
+from crlseq.discovery.axes import exogenous_axes, shifts_outside
+from crlseq.discovery.changes import Changes, measure_changes
+from crlseq.discovery.direct_edges import Direct, direct_edges, through_silent
 from crlseq.discovery.hits import Floats, Hit
 from crlseq.discovery.pairs import Bools, Pairs, judge_pairs
 from crlseq.storage.stage_cache import cached_on_disk
 from crlseq.threads import in_parallel
 
 Ints = NDArray[np.int64]
+MAYBE = 1.5  # standard errors from which a pair may be a link of a chain
+BEFORE = 1e6  # likely pairs are ordered before those
 
 
 @cached_on_disk()
@@ -29,7 +33,10 @@ class Ordering:
     declared: Bools  # (p, p) direct edges between pairs that pass every guard; a DAG
     hits: dict[int, Hit]  # by perturbation: the mixture of hit and escaped cells, where they are told apart
     along: dict[int, Floats]  # (q,) their scores are (y - center) @ along
+    robust: Bools  # (p, p) pairs that are called whatever is left out, see `crlseq.discovery.robustness`
     support: Floats  # (p, p) share of replicates that declare the edge again; NaN without replicates
+    ancestor: Floats  # (p, p) likewise the pair to be upstream
+    warnings: tuple[str, ...] = ()  # of assumptions that the screen breaks
 
     def directions(self) -> Floats:
         """Read-out (q, p) of the programs, u = (y - center) @ directions = x (I - G)^-1 with the declared G."""
@@ -52,7 +59,9 @@ class Ordering:
             pairs=self.pairs.reordered(order),
             direct=self.direct.reordered(order),
             declared=self.declared[both],
+            robust=self.robust[both],
             support=self.support[both],
+            ancestor=self.ancestor[both],
         )
 
 
@@ -61,19 +70,24 @@ def order_programs(y: Floats, environment: Ints, targets: Ints, p: int) -> Order
     that each perturbation targets, ``targets`` (K,).
     """
     center, axes = exogenous_axes(y, environment, targets, p)
-    found = measure_changes((y - center) @ axes, environment, targets)
+    x = (y - center) @ axes
+    found = measure_changes(x, environment, targets)
     pairs = judge_pairs(found)
     direct, declared = _direct(found, pairs)
     told = [one for group in found.by_target for one in group if one.hit.told]
     hits = {one.perturbation: one.hit for one in told}
     along = {one.perturbation: axes @ one.along for one in told}
-    return Ordering(center, axes, pairs, direct, declared, hits, along, np.full((p, p), np.nan))
+    robust = np.zeros((p, p), dtype=bool)  # not tried
+    n_control = int((environment == 0).sum())
+    warnings = broken_assumptions(found, pairs, shifts_outside(y, x, environment), n_control)
+    unknown = np.full((p, p), np.nan)
+    return Ordering(center, axes, pairs, direct, declared, hits, along, robust, unknown, unknown, warnings)
 
 
 def with_support(
     ordering: Ordering, y: Floats, environment: Ints, targets: Ints, n: int, seed: int, threads: int
 ) -> Ordering:
-    """With the support of edges over ``n`` replicates, which draw the cells of each environment again."""
+    """With the support of edges and of pairs over ``n`` replicates, which draw the cells of each environment again."""
     order = np.argsort(environment, kind="stable")
     start = np.cumsum(np.bincount(environment))
     sizes = np.diff(start, prepend=0)
@@ -83,18 +97,25 @@ def with_support(
         drawn = np.concatenate([rng.integers(end - m, end, m) for m, end in zip(sizes, start, strict=True)])
         rows = order[drawn]
         found = measure_changes((y[rows] - ordering.center) @ ordering.axes, environment[rows], targets)
-        return _direct(found, judge_pairs(found))[1]
+        pairs = judge_pairs(found)
+        return np.stack([_direct(found, pairs)[1], pairs.have("upstream")])
 
     again = list(in_parallel(replicate, range(n), threads))
-    return replace(ordering, support=np.mean(again, axis=0)) if again else ordering
+    if not again:
+        return ordering
+    edges, upstream = np.mean(again, axis=0)
+    return replace(ordering, support=edges, ancestor=upstream)
 
 
 def _direct(found: Changes, pairs: Pairs) -> tuple[Direct, Bools]:
-    """Direct edges that explain all pairs seen one way; those between pairs that pass every guard are declared."""
-    upstream, z = pairs.have("upstream"), np.abs(pairs.change) / pairs.error
-    ordered = _acyclic(upstream | pairs.have("likely"), np.where(upstream, np.inf, z))
-    direct = direct_edges(found, ordered, pairs.have("both ways"))
-    return direct, (direct.effect != 0) & upstream
+    """Direct edges that explain what is seen; those between pairs that pass every guard are declared. Weak pairs take part,
+    since a program may be upstream of another through one that is not called.
+    """
+    upstream, likely, z = pairs.have("upstream"), pairs.have("likely"), np.abs(pairs.change) / pairs.error
+    ordered = _acyclic(upstream | likely | (z > MAYBE), np.where(upstream, np.inf, np.where(likely, BEFORE + z, z)))
+    both = pairs.have("both ways")
+    direct = direct_edges(found, ordered | (both & ~pairs.hidden), both & pairs.hidden)
+    return direct, (direct.effect != 0) & upstream & ~through_silent(found, direct, upstream | likely)
 
 
 def _acyclic(edges: Bools, z: Floats) -> Bools:

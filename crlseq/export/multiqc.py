@@ -21,6 +21,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "perturbations": {"title": "Perturbations", "format": COUNT},
     **GENERAL,
     "edges": {"title": "Edges", "format": COUNT},
+    "upstream": {"title": "Upstream pairs", "format": COUNT},
     "cells": {"title": "Cells fitted", "format": COUNT},
     "unused": {"title": "Cells left out", "format": COUNT},
     "genes": {"title": "Genes", "format": COUNT},
@@ -35,7 +36,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 def multiqc(run: Run, path: Path) -> None:
     """Two files, with a row that is named for the run's folder, without what the run does not have."""
     sample, facts, metrics = run.folder.resolve().name, run.facts, run.facts.metrics
-    values = {
+    values: dict[str, object] = {
         "perturbations": len(run.interventions), "programs": facts.n_latents, "detected": metrics.n_detected,
         "graph": facts.identification.verdict, "edges": metrics.n_edges,
         "cells": facts.cells.train + facts.cells.validation + facts.cells.test, "unused": facts.cells.unused,
@@ -43,6 +44,8 @@ def multiqc(run: Run, path: Path) -> None:
         "evaluated_on": metrics.evaluated_on, "epochs": facts.training.epochs_run, "seconds": facts.seconds,
         "version": facts.version,
     }  # fmt: skip
+    if run.pairs is not None:
+        values["upstream"] = int((run.pairs["status"] == "upstream").sum())
     values = {name: value for name, value in values.items() if value is not None and value == value}  # NaN is not
     table = {
         "id": "crlseq", "section_name": "crlseq",

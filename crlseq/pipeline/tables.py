@@ -17,8 +17,9 @@ from crlseq.config import Config
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.genesets import GeneSets
+from crlseq.discovery.bootstrap import Stability
 from crlseq.discovery.ordering import Ordering
-from crlseq.discovery.pairs import GUARDS, STATUSES
+from crlseq.discovery.pairs import GUARDS, SIZE, STATUSES
 from crlseq.discovery.result import Discovery
 from crlseq.evaluation.held_out import evaluate_held_out
 from crlseq.model.sparse_decoder import SparseDecoder
@@ -70,7 +71,7 @@ def tables_of(
         "n_latents": len(read.scale),
         "programs": _program_rows(programs, interventions, numbers),
         "adjacency": dag.weights.tolist(),
-        "identification": dag.identification.model_dump(),
+        "identification": dag.identification.model_dump(mode="json"),
         "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
         "sparsity": None if sparse is None else _sparsity_row(sparse, programs),
         "training": _training_row(fitted),
@@ -107,10 +108,16 @@ def _support(discovery: Discovery | None, n_latents: int, n_targets: int) -> tup
     if discovery is None or stability is None:
         return np.full((n_latents, n_latents), np.nan), targets, np.full(n_latents, np.nan)
     targets[discovery.environments] = stability.target.numpy()
-    edges = stability.edge.numpy()
-    if discovery.ordering is not None and not discovery.verdict.by_likelihood:
-        edges = discovery.ordering.support
-    return edges, targets, stability.program.numpy()
+    return _support_of_graph(discovery, stability)[0], targets, stability.program.numpy()
+
+
+def _support_of_graph(discovery: Discovery, stability: Stability) -> tuple[np.ndarray, np.ndarray]:
+    """Bootstrap support of edges and of ancestry (p, p): the likelihood's, or where the verdict is not on its graph, that
+    of what interventions change.
+    """
+    if discovery.ordering is None or discovery.verdict.by_likelihood:
+        return stability.edge.numpy(), stability.ancestor.numpy()
+    return discovery.ordering.support, discovery.ordering.ancestor
 
 
 def _penetrance(discovery: Discovery | None, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +137,7 @@ def _pairs(ordering: Ordering, sign: np.ndarray) -> pd.DataFrame:
         passed[k, i] = ", ".join(name for name, on in zip(GUARDS, pairs.guards[:, k, i], strict=True) if on)
     status = np.asarray(STATUSES, dtype=object)[pairs.status]
     change = pairs.change * np.outer(sign, sign)
-    return pair_table(change, pairs.error, pairs.fdr, status, passed, pairs.detectable)
+    return pair_table(change, pairs.error, pairs.fdr, status, passed, pairs.detectable, ordering.robust)
 
 
 def _fit_rows(fitted: Fit, data: PerturbSeqData, config: Config) -> dict[str, Any]:
@@ -224,11 +231,12 @@ def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict
     """What ``run.json`` holds of a discovery."""
     stability, ordering, bootstrap = discovery.stability, discovery.ordering, None
     if stability is not None:
+        edge, ancestor = _support_of_graph(discovery, stability)
         bootstrap = {
             "replicates": stability.n,
             "failed": stability.failed,
-            "edge": stability.edge.tolist(),
-            "ancestor": stability.ancestor.tolist(),
+            "edge": edge.tolist(),
+            "ancestor": ancestor.tolist(),
             "program": stability.program.tolist(),
             "perturbations": [perturbations[k] for k in discovery.environments],
             "assignment": stability.assignment.tolist(),
@@ -248,6 +256,7 @@ def _discovery_row(discovery: Discovery, perturbations: tuple[str, ...]) -> dict
         if ordering is None
         else {
             "counts": {name: int(ordering.pairs.have(name).sum()) for name in STATUSES},
+            "size": SIZE,
             "edges_misfit": ordering.direct.misfit,
         },
     }

@@ -3,5 +3,6 @@
 from crlseq.plotting.cells import embedding
 from crlseq.plotting.charts import effects, history, interventions, programs
 from crlseq.plotting.graph import dag
+from crlseq.plotting.pairs import pairs
 
-__all__ = ["dag", "effects", "embedding", "history", "interventions", "programs"]
+__all__ = ["dag", "effects", "embedding", "history", "interventions", "pairs", "programs"]

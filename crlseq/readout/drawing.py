@@ -119,4 +119,6 @@ def legend(run: Run) -> list[str]:
         supported = run.edges["support"].notna().any()
         width = "Edge width: bootstrap support." if supported else "Without a bootstrap, all edges have the same width."
         sentences += ["Arrow: the source raises the target; bar: it lowers it.", width]
+        if run.facts.identification.verdict == "partly identified":
+            sentences.append("Edges are drawn between programs whose order is shown; there may be others.")
     return sentences

@@ -133,4 +133,6 @@ def find_dag(model: DiscrepancyVAE, programs: Programs, config: ModelConfig, dis
         verdict, declared = judge_gradient(config), (np.abs(weights) >= DECLARED_WEIGHT) & asked
     else:
         verdict, declared = discovery.verdict, discovery.adjacency != 0
-    return Dag(weights, declared, Identification(verdict=verdict.answer, reason=verdict.reason))
+    ordering = None if discovery is None else discovery.ordering
+    warnings = () if ordering is None else ordering.warnings
+    return Dag(weights, declared, Identification(verdict=verdict.answer, reason=verdict.reason, warnings=warnings))

@@ -22,8 +22,10 @@ from crlseq.readout.drawing import HEAD, Drawing, draw, edge_width, heading, leg
 from crlseq.readout.layout import Point
 from crlseq.report import charts
 from crlseq.report.evaluations import evaluation_tables
+from crlseq.report.pairs import pair_matrix
+from crlseq.run.pairs import why_no_pairs
 from crlseq.run.run import Run
-from crlseq.run.summary import Program, answers, numbers_in_words, sets_in_words
+from crlseq.run.summary import Program, answers, controls_in_words, numbers_in_words, sets_in_words
 from crlseq.storage.files import written_whole
 
 GENES = 8  # of a card, that rise and that fall
@@ -87,12 +89,16 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "style": Markup(files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")),
         "answers": questions,
+        "controls": controls_in_words(run.facts) if run.facts.format > 1 else "",
+        "pairs": pair_matrix(run),
+        "no_pairs": why_no_pairs(run.facts) if run.pairs is None else "",
         "dag": _dag(run),
         "programs": [_card(program, enriched) for program in run.described.values()],
         "enriched": enriched is not None,
         "read_from_sets": sets_in_words(run.facts),
         "n_fitted_genes": run.programs["gene"].nunique(),
         "interventions": interventions[:ROWS].to_dict("records"),
+        "hits": "penetrance" in interventions and bool((interventions["program"] != "").any()),
         "largest_shift": limit_of(interventions["shift"].to_numpy()),
         "map": charts.intervention_map(run),
         "edges": run.edges[:ROWS].to_dict("records"),

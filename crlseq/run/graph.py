@@ -31,18 +31,41 @@ def dag_graph(programs: Sequence[ProgramRow], edges: pd.DataFrame, identificatio
     return graph
 
 
-def ancestry(graph: nx.DiGraph[str], bootstrap: Bootstrap | None) -> pd.DataFrame:
-    """``ancestor, descendant, declared, support``: pairs that the DAG declares or that have support of 0.1."""
-    names = list(graph)
+def declared_order(graph: nx.DiGraph[str], pairs: pd.DataFrame | None) -> nx.DiGraph[str]:
+    """Every program joined to all that are declared downstream of it: by a path of declared edges, or as a pair that is
+    ``upstream``.
+    """
+    order: nx.DiGraph[str] = nx.transitive_closure_dag(graph)
+    if pairs is not None:
+        upstream = pairs[pairs["status"] == "upstream"]
+        order.add_edges_from(zip(upstream["source"], upstream["target"], strict=True))
+    return order
+
+
+def ancestry(order: nx.DiGraph[str], pairs: pd.DataFrame | None, bootstrap: Bootstrap | None) -> pd.DataFrame:
+    """``ancestor, descendant, declared, support, status``: pairs of programs that `declared_order` joins, that are
+    ``likely``, or that have support of 0.1; ``status`` as in ``pairs.csv``.
+    """
+    names = list(order)
     support = np.full((len(names), len(names)), np.nan) if bootstrap is None else np.array(bootstrap.ancestor, float)
-    reach = nx.transitive_closure_dag(graph)
+    known = (
+        {}
+        if pairs is None
+        else dict(zip(zip(pairs["source"], pairs["target"], strict=True), pairs["status"], strict=True))
+    )
     rows = [
-        {"ancestor": a, "descendant": b, "declared": reach.has_edge(a, b), "support": support[i, j]}
+        {
+            "ancestor": a,
+            "descendant": b,
+            "declared": order.has_edge(a, b),
+            "support": support[i, j],
+            "status": known.get((a, b), ""),
+        }
         for i, a in enumerate(names)
         for j, b in enumerate(names)
-        if reach.has_edge(a, b) or support[i, j] >= MIN_SUPPORT
+        if order.has_edge(a, b) or known.get((a, b)) == "likely" or support[i, j] >= MIN_SUPPORT
     ]
-    return pd.DataFrame(rows, columns=["ancestor", "descendant", "declared", "support"])
+    return pd.DataFrame(rows, columns=["ancestor", "descendant", "declared", "support", "status"])
 
 
 def graphml(graph: nx.DiGraph[str]) -> bytes:

@@ -17,7 +17,7 @@ from crlseq._version import __version__
 from crlseq.errors import InputError
 from crlseq.run import schema
 from crlseq.run.anndata import anndata_keys, read_cells, set_keys, write_annotated
-from crlseq.run.graph import ancestry, dag_graph, dag_json, graphml
+from crlseq.run.graph import ancestry, dag_graph, dag_json, declared_order, graphml
 from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, summary_table
 from crlseq.storage.csv import read_csv, to_csv
@@ -127,13 +127,19 @@ class Run:
 
     @property
     def ancestry(self) -> pd.DataFrame:
-        """``ancestor, descendant, declared, support``: pairs that the DAG declares or that have support of 0.1."""
-        return ancestry(self.dag, self.facts.bootstrap)
+        """``ancestor, descendant, declared, support, status``: which program is upstream of which.
+
+        Declared by a path of declared edges or by a pair that is ``upstream``; and those that are ``likely``, or have
+        support of 0.1.
+        """
+        return ancestry(declared_order(self.dag, self.pairs), self.pairs, self.facts.bootstrap)
 
     @cached_property
     def described(self) -> dict[str, Program]:
         """Every program by its name: drivers, genes, what lies up- and downstream; see `crlseq.run.summary.Program`."""
-        found = describe_programs(self.facts, self.programs, self.interventions, self.dag, self.pathways)
+        found = describe_programs(
+            self.facts, self.programs, self.interventions, self.dag, declared_order(self.dag, self.pairs), self.pathways
+        )
         return {program.name: program for program in found}
 
     @property
@@ -199,18 +205,18 @@ class Run:
 
     def write_tables(self, folder: Path) -> None:
         """CSV tables, graph files and ``run.json``."""
-        tables = {f"{name}.csv": table for name, table in self.tables().items()}
-        for name, table in (tables | {ENSEMBLE: self.ensemble, PATHWAYS: self.pathways, PAIRS: self.pairs}).items():
-            if table is not None:
-                (folder / name).write_bytes(to_csv(table))
+        for name, table in self.tables().items():
+            (folder / f"{name}.csv").write_bytes(to_csv(table))
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
         (folder / "run.json").write_text(run_json(self.info, 1), encoding="utf-8", newline="\n")
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """The tables by the names of their files."""
+        """The tables that the run has, by the names of their files."""
         tables = (self.programs, self.interventions, self.edges, self.history, self.evaluation)
-        return dict(zip(TABLES, tables, strict=True))
+        optional = {ENSEMBLE: self.ensemble, PATHWAYS: self.pathways, PAIRS: self.pairs}
+        own = {name.removesuffix(".csv"): table for name, table in optional.items() if table is not None}
+        return dict(zip(TABLES, tables, strict=True)) | own
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -33,7 +33,7 @@ COLUMNS: dict[str, dict[str, type]] = {
 HIT: dict[str, type] = {"penetrance": float, "penetrance_error": float}  # of interventions, since format 2
 PAIR_COLUMNS: dict[str, type] = {
     "source": str, "target": str, "change": float, "se": float, "z": float, "z_reversed": float, "fdr": float,
-    "status": str, "guards": str, "detectable": float,
+    "status": str, "guards": str, "detectable": float, "robust": bool,
 }  # fmt: skip
 ANCHOR: dict[str, type] = {"anchor": bool}  # of programs, with a sparse decoder alone
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
@@ -137,10 +137,11 @@ class ProgramRow(_Part):
 
 
 class Identification(_Part):
-    """Whether the data determine the graph, and why."""
+    """Whether the data determine the graph, and why; and what the screen shows of assumptions that it breaks."""
 
     verdict: str
     reason: str
+    warnings: tuple[str, ...] = ()
 
 
 class Bootstrap(_Part):
@@ -160,6 +161,7 @@ class PairSummary(_Part):
     """What interventions change, over all ordered pairs of programs."""
 
     counts: dict[str, int]  # by status
+    size: float  # smallest change that "excluded" is about, in standard deviations of control cells
     edges_misfit: float  # chi-square per degree of freedom of the direct edges' fit
 
 

@@ -32,8 +32,8 @@ class Program:
     up: pd.DataFrame
     down: pd.DataFrame
     anchors: tuple[str, ...] | None  # genes of this program alone, by |loading|; None where the decoder is dense
-    upstream: tuple[str, ...]  # programs from which a declared path leads here
-    downstream: tuple[str, ...]  # programs to which one leads
+    upstream: tuple[str, ...]  # programs that are declared to lie upstream, by a path of edges or by ``pairs.csv``
+    downstream: tuple[str, ...]  # likewise downstream
     parents: dict[str, float]  # those upstream that a declared edge joins, with its weight
     children: dict[str, float]  # likewise downstream
     variance_explained: float  # see `crlseq.readout.explained`; NaN where it could not be measured
@@ -49,13 +49,16 @@ def describe_programs(
     programs: pd.DataFrame,
     interventions: pd.DataFrame,
     dag: nx.DiGraph[str],
+    order: nx.DiGraph[str],
     pathways: pd.DataFrame | None,
 ) -> list[Program]:
-    """Every program of a run, in topological order; the arguments are attributes of `crlseq.run.run.Run`."""
+    """Every program of a run, in topological order; the arguments are attributes of `crlseq.run.run.Run`, and its
+    `crlseq.run.graph.declared_order`.
+    """
     genes = dict(tuple(programs.groupby("program", sort=False)))
     detected = (interventions["fdr"] <= DETECTABLE_FDR).to_numpy()
-    order = np.lexsort((-interventions["shift"].abs().to_numpy(), ~detected))
-    drivers = dict(tuple(interventions.iloc[order].groupby("program", sort=False)))
+    strongest_first = np.lexsort((-interventions["shift"].abs().to_numpy(), ~detected))
+    drivers = dict(tuple(interventions.iloc[strongest_first].groupby("program", sort=False)))
     columns = ["gene_set", "description", "weight", "n_genes"]
     sets = {} if pathways is None else dict(tuple(pathways.groupby("program", sort=False)))
     found = []
@@ -76,8 +79,8 @@ def describe_programs(
                 up=loadings[loadings["loading"] > 0].reset_index(drop=True),
                 down=loadings[loadings["loading"] < 0].reset_index(drop=True),
                 anchors=tuple(table.loc[table["anchor"], "gene"]) if "anchor" in table else None,
-                upstream=_sorted(nx.ancestors(dag, row.name)),
-                downstream=_sorted(nx.descendants(dag, row.name)),
+                upstream=_sorted(order.predecessors(row.name)),
+                downstream=_sorted(order.successors(row.name)),
                 parents={a: dag.edges[a, row.name]["weight"] for a in _sorted(dag.predecessors(row.name))},
                 children={b: dag.edges[row.name, b]["weight"] for b in _sorted(dag.successors(row.name))},
                 pathways=sets.get(row.name, pd.DataFrame(columns=columns))[columns].reset_index(drop=True),
@@ -104,7 +107,7 @@ class Answer:
 def answers(facts: RunInfo, evaluation: pd.DataFrame, history: pd.DataFrame) -> list[Answer]:
     """Is the graph identified, are predictions better than baselines, did the fit converge?"""
     found = facts.identification
-    grade = {"identified": "good", "ancestry only": "fair"}.get(found.verdict, "poor")
+    grade = {"identified": "good", "ancestry only": "fair", "partly identified": "fair"}.get(found.verdict, "poor")
     return [
         Answer("Is the graph identified?", grade, found.verdict, found.reason),
         Answer("Better than baselines?", *_better(evaluation)),

@@ -76,6 +76,7 @@ def pair_table(
     status: np.ndarray,
     guards: np.ndarray,
     detectable: np.ndarray,
+    robust: np.ndarray,
 ) -> pd.DataFrame:
     """`crlseq.run.schema.PAIR_COLUMNS` of every ordered pair, all arguments (p, p), ``status`` and ``guards`` in words."""
     p = len(change)
@@ -84,7 +85,7 @@ def pair_table(
     with np.errstate(invalid="ignore"):
         z = np.where(np.isfinite(error), change / error, np.nan)
     known = {"change": change, "se": error, "z": z, "z_reversed": z.T, "fdr": fdr}
-    columns = known | {"status": status, "guards": guards, "detectable": detectable}
+    columns = known | {"status": status, "guards": guards, "detectable": detectable, "robust": robust}
     unknown = ~np.isfinite(error[off])
     table = pd.DataFrame({"source": names[source], "target": names[target]} | {k: v[off] for k, v in columns.items()})
     table.loc[unknown, ["change", "se", "fdr", "detectable"]] = np.nan

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from crlseq.run.run import Run
 from crlseq.storage.csv import EXACT
 from tests.support import Answer, command, dense, environment, invoke, small_screen, spawn
 
-TABLES = ["programs", "interventions", "dag", "history"]
+TABLES = ["programs", "interventions", "dag", "history", "pairs"]
 QUICK = ["--n-latents", 3, "--bootstrap", 0]  # the default method at its shortest
 
 
@@ -65,14 +66,79 @@ def test_tables_into_a_pipe(finished: Run, run_folder: Path, name: str) -> None:
     assert (len(as_json["nodes"]) == 3) if name == "dag" else (len(as_json) == len(shown))
 
 
-def test_ancestry(finished: Run, run_folder: Path) -> None:
+@pytest.fixture(scope="module")
+def ordered_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run, in which P0 is upstream of P1, and P2 likely of P0."""
+    folder = tmp_path_factory.mktemp("ordered") / "RUN"
+    shutil.copytree(run_folder, folder)
+    pairs = pd.read_csv(folder / "pairs.csv").assign(status="excluded", detectable=0.2, guards="change, one way")
+    pairs.loc[0, ["status", "change", "se", "z"]] = ["upstream", -0.5, 0.05, -10.0]
+    pairs.loc[4, ["status", "change", "se", "z"]] = ["likely", 0.4, 0.05, 8.0]
+    pairs.loc[5, ["status", "detectable"]] = ["undecided", 0.6]
+    pairs.to_csv(folder / "pairs.csv", index=False)
+    return folder
+
+
+def test_ancestry(finished: Run, run_folder: Path, ordered_folder: Path) -> None:
     shown = table(invoke("inspect", "ancestry", run_folder))
-    declared = {(a, b) for a, b in zip(shown["ancestor"], shown["descendant"], strict=True)}
-    assert set(finished.dag.edges) <= declared
     support = np.array(finished.info["discovery"]["bootstrap"]["ancestor"])
+    declared = set()
     for row in shown.to_dict("records"):
         assert float(row["support"]) == support[int(row["ancestor"][1:]), int(row["descendant"][1:])]
-        assert str(row["declared"]) == "True" or float(row["support"]) >= 0.1
+        if str(row["declared"]) == "True":
+            declared.add((row["ancestor"], row["descendant"]))
+        else:
+            assert row["status"] == "likely" or float(row["support"]) >= 0.1
+    assert set(finished.dag.edges) <= declared
+    ordered = table(invoke("inspect", "ancestry", ordered_folder)).set_index(["ancestor", "descendant"])
+    assert [str(value) for value in ordered.loc[[("P0", "P1"), ("P2", "P0")], "declared"]] == ["True", "False"]
+    assert ordered.loc[[("P0", "P1"), ("P2", "P0")], "status"].tolist() == ["upstream", "likely"]
+
+
+def test_pairs_as_json_and_on_a_terminal(ordered_folder: Path) -> None:
+    answer = invoke("inspect", "pairs", ordered_folder, "--json")
+    rows = json.loads(answer.out)
+    assert answer.err == ""
+    assert [row["status"] for row in rows] == ["upstream", "excluded", "excluded", "excluded", "likely", "undecided"]
+    graph = json.loads(invoke("inspect", "dag", ordered_folder, "--json").out)
+    assert [row["sentence"] for row in graph["pairs"]] == [row["sentence"] for row in rows]
+    code, text = on_terminal("inspect", "pairs", ordered_folder)
+    assert code == 0 and "\t" not in text
+    words = " ".join(text.split())
+    assert rows[0]["sentence"] in words and "loses −0.50 ± 0.05 SD of what P0 gave it" in rows[0]["sentence"]
+    assert rows[4]["sentence"] in words and "(guard dose)" in rows[4]["sentence"]
+    assert re.findall(r"^(\w+) \((\d)\):", text, re.MULTILINE) == [
+        ("upstream", "1"), ("likely", "1"), ("excluded", "3"), ("undecided", "1"),
+    ]  # fmt: skip
+
+
+def test_the_matrix_of_pairs_on_a_terminal(ordered_folder: Path) -> None:
+    code, text = on_terminal("inspect", "dag", ordered_folder)
+    assert code == 0
+    lines = text.split("Pairs of programs")[1].splitlines()
+    assert [line.split() for line in lines[1:5]] == [
+        ["P0", "P1", "P2"], ["P0", "−", "0"], ["P1", "0", "0"], ["P2", "+?", "·"],
+    ]  # fmt: skip
+    assert text.index("Declared edges") < text.index("Pairs of programs") < text.index("±  upstream") < text.index("The graph is")  # fmt: skip
+
+
+def test_a_run_without_pairs_says_why(tmp_path: Path, screen_file: Path) -> None:
+    folder = tmp_path / "RUN"
+    assert invoke("fit", screen_file, "--output", folder, "--method", "gradient", "--epochs", 1).code == 0
+    old = Path(__file__).parents[1] / "run" / "folder_0202a24"
+    for path, why in ((folder, "found by likelihood"), (old, "before crlseq judged pairs")):
+        answer = invoke("inspect", "pairs", path)
+        assert why in answer.err and len(table(answer)) == 0 and "detectable" in answer.out
+        assert json.loads(invoke("inspect", "pairs", path, "--json").out) == []
+        assert "pairs" not in json.loads(invoke("inspect", "dag", path, "--json").out)
+        assert why in table(invoke("inspect", path)).set_index("what")["value"]["pairs"]
+        code, text = on_terminal("inspect", "dag", path)
+        assert code == 0 and why in " ".join(text.split())
+        assert invoke("inspect", "ancestry", path).code == 0
+        assert invoke("report", path, "--output", tmp_path / "page.html", "--force").code == 0
+        assert why in (tmp_path / "page.html").read_text()
+        assert invoke("plot", path, "pairs", "--output", tmp_path / "pairs.svg", "--force").code == 0
+        assert why in " ".join((tmp_path / "pairs.svg").read_text().split())
 
 
 def test_values_survive_the_pipe(finished: Run, run_folder: Path) -> None:
@@ -200,7 +266,7 @@ def test_a_wide_table_on_a_narrow_terminal_breaks_no_word(run_folder: Path, fini
     assert max(map(len, lines)) <= 60
     words = set(text.split())
     assert {"perturbation", "retention", "distance", "support", *finished.interventions["perturbation"]} <= words
-    assert [line.split()[0] for line in lines if line.startswith("g0 ")] == ["g0"] * 2  # the name leads both blocks
+    assert [line.split()[0] for line in lines if line.startswith("g0 ")] == ["g0"] * 3  # the name leads all blocks
 
 
 def test_check_on_a_terminal(screen_file: Path) -> None:

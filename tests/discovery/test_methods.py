@@ -111,7 +111,9 @@ def test_only_the_method_straighten_straightens_and_only_where_the_model_fails(
         found_by(hard, "straighten")
     monkeypatch.setattr(steps, "misfit", poor_before_selection)
     found_by(hard, "linear")
+    found_by(hard, "straighten")  # mean shifts of one program lie on a line
     assert not called
+    monkeypatch.setattr(straighten, "curved", lambda *args: True)
     again = found_by(hard, "straighten")
     assert called and not again.straightened
     assert np.array_equal(again.adjacency, found.adjacency)
@@ -127,6 +129,7 @@ def test_straightened_latents_take_the_place_of_the_components(hard: Screen, mon
 
     found = found_by(hard, "straighten")
     monkeypatch.setattr(steps, "misfit", poor_before_selection)
+    monkeypatch.setattr(straighten, "curved", lambda *args: True)
     monkeypatch.setattr(straighten, "straightened", straightened)
     again = found_by(hard, "straighten")
     assert again.straightened
@@ -150,10 +153,20 @@ def test_a_straightened_fit_that_loses_every_edge_in_the_last_selection_is_not_i
     monkeypatch.setattr(straighten, "select_edges", lambda found: Edges(found, torch.zeros(4, 4).double(), 1.0))
     trained = straighten.train_once(task, start.cells, dense, math.inf, 0)
     assert trained is not None
-    ordering = steps.ordered(task, start, trained[0], trained[1].edges.solution)
+    ordering, _ = steps.ordered(task, start, trained[0], trained[1].edges.solution)
     edges, verdict, _, _ = steps.judged(task, *trained, ordering)
     assert not verdict.by_likelihood and "No edge" in verdict.reason
     assert edges.solution.model.kind == "shift" and not edges.adjacency.any()
+
+
+@pytest.mark.parametrize("mixing", ["linear", "network"])
+def test_a_curved_mixing_is_told_from_escaped_cells_and_background(mixing: Any) -> None:
+    """Mean shifts of different sizes leave the line of their program where a network mixes the programs."""
+    screen = Screen(mixing=mixing, n_genes=60, background=2, penetrance=(0.4, 0.9), shift_size=(2.0, 4.0))
+    task = screen.task(CONFIG)
+    cells = steps.find_components(task).cells.first(20)
+    dense = steps.fit_likelihood(task, cells, 4)
+    assert straighten.curved(cells, dense) == (mixing == "network")
 
 
 def attempts(screen: Screen, monkeypatch: pytest.MonkeyPatch, misfits: list[float | None]) -> tuple[Any, list[Any]]:

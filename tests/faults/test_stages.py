@@ -40,6 +40,7 @@ def _straightened() -> Iterator[None]:
     """Every fit straightens, in few steps, and takes what comes of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(misfit, "DESCRIBED", -math.inf)
+        patch.setattr(straighten, "curved", lambda *args: True)
         patch.setattr(straighten, "FREE", tuple(replace(free, steps=20) for free in straighten.FREE))
         patch.setattr(straighten, "CAUSAL", replace(straighten.CAUSAL, steps=20))
         patch.setattr(

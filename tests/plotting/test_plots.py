@@ -19,12 +19,12 @@ from crlseq import plotting
 from crlseq.errors import InputError, UsageError
 from crlseq.run.run import Run
 from tests.support import check_refusal, files_below, invoke
-from tests.synthetic import synthetic_run
+from tests.synthetic import synthetic_run, with_pairs
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-KINDS = ["dag", "programs", "interventions", "history", "effects"]
+KINDS = ["dag", "pairs", "programs", "interventions", "history", "effects"]
 EVIL = [
     "$x_{1$",
     "a$b$c",
@@ -151,6 +151,21 @@ def test_names_are_only_names(kind: str) -> None:
     if kind in ("interventions", "effects"):
         assert {"$x_{1$", "a$b$c", "_hidden", "\\frac{1}{0}", "line break tab"} <= shown
         assert max(map(len, shown)) < 80
+
+
+def test_a_cell_a_pair() -> None:
+    known = {(0, 1): {"status": "upstream", "change": 0.5}, (1, 2): {"status": "likely", "change": -0.5}}
+    ax = plotting.pairs(with_pairs(synthetic_run(3, 9), known))
+    marks = {tuple(text.get_position()): text.get_text() for text in ax.texts}
+    assert marks == {(1, 0): "+", (2, 1): "−?", **dict.fromkeys([(0, 1), (0, 2), (1, 2), (2, 0)], "0")}
+    colours = [patch.get_facecolor() for patch in ax.patches]
+    assert len(colours) == 6 and len(set(colours)) == 3
+    assert overlaps(ax) == []
+
+
+def test_the_marks_of_many_programs_do_not_overlap() -> None:
+    ax = plotting.pairs(with_pairs(synthetic_run(24, 48), {}))
+    assert overlaps(ax) == []
 
 
 def test_tables_are_cut_and_say_so() -> None:

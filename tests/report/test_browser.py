@@ -16,7 +16,7 @@ import pytest
 
 from crlseq.report import write_report
 from tests.report.test_page import EVIL
-from tests.synthetic import synthetic_run
+from tests.synthetic import synthetic_run, with_pairs
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -60,6 +60,14 @@ addEventListener("load", () => {
   found.dragIsNoClick = click.defaultPrevented;
   node.dispatchEvent(new PointerEvent("pointerenter"));
   found.hover = about.textContent;
+  const cell = document.querySelector("#pairs td[title]"), pair = document.getElementById("pair");
+  if (cell) {
+    cell.click();
+    found.tapped = pair.textContent;
+    found.told = cell.title;
+    found.marked = cell.classList.contains("on");
+    found.flat = all("#pairs td[title]").filter((td) => Math.abs(td.offsetWidth - td.offsetHeight) > 12).length;
+  }
   found.broken = window.broken || "";
   document.title = JSON.stringify(found);
 });
@@ -138,6 +146,7 @@ def test_a_dag_of_thirty_programs_with_any_names(tmp_path: Path) -> None:
 
 def test_phone_and_dark_mode(tmp_path: Path) -> None:
     run = synthetic_run(6, 30, [(0, 1), (1, 2)], names=[f"VERYLONGPERTURBATIONNAME{k}" for k in range(30)])
+    run = with_pairs(run, {(0, 1): {"status": "upstream", "change": 0.5}})
     run = replace(run, info={**run.info, "command": "crlseq fit " + "x" * 200})
     write_report(run, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
@@ -146,3 +155,5 @@ def test_phone_and_dark_mode(tmp_path: Path) -> None:
     assert found["wide"] <= 0  # nothing but the marked parts scrolls sideways
     assert (found["dark"], found["ink"]) == ("rgb(13, 17, 23)", "rgb(230, 237, 243)")
     assert found["labels"] == 0
+    assert found["tapped"] == found["told"] and "P0 is upstream of P1" in found["tapped"] and found["marked"]
+    assert found["flat"] == 0  # cells of the matrix stay squares that a finger meets

@@ -18,7 +18,7 @@ from crlseq.report import write_report
 from crlseq.report.charts import _ticks, effects, intervention_map, losses
 from crlseq.run.run import Run
 from tests.support import check_refusal, files_below, invoke
-from tests.synthetic import found_by_bootstrap, synthetic_run
+from tests.synthetic import found_by_bootstrap, synthetic_run, with_pairs
 
 # From pandas 3 on no text in a table can hold half of a pair.
 SURROGATE = "\ud800" if int(pd.__version__.split(".")[0]) < 3 else ""
@@ -117,8 +117,48 @@ def test_the_graph_is_told(run_folder: Path, finished: Run) -> None:
         assert edge["marker-end"] == ("url(#raises)" if row["weight"] > 0 else "url(#lowers)")
 
 
+def test_every_pair_is_in_the_matrix_and_in_words(tmp_path: Path) -> None:
+    known = {
+        (0, 1): {"status": "upstream", "change": 0.5, "z": 10.0},
+        (1, 2): {"status": "both ways", "change": -0.4, "z": -8.0}, (2, 1): {"status": "both ways", "change": 0.4, "z": 8.0},
+        (2, 0): {"status": "undecided", "se": np.nan, "z": np.nan, "change": np.nan, "detectable": np.nan},
+    }  # fmt: skip
+    run = with_pairs(synthetic_run(3, 9, [(0, 1)], verdict="partly identified"), known)
+    html, page = written(run, tmp_path)
+    cells = [values for tag, values in page.tags if tag == "td" and "title" in values]
+    assert [cell["class"] for cell in cells] == [
+        "upstream raises", "excluded", "excluded", "both-ways", "undecided", "both-ways",
+    ]  # fmt: skip
+    labels = [program.label for program in run.facts.programs]
+    assert str(cells[0]["title"]).startswith(f"P0 ({labels[0]}) → P1 ({labels[1]})\nP0 is upstream of P1")
+    text = page.text["graph"]
+    assert all(str(cell["title"]).split("\n")[1] in text for cell in cells)
+    assert "6 ordered pairs: 1 upstream, 2 both ways (1 seen from either side), 2 excluded, 1 undecided." in text
+    assert [mark for mark in text.split() if mark in "+⇄"][:3] == ["+", "⇄", "⇄"]
+    assert "Edges are drawn between programs whose order is shown; there may be others." in text
+    assert "nan" not in re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
+
+
+def test_many_pairs_are_cut_in_words_alone(tmp_path: Path) -> None:
+    html, page = written(with_pairs(synthetic_run(50, 100), {}), tmp_path)
+    assert sum("title" in values for tag, values in page.tags if tag == "td") == 50 * 49
+    assert "First 300 of 2450; the rest is in pairs.csv." in page.text["graph"]
+    assert len(html.encode()) < 2_500_000
+
+
+def test_hit_cells_are_told_where_they_can_be(tmp_path: Path) -> None:
+    run = synthetic_run(2, 4)
+    shares = run.interventions.assign(
+        penetrance=[0.78, np.nan, 0.5, np.nan], penetrance_error=[0.02, np.nan, 0.1, np.nan]
+    )
+    text = " ".join(written(replace(run, interventions=shares), tmp_path)[1].text["interventions"].split())
+    assert "0.78 ± 0.02" in text and "0.50 ± 0.10" in text and text.count("±") == 3
+    assert "so all its cells are used" in text
+    assert "penetrance" not in written(run, tmp_path)[1].text["interventions"]  # of a run of format 1
+
+
 def test_names_stay_text(tmp_path: Path) -> None:
-    run = synthetic_run(3, 12, [(0, 1)], names=[*EVIL, *EVIL, "a", "b"], genes=[*EVIL, "A", "B", "C"])
+    run = with_pairs(synthetic_run(3, 12, [(0, 1)], names=[*EVIL, *EVIL, "a", "b"], genes=[*EVIL, "A", "B", "C"]), {})
     info = json.loads(json.dumps(run.info))
     info["notes"], info["input"]["path"], info["label_reason"] = EVIL, EVIL[0], EVIL[1]
     info["config"]["preset"], info["config"]["data"]["hold_out"] = EVIL[1], EVIL

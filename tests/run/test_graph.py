@@ -12,7 +12,7 @@ from crlseq.run.graph import dag_graph, dag_json, graphml
 from crlseq.run.run import Run
 from crlseq.run.schema import Identification
 from crlseq.run.tables import edge_table
-from tests.synthetic import program_row
+from tests.synthetic import program_row, synthetic_run, with_pairs
 
 
 def test_graph_files(run_folder: Path, finished: Run) -> None:
@@ -32,6 +32,24 @@ def test_graph_files(run_folder: Path, finished: Run) -> None:
             assert {"label", "drivers", "genes"} <= graph.nodes[name].keys()
     edges = {(row["source"], row["target"]): row["weight"] for row in finished.edges.to_dict("records")}
     assert {(a, b): weight for a, b, weight in finished.dag.edges(data="weight")} == edges
+
+
+def test_ancestry_by_hand() -> None:
+    """A path of edges and a pair that is upstream declare; what is likely, or has support of 0.1, is listed."""
+    run = synthetic_run(5, 10, [(0, 1), (1, 2)])
+    assert run.ancestry.drop(columns=["support", "status"]).to_numpy().tolist() == [
+        ["P0", "P1", True], ["P0", "P2", True], ["P1", "P2", True],
+    ]  # fmt: skip
+    upstream = {"status": "upstream", "change": 0.4, "z": 8.0}
+    known = {(0, 1): upstream, (0, 4): upstream, (3, 4): upstream | {"status": "likely"}}
+    run = with_pairs(run, known)
+    run.info["discovery"]["bootstrap"]["ancestor"][2][3] = 0.1
+    table = run.ancestry.set_index(["ancestor", "descendant"])
+    assert table["declared"].to_dict() == {
+        ("P0", "P1"): True, ("P0", "P2"): True, ("P0", "P4"): True, ("P1", "P2"): True, ("P2", "P3"): False, ("P3", "P4"): False,
+    }  # fmt: skip
+    assert table["status"].tolist() == ["upstream", "excluded", "upstream", "excluded", "excluded", "likely"]
+    assert table["support"].tolist() == [0.0, 0.0, 0.0, 0.0, 0.1, 0.0]
 
 
 def test_graph_by_hand() -> None:

@@ -87,7 +87,7 @@ def test_a_perturbation_without_effect_gets_no_claim(finished: Run, run_folder: 
     assert line.startswith("g6,,,,,48,")
     page = (run_folder / "report.html").read_text()
     assert page.count("no detectable effect, no target claimed") == 1
-    assert re.search(r"<td>g6</td><td colspan=\"5\" class=\"none\">no detectable effect", page)
+    assert re.search(r"<td>g6</td><td colspan=\"6\" class=\"none\">no detectable effect", page)
     assert "nan" not in page
 
 

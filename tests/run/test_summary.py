@@ -11,7 +11,7 @@ import pytest
 
 from crlseq.run.run import Run
 from crlseq.run.summary import Answer, answer_of, answers, assignment, short, strongest
-from tests.synthetic import found_by_bootstrap, synthetic_run
+from tests.synthetic import found_by_bootstrap, synthetic_run, with_pairs
 
 
 @pytest.fixture
@@ -34,6 +34,13 @@ def test_programs(run: Run) -> None:
     strongest_gene = run.programs.query("program == 'P1' and rank == 1")["gene"].item()
     assert told.title.startswith(f"{told.label}: {strongest_gene}, ")
     assert told.stability == 0.9
+
+
+def test_a_pair_that_is_upstream_is_declared(run: Run) -> None:
+    upstream = {"status": "upstream", "change": -0.4, "z": -8.0}
+    told = with_pairs(run, {(2, 3): upstream, (2, 0): upstream | {"status": "likely"}}).described
+    assert (told["P3"].upstream, told["P2"].downstream) == (("P0", "P1", "P2"), ("P3",))
+    assert told["P3"].parents == {"P1": 0.5}  # no edge is declared
 
 
 def test_a_title_names_no_driver_twice() -> None:
@@ -88,7 +95,7 @@ def measured(**columns: Any) -> pd.DataFrame:
     return pd.DataFrame({"condition": [f"c{i}" for i in range(n)], "split": "test", "n_cells": 9, **others, **columns})
 
 
-@pytest.mark.parametrize(("verdict", "grade"), [("identified", "good"), ("ancestry only", "fair"), ("not identified", "poor")])  # fmt: skip
+@pytest.mark.parametrize(("verdict", "grade"), [("identified", "good"), ("ancestry only", "fair"), ("partly identified", "fair"), ("not identified", "poor")])  # fmt: skip
 def test_identified(verdict: str, grade: str) -> None:
     told = answers_of(synthetic_run(2, 4, verdict=verdict))[0]
     assert (told.answer, told.grade, told.reason) == (verdict, grade, "Because it is.")

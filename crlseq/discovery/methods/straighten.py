@@ -3,7 +3,7 @@
     maximise over networks f, g    sum_cells E_q(v|y) [ log N(y; g(v), noise) ] - beta KL( q(v|y) || N(mean_c, covariance_c) )
     and over W, G, c of the linear method on the latents v
 
-The network is that of `crlseq.discovery.straighten`. Where mere shifts fit best, nonlinear equations
+Tried only where mean shifts of one program leave a line. The network is that of `crlseq.discovery.straighten`. Where mere shifts fit best, nonlinear equations
 (`crlseq.discovery.nonlinear_test`) are tried first.
 
 Source: this project; ReLU equations after Zhang et al. 2023, arXiv 2307.06250.
@@ -16,6 +16,7 @@ of whom, if expression is linear in the programs.
 from dataclasses import replace
 
 from crlseq.data import splits
+from crlseq.discovery.axes import exogenous_axes, shifts_outside
 from crlseq.discovery.discover import Refined, compare_on, discover
 from crlseq.discovery.edges import select_edges
 from crlseq.discovery.kind_comparison import KindComparison
@@ -31,6 +32,7 @@ from crlseq.discovery.task import Cells, Start, Task
 from crlseq.discovery.verdict import Answer
 
 AT_MOST: Answer = "identified"
+CURVED = 1.5  # chi-square a degree of freedom of mean shifts off the programs' lines; .6 to 1.2 on straight ones
 ATTEMPTS = 3  # trainings of the network where the first ones do not describe the cells
 PARTITION_STEPS = 60
 
@@ -52,8 +54,18 @@ def refine(task: Task, start: Start, cells: Cells, dense: Solution, linear: Kind
         preference = task.cache.get("equations", lambda: prefers_nonlinear(train, test, seed=task.seed))
         if preference.chosen:
             return nonlinear_result(task, start, preference)
+    if not curved(cells, dense):
+        return None
     task.stage("straightening the latents")
     return task.cache.get("straightened", lambda: straightened(task, start.cells, dense, linear))
+
+
+def curved(cells: Cells, solution: Solution) -> bool:
+    """Whether mean shifts of one program leave a line: escaped cells and background bend none, a curved mixing does."""
+    values, _, environment = cells.training()
+    y, own, targets = values.numpy(), environment.numpy(), solution.targets[0].numpy()
+    center, axes = exogenous_axes(y, own, targets, solution.model.p)
+    return shifts_outside(y, (y - center) @ axes, own) > CURVED
 
 
 def straightened(

@@ -1,6 +1,11 @@
 "use strict";
-// The page is whole without this script: it shows details of what is pointed at in the DAG, and moves programs.
+// The page is whole without this script: it shows details of what is pointed at, and moves the programs of the DAG.
 (() => {
+  const told = document.getElementById("pair"), cells = document.querySelectorAll("#pairs td[title]");
+  for (const cell of cells) for (const type of ["pointerenter", "click"]) cell.addEventListener(type, () => {
+    for (const other of cells) other.classList.toggle("on", other === cell);
+    told.textContent = cell.title;
+  });
   const svg = document.getElementById("dag");
   if (!svg) return;
   const about = document.getElementById("about"), reset = document.getElementById("reset");

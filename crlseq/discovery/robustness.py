@@ -1,0 +1,78 @@
+"""Which pairs do not hang on one choice: they are called again with other components, perturbations and guides.
+
+A pair is robust if it is called, with the same sign, with three quarters and five quarters of the components, without
+any one perturbation of its programs, and from either half of the guides where guides are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from crlseq.discovery.hits import Floats
+from crlseq.discovery.ordering import Ints, Ordering, order_programs
+from crlseq.discovery.pairs import Bools
+from crlseq.threads import in_parallel
+
+COMPONENTS = (0.75, 1.25)  # times those of the fit
+MAX_LEFT_OUT = 10  # perturbations of a program that are left out, one at a time, at most
+CALLED = ("upstream", "likely")
+
+Variant = tuple[Floats, Ints, Ints]  # cells, environments and targets, as `order_programs` takes them
+
+
+def robust_pairs(
+    ordering: Ordering, y: Floats, environment: Ints, targets: Ints, guide: Ints | None, threads: int
+) -> Bools:
+    """Robust pairs (p, p) among those called in ``ordering``, which was made of the first ``len(center)`` components.
+
+    ``y`` (n, q) has more components where there are more; ``guide`` (n,) is each cell's guide, None if unknown.
+    """
+    p, q = len(ordering.declared), len(ordering.center)
+    robust = ordering.pairs.have(*CALLED)
+    if not robust.any():
+        return robust
+
+    def called_again(variant: Variant) -> Bools:
+        again = order_programs(*variant, p)
+        n = min(q, len(again.axes))
+        turned = np.sign((again.axes[:n] * ordering.axes[:n]).sum(0))  # an axis has no sign of its own
+        same = np.sign(again.pairs.change) * np.outer(turned, turned) == np.sign(ordering.pairs.change)
+        called: Bools = again.pairs.have(*CALLED) & same
+        return called
+
+    for again in in_parallel(called_again, _variants(y, q, environment, targets, guide), threads):
+        robust &= again
+    return robust
+
+
+def _variants(y: Floats, q: int, environment: Ints, targets: Ints, guide: Ints | None) -> Iterator[Variant]:
+    """The screen with other components, and without some of its cells."""
+    p = len(np.unique(targets))
+    for share in COMPONENTS:
+        n = round(share * q)
+        if p < n <= y.shape[1] and n != q:
+            yield y[:, :n], environment, targets
+    y = y[:, :q]
+    sizes = np.bincount(targets)
+    place = np.array([int((targets[:c] == target).sum()) for c, target in enumerate(targets)])  # within its program
+    for left_out in range(min(MAX_LEFT_OUT, int(sizes.max()))):
+        kept = (place != left_out) | (sizes[targets] == 1)
+        yield _without(y, environment, targets, kept)
+    if guide is not None:
+        half = np.zeros(len(guide), dtype=np.int64)
+        for c in range(1, len(targets) + 1):  # of the guides of one perturbation every other one
+            own = environment == c
+            half[own] = np.unique(guide[own], return_inverse=True)[1] % 2
+        for side in (0, 1):
+            own = (environment == 0) | (half == side)
+            there = np.bincount(environment[own], minlength=len(targets) + 1)[1:] > 1
+            if len(np.unique(targets[there])) == p:
+                yield _without(y[own], environment[own], targets, there)
+
+
+def _without(y: Floats, environment: Ints, targets: Ints, kept: Bools) -> Variant:
+    """The perturbations ``kept`` (K,) alone, numbered again."""
+    number = np.concatenate([[0], np.where(kept, np.cumsum(kept), -1)])[environment]
+    return y[number >= 0], number[number >= 0], targets[kept]

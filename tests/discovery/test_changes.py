@@ -1,0 +1,122 @@
+"""What interventions change: the closed form from exact moments, calibrated errors, nothing under mere shifts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from crlseq.discovery.changes import MIN_CELLS, measure_changes
+from crlseq.discovery.hits import Floats
+from tests.component_screens import component_screen
+
+CHAIN = np.zeros((3, 3))
+CHAIN[0, 1], CHAIN[1, 2] = 0.8, -0.5
+CONFOUNDED = np.array([[1.0, 0.0, 0.3], [0.0, 1.0, 0.0], [0.3, 0.0, 1.0]])
+SHIFT = 1.5  # hit and escaped cells are not told apart, so that every cell counts the same
+
+
+def exactly(rng: np.random.Generator, mean: Floats, covariance: Floats, n: int) -> Floats:
+    """Cells (n, p) whose sample has this mean and covariance to the last digit."""
+    z = rng.standard_normal((n, len(mean)))
+    z -= z.mean(0)
+    z = z @ np.linalg.inv(np.linalg.cholesky(z.T @ z / n).T)
+    return mean + z @ np.linalg.cholesky(covariance).T
+
+
+def exogenous(graph: Floats, omega: Floats, target: int | None, kept: float) -> Floats:
+    """Covariance of x = u (I - G) where ``target`` receives a share ``kept`` of what its parents give, and, if that is
+    nothing, has noise of its own.
+    """
+    p = len(graph)
+    own, noise = graph.copy(), omega.copy()
+    if target is not None:
+        own[:, target] *= kept
+        if kept == 0:
+            noise[target] = noise[:, target] = 0
+            noise[target, target] = 0.5
+    to_x = np.linalg.inv(np.eye(p) - own) @ (np.eye(p) - graph)
+    covariance: Floats = to_x.T @ noise @ to_x
+    return covariance
+
+
+@pytest.mark.parametrize("omega", [np.eye(3), CONFOUNDED])
+@pytest.mark.parametrize("kept", [0.0, 0.4, 1.0])
+def test_changes_of_exact_moments_are_those_of_the_closed_form(omega: Floats, kept: float) -> None:
+    rng = np.random.default_rng(0)
+    cells = [exactly(rng, np.zeros(3), exogenous(CHAIN, omega, None, 1.0), 500)]
+    cells += [exactly(rng, SHIFT * np.eye(3)[i], exogenous(CHAIN, omega, i, kept), 400) for i in range(3)]
+    environment = np.repeat(np.arange(4), [len(part) for part in cells])
+    found = measure_changes(np.concatenate(cells), environment, np.arange(3))
+    total = np.linalg.inv(np.eye(3) - CHAIN)
+    expected = -omega @ (total if kept == 0 else (1 - kept) * (total - np.eye(3)))
+    for i in range(3):
+        others = [k for k in range(3) if k != i]
+        np.testing.assert_allclose(found.by_target[i][0].value[others], expected[others, i], atol=1e-9)
+    np.testing.assert_allclose(found.correlation, omega - np.eye(3), atol=1e-9)
+
+
+def test_a_chain_by_hand() -> None:
+    rng = np.random.default_rng(1)
+    cells = [exactly(rng, np.zeros(3), np.eye(3), 500)]
+    cells += [exactly(rng, SHIFT * np.eye(3)[i], exogenous(CHAIN, np.eye(3), i, 0.0), 400) for i in range(3)]
+    found = measure_changes(np.concatenate(cells), np.repeat(np.arange(4), [500, 400, 400, 400]), np.arange(3))
+    shown = np.stack([found.by_target[i][0].value for i in range(3)], 1)
+    np.testing.assert_allclose(shown[~np.eye(3, dtype=bool)], [-0.8, 0.4, 0, 0.5, 0, 0], atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"kept": 0.5}, {"kept": 1.0}, {"own": 0.3}])
+def test_errors_are_calibrated(options: dict[str, float]) -> None:
+    z = []
+    for seed in range(20, 26):
+        screen = component_screen(seed, n=150, n_control=1500, **options)  # type: ignore[arg-type]
+        found = screen.changes()
+        none = ~screen.upstream & ~np.eye(8, dtype=bool) & np.isfinite(found.e_error)
+        z.append((found.e / found.e_error)[none])
+    assert 0.82 < np.std(np.concatenate(z)) < 1.15
+
+
+def test_hit_cells_alone_show_the_whole_change_whatever_share_is_hit() -> None:
+    screen = component_screen(31)
+    found = screen.changes()
+    total = np.linalg.inv(np.eye(8) - screen.graph)
+    strong = screen.upstream & (np.abs(total) > 0.5) & (found.e_error < 0.1)
+    assert strong.sum() > 3
+    ratio = -found.e[strong] / total[strong]  # less than 1 by the background that the coordinates hold
+    assert 0.6 < np.median(ratio) < 1.05
+
+
+def test_weak_and_small_perturbations_say_nothing() -> None:
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((400 + MIN_CELLS - 1 + 50, 2))
+    x[400 : 400 + MIN_CELLS - 1, 0] += 4  # strong, of too few cells
+    x[-50:] -= x[-50:].mean(0)  # no shift at all
+    environment = np.repeat([0, 1, 2], [400, MIN_CELLS - 1, 50])
+    found = measure_changes(x, environment, np.array([0, 1]))
+    assert found.by_target == [[], []]
+    assert np.isinf(found.e_error[0, 1])
+    assert np.isinf(found.e_error[1, 0])
+    assert not found.e.any()
+
+
+def test_order_and_sign_of_programs_do_not_matter() -> None:
+    screen = component_screen(7, n=150, n_control=1000, p=4, k=12)
+    found = screen.changes()
+    order = np.array([2, 0, 3, 1])
+    moved = type(screen)(screen.y, screen.environment, np.argsort(order)[screen.targets], screen.graph).changes()
+    np.testing.assert_allclose(np.abs(moved.e), np.abs(found.e[np.ix_(order, order)]), atol=1e-6)
+    np.testing.assert_allclose(moved.e_error, found.e_error[np.ix_(order, order)], rtol=1e-5)
+
+
+def test_a_program_without_perturbations_is_unknown() -> None:
+    screen = component_screen(8, n=150, n_control=1000, p=4, k=12)
+    kept = screen.targets[screen.environment[screen.environment > 0] - 1] != 2
+    rows = np.concatenate([np.flatnonzero(screen.environment == 0), np.flatnonzero(screen.environment > 0)[kept]])
+    own = np.flatnonzero(screen.targets != 2)
+    number = np.zeros(len(screen.targets) + 1, dtype=int)
+    number[own + 1] = np.arange(1, len(own) + 1)
+    left = type(screen)(screen.y[rows], number[screen.environment[rows]], screen.targets[own], screen.graph)
+    found = left.changes()
+    assert np.isinf(found.e_error[2]).all()
+    assert np.isinf(found.e_error[[0, 1, 3], 2]).all()
+    assert np.isfinite(found.e_error[0, 1])
+    assert np.isfinite(found.e).all()
