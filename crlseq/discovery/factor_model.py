@@ -176,9 +176,11 @@ def _round(
     root = torch.linalg.cholesky(sums.spread / n - torch.outer(mean, mean) + 1e-9 * torch.eye(q, dtype=torch.float64))
     loadings, b = model.loadings.double() + step[:, :q].T, model.intercept.double() + step[:, q]
     b, loadings = b + mean @ loadings, root.T @ loadings
-    alpha = _shrunk(sums.dispersion, b) if dispersions else model.alpha
-    turned = FactorModel(loadings, b, alpha)
-    signal, turn = torch.linalg.eigh(turned.information(sums.weight / n))
+    signal, turn = torch.linalg.eigh(FactorModel(loadings, b, model.alpha).information(sums.weight / n))
+    alpha = model.alpha
+    if dispersions:  # what noise components explain, a share of each gene's variance, is not biology
+        noise = float(signal[signal < noise_edge(*x.shape)].sum()) / x.shape[1]
+        alpha = _shrunk(sums.dispersion * sums.dispersion.new_tensor([[1 + noise], [1], [1]]), b)
     turn = turn.flip(1)
     back = torch.linalg.solve_triangular(root.T, turn, upper=True)
     model = FactorModel((turn.T @ loadings).float(), b.float(), alpha.float())
