@@ -38,6 +38,7 @@ from crlseq.errors import InputError
 from crlseq.threads import in_parallel, on_threads
 
 COMPONENTS = 40
+FEWEST = 16  # where programs are to be counted: a mean shift of few cells shows in components that look like noise
 MAX_ENVIRONMENTS = 300  # perturbations that shape the graph: those with the largest effects
 MIN_NOISE = 0.1  # share of the measurement noise that every component has at least; more makes targets hard to reassign
 RESTARTS, FOLDS, REPLICATES = 6, 5, 20
@@ -84,7 +85,7 @@ def find_components(task: Task) -> Start:
     train = task.cells_of(splits.TRAIN, environment)
     task.stage("finding components and the number of programs")
     n = COMPONENTS if asked == "auto" else max(COMPONENTS, asked + 10)
-    least = 1 if asked == "auto" else asked
+    least = FEWEST if asked == "auto" else asked
     y, noise = task.cache.get("components", lambda: whitened_components(task.data, n, least, task.seed))
     cells = Cells(torch.from_numpy(y), None, environment, train, noise)
     p, choice = task.cache.get("number", lambda: number_of_programs(task, cells, len(chosen)))

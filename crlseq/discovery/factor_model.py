@@ -26,12 +26,12 @@ Floats = NDArray[np.float64]
 Information = Callable[[Tensor], Tensor]
 CHUNK = 1024
 EARLY_CELLS, EARLY_ROUNDS = 2_500, 3  # the first rounds need few cells
-DISPERSION_ROUNDS = 5  # of all cells in which dispersions are estimated: more would change them by a hundredth
-SETTLING = 1  # rounds of all cells after which components are dropped
+DISPERSION_ROUNDS = 3  # after which dispersions stay, once steady: more would change them by a hundredth
 MAX_ROUNDS = 40
 SPARE = 4  # components of noise that are kept: without any, noise is taken for a program's
 EDGE_MARGIN = 1.05  # counts are not quite normal; a component at the edge itself would settle slowly
 SETTLED = 0.03  # root mean square of the loadings' steps, in standard errors
+STEADY = 0.5  # likewise: from here on components are dropped; before, some still grow
 TOLERANCE = 1e-3  # of a cell's step, in deviations of a component
 STALE = 0.1  # likewise: a step after which a cell's information is computed anew
 INFORMATION_RANK = 64  # of what cells' informations differ by; the rest is left out of the first steps
@@ -90,15 +90,17 @@ def fit_factors(x: Tensor, axes: Floats, alpha: float, least: int, threads: int)
         model, v, s, _, _ = _round(few, v, s, model, threads, i > 0)
     if len(few) < len(x):
         v, s = model.residuals(x) @ model.regression(few, v), model.log_size(x)
-    real = v.shape[1]
-    for i in range(MAX_ROUNDS):
-        model, v, s, moved, signal = _round(x, v, s, model, threads, i < DISPERSION_ROUNDS)
-        settled = float(moved[:real].square().mean()) ** 0.5 < SETTLED
+    real, steady, estimated = v.shape[1], False, 0
+    for _ in range(MAX_ROUNDS):
+        model, v, s, moved, signal = _round(x, v, s, model, threads, estimated < DISPERSION_ROUNDS)
+        estimated += steady
+        step = float(moved[:real].square().mean()) ** 0.5
+        steady = steady or step < STEADY
         real = max(int((signal > noise_edge(*x.shape)).sum()), 1)
         kept = min(max(real, least) + SPARE, len(signal))
-        if i >= SETTLING and kept < len(signal):
+        if steady and kept < len(signal):
             model, v = FactorModel(model.loadings[:kept], model.intercept, model.alpha), v[:, :kept].contiguous()
-        elif i >= SETTLING and settled:
+        elif estimated >= DISPERSION_ROUNDS and step < SETTLED:
             break
     return model, v
 
@@ -174,9 +176,11 @@ def _round(
     root = torch.linalg.cholesky(sums.spread / n - torch.outer(mean, mean) + 1e-9 * torch.eye(q, dtype=torch.float64))
     loadings, b = model.loadings.double() + step[:, :q].T, model.intercept.double() + step[:, q]
     b, loadings = b + mean @ loadings, root.T @ loadings
-    alpha = _shrunk(sums.dispersion, b) if dispersions else model.alpha
-    turned = FactorModel(loadings, b, alpha)
-    signal, turn = torch.linalg.eigh(turned.information(sums.weight / n))
+    signal, turn = torch.linalg.eigh(FactorModel(loadings, b, model.alpha).information(sums.weight / n))
+    alpha = model.alpha
+    if dispersions:  # what noise components explain, a share of each gene's variance, is not biology
+        noise = float(signal[signal < noise_edge(*x.shape)].sum()) / x.shape[1]
+        alpha = _shrunk(sums.dispersion * sums.dispersion.new_tensor([[1 + noise], [1], [1]]), b)
     turn = turn.flip(1)
     back = torch.linalg.solve_triangular(root.T, turn, upper=True)
     model = FactorModel((turn.T @ loadings).float(), b.float(), alpha.float())
