@@ -23,6 +23,7 @@ GRID = 121  # points over which a consensus is integrated
 OUTLIERS, OUTLIER_SIZE = 0.2, 0.05  # start of rho and of tau^2
 RARE = (1.0, 9.0)  # outlying and other slopes that the prior of rho is worth
 LEAST_SIZE = 0.003  # of tau^2
+NO_VARIANCE = 1e-12  # of the largest of a component
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def exogenous_axes(
     k = len(targets)
     n = np.maximum(np.bincount(environment, minlength=k + 1), 1)
     mean = environment_means(y, environment, k + 1)
-    white = np.linalg.cholesky(np.linalg.inv(np.cov(y[environment == 0].T)))
+    white = _whitening(y[environment == 0])
     shift = (mean[1:] - mean[0]) @ white
     basis = _first_basis(shift, targets, n[1:], p)
     for _ in range(ROUNDS):
@@ -62,7 +63,7 @@ def exogenous_axes(
             break
     axes = white @ np.linalg.pinv(basis)
     control = (y[environment == 0] - mean[0]) @ axes
-    return mean[0], axes / control.std(0)
+    return mean[0], axes / np.maximum(control.std(0), 1e-300)
 
 
 def consensus(slope: Floats, variance: Floats, targets: NDArray[np.int64], p: int) -> Consensus:
@@ -117,9 +118,17 @@ def shifts_outside(y: Floats, x: Floats, environment: NDArray[np.int64]) -> floa
     for values, sign in ((y, 1.0), (x, -1.0)):
         mean = environment_means(values, environment, len(n))
         shift = mean[1:][there] - mean[0]
-        inverse = np.linalg.inv(np.cov(values[environment == 0].T).reshape(values.shape[1], -1))
-        total += sign * float(((shift @ inverse * shift).sum(1) / (1 / n[1:][there] + 1 / n[0])).sum())
+        white = shift @ _whitening(values[environment == 0])
+        total += sign * float(((white**2).sum(1) / (1 / n[1:][there] + 1 / n[0])).sum())
     return float(total / (there.sum() * (y.shape[1] - x.shape[1])))
+
+
+def _whitening(y: Floats) -> Floats:
+    """Root W (q, q) of the inverse covariance of cells (n, q), cov^-1 = W W'; directions without variance are left out."""
+    value, vector = np.linalg.eigh(np.cov(y.T).reshape(y.shape[1], -1))
+    there = value > NO_VARIANCE * max(float(value[-1]), 1e-300)
+    white: Floats = vector * np.where(there, 1 / np.sqrt(np.where(there, value, 1)), 0)
+    return white
 
 
 def environment_means(y: Floats, environment: NDArray[np.int64], n: int) -> Floats:

@@ -92,7 +92,7 @@ def measure_changes(x: Floats, environment: NDArray[np.int64], targets: NDArray[
     base = cells[0].mean(0)
     control = cells[0] - base
     c0 = control.T @ control / len(control)
-    inverse = np.linalg.inv(c0)
+    inverse = np.linalg.pinv(c0)
     e, variance, beside = np.zeros((p, p)), np.full((p, p), np.inf), np.zeros((p, p, p))
     cut, by_target = np.full(p, np.nan), []
     for i in range(p):
@@ -141,7 +141,7 @@ def _perturbed(found: dict[int, _Sample], i: int, c0: Floats, n_control: int) ->
         value, precision = _weighted([(one.scale, *own) for one, own in zip(samples, first, strict=True)])
         lost = np.abs(value) > LOST * np.sqrt(1 / precision + 1 / n_control)
         lost[i] = False
-        slopes[lost] = np.linalg.solve(c0[np.ix_(lost, lost)], value[lost])
+        slopes[lost] = np.linalg.lstsq(c0[np.ix_(lost, lost)], value[lost], rcond=None)[0]
     seen = []
     for c, one in found.items():
         value, variance = _estimate(one, slopes * one.scale, i, c0)

@@ -1,12 +1,13 @@
 """Direct edges among pairs that are known to be ordered: a sparse G and hidden causes that explain what interventions change.
 
-    minimise  sum_ki ( (E + Omega T)[k, i] / error[k, i] )^2 + sum_k ( (Omega[k, k] - level) / SPREAD )^2
-              + ( (level - LEVEL) / LEVEL_SPREAD )^2,                                       T = (I - G)^-1,
+    minimise  sum_ki ( (E + Omega T D)[k, i] / error[k, i] )^2 + sum_k ( (Omega[k, k] - level) / SPREAD )^2
+              + ( (level - LEVEL) / LEVEL_SPREAD )^2,              T = (I - G)^-1,  D = diag(1 / T[i, i]),
 
-over G on ordered pairs, Omega on the diagonal and on pairs that are seen both ways (hidden common causes), and the level,
-by damped Gauss-Newton; edges that are not worth their price go, the cheapest first, a quarter of them at a time. The diagonal of Omega is the share of
-a program's variance over control cells that is its own, times the share of its parents' effect that an intervention takes
-away: with it at 1, where it is less, a chain j -> k -> i asks for an edge j -> i.
+over G on pairs that are ordered or in a cycle (D is 1 without one: an intervention opens it), Omega on the diagonal and
+on pairs with a hidden common cause, and the level, by damped Gauss-Newton. Edges that are not worth their price go, the
+cheapest first, a quarter of them at a time. The diagonal of Omega is the share of a program's variance over control cells
+that is its own, times the share of its parents' effect that an intervention takes away: with it at 1, where it is less, a
+chain j -> k -> i asks for an edge j -> i.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from numpy.typing import NDArray
 
 from crlseq.discovery.changes import Changes
 from crlseq.discovery.hits import Floats
-from crlseq.discovery.pairs import Bools
+from crlseq.discovery.pairs import SEEN, Bools
 from crlseq.storage.stage_cache import cached_on_disk
 
 PRICE = 12.0  # chi-square that an edge must be worth
 LEAST_ERROR = 0.03  # linear equations are no better than that
 LEVEL, LEVEL_SPREAD, SPREAD = 0.75, 0.25, 0.1
 LEAST_OWN = 0.1  # of Omega's diagonal
+SILENT = 0.15  # change of a variance that says nothing
 STEPS = 50
 
 
@@ -73,25 +75,28 @@ class _Problem:
         return g, omega
 
     def residuals(self, theta: Floats) -> tuple[Floats, Floats]:
-        """(E + Omega T) / error of the entries ``seen`` and the priors (m,), and derivatives (m, parameters)."""
+        """(E + Omega T D) / error of the entries ``seen`` and the priors (m,), and derivatives (m, parameters)."""
         p = len(self.e)
         g, omega = self.matrices(theta)
         total = np.linalg.inv(np.eye(p) - g)
-        left = omega @ total
-        columns = [np.outer(left[:, j], total[k]) for j, k in self.edges]
+        own = np.diag(total)
+        left = omega @ total / own
+        columns = [
+            (np.outer(left[:, j] * own[j], total[k]) - left * total[:, j] * total[k]) / own for j, k in self.edges
+        ]
         for a, b in self.pairs:
             both = np.zeros((p, p))
-            both[a], both[b] = total[b], total[a]
+            both[a], both[b] = total[b] / own, total[a] / own
             columns.append(both)
-        columns += list(np.eye(p)[:, :, None] * total[:, None])
+        columns += list(np.eye(p)[:, :, None] * (total / own)[:, None])
         jacobian = np.zeros((int(self.seen.sum()) + p + 1, len(theta)))
         for i, column in enumerate(columns):
             jacobian[: -p - 1, i] = (column / self.error)[self.seen]
-        own, level = theta[-p - 1 : -1], theta[-1]
+        diagonal, level = theta[-p - 1 : -1], theta[-1]
         jacobian[-p - 1 : -1, -p - 1 : -1] = np.eye(p) / SPREAD
         jacobian[-p - 1 : -1, -1] = -1 / SPREAD
         jacobian[-1, -1] = 1 / LEVEL_SPREAD
-        prior = np.append((own - level) / SPREAD, (level - LEVEL) / LEVEL_SPREAD)
+        prior = np.append((diagonal - level) / SPREAD, (level - LEVEL) / LEVEL_SPREAD)
         return np.append(((self.e + left) / self.error)[self.seen], prior), jacobian
 
     def fit(self, theta: Floats) -> tuple[Floats, Floats, float]:
@@ -131,12 +136,12 @@ class _Problem:
         return replace(self, edges=[edge for i, edge in enumerate(self.edges) if i not in set(gone.tolist())])
 
 
-def direct_edges(found: Changes, ordered: Bools, both: Bools) -> Direct:
-    """G within the pairs ``ordered`` (p, p), which hold no cycle, and Omega on the pairs ``both`` (p, p), symmetric."""
+def direct_edges(found: Changes, ordered: Bools, hidden: Bools) -> Direct:
+    """G within the pairs ``ordered`` (p, p) and Omega on the pairs ``hidden`` (p, p), symmetric."""
     p = len(found.e)
     error = np.hypot(found.e_error, LEAST_ERROR)
     seen = np.isfinite(error) & ~np.eye(p, dtype=bool)
-    pairs = [(j, k) for j, k in zip(*np.nonzero(both | both.T), strict=True) if j < k]
+    pairs = [(j, k) for j, k in zip(*np.nonzero(hidden | hidden.T), strict=True) if j < k]
     problem = _Problem(found.e, error, seen, list(zip(*np.nonzero(ordered & seen), strict=True)), pairs)
     start = problem.start()
     while True:
@@ -152,3 +157,22 @@ def direct_edges(found: Changes, ordered: Bools, both: Bools) -> Direct:
         deviation[edge] = np.sqrt(covariance[i, i])
     freedom = max(1, int(seen.sum()) - n - len(pairs))
     return Direct(effect, deviation, omega - np.diag(np.diag(omega)), square / freedom)
+
+
+def through_silent(found: Changes, direct: Direct, known: Bools) -> Bools:
+    """Edges j -> i (p, p) that may go through a parent k of i whose own parents no intervention shows.
+
+    An intervention on k that changes nothing, not even Var(x_k), is a mere shift where the screen's others also change the
+    noise of their targets; then nothing is known of j -> k. Pairs ``known`` (p, p) are ordered: k upstream of j is no link.
+    """
+    p = len(found.e)
+    size = np.abs(found.e)
+    noise = found.cut - np.where(size > SEEN * found.e_error, found.e**2, 0).sum(0)
+    shown = (size > SEEN * found.e_error).any(0)
+    others = noise[shown & np.isfinite(noise)]
+    if not len(others) or abs(np.median(others)) < SILENT:
+        return np.zeros((p, p), dtype=bool)
+    silent = ~shown & ~(np.abs(found.cut) > SILENT)
+    parents = (direct.effect != 0) & silent[:, None]
+    through: Bools = (~known.T & ~np.eye(p, dtype=bool)).astype(float) @ parents > 0
+    return through & (direct.effect != 0)

@@ -38,7 +38,7 @@ from crlseq.threads import in_parallel, on_threads
 
 COMPONENTS = 40
 MAX_ENVIRONMENTS = 300  # perturbations that shape the graph: those with the largest effects
-MIN_NOISE = 0.8  # share of the measurement noise that every component has at least
+MIN_NOISE = 0.1  # share of the measurement noise that every component has at least; more makes targets hard to reassign
 RESTARTS, FOLDS, REPLICATES = 6, 5, 20
 MANY_LATENTS = 20  # from here on each of those is dear, and there are fewer:
 FEW_RESTARTS, FEW_FOLDS, FEW_REPLICATES = 1, 2, 0
@@ -79,13 +79,14 @@ def find_components(task: Task) -> Start:
     train = task.cells_of(splits.TRAIN, environment)
     task.stage("finding components and the number of programs")
     n = COMPONENTS if asked == "auto" else max(COMPONENTS, asked + 10)
-    y = task.cache.get("components", lambda: whitened_components(task.data, n, task.seed))
-    cells = Cells(torch.from_numpy(y), None, environment, train)
+    least = 1 if asked == "auto" else asked
+    y, noise = task.cache.get("components", lambda: whitened_components(task.data, n, least, task.seed))
+    cells = Cells(torch.from_numpy(y), None, environment, train, noise)
     p, choice = task.cache.get("number", lambda: number_of_programs(task, cells, len(chosen)))
     task.note(f"{p} programs: {'as asked.' if choice is None else choice.reason}")
-    if p + 10 > n:
-        y = task.cache.get("more components", lambda: whitened_components(task.data, p + 10, task.seed))
-        cells = replace(cells, values=torch.from_numpy(y))
+    if p + 10 > n == y.shape[1]:
+        y, noise = task.cache.get("more components", lambda: whitened_components(task.data, p + 10, p, task.seed))
+        cells = replace(cells, values=torch.from_numpy(y), noise=noise)
     return Start(cells, chosen, p, choice)
 
 
@@ -108,7 +109,8 @@ def fit_likelihood(task: Task, cells: Cells, p: int) -> Solution:
     values, _, environment = cells.training()
     moments = environment_moments(values, environment)
     restarts = RESTARTS if p < MANY_LATENTS else FEW_RESTARTS
-    floor, each = MIN_NOISE * noise_level(moments), partial(in_parallel, threads=task.threads)
+    noise = noise_level(moments) if cells.noise is None else cells.noise
+    floor, each = MIN_NOISE * noise, partial(in_parallel, threads=task.threads)
     return reassign_targets(fit_linear(moments, p, "hard", restarts, task.seed, floor, each=each))
 
 

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from crlseq.discovery.likelihood import Solution
-from crlseq.discovery.misfit import misfit
+from crlseq.discovery.misfit import DESCRIBED, misfit
 from crlseq.discovery.moments import DTYPE
 from crlseq.storage.stage_cache import cached_on_disk
 
 NEAR_STEPS = 6  # from the conditional maximum of the quadratic model: close already
 FAR_STEPS = 30  # where the quadratic model reached too far
-MIN_EFFECT = 0.25  # |G|: standard deviations of the child's own noise per unit of the parent
+MIN_EFFECT = (
+    0.25  # |G| where the model does not hold: standard deviations of the child's own noise per unit of the parent
+)
 
 
 @cached_on_disk()
@@ -44,7 +46,9 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
     Backward: on the quadratic model of the profile likelihood the edge whose loss costs least goes, until every
     edge left is worth the threshold and no cycle is left; at most half of the doubtful ones between two refits.
     Forward: the absent edge with the best score test comes back if worth it and it closes no cycle.
-    Last: edges with ``|G| < min_effect`` go, since misfit of the mixing makes small ones that are significant.
+    Last: where the model does not describe the moments edges with ``|G| < min_effect`` go, since misfit of the mixing
+    makes small ones that are significant; up to there the limit grows with the dispersion, from 0 at a dispersion of 1.
+    It is the whole one where retentions are learned, since a retention that is off makes small edges too.
     """
     phi = misfit(solution).dispersion if scale is None else scale
     threshold = math.log(float(solution.model.moments.counts.sum()))
@@ -54,7 +58,8 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
         if more is None:
             break
         now = now.refitted(mask=more, steps=NEAR_STEPS)
-    small = (now.adjacency().abs() < min_effect) & now.mask[0].bool()
+    share = 1.0 if now.model.learns_retention else min(1.0, (phi - 1) / (DESCRIBED - 1))
+    small = (now.adjacency().abs() < share * min_effect) & now.mask[0].bool()
     if bool(small.any()):
         now = now.refitted(mask=now.mask * (~small), steps=NEAR_STEPS)
     return Edges(now, now.adjacency(), phi)

@@ -1,4 +1,8 @@
-"""Does a perturbation do anything? Energy-distance permutation test against control, FDR over perturbations."""
+"""Does a perturbation do anything? Permutation tests against control, FDR over perturbations: by energy distance, which
+sees any change but mostly that of means, and by second moments, which sees perturbations that change variances alone.
+"""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -7,11 +11,15 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.threads import in_parallel
 
-MAX_CELLS = 500  # a side; more cells sharpen the test less than they cost
-STAGES = (99, 900)  # permutations; the second stage for perturbations that the first does not rule out
+MAX_CELLS = 500  # a side, by energy; more cells sharpen the test less than they cost
+CONTROLS_PER_CELL = 4  # by moments; more controls than that hardly lower the error of a difference
+MOMENT_COMPONENTS = 20
+MAX_DEVIATION = 4.0  # standard deviations: outlying cells would be all that second moments show
+MIN_VARIANCE = 1e-6  # of the leading component's; below are rounding errors
+STAGES = (99, 900, 1000)  # permutations; a later stage for perturbations that those before do not rule out
 ENOUGH = 10
-# Standard deviations of the first stage beyond which more permutations reach nothing: their energies are a weighted sum of
-# chi-squares (Székely and Rizzo 2013), of which one alone has the heaviest tail, 1e-7 at 20 of its deviations.
+# Standard deviations of the first stage beyond which more permutations reach nothing: both statistics are weighted sums
+# of chi-squares (Székely and Rizzo 2013), of which one alone has the heaviest tail, 1e-7 at 20 of its deviations.
 BEYOND = 20.0
 
 
@@ -19,13 +27,10 @@ def energy_test(
     scores: np.ndarray, is_perturbed: np.ndarray, strata: np.ndarray, stages: tuple[int, ...], rng: np.random.Generator
 ) -> tuple[float, float]:
     """Energy distance 2 E|x-y| - E|x-x'| - E|y-y'| (a U-statistic, can be negative) and its permutation p-value
-    p = (1 + #{permuted >= observed}) / (1 + #permuted) (Székely and Rizzo 2013).
+    (Székely and Rizzo 2013).
 
     ``scores`` (n, q) are cells of both sets, of which ``is_perturbed`` (n,) and the others need two or more; labels are
-    permuted within ``strata`` (n,), experimental batches. ``stages`` are numbers of permutations: a stage is drawn only
-    if fewer than `ENOUGH` of those before it reached the observed distance (Besag and Clifford 1991, Biometrika 78), so
-    that a perturbation without effect is done after the first. Nor is it drawn where the observed distance is `BEYOND`
-    all that it could reach; it then counts as drawn.
+    permuted within ``strata`` (n,), experimental batches, in ``stages`` (`permutation_p`).
     """
     distances = _distances(scores)
     row_means = distances.mean(1)
@@ -33,7 +38,6 @@ def energy_test(
     row_sums = len(scores) * row_means
     centred = distances - row_means[:, None] - row_means + mean
     n, m = int(is_perturbed.sum()), int((~is_perturbed).sum())
-    members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
 
     def energy(labels: np.ndarray) -> np.ndarray:
         # Rows are indicators z (., cells) of n perturbed cells: sums within and between sets from D z alone.
@@ -50,14 +54,67 @@ def energy_test(
     observed = float(energy(is_perturbed[None].astype(np.float64))[0])
     # Permutations in float32, with the observed labels among them; of what is left after centring it keeps six digits.
     centred = centred.astype(np.float32)
-    reached = energy(is_perturbed[None].astype(np.float32))[0]
-    reached -= 1e-6 * (abs(reached) + float(np.abs(centred).mean()) / min(n, m))
+    unit = float(np.abs(centred).mean()) / min(n, m)
+    return observed, permutation_p(energy, is_perturbed, strata, stages, rng, unit)
+
+
+def moment_test(
+    scores: np.ndarray, is_perturbed: np.ndarray, strata: np.ndarray, stages: tuple[int, ...], rng: np.random.Generator
+) -> float:
+    """Permutation p-value of the distance of first and second moments between the two sets of cells,
+
+        T = |m|^2 / sqrt(q) + |M|_F^2 / q,    m = E x - E y,    M = E xx' - E yy',
+
+    in the first `MOMENT_COMPONENTS` components, whitened, centred by stratum and cut off at `MAX_DEVIATION`. It is the
+    score statistic of a Gaussian for mean and covariance, the two with weights of equal variance under the null
+    hypothesis. Arguments as of `energy_test`.
+    """
+    z = scores[:, :MOMENT_COMPONENTS].astype(np.float64)
+    for stratum in np.unique(strata):
+        z[strata == stratum] -= z[strata == stratum].mean(0)
+    value, vector = np.linalg.eigh(z.T @ z / len(z))
+    kept = value > max(MIN_VARIANCE * float(value[-1]), 1e-300)
+    if not kept.any():
+        return 1.0
+    z = np.clip(z @ (vector[:, kept] / np.sqrt(value[kept])), -MAX_DEVIATION, MAX_DEVIATION)
+    q, n = z.shape[1], int(is_perturbed.sum())
+    row, column = np.triu_indices(q)
+    scale = np.where(row == column, 1.0, 2.0) ** 0.5 / q**0.5  # an entry off the diagonal counts twice in the norm
+    features = np.concatenate([z / q**0.25, z[:, row] * z[:, column] * scale], 1)
+    centred = torch.from_numpy((features - features.mean(0)).astype(np.float32))
+
+    def distance(labels: np.ndarray) -> np.ndarray:
+        sums = torch.from_numpy(labels) @ centred  # of the others: its negative
+        found: np.ndarray = ((sums * (1 / n + 1 / (len(z) - n))) ** 2).sum(1).numpy()
+        return found
+
+    return permutation_p(distance, is_perturbed, strata, stages, rng, 1 / n)
+
+
+def permutation_p(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    is_perturbed: np.ndarray,
+    strata: np.ndarray,
+    stages: tuple[int, ...],
+    rng: np.random.Generator,
+    unit: float,
+) -> float:
+    """p = (1 + #{permuted >= observed}) / (1 + #permuted) of a statistic of labels (., n), float32.
+
+    ``stages`` are numbers of permutations: a stage is drawn only if fewer than `ENOUGH` of those before it reached the
+    observed value (Besag and Clifford 1991, Biometrika 78), so that a perturbation without effect is done after the
+    first. Nor is it drawn where the observed value is `BEYOND` all that it could reach; it then counts as drawn. Values
+    that differ by 1e-6 of the statistic's ``unit`` are equal.
+    """
+    members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+    reached = float(statistic(is_perturbed[None].astype(np.float32))[0])
+    reached -= 1e-6 * (abs(reached) + unit)
     at_least = drawn = 0
     for size in stages:
-        labels = np.empty((size, len(scores)), dtype=np.float32)
+        labels = np.empty((size, len(is_perturbed)), dtype=np.float32)
         for rows in members:
             labels[:, rows] = rng.permuted(np.broadcast_to(is_perturbed[rows], (size, len(rows))), axis=1)
-        permuted = energy(labels)
+        permuted = statistic(labels)
         at_least += int((permuted >= reached).sum())
         drawn += size
         if at_least >= ENOUGH:
@@ -65,7 +122,7 @@ def energy_test(
         if at_least == 0 and reached > permuted.mean() + BEYOND * permuted.std():
             drawn = sum(stages)
             break
-    return observed, (1 + at_least) / (1 + drawn)
+    return (1 + at_least) / (1 + drawn)
 
 
 def _distances(scores: np.ndarray) -> np.ndarray:
@@ -92,9 +149,10 @@ def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
 
 
 def effect_tests(data: PerturbSeqData, scores: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Test of every single perturbation on training and validation cells, by principal component scores (cells, q).
+    """Tests of every single perturbation on training and validation cells, by principal component scores (cells, q).
 
-    Each (perturbations,); NaN where one only occurs in combinations, or in batches without controls.
+    Each (perturbations,); NaN where one only occurs in combinations, or in batches without controls. ``p_value`` is that
+    of the smaller one of both tests' p-values, 1 - (1 - p)^2 (Šidák 1967, JASA 62).
     """
     cells = data.cells_by_condition(splits.TRAIN, splits.VALIDATION)
     comparable = data.comparable()
@@ -105,13 +163,16 @@ def effect_tests(data: PerturbSeqData, scores: np.ndarray, seed: int) -> dict[st
     def test(k: int) -> tuple[float, float]:
         rng = np.random.default_rng([seed, 5, k])
         own = cells[index[k]]
-        perturbed = _at_most(own[comparable[own]], rng)
+        own = own[comparable[own]]
         # Controls of batches that the perturbation never saw say nothing about it.
-        control = _at_most(cells[0][np.isin(data.batch[cells[0]], data.batch[perturbed])], rng)
-        both = np.concatenate([perturbed, control])
-        if min(int((data.split[some] == splits.TRAIN).sum()) for some in (perturbed, control)) < 2:
+        control = cells[0][np.isin(data.batch[cells[0]], data.batch[own])]
+        if min(int((data.split[some] == splits.TRAIN).sum()) for some in (own, control)) < 2:
             return np.nan, np.nan
-        return energy_test(scores[both], np.arange(len(both)) < len(perturbed), data.batch[both], STAGES, rng)
+        few = _at_most(own, MAX_CELLS, rng), _at_most(control, MAX_CELLS, rng)
+        all_own = own, _at_most(control, max(MAX_CELLS, CONTROLS_PER_CELL * len(own)), rng)
+        found, p = energy_test(*_labelled(data, scores, *few), STAGES, rng)
+        p = min(p, moment_test(*_labelled(data, scores, *all_own), STAGES, rng))
+        return found, 1 - (1 - p) ** 2
 
     known = sorted(index)
     for k, found in zip(known, in_parallel(test, known, torch.get_num_threads()), strict=True):
@@ -120,5 +181,13 @@ def effect_tests(data: PerturbSeqData, scores: np.ndarray, seed: int) -> dict[st
     return {"energy": energy, "p_value": p_value, "fdr": benjamini_hochberg(p_value), "n_cells": n_cells}
 
 
-def _at_most(cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.sort(rng.choice(cells, MAX_CELLS, replace=False)) if len(cells) > MAX_CELLS else cells
+def _at_most(cells: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    return np.sort(rng.choice(cells, most, replace=False)) if len(cells) > most else cells
+
+
+def _labelled(
+    data: PerturbSeqData, scores: np.ndarray, perturbed: np.ndarray, control: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores (n, q) of both sets of cells, which of them are perturbed (n,), and their batches (n,)."""
+    both = np.concatenate([perturbed, control])
+    return scores[both], np.arange(len(both)) < len(perturbed), data.batch[both]

@@ -15,6 +15,7 @@ hard interventions it is identified, and `crlseq.discovery.edges` prunes it by l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -25,7 +26,7 @@ from torch.nn.functional import one_hot, pad
 
 from crlseq.config import InterventionKind
 from crlseq.discovery.moments import DTYPE, Moments
-from crlseq.discovery.propose import propose_targets
+from crlseq.discovery.propose import leading_changes, propose_targets
 from crlseq.discovery.scoring import Implied, LinearScore, Score, solve
 from crlseq.model.interventions import INTERVENTIONS
 from crlseq.storage.stage_cache import cached_on_disk
@@ -34,6 +35,8 @@ MAX_FITTED_LOG_SCALE = 1.5  # |s| stays below: an unbounded scale drives a degen
 EDGE_RIDGE = 1e-4  # on G, per cell: only decides directions that the data leave flat
 PERTURBATION_RIDGE = 2e-5  # on the parameters of noise scales and retentions, per cell
 LARGE_SHIFT = 5.0  # a shift's prior deviation: a program that control cells do not vary in keeps a scale
+TURNED_PER_RESTART, TURNED_LEFT = 3, 8  # restarts that differ in loadings: how many, and how many after the race
+MAX_TURN = math.pi / 4  # of a perturbation's leading change in a restart
 RESTART_STEPS = 15  # after which restarts are far enough apart to go on with the best alone
 FIXED_LOG_NOISE = -20.0
 NEAR_END = 1.5  # |logit| at which a learned retention starts from a fixed one of 0 or 1
@@ -97,12 +100,16 @@ class LinearModel:
         bounded = MAX_FITTED_LOG_SCALE * torch.tanh(parameters / MAX_FITTED_LOG_SCALE)
         return bounded * self.intervention.scales
 
-    def start(self, targets: Tensor) -> Tensor:
-        """Initial values (R, P): each latent's loadings along the leading direction of its perturbations' shifts."""
+    def start(self, targets: Tensor, angles: Tensor | None = None) -> Tensor:
+        """Initial values (R, P): each latent's loadings along the leading direction of what its perturbations change,
+        each turned by an angle of ``angles`` (R, K) towards what it changes second most.
+        """
         m, r = self.moments, len(targets)
         delta = m.means[1:] - m.means[0]
+        change = leading_changes(m).in_components(torch.zeros(1, self.k, dtype=DTYPE) if angles is None else angles)
+        change = change.expand(r, -1, -1)
         one = one_hot(targets, self.p).to(DTYPE)  # (R, K, p)
-        scatter = torch.einsum("ka,k,rkp,kb->rpab", delta, m.counts[1:], one, delta)
+        scatter = torch.einsum("rka,k,rkp,rkb->rpab", change, m.counts[1:], one, change)
         cells = torch.einsum("k,rkp->rp", m.counts[1:], one).clamp_min(1)
         value, vector = torch.linalg.eigh(scatter / cells[..., None, None])
         loadings = vector[..., -1] * 0.5 * value[..., -1:].clamp_min(0).sqrt().clamp_min(0.02)
@@ -262,14 +269,33 @@ def fit_linear(
     """Best of several restarts, with a dense graph, or with none where the data do not identify it.
 
     From the partitions ``targets`` (R, K), else the ``restarts`` best proposed; ``each`` is a map, or a parallel one.
+    Where one partition alone is proposed, as with one perturbation a program, restarts differ in the loadings.
     """
     model = LinearModel(moments, n_latents, kind, noise_floor, fit_noise)
     if targets is None:
-        targets = propose_targets(moments, n_latents, restarts, torch.Generator().manual_seed(seed))
-    mask = allowed_edges(n_latents, kind)
+        targets, angles = _starts(moments, n_latents, restarts, torch.Generator().manual_seed(seed))
+    else:
+        angles = torch.zeros(targets.shape, dtype=DTYPE)
+    mask, left = allowed_edges(n_latents, kind), TURNED_LEFT if bool(angles.any()) else 1
 
-    def race(some: Tensor) -> Solution:
-        return model.solve(model.start(some), some, mask.expand(len(some), -1, -1), min(RESTART_STEPS, steps)).best()
+    def race(some: tuple[Tensor, Tensor]) -> Solution:
+        theta = model.start(*some)
+        return model.solve(theta, some[0], mask.expand(len(theta), -1, -1), min(RESTART_STEPS, steps))
 
-    raced = min(each(race, torch.tensor_split(targets, min(2, len(targets)))), key=lambda s: float(s.nll[0]))
-    return model.solve(raced.theta, raced.targets, raced.mask, steps)
+    parts = min(2, len(targets))
+    raced = each(race, zip(torch.tensor_split(targets, parts), torch.tensor_split(angles, parts), strict=True))
+    theta, nll = (torch.cat(both) for both in zip(*((s.theta, s.nll) for s in raced), strict=True))
+    ahead = nll.argsort(stable=True)[:left].tolist()
+    ahead += [0] * (0 not in ahead)  # the best proposal is often right, and slower than others
+    return model.solve(theta[ahead], targets[ahead], mask.expand(len(ahead), -1, -1), steps).best()
+
+
+def _starts(moments: Moments, n_latents: int, restarts: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Partitions (R, K) and the angles (R, K) of their loadings: 0, but where only one partition is proposed."""
+    targets = propose_targets(moments, n_latents, restarts, generator)
+    if restarts == 1 or bool((targets != targets[0]).any()):
+        return targets, torch.zeros(targets.shape, dtype=DTYPE)
+    targets = targets[:1].expand(TURNED_PER_RESTART * restarts, -1)
+    angles = (2 * torch.rand(targets.shape, generator=generator, dtype=DTYPE) - 1) * MAX_TURN
+    angles[0] = 0
+    return targets, angles

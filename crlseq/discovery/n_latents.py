@@ -5,7 +5,8 @@ right angles (``T W S^-1 W' T' = I`` for ``S = W' T' T W``), so that all mean sh
 a network mixes the latents a line bends: on either side of the controls the shifts stay a narrow bundle (a ray), but
 the two rays of one latent no longer point in opposite directions, and the rank of the mean shifts counts them twice.
 So: (1) bundle the perturbations with an effect into rays; (2) join two rays into one latent when they exclude each
-other, since a latent cannot be on both sides of the controls at once; (3) count, at most the rank. No model is fitted.
+other, since a latent cannot be on both sides of the controls at once; (3) count, at most the rank; (4) add the lines of perturbations that
+change variances alone (`crlseq.discovery.propose.leading_changes`). No model is fitted.
 """
 
 import math
@@ -16,8 +17,8 @@ from scipy.special import chdtri
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from crlseq.discovery.moments import DTYPE, Moments
-from crlseq.discovery.propose import propose_targets
+from crlseq.discovery.moments import DTYPE, Moments, environment_moments
+from crlseq.discovery.propose import leading_changes, propose_targets
 from crlseq.storage.stage_cache import cached_on_disk
 
 TRACY_WIDOM_99 = 2.02  # 99th percentile of the Tracy-Widom law for real data
@@ -27,6 +28,8 @@ ONE_LATENT = -0.5
 THIRD_MOMENT, LOG_VARIANCE = 0.5, 0.1  # weights in the exclusion score, against the cosine's 1
 MAX_DEVIATION = 5.0  # standard deviations, in third moments
 FALSE_EFFECTS = 0.01  # chance that any perturbation without effect is taken for one with an effect
+CLEAR_CHANGE = 5.0  # standard errors, beyond the largest one by chance, of a variance
+SAME_CHANGE = 0.7  # cosine of changes of the covariance: of two targets it is below 0.55 in simulations
 MAX_RAYS = 200
 MAX_CURVE_PERTURBATIONS = 300  # the strongest; the curve is for the eye
 BEYOND = 4  # how far the curve goes past the number chosen
@@ -72,20 +75,51 @@ def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> Late
     if not bool((environment == 0).any()) or not bool((environment > 0).any()):
         return LatentChoice(1, [], "There are too few cells to distinguish more than one program.")
     found = _shifts(values, environment)
-    if found is None or found.rank == 0:
+    if found is None:
         return LatentChoice(1, [], "The perturbations do not shift the mean beyond sampling noise.")
     rays, members = _bundle(found)
-    if len(rays) == 0:
-        return LatentChoice(1, [], "No single perturbation shifts the mean beyond sampling noise.")
+    by_variance = _by_variance(values, environment, found.effect & (found.rank > 0))
+    if found.rank == 0 or len(rays) == 0:
+        if by_variance:
+            return LatentChoice(by_variance, [], f"No mean shifts; variances change along {_directions(by_variance)}.")
+        which = "The perturbations do not shift" if found.rank == 0 else "No single perturbation shifts"
+        return LatentChoice(1, [], f"{which} the mean beyond sampling noise.")
     joined = _opposite(rays, members, found)
     n = max(1, min(len(rays) - joined, found.rank))
     pairs = "none of them" if not joined else f"{joined} pair{'s' * (joined > 1)} of them"
     reason = (
-        f"{int(found.effect.sum())} of {len(found.effect)} perturbations have an effect; effects span {len(rays)}"
-        f" direction{'s' * (len(rays) > 1)}, {pairs} opposite ends of one program{' each' * (joined > 1)}; the mean"
-        f" shifts have rank {found.rank}."
+        f"{int(found.effect.sum())} of {len(found.effect)} perturbations have an effect; effects span"
+        f" {_directions(len(rays))}, {pairs} opposite ends of one program{' each' * (joined > 1)}; the mean shifts have"
+        f" rank {found.rank}."
     )
-    return LatentChoice(n, _curve(values, environment, n, found, seed), reason)
+    if by_variance:
+        reason = f"{reason[:-1]}; variances alone change along {_directions(by_variance)} more."
+    return LatentChoice(n + by_variance, _curve(values, environment, n, found, seed), reason)
+
+
+def _directions(n: int) -> str:
+    return f"{n} direction{'s' * (n > 1)}"
+
+
+def _by_variance(values: Tensor, environment: Tensor, effect: Tensor) -> int:
+    """Number of programs of perturbations that change variances and no mean: those whose change of the covariance is along
+    none of the mean shifts and like none of the others' (cosine of the matrices, sampling noise taken off).
+    """
+    if bool(effect.all()):
+        return 0
+    moments = environment_moments(values, environment)
+    leading, q = leading_changes(moments), values.shape[1]
+    clear = ~effect & ~leading.of_means & (leading.lengths > CLEAR_CHANGE)
+    by_length = leading.lengths.argsort(descending=True)
+    some = by_length[clear[by_length]][:MAX_RAYS]
+    along = (leading.directions[some, 0] @ leading.directions[effect, 0].T).abs() > SAME_RAY
+    some = some[~along.any(1)]
+    change = leading.covariances[some].flatten(1)
+    noise = torch.diag(1 / moments.counts[1:][some]) + 1 / moments.counts[0]
+    product = change @ change.T - q * (q + 1) * noise
+    size = product.diagonal().clamp_min(1e-12).sqrt()
+    alike = (product / size[:, None] / size).abs() > SAME_CHANGE
+    return sum(not bool(alike[c, :c].any()) for c in range(len(some)))
 
 
 def _usable(values: Tensor, environment: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from crlseq.discovery.assumptions import broken_assumptions
 from crlseq.discovery.axes import exogenous_axes, shifts_outside
 from crlseq.discovery.changes import Changes, measure_changes
-from crlseq.discovery.direct_edges import Direct, direct_edges
+from crlseq.discovery.direct_edges import Direct, direct_edges, through_silent
 from crlseq.discovery.hits import Floats, Hit
 from crlseq.discovery.pairs import Bools, Pairs, judge_pairs
 from crlseq.storage.stage_cache import cached_on_disk
@@ -113,8 +113,9 @@ def _direct(found: Changes, pairs: Pairs) -> tuple[Direct, Bools]:
     """
     upstream, likely, z = pairs.have("upstream"), pairs.have("likely"), np.abs(pairs.change) / pairs.error
     ordered = _acyclic(upstream | likely | (z > MAYBE), np.where(upstream, np.inf, np.where(likely, BEFORE + z, z)))
-    direct = direct_edges(found, ordered, pairs.have("both ways"))
-    return direct, (direct.effect != 0) & upstream
+    both = pairs.have("both ways")
+    direct = direct_edges(found, ordered | (both & ~pairs.hidden), both & pairs.hidden)
+    return direct, (direct.effect != 0) & upstream & ~through_silent(found, direct, upstream | likely)
 
 
 def _acyclic(edges: Bools, z: Floats) -> Bools:

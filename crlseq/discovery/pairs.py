@@ -38,8 +38,9 @@ BESIDE = 4.0  # |z| of a change where there is none
 CHOSEN, CHOSEN_CALL = 0.25, 3.5  # standard deviations of controls by which escaped cells may differ, and its z
 CHOSEN_SHARE = 0.7  # of |E|: hit cells that a true cause brings near controls are taken for escaped ones
 MOST_HIT = 0.8  # of the cells: beyond, many of those that seem to have escaped were hit
-MODULATED, MODULATED_LIKELY = 0.02, 0.5  # probability that a change is one in proportion to the dose
-MODULATED_PRIOR = (1.0, 3.0)  # modulated and other changes that the prior is worth
+MODULATED, MODULATED_LIKELY = 0.04, 0.5  # probability that a change is one in proportion to the dose
+SHOWN, MODULATED_SHOWN = 0.08, 0.005  # share of such changes that a screen shows, and what is asked for there
+MODULATED_PRIOR = (0.3, 6.0)  # modulated and other changes that the prior is worth
 AGREE_DEGREES = 4.0  # of freedom, that perturbations of a target agree
 LIKELY_FDR = 0.02
 POWER = 0.84  # standard normal quantile of 80 % power
@@ -83,10 +84,11 @@ def judge_pairs(found: Changes) -> Pairs:
     off = ~np.eye(p, dtype=bool)
     size, z = np.abs(found.e), np.abs(found.e) / error * off
     call = max(CALL, float(norm.isf(FALSE_CALLS / 2 / max(p * (p - 1), 1))))
-    left, dose = left_by_controls(found), modulated(found)
+    left, (dose, share) = left_by_controls(found), modulated(found)
     clean = _beside_unchanged(found, z), _not_chosen(found)
     one_way = SMALL * size > size.T + 2 * error.T
-    guards = np.stack([z > call, one_way, left > LEFT * error, *clean, dose < MODULATED]) & off
+    same_dose = dose < (MODULATED if share < SHOWN else MODULATED_SHOWN)
+    guards = np.stack([z > call, one_way, left > LEFT * error, *clean, same_dose]) & off
     upstream = guards.all(0)
     fdr = np.ones((p, p))
     known = off & np.isfinite(error)
@@ -145,9 +147,9 @@ def dose_ratio(found: Changes) -> Floats:
     return ratio
 
 
-def modulated(found: Changes) -> Floats:
+def modulated(found: Changes) -> tuple[Floats, float]:
     """Probability (p, p) that E[k, i] is in proportion to the dose, by `dose_ratio` and the share of such changes among
-    all that are seen, which is found by EM.
+    all that are seen, and this share, found by EM.
     """
     ratio, seen = dose_ratio(found), np.abs(found.e) > SEEN * found.e_error
     share = 0.5
@@ -155,7 +157,7 @@ def modulated(found: Changes) -> Floats:
         total = (share / (share + (1 - share) * np.exp(ratio[seen]))).sum()
         share = float(total + MODULATED_PRIOR[0]) / (int(seen.sum()) + sum(MODULATED_PRIOR))
     probability: Floats = share / (share + (1 - share) * np.exp(ratio))
-    return probability
+    return probability, share
 
 
 def _chi_square(value: Floats, weight: Floats, x: Floats) -> Floats:

@@ -1,4 +1,12 @@
-"""Which perturbations share a target: k-lines on the whitened mean shifts."""
+"""Which perturbations share a target: k-lines on what each changes most, its mean or its variances.
+
+The mean shifts of one target lie on a line through 0, in whitened coordinates that of S^-1 x for a row x of T W
+(`crlseq.discovery.likelihood`). An intervention that moves no mean changes the precision by b b' - a a', where a of the
+controls lies on the same line, and b of the intervention in one direction for all of the target (Squires et al. 2023).
+"""
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -7,6 +15,60 @@ from crlseq.discovery.moments import DTYPE, Moments
 
 RACE_ROUNDS = 5  # after which tries are far enough apart to go on with the best alone
 LEFT_OF_RACE = 4  # one in so many
+CLEAR_SHIFT = 6.0  # standard deviations by chance of a squared shift
+CELLS_PER_COMPONENT = 3  # fewer tell no precision
+
+
+@dataclass(frozen=True)
+class Leading:
+    """What each of K perturbations changes most, and second most: unit ``directions`` (K, 2, q) in coordinates whitened
+    by the covariance within environments, ``lengths`` (K,) of the first in standard errors, ``of_means`` (K,) whether it
+    is a mean shift, ``errors`` (K,) of a mean in standard deviations, ``root`` (q, q) of the covariance (a direction d of
+    the components is ``root @ d``), and differences of ``covariances`` (K, q, q).
+    """
+
+    directions: Tensor
+    lengths: Tensor
+    of_means: Tensor
+    errors: Tensor
+    root: Tensor
+    covariances: Tensor
+
+    def in_components(self, angles: Tensor) -> Tensor:
+        """The changes (..., K, q) in the units of components, turned by ``angles`` (..., K) towards the second."""
+        turned = self.directions[:, 0] * angles.cos()[..., None] + self.directions[:, 1] * angles.sin()[..., None]
+        return turned * (self.lengths * self.errors)[:, None] @ self.root.T
+
+
+def leading_changes(moments: Moments) -> Leading:
+    """The mean shift of a perturbation where it is clear; else that, or the eigenvectors of its difference of precisions,
+    by what is further from chance: the squared shift beyond its expectation, or the square of the largest eigenvalue of
+    the difference of covariances beyond that of the largest one by chance (Marchenko and Pastur 1967).
+    """
+    q = moments.means.shape[1]
+    root = torch.linalg.cholesky(moments.pooled() + 1e-9 * torch.eye(q, dtype=DTYPE))
+    variance = 1 / moments.counts[1:] + 1 / moments.counts[0]
+    shifts = torch.linalg.solve_triangular(root, (moments.means[1:] - moments.means[0]).T, upper=False).T
+    shifts = shifts / variance.sqrt()[:, None]
+    size = shifts.norm(dim=1)
+    white = torch.linalg.solve_triangular(root, moments.covariances, upper=False)
+    white = torch.linalg.solve_triangular(root, white.transpose(1, 2), upper=False)
+    enough = moments.counts > CELLS_PER_COMPONENT * q
+    white = torch.where(enough[:, None, None], white, white[:1] * enough[0] + torch.eye(q, dtype=DTYPE) * ~enough[0])
+    change = white[1:] - white[0]
+    largest = torch.linalg.eigvalsh(change).abs().amax(1) / variance.sqrt()
+    beyond = (largest**2 - (2 * math.sqrt(q) + q * variance.sqrt()) ** 2).clamp_min(0) / 2  # Var of a variance is 2
+    precision = torch.linalg.inv(white + 1e-9 * torch.eye(q, dtype=DTYPE))
+    value, vector = torch.linalg.eigh(precision[1:] - precision[0])
+    order = value.abs().argsort(1, descending=True)[:, None].expand_as(vector)
+    first, second = (
+        vector.gather(2, order)[:, :, : min(2, q)].transpose(1, 2).unbind(1) if q > 1 else (vector[:, 0],) * 2
+    )
+    mean = shifts / size[:, None].clamp_min(1e-9)
+    of_means = size**2 - q >= beyond.clamp_max(CLEAR_SHIFT * math.sqrt(2 * q))
+    by_mean = of_means[:, None]
+    directions = torch.stack([torch.where(by_mean, mean, first), torch.where(by_mean, first, second)], 1)
+    return Leading(directions, torch.where(of_means, size, beyond.sqrt()), of_means, variance.sqrt(), root, change)
 
 
 def propose_targets(
@@ -14,17 +76,15 @@ def propose_targets(
 ) -> Tensor:
     """The ``n`` best distinct partitions (n, K) of perturbations into lines through 0, best first.
 
-    k-lines (k-means without sign and length) on the mean shifts, whitened by the covariance within environments
-    and divided by their standard errors: what a line leaves over is then noise of unit variance, and a perturbation
-    without effect weighs nothing. Repeats the last when there are fewer than ``n`` distinct partitions.
+    k-lines (k-means without sign and length) on the leading changes, in standard errors: what a line leaves over is
+    then noise of unit variance, and a perturbation without effect weighs nothing. Repeats the last when there are fewer
+    than ``n`` distinct partitions.
     """
     k = len(moments.counts) - 1
     if not 1 <= n_latents <= k:
         raise ValueError(f"n_latents must lie between 1 and the {k} perturbations, not {n_latents}.")
-    root = torch.linalg.cholesky(moments.pooled() + 1e-9 * torch.eye(moments.means.shape[1], dtype=DTYPE))
-    error = (1 / moments.counts[1:] + 1 / moments.counts[0]).sqrt()
-    shifts = (moments.means[1:] - moments.means[0]) / error[:, None]
-    shifts = torch.linalg.solve_triangular(root, shifts.T, upper=False).T
+    leading = leading_changes(moments)
+    shifts = leading.directions[:, 0] * leading.lengths[:, None]
     length = (shifts**2).sum(1)
     lines = torch.empty(tries, n_latents, shifts.shape[1], dtype=DTYPE)
     left = length.repeat(tries, 1).clamp_min(1e-9)

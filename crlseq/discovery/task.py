@@ -62,6 +62,7 @@ class Cells:
     variances: Tensor | None  # (N, q) posterior variances, if straightened
     environment: Tensor  # (N,)
     train: Tensor  # (N,) bool
+    noise: float | None = None  # variance that measurement noise has in every component, if known
 
     def training(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Values (n, q) in float64, variances and environments of the training cells."""

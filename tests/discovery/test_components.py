@@ -16,6 +16,7 @@ from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.simulate import simulate
 from crlseq.discovery import components
 from crlseq.discovery.components import count_components, dispersion, whitened_components
+from crlseq.discovery.factor_model import SPARE
 from tests.support import small_screen
 
 N, GENES, FACTORS = 600, 80, 3
@@ -40,7 +41,12 @@ def factor_model(
 def fitted(counts: np.ndarray, q: int = FACTORS) -> np.ndarray:
     rows = sp.csr_matrix(counts)
     cells = np.arange(len(counts))
-    return count_components(lambda index: rows[index], cells, cells, q)
+    return count_components(lambda index: rows[index], cells, cells, q, q)
+
+
+def components_of(data: PerturbSeqData, q: int, seed: int) -> np.ndarray:
+    """So many components, noise or not."""
+    return whitened_components(data, q, q, seed)[0]
 
 
 def explained(y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -83,7 +89,7 @@ def test_measurement_noise_is_about_one_in_every_direction() -> None:
     x = np.column_stack([v, np.ones(N)])
     left = scores - x @ np.linalg.lstsq(x, scores, rcond=None)[0]
     noise = np.linalg.eigvalsh(np.cov(left.T))
-    assert noise.min() > 0.5 and noise.max() < 1.2  # less than 1, for scores are drawn towards 0
+    assert noise.min() > 0.85 and noise.max() < 1.25
     # principal axes: uncorrelated, the largest first
     covariance = np.cov(scores.T)
     assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 1e-7 * covariance.max()
@@ -114,7 +120,7 @@ def test_a_simulated_screen_keeps_its_latents() -> None:
     adata = simulate(
         n_latents=3, perturbations_per_latent=2, n_genes=120, cells_per_perturbation=60, n_control=300, seed=1
     )  # fmt: skip
-    scores = whitened_components(read(adata), 8, 0)
+    scores = components_of(read(adata), 8, 0)
     assert scores.shape == (660, 8)
     assert explained(adata.obsm["true_latents"], scores).min() > 0.85
 
@@ -125,20 +131,20 @@ def test_the_perturbed_genes_are_left_out(data: PerturbSeqData) -> None:
     x[::3, 0] = 5.0
     x[:, 1] = 0.0
     changed = replace(data, x=sp.csr_matrix(x))
-    assert np.array_equal(whitened_components(changed, 5, 0), whitened_components(data, 5, 0))
+    assert np.array_equal(components_of(changed, 5, 0), components_of(data, 5, 0))
     x[::3, 2] = 5.0  # any other gene counts
     changed = replace(data, x=sp.csr_matrix(x))
-    assert not np.array_equal(whitened_components(changed, 5, 0), whitened_components(data, 5, 0))
+    assert not np.array_equal(components_of(changed, 5, 0), components_of(data, 5, 0))
 
 
 def test_if_every_gene_is_perturbed_all_are_used(data: PerturbSeqData) -> None:
     named = replace(data, perturbation_names=data.genes)
-    scores = whitened_components(named, 5, 0)
+    scores = components_of(named, 5, 0)
     assert scores.shape == (len(data.split), 5) and scores.any()
 
 
 def test_batches_are_centred_on_their_own_controls(data: PerturbSeqData) -> None:
-    scores = whitened_components(data, 5, 0)
+    scores = components_of(data, 5, 0)
     for b in (0, 1):
         controls = data.cells(0, splits.TRAIN)
         own = controls[data.batch[controls] == b]
@@ -153,8 +159,8 @@ def test_a_batch_with_few_controls_is_centred_on_all(data: PerturbSeqData) -> No
     some = np.flatnonzero(data.condition == 1)
     few[some] = 2
     batched = replace(data, batch=few)
-    alone = whitened_components(replace(data, batch=np.zeros_like(few)), 5, 0)
-    scores = whitened_components(batched, 5, 0)
+    alone = components_of(replace(data, batch=np.zeros_like(few)), 5, 0)
+    scores = components_of(batched, 5, 0)
     train = data.split == splits.TRAIN
     # up to the overall scale, which all cells share
     ratio = scores[some] / alone[some]
@@ -165,7 +171,7 @@ def test_a_batch_with_few_controls_is_centred_on_all(data: PerturbSeqData) -> No
 def test_overall_deviation_is_one_and_cells_without_a_part_are_zero(data: PerturbSeqData) -> None:
     split = data.split.copy()
     split[:7] = splits.UNUSED
-    scores = whitened_components(replace(data, split=split), 5, 0)
+    scores = components_of(replace(data, split=split), 5, 0)
     train = split == splits.TRAIN
     assert (scores[train] - scores[train].mean(0)).std() == pytest.approx(1)
     assert not scores[:7].any()
@@ -177,8 +183,8 @@ def test_components_are_estimated_on_training_cells_alone(data: PerturbSeqData) 
     assert len(validation) > 10
     x = sp.lil_matrix(data.x)
     x[validation[0]] = x[validation[1]]
-    changed = whitened_components(replace(data, x=sp.csr_matrix(x), totals=_copied(data, validation)), 5, 0)
-    same = whitened_components(data, 5, 0)
+    changed = components_of(replace(data, x=sp.csr_matrix(x), totals=_copied(data, validation)), 5, 0)
+    same = components_of(data, 5, 0)
     train = data.split == splits.TRAIN
     # whitening by the mean information of all cells may turn a little; the span and the training cells stay
     assert explained(changed[train], same[train]).min() > 0.999
@@ -192,15 +198,15 @@ def _copied(data: PerturbSeqData, cells: np.ndarray) -> np.ndarray:
 
 
 def test_one_result(data: PerturbSeqData) -> None:
-    assert np.array_equal(whitened_components(data, 5, 0), whitened_components(data, 5, 0))
+    assert np.array_equal(components_of(data, 5, 0), components_of(data, 5, 0))
 
 
 def test_a_subset_of_cells_for_the_loadings_is_drawn_by_the_seed(
     data: PerturbSeqData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = whitened_components(data, 5, 0)
+    whole = components_of(data, 5, 0)
     monkeypatch.setattr(components, "MAX_LOADING_CELLS", 150)
-    one, again, other = (whitened_components(data, 5, seed) for seed in (3, 3, 4))
+    one, again, other = (components_of(data, 5, seed) for seed in (3, 3, 4))
     assert np.array_equal(one, again)
     assert not np.array_equal(one, other)
     assert explained(whole[:, :2], one).min() > 0.8
@@ -217,12 +223,12 @@ def silenced(data: PerturbSeqData) -> tuple[PerturbSeqData, list[int]]:
 
 def test_cells_without_counts_in_these_genes_change_nothing_for_the_others(data: PerturbSeqData) -> None:
     quiet, silent = silenced(data)
-    scores = whitened_components(quiet, 5, 0)
+    scores = components_of(quiet, 5, 0)
     assert np.isfinite(scores).all()
     without = data.split.copy()
     without[silent] = splits.UNUSED
     others = np.setdiff1d(np.arange(len(data.split)), silent)
-    assert explained(scores[others], whitened_components(replace(data, split=without), 5, 0)[others]).min() > 0.99
+    assert explained(scores[others], components_of(replace(data, split=without), 5, 0)[others]).min() > 0.99
 
 
 def test_cells_without_counts_in_the_most_variable_genes_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,9 +245,9 @@ def test_cells_without_counts_in_the_most_variable_genes_do_no_harm(monkeypatch:
 
 
 def test_chunks_of_cells_change_nothing(data: PerturbSeqData, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = whitened_components(data, 4, 0)
+    whole = components_of(data, 4, 0)
     monkeypatch.setattr(components, "CHUNK", 50)
-    pieces = whitened_components(data, 4, 0)
+    pieces = components_of(data, 4, 0)
     # a chunk stops scoring when its own cells have settled
     assert np.abs(pieces - whole).max() < 0.02
 
@@ -250,7 +256,7 @@ def test_values_that_are_no_counts_give_principal_components() -> None:
     adata = small_screen(noise="gaussian", seed=3)
     data = read(adata)
     assert data.totals is None
-    scores = whitened_components(data, 4, 0)
+    scores = components_of(data, 4, 0)
     x = data.dense(np.arange(len(data.split))).astype(float)
     train = data.split == splits.TRAIN
     centred = x[train] - x[train].mean(0)
@@ -261,10 +267,34 @@ def test_values_that_are_no_counts_give_principal_components() -> None:
     assert np.allclose(scores, sign * expected, atol=1e-6)
 
 
+def test_what_is_noise_is_dropped_and_the_noise_is_told() -> None:
+    data = read(small_screen(n_genes=60, depth=3000.0, seed=6))
+    scores, noise = whitened_components(data, 15, 1, 0)
+    assert scores.shape[1] == len(small_screen().uns["truth"]["adjacency"]) + SPARE
+    train = data.split == splits.TRAIN
+    assert noise is not None and (scores[train] - scores[train].mean(0)).std() == pytest.approx(1)
+    # with more components than there are, those of noise have its variance: a little more, being fitted to these cells
+    more, noise = whitened_components(data, 15, 15, 0)
+    assert noise is not None and 1 < more[train].var(0)[-5:].mean() / noise < 2.5
+
+
+def test_rounding_errors_are_no_components() -> None:
+    rng = np.random.default_rng(0)
+    adata = small_screen(noise="gaussian", seed=3)
+    flat = rng.standard_normal((adata.n_obs, 4)) @ rng.standard_normal((4, adata.n_vars))
+    data = replace(read(adata), x=flat.astype(np.float32))
+    scores, noise = whitened_components(data, 8, 1, 0)
+    assert scores.shape[1] == 4
+    train = data.split == splits.TRAIN
+    assert noise == pytest.approx(components.NULL * scores[train].var(0).max(), rel=1e-3)
+    assert whitened_components(data, 8, 6, 0)[0].shape[1] == 6
+    assert whitened_components(read(adata), 8, 1, 0)[1] is None  # noise that nobody knows
+
+
 @pytest.mark.parametrize("noise", ["counts", "gaussian"])
 def test_no_more_components_than_the_genes_allow(noise: str) -> None:
     adata = small_screen(noise=noise, n_genes=5, depth=200.0, seed=4)
-    scores = whitened_components(read(adata), 40, 0)
+    scores = components_of(read(adata), 40, 0)
     assert scores.shape[1] == (4 if noise == "counts" else 5)  # counts lose one to the size of a cell
     assert np.isfinite(scores).all()
 
@@ -273,5 +303,5 @@ def test_constant_values_give_zeros_and_no_nan() -> None:
     adata = small_screen(noise="gaussian", seed=3)
     flat = ad.AnnData(np.ones_like(adata.X), obs=adata.obs, var=pd.DataFrame(index=adata.var_names))
     data = read(adata)
-    scores = whitened_components(replace(data, x=np.asarray(flat.X)), 3, 0)
+    scores = components_of(replace(data, x=np.asarray(flat.X)), 3, 0)
     assert np.isfinite(scores).all()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from crlseq.discovery.changes import Changes
-from crlseq.discovery.direct_edges import _Problem, direct_edges
+from crlseq.discovery.direct_edges import _Problem, direct_edges, through_silent
 from crlseq.discovery.hits import Floats
 
 GRAPH = np.zeros((4, 4))
@@ -50,6 +52,33 @@ def test_a_hidden_cause_explains_a_pair_seen_both_ways() -> None:
     np.testing.assert_array_equal(found.effect != 0, GRAPH != 0)
 
 
+def test_a_cycle() -> None:
+    graph = GRAPH.copy()
+    graph[2, 1] = 0.6
+    total = np.linalg.inv(np.eye(4) - graph)
+    changes = seen(graph, 0.75 * np.eye(4))
+    changes.e[:] = -0.75 * total / np.diag(total)  # an intervention on i opens the cycle through i
+    np.fill_diagonal(changes.e, 0)
+    cycle = ORDER.copy()
+    cycle[2, 1] = True
+    found = direct_edges(changes, cycle, NONE)
+    np.testing.assert_allclose(found.effect, graph, atol=0.01)
+
+
+def test_an_edge_through_a_program_whose_parents_no_intervention_shows() -> None:
+    graph = np.zeros((4, 4))
+    graph[0, 1], graph[1, 2], graph[0, 3] = 0.8, 0.9, 0.7
+    changes = seen(graph, 0.75 * np.eye(4))
+    changes.e[:, 1] = 0  # do(1) is a mere shift, so that 0 -> 2 has no link
+    cut = np.array([-0.5, 0.0, -0.5 + (changes.e[:, 2] ** 2).sum(), -0.5 + (changes.e[:, 3] ** 2).sum()])
+    found = direct_edges(changes, ORDER, NONE)
+    assert found.effect[0, 2] != 0
+    hard = through_silent(replace(changes, cut=cut), found, NONE)
+    np.testing.assert_array_equal(np.argwhere(hard), [[0, 2]])
+    soft = through_silent(replace(changes, cut=cut + np.array([0.5, 0, 0.5, 0.5])), found, NONE)
+    assert not soft.any()  # nobody's noise changes: 1 is a root
+
+
 def test_edges_that_are_not_worth_their_price_go() -> None:
     weak = np.where(np.arange(4)[:, None] == 0, 0.05, 0) * (GRAPH != 0)
     found = direct_edges(seen(weak, 0.75 * np.eye(4)), ORDER, NONE)
@@ -68,8 +97,8 @@ def test_derivatives_by_differences() -> None:
     rng = np.random.default_rng(0)
     changes = seen(GRAPH, np.eye(4))
     off = ~np.eye(4, dtype=bool)
-    problem = _Problem(changes.e, changes.e_error, off, [(0, 1), (1, 2), (0, 2)], [(2, 3), (0, 3)])
-    theta = problem.start() + 0.1 * rng.standard_normal(3 + 2 + 4 + 1)
+    problem = _Problem(changes.e, changes.e_error, off, [(0, 1), (1, 2), (0, 2), (2, 1)], [(2, 3), (0, 3)])
+    theta = problem.start() + 0.1 * rng.standard_normal(4 + 2 + 4 + 1)
     _, jacobian = problem.residuals(theta)
     for i in range(len(theta)):
         step = 1e-6 * np.eye(len(theta))[i]

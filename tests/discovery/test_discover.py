@@ -146,11 +146,11 @@ def test_perturbations_without_effect_have_no_target_and_no_say(hard: Screen) ->
 
 
 def components_of(screen: Screen, y: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "whitened_components", lambda data, n, seed: y)
+    monkeypatch.setattr(module, "whitened_components", lambda data, most, least, seed: (y, None))
 
 
 def test_doubles_do_not_take_part(hard: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
-    y = module.whitened_components(hard.data, module.COMPONENTS, 0)
+    y = module.whitened_components(hard.data, module.COMPONENTS, 4, 0)[0]
     components_of(hard, y, monkeypatch)
     plain = hard.discover()
     double = np.isin(hard.data.condition, [c for c, parts in enumerate(hard.data.conditions) if len(parts) == 2])

@@ -63,16 +63,19 @@ def test_a_larger_dispersion_asks_more_of_an_edge() -> None:
     assert int((few.adjacency != 0).sum()) < 3 == int((many.adjacency != 0).sum())
 
 
-def test_significant_edges_below_the_least_effect_go() -> None:
+def test_a_small_edge_goes_only_where_the_model_does_not_describe_the_moments() -> None:
     graph = GRAPH.clone()
     graph[1, 2] = 0.15
     solution = dense(truth(graph=graph).moments(20_000))
-    default, fine = select_edges(solution), select_edges(solution, min_effect=0.05)
-    assert default.adjacency[1, 2] == 0
-    assert abs(float(fine.adjacency[1, 2])) == pytest.approx(0.15, abs=0.02)
-    wald = edges._Profile(fine.solution, fine.dispersion).wald().view(P, P)
-    assert float(wald[1, 2]) > 10 * math.log(20_000 * 9)
-    assert int((default.adjacency != 0).sum()) == 2
+    described = select_edges(solution)
+    assert described.dispersion == 1
+    assert abs(float(described.adjacency[1, 2])) == pytest.approx(0.15, abs=0.02)
+    wald = edges._Profile(described.solution, 1.5).wald().view(P, P)
+    assert float(wald[1, 2]) > math.log(20_000 * 9)  # and not for want of cells
+    assert int((select_edges(solution, scale=1.5).adjacency != 0).sum()) == 2
+    halfway = select_edges(solution, scale=1.05)  # up to 0.125
+    assert int((halfway.adjacency != 0).sum()) == 3
+    assert int((select_edges(solution, min_effect=0.4, scale=1.05).adjacency != 0).sum()) == 2
     assert 0.15 < MIN_EFFECT < 0.8
 
 

@@ -1,4 +1,4 @@
-"""Energy-distance test against plain loops, its error rate, and the FDR against hand-worked values."""
+"""Tests by energy distance and by moments: against plain loops, error rates, power, and the FDR by hand."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crlseq.discovery import effects
-from crlseq.discovery.effects import benjamini_hochberg, energy_test
+from crlseq.discovery.effects import benjamini_hochberg, energy_test, moment_test
 
 
 def energy(x, y):
@@ -69,6 +69,49 @@ def test_permutation_within_batches_is_not_fooled_by_a_batch_effect():
     _, stratified = energy_test(scores, perturbed, batch, (199,), rng)
     assert naive == pytest.approx(1 / 200)
     assert stratified > 0.05
+
+
+def two_sets(seed: int, scale: float, n: int = 300, q: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Controls and as many cells whose first component varies ``scale`` times as much; units differ by component."""
+    rng = np.random.default_rng(seed)
+    cells = rng.normal(size=(2 * n, q))
+    cells[:n, 0] *= scale
+    return cells * np.geomspace(1, 100, q), np.arange(2 * n) < n
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_a_change_of_variance_alone_is_seen_by_moments(scale: float) -> None:
+    for seed in range(3):
+        scores, perturbed = two_sets(seed, scale)
+        rng = np.random.default_rng(seed)
+        assert moment_test(scores, perturbed, np.zeros(600), (99, 900), rng) <= 0.005
+        assert energy_test(scores, perturbed, np.zeros(600), (99,), rng)[1] > 0.01  # hidden by the larger components
+
+
+def test_moments_keep_the_error_rate_with_heavy_tails_and_batches() -> None:
+    rng = np.random.default_rng(0)
+    batch = np.repeat([0, 1], 60)
+    perturbed = np.r_[rng.permutation(60) < 40, rng.permutation(60) < 10]  # mostly in batch 0
+    p = []
+    for _ in range(200):
+        scores = rng.standard_t(3, size=(120, 4)) * (1 + batch[:, None]) + 2 * batch[:, None]
+        p.append(moment_test(scores, perturbed, batch, (99,), rng))
+    assert abs(np.mean(p) - 0.5) < 0.08
+    assert np.mean(np.array(p) <= 0.05) < 0.1
+
+
+def test_moments_do_not_depend_on_the_units_and_leave_out_rounding_errors() -> None:
+    scores, perturbed = two_sets(0, 1.3, n=60, q=4)
+
+    def p(cells: np.ndarray) -> float:
+        return moment_test(cells, perturbed, np.zeros(120), (199,), np.random.default_rng(0))
+
+    mixed = scores @ np.random.default_rng(1).normal(size=(4, 4))
+    assert p(mixed) == pytest.approx(p(scores), abs=0.011)
+    rounding = 1e-9 * np.random.default_rng(2).normal(size=(120, 3))
+    rounding[perturbed] *= 5
+    assert p(np.concatenate([scores, rounding], 1)) == pytest.approx(p(scores), abs=0.011)
+    assert p(np.ones((120, 3))) == 1.0
 
 
 def test_benjamini_hochberg_by_hand():

@@ -64,6 +64,36 @@ def test_perturbations_without_effect_are_no_latents():
     assert found.reason.startswith("2 of 22 ")
 
 
+def scaled(targets, scales, shifts=(), cells=400, seed=0):
+    """Perturbations that scale one of six components, and further ones that shift the first components."""
+    rng = np.random.default_rng(seed)
+    environment = np.repeat(np.arange(len(targets) + len(shifts) + 1), cells)
+    values = rng.standard_normal((len(environment), 6))
+    for c, (target, scale) in enumerate(zip(targets, scales, strict=True)):
+        values[environment == c + 1, target] *= scale
+    for c, (target, shift) in enumerate(shifts):
+        values[environment == len(targets) + c + 1, target] += shift
+    return torch.tensor(values), torch.tensor(environment)
+
+
+def test_programs_of_perturbations_that_change_variances_alone_are_counted():
+    found = choose_n_latents(*scaled([0, 1, 2, 0, 1], [2.0, 1.7, 0.4, 0.5, 2.0]))
+    assert found.n_latents == 3
+    assert found.reason == "No mean shifts; variances change along 3 directions."
+    shifts = [(0, 2.0), (0, -2.0), (1, 1.5)]
+    both = choose_n_latents(*scaled([0, 3, 3], [2.0, 2.0, 0.5], shifts))  # the first is on the line of two shifts
+    assert both.n_latents == 3
+    assert both.reason.endswith("rank 2; variances alone change along 1 direction more.")
+
+
+def test_no_variance_is_taken_for_a_program_by_chance():
+    for seed in range(5):
+        values, environment = scaled([0] * 20, [1.0] * 20, cells=100, seed=seed)
+        assert choose_n_latents(values, environment).n_latents == 1
+    heavy = torch.tensor(np.random.default_rng(0).standard_t(5, size=values.shape))
+    assert choose_n_latents(heavy, environment).n_latents == 1
+
+
 @pytest.mark.parametrize("angle", [90, 120, 180])
 def test_a_bent_line_is_one_latent(angle):
     found = choose_n_latents(*bent(angle))

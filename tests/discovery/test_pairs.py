@@ -119,9 +119,9 @@ def test_change_in_proportion_to_the_dose() -> None:
     found = changes(one_edge())
     same = found.by_target
     dose = [[perturbed(i, shift, -0.2 * shift * np.eye(3)[0]) for shift in SHIFTS] for i in range(3)]
-    assert modulated(found)[0, 1] < 1e-3
+    assert modulated(found)[0][0, 1] < 1e-3
     found = replace(found, by_target=[same[0], dose[1], same[2]])
-    assert modulated(found)[0, 1] > 0.999
+    assert modulated(found)[0][0, 1] > 0.999
     pairs = judge_pairs(found)
     assert set(GUARDS) - passed(pairs) == {"dose"}
     assert status(pairs) == "undecided"

@@ -1,4 +1,4 @@
-"""k-lines: which perturbations share a target, up to sign, length and basis."""
+"""k-lines: which perturbations share a target, up to sign, length and basis, by means or variances."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crlseq.discovery.moments import DTYPE, Moments
-from crlseq.discovery.propose import propose_targets
+from crlseq.discovery.propose import leading_changes, propose_targets
 
 
 def lines(k: int, p: int, q: int, seed: int, noise: float = 0.0) -> tuple[Moments, list[int]]:
@@ -113,3 +113,44 @@ def test_shifts_of_zero_length_and_a_constant_component_do_no_harm() -> None:
     still = Moments(moments.means[:1].expand(7, -1), covariances, moments.counts)
     found = propose_targets(still, 3, 2, torch.Generator().manual_seed(0))
     assert bool(((found >= 0) & (found < 3)).all())
+
+
+def by_variances(targets: list[int], scales: list[float], n: float = 1000.0) -> tuple[Moments, torch.Tensor]:
+    """Perturbations that move no mean: they set the variance of one of three independent sources, mixed."""
+    mixing = torch.tensor([[2.0, 0.3, 0], [-1, 1, 0.5], [0.4, 0, 3]], dtype=DTYPE)
+    variances = torch.ones(len(targets) + 1, 3, dtype=DTYPE)
+    for c, (target, scale) in enumerate(zip(targets, scales, strict=True)):
+        variances[c + 1, target] = scale
+    covariances = mixing.T @ torch.diag_embed(variances) @ mixing
+    counts = torch.full((len(targets) + 1,), n, dtype=DTYPE)
+    return Moments(torch.zeros(len(targets) + 1, 3, dtype=DTYPE), covariances, counts), mixing
+
+
+def test_perturbations_that_change_variances_alone_share_a_target() -> None:
+    moments, _ = by_variances([0, 1, 2, 0, 1, 2, 0], [2, 3, 0.4, 0.5, 2, 3, 4])
+    assert best(moments, 3) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_leading_changes_by_hand() -> None:
+    # Two perturbations of the first source by its variance, the third by its mean.
+    moments, mixing = by_variances([0, 0, 0], [4, 0.25, 1])
+    moments.means[3] = mixing[0]
+    leading = leading_changes(moments)
+    assert leading.of_means.tolist() == [False, False, True]
+    error = (2 / 1000) ** 0.5
+    assert leading.errors.tolist() == pytest.approx([error] * 3)
+    changes = leading.in_components(torch.zeros(3, dtype=DTYPE))
+    torch.testing.assert_close(changes[2], mixing[0])  # a mean shift as it is
+    for change in changes:  # all along the row of the mixing
+        cosine = (change @ mixing[0]).abs() / change.norm() / mixing[0].norm()
+        assert float(cosine) == pytest.approx(1, abs=1e-6)
+    # The variance of the first source within environments is (1 + 4 + 1/4 + 1) / 4; the largest change by chance is off.
+    pooled = (1 + 4 + 0.25 + 1) / 4
+    by_chance = (2 * 3**0.5 + 3 * error) ** 2
+    expected = (((3 / pooled / error) ** 2 - by_chance) / 2) ** 0.5
+    assert float(leading.lengths[0]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_too_few_cells_tell_no_change_of_variances() -> None:
+    moments, _ = by_variances([0, 1], [4, 4], n=8)
+    assert leading_changes(moments).lengths.tolist() == [0, 0]
