@@ -89,7 +89,7 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "style": Markup(files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")),
         "answers": questions,
-        "controls": controls_in_words(run.facts) if run.facts.format > 1 else "",
+        "controls": "" if run.pairs is None else controls_in_words(run.facts),
         "pairs": pair_matrix(run),
         "no_pairs": why_no_pairs(run.facts) if run.pairs is None else "",
         "dag": _dag(run),
