@@ -45,7 +45,7 @@ STATUSES = {
     ),
     "undecided": Status(
         "·",
-        "cells are too few, or perturbations too weak, to tell.",
+        "cells are too few, perturbations too weak, or other explanations too near, to tell.",
         "This is no evidence against an effect.",
     ),
 }
