@@ -38,13 +38,14 @@ SMALL: dict[str, Any] = {
 RUN_FILES = {
     *("run.json", "model.safetensors", "crlseq.h5ad", "resume.pt", "report.html", "dag.graphml", "dag.json"),
     *("programs.csv", "interventions.csv", "dag.csv", "history.csv", "evaluation.csv", "pairs.csv"),
+    "second_targets.csv",
 }
 
 
 def files_of(folder: Path) -> set[str]:
     """The files that a finished run has: pairs of programs only where targets were found by likelihood."""
     by_likelihood = json.loads((folder / "run.json").read_text())["discovery"] is not None
-    return RUN_FILES if by_likelihood else RUN_FILES - {"pairs.csv"}
+    return RUN_FILES if by_likelihood else RUN_FILES - {"pairs.csv", "second_targets.csv"}
 
 
 def small_screen(**changes: Any) -> ad.AnnData:

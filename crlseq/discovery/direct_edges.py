@@ -174,5 +174,6 @@ def through_silent(found: Changes, direct: Direct, known: Bools) -> Bools:
         return np.zeros((p, p), dtype=bool)
     silent = ~shown & ~(np.abs(found.cut) > SILENT)
     parents = (direct.effect != 0) & silent[:, None]
-    through: Bools = (~known.T & ~np.eye(p, dtype=bool)).astype(float) @ parents > 0
-    return through & (direct.effect != 0)
+    through = (~known.T & ~np.eye(p, dtype=bool)).astype(float) @ parents > 0
+    unknown: Bools = through & (direct.effect != 0)
+    return unknown

@@ -31,6 +31,7 @@ from crlseq.discovery.ordering import Ordering, order_programs, with_support
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.discovery.result import Discovery, Judged, claims_of, linear_result
 from crlseq.discovery.robustness import robust_pairs
+from crlseq.discovery.second_targets import SecondTargets, second_targets
 from crlseq.discovery.task import Cells, Start, Task
 from crlseq.discovery.verdict import DECLARED_SUPPORT, PairCounts, judge
 from crlseq.errors import InputError
@@ -66,8 +67,12 @@ def discover(task: Task, refine: Refine | None = None) -> Discovery:
                 return refined
             cells, comparison = refined or (cells, comparison)
         task.stage("ordering programs by what interventions change")
-        ordering, of_shifts = cache.get("ordering", lambda: ordered(task, start, cells, comparison.edges.solution))
-        found = linear_result(task, start, cells, comparison, judged(task, cells, comparison, ordering), ordering)
+        ordering, second, of_shifts = cache.get(
+            "ordering", lambda: ordered(task, start, cells, comparison.edges.solution)
+        )
+        found = linear_result(
+            task, start, cells, comparison, judged(task, cells, comparison, ordering), ordering, second
+        )
         return replace(found, of_shifts=of_shifts)
 
 
@@ -122,8 +127,10 @@ def compare_on(task: Task, cells: Cells, dense: Solution, seed: int) -> KindComp
     return compare_kinds(dense, folds, task.kind, task.threads)
 
 
-def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple[Ordering, Found]:
-    """What interventions change, by all perturbations with an effect; and what mere shifts of controls would change."""
+def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple[Ordering, SecondTargets, Found]:
+    """What interventions change, by all perturbations with an effect; their second targets; and what mere shifts of
+    controls would change.
+    """
     targets = claims_of(task, start, cells, solution).target
     acting = np.flatnonzero(targets >= 0)
     environment = task.environments(acting)
@@ -135,7 +142,8 @@ def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple
     guide = None if guides is None else guides.number[known.numpy()]
     found = replace(found, robust=robust_pairs(found, more, own, targets, guide, task.threads))
     of_shifts = ordered_shifts(y, own, targets, p, found, task.seed)
-    return with_support(found, y, own, targets, replicates(task, p), task.seed, task.threads), of_shifts
+    second = second_targets((y - found.center) @ found.axes, own, targets)
+    return with_support(found, y, own, targets, replicates(task, p), task.seed, task.threads), second, of_shifts
 
 
 def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Ordering) -> Judged:

@@ -18,6 +18,7 @@ from crlseq.discovery.negative_controls import Found
 from crlseq.discovery.nonlinear_test import Preference
 from crlseq.discovery.ordering import Ordering
 from crlseq.discovery.reassign import assign_targets
+from crlseq.discovery.second_targets import SecondTargets
 from crlseq.discovery.task import Cells, Start, Task
 from crlseq.discovery.verdict import Verdict, judge_nonlinear
 
@@ -52,6 +53,7 @@ class Discovery:
     stability: Stability | None = None  # programs in order; its K are the perturbations of `environments`
     choice: LatentChoice | None = None  # of the number of latents; None if it was asked for
     ordering: Ordering | None = None  # what interventions change, programs in order; its perturbations are `acting`
+    second: SecondTargets | None = None  # what the `acting` perturbations do to every program
     of_shifts: Found | None = None  # pairs that mere shifts of control cells order
     hit: np.ndarray | None = None  # (cells,) float32 probability of each to have been hit; NaN where it cannot be told
 
@@ -107,7 +109,13 @@ def ordered_claims(task: Task, cells: Cells, claims: Claims, ordering: Ordering)
 
 
 def linear_result(
-    task: Task, start: Start, cells: Cells, comparison: KindComparison, judged: Judged, ordering: Ordering
+    task: Task,
+    start: Start,
+    cells: Cells,
+    comparison: KindComparison,
+    judged: Judged,
+    ordering: Ordering,
+    second: SecondTargets,
 ) -> Discovery:
     """Latents in topological order, interventions by perturbation: of the likelihood, or by what interventions change."""
     edges, verdict, misfit, stability = judged
@@ -148,6 +156,7 @@ def linear_result(
         stability=None if stability is None else stability.reordered(order),
         choice=start.choice,
         ordering=ordering.reordered(order.numpy()),
+        second=second.reordered(order.numpy()),
         hit=_hit(task, cells, np.flatnonzero(target >= 0), ordering),
     )
 

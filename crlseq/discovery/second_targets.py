@@ -44,6 +44,11 @@ class SecondTargets:
     fdr: Floats  # of all that can be told (Benjamini and Hochberg 1995)
     directions: Floats  # (p, p) d_i in rows, in the coordinates that were given
 
+    def reordered(self, order: NDArray[np.int64]) -> "SecondTargets":
+        """The same with programs in another order (p,)."""
+        shift, error, z, fdr = (table[:, order] for table in (self.shift, self.error, self.z, self.fdr))
+        return SecondTargets(shift, error, z, fdr, self.directions[np.ix_(order, order)])
+
 
 def second_targets(x: Floats, environment: NDArray[np.int64], targets: NDArray[np.int64]) -> SecondTargets:
     """Shifts of all programs by each perturbation from exogenous coordinates ``x`` (n, p), of unit variance over controls

@@ -29,7 +29,14 @@ from crlseq.readout.explained import effect_explained, variance_explained
 from crlseq.readout.pathways import explained_by_sets, pathway_table
 from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs
 from crlseq.run.schema import DETECTABLE_FDR, FORMAT
-from crlseq.run.tables import edge_table, intervention_table, pair_table, program_labels, program_table
+from crlseq.run.tables import (
+    edge_table,
+    intervention_table,
+    pair_table,
+    program_labels,
+    program_table,
+    second_target_table,
+)
 from crlseq.training.trainer import Fit, resolve_device
 from crlseq.training.warm_start import WarmStart
 
@@ -88,6 +95,7 @@ def tables_of(
     return FittedRun(
         info, programs, interventions, edges, history.astype({"epoch": int, "total": float}), evaluation,
         weights=weights, ensemble=agreement, pathways=pathways, pairs=pairs,
+        second_targets=None if discovery is None else _second_targets(discovery, data, np.sign(read.scale)),
     )  # fmt: skip
 
 
@@ -138,6 +146,17 @@ def _pairs(ordering: Ordering, sign: np.ndarray) -> pd.DataFrame:
     status = np.asarray(STATUSES, dtype=object)[pairs.status]
     change = pairs.change * np.outer(sign, sign)
     return pair_table(change, pairs.error, pairs.fdr, status, passed, pairs.detectable, ordering.robust)
+
+
+def _second_targets(discovery: Discovery, data: PerturbSeqData, sign: np.ndarray) -> pd.DataFrame | None:
+    """``second_targets.csv``; ``sign`` (p,) of the latents' programs."""
+    second, acting = discovery.second, discovery.acting
+    if second is None:
+        return None
+    names = np.asarray(data.perturbation_names, dtype=object)[acting]
+    return second_target_table(
+        names, discovery.target[acting], second.shift * sign, second.error, second.z * sign, second.fdr
+    )
 
 
 def _fit_rows(fitted: Fit, data: PerturbSeqData, config: Config) -> dict[str, Any]:

@@ -42,14 +42,14 @@ def anndata_keys(
     facts: RunInfo,
     programs: pd.DataFrame,
     interventions: pd.DataFrame,
-    pairs: pd.DataFrame | None,
+    tables: Mapping[str, pd.DataFrame | None],
     genes: pd.Index,
     latents: np.ndarray,
     cells: pd.DataFrame,
 ) -> dict[str, dict[str, Any]]:
     """The keys that crlseq adds to an AnnData with these `genes`, by slot.
 
-    ``info`` and ``facts`` are ``run.json`` as it is and with types; of the AnnData's cells are ``latents`` (cells, p)
+    ``info`` and ``facts`` are ``run.json`` as it is and with types; ``tables`` are kept as they are, by name; of the AnnData's cells are ``latents`` (cells, p)
     float32 and `CELL_COLUMNS`.
     """
     names = [program.name for program in facts.programs]
@@ -84,7 +84,9 @@ def anndata_keys(
                 "program_labels": np.array([program.label for program in facts.programs], dtype=str),
                 "adjacency": np.array(facts.adjacency, dtype=float).reshape(len(names), -1),
                 "interventions": interventions.set_index("perturbation"),
-                **({} if pairs is None else {"pairs": pairs.set_axis(pairs.index.astype(str))}),
+                **{
+                    name: table.set_axis(table.index.astype(str)) for name, table in tables.items() if table is not None
+                },
                 "identified": facts.identification.verdict,
                 "identified_reason": facts.identification.reason,
                 **{

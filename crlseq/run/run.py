@@ -22,7 +22,7 @@ from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, summary_table
 from crlseq.storage.csv import read_csv, to_csv
 from crlseq.storage.files import refuse_links_outside
-from crlseq.storage.runfolder import EMBEDDINGS, ENSEMBLE, PAIRS, PATHWAYS, TABLES, partial_of
+from crlseq.storage.runfolder import EMBEDDINGS, ENSEMBLE, PAIRS, PATHWAYS, SECOND_TARGETS, TABLES, partial_of
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -75,6 +75,7 @@ class Run:
     ensemble: pd.DataFrame | None = field(default=None, repr=False)
     pathways: pd.DataFrame | None = field(default=None, repr=False)
     pairs: pd.DataFrame | None = field(default=None, repr=False)
+    second_targets: pd.DataFrame | None = field(default=None, repr=False)
 
     @cached_property
     def facts(self) -> RunInfo:
@@ -194,7 +195,8 @@ class Run:
         known = known.reindex(cells.astype(str))
         known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(schema.SPLIT)
         latents = self.latents(source)
-        return anndata_keys(self.info, self.facts, self.programs, self.interventions, self.pairs, genes, latents, known)
+        tables = {"pairs": self.pairs, "second_targets": self.second_targets}
+        return anndata_keys(self.info, self.facts, self.programs, self.interventions, tables, genes, latents, known)
 
     @property
     def folder(self) -> Path:
@@ -214,7 +216,12 @@ class Run:
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables that the run has, by the names of their files."""
         tables = (self.programs, self.interventions, self.edges, self.history, self.evaluation)
-        optional = {ENSEMBLE: self.ensemble, PATHWAYS: self.pathways, PAIRS: self.pairs}
+        optional = {
+            ENSEMBLE: self.ensemble,
+            PATHWAYS: self.pathways,
+            PAIRS: self.pairs,
+            SECOND_TARGETS: self.second_targets,
+        }
         own = {name.removesuffix(".csv"): table for name, table in optional.items() if table is not None}
         return dict(zip(TABLES, tables, strict=True)) | own
 
@@ -254,6 +261,7 @@ class Run:
             pathways = None if facts.gene_sets is None else read_csv(folder / PATHWAYS, schema.PATHWAY_COLUMNS)
             ordered = facts.discovery is not None and facts.discovery.pairs is not None
             pairs = read_csv(folder / PAIRS, schema.PAIR_COLUMNS) if ordered else None
+            second = read_csv(folder / SECOND_TARGETS, schema.SECOND_COLUMNS) if ordered else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             if writer != __version__:
@@ -263,4 +271,4 @@ class Run:
                 ) from error
             raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
         tables = (programs, interventions, edges, history, evaluation)
-        return cls(info, *tables, path=folder, ensemble=ensemble, pathways=pathways, pairs=pairs)
+        return cls(info, *tables, path=folder, ensemble=ensemble, pathways=pathways, pairs=pairs, second_targets=second)

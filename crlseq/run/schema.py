@@ -35,6 +35,9 @@ PAIR_COLUMNS: dict[str, type] = {
     "source": str, "target": str, "change": float, "se": float, "z": float, "z_reversed": float, "fdr": float,
     "status": str, "guards": str, "detectable": float, "robust": bool,
 }  # fmt: skip
+SECOND_COLUMNS: dict[str, type] = {
+    "perturbation": str, "program": str, "shift": float, "se": float, "z": float, "fdr": float
+}  # fmt: skip
 ANCHOR: dict[str, type] = {"anchor": bool}  # of programs, with a sparse decoder alone
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
 PATHWAY_COLUMNS = {

@@ -69,6 +69,27 @@ def intervention_table(
     })  # fmt: skip
 
 
+def second_target_table(
+    perturbations: np.ndarray,
+    target: np.ndarray,
+    shift: np.ndarray,
+    error: np.ndarray,
+    z: np.ndarray,
+    fdr: np.ndarray,
+) -> pd.DataFrame:
+    """`crlseq.run.schema.SECOND_COLUMNS` of the second targets that are seen: ``perturbations`` and their ``target`` (K,),
+    and what each does to every program (K, p).
+    """
+    seen = (fdr <= DETECTABLE_FDR) & (np.arange(fdr.shape[1]) != target[:, None])
+    k, program = np.nonzero(seen)
+    names = np.asarray(program_names(fdr.shape[1]), dtype=object)
+    table = pd.DataFrame({
+        "perturbation": perturbations[k], "program": names[program], "shift": shift[seen], "se": error[seen],
+        "z": z[seen], "fdr": fdr[seen],
+    })  # fmt: skip
+    return table.sort_values("fdr", kind="stable", ignore_index=True)
+
+
 def pair_table(
     change: np.ndarray,
     error: np.ndarray,

@@ -15,7 +15,7 @@ from crlseq.errors import InputError
 from crlseq.storage.files import refuse_existing, sync
 
 TABLES = ("programs", "interventions", "dag", "history", "evaluation")  # each a file .csv
-PAIRS = "pairs.csv"  # of fits that find targets by likelihood
+PAIRS, SECOND_TARGETS = "pairs.csv", "second_targets.csv"  # of fits that find targets by likelihood
 ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
 PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
 EMBEDDINGS = "embeddings.h5ad"  # of fits with embeddings alone
@@ -23,7 +23,17 @@ STAGE = "stage-{}.pt"  # result of a stage, of an unfinished fit alone
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
 RUN_FILES = frozenset(
     {"lock", "resume.pt", "resume.previous.pt", "run.json", "model.safetensors", "crlseq.h5ad", "report.html"}
-    | {"dag.graphml", "dag.json", EMBEDDINGS, ENSEMBLE, GENE_SETS, PAIRS, PATHWAYS, *(f"{name}.csv" for name in TABLES)}
+    | {
+        "dag.graphml",
+        "dag.json",
+        EMBEDDINGS,
+        ENSEMBLE,
+        GENE_SETS,
+        PAIRS,
+        PATHWAYS,
+        SECOND_TARGETS,
+        *(f"{name}.csv" for name in TABLES),
+    }
 )
 ELSEWHERE = "Choose another --output."
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without locks answer

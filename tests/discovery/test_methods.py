@@ -153,7 +153,7 @@ def test_a_straightened_fit_that_loses_every_edge_in_the_last_selection_is_not_i
     monkeypatch.setattr(straighten, "select_edges", lambda found: Edges(found, torch.zeros(4, 4).double(), 1.0))
     trained = straighten.train_once(task, start.cells, dense, math.inf, 0)
     assert trained is not None
-    ordering, _ = steps.ordered(task, start, trained[0], trained[1].edges.solution)
+    ordering, _, _ = steps.ordered(task, start, trained[0], trained[1].edges.solution)
     edges, verdict, _, _ = steps.judged(task, *trained, ordering)
     assert not verdict.by_likelihood and "No edge" in verdict.reason
     assert edges.solution.model.kind == "shift" and not edges.adjacency.any()
