@@ -98,6 +98,8 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "read_from_sets": sets_in_words(run.facts),
         "n_fitted_genes": run.programs["gene"].nunique(),
         "interventions": interventions[:ROWS].to_dict("records"),
+        "second": None if run.second_targets is None else run.second_targets[:ROWS].to_dict("records"),
+        "n_second": 0 if run.second_targets is None else len(run.second_targets),
         "hits": "penetrance" in interventions and bool((interventions["program"] != "").any()),
         "largest_shift": limit_of(interventions["shift"].to_numpy()),
         "map": charts.intervention_map(run),
