@@ -117,7 +117,9 @@ def test_every_file_of_a_run_is_described(folders: list[Path]) -> None:
     assert table("pathways.csv") == list(PATHWAY_COLUMNS)
 
 
-@pytest.mark.parametrize("name", ["programs", "interventions", "pairs", "dag", "history", "evaluation", "ensemble"])
+@pytest.mark.parametrize(
+    "name", ["programs", "interventions", "pairs", "second_targets", "dag", "history", "evaluation", "ensemble"]
+)
 def test_every_column_is_described(folders: list[Path], name: str) -> None:
     paths = [path for folder in folders if (path := folder / f"{name}.csv").exists()]
     assert set(table(f"{name}.csv")) == {column for path in paths for column in pd.read_csv(path)}

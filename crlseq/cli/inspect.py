@@ -48,7 +48,7 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     import pandas as pd
 
     from crlseq.run.pairs import counts, why_no_pairs
-    from crlseq.run.summary import answers, sets_in_words
+    from crlseq.run.summary import answers, controls_in_words, sets_in_words
 
     found = load(run)
     facts, metrics, identification = found.facts, found.facts.metrics, found.facts.identification
@@ -72,7 +72,7 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
         "perturbations": f"{len(found.interventions)}, {metrics.n_detected} with a detectable effect (FDR <= 0.05)",
         "programs": f"{facts.n_latents} ({facts.n_latents_reason})",
         "graph": f"{identification.verdict}: {identification.reason}",
-        "pairs": why_no_pairs(facts) if found.pairs is None else counts(found.pairs),
+        "pairs": why_no_pairs(facts) if found.pairs is None else f"{counts(found.pairs)}. {controls_in_words(facts)}",
         "likelihood": likelihood,
         "training": f"{epochs}, {facts.seconds} s on {facts.device}",
         "converged": f"{converged.answer}: {converged.reason}",
@@ -91,6 +91,8 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     show_table(pd.DataFrame({"what": list(rows), "value": list(rows.values())}), str(run))
     for note in facts.notes:
         say(f"note: {note}")
+    for warning in identification.warnings:
+        say(f"warning: {warning}")
 
 
 @app.command()

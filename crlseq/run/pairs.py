@@ -45,7 +45,7 @@ STATUSES = {
     ),
     "undecided": Status(
         "·",
-        "cells are too few, or perturbations too weak, to tell.",
+        "cells are too few, perturbations too weak, or other explanations too near, to tell.",
         "This is no evidence against an effect.",
     ),
 }
@@ -92,7 +92,7 @@ def _undecided(pair: Mapping[str, Any], change: str, size: float) -> str:
             f"Whether {k} is upstream of {i} cannot be told: no perturbation of {i} is strong enough in enough cells."
         )
     if SEEN in pair["guards"].split(", "):
-        return f"Whether {k} is upstream of {i} is open, although {i} loses {change} where it is perturbed. {_not_ruled_out(pair)}"
+        return f"Whether {k} is upstream of {i} is open, although their covariance changes where {i} is perturbed ({change}). {_not_ruled_out(pair)}"
     if wider <= size:
         return f"Whether {k} is upstream of {i} is open: {change}, near the smallest change that would be seen, {wider:.2f} SD."
     times = (wider / size) ** 2

@@ -58,8 +58,10 @@ class Run:
     pathways
         ``program, gene_set, weight, ...``: what the encoder reads each program from; None where it reads all genes.
     pairs
-        ``source, target, change, se, z, z_reversed, fdr, status, guards, detectable``: every ordered pair of programs,
-        whether the source is upstream of the target; None where targets were learned by gradient.
+        ``source, target, change, se, z, z_reversed, fdr, status, guards, detectable, robust``: every ordered pair of
+        programs, whether the source is upstream of the target; None where targets were learned by gradient.
+    second_targets
+        ``perturbation, program, shift, se, z, fdr``: what perturbations shift beside their targets; None likewise.
     """
 
     info: dict[str, Any]

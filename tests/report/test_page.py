@@ -157,6 +157,14 @@ def test_hit_cells_are_told_where_they_can_be(tmp_path: Path) -> None:
     assert "penetrance" not in written(run, tmp_path)[1].text["interventions"]  # of a run of format 1
 
 
+def test_second_targets_are_told(tmp_path: Path) -> None:
+    rows = {"perturbation": ["PERT1"], "program": ["P0"], "shift": [-0.82], "se": [0.11], "z": [-7.5], "fdr": [1e-9]}
+    run = replace(synthetic_run(2, 4), second_targets=pd.DataFrame(rows))
+    text = " ".join(written(run, tmp_path)[1].text["interventions"].split())
+    assert "also shift another program" in text and re.search(r"PERT1 P0 -0\.82 ± 0\.11 1e-09", text)
+    assert "also shift" not in written(synthetic_run(2, 4), tmp_path)[1].text["interventions"]
+
+
 def test_names_stay_text(tmp_path: Path) -> None:
     run = with_pairs(synthetic_run(3, 12, [(0, 1)], names=[*EVIL, *EVIL, "a", "b"], genes=[*EVIL, "A", "B", "C"]), {})
     info = json.loads(json.dumps(run.info))

@@ -72,7 +72,7 @@ def test_both_ways_and_excluded() -> None:
         ({"detectable": 0.6}, "above 0.60 SD would have been seen. 4.0 times as many cells of perturbations of P5"),
         ({"detectable": 1.5}, "25 times as many cells"),
         ({"se": np.nan, "change": np.nan, "detectable": np.nan}, "no perturbation of P5 is strong enough in enough cells"),
-        ({"guards": "change, one way, beside, escaped, dose", "change": 0.5}, "P5 loses +0.50 ± 0.05 SD where it is perturbed. Not ruled out: what"),
+        ({"guards": "change, one way, beside, escaped, dose", "change": 0.5}, "covariance changes where P5 is perturbed (+0.50 ± 0.05 SD). Not ruled out: what"),
         ({"detectable": 0.2, "change": 0.15}, "+0.15 ± 0.05 SD, near the smallest change that would be seen, 0.20 SD"),
     ],
 )  # fmt: skip
