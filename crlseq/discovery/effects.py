@@ -143,7 +143,7 @@ def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
     adjusted = np.full(len(p_values), np.nan)
     there = np.flatnonzero(~np.isnan(p_values))
     order = there[np.argsort(p_values[there], kind="stable")]
-    ratio = p_values[order] * len(order) / np.arange(1, len(order) + 1)
+    ratio = p_values[order] * (len(order) / np.arange(1, len(order) + 1))  # by 1 at least: rounding lowers none
     adjusted[order] = np.minimum.accumulate(ratio[::-1])[::-1].clip(max=1)
     return adjusted
 
