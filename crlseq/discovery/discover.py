@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch.nn.functional import one_hot
 
 from crlseq.data import splits
 from crlseq.discovery.bootstrap import Stability, bootstrap
@@ -151,7 +152,7 @@ def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Order
     """The verdict on all evidence, and the edges of the likelihood that it leaves: none unless it grants them."""
     edges = comparison.edges
     of_graph = misfit(edges.solution)
-    pairs = counted(ordering, edges.adjacency.numpy() != 0)
+    pairs = counted(ordering, implied_changes(edges.solution, ordering))
     evidence = replace(comparison.evidence, misfit=of_graph, pairs=pairs)
     verdict = judge(evidence)
     if not verdict.by_likelihood and edges.solution.model.intervention.graph != "nothing":
@@ -165,8 +166,20 @@ def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Order
     return edges, verdict, of_verdict.dispersion, stability
 
 
-def counted(ordering: Ordering, edges: np.ndarray) -> PairCounts:
-    """How many pairs have each status, and how many of the likelihood's ``edges`` (p, p) they contradict."""
+def implied_changes(solution: Solution, ordering: Ordering) -> np.ndarray:
+    """(p, p) changes E that a solution implies for its direct edges, in the coordinates of the ordering; 0 elsewhere."""
+    covariance = solution.model.environments(solution.theta, solution.targets)[1][0]
+    axes, targets = torch.from_numpy(ordering.axes), solution.targets[0]
+    change = axes.T @ (covariance[1:] - covariance[0]) @ axes  # (K, p, p)
+    weight = one_hot(targets, len(ordering.axes.T)).to(change.dtype) * solution.model.moments.counts[1:, None]
+    of_target = torch.einsum("cki,ci->ki", change, weight) / weight.sum(0).clamp_min(1)
+    return (of_target * (solution.adjacency() != 0)).numpy()
+
+
+def counted(ordering: Ordering, implied: np.ndarray) -> PairCounts:
+    """How many pairs have each status, and how many edges of the likelihood they contradict: those with ``implied``
+    changes (p, p) that would have been seen.
+    """
     pairs = ordering.pairs
     excluded, both = pairs.have("excluded"), pairs.have("both ways")
     return PairCounts(
@@ -176,7 +189,7 @@ def counted(ordering: Ordering, edges: np.ndarray) -> PairCounts:
         excluded=int(excluded.sum()),
         undecided=int(pairs.have("undecided").sum()),
         detectable=float(np.median(pairs.detectable[excluded])) if excluded.any() else float("inf"),
-        disagreeing=int((edges & excluded).sum()),
+        disagreeing=int((excluded & (np.abs(implied) > pairs.detectable)).sum()),
     )
 
 
