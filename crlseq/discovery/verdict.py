@@ -108,21 +108,20 @@ def _objection(evidence: Evidence) -> str | None:
 def _in_words(pairs: PairCounts) -> str:
     """What interventions say about all pairs of programs."""
     total = pairs.upstream + pairs.likely + pairs.excluded + pairs.undecided + 2 * pairs.both_ways
-    if not (pairs.upstream or pairs.likely or pairs.both_ways):
-        said = "No intervention is seen to change how two programs vary together."
+    if pairs.upstream:
+        said = f"Interventions order {_of(pairs.upstream, 'pair')} of programs"
+    elif pairs.likely or pairs.both_ways:
+        said = "Interventions order no pair of programs for sure"
     else:
-        said = f"Interventions order {_of(pairs.upstream, 'pair')} of programs."
-    parts = [f"{pairs.likely} likely"] * bool(pairs.likely) + [f"{pairs.both_ways} seen both ways"] * bool(
-        pairs.both_ways
-    )
-    if parts:
-        said += f" More are {' and '.join(parts)}."
+        said = "No intervention is seen to change how two programs vary together"
+    more = " more" if pairs.upstream else ""
+    said += f"; {pairs.likely}{more} {'is' if pairs.likely == 1 else 'are'} likely." if pairs.likely else "."
     if pairs.excluded:
         said += (
             f" In {pairs.excluded} of {total} directions a change above {pairs.detectable:.2f} would have been seen."
         )
     if pairs.undecided:
-        said += f" In {pairs.undecided} the cells are too few or the perturbations too weak."
+        said += f" {pairs.undecided} {'is' if pairs.undecided == 1 else 'are'} not decided."
     return said
 
 
