@@ -32,6 +32,8 @@ from crlseq.discovery.hits import Floats, Hit, hit_cells
 
 MIN_SHIFT = 0.25  # standard deviations of control cells: a weaker perturbation says nothing about its target
 MIN_CELLS = 10
+SAME_CELLS = 1e-6  # share of controls' variance below which cells are copies of one
+LEAST_VARIANCE = 0.1  # of a product's mean: a share of what it is in control cells
 PRIOR_DEGREES = 4.0  # of freedom, that perturbations of a target agree
 LOST = 2.5  # standard errors from which a change enters the control variates
 SEEN = 2.0  # standard errors from which a change carries the error of another axis
@@ -113,7 +115,11 @@ def measure_changes(x: Floats, environment: NDArray[np.int64], targets: NDArray[
 
 def _sample(cells: Floats, c0: Floats, inverse: Floats, i: int) -> _Sample | None:
     """The cells (n, p) of a perturbation of ``i``, centred on controls of covariance ``c0``; None if they can say nothing."""
-    if len(cells) < MIN_CELLS or abs(cells[:, i].mean()) < MIN_SHIFT:
+    if (
+        len(cells) < MIN_CELLS
+        or abs(cells[:, i].mean()) < MIN_SHIFT
+        or (cells.var(0) < SAME_CELLS * c0.diagonal()).any()
+    ):
         return None
     mean = cells.mean(0)
     along = inverse @ mean / (mean @ inverse @ mean)
@@ -158,13 +164,14 @@ def _estimate(one: _Sample, slopes: Floats, i: int, c0: Floats) -> tuple[Floats,
     value = one.weight @ product
     influence = one.weight[:, None] * (product - value - one.wider * z)
     cells = 1 / float(one.weight @ one.weight)
-    variance: Floats = (influence**2).sum(0) * cells / max(cells - 2, 1.0)
+    variance = (influence**2).sum(0) * cells / max(cells - 2, 1.0)
+    least: Floats = LEAST_VARIANCE * c0[i, i] * c0.diagonal() / cells
     turn = np.eye(len(c0))
     turn[i] -= one.lean
     of_control = turn.T @ c0 @ turn
     expected = of_control[:, i] - of_control @ slopes
     expected[i] = of_control[i, i]
-    return value - expected, variance
+    return value - expected, np.maximum(variance, least)
 
 
 def _weighted(estimates: list[tuple[float, Floats, Floats]]) -> tuple[Floats, Floats]:

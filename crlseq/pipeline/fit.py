@@ -35,7 +35,7 @@ from crlseq.pipeline.read import Job, Progress, Screen, read_cells, read_screen
 from crlseq.pipeline.tables import tables_of
 from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
-from crlseq.run.summary import controls_in_words, sets_in_words
+from crlseq.run.summary import sets_in_words
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_weights
 from crlseq.storage.files import by_hdf5, refuse_existing
 from crlseq.storage.runfolder import EMBEDDINGS, GENE_SETS, move_into_place, partial_of, refuse_output, working_folder
@@ -288,7 +288,6 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     if start.warm is not None and start.warm.discovery.hit is not None:
         cells["crlseq_hit"] = start.warm.discovery.hit
     run = replace(run, info=info, cells=cells, map=found)
-    progress.note(controls_in_words(run.facts))
     if words := sets_in_words(run.facts):
         progress.note(words)
     return run

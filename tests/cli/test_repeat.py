@@ -86,9 +86,9 @@ def test_thread_counts_change_rounding_alone(screen_file: Path, tmp_path: Path) 
     assert (one.info["threads"], two.info["threads"]) == (1, 2)
     for name, table in one.tables().items():
         other = two.tables()[name]
-        words = [column for column, kind in table.dtypes.items() if kind.kind == "O"]
+        words = [column for column, kind in table.dtypes.items() if kind.kind in "Ob"]
         assert table[words].equals(other[words])
-        for column in table.columns.drop(words):
+        for column in table.columns.drop(words)[table.drop(columns=words).notna().any()]:
             size = np.nanmax(np.abs(table[column]), initial=1e-30)
             np.testing.assert_allclose(
                 other[column] / size, table[column] / size, atol=1e-6, err_msg=f"{name} {column}"

@@ -27,7 +27,8 @@ from tests.cli.test_repeat import results
 from tests.support import RUN_FILES
 
 FIT: dict[str, Any] = {"epochs": 1, "bootstrap": 2, "equations": "linear"}
-# What each stage calls, and where.
+BEFORE = ("effects", "negative-controls")
+# What each stage of a discovery calls, and where.
 CALLS = {
     "components": (steps, "whitened_components"), "number": (steps, "number_of_programs"),
     "likelihood": (steps, "fit_likelihood"), "kinds": (steps, "compare_on"),
@@ -91,9 +92,9 @@ def interrupted(screen_file: Path, folder: Path, stage: str) -> set[str]:
 @pytest.mark.parametrize(
     ("stage", "done"),
     [
-        ("fitting the interventional", {"effects", "components", "number"}),
-        ("bootstrapping", {"effects", "components", "number", "likelihood", "kinds", "straightened", "ordering"}),
-        ("reading off", {"effects", *CALLS}),
+        ("fitting the interventional", {*BEFORE, "components", "number"}),
+        ("bootstrapping", {*BEFORE, "components", "number", "likelihood", "kinds", "straightened", "ordering"}),
+        ("reading off", {*BEFORE, *CALLS}),
     ],
 )
 def test_goes_on_behind_the_last_stage(
