@@ -140,9 +140,10 @@ def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple
     y, own, targets = cells.values[known].double().numpy(), environment[known].numpy(), targets[acting]
     p, guides = solution.model.p, task.data.guides
     found = order_programs(y, own, targets, p)
-    more = y if cells.variances is not None else start.cells.values[known].double().numpy()
-    guide = None if guides is None else guides.number[known.numpy()]
-    found = replace(found, robust=robust_pairs(found, more, own, targets, guide, task.threads))
+    if p < MANY_LATENTS:  # as with the bootstrap: of 50 programs and 10,000 perturbations it takes minutes
+        more = y if cells.variances is not None else start.cells.values[known].double().numpy()
+        guide = None if guides is None else guides.number[known.numpy()]
+        found = replace(found, robust=robust_pairs(found, more, own, targets, guide, task.threads))
     of_shifts = ordered_shifts(y, own, targets, p, found, task.seed)
     second = second_targets((y - found.center) @ found.axes, own, targets)
     return with_support(found, y, own, targets, replicates(task, p), task.seed, task.threads), second, of_shifts
