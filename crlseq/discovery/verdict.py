@@ -121,7 +121,8 @@ def _in_words(pairs: PairCounts) -> str:
             f" In {pairs.excluded} of {total} directions a change above {pairs.detectable:.2f} would have been seen."
         )
     if pairs.undecided:
-        said += f" {pairs.undecided} {'is' if pairs.undecided == 1 else 'are'} not decided."
+        of = "" if pairs.excluded else f" of {total} directions"
+        said += f" {pairs.undecided}{of} {'is' if pairs.undecided == 1 else 'are'} not decided."
     return said
 
 

@@ -154,7 +154,7 @@ def test_exact_moments_give_shifts_scales_and_offset() -> None:
     torch.testing.assert_close(named["offset"][0], true.offset, atol=0.01, rtol=0)
 
 
-def test_read_out_gives_the_latents_back() -> None:
+def test_read_out_gives_the_latents_back_with_its_error() -> None:
     true = truth("hard")
     found = fit_linear(true.moments(10_000), P, "hard", restarts=2)
     directions = found.directions()
@@ -163,6 +163,9 @@ def test_read_out_gives_the_latents_back() -> None:
     place = found.targets[0, ::2]
     hat = true.W @ directions[:, place]  # true latents to those read out
     torch.testing.assert_close(hat.abs(), torch.eye(P, dtype=DTYPE), atol=0.02, rtol=0)
+    noise = found.model.floor + found.model.unpack(found.theta)["psi"][0].exp()
+    error = (directions**2 * noise[:, None]).sum(0)
+    torch.testing.assert_close(error, true.noise * (directions**2).sum(0), rtol=0.05, atol=0)
 
 
 def test_under_shifts_any_graph_has_the_same_likelihood_and_under_hard_interventions_not() -> None:
