@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from crlseq.discovery.assumptions import broken_assumptions
 from crlseq.discovery.axes import exogenous_axes, shifts_outside
 from crlseq.discovery.changes import Changes, measure_changes
-from crlseq.discovery.direct_edges import Direct, direct_edges, through_silent
+from crlseq.discovery.direct_edges import Direct, beside_mediators, direct_edges, through_silent
 from crlseq.discovery.hits import Floats, Hit
-from crlseq.discovery.pairs import Bools, Pairs, judge_pairs
+from crlseq.discovery.pairs import SEEN, Bools, Pairs, judge_pairs
 from crlseq.storage.stage_cache import cached_on_disk
 from crlseq.threads import in_parallel
 
@@ -115,7 +115,10 @@ def _direct(found: Changes, pairs: Pairs) -> tuple[Direct, Bools]:
     ordered = _acyclic(upstream | likely | (z > MAYBE), np.where(upstream, np.inf, np.where(likely, BEFORE + z, z)))
     both = pairs.have("both ways")
     direct = direct_edges(found, ordered | (both & ~pairs.hidden), both & pairs.hidden)
-    return direct, (direct.effect != 0) & upstream & ~through_silent(found, direct, upstream | likely)
+    edges = direct.effect != 0
+    possible = ~(pairs.have("excluded") | upstream.T | edges.T)
+    left = beside_mediators(found, direct, edges | upstream | likely | both | (z > SEEN), possible)
+    return direct, left & upstream & ~through_silent(found, direct, upstream | likely)
 
 
 def _acyclic(edges: Bools, z: Floats) -> Bools:
