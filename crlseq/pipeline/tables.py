@@ -28,7 +28,7 @@ from crlseq.readout.ensemble import read_model, seed_agreement
 from crlseq.readout.explained import effect_explained, variance_explained
 from crlseq.readout.pathways import explained_by_sets, pathway_table
 from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs
-from crlseq.run.schema import DETECTABLE_FDR, FORMAT
+from crlseq.run.schema import DETECTABLE_FDR, FORMAT, HIT
 from crlseq.run.tables import (
     edge_table,
     intervention_table,
@@ -62,7 +62,7 @@ def tables_of(
     programs = program_table(data.genes, read.loading, read.total_effect, sparse is not None)
     interventions = intervention_table(
         data.perturbation_names, found.target, found.weight, found.shift, found.retention, found.noise_scale,
-        target_support, *_penetrance(discovery, len(found.target)), tests,
+        target_support, _hit(discovery, len(found.target)), tests,
     )  # fmt: skip
     edges = edge_table(dag.weights, dag.declared, edge_support, dag.identification.verdict)
     evaluation = evaluate_held_out(model, data, config.training.seed)
@@ -128,13 +128,15 @@ def _support_of_graph(discovery: Discovery, stability: Stability) -> tuple[np.nd
     return discovery.ordering.support, discovery.ordering.ancestor
 
 
-def _penetrance(discovery: Discovery | None, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Share of hit cells (K,) and its standard error, NaN where hit and escaped cells cannot be told apart."""
-    share, error = np.full(n, np.nan), np.full(n, np.nan)
+def _hit(discovery: Discovery | None, n: int) -> dict[str, np.ndarray]:
+    """`HIT`: shares (K,) of hit cells and of what perturbations leave in place, with errors, NaN where they cannot be told."""
+    found = {name: np.full(n, np.nan) for name in HIT}
     if discovery is not None and discovery.ordering is not None:
-        for k, hit in discovery.ordering.hits.items():
-            share[discovery.acting[k]], error[discovery.acting[k]] = hit.share, hit.error
-    return share, error
+        shares = {k: (hit.share, hit.error) for k, hit in discovery.ordering.hits.items()}
+        for name, own in (("penetrance", shares), ("retained", discovery.ordering.retained)):
+            for k, (share, error) in own.items():
+                found[name][discovery.acting[k]], found[f"{name}_error"][discovery.acting[k]] = share, error
+    return found
 
 
 def _pairs(ordering: Ordering, sign: np.ndarray) -> pd.DataFrame:
