@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from crlseq.discovery.changes import Changes
 from crlseq.discovery.hits import Floats
-from crlseq.discovery.pairs import SEEN, Bools
+from crlseq.discovery.pairs import POWER, SEEN, SIZE, Bools, Pairs
 from crlseq.storage.stage_cache import cached_on_disk
 
 PRICE = 12.0  # chi-square that an edge must be worth
@@ -28,6 +28,7 @@ PRICE_BESIDE = 9.0  # the same beside edges of every program that it may go thro
 LEAST_ERROR = 0.03  # linear equations are no better than that
 LEVEL, LEVEL_SPREAD, SPREAD = 0.75, 0.25, 0.1
 LEAST_OWN, MOST_OWN = 0.1, 1.0  # of Omega's diagonal
+NEEDED = 2.0  # standard errors of an edge that was found by likelihood
 SILENT = 0.15  # change of a variance that says nothing
 STEPS = 50
 
@@ -142,18 +143,18 @@ class _Problem:
         return square / max(1, int(self.seen.sum()) - len(self.edges) - len(self.pairs))
 
 
-def _problem(found: Changes, edges: Bools, hidden: Bools) -> _Problem:
+def _problem(e: Floats, error: Floats, edges: Bools, hidden: Bools) -> _Problem:
     """Edges (p, p) and hidden pairs (p, p), symmetric, to be fitted to E."""
-    error = np.hypot(found.e_error, LEAST_ERROR)
+    error = np.hypot(error, LEAST_ERROR)
     seen = np.isfinite(error) & ~np.eye(len(error), dtype=bool)
     pairs = [(j, k) for j, k in zip(*np.nonzero(hidden | hidden.T), strict=True) if j < k]
-    return _Problem(found.e, error, seen, list(zip(*np.nonzero(edges & seen), strict=True)), pairs)
+    return _Problem(e, error, seen, list(zip(*np.nonzero(edges & seen), strict=True)), pairs)
 
 
 def direct_edges(found: Changes, ordered: Bools, hidden: Bools) -> Direct:
     """G within the pairs ``ordered`` (p, p) and Omega on the pairs ``hidden`` (p, p), symmetric."""
     p = len(found.e)
-    problem = _problem(found, ordered, hidden)
+    problem = _problem(found.e, found.e_error, ordered, hidden)
     start = problem.start()
     while True:
         theta, covariance, square = problem.fit(start)
@@ -181,12 +182,28 @@ def beside_mediators(found: Changes, direct: Direct, reach: Bools, possible: Boo
         own = np.flatnonzero(edges[:, i]).tolist()
         more = edges.copy()
         more[:, i] |= reach[own].any(0) & possible[:, i]
-        problem = _problem(found, more, direct.hidden != 0)
+        problem = _problem(found.e, found.e_error, more, direct.hidden != 0)
         theta, covariance, square = problem.fit(problem.start())
         worth = dict(zip(problem.edges, problem.worth(theta, covariance), strict=True))
         price = PRICE_BESIDE * max(1.0, problem.misfit(square)) ** 2
         left[own, i] = [worth[j, i] >= price for j in own]
     return left
+
+
+def unconfirmed(pairs: Pairs, edges: Bools) -> Bools:
+    """Those of ``edges`` (p, p), found in another way, that what interventions change does not need, and could have shown.
+
+    With E fitted by all of them, such an edge is within `NEEDED` standard errors of 0, although its pair is decided, or an
+    effect of `SIZE` would be seen with 80 % power.
+    """
+    problem = _problem(-pairs.change, pairs.error, edges, np.zeros_like(edges))
+    theta, covariance, _ = problem.fit(problem.start())
+    decided, against = ~pairs.have("undecided"), np.zeros_like(edges)
+    for i, (edge, worth) in enumerate(zip(problem.edges, problem.worth(theta, covariance), strict=True)):
+        size = abs(theta[i] * theta[edge[0] - len(edges) - 1])
+        shown = (NEEDED + POWER) * size < SIZE * np.sqrt(worth)
+        against[edge] = worth < NEEDED**2 and (decided[edge] or shown)
+    return against
 
 
 def through_silent(found: Changes, direct: Direct, known: Bools) -> Bools:

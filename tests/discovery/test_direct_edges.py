@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from crlseq.discovery.changes import Changes
-from crlseq.discovery.direct_edges import _Problem, beside_mediators, direct_edges, through_silent
+from crlseq.discovery.direct_edges import _Problem, beside_mediators, direct_edges, through_silent, unconfirmed
 from crlseq.discovery.hits import Floats
+from crlseq.discovery.pairs import STATUSES, judge_pairs
 
 GRAPH = np.zeros((4, 4))
 GRAPH[0, 1], GRAPH[1, 2], GRAPH[0, 3] = 0.8, -0.9, 0.7
@@ -100,6 +101,16 @@ def test_the_price_beside_mediators_grows_with_the_misfit() -> None:
     assert beside_mediators(changes, found, NONE, NONE).sum() == 3
     changes.e[[3, 3, 3], [0, 1, 2]] = 0.5, -0.5, 0.5  # five errors where no edge may be
     assert not beside_mediators(changes, found, NONE, NONE).any()
+
+
+def test_edges_of_the_likelihood_that_interventions_speak_against() -> None:
+    edges = GRAPH != 0
+    edges[0, 2] = edges[3, 2] = True  # a shortcut of a chain, and one that is nowhere seen
+    pairs = judge_pairs(seen(GRAPH, 0.75 * np.eye(4), error=0.05))
+    np.testing.assert_array_equal(unconfirmed(pairs, edges), edges & (GRAPH == 0))
+    # An effect of 0.3 is seen with 80 % power if its error is below 0.3 / 2.84, and these pairs are decided by nothing.
+    blind = replace(pairs, error=pairs.error + 0.3, status=np.full((4, 4), STATUSES.index("undecided")))
+    assert not unconfirmed(blind, edges).any()
 
 
 def test_a_share_of_a_variance_is_at_most_all_of_it() -> None:
