@@ -7,7 +7,9 @@ exogenous variables of every environment, but for x_i under do(i), which loses w
     E[k, i] = Cov(x_k, x_i | do(i), hit cells) - Cov(x_k, x_i | controls) = -(Omega T)[k, i],      k != i.
 
 Whatever all environments share cancels: background that nobody perturbs, noise. A mere shift changes nothing, a soft
-intervention a part; escaped cells scale it, since their mixture varies along the shift and touches Var(x_i) alone.
+intervention a part; escaped cells scale it, since their mixture varies along the shift and touches Var(x_i) alone. With
+cells weighted by their posterior r, what is left of it is sum r^2 (s - mu)^2 / sum r (s - mu)^2, as E(x_k | s) is r times
+that of hit cells.
 
 Covariances beside x_i do not change, D[j, k] = 0 for j, k != i. What they do change by in the sample is noise that
 E shares, so that it is taken off (control variates; b are the slopes of x_i on the x_k that it is seen to lose):
@@ -50,7 +52,7 @@ class Perturbed:
     shift: Floats  # (p,) of hit cells where they are told apart, else of all
     hit: Hit
     along: Floats  # (p,) its cells' scores are x @ along
-    scale: float  # share of E that it shows: 1 of hit cells, else the share of them
+    scale: float  # share of E that it shows: that of hit cells, where they are told apart among those taken for hit
     value: Floats  # (p,) E[:, target] times scale; at the target the change of its variance
     variance: Floats  # (p,) that its own cells leave
     escaped: Floats  # (p,) mean of escaped cells where they are told apart, else 0
@@ -147,9 +149,13 @@ def _sample(cells: Floats, c0: Floats, inverse: Floats, i: int) -> _Sample | Non
     if hit.told:
         posterior = hit.posterior(scores)
         weight = posterior / posterior.sum()
+        spread = posterior * (scores - hit.mean) ** 2
+        scale = float(
+            posterior @ spread / spread.sum()
+        )  # escaped cells among them, as far as they look hit, show nothing
         shift, n_escaped = weight @ cells, float((1 - posterior).sum())
         escaped = (1 - posterior) @ cells / max(n_escaped, 1e-9)
-        return _Sample(cells - shift, weight, np.zeros_like(mean), 0.0, shift, hit, along, 1.0, escaped, n_escaped)
+        return _Sample(cells - shift, weight, np.zeros_like(mean), 0.0, shift, hit, along, scale, escaped, n_escaped)
     lean, z = mean / mean[i], cells - mean
     lean[i] = 0
     wider = float((z[:, i] ** 2).mean() - c0[i, i]) / float(mean[i])
