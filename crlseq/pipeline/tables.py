@@ -58,11 +58,12 @@ def tables_of(
     found = find_interventions(model, read, _with_claims(tests, config))
     dag = find_dag(model, read, config.model, discovery)
     edge_support, target_support, program_support = _support(discovery, len(read.scale), len(found.target))
+    penetrance = np.full((2, len(found.target)), np.nan) if discovery is None else discovery.penetrance
     sparse = model.decoder if isinstance(model.decoder, SparseDecoder) else None
     programs = program_table(data.genes, read.loading, read.total_effect, sparse is not None)
     interventions = intervention_table(
         data.perturbation_names, found.target, found.weight, found.shift, found.retention, found.noise_scale,
-        target_support, *_penetrance(discovery, len(found.target)), tests,
+        target_support, penetrance[0], penetrance[1], tests,
     )  # fmt: skip
     edges = edge_table(dag.weights, dag.declared, edge_support, dag.identification.verdict)
     evaluation = evaluate_held_out(model, data, config.training.seed)
@@ -126,15 +127,6 @@ def _support_of_graph(discovery: Discovery, stability: Stability) -> tuple[np.nd
     if discovery.ordering is None or discovery.verdict.by_likelihood:
         return stability.edge.numpy(), stability.ancestor.numpy()
     return discovery.ordering.support, discovery.ordering.ancestor
-
-
-def _penetrance(discovery: Discovery | None, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Share of hit cells (K,) and its standard error, NaN where hit and escaped cells cannot be told apart."""
-    share, error = np.full(n, np.nan), np.full(n, np.nan)
-    if discovery is not None and discovery.ordering is not None:
-        for k, hit in discovery.ordering.hits.items():
-            share[discovery.acting[k]], error[discovery.acting[k]] = hit.share, hit.error
-    return share, error
 
 
 def _pairs(ordering: Ordering, sign: np.ndarray) -> pd.DataFrame:

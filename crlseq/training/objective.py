@@ -104,6 +104,7 @@ class Objective:
         self.source = CellSource(data, self.device, self.dtype)
         self.table = torch.from_numpy(data.perturbation_table()).to(self.device)
         self.linear_output = model.log_noise is not None and model.decoder.output_activation == "identity"
+        self.mixed = bool((model.penetrance < 1).any())  # some cells escaped their perturbation
         self.anchored = anchor is not None
         if anchor is not None:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
@@ -140,18 +141,25 @@ class Objective:
         """Unweighted terms, each a scalar; of a part, its share. Noise is drawn for the whole batch, whoever computes it."""
         n_draws = 1 if self.model.log_noise is None else 2
         eps = [self._draws((*step.whole, self.model.scm.graph.shape[0]), generator) for _ in range(n_draws)]
+        uniform = None
+        if self.mixed:
+            shape = (*step.whole, step.conditions.shape[1])
+            uniform = torch.rand(shape, generator=generator, dtype=self.dtype, device=self.device)
         if step.share is None:
-            return self._terms(step, eps)
-        terms = self._terms(step, [draws[step.share.own] for draws in eps])
+            return self._terms(step, eps, uniform)
+        own = step.share.own
+        terms = self._terms(step, [draws[own] for draws in eps], None if uniform is None else uniform[own])
         shares = {"mmd": step.share.of_conditions, "graph": step.share.of_conditions}
         return {name: shares.get(name, step.share.of_cells) * term for name, term in terms.items()}
 
-    def _terms(self, step: Step, eps: list[Tensor]) -> dict[str, Tensor]:
+    def _terms(self, step: Step, eps: list[Tensor], uniform: Tensor | None) -> dict[str, Tensor]:
         means: tuple[Tensor, Tensor] | None
+        conditions, both = step.conditions, (eps[0], eps[-1])
+        hit = None if uniform is None else uniform < self.model.chance(conditions)[:, None]
         if isinstance(step.cells, StepCells):
-            terms, means = sparse_loss_terms(self.model, step.cells, step.conditions, (eps[0], eps[1]), self.kernel)
+            terms, means = sparse_loss_terms(self.model, step.cells, conditions, both, self.kernel, hit)
         else:
-            terms, means = self._dense(step.conditions, *step.cells, step.mask, eps)
+            terms, means = self._dense(conditions, *step.cells, step.mask, both, hit)
         if step.anchors is not None and means is not None:
             pairs, n_genes = zip(means, step.anchors, strict=True), self.source.data.n_genes
             sides = [anchor_term(m, a, self.anchor_variance, n_genes, step.mask) for m, a in pairs]
@@ -159,14 +167,20 @@ class Objective:
         return terms
 
     def _dense(
-        self, conditions: Tensor, control: Tensor, perturbed: Tensor, mask: Tensor | None, eps: list[Tensor]
+        self,
+        conditions: Tensor,
+        control: Tensor,
+        perturbed: Tensor,
+        mask: Tensor | None,
+        eps: tuple[Tensor, Tensor],
+        hit: Tensor | None,
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """Terms, and with Gaussian noise the posterior means of both sides."""
-        output = self.model(control, conditions, eps[0])
+        output = self.model(control, conditions, eps[0], hit)
         terms = loss_terms(self.model, output, control, perturbed, self.kernel, mask)
         if self.model.log_noise is None:
             return terms, None
-        inference = self.model.infer(perturbed, conditions, eps[1])
+        inference = self.model.infer(perturbed, conditions, eps[1], hit is not None)
         for name, value in interventional_terms(self.model, inference, perturbed, mask).items():
             terms[name] = (terms[name] + value) / 2
         return terms, (output.mean, inference.mean)

@@ -126,16 +126,17 @@ def difference(found: Any, expected: Any) -> float:
     width=st.integers(2, 20), intervention=st.sampled_from(["soft", "hard", "shift"]),
     equations=st.sampled_from(["linear", "nonlinear"]), sparse=st.booleans(),
     estimator=st.sampled_from(["unbiased", "biased"]), n_gene_sets=st.sampled_from([0, 7]),
-    decoder=st.sampled_from(["dense", "sparse"]),
+    decoder=st.sampled_from(["dense", "sparse"]), penetrance=st.sampled_from([1.0, 0.5]),
 )  # fmt: skip
 def test_both_forms_agree(
     seed: int, n_genes: int, p: int, n_conditions: int, width: int,
-    intervention: str, equations: str, sparse: bool, estimator: Any, n_gene_sets: int, decoder: str,
+    intervention: str, equations: str, sparse: bool, estimator: Any, n_gene_sets: int, decoder: str, penetrance: float,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     data = screen(rng, n_genes, p + 1, sparse)
     cells, config = batch(rng, n_conditions, width, data), ModelConfig(mmd_estimator=estimator)
     made = model(seed, n_genes, p, p + 1, intervention, equations, n_gene_sets, decoder)
+    made.penetrance[::2] = penetrance
     dense = value_and_gradient(made, data, config, False, cells, torch.float64)
     assert difference(value_and_gradient(made, data, config, True, cells, torch.float64), dense) < 1e-9
 

@@ -14,7 +14,7 @@ from crlseq.config import ModelConfig
 from crlseq.data.batches import BatchIndex
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.losses import Kernel, loss_terms
+from crlseq.model.losses import Kernel, loss_terms, mmd_squared
 from crlseq.training.objective import CellSource, Objective
 from crlseq.training.warm_start import Anchor
 
@@ -188,3 +188,21 @@ def test_rows_of_the_screen_come_in_the_shape_of_their_indices() -> None:
     rows = source.dense(np.array([[0, 4], [1, 1]]))
     assert rows.dtype == torch.float32 and rows.shape == (2, 2, 2)
     assert rows[0, 1].tolist() == [4, 1] and torch.equal(rows[1, 0], rows[1, 1])
+
+
+@pytest.mark.parametrize("penetrance", [1.0, 0.4])
+def test_who_is_hit_is_drawn_after_the_noise_where_cells_escape(penetrance: float) -> None:
+    made = model()
+    made.penetrance.fill_(penetrance)
+    generator, expected = seeded(), seeded()
+    found = objective(made)
+    terms = found(found.prepare(BATCH), generator)
+    for _ in range(2):
+        torch.randn(1, 2, 2, generator=expected, dtype=torch.float64)
+    if penetrance < 1:
+        hit = torch.rand(1, 2, 1, generator=expected, dtype=torch.float64) < penetrance
+        control, perturbed = torch.from_numpy(X[None, :2]), torch.from_numpy(X[None, 2:4])
+        virtual = made(control, torch.tensor([[0]]), torch.from_numpy(draws()[0])[None], hit).virtual
+        kernel = Kernel(1.0, ModelConfig().mmd_kernels)
+        assert terms["mmd"].item() == pytest.approx(mmd_squared(virtual, perturbed, kernel).item())
+    assert torch.equal(generator.get_state(), expected.get_state())
