@@ -141,13 +141,14 @@ def _pairs(ordering: Ordering, sign: np.ndarray) -> pd.DataFrame:
 
 
 def _second_targets(discovery: Discovery, data: PerturbSeqData, sign: np.ndarray) -> pd.DataFrame | None:
-    """``second_targets.csv``; ``sign`` (p,) of the latents' programs."""
+    """``second_targets.csv``; ``sign`` (p,) of the latents' programs. Shifts of hit cells: of all cells, over penetrance."""
     second, acting = discovery.second, discovery.acting
     if second is None:
         return None
     names = np.asarray(data.perturbation_names, dtype=object)[acting]
+    share = np.nan_to_num(discovery.penetrance[0][acting], nan=1.0)[:, None]
     return second_target_table(
-        names, discovery.target[acting], second.shift * sign, second.error, second.z * sign, second.fdr
+        names, discovery.target[acting], second.shift * sign / share, second.error / share, second.z * sign, second.fdr
     )
 
 
