@@ -169,39 +169,46 @@ class DiscrepancyVAE(nn.Module):
             yield weight / total, perturbations.new_tensor([hit]), (uniform >= below) & (uniform < above)
             below = above
 
-    def infer(self, x: Tensor, perturbations: Tensor, eps: Tensor, mixed: bool = False) -> Inference:
+    def infer(self, x: Tensor, perturbations: Tensor, eps: Tensor, hit: Tensor | None = None) -> Inference:
         """Perturbed cells under their own condition: posterior of z, reconstruction, divergence from the prior.
 
         The interventional evidence lower bound: with u of the posterior and z_c = SCM_c^-1(u) the noise that gives
         it under the condition, log q(u | x) - log p_c(u) = sum_k (z_c^2 - eps^2 - log variance) / 2 + log scale of z_c
         (both SCMs are triangular with unit slope), one draw per cell. Cells x are (C, B, G), the rest as in `forward`;
-        where they are ``mixed``, some of them escaped.
+        ``hit`` (C, B) are the cells' probabilities to have been hit, NaN where they are not known, None where all were.
         """
         mean, variance = self.encoder(x)
         weights = self.target_weights(perturbations)
         u = self.scm(mean + variance.sqrt() * eps)
-        chance = self.chance_of_latents(perturbations, weights) if mixed else None
-        divergence = self.divergence(u, self.scm.mechanism(perturbations, weights), eps, variance, chance)
+        changed = None if hit is None else self.changed(perturbations, weights, hit)
+        divergence = self.divergence(u, self.scm.mechanism(perturbations, weights), eps, variance, changed)
         return Inference(mean, self.decoder(u), divergence)
 
     def divergence(
-        self, u: Tensor, mechanism: Mechanism, eps: Tensor, variance: Tensor, chance: Tensor | None = None
+        self, u: Tensor, mechanism: Mechanism, eps: Tensor, variance: Tensor, changed: Tensor | None = None
     ) -> Tensor:
         """(C, B) one draw of KL(q(u | x) || p_c(u)), see `infer`; all (C, B, p) but the mechanism.
 
-        With the ``chance`` (C, p) of each latent's equation to be changed p_c is a mixture, equation by equation, with
-        that of control cells: exactly where the parts of a condition have different targets.
+        With the probability ``changed`` (C, B, p) of each equation to have been changed in a cell log p_c is the mean over
+        that: the bound of EM, whose posterior is given. (Under the mixture itself, whose posterior depends on u, an encoder
+        learns to read hit cells as escaped ones, nearer to 0.)
         """
         z = self.scm.abduct(u, mechanism)
-        if chance is None:
+        if changed is None:
             return 0.5 * (z**2 - eps**2 - variance.log()).sum(-1) + mechanism.log_scale.sum(-1)[..., None]
-        changed = chance.log()[:, None] - 0.5 * z**2 - mechanism.log_scale[:, None]
-        untouched = (1 - chance).log()[:, None] - 0.5 * self.scm.abduct(u) ** 2
-        return -(torch.logaddexp(changed, untouched) + 0.5 * (eps**2 + variance.log())).sum(-1)
+        of_hit, of_escaped = 0.5 * z**2 + mechanism.log_scale[:, None], 0.5 * self.scm.abduct(u) ** 2
+        prior = changed * of_hit + (1 - changed) * of_escaped
+        return (prior - 0.5 * (eps**2 + variance.log())).sum(-1)
 
-    def chance_of_latents(self, perturbations: Tensor, target_weights: Tensor) -> Tensor:
-        """Probability (C, p) that conditions (C, M) with weights (C, M, p) change a latent's equation; 1 of no target."""
-        return (1 - target_weights.detach() * (1 - self.chance(perturbations))[..., None]).prod(1)
+    def changed(self, perturbations: Tensor, target_weights: Tensor, hit: Tensor) -> Tensor:
+        """Probability (C, B, p) that conditions (C, M) with weights (C, M, p) changed a cell's equation; 1 of no target.
+
+        Of cells whose probability ``hit`` (C, B) is known by that, of others by the penetrance.
+        """
+        weights = target_weights * (perturbations >= 0).to(target_weights.dtype)[..., None]
+        by_chance = (1 - weights * (1 - self.chance(perturbations))[..., None]).prod(1)[:, None]
+        known = 1 - weights.sum(1)[:, None] * (1 - hit.nan_to_num())[..., None]
+        return torch.where(hit.isnan()[..., None], by_chance, known)
 
     def target_weights(self, perturbations: Tensor) -> Tensor:
         """(...) int64 perturbations to (..., p) target weights at the model's temperature."""

@@ -83,6 +83,7 @@ class Step:
     mask: Tensor | None  # (C, B)
     cells: StepCells | tuple[Tensor, Tensor]  # or dense rows (C, B, G) of controls and of perturbed cells
     anchors: Tensor | None  # (2, C, B, p) what their latents are held to
+    hit: Tensor | None  # (C, B) probabilities of perturbed cells to have been hit, NaN unknown
     whole: tuple[int, int]  # (C, B) of the batch
     share: StepShare | None  # what of it is computed; None for all
 
@@ -104,10 +105,12 @@ class Objective:
         self.source = CellSource(data, self.device, self.dtype)
         self.table = torch.from_numpy(data.perturbation_table()).to(self.device)
         self.linear_output = model.log_noise is not None and model.decoder.output_activation == "identity"
-        self.mixed = bool((model.penetrance < 1).any())  # some cells escaped their perturbation
         self.anchored = anchor is not None
+        # Some cells escaped, which a discovery has found.
+        self.mixed = self.anchored and bool((model.penetrance < 1).any())
         if anchor is not None:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
+            self.hit = torch.from_numpy(anchor.hit).to(self.device, self.dtype)
             self.anchor_variance = torch.from_numpy(anchor.variance).to(self.device, self.dtype)
 
     def of(self, model: DiscrepancyVAE) -> Objective:
@@ -122,7 +125,7 @@ class Objective:
         With ``own`` conditions of the batch the terms are this part's share: those of parts that make up the batch add up
         to its terms.
         """
-        share, whole = None, batch.mask.shape
+        share, hit, whole = None, None, batch.mask.shape
         if own is not None:
             of_conditions, of_cells = len(own) / len(batch.mask), float(batch.mask[own].sum() / batch.mask.sum())
             # A part without conditions computes one for a share of 0: its gradients are there, as those of the others.
@@ -134,8 +137,9 @@ class Objective:
         dense, anchors = self.source.dense, None
         cells = self._cells(batch) if self.linear_output else (dense(batch.control), dense(batch.perturbed))
         if self.anchored:
-            anchors = self.anchors[torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)]
-        return Step(conditions, mask, cells, anchors, whole, share)
+            pairs = torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)
+            anchors, hit = self.anchors[pairs], self.hit[pairs[1]]
+        return Step(conditions, mask, cells, anchors, hit, whole, share)
 
     def __call__(self, step: Step, generator: torch.Generator) -> dict[str, Tensor]:
         """Unweighted terms, each a scalar; of a part, its share. Noise is drawn for the whole batch, whoever computes it."""
@@ -154,8 +158,9 @@ class Objective:
 
     def _terms(self, step: Step, eps: list[Tensor], uniform: Tensor | None) -> dict[str, Tensor]:
         means: tuple[Tensor, Tensor] | None
-        conditions, both = step.conditions, (eps[0], eps[-1])
-        hit = None if uniform is None else uniform < self.model.chance(conditions)[:, None]
+        conditions, both, hit = step.conditions, (eps[0], eps[-1]), None
+        if uniform is not None and step.hit is not None:
+            hit = uniform < self.model.chance(conditions)[:, None], step.hit
         if isinstance(step.cells, StepCells):
             terms, means = sparse_loss_terms(self.model, step.cells, conditions, both, self.kernel, hit)
         else:
@@ -173,14 +178,15 @@ class Objective:
         perturbed: Tensor,
         mask: Tensor | None,
         eps: tuple[Tensor, Tensor],
-        hit: Tensor | None,
+        hit: tuple[Tensor, Tensor] | None,
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """Terms, and with Gaussian noise the posterior means of both sides."""
-        output = self.model(control, conditions, eps[0], hit)
+        virtual_hit, perturbed_hit = (None, None) if hit is None else hit
+        output = self.model(control, conditions, eps[0], virtual_hit)
         terms = loss_terms(self.model, output, control, perturbed, self.kernel, mask)
         if self.model.log_noise is None:
             return terms, None
-        inference = self.model.infer(perturbed, conditions, eps[1], hit is not None)
+        inference = self.model.infer(perturbed, conditions, eps[1], perturbed_hit)
         for name, value in interventional_terms(self.model, inference, perturbed, mask).items():
             terms[name] = (terms[name] + value) / 2
         return terms, (output.mean, inference.mean)

@@ -49,10 +49,13 @@ class WarmStart:
 
 @dataclass(frozen=True)
 class Anchor:
-    """What the encoder shall not forget: noise z (cells, p) that was found, and the variance (p,) it is known with."""
+    """What the network shall not forget of cells: noise z (cells, p) that was found, the variance (p,) it is known with, and
+    the probability ``hit`` (cells,) of each to have been hit, NaN where it cannot be told.
+    """
 
     z: np.ndarray
     variance: np.ndarray
+    hit: np.ndarray
 
 
 @torch.no_grad()
@@ -93,7 +96,8 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
         _write(model.log_noise, np.log(np.maximum(noise, least_noise(noise))))
     noises = np.zeros((len(data.split), p), dtype=np.float32)
     noises[discovery.index] = model.scm.abduct(torch.from_numpy(discovery.latents).to(model.scm.graph.dtype)).numpy()
-    return Anchor(noises, measured)
+    hit = np.full(len(data.split), np.nan) if discovery.hit is None else discovery.hit
+    return Anchor(noises, measured, hit)
 
 
 def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) -> None:

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -91,31 +90,26 @@ def test_where_all_parts_hit_nothing_changes() -> None:
     conditions = torch.tensor([[0, 1], [1, -1]])
     plain, mixed = made(x, conditions, eps), made(x, conditions, eps, torch.ones(2, 7, 2, dtype=torch.bool))
     assert torch.equal(plain.virtual, mixed.virtual) and torch.equal(plain.latents, mixed.latents)
-    divergence = [made.infer(x, conditions, eps, mixed).divergence for mixed in (False, True)]
-    torch.testing.assert_close(*divergence)
 
 
 @torch.no_grad()
-def test_the_prior_of_a_condition_is_the_mixture() -> None:
-    """log p(u) of two programs hit independently, as normal densities."""
+def test_the_prior_of_a_cell_is_a_mean_over_what_hit_it() -> None:
+    """Of a combination by the penetrances, of a single perturbation by what is known of the cell."""
     made = model(0.75, 0.5)
-    x = np.array([[0.3, -1.2], [2.0, 1.0]])
-    variance = math.log(2)  # softplus of 0
-    made.encoder.variance.weight.zero_()
-    made.encoder.variance.bias.zero_()
-    eps = np.array([[0.1, 0.4], [-1.0, 0.7]])
-    z = x + math.sqrt(variance) * eps
-    u = np.column_stack([z[:, 0], z[:, 1] + EDGE * z[:, 0]])
-
-    def normal(value: np.ndarray, mean: np.ndarray | float) -> np.ndarray:
-        return np.exp(-0.5 * (value - mean) ** 2) / math.sqrt(2 * math.pi)
-
-    of_condition = (0.75 * normal(u[:, 0], SHIFT_A) + 0.25 * normal(u[:, 0], 0.0)) * (
-        0.5 * normal(u[:, 1], SHIFT_B) + 0.5 * normal(u[:, 1], EDGE * u[:, 0])
+    weights = torch.eye(2, dtype=torch.float64).expand(2, 2, 2)
+    hit = torch.tensor([[math.nan, math.nan], [0.2, 1.0]], dtype=torch.float64)
+    changed = made.changed(torch.tensor([[0, 1], [0, -1]]), weights, hit)
+    torch.testing.assert_close(
+        changed, torch.tensor([[[0.75, 0.5]] * 2, [[0.2, 1], [1, 1]]], dtype=torch.float64)
+    )  # fmt: skip
+    x, eps = torch.randn(2, 1, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    both = torch.tensor([[0, -1]])
+    as_hit, as_control, between = (
+        made.infer(x, both, eps, torch.full((1, 5), share, dtype=torch.float64)).divergence for share in (1.0, 0.0, 0.2)
     )
-    of_posterior = (normal(eps, 0.0) / math.sqrt(variance)).prod(1)
-    found = made.infer(torch.from_numpy(x)[None], torch.tensor([[0, 1]]), torch.from_numpy(eps)[None], mixed=True)
-    np.testing.assert_allclose(found.divergence[0], np.log(of_posterior / of_condition), rtol=1e-6)
+    torch.testing.assert_close(as_hit, made.infer(x, both, eps).divergence)
+    torch.testing.assert_close(as_control, made.infer(x, torch.tensor([[-1, -1]]), eps).divergence)
+    torch.testing.assert_close(between, 0.2 * as_hit + 0.8 * as_control)
 
 
 @torch.no_grad()

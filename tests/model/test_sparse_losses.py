@@ -91,7 +91,8 @@ def model(
 
 def objective(made: DiscrepancyVAE, data: Screen, config: ModelConfig, sparse: bool, draws: torch.dtype) -> Objective:
     """The objective in either form; draws are made in `draws`, so that dtypes compare."""
-    anchor = Anchor(np.zeros((200, made.scm.graph.shape[0])), np.full(made.scm.graph.shape[0], 0.5))
+    hit = np.where(np.arange(200) % 3, np.linspace(0, 1, 200), np.nan)
+    anchor = Anchor(np.zeros((200, made.scm.graph.shape[0])), np.full(made.scm.graph.shape[0], 0.5), hit)
     found = Objective(made, data, config, 30.0, anchor)  # type: ignore[arg-type]
     assert found.linear_output
     found.linear_output = sparse

@@ -62,7 +62,11 @@ def test_the_parts_of_a_step_add_up_to_it(data, preset, n_ranks, penetrance) -> 
     n_perturbations = len(data.perturbation_names)
     model = DiscrepancyVAE(**architecture_of(config, data.n_genes, 3, n_perturbations)).double()
     model.penetrance[::2] = penetrance
-    anchor = Anchor(np.zeros((len(data.split), 3)), np.full(3, 0.5)) if preset == "default" else None
+    anchor = (
+        Anchor(np.zeros((len(data.split), 3)), np.full(3, 0.5), np.full(len(data.split), np.nan))
+        if preset == "default"
+        else None
+    )
     objective = Objective(model, data, config, 30.0, anchor)
     cells = [own[: 200 if c == 0 else 6 + 3 * c] for c, own in enumerate(data.cells_by_condition(splits.TRAIN))]
     rng = np.random.default_rng(1)
