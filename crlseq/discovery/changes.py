@@ -37,6 +37,7 @@ LEAST_VARIANCE = 0.1  # of a product's mean: a share of what it is in control ce
 PRIOR_DEGREES = 4.0  # of freedom, that perturbations of a target agree
 LOST = 2.5  # standard errors from which a change enters the control variates
 SEEN = 2.0  # standard errors from which a change carries the error of another axis
+RETAINED = 3.0  # standard errors from which a change tells how much of it a perturbation leaves
 UNKNOWN_CUT = 0.5  # |change of Var(x_i)| where no perturbation shows it
 
 
@@ -111,6 +112,24 @@ def measure_changes(x: Floats, environment: NDArray[np.int64], targets: NDArray[
     error = np.sqrt(variance + turned.T * own_cut + turned.T @ seen - np.diag(turned)[:, None] * seen)
     error[np.bincount(targets, minlength=p) == 0] = np.inf  # their axes are arbitrary
     return Changes(e, error, cut, c0 * (1 - np.eye(p)), beside, outliers, by_target)
+
+
+def retained(found: Changes) -> dict[int, tuple[float, float]]:
+    """By perturbation, the share that it leaves in place of the clearest change E[k, i] of its target i, and its standard
+    error: 1 less its own change over the median of those that are at least half of the largest.
+
+    For targets with a clear change and several perturbations.
+    """
+    kept = {}
+    for i, group in enumerate(found.by_target):
+        z = np.abs(found.e[:, i]) / found.e_error[:, i]
+        k = int(z.argmax())
+        if len(group) > 1 and z[k] > RETAINED:
+            own = np.array([one.value[k] / one.scale for one in group]) * np.sign(found.e[k, i])
+            whole = float(np.median(own[own >= own.max() / 2]))
+            for one, change in zip(group, own, strict=True):
+                kept[one.perturbation] = 1 - float(change) / whole, float(np.sqrt(one.variance[k])) / one.scale / whole
+    return kept
 
 
 def _sample(cells: Floats, c0: Floats, inverse: Floats, i: int) -> _Sample | None:

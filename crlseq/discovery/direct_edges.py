@@ -7,7 +7,8 @@ over G on pairs that are ordered or in a cycle (D is 1 without one: an intervent
 on pairs with a hidden common cause, and the level, by damped Gauss-Newton. Edges that are not worth their price go, the
 cheapest first, a quarter of them at a time. The diagonal of Omega is the share of a program's variance over control cells
 that is its own, times the share of its parents' effect that an intervention takes away: with it at 1, where it is less, a
-chain j -> k -> i asks for an edge j -> i.
+chain j -> k -> i asks for an edge j -> i. An edge that was dropped may leave its effect to an ancestor's: one is direct if it
+is worth its price beside free edges of all that it may go through (`beside_mediators`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from numpy.typing import NDArray
 
 from crlseq.discovery.changes import Changes
 from crlseq.discovery.hits import Floats
-from crlseq.discovery.pairs import SEEN, Bools
+from crlseq.discovery.pairs import POWER, SEEN, SIZE, Bools, Pairs
 from crlseq.storage.stage_cache import cached_on_disk
 
 PRICE = 12.0  # chi-square that an edge must be worth
+PRICE_BESIDE = 9.0  # the same beside edges of every program that it may go through
 LEAST_ERROR = 0.03  # linear equations are no better than that
 LEVEL, LEVEL_SPREAD, SPREAD = 0.75, 0.25, 0.1
-LEAST_OWN = 0.1  # of Omega's diagonal
+LEAST_OWN, MOST_OWN = 0.1, 1.0  # of Omega's diagonal
+NEEDED = 2.0  # standard errors of an edge that was found by likelihood
 SILENT = 0.15  # change of a variance that says nothing
 STEPS = 50
 
@@ -107,7 +110,7 @@ class _Problem:
             h, gradient, before = jacobian.T @ jacobian, jacobian.T @ rest, float(rest @ rest)
             step = np.linalg.solve(h + damping * np.diag(np.diag(h)), gradient)
             new = np.asarray(theta - step, dtype=np.float64)
-            new[-len(self.e) - 1 :] = np.maximum(new[-len(self.e) - 1 :], LEAST_OWN)
+            new[-len(self.e) - 1 :] = np.clip(new[-len(self.e) - 1 :], LEAST_OWN, MOST_OWN)
             trial = self.residuals(new)
             after = float(trial[0] @ trial[0])
             if after > before:
@@ -135,14 +138,23 @@ class _Problem:
         """The same without these edges."""
         return replace(self, edges=[edge for i, edge in enumerate(self.edges) if i not in set(gone.tolist())])
 
+    def misfit(self, square: float) -> float:
+        """Chi-square per degree of freedom."""
+        return square / max(1, int(self.seen.sum()) - len(self.edges) - len(self.pairs))
+
+
+def _problem(e: Floats, error: Floats, edges: Bools, hidden: Bools) -> _Problem:
+    """Edges (p, p) and hidden pairs (p, p), symmetric, to be fitted to E."""
+    error = np.hypot(error, LEAST_ERROR)
+    seen = np.isfinite(error) & ~np.eye(len(error), dtype=bool)
+    pairs = [(j, k) for j, k in zip(*np.nonzero(hidden | hidden.T), strict=True) if j < k]
+    return _Problem(e, error, seen, list(zip(*np.nonzero(edges & seen), strict=True)), pairs)
+
 
 def direct_edges(found: Changes, ordered: Bools, hidden: Bools) -> Direct:
     """G within the pairs ``ordered`` (p, p) and Omega on the pairs ``hidden`` (p, p), symmetric."""
     p = len(found.e)
-    error = np.hypot(found.e_error, LEAST_ERROR)
-    seen = np.isfinite(error) & ~np.eye(p, dtype=bool)
-    pairs = [(j, k) for j, k in zip(*np.nonzero(hidden | hidden.T), strict=True) if j < k]
-    problem = _Problem(found.e, error, seen, list(zip(*np.nonzero(ordered & seen), strict=True)), pairs)
+    problem = _problem(found.e, found.e_error, ordered, hidden)
     start = problem.start()
     while True:
         theta, covariance, square = problem.fit(start)
@@ -155,8 +167,43 @@ def direct_edges(found: Changes, ordered: Bools, hidden: Bools) -> Direct:
     deviation = np.full((p, p), np.nan)
     for i, edge in enumerate(problem.edges):
         deviation[edge] = np.sqrt(covariance[i, i])
-    freedom = max(1, int(seen.sum()) - n - len(pairs))
-    return Direct(effect, deviation, omega - np.diag(np.diag(omega)), square / freedom)
+    return Direct(effect, deviation, omega - np.diag(np.diag(omega)), problem.misfit(square))
+
+
+def beside_mediators(found: Changes, direct: Direct, reach: Bools, possible: Bools) -> Bools:
+    """Edges j -> i (p, p) of ``direct`` that are worth their price beside free edges k -> i, where ``possible`` (p, p), of
+    every k that j may ``reach`` (p, p).
+
+    The price grows with the misfit beyond 1, and errors do: what the fit leaves is no noise, and may lie in one edge.
+    """
+    edges = direct.effect != 0
+    left: Bools = edges.copy()
+    for i in np.flatnonzero(edges.any(0)).tolist():
+        own = np.flatnonzero(edges[:, i]).tolist()
+        more = edges.copy()
+        more[:, i] |= reach[own].any(0) & possible[:, i]
+        problem = _problem(found.e, found.e_error, more, direct.hidden != 0)
+        theta, covariance, square = problem.fit(problem.start())
+        worth = dict(zip(problem.edges, problem.worth(theta, covariance), strict=True))
+        price = PRICE_BESIDE * max(1.0, problem.misfit(square)) ** 2
+        left[own, i] = [worth[j, i] >= price for j in own]
+    return left
+
+
+def unconfirmed(pairs: Pairs, edges: Bools) -> Bools:
+    """Those of ``edges`` (p, p), found in another way, that what interventions change does not need, and could have shown.
+
+    With E fitted by all of them, such an edge is within `NEEDED` standard errors of 0, although its pair is decided, or an
+    effect of `SIZE` would be seen with 80 % power.
+    """
+    problem = _problem(-pairs.change, pairs.error, edges, np.zeros_like(edges))
+    theta, covariance, _ = problem.fit(problem.start())
+    decided, against = ~pairs.have("undecided"), np.zeros_like(edges)
+    for i, (edge, worth) in enumerate(zip(problem.edges, problem.worth(theta, covariance), strict=True)):
+        size = abs(theta[i] * theta[edge[0] - len(edges) - 1])
+        shown = (NEEDED + POWER) * size < SIZE * np.sqrt(worth)
+        against[edge] = worth < NEEDED**2 and (decided[edge] or shown)
+    return against
 
 
 def through_silent(found: Changes, direct: Direct, known: Bools) -> Bools:

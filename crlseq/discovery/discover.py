@@ -16,11 +16,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch.nn.functional import one_hot
+from torch import Tensor
 
 from crlseq.data import splits
 from crlseq.discovery.bootstrap import Stability, bootstrap
 from crlseq.discovery.components import whitened_components
+from crlseq.discovery.direct_edges import unconfirmed
 from crlseq.discovery.edges import Edges
 from crlseq.discovery.kind_comparison import KindComparison, compare_kinds, without_graph
 from crlseq.discovery.likelihood import Solution, fit_linear
@@ -151,10 +152,10 @@ def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple
 
 def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Ordering) -> Judged:
     """The verdict on all evidence, and the edges of the likelihood that it leaves: none unless it grants them."""
-    edges = comparison.edges
+    edges, gone = confirmed(comparison.edges, ordering)
     of_graph = misfit(edges.solution)
-    pairs = counted(ordering, implied_changes(edges.solution, ordering))
-    evidence = replace(comparison.evidence, misfit=of_graph, pairs=pairs)
+    left = comparison.evidence.n_edges - gone
+    evidence = replace(comparison.evidence, n_edges=left, n_gone=gone, misfit=of_graph, pairs=counted(ordering))
     verdict = judge(evidence)
     if not verdict.by_likelihood and edges.solution.model.intervention.graph != "nothing":
         edges = without_graph(edges)
@@ -167,20 +168,14 @@ def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Order
     return edges, verdict, of_verdict.dispersion, stability
 
 
-def implied_changes(solution: Solution, ordering: Ordering) -> np.ndarray:
-    """(p, p) changes E that a solution implies for its direct edges, in the coordinates of the ordering; 0 elsewhere."""
-    covariance = solution.model.environments(solution.theta, solution.targets)[1][0]
-    axes, targets = torch.from_numpy(ordering.axes), solution.targets[0]
-    change = axes.T @ (covariance[1:] - covariance[0]) @ axes  # (K, p, p)
-    weight = one_hot(targets, len(ordering.axes.T)).to(change.dtype) * solution.model.moments.counts[1:, None]
-    of_target = torch.einsum("cki,ci->ki", change, weight) / weight.sum(0).clamp_min(1)
-    return (of_target * (solution.adjacency() != 0)).numpy()
+def confirmed(edges: Edges, ordering: Ordering) -> tuple[Edges, int]:
+    """The graph without the edges that what interventions change speaks against, and how many those are."""
+    gone = unconfirmed(ordering.pairs, (edges.adjacency != 0).numpy())
+    return _without(edges, torch.from_numpy(gone)), int(gone.sum())
 
 
-def counted(ordering: Ordering, implied: np.ndarray) -> PairCounts:
-    """How many pairs have each status, and how many edges of the likelihood they contradict: those with ``implied``
-    changes (p, p) that would have been seen.
-    """
+def counted(ordering: Ordering) -> PairCounts:
+    """How many pairs have each status."""
     pairs = ordering.pairs
     excluded, both = pairs.have("excluded"), pairs.have("both ways")
     return PairCounts(
@@ -190,7 +185,6 @@ def counted(ordering: Ordering, implied: np.ndarray) -> PairCounts:
         excluded=int(excluded.sum()),
         undecided=int(pairs.have("undecided").sum()),
         detectable=float(np.median(pairs.detectable[excluded])) if excluded.any() else float("inf"),
-        disagreeing=int((excluded & (np.abs(implied) > pairs.detectable)).sum()),
     )
 
 
@@ -213,9 +207,12 @@ def measure_support(task: Task, cells: Cells, edges: Edges) -> Stability | None:
 
 def supported(edges: Edges, stability: Stability) -> Edges:
     """The graph refitted without edges of little support."""
-    declared = edges.adjacency != 0
-    left = declared & (stability.edge >= DECLARED_SUPPORT)
-    if bool((left == declared).all()):
+    return _without(edges, (edges.adjacency != 0) & (stability.edge < DECLARED_SUPPORT))
+
+
+def _without(edges: Edges, gone: Tensor) -> Edges:
+    """The graph refitted without some edges (p, p)."""
+    if not bool(gone.any()):
         return edges
-    solution = edges.solution.refitted(mask=edges.solution.mask * left)
+    solution = edges.solution.refitted(mask=edges.solution.mask * ~gone)
     return replace(edges, solution=solution, adjacency=solution.adjacency())

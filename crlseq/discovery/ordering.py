@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from crlseq.discovery.assumptions import broken_assumptions
 from crlseq.discovery.axes import exogenous_axes, shifts_outside
-from crlseq.discovery.changes import Changes, measure_changes
-from crlseq.discovery.direct_edges import Direct, direct_edges, through_silent
+from crlseq.discovery.changes import Changes, measure_changes, retained
+from crlseq.discovery.direct_edges import Direct, beside_mediators, direct_edges, through_silent
 from crlseq.discovery.hits import Floats, Hit
-from crlseq.discovery.pairs import Bools, Pairs, judge_pairs
+from crlseq.discovery.pairs import SEEN, Bools, Pairs, judge_pairs
 from crlseq.storage.stage_cache import cached_on_disk
 from crlseq.threads import in_parallel
 
@@ -33,6 +33,7 @@ class Ordering:
     declared: Bools  # (p, p) direct edges between pairs that pass every guard; a DAG
     hits: dict[int, Hit]  # by perturbation: the mixture of hit and escaped cells, where they are told apart
     along: dict[int, Floats]  # (q,) their scores are (y - center) @ along
+    retained: dict[int, tuple[float, float]]  # share of its target's change that a perturbation leaves, and its error
     robust: Bools  # (p, p) pairs that are called whatever is left out, see `crlseq.discovery.robustness`
     support: Floats  # (p, p) share of replicates that declare the edge again; NaN without replicates
     ancestor: Floats  # (p, p) likewise the pair to be upstream
@@ -81,7 +82,8 @@ def order_programs(y: Floats, environment: Ints, targets: Ints, p: int) -> Order
     n_control = int((environment == 0).sum())
     warnings = broken_assumptions(found, pairs, shifts_outside(y, x, environment), n_control)
     unknown = np.full((p, p), np.nan)
-    return Ordering(center, axes, pairs, direct, declared, hits, along, robust, unknown, unknown, warnings)
+    kept = retained(found)
+    return Ordering(center, axes, pairs, direct, declared, hits, along, kept, robust, unknown, unknown, warnings)
 
 
 def with_support(
@@ -115,7 +117,10 @@ def _direct(found: Changes, pairs: Pairs) -> tuple[Direct, Bools]:
     ordered = _acyclic(upstream | likely | (z > MAYBE), np.where(upstream, np.inf, np.where(likely, BEFORE + z, z)))
     both = pairs.have("both ways")
     direct = direct_edges(found, ordered | (both & ~pairs.hidden), both & pairs.hidden)
-    return direct, (direct.effect != 0) & upstream & ~through_silent(found, direct, upstream | likely)
+    edges = direct.effect != 0
+    possible = ~(pairs.have("excluded") | upstream.T | edges.T)
+    left = beside_mediators(found, direct, edges | upstream | likely | both | (z > SEEN), possible)
+    return direct, left & upstream & ~through_silent(found, direct, upstream | likely)
 
 
 def _acyclic(edges: Bools, z: Floats) -> Bools:

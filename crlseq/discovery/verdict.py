@@ -52,7 +52,6 @@ class PairCounts:
     excluded: int
     undecided: int
     detectable: float  # smallest change that would have been seen, in the median excluded pair
-    disagreeing: int  # edges of the likelihood that the pairs contradict
 
 
 @cached_on_disk()
@@ -62,12 +61,13 @@ class Evidence:
 
     kind: InterventionKind  # of the interventions under which it was selected
     asked_without_graph: InterventionKind | None  # the kind that was asked for, if its likelihood fits any graph
-    n_edges: int
+    n_edges: int  # that what interventions change does not speak against
     gain: float  # log-likelihood of held-out cells over that of the best model without edges
     error: float  # standard error of the gain
     misfit: Misfit | None = None  # of the model with the graph; None while unknown
     support: float | None = None  # largest of a selected edge; None without a bootstrap
     pairs: PairCounts | None = None  # what interventions change; None while unknown
+    n_gone: int = 0  # further edges, which it speaks against
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -88,6 +88,8 @@ def judge(evidence: Evidence) -> Verdict:
 def _objection(evidence: Evidence) -> str | None:
     """The first reason not to believe the graph."""
     gain = f"{evidence.gain:+.0f} ± {evidence.error:.0f} log-likelihood units"
+    if evidence.n_gone > evidence.n_edges:
+        return f"{evidence.n_gone} of {_of(evidence.n_gone + evidence.n_edges, 'edge')} of the likelihood would have shown a change under intervention, and did not."
     if evidence.n_edges == 0:
         return f"No edge improves the fit enough to be selected. {ANY_GRAPH}"
     if not evidence.gain > DECISIVE * evidence.error:
@@ -98,8 +100,6 @@ def _objection(evidence: Evidence) -> str | None:
         return f"The model fits poorly (misfit {evidence.misfit.value:.2f}; ideal 1.0), so the edges' gain ({gain}) may be an artefact."
     if evidence.pairs is not None and evidence.pairs.both_ways:
         return f"{_of(evidence.pairs.both_ways, 'pair')} of programs change each other: a hidden common cause, a cycle or nonlinear equations, which the likelihood does not know."
-    if evidence.pairs is not None and evidence.pairs.disagreeing:
-        return f"{_of(evidence.pairs.disagreeing, 'edge')} of the likelihood would have shown a change under intervention, and did not."
     if evidence.support is not None and evidence.support < DECLARED_SUPPORT:
         return f"The bootstrap removed the last edge: no selected edge recurs in at least half of the replicates (highest support {evidence.support:.2f})."
     return None

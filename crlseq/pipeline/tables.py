@@ -28,7 +28,7 @@ from crlseq.readout.ensemble import read_model, seed_agreement
 from crlseq.readout.explained import effect_explained, variance_explained
 from crlseq.readout.pathways import explained_by_sets, pathway_table
 from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs
-from crlseq.run.schema import DETECTABLE_FDR, FORMAT
+from crlseq.run.schema import DETECTABLE_FDR, FORMAT, HIT
 from crlseq.run.tables import (
     edge_table,
     intervention_table,
@@ -58,12 +58,11 @@ def tables_of(
     found = find_interventions(model, read, _with_claims(tests, config))
     dag = find_dag(model, read, config.model, discovery)
     edge_support, target_support, program_support = _support(discovery, len(read.scale), len(found.target))
-    penetrance = np.full((2, len(found.target)), np.nan) if discovery is None else discovery.penetrance
     sparse = model.decoder if isinstance(model.decoder, SparseDecoder) else None
     programs = program_table(data.genes, read.loading, read.total_effect, sparse is not None)
     interventions = intervention_table(
         data.perturbation_names, found.target, found.weight, found.shift, found.retention, found.noise_scale,
-        target_support, penetrance[0], penetrance[1], tests,
+        target_support, _hit(discovery, len(found.target)), tests,
     )  # fmt: skip
     edges = edge_table(dag.weights, dag.declared, edge_support, dag.identification.verdict)
     evaluation = evaluate_held_out(model, data, config.training.seed)
@@ -127,6 +126,16 @@ def _support_of_graph(discovery: Discovery, stability: Stability) -> tuple[np.nd
     if discovery.ordering is None or discovery.verdict.by_likelihood:
         return stability.edge.numpy(), stability.ancestor.numpy()
     return discovery.ordering.support, discovery.ordering.ancestor
+
+
+def _hit(discovery: Discovery | None, n: int) -> dict[str, np.ndarray]:
+    """`HIT`: shares (K,) of hit cells and of what perturbations leave in place, with errors, NaN where they cannot be told."""
+    found = {name: np.full(n, np.nan) for name in HIT}
+    if discovery is not None and discovery.ordering is not None:
+        found["penetrance"], found["penetrance_error"] = discovery.penetrance
+        for c, (share, error) in discovery.ordering.retained.items():
+            found["retained"][discovery.acting[c]], found["retained_error"][discovery.acting[c]] = share, error
+    return found
 
 
 def _pairs(ordering: Ordering, sign: np.ndarray) -> pd.DataFrame:

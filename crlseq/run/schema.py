@@ -30,7 +30,9 @@ COLUMNS: dict[str, dict[str, type]] = {
         "pearson_delta_mean": float, "l2_training": float, "l2_mean": float,
     },
 }  # fmt: skip
-HIT: dict[str, type] = {"penetrance": float, "penetrance_error": float}  # of interventions, since format 2
+HIT: dict[str, type] = {  # of interventions, since format 2
+    "penetrance": float, "penetrance_error": float, "retained": float, "retained_error": float,
+}  # fmt: skip
 PAIR_COLUMNS: dict[str, type] = {
     "source": str, "target": str, "change": float, "se": float, "z": float, "z_reversed": float, "fdr": float,
     "status": str, "guards": str, "detectable": float, "robust": bool,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from crlseq.run.schema import DETECTABLE_FDR
+from crlseq.run.schema import DETECTABLE_FDR, HIT
 
 LABEL_DRIVERS = 3
 
@@ -46,11 +46,10 @@ def intervention_table(
     retention: np.ndarray,
     noise_scale: np.ndarray,
     support: np.ndarray,
-    penetrance: np.ndarray,
-    penetrance_error: np.ndarray,
+    hit: Mapping[str, np.ndarray],
     tests: Mapping[str, np.ndarray],
 ) -> pd.DataFrame:
-    """One row per single perturbation; all arguments (K,) but ``weight`` (K, p)."""
+    """One row per single perturbation; all arguments (K,), ``hit`` the columns of `HIT`, but ``weight`` (K, p)."""
     names = np.asarray([*program_names(weight.shape[1]), ""], dtype=object)  # the last: -1, no claim
     return pd.DataFrame({
         "perturbation": np.asarray(perturbations, dtype=object),
@@ -64,8 +63,7 @@ def intervention_table(
         "energy_distance": tests["energy"],
         "noise_scale": noise_scale,
         "support": support,
-        "penetrance": penetrance,
-        "penetrance_error": penetrance_error,
+        **{name: hit[name] for name in HIT},
     })  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from crlseq.discovery.changes import MIN_CELLS, measure_changes
+from crlseq.discovery.changes import MIN_CELLS, measure_changes, retained
 from crlseq.discovery.hits import Floats
 from tests.component_screens import component_screen
 
@@ -62,6 +62,27 @@ def test_a_chain_by_hand() -> None:
     found = measure_changes(np.concatenate(cells), np.repeat(np.arange(4), [500, 400, 400, 400]), np.arange(3))
     shown = np.stack([found.by_target[i][0].value for i in range(3)], 1)
     np.testing.assert_allclose(shown[~np.eye(3, dtype=bool)], [-0.8, 0.4, 0, 0.5, 0, 0], atol=1e-9)
+
+
+def test_what_a_perturbation_retains_of_what_the_others_take() -> None:
+    rng = np.random.default_rng(0)
+    shares = {1: [0.0, 0.0, 0.5, 1.0], 2: [0.0], 0: [0.0, 0.0]}  # of their parents' effect, by target
+    cells = [exactly(rng, np.zeros(3), np.linalg.inv(np.eye(3) - CHAIN).T @ np.linalg.inv(np.eye(3) - CHAIN), 20_000)]
+    targets = [i for i, kept in shares.items() for _ in kept]
+    for i, kept in shares.items():
+        for share in kept:
+            graph = CHAIN.copy()
+            graph[:, i] *= share
+            total = np.linalg.inv(np.eye(3) - graph)
+            cells.append(exactly(rng, SHIFT * total[i], total.T @ total, 2_000))
+    environment = np.repeat(np.arange(len(cells)), [len(own) for own in cells])
+    x = np.vstack(cells) @ (np.eye(3) - CHAIN)
+    found = retained(measure_changes(x, environment, np.array(targets)))
+    assert set(found) == {0, 1, 2, 3}  # one has no other beside it, and a root loses nothing
+    for c, expected in enumerate([0.0, 0.0, 0.5, 1.0]):
+        share, error = found[c]
+        assert share == pytest.approx(expected, abs=3 * error)
+        assert error < 0.15
 
 
 @pytest.mark.parametrize("options", [{}, {"kept": 0.5}, {"kept": 1.0}, {"own": 0.3}])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from crlseq.discovery.changes import Changes
-from crlseq.discovery.direct_edges import _Problem, direct_edges, through_silent
+from crlseq.discovery.direct_edges import _Problem, beside_mediators, direct_edges, through_silent, unconfirmed
 from crlseq.discovery.hits import Floats
+from crlseq.discovery.pairs import STATUSES, judge_pairs
 
 GRAPH = np.zeros((4, 4))
 GRAPH[0, 1], GRAPH[1, 2], GRAPH[0, 3] = 0.8, -0.9, 0.7
@@ -77,6 +78,46 @@ def test_an_edge_through_a_program_whose_parents_no_intervention_shows() -> None
     np.testing.assert_array_equal(np.argwhere(hard), [[0, 2]])
     soft = through_silent(replace(changes, cut=cut + np.array([0.5, 0, 0.5, 0.5])), found, NONE)
     assert not soft.any()  # nobody's noise changes: 1 is a root
+
+
+def test_an_edge_is_direct_if_it_is_worth_its_price_beside_what_it_may_go_through() -> None:
+    graph = np.zeros((4, 4))
+    graph[0, 1], graph[1, 2] = 0.8, 0.9
+    changes = seen(graph, 0.75 * np.eye(4))
+    changes.e_error[:, 2] = 0.2
+    changes.e[:3, 2] = -1.0, -0.4, 0.0  # 5 and 2 errors
+    found = direct_edges(changes, ORDER, NONE)
+    np.testing.assert_array_equal(np.argwhere(found.effect), [[0, 1], [0, 2]])
+    # Beside 1 -> 2 what is left of 1 is 1 - 0.8 * 0.4, with an error of 0.2 |(1, 0.8)|: 2.7 errors.
+    left = beside_mediators(changes, found, found.effect != 0, ORDER)
+    np.testing.assert_array_equal(np.argwhere(left), [[0, 1]])
+    excluded = ORDER & ~(np.arange(4)[:, None] == 1)
+    np.testing.assert_array_equal(beside_mediators(changes, found, ORDER, excluded), found.effect != 0)
+
+
+def test_the_price_beside_mediators_grows_with_the_misfit() -> None:
+    changes = seen(GRAPH, 0.75 * np.eye(4), error=0.1)
+    found = direct_edges(changes, ORDER, NONE)
+    assert beside_mediators(changes, found, NONE, NONE).sum() == 3
+    changes.e[[3, 3, 3], [0, 1, 2]] = 0.5, -0.5, 0.5  # five errors where no edge may be
+    assert not beside_mediators(changes, found, NONE, NONE).any()
+
+
+def test_edges_of_the_likelihood_that_interventions_speak_against() -> None:
+    edges = GRAPH != 0
+    edges[0, 2] = edges[3, 2] = True  # a shortcut of a chain, and one that is nowhere seen
+    pairs = judge_pairs(seen(GRAPH, 0.75 * np.eye(4), error=0.05))
+    np.testing.assert_array_equal(unconfirmed(pairs, edges), edges & (GRAPH == 0))
+    # An effect of 0.3 is seen with 80 % power if its error is below 0.3 / 2.84, and these pairs are decided by nothing.
+    blind = replace(pairs, error=pairs.error + 0.3, status=np.full((4, 4), STATUSES.index("undecided")))
+    assert not unconfirmed(blind, edges).any()
+
+
+def test_a_share_of_a_variance_is_at_most_all_of_it() -> None:
+    problem = _Problem(
+        *(getattr(seen(GRAPH, 2 * np.eye(4)), n) for n in ("e", "e_error")), ~np.eye(4, dtype=bool), [(0, 1)], []
+    )
+    assert problem.fit(problem.start())[0][1:].max() <= 1
 
 
 def test_edges_that_are_not_worth_their_price_go() -> None:

@@ -31,6 +31,8 @@ def test_without_an_objection_the_kind_decides(kind: Any, answer: Answer, unknow
     ("change", "words"),
     [
         ({"n_edges": 0}, ["No edge"]),
+        ({"n_gone": 4}, ["4 of 7 edges", "under intervention"]),
+        ({"n_edges": 0, "n_gone": 1}, ["1 of 1 edge "]),
         ({"gain": 40.0}, ["held-out cells", "+40 ± 20", "2 standard errors"]),
         ({"gain": -3.0}, ["held-out cells", "-3 ± 20"]),
         ({"gain": float("nan")}, ["held-out cells"]),
@@ -45,6 +47,10 @@ def test_one_objection_is_enough(kind: Any, change: dict[str, Any], words: list[
     assert verdict.answer == "not identified" and not verdict.grants_graph
     for word in words:
         assert word in verdict.reason
+
+
+def test_a_graph_stays_that_loses_fewer_edges_than_it_keeps() -> None:
+    assert judge(replace(GOOD, n_gone=3)).grants_graph
 
 
 def test_an_edge_in_half_of_the_replicates_is_enough() -> None:
