@@ -18,12 +18,20 @@ BESIDE, MANY_BESIDE = 5.0, 2  # |z| of changes where there are none, and how man
 DOSE = -5.0  # log-likelihood of the same change at all doses less that of one in proportion
 
 
-def broken_assumptions(found: Changes, pairs: Pairs, outside: float, n_control: int) -> tuple[str, ...]:
-    """Sentences, most consequential first; ``outside`` is `crlseq.discovery.axes.shifts_outside`."""
+def broken_assumptions(
+    found: Changes, pairs: Pairs, outside: float, n_control: int, n_alike: int = 0
+) -> tuple[str, ...]:
+    """Sentences, most consequential first; ``outside`` is `crlseq.discovery.axes.shifts_outside`, ``n_alike`` the number of
+    pairs of programs that are `crlseq.discovery.axes.alike`.
+    """
     p = len(found.e)
     upper = np.triu_indices(p, 1)
     both, seen = pairs.have("both ways")[upper], np.abs(found.e) > CALL * found.e_error
     doubts = []
+    if n_alike:
+        doubts.append(
+            f"{_pairs(n_alike)} of programs move{'s' if n_alike == 1 else ''} nearly the same genes: a program may be split in two. Ask for fewer programs with --n-latents."
+        )
     if outside > OUTSIDE:
         doubts.append(
             f"Conditions differ in ways that no program explains (chi-square {outside:.1f} per degree of freedom, 1 by chance). If the screen has batches, name their column with --batch-key."

@@ -23,6 +23,7 @@ GRID = 121  # points over which a consensus is integrated
 OUTLIERS, OUTLIER_SIZE = 0.2, 0.05  # start of rho and of tau^2
 RARE = (1.0, 9.0)  # outlying and other slopes that the prior of rho is worth
 LEAST_SIZE = 0.003  # of tau^2
+SIMILAR, SAME = 0.9, 0.97  # cosines of lines: parts of one program have those, parents and children hardly the first
 NO_VARIANCE = 1e-12  # of the largest of a component
 
 
@@ -121,6 +122,14 @@ def shifts_outside(y: Floats, x: Floats, environment: NDArray[np.int64]) -> floa
         white = shift @ _whitening(values[environment == 0])
         total += sign * float(((white**2).sum(1) / (1 / n[1:][there] + 1 / n[0])).sum())
     return float(total / (there.sum() * (y.shape[1] - x.shape[1])))
+
+
+def alike(axes: Floats, cosine: float) -> NDArray[np.bool_]:
+    """Pairs of programs (p, p) whose lines, along which components (q,) move with them, have more than this cosine."""
+    line = np.linalg.pinv(axes)
+    line /= np.maximum(np.linalg.norm(line, axis=1, keepdims=True), 1e-300)
+    same: NDArray[np.bool_] = (np.abs(line @ line.T) > cosine) & ~np.eye(len(line), dtype=bool)
+    return same
 
 
 def _whitening(y: Floats) -> Floats:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from crlseq.data import splits
+from crlseq.discovery.axes import SIMILAR, alike
 from crlseq.discovery.bootstrap import Stability, bootstrap
 from crlseq.discovery.components import whitened_components
 from crlseq.discovery.direct_edges import unconfirmed
@@ -170,7 +171,7 @@ def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Order
 
 def confirmed(edges: Edges, ordering: Ordering) -> tuple[Edges, int]:
     """The graph without the edges that what interventions change speaks against, and how many those are."""
-    gone = unconfirmed(ordering.pairs, (edges.adjacency != 0).numpy())
+    gone = unconfirmed(ordering.pairs, (edges.adjacency != 0).numpy(), alike(ordering.axes, SIMILAR))
     return _without(edges, torch.from_numpy(gone)), int(gone.sum())
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crlseq.discovery.assumptions import broken_assumptions
-from crlseq.discovery.axes import exogenous_axes, shifts_outside
+from crlseq.discovery.axes import SAME, alike, exogenous_axes, shifts_outside
 from crlseq.discovery.changes import Changes, measure_changes, retained
 from crlseq.discovery.direct_edges import Direct, beside_mediators, direct_edges, through_silent
 from crlseq.discovery.hits import Floats, Hit
@@ -80,7 +80,8 @@ def order_programs(y: Floats, environment: Ints, targets: Ints, p: int) -> Order
     along = {one.perturbation: axes @ one.along for one in told}
     robust = np.zeros((p, p), dtype=bool)  # not tried
     n_control = int((environment == 0).sum())
-    warnings = broken_assumptions(found, pairs, shifts_outside(y, x, environment), n_control)
+    same = int(alike(axes, SAME).sum()) // 2
+    warnings = broken_assumptions(found, pairs, shifts_outside(y, x, environment), n_control, same)
     unknown = np.full((p, p), np.nan)
     kept = retained(found)
     return Ordering(center, axes, pairs, direct, declared, hits, along, kept, robust, unknown, unknown, warnings)

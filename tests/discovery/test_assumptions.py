@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from crlseq.discovery.ordering import order_programs
@@ -34,3 +35,12 @@ def test_a_broken_assumption_is_named(sentence: str, options: dict[str, Any]) ->
 def test_sound_screens_have_no_warning() -> None:
     for options in ({}, {"kept": 0.5}, {"kept": 1.0}, {"n": 100, "n_control": 1000}):
         assert not any(warnings(seed, **options) for seed in range(2))
+
+
+def test_a_program_in_two_parts_is_named() -> None:
+    screen = component_screen(0)
+    targets = screen.targets.copy()
+    targets[np.flatnonzero(targets == 0)[::2]] = 8
+    found = order_programs(screen.y, screen.environment, targets, 9)
+    assert "1 pair of programs moves nearly the same genes" in " ".join(found.warnings)
+    assert not found.declared[[0, 8]].any() and not found.declared[:, [0, 8]].any()

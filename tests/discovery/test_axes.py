@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from crlseq.discovery.axes import consensus, environment_means, exogenous_axes, shifts_outside
+from crlseq.discovery.axes import alike, consensus, environment_means, exogenous_axes, shifts_outside
 from tests.component_screens import component_screen
 
 
@@ -66,3 +66,10 @@ def test_shifts_outside_the_axes_tell_batches() -> None:
         found.append(shifts_outside(screen.y, (screen.y - center) @ axes, screen.environment))
     assert 0.6 < found[0] < 1.3
     assert found[1] > 4
+
+
+def test_lines_that_are_nearly_one() -> None:
+    lines = np.array([[1.0, 0.0, 0.0], [0.96, 0.28, 0.0], [0.0, 0.8, 0.6]])  # cosines .96, 0 and .224
+    expected = np.zeros((3, 3), dtype=bool)
+    expected[0, 1] = expected[1, 0] = True
+    np.testing.assert_array_equal(alike(np.linalg.pinv(lines) * [1.0, -7.0, 0.2], 0.95), expected)

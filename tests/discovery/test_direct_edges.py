@@ -107,10 +107,14 @@ def test_edges_of_the_likelihood_that_interventions_speak_against() -> None:
     edges = GRAPH != 0
     edges[0, 2] = edges[3, 2] = True  # a shortcut of a chain, and one that is nowhere seen
     pairs = judge_pairs(seen(GRAPH, 0.75 * np.eye(4), error=0.05))
-    np.testing.assert_array_equal(unconfirmed(pairs, edges), edges & (GRAPH == 0))
+    np.testing.assert_array_equal(unconfirmed(pairs, edges, NONE), edges & (GRAPH == 0))
     # An effect of 0.3 is seen with 80 % power if its error is below 0.3 / 2.84, and these pairs are decided by nothing.
     blind = replace(pairs, error=pairs.error + 0.3, status=np.full((4, 4), STATUSES.index("undecided")))
-    assert not unconfirmed(blind, edges).any()
+    assert not unconfirmed(blind, edges, NONE).any()
+    alike = NONE.copy()
+    alike[0, 3] = alike[3, 0] = True
+    found = unconfirmed(blind, edges, alike)
+    assert found[0, 2] and found[3, 2] and not found[1, 2]
 
 
 def test_a_share_of_a_variance_is_at_most_all_of_it() -> None:
