@@ -78,9 +78,6 @@ class DataConfig(_Section):
     validation_cells: float = _field(
         0.1, "Share of each condition's cells that early stopping is judged by.", gt=0.0, lt=0.5
     )
-    responders: bool = _flag(
-        False, "Exclude cells that look unperturbed; effects come out larger.", switch="--responders/--all-cells"
-    )
     embeddings: str | None = _flag(
         None,
         "Table of gene vectors (CSV, TSV or h5ad), from which `predict` extrapolates to genes never perturbed.",

@@ -43,7 +43,7 @@ def pairs_of(run: Run, truth: dict[str, object]) -> pd.DataFrame:
 
     def predicted(parts: Sequence[int]) -> np.ndarray:
         rows = np.array([judged.known[part][0] for part in parts])
-        return np.asarray(act(rows).mean(0) - control_cells.mean(0))
+        return np.asarray(act(rows)[1].mean(0) - control_cells.mean(0))
 
     single = {c[0]: _dense(judged.train.x[judged.train.condition == i]).mean(0) - control for i, c in enumerate(judged.conditions) if len(c) == 1}  # fmt: skip
     of_model = {part: predicted([part]) for part in single}

@@ -127,7 +127,7 @@ def test_every_column_is_described(folders: list[Path], name: str) -> None:
 
 # Described as a whole: what is within has names from the data, or a page of its own.
 WHOLE = {
-    *("config", "packages", "guides", "responders", "gene_sets", "conditions[].cells"),
+    *("config", "packages", "guides", "gene_sets", "conditions[].cells"),
     *("discovery.held_out", "discovery.n_latents_curve", "discovery.pairs.counts"),
 }
 
@@ -169,7 +169,7 @@ def element_names(adata: ad.AnnData) -> set[str]:
 
 def test_every_anndata_key_is_described(run_folder: Path, screen_file: Path) -> None:
     added = element_names(ad.read_h5ad(run_folder / "crlseq.h5ad")) - element_names(ad.read_h5ad(screen_file))
-    optional = {'obs["crlseq_perturbation"]', 'obs["crlseq_responder"]'}
+    optional = {'obs["crlseq_perturbation"]'}
     assert set(table("AnnData keys")) == added | optional
     assert {f'obs["{name}"]' for name in CELL_COLUMNS} == {key for key in added if key.startswith("obs[")} | optional
 

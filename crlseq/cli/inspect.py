@@ -186,7 +186,7 @@ def program(
         show_table(table.astype({"n_cells": "Int64"}), "")
         return
     show_text("\n".join([*_heading(found), ""]))
-    show_table(drivers, "Perturbations that target it (shift in standard deviations of the program)")
+    show_table(drivers, "Perturbations that target it (shift of hit cells, in standard deviations of the program)")
     show_table(up, "Genes that rise with it")
     show_table(down, "Genes that fall with it")
     if len(sets):
@@ -225,7 +225,7 @@ def interventions(run: RunFolder, json: AsJson = False) -> None:
     found = load(run).interventions
     program = found["program"].where(found["program"] != "")  # perturbations without a claim come last
     order = program.str[1:].astype(float).sort_values(kind="stable").index
-    show_table(found.loc[order], "Interventions (shift in standard deviations of the program)", json)
+    show_table(found.loc[order], "Interventions (shift of hit cells, in standard deviations of the program)", json)
 
 
 @app.command()

@@ -22,8 +22,11 @@ def predict(
     source: Annotated[
         Path | None, setting("File with the control cells to start from.", "--from", default="the run")
     ] = None,
+    hit_cells: Annotated[
+        bool, switch("--hit-cells", "Predict hit cells alone. By default cells escape as often as in the screen.")
+    ] = False,
     counterfactual: Annotated[
-        bool, switch("--counterfactual", "Write each cell with and without the intervention, in pairs.")
+        bool, switch("--counterfactual", "Write each cell with and without the intervention, in pairs; all are hit.")
     ] = False,
     seed: Annotated[int, setting("Seed of the random draws.", min=0)] = 0,
     force: Force = False,
@@ -40,7 +43,8 @@ def predict(
         raise InputError(f"{output} is an input of the prediction.", "Choose another --output.")
     tell = (lambda text: None) if quiet else say
     virtual = predict_cells(
-        found, perturbation, source=source, n_cells=n_cells, counterfactual=counterfactual, seed=seed,
+        found, perturbation, source=source, n_cells=n_cells, hit_cells=hit_cells, counterfactual=counterfactual,
+        seed=seed,
         note=lambda text: tell(f"note: {text}"),
     )  # fmt: skip
     with written_whole(output) as beside:

@@ -1,6 +1,6 @@
 """What was discovered, in the terms of a screen: latents in order, interventions by perturbation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from crlseq.discovery.reassign import assign_targets
 from crlseq.discovery.second_targets import SecondTargets
 from crlseq.discovery.task import Cells, Start, Task
 from crlseq.discovery.verdict import Verdict, judge_nonlinear
+from crlseq.model.interventions import INTERVENTIONS
 
 # Declared edges and the model that holds them, the verdict, the misfit of the model that it is about, and support.
 Judged = tuple[Edges, Verdict, float, Stability | None]
 LOG_SCALE = 1.4  # bound of a log noise scale that moments give
+LEAST_VARIANCE = 1e-3  # of hit cells along their target, over that of control cells
 CHUNK = 100_000  # cells whose latents are computed at a time
 
 
@@ -38,7 +40,7 @@ class Discovery:
     adjacency: np.ndarray  # (p, p) weights of the declared edges, row -> column
     intercept: np.ndarray  # (p,) constants of the equations
     target: np.ndarray  # (K,) int64 latent of each perturbation, -1 without a claim
-    shift: np.ndarray  # (K,) what each does to its target; 0 without a claim
+    shift: np.ndarray  # (K,) what each does to its target in hit cells; 0 without a claim
     log_scale: np.ndarray  # (K,) likewise; 0 without a claim
     retention: np.ndarray  # (K,) likewise; 1 without a claim
     kind: InterventionKind  # of intervention that fits
@@ -61,6 +63,14 @@ class Discovery:
     def acting(self) -> np.ndarray:
         """Perturbations that act on a program."""
         return np.flatnonzero(self.target >= 0)
+
+    @property
+    def penetrance(self) -> tuple[np.ndarray, np.ndarray]:
+        """Share of hit cells (K,) and its standard error, NaN where hit and escaped cells cannot be told apart."""
+        share, error = np.full((2, len(self.target)), np.nan)
+        for c, hit in {} if self.ordering is None else self.ordering.hits.items():
+            share[self.acting[c]], error[self.acting[c]] = hit.share, hit.error
+        return share, error
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,7 @@ def linear_result(
     latents = torch.cat([(cells.values[rows].double() - center) @ directions for rows in some])
     order = _topological(adjacency)
     target = np.where(claims.target >= 0, torch.argsort(order).numpy()[claims.target], -1)
-    return Discovery(
+    found = Discovery(
         index=index,
         latents=latents[:, order].numpy(),
         noise=(directions**2 * variances[:, None]).sum(0)[order].numpy(),
@@ -159,6 +169,36 @@ def linear_result(
         second=second.reordered(order.numpy()),
         hit=_hit(task, cells, np.flatnonzero(target >= 0), ordering),
     )
+    return _of_hit_cells(task, found)
+
+
+def _of_hit_cells(task: Task, found: Discovery) -> Discovery:
+    """The interventions of hit cells, where they are told apart: those that were fitted are of all cells.
+
+    With a share pi of hit cells, the mean of a target's own noise over all cells is pi a, and its covariances with its
+    parents fall by pi (1 - r). The noise scale is that of cells weighted by their probability to have been hit, less what
+    control cells vary beyond 1: the error of latents.
+    """
+    assert found.hit is not None
+    share, u = found.penetrance[0], found.latents
+    shift, log_scale, retention = found.shift.copy(), found.log_scale.copy(), found.retention.copy()
+    environment = task.environments(found.acting).numpy()
+    environment[task.data.split != splits.TRAIN] = -1
+    environment = environment[found.index]
+    for c in np.flatnonzero(share[found.acting] > 0):
+        k = found.acting[c]
+        own, target = np.flatnonzero(environment == c + 1), found.target[k]
+        shift[k] /= share[k]
+        retention[k] = max(0.0, 1 - (1 - retention[k]) / share[k])
+        if not INTERVENTIONS[found.kind].scales or len(own) < 2:
+            continue
+        parents = found.adjacency[:, target]
+        noise, weight = u[own, target] - retention[k] * (u[own] @ parents), found.hit[found.index[own]]
+        mean = np.average(noise, weights=weight)
+        error = (u[environment == 0][:, target] - u[environment == 0] @ parents).var() - 1
+        variance = max(np.average((noise - mean) ** 2, weights=weight) - error, LEAST_VARIANCE)
+        log_scale[k] = np.clip(np.log(variance) / 2, -LOG_SCALE, LOG_SCALE)
+    return replace(found, shift=shift, log_scale=log_scale, retention=retention)
 
 
 def _hit(task: Task, cells: Cells, acting: np.ndarray, ordering: Ordering) -> np.ndarray:

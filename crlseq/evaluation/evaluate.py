@@ -153,21 +153,20 @@ class _VirtualControls:
         self.whole, self.batch = dense(cells.x[chosen]), cells.batch[chosen]
         self.cells = self.whole[:, self.compared]
         self.act = abducted(self.model, self.whole, run.facts.seed)
-        self.made: tuple[Indices, np.ndarray] = ((), self.cells)
+        self.made: tuple[Indices, np.ndarray, np.ndarray] = ((), self.cells, self.cells)
         self.scale = torch.tensor([program.scale for program in run.facts.programs], dtype=torch.float64)
 
     def rows(self, parts: Indices) -> tuple[int, ...]:
         """Rows of the model that a condition is the combination of."""
         return tuple(row for part in parts for row in self.known.get(part, ()))
 
-    def virtual(self, parts: Indices) -> np.ndarray:
-        """(controls, genes) virtual cells; parts that were never fitted do nothing."""
+    def virtual(self, parts: Indices) -> tuple[np.ndarray, np.ndarray]:
+        """(controls, genes) virtual cells, and what they are on average over who escaped; parts never fitted do nothing."""
         known = self.rows(parts)
-        if not known:
-            return np.asarray(self.cells)
         if self.made[0] != known:
-            self.made = (known, self.act(np.array(known))[:, self.compared])
-        return self.made[1]
+            made = self.act(np.array(known)) if known else (self.whole, self.whole)
+            self.made = (known, made[0][:, self.compared], made[1][:, self.compared])
+        return self.made[1:]
 
     def axioms(self, queries: list[Indices]) -> dict[str, np.ndarray]:
         """Quality of the counterfactuals of these controls, (conditions,) each; NaN where no part was fitted."""
@@ -183,7 +182,7 @@ class _VirtualControls:
 
     def change(self, parts: Indices, shares: np.ndarray) -> np.ndarray:
         """(genes,) mean change in batches by `shares`: of each batch's cells, so that a draw of few adds little noise."""
-        mean = group_moments(self.virtual(parts) - self.cells, self.batch, len(shares) - 1).mean
+        mean = group_moments(self.virtual(parts)[1] - self.cells, self.batch, len(shares) - 1).mean
         n = self.controls.n[:-1]
         return np.asarray(shares @ np.vstack([mean, (n / n.sum()) @ mean]))
 
@@ -291,7 +290,7 @@ def _compare_cells(
     size = min(len(own) // 2, COMPARED_CELLS)
     n = len(virtual.batch)
     partners = ControlPartners(np.arange(n), np.concatenate([virtual.batch, cells.batch[own]]))
-    made, x = virtual.virtual(parts), dense(cells.x[own])
+    made, x = virtual.virtual(parts)[0], dense(cells.x[own])
     every = partners.draw_shared([np.arange(len(own)) + n], rng)[0]
     some = rng.permutation(len(own))[: 2 * COMPARED_CELLS]
     bandwidth = median_bandwidth(torch.from_numpy(np.concatenate([virtual.cells[every[some]], x[some]])))

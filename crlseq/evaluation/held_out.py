@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,26 +23,37 @@ COMPARED_CELLS = 250  # a side, in distances between cells; more sharpen a compa
 
 
 @torch.no_grad()
-def abducted(model: DiscrepancyVAE, control: np.ndarray, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Control cells (n, G), encoded once, as they would be under perturbations (M,), filled up with -1."""
+def abducted(
+    model: DiscrepancyVAE, control: np.ndarray, seed: int
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Control cells (n, G), encoded once, as they would be under perturbations (M,), filled up with -1.
+
+    Gives (n, G) cells of which some escaped, as many as the penetrance says, and their expectations over who did.
+    """
     weight = model.encoder.hidden.weight
     x = torch.from_numpy(control).to(weight.device, weight.dtype)[None]
     generator = torch.Generator(weight.device).manual_seed(seed)
     mean, variance = model.encoder(x)
     z = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    uniform = torch.rand(len(control), generator=generator, device=mean.device)
     rest = x - model.decoder(model.scm(z))
 
     @torch.no_grad()
-    def under(perturbations: np.ndarray) -> np.ndarray:
-        condition = torch.from_numpy(perturbations).to(weight.device)[None]
-        virtual = model.carried(model.decoder(model.intervene(z, condition)), rest, condition)
-        return np.asarray(virtual[0].cpu().numpy().astype(control.dtype))
+    def under(perturbations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        virtual, expected = torch.empty_like(x[0]), torch.zeros_like(x[0])
+        for chance, hit, own in model.mixture(torch.from_numpy(perturbations).to(weight.device), uniform):
+            made = model.carried(model.decoder(model.intervene(z, hit)), rest, hit)[0]
+            virtual[own] = made[own]
+            expected += chance * made
+        return virtual.cpu().numpy().astype(control.dtype), expected.cpu().numpy().astype(control.dtype)
 
     return under
 
 
 def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> pd.DataFrame:
     """One row per condition: virtual cells against held-out cells (test cells; validation cells without those).
+
+    Virtual cells are a mixture of hit and escaped ones; their mean is that of the mixture, not of a draw.
 
     Columns ``condition``, ``split``, ``n_cells``, ``mmd2`` (unbiased, bandwidth = median squared distance of
     the condition's cells to real controls, the same for every model), ``mmd2_no_change`` (real control cells in
@@ -57,7 +69,7 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
     table = data.perturbation_table()
     train = _training_effects(data)
     average = np.mean(list(train.values()), axis=0) if train else np.zeros(data.n_genes)
-    known: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, Tensor, Callable[[np.ndarray], np.ndarray]]] = {}
+    known: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, Tensor, Any]] = {}
     rows = []
     for c in range(1, len(data.conditions)):
         cells = held_out[c]
@@ -75,8 +87,8 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
         control, mean, within_control, act = known[batches]
         few = np.random.default_rng([seed, 6, c]).permutation(len(cells))[:COMPARED_CELLS]
         measured = data.dense(cells)
-        virtual = act(table[c])
-        of_source, virtual_mean, measured_mean = (x.mean(0, dtype=float) for x in (control, virtual, measured))
+        virtual, expected = act(table[c])
+        of_source, virtual_mean, measured_mean = (x.mean(0, dtype=float) for x in (control, expected, measured))
         virtual_mean += mean - of_source  # that these controls were drawn and no others is no error of the model
         some = _compared(len(control))
         mmd2, mmd2_no_change = _discrepancies(virtual[some], control[some], within_control, measured[few])

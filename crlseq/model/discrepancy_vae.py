@@ -12,8 +12,12 @@ The published model has e = 0. With ``noise="gaussian"`` the model of a cell is 
 one variance per gene, and abduction takes that noise along as well: e = x - f(u). A virtual cell is then
 its control cell plus the decoded effect (and what the latents miss of it, `missed`), and an intervention without
 effect changes nothing.
+
+A perturbation k hits a cell with probability pi_k, its ``penetrance``, each part of a combination by itself. A cell that
+escaped is a control cell, so that the cells of a condition are a mixture over the parts that hit them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +29,7 @@ from crlseq.model.scm import LatentSCM, Mechanism
 from crlseq.model.sparse_decoder import SparseDecoder
 
 LARGE = 40.0  # sigmoid(40) is 1 in float64, sigmoid(-40) is 4e-18
+MOST_KINDS = 64  # of cells in a combination: those that all of six parts may escape
 
 
 @dataclass(frozen=True)
@@ -87,62 +92,123 @@ class DiscrepancyVAE(nn.Module):
         for name, shape in (("residual", (n_perturbations, n_genes)), ("common", (n_genes,))):
             self.register_buffer(name, torch.zeros(shape))
             self.register_buffer(f"{name}_error", torch.zeros(shape))
+        self.penetrance: Tensor  # (K,) share of a perturbation's cells that it hits
+        self.register_buffer("penetrance", torch.ones(n_perturbations))
         # Sharpness of the target weights; the trainer raises it, and it belongs to the weights it was fitted with.
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()))
 
-    def forward(self, control: Tensor, perturbations: Tensor, eps: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self, control: Tensor, perturbations: Tensor, eps: Tensor | None = None, hit: Tensor | None = None
+    ) -> ModelOutput:
         """Virtual cells of conditions (C, M) int64, filled up with -1, from the control cells (C, B, G) of each.
 
-        ``eps`` (C, B, p) are standard normal draws, None for the posterior mean.
+        ``eps`` (C, B, p) are standard normal draws, None for the posterior mean; ``hit`` (C, B, M) bool says which
+        perturbations hit a cell, None for all.
         """
         mean, variance = self.encoder(control)
         z = mean if eps is None else mean + variance.sqrt() * eps
-        latents = self.intervene(z, perturbations)
+        latents = self.intervene(z, perturbations, hit)
         # Decoded in one product, whose gradient by the weights is one as well.
         reconstruction, virtual = self.decoder(torch.stack([self.scm(z), latents]))
-        virtual = self.carried(virtual, control - reconstruction, perturbations)
+        virtual = self.carried(virtual, control - reconstruction, perturbations, hit)
         return ModelOutput(virtual, reconstruction, mean, variance, latents)
 
-    def intervene(self, z: Tensor, perturbations: Tensor) -> Tensor:
-        """Noise z (C, B, p) to the latents of its cells under conditions (C, M), filled up with -1."""
-        latents: Tensor = self.scm(z, self.scm.mechanism(perturbations, self.target_weights(perturbations)))
+    def intervene(self, z: Tensor, perturbations: Tensor, hit: Tensor | None = None) -> Tensor:
+        """Noise z (C, B, p) to the latents of its cells under conditions (C, M), filled up with -1; `hit` as in `forward`."""
+        weights = self.target_weights(perturbations)
+        if hit is None:
+            latents: Tensor = self.scm(z, self.scm.mechanism(perturbations, weights))
+            return latents
+        latents = torch.empty_like(z)
+        for kind in torch.unique(hit.flatten(0, 1), dim=0):
+            under: Tensor = self.scm(z, self.scm.mechanism(perturbations.where(kind, -1), weights))
+            latents = torch.where((hit == kind).all(-1, keepdim=True), under, latents)
         return latents
 
-    def carried(self, decoded: Tensor, rest: Tensor, perturbations: Tensor) -> Tensor:
+    def carried(self, decoded: Tensor, rest: Tensor, perturbations: Tensor, hit: Tensor | None = None) -> Tensor:
         """Decoded latents (C, B, G) with what a control cell's own latents left over, and what conditions do besides."""
         if self.log_noise is None:
             return decoded
-        return decoded + rest + self.missed(perturbations)[:, None]
+        return decoded + rest + self.missed(perturbations, hit)
 
-    def missed(self, perturbations: Tensor) -> Tensor:
-        """(C, M) perturbations, filled up with -1, to the effects (C, G) that go past the latents."""
-        there = perturbations >= 0
-        own = self.residual[perturbations.clamp_min(0)] * there[..., None].to(self.residual.dtype)
-        return own.sum(1) + self.common * there.any(1, keepdim=True).to(self.common.dtype)
+    def missed(self, perturbations: Tensor, hit: Tensor | None = None) -> Tensor:
+        """(C, M) perturbations, filled up with -1, to the effects (C, B, G) that go past the latents of cells.
+
+        ``hit`` (C, B, M) as in `forward`; without it B is 1.
+        """
+        there = perturbations[:, None] >= 0
+        there = (there if hit is None else there & hit).to(self.residual.dtype)
+        return there @ self.residual[perturbations.clamp_min(0)] + self.common * there.amax(-1, keepdim=True)
 
     def missed_error(self, perturbations: Tensor) -> Tensor:
-        """Standard errors (C, G) of `missed`."""
-        there = perturbations >= 0
-        own = self.residual_error[perturbations.clamp_min(0)] ** 2 * there[..., None].to(self.residual.dtype)
-        return (own.sum(1) + self.common_error**2 * there.any(1, keepdim=True).to(self.common.dtype)).sqrt()
+        """Standard errors (C, G) of the mean of `missed` over cells, of which `penetrance` are hit."""
+        there = (perturbations >= 0).to(self.residual.dtype)
+        chance = there * self.chance(perturbations)
+        own = (self.residual_error[perturbations.clamp_min(0)] * chance[..., None]) ** 2
+        return (own.sum(1) + (self.common_error * (1 - (1 - chance).prod(1, keepdim=True))) ** 2).sqrt()
 
-    def infer(self, x: Tensor, perturbations: Tensor, eps: Tensor) -> Inference:
+    def chance(self, perturbations: Tensor) -> Tensor:
+        """Probability (..., M) of perturbations (..., M) to hit a cell; 1 of what fills up."""
+        return torch.where(perturbations < 0, 1.0, self.penetrance[perturbations.clamp_min(0)])
+
+    def mixture(self, perturbations: Tensor, uniform: Tensor) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """Kinds of cells under perturbations (M,) by those that hit them, `MOST_KINDS` of the most probable.
+
+        Gives the probability of each, its perturbations (1, M), -1 for those escaped, and which of the cells are of that
+        kind (n,) bool, by their draws ``uniform`` (n,) in [0, 1).
+        """
+        kinds: list[tuple[float, list[int]]] = [(1.0, [])]
+        for k, chance in zip(perturbations.tolist(), self.chance(perturbations).tolist(), strict=True):
+            parts = [(part, q) for part, q in ((k, chance), (-1, 1 - chance)) if q > 0]
+            kinds = [(weight * q, [*hit, part]) for weight, hit in kinds for part, q in parts]
+            kinds = sorted(kinds, key=lambda kind: -kind[0])[:MOST_KINDS]
+        total, below = sum(weight for weight, _ in kinds), 0.0
+        for i, (weight, hit) in enumerate(kinds):
+            above = below + weight / total if i + 1 < len(kinds) else 1.0
+            yield weight / total, perturbations.new_tensor([hit]), (uniform >= below) & (uniform < above)
+            below = above
+
+    def infer(self, x: Tensor, perturbations: Tensor, eps: Tensor, hit: Tensor | None = None) -> Inference:
         """Perturbed cells under their own condition: posterior of z, reconstruction, divergence from the prior.
 
         The interventional evidence lower bound: with u of the posterior and z_c = SCM_c^-1(u) the noise that gives
         it under the condition, log q(u | x) - log p_c(u) = sum_k (z_c^2 - eps^2 - log variance) / 2 + log scale of z_c
-        (both SCMs are triangular with unit slope), one draw per cell. Cells x are (C, B, G), the rest as in `forward`.
+        (both SCMs are triangular with unit slope), one draw per cell. Cells x are (C, B, G), the rest as in `forward`;
+        ``hit`` (C, B) are the cells' probabilities to have been hit, NaN where they are not known, None where all were.
         """
         mean, variance = self.encoder(x)
-        mechanism = self.scm.mechanism(perturbations, self.target_weights(perturbations))
+        weights = self.target_weights(perturbations)
         u = self.scm(mean + variance.sqrt() * eps)
-        return Inference(mean, self.decoder(u), self.divergence(u, mechanism, eps, variance))
+        changed = None if hit is None else self.changed(perturbations, weights, hit)
+        divergence = self.divergence(u, self.scm.mechanism(perturbations, weights), eps, variance, changed)
+        return Inference(mean, self.decoder(u), divergence)
 
-    def divergence(self, u: Tensor, mechanism: Mechanism, eps: Tensor, variance: Tensor) -> Tensor:
-        """(C, B) one draw of KL(q(u | x) || p_c(u)), see `infer`; all (C, B, p) but the mechanism."""
+    def divergence(
+        self, u: Tensor, mechanism: Mechanism, eps: Tensor, variance: Tensor, changed: Tensor | None = None
+    ) -> Tensor:
+        """(C, B) one draw of KL(q(u | x) || p_c(u)), see `infer`; all (C, B, p) but the mechanism.
+
+        With the probability ``changed`` (C, B, p) of each equation to have been changed in a cell log p_c is the mean over
+        that: the bound of EM, whose posterior is given. (Under the mixture itself, whose posterior depends on u, an encoder
+        learns to read hit cells as escaped ones, nearer to 0.)
+        """
         z = self.scm.abduct(u, mechanism)
-        return 0.5 * (z**2 - eps**2 - variance.log()).sum(-1) + mechanism.log_scale.sum(-1)[..., None]
+        if changed is None:
+            return 0.5 * (z**2 - eps**2 - variance.log()).sum(-1) + mechanism.log_scale.sum(-1)[..., None]
+        of_hit, of_escaped = 0.5 * z**2 + mechanism.log_scale[:, None], 0.5 * self.scm.abduct(u) ** 2
+        prior = changed * of_hit + (1 - changed) * of_escaped
+        return (prior - 0.5 * (eps**2 + variance.log())).sum(-1)
+
+    def changed(self, perturbations: Tensor, target_weights: Tensor, hit: Tensor) -> Tensor:
+        """Probability (C, B, p) that conditions (C, M) with weights (C, M, p) changed a cell's equation; 1 of no target.
+
+        Of cells whose probability ``hit`` (C, B) is known by that, of others by the penetrance.
+        """
+        weights = target_weights * (perturbations >= 0).to(target_weights.dtype)[..., None]
+        by_chance = (1 - weights * (1 - self.chance(perturbations))[..., None]).prod(1)[:, None]
+        known = 1 - weights.sum(1)[:, None] * (1 - hit.nan_to_num())[..., None]
+        return torch.where(hit.isnan()[..., None], by_chance, known)
 
     def target_weights(self, perturbations: Tensor) -> Tensor:
         """(...) int64 perturbations to (..., p) target weights at the model's temperature."""
@@ -181,6 +247,7 @@ def extended(model: DiscrepancyVAE, shift: Tensor, residual: Tensor, residual_er
         "intervention_encoder.is_given": torch.ones(n * p, dtype=torch.bool),
         "scm.shift": shift.flatten(),
         "scm.log_scale": torch.zeros(n * p),
+        "penetrance": torch.ones(n * p),
         "scm.retention_logit": torch.full((n * p,), LARGE),
         "residual": (first * residual[:, None]).flatten(0, 1),
         "residual_error": (first * residual_error[:, None]).flatten(0, 1),

@@ -101,12 +101,19 @@ def _distance(inner: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def sparse_loss_terms(
-    model: DiscrepancyVAE, cells: StepCells, conditions: Tensor, eps: tuple[Tensor, Tensor], kernel: Kernel
+    model: DiscrepancyVAE,
+    cells: StepCells,
+    conditions: Tensor,
+    eps: tuple[Tensor, Tensor],
+    kernel: Kernel,
+    hit: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     """Terms ``mmd``, ``reconstruction``, ``kl`` and ``graph``, and posterior means (C, B, p) of controls and perturbed.
 
     The mean of `crlseq.model.losses.loss_terms` and `interventional_terms`, for Gaussian noise and the identity as
-    output. ``conditions`` (C, M) are filled up with -1; ``eps`` are standard normal draws (C, B, p) of both sides.
+    output. ``conditions`` (C, M) are filled up with -1; ``eps`` are standard normal draws (C, B, p) of both sides;
+    ``hit`` (C, B, M) says which perturbations hit a virtual cell, and with what probability (C, B) a perturbed cell was hit,
+    NaN where that is not known; None: all are.
     """
     scm, encoder, mask = model.scm, model.encoder, cells.mask
     weight, bias = model.decoder.output.weight, model.decoder.output.bias
@@ -117,12 +124,15 @@ def sparse_loss_terms(
     means, variances, noise = (torch.stack(both) for both in (cells.by_pair(mean), cells.by_pair(variance), eps))
     z = means + variances.sqrt() * noise
     u = scm(z)
-    mechanism = scm.mechanism(conditions, model.target_weights(conditions))
-    features = model.decoder.features(torch.cat([u, scm(z[0], mechanism)[None]]))  # (3, C, B, H)
+    weights = model.target_weights(conditions)
+    mechanism = scm.mechanism(conditions, weights)
+    virtual = scm(z[0], mechanism) if hit is None else model.intervene(z[0], conditions, hit[0])
+    features = model.decoder.features(torch.cat([u, virtual[None]]))  # (3, C, B, H)
     h, h_virtual = torch.split(features, [2, 1])  # one gradient, put together once
 
     divergence = kl_divergence(means[0], variances[0])
-    own = model.divergence(u[1], mechanism, noise[1], variances[1])
+    changed = None if hit is None else model.changed(conditions, weights, hit[1])
+    own = model.divergence(u[1], mechanism, noise[1], variances[1], changed)
     kl = (mean_over_cells(divergence, mask) + mean_over_cells(own, mask)) / 2 / n_genes
 
     squares = torch.exp(-model.log_noise) @ _squares(h, cells, weight, bias)

@@ -23,7 +23,6 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.embeddings import Embeddings
 from crlseq.data.projection import Projection, principal_components
-from crlseq.data.responders import Responders, find_responders, left_out
 from crlseq.data.source import digest_of, state_of
 from crlseq.discovery.effects import effect_tests
 from crlseq.discovery.methods import find_programs
@@ -154,18 +153,17 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
             what = f"Rank {ranks.rank} and rank 0 read different files as {source}."
             raise InputError(what, "Give every machine the same file.")
         with on_threads(_threads(config, data)):
-            fit_model(left_out(data, first["escaped"].numpy()), config, first["n_latents"], ranks=ranks)
+            fit_model(data, config, first["n_latents"], ranks=ranks)
 
 
 @dataclass(frozen=True)
 class Tested:
-    """Which perturbations have an effect, and the cells that are fitted: those that responded, where that is asked."""
+    """Which perturbations have an effect."""
 
     data: PerturbSeqData
     projection: Projection
     tests: dict[str, np.ndarray]
     undone: Found  # pseudo-perturbations of control cells with an effect
-    responders: Responders | None
     stages: StageCache
 
 
@@ -203,19 +201,14 @@ def _threads(config: Config, data: PerturbSeqData | None = None) -> int:
 
 
 def _test(job: Job, screen: Screen) -> Tested:
-    """Step 2: which perturbations have an effect, and which cells escaped theirs."""
+    """Step 2: which perturbations have an effect."""
     data, seed = screen.data, job.config.training.seed
     job.progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, seed)
     stages = StageCache(job.folder, hashlib.sha256(screen.identity.encode()).hexdigest())
     tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed))
     undone = stages.get("negative controls", lambda: undone_effects(data, projection.scores, seed))
-    if not job.config.data.responders:
-        return Tested(data, projection, tests, undone, None, stages)
-    responders = find_responders(data, projection.scores, tests["fdr"])
-    job.progress.note(responders.in_words())
-    left = left_out(data, responders.escaped, responders.in_words())
-    return Tested(left, projection, tests, undone, responders, stages)
+    return Tested(data, projection, tests, undone, stages)
 
 
 def _discover(job: Job, tested: Tested) -> Start:
@@ -237,8 +230,7 @@ def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
     """Step 4: the network, on all ranks; goes on from the folder's checkpoint if one is there."""
     folder, progress, ranks, sets = job.folder, job.progress, job.ranks, screen.sets
     progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
-    escaped = np.zeros(0, dtype=np.int64) if tested.responders is None else tested.responders.escaped
-    ranks.from_first({"input": screen.digest, "n_latents": start.n_latents, "escaped": torch.from_numpy(escaped)})
+    ranks.from_first({"input": screen.digest, "n_latents": start.n_latents})
     if sets is not None and folder is not None and not (folder / GENE_SETS).exists():
         sets.write(folder / GENE_SETS)
     identity = f"{screen.identity}\n{start.n_latents}\n{'' if sets is None else sets.digest()}"
@@ -254,7 +246,7 @@ def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
 
 def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fit) -> FittedRun:
     """Step 5: tables, and the record of the whole job."""
-    progress, responders, data = job.progress, tested.responders, tested.data
+    progress, data = job.progress, tested.data
     progress.stage("reading off programs, interventions and the DAG")
     fitted.model.cpu()
     run = tables_of(fitted, data, job.config, tested.tests, start.warm, screen.sets)
@@ -270,7 +262,6 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
             "n_genes": data.preprocessing.n_genes_in_file,
         },
         "embeddings": None if found is None else found.summary(),
-        "responders": None if responders is None else responders.record(),
         "negative_controls": _negative_controls(tested.undone, start.warm),
         "n_latents_reason": start.reason,
         "started": job.started.isoformat(timespec="seconds"),
@@ -283,8 +274,6 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     cells = pd.DataFrame({"crlseq_split": split}, index=data.cell_names)
     if data.guides is not None:
         cells["crlseq_perturbation"] = data.guides.labels
-    if responders is not None:
-        cells["crlseq_responder"] = responders.posterior
     if start.warm is not None and start.warm.discovery.hit is not None:
         cells["crlseq_hit"] = start.warm.discovery.hit
     run = replace(run, info=info, cells=cells, map=found)

@@ -88,11 +88,7 @@ def read_cells(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) ->
     """The cells, as every rank reads them."""
     threads = torch.get_num_threads()
     data = read_data(source, config.data, config.training.seed)
-    streamed = isinstance(data.x, StreamedExpression)
-    if streamed and config.data.responders:
-        what = "--responders excludes single cells, which a streamed store does not allow."
-        raise UsageError(what, "Load the whole store with --in-memory, or drop --responders.")
-    suit_allocator(streamed)
+    suit_allocator(isinstance(data.x, StreamedExpression))
     torch.set_num_threads(threads)  # numba, which scanpy starts to choose genes, sets its own number
     in_step = resolve_step(config.training, data.cells_by_condition(splits.TRAIN))
     if ranks.size > in_step:

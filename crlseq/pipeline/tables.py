@@ -132,10 +132,9 @@ def _hit(discovery: Discovery | None, n: int) -> dict[str, np.ndarray]:
     """`HIT`: shares (K,) of hit cells and of what perturbations leave in place, with errors, NaN where they cannot be told."""
     found = {name: np.full(n, np.nan) for name in HIT}
     if discovery is not None and discovery.ordering is not None:
-        shares = {k: (hit.share, hit.error) for k, hit in discovery.ordering.hits.items()}
-        for name, own in (("penetrance", shares), ("retained", discovery.ordering.retained)):
-            for k, (share, error) in own.items():
-                found[name][discovery.acting[k]], found[f"{name}_error"][discovery.acting[k]] = share, error
+        found["penetrance"], found["penetrance_error"] = discovery.penetrance
+        for c, (share, error) in discovery.ordering.retained.items():
+            found["retained"][discovery.acting[c]], found["retained_error"][discovery.acting[c]] = share, error
     return found
 
 
@@ -151,13 +150,14 @@ def _pairs(ordering: Ordering, sign: np.ndarray) -> pd.DataFrame:
 
 
 def _second_targets(discovery: Discovery, data: PerturbSeqData, sign: np.ndarray) -> pd.DataFrame | None:
-    """``second_targets.csv``; ``sign`` (p,) of the latents' programs."""
+    """``second_targets.csv``; ``sign`` (p,) of the latents' programs. Shifts of hit cells: of all cells, over penetrance."""
     second, acting = discovery.second, discovery.acting
     if second is None:
         return None
     names = np.asarray(data.perturbation_names, dtype=object)[acting]
+    share = np.nan_to_num(discovery.penetrance[0][acting], nan=1.0)[:, None]
     return second_target_table(
-        names, discovery.target[acting], second.shift * sign, second.error, second.z * sign, second.fdr
+        names, discovery.target[acting], second.shift * sign / share, second.error / share, second.z * sign, second.fdr
     )
 
 

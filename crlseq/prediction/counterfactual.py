@@ -40,7 +40,7 @@ def counterfactual_quality(
     mechanism = model.scm.mechanism(perturbations, model.target_weights(perturbations))
     back = model.decoder(model.scm(model.scm.abduct(read, mechanism)))
     if model.log_noise is not None:
-        back = back + (output.virtual - model.decoder(read)) - model.missed(perturbations)[:, None]
+        back = back + (output.virtual - model.decoder(read)) - model.missed(perturbations)
     size = float((intended**2).sum())
     return {
         "composition": float((unchanged - control).abs().max()),

@@ -5,17 +5,16 @@ the latents decoded (prediction); see `crlseq.model.discrepancy_vae`. `predict` 
 ``counterfactual`` z is the posterior mean, so that every cell has one answer, and the answers are judged
 (`crlseq.prediction.counterfactual`).
 
-Intervals of effects are effect ± 1.96 standard deviations over `DRAWS` draws of the cells' noise from its posterior, of
-the control cells with replacement, and of the shifts from their standard errors (`shift_errors`), joined with the
-posterior standard deviation of what the latents miss. They say how sure the mean is, not how far cells scatter about it,
-and they take everything else as known: the graph, the targets, retentions and loadings. What a wrong graph or target does
-is not in them, nor what a combination does beyond the model.
+As in an experiment, some cells escape: a perturbation hits a virtual cell with its penetrance, and each part of a
+combination by itself. Means and effects are exact means of this mixture, whichever cells are drawn to be hit. With
+``hit_cells``, and of counterfactuals, all cells are hit.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,13 @@ from crlseq.data.perturbations import read_perturbations
 from crlseq.data.preprocess import align
 from crlseq.errors import InputError, UsageError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.scm import Mechanism
 from crlseq.prediction.counterfactual import counterfactual_quality
+from crlseq.prediction.intervals import COVERS, COVERS_NOT, effect_errors, shift_errors
 from crlseq.prediction.labels import Request, understand
 from crlseq.run.run import Run
 
 N_CELLS = 500
-DRAWS = 100
 NORMAL_QUANTILE = 1.959964  # of a two-sided interval of 95 %
-COVERS = "the cells' noise, the control cells, the shifts and the residuals"
-COVERS_NOT = "graph, targets, retentions and loadings are taken as known"
 
 
 @torch.no_grad()
@@ -49,6 +45,7 @@ def predict(
     *,
     source: str | Path | ad.AnnData | None = None,
     n_cells: int | None = None,
+    hit_cells: bool = False,
     counterfactual: bool = False,
     seed: int = 0,
     note: Callable[[str], None] = lambda text: None,
@@ -66,9 +63,11 @@ def predict(
     n_cells
         Control cells to draw, from all batches in proportion; the same for every perturbation. None takes 500, or all
         where there are fewer. A cell is used twice only if more are asked for than there are.
+    hit_cells
+        Hit cells alone. By default as many cells escape, and stay control cells, as the perturbation's penetrance says.
     counterfactual
         The posterior mean in place of a draw, the original cells beside the virtual ones, and the quality of
-        the counterfactuals.
+        the counterfactuals; all cells are hit.
     seed
         Of the cells that are drawn, and of their noise. What one perturbation gives does not depend on the others asked for.
     note
@@ -80,7 +79,8 @@ def predict(
     since the change of a program is added to them):
 
     ``X`` float32. ``obs``: ``perturbation`` (and the same under the run's own key), ``cell`` (the cell that it started
-    from), ``predicted``, and ``counterfactual`` (False: the cell as it was measured) if asked for.
+    from), ``predicted``, ``hit`` (whether any perturbation of the label hit the cell), and ``counterfactual`` (False: the
+    cell as it was measured) if asked for.
     ``obsm["X_crlseq"]``: latents. ``var["control_mean"]`` and ``varm``, with one column per perturbation, named by
     ``uns["crlseq_prediction"]["perturbations"]``: ``crlseq_mean``, ``crlseq_effect`` (mean of the virtual cells less
     that of the real controls that they started from), ``crlseq_effect_lower`` and ``crlseq_effect_upper`` (95 %).
@@ -103,36 +103,38 @@ def predict(
     wider, rows_of = run.with_unseen(unseen)
     # float32 would leave rounding errors where nothing is to change.
     models = [copy.deepcopy(found).double() for found in ((run.model, wider) if unseen else (run.model,))]
+    if hit_cells or counterfactual:
+        for model in models:
+            model.penetrance.fill_(1.0)
     control = torch.from_numpy(x.astype(float))[None]
     scale = torch.tensor([program.scale for program in run.facts.programs], dtype=control.dtype)
-    eps = None
-    if not counterfactual:
-        eps = torch.randn((1, len(x), len(scale)), generator=_generator(seed, 0), dtype=control.dtype)
+    eps = torch.randn((1, len(x), len(scale)), generator=_generator(seed, 0), dtype=control.dtype)
     shift_error = shift_errors(run, models[0].encoder(control)[1].mean((0, 1)).numpy())
     shift_error = np.append(shift_error, np.full(len(models[-1].scm.shift) - len(shift_error), np.nan))
     answers = []
     for request in requests:
         model = models[bool(request.unseen)]
         perturbed = torch.tensor([[*request.parts, *(row for name in request.unseen for row in rows_of[name])]])
-        error = effect_errors(model, control, perturbed, shift_error, _generator(seed, 1)).numpy()
-        answers.append(_answer(request, model, control, perturbed, eps, error))
+        answers.append(_answer(request, model, control, perturbed, None if counterfactual else eps, shift_error, seed))
         if counterfactual:
-            answers[-1][-1].update(counterfactual_quality(model, control, perturbed, scale))
-    blocks, latents, means, rows = zip(*answers, strict=True)
+            answers[-1].row.update(counterfactual_quality(model, control, perturbed, scale))
+    blocks, latents, hit = ([getattr(answer, name) for answer in answers] for name in ("virtual", "latents", "hit"))
     if counterfactual:  # after the real ones
-        blocks, latents = (x, *blocks), (models[0].latents(control)[0].numpy(), *latents)
+        real = x, models[0].latents(control)[0].numpy(), np.zeros(len(x), dtype=bool)
+        blocks, latents, hit = ([own, *made] for own, made in zip(real, (blocks, latents, hit), strict=True))
     names = [request.name for request in requests]
     result = ad.AnnData(
         np.concatenate(blocks),
-        obs=_obs(run, names, cells, counterfactual),
+        obs=_obs(run, names, cells, counterfactual).assign(hit=np.concatenate(hit)),
         var=pd.DataFrame(index=pd.Index(run.preprocessing.genes, dtype=object)),
     )
     center, scales = (np.array([getattr(row, name) for row in run.facts.programs]) for name in ("center", "scale"))
     result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scales).astype(np.float32)
-    for name, values in zip(("mean", "effect", "effect_lower", "effect_upper"), zip(*means, strict=True), strict=True):
-        result.varm[f"crlseq_{name}"] = np.stack(values, 1)
+    means = np.stack([answer.means for answer in answers], 2)  # (4, G, requests)
+    for name, values in zip(("mean", "effect", "effect_lower", "effect_upper"), means, strict=True):
+        result.varm[f"crlseq_{name}"] = values
     result.var["control_mean"] = control[0].mean(0).numpy()
-    summary = pd.DataFrame(list(rows), index=pd.Index(names, dtype=object, name="perturbation"))
+    summary = pd.DataFrame([answer.row for answer in answers], index=pd.Index(names, dtype=object, name="perturbation"))
     result.uns["crlseq_prediction"] = {
         "perturbations": np.array(names, dtype=object), "summary": summary,
         "n_cells": len(x), "seed": seed, "interval": f"95 % over {COVERS}; {COVERS_NOT}",
@@ -141,79 +143,47 @@ def predict(
     return result
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What is predicted of one request."""
+
+    virtual: np.ndarray  # (n, G) float32
+    latents: np.ndarray  # (n, p)
+    hit: np.ndarray  # (n,) bool
+    means: tuple[np.ndarray, ...]  # mean, effect, and its lower and upper bound, (G,) each
+    row: dict[str, Any]  # of the summary
+
+
 def _answer(
-    request: Request, model: DiscrepancyVAE, control: Tensor, perturbed: Tensor, eps: Tensor | None, error: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...], dict[str, Any]]:
-    """Virtual cells (n, G), latents (n, p), four means (G,) and a row of the summary; `error` (G,) of the mean effect."""
-    output = model(control, perturbed, eps)
-    virtual = output.virtual[0]
-    mean = virtual.mean(0).numpy()
+    request: Request,
+    model: DiscrepancyVAE,
+    control: Tensor,
+    perturbed: Tensor,
+    eps: Tensor | None,
+    shift_error: np.ndarray,
+    seed: int,
+) -> _Answer:
+    """Virtual cells of control cells (1, n, G) under perturbations (1, M); ``shift_error`` (K,)."""
+    error = effect_errors(model, control, perturbed, shift_error, _generator(seed, 1)).numpy()
+    uniform = torch.rand(control.shape[1], generator=_generator(seed, 2), dtype=control.dtype)
+    virtual, expected = torch.empty_like(control[0]), torch.zeros_like(control[0, 0])
+    latents, hit = torch.empty((len(uniform), len(model.scm.graph)), dtype=control.dtype), torch.zeros(len(uniform))
+    for chance, kind, own in model.mixture(perturbed[0], uniform):
+        output = model(control, kind, eps)
+        expected += chance * output.virtual[0].mean(0)
+        virtual[own], latents[own], hit[own] = output.virtual[0, own], output.latents[0, own], float((kind >= 0).any())
+    mean = expected.numpy()
     effect, half = mean - control[0].mean(0).numpy(), NORMAL_QUANTILE * error
     row: dict[str, Any] = {
         "n_parts": len(request.parts) + len(request.unseen), "programs": request.programs, "seen": request.seen,
         "effect_l2": float(np.linalg.norm(effect)), "n_genes_changed": int((np.abs(effect) > half).sum()),
     }  # fmt: skip
     means = (mean, effect, effect - half, effect + half)
-    return virtual.numpy().astype(np.float32), output.latents[0].numpy(), means, row
-
-
-def effect_errors(
-    model: DiscrepancyVAE, control: Tensor, perturbations: Tensor, shift_error: np.ndarray, generator: torch.Generator
-) -> Tensor:
-    """(G,) standard deviations of a mean effect over `DRAWS` draws of noise, control cells and shifts, and of residuals.
-
-    Of control cells (1, n, G) under perturbations (1, M); ``shift_error`` (K,) of the shifts, NaN where there is none.
-    """
-    mean, variance = model.encoder(control)
-    weights = model.target_weights(perturbations)  # (1, M, p)
-    mechanism = model.scm.mechanism(perturbations, weights)
-    error = torch.from_numpy(np.nan_to_num(shift_error)).to(mean.dtype)[perturbations]  # (1, M)
-    n, draws = control.shape[1], []
-    for _ in range(DRAWS):
-        z = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
-        share = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).to(mean.dtype) / n
-        moved = error * torch.randn(error.shape, generator=generator, dtype=mean.dtype)
-        shift = mechanism.shift + (weights * moved[..., None]).sum(1)
-        after = _mean_decoded(model, model.scm(z, Mechanism(mechanism.retention, mechanism.log_scale, shift)), share)
-        # With noise abducted, what the latents miss of a cell is in both and cancels.
-        before = share @ control[0] if model.log_noise is None else _mean_decoded(model, model.scm(z), share)
-        draws.append(after - before)
-    return (torch.stack(draws).var(0) + model.missed_error(perturbations)[0] ** 2).sqrt()
-
-
-def _mean_decoded(model: DiscrepancyVAE, u: Tensor, share: Tensor) -> Tensor:
-    """(G,) weighted mean over cells of the decoded latents u (1, n, p); ``share`` (n,) sums to 1."""
-    decoder = model.decoder
-    if decoder.output_activation == "identity":  # the mean passes through a linear layer: no cell is decoded
-        features: Tensor = decoder.output(share @ decoder.features(u[0]))
-        return features
-    decoded: Tensor = share @ decoder(u[0])
-    return decoded
+    return _Answer(virtual.numpy().astype(np.float32), latents.numpy(), hit.bool().numpy(), means, row)
 
 
 def _generator(seed: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, 9, purpose]).generate_state(1)[0]))
-
-
-def shift_errors(run: Run, variance: np.ndarray) -> np.ndarray:
-    """(K,) standard errors of the shifts in the model's units; NaN for perturbations without cells of their own.
-
-    From the bootstrap of the fit, where it kept the target at least twice; elsewhere
-    ``sqrt((noise_scale^2 + variance) / n_cells)``: a shift is the mean of its target's noise over the perturbed cells,
-    which is known with the posterior `variance` of that latent (p,).
-    """
-    table = run.interventions
-    programs = pd.Index(run.program_names).get_indexer(pd.Index(table["program"]))
-    measured = np.where(programs >= 0, variance[programs], variance.mean())
-    n_cells = table["n_cells"].to_numpy(dtype=float)
-    squares = table["noise_scale"].fillna(1.0).to_numpy() ** 2 + measured
-    errors = np.sqrt(np.divide(squares, n_cells, out=np.full(len(table), np.nan), where=n_cells > 0))
-    bootstrap = run.facts.bootstrap
-    if bootstrap is not None:
-        place = pd.Index(table["perturbation"]).get_indexer(pd.Index(bootstrap.perturbations))
-        found = np.array(bootstrap.shift_error, dtype=float)  # null in JSON: NaN
-        errors[place] = np.where(np.isnan(found), errors[place], found)
-    return np.asarray(errors)
 
 
 def _start(

@@ -56,7 +56,7 @@ def effect_explained(model: DiscrepancyVAE, data: PerturbSeqData, target: np.nda
         E_k = sum_{c in D_k} (|m_c|^2 - |m_c - d_c|^2) / sum_c (|m_c|^2 - e_c),
 
     the denominator over all perturbations that have a target. The E_k add up to what all programs explain of the effects,
-    sampling noise taken off. Negative where the model's effects are farther from the measured ones than none at all; NaN
+    sampling noise taken off. Cells that escaped, by the model's penetrance, are counted in d_c. Negative where the model's effects are farther from the measured ones than none at all; NaN
     for all where the effects do not stand out of their sampling noise. ``target`` (K,): -1 for none.
     """
     cells = data.cells_by_condition(splits.TRAIN)
@@ -72,7 +72,8 @@ def effect_explained(model: DiscrepancyVAE, data: PerturbSeqData, target: np.nda
         part = chosen[i : i + AT_ONCE]
         index = torch.tensor(part, device=weight.device)[:, None]
         moved = model.scm(z.expand(len(part), -1, -1), model.scm.mechanism(index, model.target_weights(index)))
-        changes = (model.decoder(moved).mean(1) - before).cpu().double().numpy()
+        changes = model.decoder(moved).mean(1) - before
+        changes = (changes * model.penetrance[part][:, None]).cpu().double().numpy()
         for k, through in zip(part, changes, strict=True):
             change, own, shared = mean_effect(data, cells[there[k]], controls)
             explained[target[k]] += float(change @ change) - float(((change - through) ** 2).sum())

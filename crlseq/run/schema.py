@@ -45,9 +45,9 @@ ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": floa
 PATHWAY_COLUMNS = {
     "program": str, "gene_set": str, "description": str, "weight": float, "rank": int, "n_genes": int, "same_genes": str,
 }  # fmt: skip
-# Columns of obs: the split; where a fit was asked for them, what guides were read as, and the probability that a cell
-# responds to its perturbation; and of fits that find targets by likelihood, the probability that it was hit.
-CELL_COLUMNS = ("crlseq_split", "crlseq_perturbation", "crlseq_responder", "crlseq_hit")
+# Columns of obs: the split; what guides were read as, where a fit was asked for them; and of fits that find targets by
+# likelihood, the probability that a cell was hit by its perturbation.
+CELL_COLUMNS = ("crlseq_split", "crlseq_perturbation", "crlseq_hit")
 SPLIT = pd.CategoricalDtype(["train", "validation", "test", "unused"])
 
 # A path, and what quotes one, may hold undecodable bytes, which pydantic refuses in a string.

@@ -1,6 +1,7 @@
 """Perturbations that were never seen, from vectors of their genes: a map from vectors to what fitted perturbations do.
 
-A perturbation of a gene with vector e is predicted to do a weighted sum of what the fitted ones do: their shifts of each
+A perturbation of a gene with vector e is predicted to do a weighted sum of what the fitted ones do to the average of their
+cells, hit or not: their shifts of each
 program's equation (of a perturbation that cuts its target off: the shift with the same mean effect), and what they do
 past the programs. Noise scales and cuts of a stranger are not predicted. The weights are those of a ridge
 regression with an intercept on standardised vectors, ``w(e) = 1/K + k(e) (K_c + penalty I)^-1 (I - 1/K)`` with the linear
@@ -69,7 +70,8 @@ class Extrapolation:
         error = torch.from_numpy(self.error).to(w.dtype).expand(len(names), -1)
         first, p = len(place), shift.shape[1]
         of_names = {name: tuple(range(first + i * p, first + (i + 1) * p)) for i, name in enumerate(names)}
-        return extended(model, shift, w @ model.residual[rows], error), of_names
+        residual = model.residual[rows] * model.penetrance[rows, None]
+        return extended(model, shift, w @ residual, error), of_names
 
     def to_anndata(self) -> ad.AnnData:
         """The map as a file that `read_embeddings` takes too."""
@@ -126,8 +128,9 @@ def fit_extrapolation(
     effects, shifts = np.zeros((len(chosen), control.shape[1])), np.zeros((len(chosen), z.shape[-1]))
     for i, k in enumerate(chosen):
         output = model(x, torch.tensor([[k]]))
-        effects[i] = (output.virtual.mean((0, 1)) - before).double().numpy()
-        shifts[i] = (model.scm.abduct(output.latents) - z).mean((0, 1)).double().numpy()
+        share = float(model.penetrance[k])
+        effects[i] = share * (output.virtual.mean((0, 1)) - before).double().numpy()
+        shifts[i] = share * (model.scm.abduct(output.latents) - z).mean((0, 1)).double().numpy()
     own = _vectors_of(table, fitted)
     missed: dict[tuple[str, float], np.ndarray] = {("none", 0.0): effects}
     n = len(fitted)

@@ -83,6 +83,7 @@ class Step:
     mask: Tensor | None  # (C, B)
     cells: StepCells | tuple[Tensor, Tensor]  # or dense rows (C, B, G) of controls and of perturbed cells
     anchors: Tensor | None  # (2, C, B, p) what their latents are held to
+    hit: Tensor | None  # (C, B) probabilities of perturbed cells to have been hit, NaN unknown
     whole: tuple[int, int]  # (C, B) of the batch
     share: StepShare | None  # what of it is computed; None for all
 
@@ -105,8 +106,11 @@ class Objective:
         self.table = torch.from_numpy(data.perturbation_table()).to(self.device)
         self.linear_output = model.log_noise is not None and model.decoder.output_activation == "identity"
         self.anchored = anchor is not None
+        # Some cells escaped, which a discovery has found.
+        self.mixed = self.anchored and bool((model.penetrance < 1).any())
         if anchor is not None:
             self.anchors = torch.from_numpy(anchor.z).to(self.device, self.dtype)
+            self.hit = torch.from_numpy(anchor.hit).to(self.device, self.dtype)
             self.anchor_variance = torch.from_numpy(anchor.variance).to(self.device, self.dtype)
 
     def of(self, model: DiscrepancyVAE) -> Objective:
@@ -121,7 +125,7 @@ class Objective:
         With ``own`` conditions of the batch the terms are this part's share: those of parts that make up the batch add up
         to its terms.
         """
-        share, whole = None, batch.mask.shape
+        share, hit, whole = None, None, batch.mask.shape
         if own is not None:
             of_conditions, of_cells = len(own) / len(batch.mask), float(batch.mask[own].sum() / batch.mask.sum())
             # A part without conditions computes one for a share of 0: its gradients are there, as those of the others.
@@ -133,25 +137,34 @@ class Objective:
         dense, anchors = self.source.dense, None
         cells = self._cells(batch) if self.linear_output else (dense(batch.control), dense(batch.perturbed))
         if self.anchored:
-            anchors = self.anchors[torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)]
-        return Step(conditions, mask, cells, anchors, whole, share)
+            pairs = torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)
+            anchors, hit = self.anchors[pairs], self.hit[pairs[1]]
+        return Step(conditions, mask, cells, anchors, hit, whole, share)
 
     def __call__(self, step: Step, generator: torch.Generator) -> dict[str, Tensor]:
         """Unweighted terms, each a scalar; of a part, its share. Noise is drawn for the whole batch, whoever computes it."""
         n_draws = 1 if self.model.log_noise is None else 2
         eps = [self._draws((*step.whole, self.model.scm.graph.shape[0]), generator) for _ in range(n_draws)]
+        uniform = None
+        if self.mixed:
+            shape = (*step.whole, step.conditions.shape[1])
+            uniform = torch.rand(shape, generator=generator, dtype=self.dtype, device=self.device)
         if step.share is None:
-            return self._terms(step, eps)
-        terms = self._terms(step, [draws[step.share.own] for draws in eps])
+            return self._terms(step, eps, uniform)
+        own = step.share.own
+        terms = self._terms(step, [draws[own] for draws in eps], None if uniform is None else uniform[own])
         shares = {"mmd": step.share.of_conditions, "graph": step.share.of_conditions}
         return {name: shares.get(name, step.share.of_cells) * term for name, term in terms.items()}
 
-    def _terms(self, step: Step, eps: list[Tensor]) -> dict[str, Tensor]:
+    def _terms(self, step: Step, eps: list[Tensor], uniform: Tensor | None) -> dict[str, Tensor]:
         means: tuple[Tensor, Tensor] | None
+        conditions, both, hit = step.conditions, (eps[0], eps[-1]), None
+        if uniform is not None and step.hit is not None:
+            hit = uniform < self.model.chance(conditions)[:, None], step.hit
         if isinstance(step.cells, StepCells):
-            terms, means = sparse_loss_terms(self.model, step.cells, step.conditions, (eps[0], eps[1]), self.kernel)
+            terms, means = sparse_loss_terms(self.model, step.cells, conditions, both, self.kernel, hit)
         else:
-            terms, means = self._dense(step.conditions, *step.cells, step.mask, eps)
+            terms, means = self._dense(conditions, *step.cells, step.mask, both, hit)
         if step.anchors is not None and means is not None:
             pairs, n_genes = zip(means, step.anchors, strict=True), self.source.data.n_genes
             sides = [anchor_term(m, a, self.anchor_variance, n_genes, step.mask) for m, a in pairs]
@@ -159,14 +172,21 @@ class Objective:
         return terms
 
     def _dense(
-        self, conditions: Tensor, control: Tensor, perturbed: Tensor, mask: Tensor | None, eps: list[Tensor]
+        self,
+        conditions: Tensor,
+        control: Tensor,
+        perturbed: Tensor,
+        mask: Tensor | None,
+        eps: tuple[Tensor, Tensor],
+        hit: tuple[Tensor, Tensor] | None,
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """Terms, and with Gaussian noise the posterior means of both sides."""
-        output = self.model(control, conditions, eps[0])
+        virtual_hit, perturbed_hit = (None, None) if hit is None else hit
+        output = self.model(control, conditions, eps[0], virtual_hit)
         terms = loss_terms(self.model, output, control, perturbed, self.kernel, mask)
         if self.model.log_noise is None:
             return terms, None
-        inference = self.model.infer(perturbed, conditions, eps[1])
+        inference = self.model.infer(perturbed, conditions, eps[1], perturbed_hit)
         for name, value in interventional_terms(self.model, inference, perturbed, mask).items():
             terms[name] = (terms[name] + value) / 2
         return terms, (output.mean, inference.mean)

@@ -1,8 +1,8 @@
 """Gene effects that the programs miss: a perturbation's own target first of all.
 
 The latents are few, so that a knock-out's own transcript, and whatever else one perturbation alone does, is no program.
-What is left of its mean effect, ``m_k = (mean of its cells - mean of controls) - effect through the latents``, is kept
-as far as it stands out of sampling noise, in three parts (`missed_effects`):
+What is left of its mean effect in hit cells, ``m_k = (mean of its cells - mean of controls) / penetrance - effect through
+the latents``, is kept as far as it stands out of sampling noise, in three parts (`missed_effects`):
 
 1. what all perturbations share, and stands out of the error of the controls' mean, which every m_k has in common: the
    effect of being perturbed at all (Systema: Vinas Torne et al. 2025), which a combination has once and not once for
@@ -60,6 +60,10 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
     for k, c in enumerate(known):
         measured[k], noise[k], control_noise[k] = mean_effect(data, cells[c], by_batch)
         latents = model.intervene(z, torch.tensor([[perturbations[k]]], device=weight.device))
+        share = float(model.penetrance[perturbations[k]])
+        measured[k] /= share
+        noise[k] /= share**2
+        control_noise[k] /= share**2
         measured[k] -= (model.decoder.mean(latents)[0] - before).cpu().double().numpy()
     if perturbations:
         missed = missed_effects(measured, noise, control_noise)

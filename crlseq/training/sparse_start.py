@@ -2,7 +2,7 @@
 
     x = u B + c_batch + noise,   u ~ N(m_e, S_e) of the cell's condition e,   noise ~ N(0, D) by gene
 
-with graph, targets and interventions, thus m_e and S_e, as discovered. EM: the posterior of every cell's latents given
+with graph, targets and interventions, thus m_e and S_e (of hit and escaped cells together), as discovered. EM: the posterior of every cell's latents given
 all genes; then the loadings under the spike-and-slab lasso (`crlseq.model.spike_slab.fit_masks`), centres and noise. The
 posterior's covariance is part of the latents' second moments: regressing on point estimates, whose errors correlated
 latents share, would load genes on programs that do not move them.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.discovery.moments import DTYPE
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import LatentSCM
 from crlseq.model.spike_slab import SpikeSlab, fit_masks
 
@@ -50,20 +51,18 @@ def sparse_loadings(
     cells: np.ndarray,
     latents: np.ndarray,
     variance: np.ndarray,
-    weights: Tensor | None,
+    prior: tuple[Tensor, Tensor] | None,
     start: tuple[np.ndarray, np.ndarray],
 ) -> Loadings:
     """Sparse loadings, by EM from a ``start`` of dense ones (p, G) and noise variances (G,).
 
     At most `MAX_CELLS` of the cells (n,) are looked at, with their latents (n, p) as discovered and posterior variances
-    (p,). With target weights (conditions, M, p) the structural model is the latents' prior; without them the latents stay
-    as they are, and EM is of the loadings alone.
+    (p,). With the ``prior`` of each condition (`mixture_prior`) the structural model is the latents' prior; without it the
+    latents stay as they are, and EM is of the loadings alone.
     """
     some = np.linspace(0, len(cells) - 1, min(MAX_CELLS, len(cells))).astype(int)
     chosen, n = cells[some], len(some)
     x, groups = data.x[chosen], [np.flatnonzero(data.condition[chosen] == c) for c in range(len(data.conditions))]
-    table = torch.from_numpy(data.perturbation_table())
-    prior = None if weights is None else condition_prior(scm, table, weights)
     scale = control_deviation(scm)
     batch = np.unique(data.batch[chosen], return_inverse=True)[1]
     member = torch.eye(int(batch.max()) + 1, dtype=DTYPE)[torch.from_numpy(batch)]  # (n, batches)
@@ -108,8 +107,20 @@ def _product(x: Any, table: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(x @ table.numpy(), dtype=np.float64))
 
 
+def mixture_prior(model: DiscrepancyVAE, conditions: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (C, p) and covariances (C, p, p), float64, of linear latents of the cells, hit and escaped, of (C, M)."""
+    found = [(c, w, hit) for c, parts in enumerate(conditions) for w, hit, _ in model.mixture(parts, torch.empty(0))]
+    of, weights, kinds = zip(*found, strict=True)
+    index, weight, kind = torch.tensor(of), torch.tensor(weights, dtype=DTYPE)[:, None], torch.cat(kinds)
+    means, covariances = condition_prior(model.scm, kind, model.target_weights(kind))
+    mean = torch.zeros(len(conditions), means.shape[1], dtype=DTYPE).index_add_(0, index, weight * means)
+    apart = means - mean[index]
+    spread = weight[..., None] * (covariances + apart[:, :, None] * apart[:, None])
+    return mean, torch.zeros_like(spread[: len(conditions)]).index_add_(0, index, spread)
+
+
 def condition_prior(scm: LatentSCM, conditions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Means (C, p) and covariances (C, p, p), float64, of linear latents under conditions (C, M) with weights (C, M, p)."""
+    """Means (C, p) and covariances (C, p, p), float64, of linear latents of cells that (C, M) with weights (C, M, p) hit."""
     mechanism = scm.mechanism(conditions, weights)
     adjacency = (scm.adjacency * mechanism.retention[:, None, :]).to(DTYPE)
     total = torch.linalg.inv(torch.eye(adjacency.shape[-1], dtype=DTYPE) - adjacency)

@@ -301,7 +301,7 @@ def _start_from_first(model: DiscrepancyVAE, anchor: Anchor | None, ranks: Ranks
     learned = ranks.from_first([parameter.requires_grad for parameter in model.parameters()])
     for parameter, is_learned in zip(model.parameters(), learned, strict=True):
         parameter.requires_grad_(is_learned)
-    parts = None if anchor is None else [torch.from_numpy(part) for part in (anchor.z, anchor.variance)]
+    parts = None if anchor is None else [torch.from_numpy(part) for part in (anchor.z, anchor.variance, anchor.hit)]
     parts = ranks.from_first(parts)
     return None if parts is None else Anchor(*(part.numpy() for part in parts))
 

@@ -24,7 +24,7 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.networks import Encoder, GeneSetLayer
 from crlseq.model.scm import LOG_SCALE_BOUND, NEGATIVE_SLOPE, LatentSCM
 from crlseq.model.sparse_decoder import SparseDecoder
-from crlseq.training.sparse_start import Loadings, control_deviation, least_noise, sparse_loadings
+from crlseq.training.sparse_start import Loadings, control_deviation, least_noise, mixture_prior, sparse_loadings
 
 RIDGE = 1e-6  # of the regressions, relative
 WORSE = 2.0  # variance of latents by sparse loadings, over that of the discovery's, up to which they are taken
@@ -49,10 +49,13 @@ class WarmStart:
 
 @dataclass(frozen=True)
 class Anchor:
-    """What the encoder shall not forget: noise z (cells, p) that was found, and the variance (p,) it is known with."""
+    """What the network shall not forget of cells: noise z (cells, p) that was found, the variance (p,) it is known with, and
+    the probability ``hit`` (cells,) of each to have been hit, NaN where it cannot be told.
+    """
 
     z: np.ndarray
     variance: np.ndarray
+    hit: np.ndarray
 
 
 @torch.no_grad()
@@ -93,7 +96,8 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
         _write(model.log_noise, np.log(np.maximum(noise, least_noise(noise))))
     noises = np.zeros((len(data.split), p), dtype=np.float32)
     noises[discovery.index] = model.scm.abduct(torch.from_numpy(discovery.latents).to(model.scm.graph.dtype)).numpy()
-    return Anchor(noises, measured)
+    hit = np.full(len(data.split), np.nan) if discovery.hit is None else discovery.hit
+    return Anchor(noises, measured, hit)
 
 
 def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) -> None:
@@ -106,6 +110,7 @@ def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) 
     given[found, discovery.target[found]] = 1.0
     encoder.given.copy_(torch.from_numpy(given))
     encoder.is_given.copy_(torch.from_numpy(found | tested))
+    model.penetrance.copy_(torch.from_numpy(np.nan_to_num(discovery.penetrance[0], nan=1.0)))
     _write(scm.shift, np.where(found, discovery.shift, scm.shift.double().numpy()))
     _write(scm.log_scale, LOG_SCALE_BOUND * np.arctanh(discovery.log_scale / LOG_SCALE_BOUND))
     if scm.kind.retention is None:
@@ -129,8 +134,8 @@ def _sparsify(
         return sparse_loadings(model.scm, data, train, u, variance, None, (loading, noise)), discovery
     # What perturbations without a given target do is not known yet.
     known = np.append(model.intervention_encoder.is_given.numpy(), True)[table].all(1)[data.condition[train]]
-    weights = model.target_weights(table)
-    found = sparse_loadings(model.scm, data, train[known], u[known], discovery.noise, weights, (loading, noise))
+    prior = mixture_prior(model, table)
+    found = sparse_loadings(model.scm, data, train[known], u[known], discovery.noise, prior, (loading, noise))
     axes, variance = found.readout()
     # All genes hold as much as their components, unless a program has hardly a gene of its own.
     if not ((variance > 0) & (variance <= WORSE * np.maximum(discovery.noise, MIN_VARIANCE))).all():

@@ -234,7 +234,6 @@ def test_help_says_what_the_configuration_says() -> None:
         ("genes", Path, "[default: most variable genes]"),
         ("n_top_genes", str, "[at least 2, or all; default: 5000]"),
         ("hold_out", list[str], None),
-        ("responders", bool, "[default: --all-cells]"),
         ("streamed", bool, "[default: by its size]"),
         ("combinations", bool, "[default: --combinations]"),
         ("equations", str, "[auto|linear|nonlinear; default: auto]"),

@@ -44,6 +44,12 @@ def test_file(run_folder: Path, tmp_path: Path) -> None:
     assert output.read_bytes() != before
 
 
+def test_hit_cells(run_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "virtual.h5ad"
+    assert invoke("predict", run_folder, "-p", "g0", "--hit-cells", "-o", output, "--quiet").code == 0
+    assert ad.read_h5ad(output).obs["hit"].all()
+
+
 def test_summary(run_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "virtual.h5ad"
     answer = invoke("predict", run_folder, "-p", "g0", "--counterfactual", "--n-cells", 30, "-o", output, "--json")

@@ -45,6 +45,7 @@ def run(published, case, dtype):
     missing = model.load_state_dict(parameters(published, "param."), strict=False)
     own = {
         "temperature",
+        "penetrance",
         "residual",
         "residual_error",
         "common",

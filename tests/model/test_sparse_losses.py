@@ -91,7 +91,8 @@ def model(
 
 def objective(made: DiscrepancyVAE, data: Screen, config: ModelConfig, sparse: bool, draws: torch.dtype) -> Objective:
     """The objective in either form; draws are made in `draws`, so that dtypes compare."""
-    anchor = Anchor(np.zeros((200, made.scm.graph.shape[0])), np.full(made.scm.graph.shape[0], 0.5))
+    hit = np.where(np.arange(200) % 3, np.linspace(0, 1, 200), np.nan)
+    anchor = Anchor(np.zeros((200, made.scm.graph.shape[0])), np.full(made.scm.graph.shape[0], 0.5), hit)
     found = Objective(made, data, config, 30.0, anchor)  # type: ignore[arg-type]
     assert found.linear_output
     found.linear_output = sparse
@@ -126,16 +127,17 @@ def difference(found: Any, expected: Any) -> float:
     width=st.integers(2, 20), intervention=st.sampled_from(["soft", "hard", "shift"]),
     equations=st.sampled_from(["linear", "nonlinear"]), sparse=st.booleans(),
     estimator=st.sampled_from(["unbiased", "biased"]), n_gene_sets=st.sampled_from([0, 7]),
-    decoder=st.sampled_from(["dense", "sparse"]),
+    decoder=st.sampled_from(["dense", "sparse"]), penetrance=st.sampled_from([1.0, 0.5]),
 )  # fmt: skip
 def test_both_forms_agree(
     seed: int, n_genes: int, p: int, n_conditions: int, width: int,
-    intervention: str, equations: str, sparse: bool, estimator: Any, n_gene_sets: int, decoder: str,
+    intervention: str, equations: str, sparse: bool, estimator: Any, n_gene_sets: int, decoder: str, penetrance: float,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     data = screen(rng, n_genes, p + 1, sparse)
     cells, config = batch(rng, n_conditions, width, data), ModelConfig(mmd_estimator=estimator)
     made = model(seed, n_genes, p, p + 1, intervention, equations, n_gene_sets, decoder)
+    made.penetrance[::2] = penetrance
     dense = value_and_gradient(made, data, config, False, cells, torch.float64)
     assert difference(value_and_gradient(made, data, config, True, cells, torch.float64), dense) < 1e-9
 

@@ -133,6 +133,39 @@ def test_by_hand(intervention: str, label: str, expected: list[float]) -> None:
     np.testing.assert_allclose(found.var["control_mean"], CELL)
 
 
+def test_escaped_cells_are_control_cells() -> None:
+    """A hits a quarter of the cells, R half of them: the mean effect is exact, whichever cells are drawn."""
+    run, source = hand_run(), many(2000)
+    run.model.penetrance[[0, 3]] = torch.tensor([0.25, 0.5]).double()
+    found = predict(run, ["A", "A+R"], source=source, n_cells=2000)
+    change = found.X[:2000] - source.X
+    hit = found.obs["hit"].to_numpy()
+    np.testing.assert_allclose(change[hit[:2000]], np.tile([2.0, 1, 4, 3], (hit[:2000].sum(), 1)), atol=1e-5)
+    np.testing.assert_allclose(change[~hit[:2000]], 0, atol=1e-6)
+    assert hit[:2000].mean() == pytest.approx(0.25, abs=0.03)
+    np.testing.assert_allclose(found.varm["crlseq_effect"][:, 0], [0.5, 0.25, 1, 0.75], atol=1e-6)
+    np.testing.assert_allclose(found.varm["crlseq_effect"][:, 1], [0.5, 0.25, 1, 0.75 + 0.125], atol=1e-6)
+    kinds, sizes = np.unique((found.X[2000:] - source.X).round(2)[:, [0, 3]], axis=0, return_counts=True)
+    assert kinds.tolist() == [[0, 0], [0, 0.25], [2, 3], [2, 3.25]]
+    np.testing.assert_allclose(sizes / 2000, [0.375, 0.375, 0.125, 0.125], atol=0.03)
+    assert hit[2000:].mean() == pytest.approx(1 - 0.375, abs=0.03)
+    error = (found.varm["crlseq_effect_upper"] - found.varm["crlseq_effect"])[:, 0] / 1.96
+    # 100 cells of which a quarter is hit: of unit noise, and shifted by 2.
+    assert error[0] == pytest.approx(np.sqrt((1 + 0.25 * 0.75 * 4) / 100), rel=0.3)
+
+
+def test_hit_cells_alone() -> None:
+    run, source = hand_run(), many()
+    plain = predict(run, "A", source=source)
+    run.model.penetrance[0] = 0.25
+    for options in ({"hit_cells": True}, {"counterfactual": True}):
+        found = predict(run, "A", source=source, **options)
+        assert found.obs["hit"].equals(found.obs["predicted"].rename("hit"))
+        np.testing.assert_allclose(found.varm["crlseq_effect"], plain.varm["crlseq_effect"], atol=1e-6)
+    np.testing.assert_array_equal(predict(run, "A", source=source, hit_cells=True).X, plain.X)
+    assert run.model.penetrance[0] == 0.25
+
+
 def test_shifts_add_and_hard_interventions_do_not() -> None:
     """B cuts its target from what A moves: the double lacks A's way through it, 2 x 0.5 on b and three times that on d."""
     source = many()

@@ -147,7 +147,15 @@ def test_virtual_cells_of_a_known_shift():
         model.intervention_encoder.logits.bias.copy_(torch.tensor([50.0, 0.0]))
     control = np.arange(12.0).reshape(3, 4)
     expected = control + np.array([3.0, 0, 0, 0])
-    assert abducted(model, control, 0)(np.array([0])) == pytest.approx(expected, abs=1e-6)
+    for found in abducted(model, control, 0)(np.array([0])):
+        assert found == pytest.approx(expected, abs=1e-6)
+    model.penetrance.fill_(0.25)
+    control = np.tile(control, (1000, 1))
+    virtual, mean = abducted(model, control, 0)(np.array([0]))
+    assert (mean - control)[:, 0] == pytest.approx(0.75, abs=1e-6)
+    moved = (virtual - control)[:, 0]
+    assert np.allclose(moved[moved > 1], 3) and np.allclose(moved[moved < 1], 0)
+    assert (moved > 1).mean() == pytest.approx(0.25, abs=0.03)
 
 
 def test_evaluation_has_the_training_effects_beside_the_model(data):

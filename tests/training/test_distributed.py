@@ -53,14 +53,20 @@ def data(screen) -> PerturbSeqData:
     return read_data(screen.copy(), make_config().data, 0)
 
 
+@pytest.mark.parametrize("penetrance", [1.0, 0.6])
 @pytest.mark.parametrize("preset", ["default", "paper"])
 @pytest.mark.parametrize("n_ranks", [2, 3, 6])
-def test_the_parts_of_a_step_add_up_to_it(data, preset, n_ranks) -> None:
+def test_the_parts_of_a_step_add_up_to_it(data, preset, n_ranks, penetrance) -> None:
     config = make_config(preset).model
     torch.manual_seed(0)
     n_perturbations = len(data.perturbation_names)
     model = DiscrepancyVAE(**architecture_of(config, data.n_genes, 3, n_perturbations)).double()
-    anchor = Anchor(np.zeros((len(data.split), 3)), np.full(3, 0.5)) if preset == "default" else None
+    model.penetrance[::2] = penetrance
+    anchor = (
+        Anchor(np.zeros((len(data.split), 3)), np.full(3, 0.5), np.full(len(data.split), np.nan))
+        if preset == "default"
+        else None
+    )
     objective = Objective(model, data, config, 30.0, anchor)
     cells = [own[: 200 if c == 0 else 6 + 3 * c] for c, own in enumerate(data.cells_by_condition(splits.TRAIN))]
     rng = np.random.default_rng(1)

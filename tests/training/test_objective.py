@@ -14,7 +14,7 @@ from crlseq.config import ModelConfig
 from crlseq.data.batches import BatchIndex
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.losses import Kernel, loss_terms
+from crlseq.model.losses import Kernel, loss_terms, mmd_squared
 from crlseq.training.objective import CellSource, Objective
 from crlseq.training.warm_start import Anchor
 
@@ -23,6 +23,7 @@ NOISE = 0.5  # variance of both genes
 EDGE, SHIFT, LOG_SCALE = 2.0, 1.5, math.log(0.5)
 # Controls are cells 0 and 1, perturbed cells 2, 3 and 4.
 X = np.array([[1.0, -1.0], [0.5, 2.0], [2.0, 0.0], [-1.0, 3.0], [4.0, 1.0]])
+HIT = np.array([0.0, 0, np.nan, 0.75, 1])  # probability of each cell to have been hit
 BATCH = BatchIndex(np.array([1]), np.array([[2, 3]]), np.array([[0, 1]]), np.ones((1, 2), dtype=bool))
 
 
@@ -135,7 +136,7 @@ def test_the_anchor_is_a_measurement_of_the_posterior_mean() -> None:
     z[0] = [1.5, -1.0]  # half a unit off in P0
     z[1:] = X[1:]
     z[3] += [0.0, 3.0]
-    made = objective(model(), Anchor(z, np.array([0.1, 2.0])))
+    made = objective(model(), Anchor(z, np.array([0.1, 2.0]), HIT))
     terms = terms_of(made)
     control, perturbed = 0.5 * 0.25 / 0.1, 0.5 * 9 / 2.0  # one cell each of two
     assert terms["anchor"].item() == pytest.approx((control / 2 + perturbed / 2) / 2 / 2)  # a side, and a gene
@@ -147,7 +148,7 @@ def test_the_anchor_is_a_measurement_of_the_posterior_mean() -> None:
 
 def test_the_anchor_pulls_on_the_encoder_alone() -> None:
     made = model()
-    terms = terms_of(objective(made, Anchor(X + 1, np.ones(2))))
+    terms = terms_of(objective(made, Anchor(X + 1, np.ones(2), HIT)))
     named = {name: p for name, p in made.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(terms["anchor"], list(named.values()), allow_unused=True)
     moved = {name for name, g in zip(named, gradients, strict=True) if g is not None and bool(g.abs().sum() > 0)}
@@ -155,7 +156,7 @@ def test_the_anchor_pulls_on_the_encoder_alone() -> None:
 
 
 def test_rows_that_only_fill_up_do_not_count() -> None:
-    anchor = Anchor(np.zeros((5, 2)), np.ones(2))
+    anchor = Anchor(np.zeros((5, 2)), np.ones(2), HIT)
     filled = BatchIndex(
         np.array([1]), np.array([[2, 3, 0]]), np.array([[0, 1, 0]]), np.array([[True, True, False]])
     )  # fmt: skip
@@ -170,7 +171,7 @@ def test_rows_that_only_fill_up_do_not_count() -> None:
 
 def test_the_published_objective_leaves_perturbed_cells_to_the_mmd() -> None:
     made = model("shift", noise="none")
-    terms = terms_of(objective(made, Anchor(X, np.ones(2))))
+    terms = terms_of(objective(made, Anchor(X, np.ones(2), HIT)))
     assert set(terms) == {"mmd", "reconstruction", "kl", "graph"}
     eps = torch.from_numpy(draws()[0])[None]
     control, perturbed = torch.from_numpy(X[None, :2]), torch.from_numpy(X[None, 2:4])
@@ -188,3 +189,35 @@ def test_rows_of_the_screen_come_in_the_shape_of_their_indices() -> None:
     rows = source.dense(np.array([[0, 4], [1, 1]]))
     assert rows.dtype == torch.float32 and rows.shape == (2, 2, 2)
     assert rows[0, 1].tolist() == [4, 1] and torch.equal(rows[1, 0], rows[1, 1])
+
+
+@pytest.mark.parametrize("penetrance", [1.0, 0.4])
+def test_who_is_hit_is_drawn_after_the_noise_where_cells_escape(penetrance: float) -> None:
+    made = model()
+    made.penetrance.fill_(penetrance)
+    generator, expected = seeded(), seeded()
+    found = objective(made, Anchor(X, np.ones(2), HIT))
+    terms = found(found.prepare(BATCH), generator)
+    for _ in range(2):
+        torch.randn(1, 2, 2, generator=expected, dtype=torch.float64)
+    if penetrance < 1:
+        hit = torch.rand(1, 2, 1, generator=expected, dtype=torch.float64) < penetrance
+        control, perturbed = torch.from_numpy(X[None, :2]), torch.from_numpy(X[None, 2:4])
+        virtual = made(control, torch.tensor([[0]]), torch.from_numpy(draws()[0])[None], hit).virtual
+        kernel = Kernel(1.0, ModelConfig().mmd_kernels)
+        assert terms["mmd"].item() == pytest.approx(mmd_squared(virtual, perturbed, kernel).item())
+    assert torch.equal(generator.get_state(), expected.get_state())
+
+
+def test_cells_that_may_have_escaped_count_in_part_as_control_cells() -> None:
+    """Cell 2, of which nothing is known, by the penetrance of .4, cell 3 by its probability of .75."""
+    made = model()
+    made.penetrance.fill_(0.4)
+    terms = terms_of(objective(made, Anchor(X, np.ones(2), HIT)))
+    eps = draws()[1]
+    z = X[2:4] + math.sqrt(VARIANCE) * eps
+    of_hit = 0.5 * ((z[:, 1] + EDGE * z[:, 0] - SHIFT) / 0.5) ** 2 + math.log(0.5)
+    share = np.array([0.4, 0.75])
+    prior = 0.5 * z[:, 0] ** 2 + share * of_hit + (1 - share) * 0.5 * z[:, 1] ** 2
+    own = prior - 0.5 * (eps**2 + math.log(VARIANCE)).sum(1)
+    assert terms["kl"].item() == pytest.approx((control_terms()[1] + own.mean() / 2) / 2)

@@ -107,7 +107,7 @@ def test_a_combination_has_the_common_effect_once() -> None:
     model.residual.copy_(torch.tensor([[0.0, 10], [0, 20], [0, 40]]))
     model.residual_error.copy_(torch.tensor([[0.4, 3.0], [0, 4], [0, 0]]))
     conditions = torch.tensor([[0, -1], [0, 1], [-1, -1]])
-    torch.testing.assert_close(model.missed(conditions), torch.tensor([[1.0, 10], [1, 30], [0, 0]]))
+    torch.testing.assert_close(model.missed(conditions)[:, 0], torch.tensor([[1.0, 10], [1, 30], [0, 0]]))
     torch.testing.assert_close(model.missed_error(conditions), torch.tensor([[0.5, 3.0], [0.5, 5], [0, 0]]))
 
 
@@ -122,8 +122,8 @@ def test_a_fit_measures_what_its_latents_miss(screen: ad.AnnData) -> None:
     adata.X = x
     run = crlseq.fit(adata, method="linear", n_latents=3, bootstrap=0)
     model, names = run.model, list(run.interventions["perturbation"])
-    moved = model.missed(torch.tensor([[names.index(name)] for name in names]))
+    moved = model.missed(torch.tensor([[names.index(name)] for name in names]))[:, 0]
     others = np.delete(np.arange(len(names)), names.index("g6"))
     assert moved[names.index("g6"), 30] < -1 and moved[others, 30].abs().max() < 0.5
-    together = float(model.missed(torch.tensor([[0, 1]]))[0, 31])
+    together = float(model.missed(torch.tensor([[0, 1]]))[0, 0, 31])
     assert 0.3 < together < 1.2  # log(12 / 6), once

@@ -1,0 +1,86 @@
+"""Standard errors of predicted effects.
+
+Intervals of effects are effect ± 1.96 standard deviations over `DRAWS` draws of the cells' noise from its posterior, of
+the control cells with replacement, and of the shifts from their standard errors (`shift_errors`), joined with the
+posterior standard deviation of what the latents miss. They say how sure the mean is, not how far cells scatter about it,
+and they take everything else as known: the graph, the targets, retentions and loadings. What a wrong graph or target does
+is not in them, nor what a combination does beyond the model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.scm import Mechanism
+from crlseq.run.run import Run
+
+DRAWS = 100
+COVERS = "the cells' noise, the control cells, the shifts and the residuals"
+COVERS_NOT = "graph, targets, retentions and loadings are taken as known"
+
+
+def effect_errors(
+    model: DiscrepancyVAE, control: Tensor, perturbations: Tensor, shift_error: np.ndarray, generator: torch.Generator
+) -> Tensor:
+    """(G,) standard deviations of a mean effect over `DRAWS` draws of noise, control cells and shifts, and of residuals.
+
+    Of control cells (1, n, G) under perturbations (1, M); ``shift_error`` (K,) of the shifts, NaN where there is none.
+    """
+    mean, variance = model.encoder(control)
+    weights = model.target_weights(perturbations)  # (1, M, p)
+    kinds = [(chance, model.scm.mechanism(kind, weights), (kind >= 0).to(mean.dtype))
+             for chance, kind, _ in model.mixture(perturbations[0], torch.empty(0))]  # fmt: skip
+    error = torch.from_numpy(np.nan_to_num(shift_error)).to(mean.dtype)[perturbations]  # (1, M)
+    n, draws = control.shape[1], []
+    for _ in range(DRAWS):
+        z = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+        share = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).to(mean.dtype) / n
+        moved = error * torch.randn(error.shape, generator=generator, dtype=mean.dtype)
+        after = torch.zeros_like(control[0, 0])
+        for chance, mechanism, hit in kinds:
+            shift = mechanism.shift + (weights * (hit * moved)[..., None]).sum(1)
+            u = model.scm(z, Mechanism(mechanism.retention, mechanism.log_scale, shift))
+            after += chance * _mean_decoded(model, u, share)
+        # With noise abducted, what the latents miss of a cell is in both and cancels.
+        before = share @ control[0] if model.log_noise is None else _mean_decoded(model, model.scm(z), share)
+        draws.append(after - before)
+    return (torch.stack(draws).var(0) + model.missed_error(perturbations)[0] ** 2).sqrt()
+
+
+def _mean_decoded(model: DiscrepancyVAE, u: Tensor, share: Tensor) -> Tensor:
+    """(G,) weighted mean over cells of the decoded latents u (1, n, p); ``share`` (n,) sums to 1."""
+    decoder = model.decoder
+    if decoder.output_activation == "identity":  # the mean passes through a linear layer: no cell is decoded
+        features: Tensor = decoder.output(share @ decoder.features(u[0]))
+        return features
+    decoded: Tensor = share @ decoder(u[0])
+    return decoded
+
+
+def shift_errors(run: Run, variance: np.ndarray) -> np.ndarray:
+    """(K,) standard errors of the shifts in the model's units; NaN for perturbations without cells of their own.
+
+    The shift of hit cells is the mean of the target's noise over the perturbation's cells, divided by its penetrance pi.
+    The error of that mean is the bootstrap's, where it kept the target at least twice; elsewhere ``sqrt(v / n_cells)``,
+
+        v = pi noise_scale^2 + (1 - pi) + pi (1 - pi) shift^2 + variance,
+
+    ``variance`` (p,) being the posterior variance of the latents.
+    """
+    table, share, shift = run.interventions, run.model.penetrance.double().numpy(), run.model.scm.shift
+    programs = pd.Index(run.program_names).get_indexer(pd.Index(table["program"]))
+    measured = np.where(programs >= 0, variance[programs], variance.mean())
+    n_cells = table["n_cells"].to_numpy(dtype=float)
+    escaped = (1 - share) * (1 + share * shift.detach().double().numpy() ** 2)
+    squares = share * table["noise_scale"].fillna(1.0).to_numpy() ** 2 + escaped + measured
+    errors = np.sqrt(np.divide(squares, n_cells, out=np.full(len(table), np.nan), where=n_cells > 0))
+    bootstrap = run.facts.bootstrap
+    if bootstrap is not None:
+        place = pd.Index(table["perturbation"]).get_indexer(pd.Index(bootstrap.perturbations))
+        found = np.array(bootstrap.shift_error, dtype=float)  # null in JSON: NaN
+        errors[place] = np.where(np.isnan(found), errors[place], found)
+    return np.asarray(errors / share)
