@@ -37,6 +37,11 @@ LEAST_VARIANCE = 0.1  # of a product's mean: a share of what it is in control ce
 PRIOR_DEGREES = 4.0  # of freedom, that perturbations of a target agree
 LOST = 2.5  # standard errors from which a change enters the control variates
 SEEN = 2.0  # standard errors from which a change carries the error of another axis
+BENT, MOST_BENT, BENT_PRIOR = (
+    1.15,
+    1.5,
+    20.0,
+)  # see `bend_of`: from which it counts, its most, values its prior is worth
 UNKNOWN_CUT = 0.5  # |change of Var(x_i)| where no perturbation shows it
 
 
@@ -111,6 +116,17 @@ def measure_changes(x: Floats, environment: NDArray[np.int64], targets: NDArray[
     error = np.sqrt(variance + turned.T * own_cut + turned.T @ seen - np.diag(turned)[:, None] * seen)
     error[np.bincount(targets, minlength=p) == 0] = np.inf  # their axes are arbitrary
     return Changes(e, error, cut, c0 * (1 - np.eye(p)), beside, outliers, by_target)
+
+
+def bend_of(found: Changes) -> float:
+    """By how much covariances beside x_i, which no intervention changes, differ between conditions more than by chance: the
+    root mean square of their z, at most `MOST_BENT`, and 1 below `BENT`. Coordinates that a network straightened are bent
+    a little still, which makes changes of all covariances.
+    """
+    z = found.beside[:, *np.triu_indices(len(found.e), 1)]
+    square = np.minimum(z[z != 0] ** 2, 16.0)
+    bend = float(np.sqrt((square.sum() + BENT_PRIOR) / (len(square) + BENT_PRIOR)))
+    return min(bend, MOST_BENT) if bend > BENT else 1.0
 
 
 def _sample(cells: Floats, c0: Floats, inverse: Floats, i: int) -> _Sample | None:

@@ -139,7 +139,7 @@ def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple
     known = task.cells_of(splits.TRAIN, environment) | task.cells_of(splits.VALIDATION, environment)
     y, own, targets = cells.values[known].double().numpy(), environment[known].numpy(), targets[acting]
     p, guides = solution.model.p, task.data.guides
-    found = order_programs(y, own, targets, p)
+    found = order_programs(y, own, targets, p, straightened=cells.variances is not None)
     if p < MANY_LATENTS:  # as with the bootstrap: of 50 programs and 10,000 perturbations it takes minutes
         more = y if cells.variances is not None else start.cells.values[known].double().numpy()
         guide = None if guides is None else guides.number[known.numpy()]
@@ -154,7 +154,7 @@ def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Order
     edges = comparison.edges
     of_graph = misfit(edges.solution)
     pairs = counted(ordering, implied_changes(edges.solution, ordering))
-    evidence = replace(comparison.evidence, misfit=of_graph, pairs=pairs)
+    evidence = replace(comparison.evidence, misfit=of_graph, pairs=pairs, bend=ordering.bend)
     verdict = judge(evidence)
     if not verdict.by_likelihood and edges.solution.model.intervention.graph != "nothing":
         edges = without_graph(edges)
