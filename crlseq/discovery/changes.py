@@ -40,6 +40,8 @@ PRIOR_DEGREES = 4.0  # of freedom, that perturbations of a target agree
 LOST = 2.5  # standard errors from which a change enters the control variates
 SEEN = 2.0  # standard errors from which a change carries the error of another axis
 RETAINED = 3.0  # standard errors from which a change tells how much of it a perturbation leaves
+BENT, MOST_BENT = 1.15, 1.5  # see `bend_of`: from which it counts, and its most
+BENT_PRIOR = 20.0  # values that the prior of no bend is worth
 UNKNOWN_CUT = 0.5  # |change of Var(x_i)| where no perturbation shows it
 
 
@@ -132,6 +134,17 @@ def retained(found: Changes) -> dict[int, tuple[float, float]]:
             for one, change in zip(group, own, strict=True):
                 kept[one.perturbation] = 1 - float(change) / whole, float(np.sqrt(one.variance[k])) / one.scale / whole
     return kept
+
+
+def bend_of(found: Changes) -> float:
+    """By how much covariances beside x_i, which no intervention changes, differ between conditions more than by chance: the
+    root mean square of their z, at most `MOST_BENT`, and 1 below `BENT`. Coordinates that a network straightened are bent
+    a little still, which makes changes of all covariances.
+    """
+    z = found.beside[:, *np.triu_indices(len(found.e), 1)]
+    square = np.minimum(z[z != 0] ** 2, 16.0)
+    bend = float(np.sqrt((square.sum() + BENT_PRIOR) / (len(square) + BENT_PRIOR)))
+    return min(bend, MOST_BENT) if bend > BENT else 1.0
 
 
 def _sample(cells: Floats, c0: Floats, inverse: Floats, i: int) -> _Sample | None:

@@ -141,7 +141,7 @@ def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple
     known = task.cells_of(splits.TRAIN, environment) | task.cells_of(splits.VALIDATION, environment)
     y, own, targets = cells.values[known].double().numpy(), environment[known].numpy(), targets[acting]
     p, guides = solution.model.p, task.data.guides
-    found = order_programs(y, own, targets, p)
+    found = order_programs(y, own, targets, p, straightened=cells.variances is not None)
     if p < MANY_LATENTS:  # as with the bootstrap: of 50 programs and 10,000 perturbations it takes minutes
         more = y if cells.variances is not None else start.cells.values[known].double().numpy()
         guide = None if guides is None else guides.number[known.numpy()]
@@ -156,7 +156,9 @@ def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Order
     edges, gone = confirmed(comparison.edges, ordering)
     of_graph = misfit(edges.solution)
     left = comparison.evidence.n_edges - gone
-    evidence = replace(comparison.evidence, n_edges=left, n_gone=gone, misfit=of_graph, pairs=counted(ordering))
+    evidence = replace(
+        comparison.evidence, n_edges=left, n_gone=gone, misfit=of_graph, pairs=counted(ordering), bend=ordering.bend
+    )
     verdict = judge(evidence)
     if not verdict.by_likelihood and edges.solution.model.intervention.graph != "nothing":
         edges = without_graph(edges)

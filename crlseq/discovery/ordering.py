@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from crlseq.discovery.assumptions import broken_assumptions
 from crlseq.discovery.axes import SAME, alike, exogenous_axes, shifts_outside
-from crlseq.discovery.changes import Changes, measure_changes, retained
+from crlseq.discovery.changes import Changes, bend_of, measure_changes, retained
 from crlseq.discovery.direct_edges import Direct, beside_mediators, direct_edges, through_silent
 from crlseq.discovery.hits import Floats, Hit
 from crlseq.discovery.pairs import SEEN, Bools, Pairs, judge_pairs
@@ -38,6 +38,7 @@ class Ordering:
     support: Floats  # (p, p) share of replicates that declare the edge again; NaN without replicates
     ancestor: Floats  # (p, p) likewise the pair to be upstream
     warnings: tuple[str, ...] = ()  # of assumptions that the screen breaks
+    bend: float = 1.0  # by which errors are widened, see `crlseq.discovery.changes.bend_of`
 
     def directions(self) -> Floats:
         """Read-out (q, p) of the programs, u = (y - center) @ directions = x (I - G)^-1 with the declared G."""
@@ -66,13 +67,15 @@ class Ordering:
         )
 
 
-def order_programs(y: Floats, environment: Ints, targets: Ints, p: int) -> Ordering:
+def order_programs(y: Floats, environment: Ints, targets: Ints, p: int, straightened: bool = False) -> Ordering:
     """The order from cells ``y`` (n, q), ``environment`` (n,) 0 for control and c + 1 for perturbation c, and the program
-    that each perturbation targets, ``targets`` (K,).
+    that each perturbation targets, ``targets`` (K,). Errors are widened by what bends a network left where it straightened.
     """
     center, axes = exogenous_axes(y, environment, targets, p)
     x = (y - center) @ axes
     found = measure_changes(x, environment, targets)
+    bend = bend_of(found) if straightened else 1.0
+    found = replace(found, e_error=bend * found.e_error)
     pairs = judge_pairs(found)
     direct, declared = _direct(found, pairs)
     told = [one for group in found.by_target for one in group if one.hit.told]
@@ -84,7 +87,7 @@ def order_programs(y: Floats, environment: Ints, targets: Ints, p: int) -> Order
     warnings = broken_assumptions(found, pairs, shifts_outside(y, x, environment), n_control, same)
     unknown = np.full((p, p), np.nan)
     kept = retained(found)
-    return Ordering(center, axes, pairs, direct, declared, hits, along, kept, robust, unknown, unknown, warnings)
+    return Ordering(center, axes, pairs, direct, declared, hits, along, kept, robust, unknown, unknown, warnings, bend)
 
 
 def with_support(
@@ -100,6 +103,7 @@ def with_support(
         drawn = np.concatenate([rng.integers(end - m, end, m) for m, end in zip(sizes, start, strict=True)])
         rows = order[drawn]
         found = measure_changes((y[rows] - ordering.center) @ ordering.axes, environment[rows], targets)
+        found = replace(found, e_error=ordering.bend * found.e_error)
         pairs = judge_pairs(found)
         return np.stack([_direct(found, pairs)[1], pairs.have("upstream")])
 

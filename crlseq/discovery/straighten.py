@@ -24,13 +24,14 @@ from crlseq.discovery.likelihood import LinearModel, Solution, allowed_edges
 from crlseq.discovery.moments import DTYPE, Moments, environment_moments
 from crlseq.discovery.propose import propose_targets
 
+SHIFTED = 2.0  # mean square of shifts along a direction, in standard errors, from which perturbations shift it
+BACKGROUND = 4.0  # variance over that of noise; curvature that no mean shows reaches 3, the weakest of four factors 6
 WIDTH = 128
 BATCH = 256
 CHUNK = 100_000  # cells encoded at a time
 LEARNING_RATE = 3e-3
 REFIT_EVERY = 200  # steps between prior steps; every FRESH-th tries new targets
 FRESH = 5
-WIDEN_STEPS = 30
 SHRINK = 2  # pseudo-cells per latent that pull a free covariance to the pooled one
 
 
@@ -47,24 +48,27 @@ FREE = (Phase(3000, 4.0), Phase(3000, settle=True))
 CAUSAL = Phase(5000, settle=True)
 
 
-def starting_directions(solution: Solution, wide: Moments) -> Tensor:
-    """Encoder directions (q, p) on all components, with moments ``wide``, from a linear fit on the first ones, whose
-    noise holds each component's nonlinear residue (principal components start far worse).
+def without_background(y: Tensor, moments: Moments, p: int, noise: float) -> Tensor:
+    """Cells (N, r) in the span of mean shifts, p <= r <= q, without background that nobody perturbs, which the programs would
+    have to describe otherwise.
+
+    ``y`` (N, q) components, ``moments`` of the training cells in them, ``noise`` their variance by measurement. Means shift
+    where the ``p`` programs vary, along their bends too. Other directions in which control cells vary beyond `BACKGROUND`
+    times the noise are background, and what they predict within environments is taken off. Principal axes.
     """
-    old = solution.model
-    q = wide.means.shape[1]
-    if q > old.q:
-        model = old.like(wide)
-        named = old.unpack(solution.theta)
-        extra = (wide.covariances[0].diagonal()[old.q :] - old.floor).clamp_min(0.05 * old.floor).log()[None]
-        psi = named["psi"].clamp_min(math.log(0.05 * old.floor))  # a component without noise would not move again
-        named |= {
-            "W": torch.cat([named["W"], torch.zeros(1, old.p, q - old.q, dtype=DTYPE)], 2),
-            "psi": torch.cat([psi, extra], 1),
-            "offset": torch.cat([named["offset"], wide.means[:1, old.q :]], 1),
-        }
-        solution = model.solve(model.pack(named), solution.targets, solution.mask, steps=WIDEN_STEPS)
-    return solution.directions()
+    pooled = moments.pooled()
+    root = torch.linalg.cholesky(pooled)
+    shift = (moments.means[1:] - moments.means[0]) * moments.counts[1:, None].sqrt()
+    directions, size, _ = torch.linalg.svd(torch.linalg.solve_triangular(root, shift.T, upper=False))
+    r = max(int((size**2 / len(shift) > SHIFTED).sum()), p)
+    axes = torch.linalg.qr(root @ directions[:, :r], mode="complete")[0]
+    span, rest = axes[:, :r], axes[:, r:]
+    variance, turn = torch.linalg.eigh(rest.T @ moments.covariances[0] @ rest)
+    background = rest @ turn[:, variance > BACKGROUND * noise]
+    slopes = torch.linalg.solve(background.T @ pooled @ background, background.T @ pooled @ span)
+    taken = span - background @ slopes
+    principal: Tensor = taken @ torch.linalg.eigh(taken.T @ pooled @ taken)[1].flip(1)
+    return y @ principal.to(y.dtype)
 
 
 def _network(n_in: int, n_out: int, bias: Tensor) -> nn.Sequential:
@@ -109,7 +113,7 @@ class StraighteningVAE(nn.Module):
 
 
 class Straightener:
-    """Trains one network on whitened components ``y`` (N, q), from ``directions`` (q, p) of `starting_directions`."""
+    """Trains one network on whitened components ``y`` (N, q), from encoder ``directions`` (q, p)."""
 
     def __init__(self, y: Tensor, environment: Tensor, directions: Tensor, seed: int = 0) -> None:
         torch.manual_seed(seed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from crlseq.discovery.changes import MIN_CELLS, measure_changes, retained
+from crlseq.discovery.changes import MIN_CELLS, bend_of, measure_changes, retained
 from crlseq.discovery.hits import Floats
 from tests.component_screens import component_screen
 
@@ -141,3 +143,29 @@ def test_a_program_without_perturbations_is_unknown() -> None:
     assert np.isinf(found.e_error[[0, 1, 3], 2]).all()
     assert np.isfinite(found.e_error[0, 1])
     assert np.isfinite(found.e).all()
+
+
+@pytest.mark.parametrize(
+    ("z", "bend"),
+    [
+        (1.0, 1.0),
+        (1.3, 1.0),  # (3 * 1.69 + 20) / 23 = 1.0900 = 1.044^2: by chance
+        (3.0, np.sqrt((3 * 9 + 20) / 23)),  # 1.4295
+        (9.0, 1.5),  # one z counts as 4 at most, sqrt(68 / 23) = 1.72, and that is the most
+    ],
+)
+def test_the_bend_is_what_covariances_that_nothing_changes_differ_by(z: float, bend: float) -> None:
+    """Three programs: under do(i) there is one covariance beside x_i, that of the two others."""
+    found = component_screen(0, p=3, k=6).changes()
+    beside = np.zeros((3, 3, 3))
+    for i, (j, k) in enumerate([(1, 2), (0, 2), (0, 1)]):
+        beside[i, j, k] = beside[i, k, j] = -z
+        beside[i, j, j] = beside[i, k, k] = 50.0  # variances have no part
+    assert bend_of(replace(found, beside=beside)) == pytest.approx(bend)
+
+
+def test_straight_coordinates_have_no_bend_and_bent_ones_have() -> None:
+    screen = component_screen(3)
+    assert bend_of(screen.changes()) == 1.0
+    bent = replace(screen, y=screen.y + 0.1 * (screen.y**2) @ np.roll(np.eye(screen.y.shape[1]), 1, 0))
+    assert bend_of(bent.changes()) > 1.15

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from crlseq.discovery import ordering as ordering_module
 from crlseq.discovery.ordering import Ints, Ordering, order_programs, with_support
 
 Screen = tuple[np.ndarray, Ints, Ints]
@@ -55,3 +56,11 @@ def test_support_follows_the_programs_into_another_order(screen: Screen, orderin
 def test_without_replicates_support_is_unknown(screen: Screen, ordering: Ordering) -> None:
     found = with_support(ordering, *screen, n=0, seed=0, threads=1)
     assert np.isnan(found.ancestor).all() and np.isnan(found.support).all()
+
+
+def test_errors_are_widened_where_straightened_cells_are_bent(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ordering_module, "bend_of", lambda found: 1.4)
+    straight, bent = order_programs(*screen, 3), order_programs(*screen, 3, straightened=True)
+    assert (straight.bend, bent.bend) == (1.0, 1.4)
+    np.testing.assert_allclose(bent.pairs.error, 1.4 * straight.pairs.error)
+    np.testing.assert_array_equal(bent.pairs.change, straight.pairs.change)

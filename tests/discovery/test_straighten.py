@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from crlseq.discovery.likelihood import LinearModel, Solution, allowed_edges, fit_linear
+from crlseq.discovery.likelihood import Solution, fit_linear
 from crlseq.discovery.misfit import misfit
-from crlseq.discovery.moments import DTYPE, environment_moments
-from crlseq.discovery.straighten import SHRINK, Phase, Straightener, StraighteningVAE, starting_directions
-from tests.structural import TARGETS, P, Q, truth
+from crlseq.discovery.moments import DTYPE, Moments, environment_moments
+from crlseq.discovery.straighten import SHRINK, Phase, Straightener, StraighteningVAE, without_background
+from tests.structural import P, Q, truth
 
 SHIFTS = torch.tensor([[0.0, 0], [3, 0], [-3, 0], [0, 3], [0, -3]], dtype=DTYPE)
 
@@ -145,25 +146,35 @@ def test_the_prior_is_kept_where_fresh_targets_are_no_better(start: tuple[Straig
     assert not second.model.fit_noise and second.model.q == second.model.p == 2
 
 
-def test_starting_directions_on_more_components_read_the_latents_out() -> None:
+def test_background_is_what_varies_where_no_perturbation_shifts() -> None:
+    """One program of variance 4 along e0, background of variance 9 along e1 + e2 half of which programs' direction sees:
+    y0 = 2 u + b, y1 = 3 b, noise 0.01; shifts along e0 alone. Slope of y0 on y1 within environments is 1/3 but for noise.
+    """
+    covariance = torch.diag(torch.full((3,), 0.01, dtype=DTYPE))
+    covariance[:2, :2] += torch.tensor([[5.0, 3.0], [3.0, 9.0]], dtype=DTYPE)
+    means = torch.tensor([[0.0, 0, 0], [4, 0, 0], [-6, 0, 0]], dtype=DTYPE)
+    moments = Moments(means, covariance.repeat(3, 1, 1), torch.full((3,), 100.0, dtype=DTYPE))
+    cells = torch.tensor([[2.0, 0, 0], [1, 3, 0], [0, 0, 5]], dtype=DTYPE)
+    found = without_background(cells, moments, 1, 0.01)
+    assert found.shape == (3, 1)
+    sign = torch.sign(found[0])
+    torch.testing.assert_close(found[:, 0] * sign, torch.tensor([2.0, 1 - 9 / 9.01, 0], dtype=DTYPE))
+
+
+def test_without_background_the_span_of_shifts_is_only_turned() -> None:
     true = truth(noise=0.1)
-    narrow, wide = true.moments(1000), true.moments(1000)
-    narrow = type(wide)(wide.means[:, :5], wide.covariances[:, :5, :5], wide.counts)
-    solution = fit_linear(narrow, P, "hard", targets=TARGETS[None])
-    same = starting_directions(solution, narrow)
-    assert torch.equal(same, solution.directions())
-    directions = starting_directions(solution, wide)
-    assert directions.shape == (Q, P)
-    torch.testing.assert_close((true.W @ directions).abs(), torch.eye(P, dtype=DTYPE), atol=0.05, rtol=0)
-    # and with the noise of all components they are less noisy than on the first ones
-    assert float((directions**2).sum()) < float((same**2).sum())
+    moments = true.moments(1000)
+    y, _ = true.cells(20)
+    found = without_background(y, moments, P, 0.1)
+    assert found.shape == (len(y), P)
+    shifts = moments.means[1:] - moments.means[0]
+    turned = without_background(shifts, moments, P, 0.1)
+    torch.testing.assert_close(turned @ turned.T, shifts @ shifts.T)
 
 
-def test_components_without_noise_move_again_on_more_components() -> None:
+def test_latents_are_given_all_directions_where_shifts_are_too_few_or_many() -> None:
     moments = truth(noise=0.1).moments(1000)
-    narrow = type(moments)(moments.means[:, :5], moments.covariances[:, :5, :5], moments.counts)
-    model = LinearModel(narrow, P, "hard")
-    theta = model.start(TARGETS[None])
-    theta[:, model.at["psi"]] = -60.0
-    stuck = model.solve(theta, TARGETS[None], allowed_edges(P, "hard"), steps=0)
-    assert bool(torch.isfinite(starting_directions(stuck, moments)).all())
+    y = torch.eye(Q, dtype=DTYPE)
+    assert without_background(y, moments, Q, 0.1).shape == (Q, Q)
+    quiet = replace(moments, means=torch.zeros_like(moments.means))
+    assert without_background(y, quiet, P, 0.1).shape == (Q, P)

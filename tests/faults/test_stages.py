@@ -47,7 +47,9 @@ def _straightened() -> Iterator[None]:
         patch.setattr(
             straighten,
             "straightened",
-            lambda task, cells, dense, linear: straighten.train_once(task, cells, dense, math.inf, task.seed),
+            lambda task, cells, dense, linear: straighten.train_once(
+                task, cells, dense.targets[0], dense.model.p, math.inf, task.seed
+            ),
         )
         yield
 

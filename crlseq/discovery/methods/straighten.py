@@ -3,8 +3,9 @@
     maximise over networks f, g    sum_cells E_q(v|y) [ log N(y; g(v), noise) ] - beta KL( q(v|y) || N(mean_c, covariance_c) )
     and over W, G, c of the linear method on the latents v
 
-Tried only where mean shifts of one program leave a line. The network is that of `crlseq.discovery.straighten`. Where mere shifts fit best, nonlinear equations
-(`crlseq.discovery.nonlinear_test`) are tried first.
+Tried only where mean shifts of one program leave a line, on components without background. The network is that of
+`crlseq.discovery.straighten`. Where mere shifts fit best, nonlinear equations (`crlseq.discovery.nonlinear_test`) are
+tried first.
 
 Source: this project; ReLU equations after Zhang et al. 2023, arXiv 2307.06250.
 Assumes: as the linear method, except that components are a network of the programs, one that makes the environments'
@@ -15,6 +16,9 @@ of whom, if expression is linear in the programs.
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from crlseq.data import splits
 from crlseq.discovery.axes import exogenous_axes, shifts_outside
 from crlseq.discovery.discover import Refined, compare_on, discover
@@ -23,18 +27,17 @@ from crlseq.discovery.kind_comparison import KindComparison
 from crlseq.discovery.likelihood import Solution
 from crlseq.discovery.methods import Programs
 from crlseq.discovery.misfit import misfit
-from crlseq.discovery.moments import environment_moments
+from crlseq.discovery.moments import environment_moments, noise_level
 from crlseq.discovery.nonlinear_test import prefers_nonlinear
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.discovery.result import nonlinear_result
-from crlseq.discovery.straighten import CAUSAL, FREE, Straightener, starting_directions
+from crlseq.discovery.straighten import CAUSAL, FREE, Straightener, without_background
 from crlseq.discovery.task import Cells, Start, Task
 from crlseq.discovery.verdict import Answer
 
 AT_MOST: Answer = "identified"
 CURVED = 1.5  # chi-square a degree of freedom of mean shifts off the programs' lines; .6 to 1.2 on straight ones
 ATTEMPTS = 3  # trainings of the network where the first ones do not describe the cells
-PARTITION_STEPS = 60
 
 
 def find(task: Task) -> Programs:
@@ -74,10 +77,14 @@ def straightened(
     """Straightened latents and the models on them; None if the structural model describes them no better. A training
     can end in a wrong partition: it is done again, from that of the lowest misfit, until the latents are described.
     """
+    p, (values, _, environment) = dense.model.p, components.training()
+    moments = environment_moments(values, environment)
+    noise = noise_level(moments) if components.noise is None else components.noise
+    cells = replace(components, values=without_background(components.values, moments, p, noise))
     best: tuple[Cells, KindComparison] | None = None
-    start = dense
+    targets = dense.targets[0]
     for attempt in range(ATTEMPTS):
-        found = train_once(task, components, start, misfit(dense).dispersion, task.seed + attempt)
+        found = train_once(task, cells, targets, p, misfit(dense).dispersion, task.seed + attempt)
         if found is None:  # what is wrong is not the mixing
             break
         reference = linear if best is None else best[1]
@@ -85,21 +92,20 @@ def straightened(
             best = found
         if best is None or misfit(best[1].edges.solution).describes:
             break
-        targets = best[1].edges.solution.targets
-        start = dense.model.solve(dense.model.start(targets), targets, dense.mask, PARTITION_STEPS)
+        targets = best[1].edges.solution.targets[0]
     return best
 
 
 def train_once(
-    task: Task, components: Cells, start: Solution, worst: float, seed: int
+    task: Task, components: Cells, targets: Tensor, p: int, worst: float, seed: int
 ) -> tuple[Cells, KindComparison] | None:
-    """One training from a solution in the first components; None if free latents have a misfit of `worst` or more."""
-    y, train, environment = components.values, components.train, components.environment
-    directions = starting_directions(start, environment_moments(y[train], environment[train]))
-    network = Straightener(y[train].double(), environment[train], directions, seed)
+    """One training from the axes of ``targets`` (K,); None if free latents have a misfit of `worst` or more."""
+    values, _, own = components.training()
+    axes = exogenous_axes(values.numpy(), own.numpy(), targets.numpy(), p)[1]
+    network = Straightener(values, own, torch.from_numpy(axes), seed)
 
     def latents() -> Cells:
-        return Cells(*network.encode(y), environment, train)
+        return Cells(*network.encode(components.values), components.environment, components.train)
 
     for free in FREE:
         network.train(free)
