@@ -24,7 +24,7 @@ et al. 2023, ICML.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,7 @@ LOST = 2.5  # standard errors from which a change enters the control variates
 SEEN = 2.0  # standard errors from which a change carries the error of another axis
 RETAINED = 3.0  # standard errors from which a change tells how much of it a perturbation leaves
 BENT, MOST_BENT = 1.15, 1.5  # see `bend_of`: from which it counts, and its most
+REVERSED = 0.1  # of a change: what a network leaves in the reverse
 BENT_PRIOR = 20.0  # values that the prior of no bend is worth
 UNKNOWN_CUT = 0.5  # |change of Var(x_i)| where no perturbation shows it
 
@@ -145,6 +146,15 @@ def bend_of(found: Changes) -> float:
     square = np.minimum(z[z != 0] ** 2, 16.0)
     bend = float(np.sqrt((square.sum() + BENT_PRIOR) / (len(square) + BENT_PRIOR)))
     return min(bend, MOST_BENT) if bend > BENT else 1.0
+
+
+def widened(found: Changes, bend: float | None) -> Changes:
+    """With the errors that a network leaves which straightened the coordinates: its bend, and `REVERSED` of the reverse, which
+    bends feign; the same for coordinates without a bend.
+    """
+    if bend is None:
+        return found
+    return replace(found, e_error=np.hypot(bend * found.e_error, REVERSED * np.abs(found.e.T)))
 
 
 def _sample(cells: Floats, c0: Floats, inverse: Floats, i: int) -> _Sample | None:

@@ -190,23 +190,24 @@ def beside_mediators(found: Changes, direct: Direct, reach: Bools, possible: Boo
     return left
 
 
-def unconfirmed(pairs: Pairs, edges: Bools, alike: Bools) -> Bools:
+def unconfirmed(pairs: Pairs, edges: Bools, alike: Bools, straightened: bool = False) -> Bools:
     """Those of ``edges`` (p, p), found in another way, that what interventions change does not need, and could have shown.
 
     With E fitted by all of them, such an edge is within `NEEDED` standard errors of 0, although its pair is decided, or an
     effect of `SIZE` would be seen with 80 % power, or one of its programs is ``alike`` (p, p) another: a program in two
-    parts has no E, and false edges.
+    parts has no E, and false edges. A network that ``straightened`` leaves bends, which the likelihood takes for edges:
+    there all must be beyond `SEEN` standard errors.
     """
     problem = _problem(-pairs.change, pairs.error, edges, np.zeros_like(edges))
     theta, covariance, _ = problem.fit(problem.start())
     double = np.flatnonzero(alike.any(0))
-    doubtful = ~pairs.have("undecided")
+    doubtful, needed = ~pairs.have("undecided") | straightened, SEEN if straightened else NEEDED
     doubtful[double] = doubtful[:, double] = True
     against: Bools = edges & ~problem.seen & doubtful
     for i, (edge, worth) in enumerate(zip(problem.edges, problem.worth(theta, covariance), strict=True)):
         size = abs(theta[i] * theta[edge[0] - len(edges) - 1])
         shown = (NEEDED + POWER) * size < SIZE * np.sqrt(worth)
-        against[edge] = worth < NEEDED**2 and (doubtful[edge] or shown)
+        against[edge] = worth < needed**2 and (doubtful[edge] or shown)
     return against
 
 

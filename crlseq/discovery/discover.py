@@ -153,12 +153,10 @@ def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple
 
 def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Ordering) -> Judged:
     """The verdict on all evidence, and the edges of the likelihood that it leaves: none unless it grants them."""
-    edges, gone = confirmed(comparison.edges, ordering)
+    edges, gone = confirmed(comparison.edges, ordering, cells.variances is not None)
     of_graph = misfit(edges.solution)
     left = comparison.evidence.n_edges - gone
-    evidence = replace(
-        comparison.evidence, n_edges=left, n_gone=gone, misfit=of_graph, pairs=counted(ordering), bend=ordering.bend
-    )
+    evidence = replace(comparison.evidence, n_edges=left, n_gone=gone, misfit=of_graph, pairs=counted(ordering))
     verdict = judge(evidence)
     if not verdict.by_likelihood and edges.solution.model.intervention.graph != "nothing":
         edges = without_graph(edges)
@@ -171,9 +169,10 @@ def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Order
     return edges, verdict, of_verdict.dispersion, stability
 
 
-def confirmed(edges: Edges, ordering: Ordering) -> tuple[Edges, int]:
+def confirmed(edges: Edges, ordering: Ordering, straightened: bool) -> tuple[Edges, int]:
     """The graph without the edges that what interventions change speaks against, and how many those are."""
-    gone = unconfirmed(ordering.pairs, (edges.adjacency != 0).numpy(), alike(ordering.axes, SIMILAR))
+    similar = alike(ordering.axes, SIMILAR)
+    gone = unconfirmed(ordering.pairs, (edges.adjacency != 0).numpy(), similar, straightened)
     return _without(edges, torch.from_numpy(gone)), int(gone.sum())
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from crlseq.discovery.assumptions import broken_assumptions
 from crlseq.discovery.axes import SAME, alike, exogenous_axes, shifts_outside
-from crlseq.discovery.changes import Changes, bend_of, measure_changes, retained
+from crlseq.discovery.changes import Changes, bend_of, measure_changes, retained, widened
 from crlseq.discovery.direct_edges import Direct, beside_mediators, direct_edges, through_silent
 from crlseq.discovery.hits import Floats, Hit
 from crlseq.discovery.pairs import SEEN, Bools, Pairs, judge_pairs
@@ -38,7 +38,7 @@ class Ordering:
     support: Floats  # (p, p) share of replicates that declare the edge again; NaN without replicates
     ancestor: Floats  # (p, p) likewise the pair to be upstream
     warnings: tuple[str, ...] = ()  # of assumptions that the screen breaks
-    bend: float = 1.0  # by which errors are widened, see `crlseq.discovery.changes.bend_of`
+    bend: float | None = None  # of coordinates that a network straightened, see `crlseq.discovery.changes.bend_of`
 
     def directions(self) -> Floats:
         """Read-out (q, p) of the programs, u = (y - center) @ directions = x (I - G)^-1 with the declared G."""
@@ -74,8 +74,8 @@ def order_programs(y: Floats, environment: Ints, targets: Ints, p: int, straight
     center, axes = exogenous_axes(y, environment, targets, p)
     x = (y - center) @ axes
     found = measure_changes(x, environment, targets)
-    bend = bend_of(found) if straightened else 1.0
-    found = replace(found, e_error=bend * found.e_error)
+    bend = bend_of(found) if straightened else None
+    found = widened(found, bend)
     pairs = judge_pairs(found)
     direct, declared = _direct(found, pairs)
     told = [one for group in found.by_target for one in group if one.hit.told]
@@ -103,7 +103,7 @@ def with_support(
         drawn = np.concatenate([rng.integers(end - m, end, m) for m, end in zip(sizes, start, strict=True)])
         rows = order[drawn]
         found = measure_changes((y[rows] - ordering.center) @ ordering.axes, environment[rows], targets)
-        found = replace(found, e_error=ordering.bend * found.e_error)
+        found = widened(found, ordering.bend)
         pairs = judge_pairs(found)
         return np.stack([_direct(found, pairs)[1], pairs.have("upstream")])
 

@@ -68,7 +68,6 @@ class Evidence:
     support: float | None = None  # largest of a selected edge; None without a bootstrap
     pairs: PairCounts | None = None  # what interventions change; None while unknown
     n_gone: int = 0  # further edges, which it speaks against
-    bend: float = 1.0  # of straightened latents: what covariances that no intervention changes differ by, over chance
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -99,8 +98,6 @@ def _objection(evidence: Evidence) -> str | None:
         return f"{INTERVENTIONS[evidence.asked_without_graph].reason} {ANY_GRAPH}"
     if evidence.misfit is not None and not evidence.misfit.describes:
         return f"The model fits poorly (misfit {evidence.misfit.value:.2f}; ideal 1.0), so the edges' gain ({gain}) may be an artefact."
-    if evidence.bend > 1:
-        return f"Straightened latents are still bent (covariances that no intervention changes differ {evidence.bend:.1f} times as much as by chance), which the likelihood takes for edges."
     if evidence.pairs is not None and evidence.pairs.both_ways:
         return f"{_of(evidence.pairs.both_ways, 'pair')} of programs change each other: a hidden common cause, a cycle or nonlinear equations, which the likelihood does not know."
     if evidence.support is not None and evidence.support < DECLARED_SUPPORT:

@@ -111,6 +111,7 @@ def test_edges_of_the_likelihood_that_interventions_speak_against() -> None:
     # An effect of 0.3 is seen with 80 % power if its error is below 0.3 / 2.84, and these pairs are decided by nothing.
     blind = replace(pairs, error=pairs.error + 0.3, status=np.full((4, 4), STATUSES.index("undecided")))
     assert not unconfirmed(blind, edges, NONE).any()
+    assert unconfirmed(blind, edges, NONE, straightened=True)[3, 2]
     alike = NONE.copy()
     alike[0, 3] = alike[3, 0] = True
     found = unconfirmed(blind, edges, alike)

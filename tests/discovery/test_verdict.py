@@ -38,7 +38,6 @@ def test_without_an_objection_the_kind_decides(kind: Any, answer: Answer, unknow
         ({"gain": float("nan")}, ["held-out cells"]),
         ({"asked_without_graph": "shift"}, ["Shifts were asked for"]),
         ({"misfit": Misfit(1.51, 0.01)}, ["misfit 1.51", "+55 ± 20"]),
-        ({"bend": 1.42}, ["still bent", "1.4 times"]),
         ({"support": 0.45}, ["bootstrap removed the last edge", "0.45"]),
     ],
 )
