@@ -56,8 +56,9 @@ def effect_explained(model: DiscrepancyVAE, data: PerturbSeqData, target: np.nda
         E_k = sum_{c in D_k} (|m_c|^2 - |m_c - d_c|^2) / sum_c (|m_c|^2 - e_c),
 
     the denominator over all perturbations that have a target. The E_k add up to what all programs explain of the effects,
-    sampling noise taken off. Cells that escaped, by the model's penetrance, are counted in d_c. Negative where the model's effects are farther from the measured ones than none at all; NaN
-    for all where the effects do not stand out of their sampling noise. ``target`` (K,): -1 for none.
+    sampling noise taken off. Cells that escaped, by the model's penetrance, are counted in d_c. Negative where the model's
+    effects are farther from the measured ones than none at all; NaN for all where the effects do not stand out of their
+    sampling noise. ``target`` (K,): -1 for none.
     """
     cells = data.cells_by_condition(splits.TRAIN)
     there = {parts[0]: c for c, parts in enumerate(data.conditions) if len(parts) == 1 and len(cells[c]) > 1}

@@ -1,10 +1,9 @@
 """Perturbations that were never seen, from vectors of their genes: a map from vectors to what fitted perturbations do.
 
 A perturbation of a gene with vector e is predicted to do a weighted sum of what the fitted ones do to the average of their
-cells, hit or not: their shifts of each
-program's equation (of a perturbation that cuts its target off: the shift with the same mean effect), and what they do
-past the programs. Noise scales and cuts of a stranger are not predicted. The weights are those of a ridge
-regression with an intercept on standardised vectors, ``w(e) = 1/K + k(e) (K_c + penalty I)^-1 (I - 1/K)`` with the linear
+cells, hit or not: their shifts of each program's equation (of a perturbation that cuts its target off: the shift with the
+same mean effect), and what they do past the programs. Noise scales and cuts of a stranger are not predicted. The weights
+are those of a ridge regression with an intercept on standardised vectors, ``w(e) = 1/K + k(e) (K_c + penalty I)^-1 (I - 1/K)`` with the linear
 kernel, of the mean of the fitted perturbations (w = 1/K), or of no effect (w = 0): which of these, and the penalty, is
 what has the least squared leave-one-out error in mean expression, summed over genes; what is less simple has to be better
 by more than one standard error over the perturbations. What leave-one-out missed, gene by gene, is the standard error.
