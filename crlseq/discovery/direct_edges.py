@@ -28,6 +28,7 @@ PRICE_BESIDE = 9.0  # the same beside edges of every program that it may go thro
 LEAST_ERROR = 0.03  # linear equations are no better than that
 LEVEL, LEVEL_SPREAD, SPREAD = 0.75, 0.25, 0.1
 LEAST_OWN, MOST_OWN = 0.1, 1.0  # of Omega's diagonal
+MISFIT_PRIOR = 10.0  # degrees of freedom at a misfit of 1: that of few programs is in part chance
 NEEDED = 2.0  # standard errors of an edge that was found by likelihood
 SILENT = 0.15  # change of a variance that says nothing
 STEPS = 50
@@ -138,9 +139,9 @@ class _Problem:
         """The same without these edges."""
         return replace(self, edges=[edge for i, edge in enumerate(self.edges) if i not in set(gone.tolist())])
 
-    def misfit(self, square: float) -> float:
-        """Chi-square per degree of freedom."""
-        return square / max(1, int(self.seen.sum()) - len(self.edges) - len(self.pairs))
+    def misfit(self, square: float, prior: float = 0.0) -> float:
+        """Chi-square per degree of freedom, with ``prior`` of them at 1."""
+        return (square + prior) / (max(1, int(self.seen.sum()) - len(self.edges) - len(self.pairs)) + prior)
 
 
 def _problem(e: Floats, error: Floats, edges: Bools, hidden: Bools) -> _Problem:
@@ -185,7 +186,7 @@ def beside_mediators(found: Changes, direct: Direct, reach: Bools, possible: Boo
         problem = _problem(found.e, found.e_error, more, direct.hidden != 0)
         theta, covariance, square = problem.fit(problem.start())
         worth = dict(zip(problem.edges, problem.worth(theta, covariance), strict=True))
-        price = PRICE_BESIDE * max(1.0, problem.misfit(square)) ** 2
+        price = PRICE_BESIDE * max(1.0, problem.misfit(square, MISFIT_PRIOR)) ** 2
         left[own, i] = [worth[j, i] >= price for j in own]
     return left
 

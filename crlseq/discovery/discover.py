@@ -141,7 +141,7 @@ def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple
     known = task.cells_of(splits.TRAIN, environment) | task.cells_of(splits.VALIDATION, environment)
     y, own, targets = cells.values[known].double().numpy(), environment[known].numpy(), targets[acting]
     p, guides = solution.model.p, task.data.guides
-    found = order_programs(y, own, targets, p, straightened=cells.variances is not None)
+    found = order_programs(y, own, targets, p, cells.variances is not None, solution.directions().numpy())
     if p < MANY_LATENTS:  # as with the bootstrap: of 50 programs and 10,000 perturbations it takes minutes
         more = y if cells.variances is not None else start.cells.values[known].double().numpy()
         guide = None if guides is None else guides.number[known.numpy()]

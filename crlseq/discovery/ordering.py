@@ -67,12 +67,18 @@ class Ordering:
         )
 
 
-def order_programs(y: Floats, environment: Ints, targets: Ints, p: int, straightened: bool = False) -> Ordering:
+def order_programs(
+    y: Floats, environment: Ints, targets: Ints, p: int, straightened: bool = False, readout: Floats | None = None
+) -> Ordering:
     """The order from cells ``y`` (n, q), ``environment`` (n,) 0 for control and c + 1 for perturbation c, and the program
     that each perturbation targets, ``targets`` (K,). Errors are widened by what bends a network left where it straightened.
+    Programs have the signs of the ``readout`` (q, p) where there is one.
     """
     center, axes = exogenous_axes(y, environment, targets, p)
     x = (y - center) @ axes
+    if readout is not None:
+        sign = np.where(((y - center) @ readout * x).mean(0) < 0, -1.0, 1.0)
+        axes, x = axes * sign, x * sign
     found = measure_changes(x, environment, targets)
     bend = bend_of(found) if straightened else None
     found = widened(found, bend)

@@ -65,3 +65,21 @@ def test_errors_are_widened_where_straightened_cells_are_bent(screen: Screen, mo
     reverse = 0.1 * np.abs(straight.pairs.change.T)  # what bends feign
     np.testing.assert_allclose(bent.pairs.error, np.hypot(1.4 * straight.pairs.error, reverse))
     np.testing.assert_array_equal(bent.pairs.change, straight.pairs.change)
+
+
+def test_changes_have_the_signs_of_a_read_out(screen: Screen) -> None:
+    y = screen[0]
+    truth = np.linalg.lstsq(y - y.mean(0), _programs(screen), rcond=None)[0]
+    for flip in ([1.0, 1.0, 1.0], [1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]):
+        found = order_programs(*screen, 3, readout=truth * flip)
+        assert np.sign(found.pairs.change[0, 1]) == np.sign(0.8 * flip[0] * flip[1])
+        assert (np.diag(found.axes.T @ np.cov(y.T) @ truth) * flip > 0).all()
+
+
+def _programs(screen: Screen) -> np.ndarray:
+    """Shifts of all cells' programs, up to what no mean shows: projections on the mean shift of each program's strongest."""
+    y, environment, _ = screen
+    control = y[environment == 0].mean(0)
+    lines = np.stack([y[environment == c + 1].mean(0) - control for c in np.flatnonzero(np.arange(18) % 6 == 4)])
+    u: np.ndarray = (y - control) @ np.linalg.pinv(lines)
+    return u
