@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from crlseq.cli.options import AsJson, read_config, takes_config
 from crlseq.cli.output import say, show_json, show_table, show_text
+from crlseq.data.covariates import CONTEXT, OUTCOME, UNKNOWN, Covariate
 from crlseq.errors import InputError, few
 
 MANY = 30
@@ -43,7 +45,7 @@ def _show(found: dict[str, Any]) -> None:
 
     facts = _facts(found)
     show_table(pd.DataFrame({"what": list(facts), "value": [str(value) for value in facts.values()]}), found["file"])
-    for note in found.get("left_out", []):
+    for note in found["notes"]:
         say(f"note: {note}")
     if found["columns"]:
         columns = pd.DataFrame(found["columns"]).drop(columns="why")
@@ -70,7 +72,9 @@ def _facts(found: dict[str, Any]) -> dict[str, Any]:
         facts["values"] = f"{found['values']}: {found['values_reason']}"
     if "density" in found:
         facts["non-zero values"] = f"{found['density']:.1%}; {found['n_silent_genes']} genes are zero in every cell"
-    facts["layers"] = ", ".join(found["layers"]) or "none"
+    kinds = found.get("layers_hold", {})
+    layers = [f"{name} ({kinds[name]})" if name in kinds else name for name in found["layers"]]
+    facts["layers"] = ", ".join(layers) or "none"
     if "perturbation_key" in found:
         facts["labels"] = found["label_reason"]
         facts["control cells"] = found["control_cells"]
@@ -78,13 +82,37 @@ def _facts(found: dict[str, Any]) -> dict[str, Any]:
         if cells := _by_size(found["cells_per_condition"]):
             facts["cells per condition"] = f"{cells[-1][1]} ({cells[-1][0]}) to {cells[0][1]} ({cells[0][0]})"
         facts["dropped cells"] = ", ".join(f"{n} {label!r}" for label, n in found["dropped"].items()) or "none"
-        measured, total = found["targets_measured"], len(found["targets_measured"]) + len(found["targets_not_measured"])
-        named = f": {few(measured)}" if measured else ""
-        facts["targets measured"] = f"{len(measured)} of {total} are genes in this file{named}"
-    batches = "; ".join(f"{batch['column']} ({batch['levels']} levels)" for batch in found["batches"])
-    facts["batches"] = batches or "no column looks like a batch"
+        facts["targets measured"] = found["targets_reason"]
+    if "covariates" in found:
+        facts |= _beside(found["covariates"])
     if "fitted_conditions" in found:
         facts["fit would use"] = f"{found['fitted_conditions']} conditions and the control"
+    return facts
+
+
+def _beside(covariates: list[dict[str, Any]]) -> dict[str, str]:
+    """Columns beside the labels, by what they seem to be."""
+    found = [Covariate(**{f.name: row[f.name] for f in fields(Covariate)}) for row in covariates]
+    groups = {
+        "batches": [each for each in found if each.looks_like_batch],
+        "contexts": [each for each in found if each.role == CONTEXT],
+        "outcomes": [each for each in found if each.role == OUTCOME],
+    }
+    facts = {what: "; ".join(each.in_words() for each in own) for what, own in groups.items() if own}
+    others = [each for each in found if each.role == UNKNOWN and not each.looks_like_batch]
+    telling = [each for each in others if each.matters]
+    if telling:
+        facts["tied to labels"] = "; ".join(each.in_words() for each in telling)
+    if not groups["batches"]:
+        none = "no column is named like a batch"
+        tested = [each for each in others if not each.matters]
+        facts["batches"] = (
+            f"{none}; levels of {few([each.column for each in tested])} differ no more than by chance"
+            if tested
+            else none
+        )
+    if "outcomes" in facts:
+        facts["outcomes"] += ": perturbations can change these, so they are no batches"
     return facts
 
 

@@ -176,8 +176,9 @@ def program(
         })  # fmt: skip
         return
     if not sys.stdout.isatty():
+        gene = "symbol" if "symbol" in up else "gene"
         rows = [
-            part.rename(columns={"perturbation": "name", "gene": "name", "gene_set": "name"}).assign(what=what)
+            part.rename(columns={"perturbation": "name", gene: "name", "gene_set": "name"}).assign(what=what)
             for what, part in {"driver": drivers, "up": up, "down": down, "gene set": sets}.items()
             if len(part)
         ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import anndata as ad
@@ -14,16 +15,21 @@ import scipy.sparse as sp
 
 from crlseq.config import DataConfig
 from crlseq.data import splits
+from crlseq.data.covariates import covariates, in_words
 from crlseq.data.guides import Guides, read_labels
-from crlseq.data.matrix import Screen, open_screen, scan
+from crlseq.data.matrix import Screen, open_screen
+from crlseq.data.names import GeneNames, targets_in_words
 from crlseq.data.perturbations import Perturbations, refuse_missing_column
-from crlseq.data.preprocess import Preprocessing, kind_of_values, load, plan_preprocessing, refuse_silent_cells
+from crlseq.data.preprocess import Preprocessing, load, plan_preprocessing
 from crlseq.data.store import Manifest, StoredMatrix, read_manifest
+from crlseq.data.values import Scan, Values, scan, values_of
 from crlseq.errors import InputError, few
 
 ROWS = 4096  # cells taken at once where all are gone through
 CONTROL_POOL = 16_384  # which stay in memory: at 500 values a cell, 65 MB
 IN_MEMORY = 0.25  # share of the machine's memory up to which a store is loaded whole
+FEW_CONTROLS = 100  # with fewer, their mean is known to a tenth of a cell's standard deviation, and no better
+WITHOUT_COUNTS = "without counts"  # cells that are dropped for it
 STREAMED_ROWS = 1024  # of a store, read at once: what is in float64 on the way
 
 
@@ -86,6 +92,7 @@ class PerturbSeqData:
     totals: np.ndarray | None  # (cells,) counts over all genes of the file; None for values that are no counts
     preprocessing: Preprocessing
     labels: Perturbations
+    measured: GeneNames  # all genes of the file, fitted or not
     notes: tuple[str, ...]  # sentences about what was left out and why
     guides: Guides | None = None
     shuffled: bool = False  # cells of each condition lie together in random order, as in a prepared store
@@ -99,6 +106,12 @@ class PerturbSeqData:
     def genes(self) -> tuple[str, ...]:
         """Names of the fitted genes, the columns of ``x``."""
         return self.preprocessing.genes
+
+    @cached_property
+    def own_genes(self) -> tuple[tuple[int, ...], ...]:
+        """Of each perturbation, the fitted genes that it targets, under whatever name; none if they are not fitted."""
+        target = dict(zip(self.labels.names, self.labels.targets, strict=True))
+        return tuple(self.preprocessing.gene_names.find(target[name]) for name in self.perturbation_names)
 
     def cells(self, condition: int, *codes: int) -> np.ndarray:
         """Ascending indices of a condition's cells in the given splits."""
@@ -149,7 +162,8 @@ class PerturbSeqData:
             raise ValueError("these values are not counts.")
         rows = sp.csr_matrix(self.x[index]).astype(np.float64).expm1()
         counts = sp.csr_matrix(sp.diags_array(self.totals[index] / self.preprocessing.target_sum).tocsr() @ rows)
-        counts.data = np.rint(counts.data)
+        if not self.preprocessing.fractional:
+            counts.data = np.rint(counts.data)
         return counts
 
     def perturbation_table(self) -> np.ndarray:
@@ -168,24 +182,27 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
     with open_screen(source, config.layer) as screen:
         labels, guides = read_labels(screen, source, config)
         shuffled = manifest is not None and _is_sorted(labels.condition)
+        scanned = scan(screen)
+        values = values_of(source, screen, scanned, config)
+        labels = without_silent_cells(labels, scanned, values)
         selection = select_conditions(labels, config)
-        batch, batch_names = _batches(screen, config.batch_key, labels.condition >= 0)
+        batch, batch_names = read_batches(screen, config.batch_key, labels.condition >= 0)
         split = splits.split_cells(
             labels.condition, selection.fitted, selection.held_out,
             config.validation_cells, config.hold_out_cells, np.random.default_rng([seed, 0]), shuffled,
         )  # fmt: skip
-        scanned = scan(screen)
-        values = kind_of_values(scanned, screen.source, config.values)
-        if values[0] != "continuous":
-            refuse_silent_cells(screen, scanned, split != splits.UNUSED)
         # Genes are chosen on training cells alone, so that test cells have no say in the model.
         record = plan_preprocessing(screen, scanned, values, split == splits.TRAIN, config, seed)
-        n_values = int(scanned.detected[record.columns(screen.genes, screen.source)].sum())
+        n_values = int(scanned.detected[record.columns(screen)].sum())
         if shuffled and _is_streamed(config, n_values):
             x: sp.csr_matrix | np.ndarray | StreamedExpression = _stream(screen, record, n_values, labels, split)
         else:
             x = load(screen, record, n_values)
         cell_names = screen.obs.index.astype(str)
+        measured = GeneNames.of(screen.var)
+        beside = covariates(screen, labels, values, scanned.totals)
+        notes = [*screen.notes, *filter(None, [values.doubt]), targets_in_words(measured, labels.targets)]
+        notes += in_words(beside, config.batch_key)
     condition, known, number, unpredictable = _renumbered(labels, selection)
     silent = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are excluded."
     return PerturbSeqData(
@@ -200,16 +217,27 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         totals=scanned.totals if record.values == "counts" else None,
         preprocessing=record,
         labels=labels,
+        measured=measured,
         notes=(
+            *notes,
             *([] if guides is None else [guides.reason]),
             *selection.notes,
             *([silent] if record.n_silent_genes else []),
-            *_lonely_batches(batch, batch_names, labels, split),
+            *lonely_batches(batch, batch_names, labels, split),
             *unpredictable,
         ),
         guides=guides,
         shuffled=shuffled,
     )
+
+
+def without_silent_cells(labels: Perturbations, scanned: Scan, values: Values) -> Perturbations:
+    """Labels without cells that have no count, which cannot be normalised: empty droplets or damaged rows."""
+    silent = (scanned.totals == 0) & (labels.condition >= 0)
+    if values.kind == "continuous" or not silent.any():
+        return labels
+    condition = np.where(silent, -1, labels.condition)
+    return replace(labels, condition=condition, dropped=labels.dropped | {WITHOUT_COUNTS: int(silent.sum())})
 
 
 def _as_prepared(config: DataConfig, manifest: Manifest) -> DataConfig:
@@ -292,7 +320,10 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
         held_out[found] = True
     if not config.combinations:
         held_out |= np.array([len(parts) > 1 for parts in labels.conditions])
-    notes = [f"Cells labelled {label!r} are excluded ({n})." for label, n in sorted(labels.dropped.items())]
+    silent = labels.dropped.get(WITHOUT_COUNTS, 0)
+    notes = [f"{silent} cells {WITHOUT_COUNTS} are excluded."] if silent else []
+    dropped = sorted(item for item in labels.dropped.items() if item[0] != WITHOUT_COUNTS)
+    notes += [f"Cells labelled {label!r} are excluded ({n})." for label, n in dropped]
     small = (counts < config.min_cells) & ~held_out
     small[0] = False
     if small.any():
@@ -300,6 +331,11 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
         what = f"Perturbations with fewer than {config.min_cells} cells are excluded"
         notes.append(f"{what} ({len(names)}): {few(names)}.")
     fitted = ~held_out & ~small
+    if 2 <= counts[0] < FEW_CONTROLS:
+        notes.append(
+            f"There are only {counts[0]} control cells, and every effect is a difference from their mean: effects are "
+            f"uncertain. {FEW_CONTROLS} or more are better."
+        )
     if counts[0] < 2:
         raise InputError(f"Too few control cells: {counts[0]}.", "At least two are needed, better several hundred.")
     if fitted[1:].sum() < 2:
@@ -310,7 +346,8 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     return Selection(fitted, held_out & (counts > 0), notes)
 
 
-def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+def read_batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Number of each cell's batch (cells,), and names; InputError without such a column or a cell's value in it."""
     if key is None:
         return np.zeros(screen.n_cells, dtype=np.int64), ("all",)
     refuse_missing_column(screen.obs, key, "--batch-key")
@@ -323,7 +360,8 @@ def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.
     return codes.astype(np.int64), tuple(map(str, names))
 
 
-def _lonely_batches(batch: np.ndarray, names: tuple[str, ...], labels: Perturbations, split: np.ndarray) -> list[str]:
+def lonely_batches(batch: np.ndarray, names: tuple[str, ...], labels: Perturbations, split: np.ndarray) -> list[str]:
+    """A sentence on batches without control cells to train on, if there are any."""
     train = split == splits.TRAIN
     controls = np.unique(batch[train & (labels.condition == 0)])
     perturbed = train & (labels.condition > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from crlseq.data.matrix import open_store, readable, within
+from crlseq.data.names import GeneNames
 from crlseq.errors import InputError
 
 HINT = "Give a CSV with one gene per line, its name first and then its numbers, or an h5ad with genes as observations."
@@ -22,6 +24,19 @@ class Embeddings:
 
     names: tuple[str, ...]
     vectors: np.ndarray
+
+
+def named_as_labels(table: Embeddings, names: GeneNames, labels: Mapping[str, str]) -> Embeddings:
+    """The table with its genes called as the perturbations that target them are; `labels` are targets by perturbation."""
+    place = {name: i for i, name in enumerate(table.names)}
+    renamed = list(table.names)
+    for label, target in labels.items():
+        if label not in place:
+            also = [target, *(name for j in names.find(target) for name in names.all_of(j))]
+            found = next((place[name] for name in also if name in place), None)
+            if found is not None and renamed[found] == table.names[found] and table.names[found] not in labels:
+                renamed[found] = label
+    return Embeddings(tuple(renamed), table.vectors)
 
 
 def read_embeddings(path: str | Path) -> Embeddings:

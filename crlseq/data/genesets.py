@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from crlseq.data.names import GeneNames, naming
 from crlseq.errors import InputError
 
 MIN_FITTED = 5  # fitted genes of a set whose activity is told from a single gene's
@@ -18,7 +18,6 @@ MAX_LINE, MAX_FILE = 4_000_000, 500_000_000  # bytes: ten times what the largest
 MAX_ENTRIES = 200_000_000  # sets times genes of an encoder: 3 GB while it is trained
 GZIP = b"\x1f\x8b"
 Line = tuple[str, str, tuple[str, ...]]  # name, description and all genes
-_ENSEMBL = re.compile(r"ENS[A-Z]{0,6}G\d{11}")
 
 
 @dataclass(frozen=True)
@@ -55,32 +54,31 @@ class GeneSets:
         beside.replace(path)
 
 
-def fitted_sets(path: Path, genes: Sequence[str]) -> GeneSets:
+def fitted_sets(path: Path, genes: GeneNames) -> GeneSets:
     """Sets of a gmt file with at least `MIN_FITTED` of the fitted genes, in the order of the file.
 
     InputError if the file cannot be read or is malformed, no set has enough of the genes, or there are too many sets.
     """
-    place = {name: j for j, name in enumerate(genes)}
     units = dict[tuple[int, ...], list[Line]]()
     seen, n_small, common = list[str](), 0, False
     for name, about, own in read_gmt(path):
         seen += own[: max(0, 200 - len(seen))]
-        found = tuple(sorted({place[gene] for gene in own if gene in place}))
+        found = tuple(sorted({place for gene in own for place in genes.find(gene)}))
         common = common or bool(found)
         if len(found) < MIN_FITTED:
             n_small += 1
             continue
         units.setdefault(found, []).append((name, about, tuple(own)))
-        if len(units) * len(genes) > MAX_ENTRIES:
+        if len(units) * len(genes.index) > MAX_ENTRIES:
             raise InputError(
-                f"The encoder cannot read more than {MAX_ENTRIES // len(genes)} gene sets of {len(genes)} genes; {path} has more.",
+                f"The encoder cannot read more than {MAX_ENTRIES // len(genes.index)} gene sets of {len(genes.index)} genes; {path} has more.",
                 "Give a smaller collection, or fit fewer genes.",
             )
-    refuse_unmatched(str(path), seen, common, genes)
+    refuse_unmatched(str(path), seen, common, genes.index)
     if not units:
-        what = f"No gene set of {path} contains {MIN_FITTED} or more of the {len(genes)} fitted genes."
+        what = f"No gene set of {path} contains {MIN_FITTED} or more of the {len(genes.index)} fitted genes."
         raise InputError(what, "Fit more genes, or give other gene sets.")
-    members = np.zeros((len(units), len(genes)), dtype=bool)
+    members = np.zeros((len(units), len(genes.index)), dtype=bool)
     for row, found in zip(members, units, strict=True):
         row[list(found)] = True
     return GeneSets(
@@ -98,8 +96,8 @@ def refuse_unmatched(source: str, seen: Sequence[str], common: bool, genes: Sequ
         raise InputError(f"There is no gene set in {source}.", "Give a gmt file with one gene set per line.")
     if not common:
         raise InputError(
-            f"No gene set of {source} contains a fitted gene: its genes are {_naming(seen)}, those of the run "
-            f"{_naming(genes)}.",
+            f"No gene set of {source} contains a fitted gene: its genes are {naming(seen)}, those of the run "
+            f"{naming(genes)}.",
             "Use the same gene names in the gene sets and in the screen.",
         )
 
@@ -141,15 +139,3 @@ def check_gmt(path: Path) -> None:
     """Read a gmt file for its faults alone, before anything slower is done; not a pipe, which can be read only once."""
     if not path.is_fifo() and not sum(1 for _ in read_gmt(path)):
         raise InputError(f"There is no gene set in {path}.", "Give a gmt file with one gene set per line.")
-
-
-def _naming(genes: Sequence[str] | np.ndarray) -> str:
-    """``Ensembl identifiers (such as ENSG00000115415)``."""
-    some = sorted({str(gene) for gene in genes[:200]})
-    counts = {
-        "Ensembl identifiers": sum(bool(_ENSEMBL.match(gene)) for gene in some),
-        "Entrez identifiers": sum(gene.isdecimal() for gene in some),
-        "symbols in capitals": sum(gene.isupper() and not _ENSEMBL.match(gene) for gene in some),
-    }
-    kind = max(counts, key=lambda name: counts[name])
-    return f"{kind if 2 * counts[kind] > len(some) else 'symbols'} (such as {some[0][:40]})"

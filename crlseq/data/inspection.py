@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 
 from crlseq.config import DataConfig
-from crlseq.data.dataset import select_conditions
+from crlseq.data import splits
+from crlseq.data.covariates import covariates, in_words
+from crlseq.data.dataset import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
 from crlseq.data.guides import GUIDE_LABELS, read_labels
-from crlseq.data.matrix import Screen, open_screen, scan
+from crlseq.data.matrix import Screen, open_screen
+from crlseq.data.names import GeneNames, targets_in_words
 from crlseq.data.perturbations import Perturbations, candidates
-from crlseq.data.preprocess import kind_of_values, refuse_silent_cells
 from crlseq.data.store import read_manifest, verify
+from crlseq.data.values import Scan, Values, better_layers, scan, values_of
 from crlseq.errors import InputError
 
-BATCH_WORDS = ("batch", "rep", "donor", "lane", "gem_group", "plate", "sample", "library", "channel")
-SYMBOL_COLUMNS = ("gene_name", "gene_symbol", "gene_symbols", "gene_short_name", "feature_name", "symbol")
-MAX_BATCHES = 100
 OPTIONS = (  # that say how labels and values are read
     "guide_key", "guide_counts", "guide_map", "guide_min_umis", "guide_min_share", "perturbation_key", "control_label",
     "separator", "combinations", "layer", "batch_key", "values", "min_cells",
@@ -39,16 +39,9 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
     with open_screen(source, config.layer) as screen:
         found: dict[str, Any] = {
             "file": screen.source, "n_cells": screen.n_cells, "n_genes": screen.n_genes, "layers": list(screen.layers),
-            "problems": [],
+            "problems": [], "notes": [*screen.notes],
         }  # fmt: skip
-        scanned = _attempt(found, lambda: scan(screen))
-        if scanned is not None:
-            found["density"] = scanned.n_nonzero / (screen.n_cells * screen.n_genes)
-            found["n_silent_cells"] = int((scanned.totals == 0).sum())
-            found["n_silent_genes"] = int((scanned.detected == 0).sum())
-            kind = _attempt(found, lambda: kind_of_values(scanned, screen.source, config.values))
-            if kind is not None:
-                found["values"], found["values_reason"] = kind
+        scanned, values = _describe_values(found, screen, source, config)
         found["columns"] = [
             {
                 "column": c.key, "style": c.style, "control": c.control_label, "separator": c.separator,
@@ -57,21 +50,42 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             }
             for c in candidates(screen.obs)
         ]  # fmt: skip
-        found["batches"] = _batch_columns(screen)
         labels, guides = _attempt(found, lambda: read_labels(screen, source, config)) or (None, None)
+        if labels is not None and values is not None and scanned is not None:
+            labels = without_silent_cells(labels, scanned, values)
+            beside = covariates(screen, labels, values, scanned.totals)
+            found["covariates"] = [asdict(c) | {"matters": c.matters, "batch": c.looks_like_batch} for c in beside]
+            found["batches"] = [row for row in found["covariates"] if row["batch"]]
+            found["notes"] += in_words(beside, config.batch_key)
         if labels is not None:
             found["guides"] = None if guides is None else guides.record
             found |= _describe_labels(labels, screen)
             selection = _attempt(found, lambda: select_conditions(labels, config))
             if selection is not None:
                 found["fitted_conditions"] = int(selection.fitted[1:].sum())
-                found["left_out"] = selection.notes
-                used = np.append(selection.fitted | selection.held_out, False)[labels.condition]
-                if scanned is not None and found.get("values", "continuous") != "continuous":
-                    _attempt(found, lambda: refuse_silent_cells(screen, scanned, used))
+                found["notes"] += selection.notes
+                _attempt(found, lambda: _check_batches(found, screen, labels, config, selection))
             if not found["problems"]:
-                found["command"] = _command(screen, labels, config)
+                found["command"] = _command(screen, labels, config, found)
         return found
+
+
+def _describe_values(
+    found: dict[str, Any], screen: Screen, source: str | Path | ad.AnnData, config: DataConfig
+) -> tuple[Scan | None, Values | None]:
+    """What the matrix holds, and what layers do."""
+    scanned: Scan | None = _attempt(found, lambda: scan(screen))
+    if scanned is None:
+        return None, None
+    found["density"] = scanned.n_nonzero / (screen.n_cells * screen.n_genes)
+    found["n_silent_cells"] = int((scanned.totals == 0).sum())
+    found["n_silent_genes"] = int((scanned.detected == 0).sum())
+    found["layers_hold"] = better_layers(source, screen.layers, config.layer)
+    values: Values | None = _attempt(found, lambda: values_of(source, screen, scanned, config))
+    if values is not None:
+        found["values"], found["values_reason"] = values.kind, values.reason
+        found["notes"] += filter(None, [values.doubt])
+    return scanned, values
 
 
 def _attempt(found: dict[str, Any], action: Callable[[], Any]) -> Any:
@@ -84,9 +98,8 @@ def _attempt(found: dict[str, Any], action: Callable[[], Any]) -> Any:
 
 def _describe_labels(labels: Perturbations, screen: Screen) -> dict[str, Any]:
     counts = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
-    # Names in the index, and symbols where a column beside Ensembl identifiers has them.
-    symbols = [screen.var[key].dropna().astype(str) for key in screen.var.columns if key in SYMBOL_COLUMNS]
-    measured = {*screen.genes, *(name for column in symbols for name in column)}
+    names = GeneNames.of(screen.var)
+    measured = {name for name, target in zip(labels.names, labels.targets, strict=True) if names.find(target)}
     return {
         "perturbation_key": labels.key,
         "control_label": labels.control_label,
@@ -97,28 +110,38 @@ def _describe_labels(labels: Perturbations, screen: Screen) -> dict[str, Any]:
         "n_singles": sum(len(parts) == 1 for parts in labels.conditions),
         "n_combinations": sum(len(parts) > 1 for parts in labels.conditions),
         "dropped": dict(labels.dropped),
+        "targets_reason": targets_in_words(names, labels.targets),
         "targets_measured": [name for name in labels.names if name in measured],
         "targets_not_measured": [name for name in labels.names if name not in measured],
     }
 
 
-def _batch_columns(screen: Screen) -> list[dict[str, Any]]:
-    """Columns named like batches with a few levels."""
-    found = []
-    for key in screen.obs.columns:
-        if any(word in str(key).casefold().split("_") for word in BATCH_WORDS):
-            counts = pd.Series(np.asarray(screen.obs[key].astype(str))).value_counts()
-            if 2 <= len(counts) <= MAX_BATCHES:
-                found.append({"column": str(key), "levels": len(counts), "smallest": int(counts.min())})
-    return found
+def _check_batches(
+    found: dict[str, Any], screen: Screen, labels: Perturbations, config: DataConfig, selection: Selection
+) -> None:
+    """The same checks of the batch column as a fit makes, with the split of its first seed."""
+    batch, names = read_batches(screen, config.batch_key, labels.condition >= 0)
+    split = splits.split_cells(
+        labels.condition, selection.fitted, selection.held_out, config.validation_cells, config.hold_out_cells,
+        np.random.default_rng([0, 0]),
+    )  # fmt: skip
+    found["notes"] += lonely_batches(batch, names, labels, split)
 
 
-def _command(screen: Screen, labels: Perturbations, config: DataConfig) -> str:
-    """The fit that reads the labels in this way; what is as by default is not said."""
+def _command(screen: Screen, labels: Perturbations, config: DataConfig, found: dict[str, Any]) -> str:
+    """The fit that reads the labels in this way, of better values and with the batches that there are.
+
+    What is as by default is not said. A batch column is taken if there is one alone that differs in expression.
+    """
     asked = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DataConfig(), name)}
     if labels.key != GUIDE_LABELS:
         asked |= {"perturbation_key": labels.key, "control_label": labels.control_label}
         asked |= {} if labels.separator is None else {"separator": labels.separator}
+    if found["values"] == "continuous" and found["layers_hold"] and config.values == "auto":
+        asked["layer"] = next(iter(found["layers_hold"]))
+    batches = [row["column"] for row in found["batches"] if row["matters"]]
+    if len(batches) == 1:
+        asked.setdefault("batch_key", batches[0])
     words = ["crlseq", "fit", screen.source]
     for name in OPTIONS:
         if name in asked:

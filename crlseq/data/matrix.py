@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
+from crlseq.data.cell_ranger import is_cell_ranger, read_cell_ranger
 from crlseq.data.hdf5 import refuse_claims, refuse_traps, refuse_values_for_groups
 from crlseq.data.store import StoredMatrix, read_manifest
 from crlseq.errors import CrlseqError, InputError, few
@@ -25,6 +26,10 @@ from crlseq.storage.files import refuse_links_outside
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
 EXPRESSION = "rna"  # modality of a MuData file that is the screen
 BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
+RAW = "raw"  # as a layer: ``.raw``, values before genes were chosen and scaled
+# What a column of ``var`` calls genes, where it says what each column of the matrix is.
+FEATURE_COLUMNS = frozenset({"feature_types", "feature_type", "modality", "featuretype"})
+GENE_EXPRESSION = frozenset({"gene expression", "gene", "genes", "rna", "gex", "expression", "mrna", "transcript"})
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,15 @@ class Screen:
     """Labels of cells and genes, and the expression matrix, which may still lie on disk."""
 
     obs: pd.DataFrame
-    var: pd.DataFrame
+    var: pd.DataFrame  # of the genes
     genes: pd.Index
     matrix: Any  # ndarray, CSR, h5py or zarr array, backed sparse data set or StoredMatrix: sliced by rows
-    layers: tuple[str, ...]
+    layers: tuple[str, ...]  # with "raw", where there is one
     source: str
+    var_names: pd.Index  # of all variables of the AnnData, unique: genes and what else is measured
+    features: dict[str, pd.Series]  # by type of feature, columns of the matrix by name; empty if there are genes alone
+    log_base: float | None = None  # of the logarithm, as ``uns`` records it
+    notes: tuple[str, ...] = ()  # what a user should know of how the file was read
 
     @property
     def n_cells(self) -> int:
@@ -45,8 +54,24 @@ class Screen:
 
     @property
     def n_genes(self) -> int:
-        """Columns of the matrix."""
-        return int(self.matrix.shape[1])
+        """Genes: columns of the matrix, unless it has guides or antibodies as well."""
+        return len(self.genes)
+
+    def of_type(self, name: str) -> tuple[sp.csr_matrix, list[str]] | None:
+        """Values (cells, features) and names of another type of feature; None if there is none of this name."""
+        name = next((known for known in self.features if known.casefold() == name.casefold()), "")
+        if name not in self.features or name == self.expression:
+            return None
+        own = self.features[name]
+        step = max(1, BLOCK_VALUES // max(self.matrix.shape[1], 1))
+        with readable(self.source, "the matrix"):
+            blocks = [as_csr(self.matrix[i : i + step])[:, own.to_numpy()] for i in range(0, self.n_cells, step)]
+        return sp.csr_matrix(sp.vstack(blocks, format="csr")), [*map(str, own.index)]
+
+    @property
+    def expression(self) -> str | None:
+        """The type of feature that genes are."""
+        return next((name for name in self.features if name.casefold() in GENE_EXPRESSION), None)
 
     def blocks(self, first: int = 0) -> Iterator[tuple[slice, sp.csr_matrix]]:
         """Consecutive rows, from the `first`, as canonical float64 CSR blocks, with the rows they hold."""
@@ -65,7 +90,8 @@ class Screen:
 
     def _read(self, rows: slice | np.ndarray) -> sp.csr_matrix:
         with readable(self.source, "the matrix"):
-            return as_csr(self.matrix[rows])
+            block = as_csr(self.matrix[rows])
+        return block if self.expression is None else sp.csr_matrix(block[:, self.features[self.expression].to_numpy()])
 
 
 def as_csr(block: Any) -> sp.csr_matrix:
@@ -95,38 +121,59 @@ def readable(source: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> Iterator[Screen]:
-    """Open a screen without reading its matrix, ``X`` or the given layer.
+    """Open a screen without reading its matrix: ``X``, a layer, or ``raw``.
 
-    It is a ``.h5ad`` file, a ``.h5mu`` file with a modality ``rna``, a ``.zarr`` folder or zip, or an AnnData.
-    InputError if the file is missing, not an AnnData file or damaged, the layer is not there, or names of cells or
-    genes are not unique.
+    It is a ``.h5ad`` file, a ``.h5mu`` file, a ``.zarr`` folder or zip, what Cell Ranger wrote, or an AnnData. Of a
+    matrix that holds guides or antibodies too, the genes are the screen. Repeated names of cells or genes are numbered.
+    InputError if the file is missing, of another kind or damaged, or the layer is not there.
     """
+    name = "the AnnData" if isinstance(source, ad.AnnData) else str(source)
+    if not isinstance(source, ad.AnnData) and is_cell_ranger(Path(source)):
+        with readable(name, "the matrix"):
+            source = read_cell_ranger(Path(source))
     if isinstance(source, ad.AnnData):
-        name = "the AnnData"
         with readable(name, "the matrix"):  # which may be backed by a file
             layers = tuple(key for key in source.layers if key is not None)  # X, from anndata 0.13 on
+            layers += (RAW,) if source.raw is not None and RAW not in layers else ()
             _refuse_absent(layer, layers, layer is not None or source.X is not None, name)
-            matrix = _row_sliceable(source.X if layer is None else source.layers[layer], name)
-        yield _checked(source.obs, source.var, matrix, layers, name)
+            of_raw = layer == RAW and RAW not in source.layers
+            var = source.raw.var if of_raw else source.var
+            matrix = source.raw.X if of_raw else source.X if layer is None else source.layers[layer]
+            matrix = _row_sliceable(matrix, name)
+        yield _checked(source.obs, var, matrix, layers, name, source.var.index, _log_base(source.uns))
         return
     path = Path(source)
-    name = str(path)
     with open_store(path) as store:
         with readable(name, "the table of cells or genes"):
             for part in ("obs", "var"):
                 refuse_claims(store[part], path)
-            obs, var = ad.io.read_elem(store["obs"]), ad.io.read_elem(store["var"])
+            obs, all_var = ad.io.read_elem(store["obs"]), ad.io.read_elem(store["var"])
         with readable(name, "the list of layers"):
             layers = tuple(sorted(store["layers"])) if "layers" in store else ()
+            of_raw = layer == RAW and RAW not in layers
+            layers += (RAW,) if "raw" in store and "X" in store["raw"] and RAW not in layers else ()
         with readable(name, "the matrix"):
+            var = all_var
             if layer is None and read_manifest(path) is not None:
                 matrix = StoredMatrix(path)
             else:
                 _refuse_absent(layer, layers, "X" in store, name)
-                element = store["X"] if layer is None else store["layers"][layer]
+                element = store["raw"]["X"] if of_raw else store["X"] if layer is None else store["layers"][layer]
+                if of_raw:
+                    refuse_claims(store["raw"]["var"], path)
+                    var = ad.io.read_elem(store["raw"]["var"])
                 refuse_claims(element, path)
                 matrix = _row_sliceable(element, name)
-        yield _checked(obs, var, matrix, layers, name)
+        with readable(name, "uns"):
+            base = _log_base({"log1p": ad.io.read_elem(store["uns/log1p"])}) if "uns/log1p" in store else None
+        yield _checked(obs, var, matrix, layers, name, all_var.index, base)
+
+
+def _log_base(uns: Any) -> float | None:
+    """Of the logarithm that scanpy took, as it recorded it."""
+    record = uns.get("log1p")
+    base = record.get("base") if hasattr(record, "get") else None
+    return float(base) if isinstance(base, (int, float, np.number)) and base > 0 and base != 1 else None
 
 
 @contextmanager
@@ -205,70 +252,56 @@ def within(matrix: Any) -> Any:
     return matrix
 
 
-def _checked(obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: str) -> Screen:
+def _checked(
+    obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: str, var_names: pd.Index, log_base: float | None
+) -> Screen:
     if not isinstance(obs, pd.DataFrame) or not isinstance(var, pd.DataFrame):
         raise InputError(f"{source}: obs or var is not a table.", "Write the file again with a current anndata.")
-    genes = pd.Index(np.asarray(var.index).astype(str))
-    if matrix.shape != (len(obs), len(genes)):
+    if matrix.shape != (len(obs), len(var)):
         raise InputError(
-            f"{source}: the matrix is {matrix.shape[0]} x {matrix.shape[1]}, but there are {len(obs)} cells and {len(genes)} genes.",
+            f"{source}: the matrix is {matrix.shape[0]} x {matrix.shape[1]}, but there are {len(obs)} cells and {len(var)} genes.",
             "The file is inconsistent; write it again.",
         )
-    if not len(obs) or not len(genes):
-        raise InputError(f"{source} is empty: {len(obs)} cells and {len(genes)} genes.", "Check how it was written.")
-    for index, kind, call in ((obs.index, "cell", "obs"), (genes, "gene", "var")):
-        if not index.is_unique:
-            first = str(index[index.duplicated()][0])
-            what = f"{source}: the {kind} name {first!r} occurs more than once."
-            raise InputError(what, f"Use `{call}_names_make_unique`.")
-        odd = next((name for name in map(str, index) if NO_TEXT.search(name)), None)
+    if not len(obs) or not len(var):
+        raise InputError(f"{source} is empty: {len(obs)} cells and {len(var)} genes.", "Check how it was written.")
+    cells, cell_note = unique_names(obs.index, "cell")
+    genes, gene_note = unique_names(var.index, "gene")
+    for names, kind in ((cells, "cell"), (genes, "gene")):
+        odd = next((name for name in map(str, names) if NO_TEXT.search(name)), None)
         if odd is not None:
             raise InputError(f"{source}: the {kind} name {odd!r} is not valid text.", "Rename it in UTF-8 without NUL.")
-    return Screen(obs, var, genes, matrix, layers, source)
+    features = _features(var, genes)
+    screen = Screen(
+        obs.set_axis(cells, axis=0), var.set_axis(genes, axis=0), genes, matrix, layers, source,
+        unique_names(var_names, "gene")[0], features, log_base, tuple(filter(None, [cell_note, gene_note])),
+    )  # fmt: skip
+    if screen.expression is None:
+        return screen
+    own = features[screen.expression]
+    others = [f"{len(columns)} of type {name!r}" for name, columns in features.items() if name != screen.expression]
+    note = f"{len(own)} variables are genes and are fitted; {' and '.join(others)} are not genes and are left out."
+    return replace(screen, var=screen.var.loc[own.index], genes=own.index, notes=(*screen.notes, note))
 
 
-@dataclass
-class Scan:
-    """What passing over values found."""
-
-    totals: np.ndarray  # (cells,) sums
-    detected: np.ndarray  # (genes,) cells with a value other than 0
-    n_nonzero: int = 0
-    n_negative: int = 0
-    n_fractional: int = 0
-    minimum: float = 0.0  # zeros that are stored nowhere count as well
-    maximum: float = 0.0
-
-    @classmethod
-    def of(cls, screen: Screen) -> Scan:
-        """Of nothing yet."""
-        return cls(np.zeros(screen.n_cells), np.zeros(screen.n_genes, dtype=np.int64))
-
-    def add(self, screen: Screen, rows: slice, block: sp.csr_matrix) -> None:
-        """Take in the cells `rows`; InputError at the first NaN or infinite value, with its cell and gene."""
-        values = block.data
-        finite = np.isfinite(values)
-        if not finite.all():
-            at = int(np.flatnonzero(~finite)[0])
-            cell = rows.start + int(np.searchsorted(block.indptr, at, side="right")) - 1
-            gene = screen.genes[block.indices[at]]
-            raise InputError(
-                f"{screen.source}: the value of gene {gene!r} in cell {str(screen.obs.index[cell])!r} is {values[at]}.",
-                "Remove or replace NaN and infinite values first.",
-            )
-        self.totals[rows] = np.asarray(block.sum(1)).ravel()
-        self.detected += np.bincount(block.indices, minlength=screen.n_genes)
-        self.n_nonzero += len(values)
-        self.n_negative += int((values < 0).sum())
-        self.n_fractional += int((values != np.rint(values)).sum())
-        if len(values):
-            self.minimum = min(self.minimum, float(values.min()))
-            self.maximum = max(self.maximum, float(values.max()))
+def unique_names(index: pd.Index, kind: str) -> tuple[pd.Index, str]:
+    """The names as texts, repeated ones numbered as anndata does, and a sentence on that; empty if there are none."""
+    names = pd.Index(np.asarray(index).astype(str))
+    if names.is_unique:
+        return names, ""
+    repeated = names[names.duplicated()]
+    note = (
+        f"{len(repeated)} {kind} names occur more than once (first {str(repeated[0])!r}); crlseq adds a number to them."
+    )
+    return pd.Index(ad.utils.make_index_unique(names)), note
 
 
-def scan(screen: Screen) -> Scan:
-    """One pass over the matrix in blocks; InputError at the first NaN or infinite value, with its cell and gene."""
-    found = Scan.of(screen)
-    for rows, block in screen.blocks():
-        found.add(screen, rows, block)
-    return found
+def _features(var: pd.DataFrame, names: pd.Index) -> dict[str, pd.Series]:
+    """Columns of the matrix by type of feature, if a column of ``var`` tells genes from other features."""
+    for key in var.columns:
+        if str(key).casefold() in FEATURE_COLUMNS:
+            types = var[key].astype(str).str.strip().to_numpy()
+            columns = pd.Series(np.arange(len(names)), index=names)
+            found = {str(name): columns[types == name] for name in sorted(set(types))}
+            if len(found) > 1 and any(name.casefold() in GENE_EXPRESSION for name in found):
+                return found
+    return {}

@@ -77,6 +77,11 @@ class Perturbations:
     dropped: dict[str, int]  # cells by a label that names no perturbation; "missing" where there is none
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """Genes by name."""
+        return self.names
+
+    @property
     def is_control(self) -> NDArray[np.bool_]:
         """Control cells, bool (cells,)."""
         return np.asarray(self.condition == 0)

@@ -26,11 +26,11 @@ import pandas as pd
 
 from crlseq._version import __version__
 from crlseq.config import DataConfig
-from crlseq.data.matrix import Scan, open_screen
+from crlseq.data.matrix import open_screen
 from crlseq.data.perturbations import Perturbations, read_perturbations
-from crlseq.data.preprocess import kind_of_values
 from crlseq.data.store import MANIFEST, Manifest, files_of, read_manifest, sha256_of
 from crlseq.data.storewriter import Buckets, write_matrix, write_tables
+from crlseq.data.values import Scan, kind_of_values
 from crlseq.errors import InputError
 from crlseq.storage.files import refuse_existing
 from crlseq.storage.runfolder import locked, move_into_place, partial_of, working_folder
@@ -252,7 +252,7 @@ def _distribute(plan: _Plan, buckets: Buckets, progress: _Progress, stage: Calla
                 done["cells"] = rows.stop
                 done["scan"] = {k: v for k, v in vars(found).items() if not isinstance(v, np.ndarray)}
                 progress.save()
-            kinds.append(kind_of_values(found, screen.source, plan.options.values)[0])
+            kinds.append(kind_of_values(screen, found, plan.options.values).kind)
             if kinds[-1] != kinds[0]:
                 last, first = (kind.removesuffix("s") for kind in (kinds[-1], kinds[0]))
                 what = f"{path} has {last} values, but {plan.paths[0]} has {first} values."

@@ -1,10 +1,11 @@
-"""Counts or log-normalised? Normalise, choose genes, and record what was done."""
+"""Normalise, choose genes, and record what was done."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import anndata as ad
@@ -13,15 +14,15 @@ import pandas as pd
 import scipy.sparse as sp
 
 from crlseq.config import DataConfig
-from crlseq.data.matrix import Scan, Screen
+from crlseq.data.matrix import Screen
+from crlseq.data.names import GeneNames
+from crlseq.data.values import MAX_LOG, Scan, Values
 from crlseq.errors import InputError
 
 MIN_COMMON = 0.5  # share of the fitted genes below which a file is another measurement
-MAX_LOG = 30.0  # log1p of the largest count a screen could hold is 20 or so
 ROWS = 4096  # cells normalised at once
 N_CELLS_FOR_GENES = 50_000  # highly variable genes are chosen on at most so many cells
 N_VALUES_FOR_GENES = 25_000_000  # that hold about so many values: scanpy takes them twice, 400 MB
-TRANSFORMED_SHARE = 0.05  # share of negative values among the non-zero ones above which they are meant
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,51 @@ class Preprocessing:
     gene_choice: str
     n_genes_in_file: int
     n_silent_genes: int
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of the fitted genes, by column of var
+    fractional: bool = False  # counts are not whole
+    log_factor: float = 1.0  # by which logarithms become natural ones
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Preprocessing:
         """The record as ``run.json`` holds it."""
-        return cls(**{**values, "genes": tuple(values["genes"])})
+        names = {key: tuple(own) for key, own in values.get("names", {}).items()}
+        return cls(**{**values, "genes": tuple(values["genes"]), "names": names})
 
-    def columns(self, genes: pd.Index, source: str) -> np.ndarray:
-        """Places (fitted genes,) of the fitted genes among `genes`; InputError if one is missing."""
-        columns = genes.get_indexer(pd.Index(self.genes))
+    @cached_property
+    def gene_names(self) -> GeneNames:
+        """The fitted genes under all their names."""
+        return GeneNames(self.genes, self.names)
+
+    def columns(self, screen: Screen) -> np.ndarray:
+        """Places (fitted genes,) of the fitted genes in a screen; InputError if one is missing."""
+        columns, source = self.places_in(screen), screen.source
         if (columns < 0).any():
             missing = self.genes[int(np.flatnonzero(columns < 0)[0])]
             what = f"{source}: {(columns < 0).sum()} of the {len(columns)} fitted genes are missing, first {missing!r}."
             raise InputError(what, "Give cells with the same genes.")
-        return np.asarray(columns)
+        return columns
+
+    def places_in(self, screen: Screen) -> np.ndarray:
+        """(fitted genes,) places in a screen by name in the index, or by another name that both know; -1 if missing."""
+        places = np.array(screen.genes.get_indexer(pd.Index(self.genes)))
+        missing = np.flatnonzero(places < 0)
+        theirs = GeneNames.of(screen.var) if len(missing) else None
+        taken = set(places.tolist())
+        for j in missing:
+            for name in (self.genes[j], *(own[j] for own in self.names.values())):
+                found = () if theirs is None else theirs.find(name)
+                if len(found) == 1 and found[0] not in taken:
+                    places[j] = found[0]
+                    taken.add(found[0])
+                    break
+        return places
 
     def check(self, block: sp.csr_matrix, source: str) -> None:
         """Refuse cells that are plainly not of the fitted kind, or have a value that is NaN or infinite."""
         if not np.isfinite(block.data).all():
             raise InputError(f"{source} has NaN or infinite values.", "Remove or replace them first.")
-        if self.values == "counts" and ((block.data < 0) | (block.data != np.rint(block.data))).any():
+        odd = block.data < 0 if self.fractional else (block.data < 0) | (block.data != np.rint(block.data))
+        if self.values == "counts" and odd.any():
             what = f"{source} has values that are not counts, but the fit used counts."
             raise InputError(what, "Give raw counts in the same layer.")
         if self.values == "log" and block.nnz and block.data.max() > MAX_LOG:
@@ -80,7 +106,7 @@ class Preprocessing:
     def _normalised(self, cells: sp.csr_matrix, values: np.ndarray, start: np.ndarray) -> np.ndarray:
         """log1p(count / total of the cell * target_sum) of counts, others unchanged; cells begin at `start` in `values`."""
         if self.target_sum is None:
-            return values
+            return values if self.log_factor == 1.0 else values * self.log_factor
         ends = np.append(cells.data, 0)  # where the last cells are empty
         totals = np.add.reduceat(ends, cells.indptr[:-1], dtype=np.float64) if cells.shape[0] else np.zeros(0)
         totals[np.diff(cells.indptr) == 0] = 0.0
@@ -121,7 +147,7 @@ def align(record: Preprocessing, screen: Screen) -> tuple[Alignment, list[str]]:
 
     InputError if fewer than half of the fitted genes are there.
     """
-    places = screen.genes.get_indexer(pd.Index(record.genes))
+    places = record.places_in(screen)
     present, source = np.flatnonzero(places >= 0), screen.source
     n, missing = len(places), np.flatnonzero(places < 0)
     first = "".join(repr(record.genes[j]) for j in missing[:1])
@@ -140,76 +166,23 @@ def align(record: Preprocessing, screen: Screen) -> tuple[Alignment, list[str]]:
     return Alignment(present, places[present], n), notes
 
 
-def kind_of_values(scanned: Scan, source: str, asked: str = "auto") -> tuple[str, str]:
-    """``counts``, ``log`` or ``continuous``, and the reason in words.
-
-    Counts are whole and not negative; log-normalised values are fractional, not negative and small; continuous values
-    (scaled data, residuals, simulations) are negative for a good part: a few negative values are a mistake in the file.
-    InputError if the values are none of these, or contradict what was asked for.
-    """
-    hint = "Give raw counts or log-normalised values (`sc.pp.normalize_total`, `sc.pp.log1p`) in X or with --layer."
-    if not scanned.n_nonzero:
-        raise InputError(f"{source}: all values are zero.", hint)
-    whole, share = scanned.n_fractional == 0, scanned.n_negative / scanned.n_nonzero
-    if scanned.n_negative:
-        meant = asked == "continuous" or (not whole and TRANSFORMED_SHARE <= share <= 1 - TRANSFORMED_SHARE)
-        if not meant or asked in ("counts", "log"):
-            raise InputError(
-                f"{source} has negative values ({scanned.n_negative}, the smallest {scanned.minimum:g}).",
-                hint + " If they are intended, use --values continuous.",
-            )
-        return "continuous", f"{share:.0%} of the non-zero values are negative: used unchanged"
-    if asked == "continuous":
-        return "continuous", "as requested: used unchanged"
-    if asked == "counts" or (asked == "auto" and whole):
-        if not whole:
-            what = f"some values ({scanned.n_fractional}) are not whole numbers"
-            raise InputError(f"{source} does not hold counts: {what}.", hint)
-        if asked == "auto":
-            _refuse_odd_integers(scanned, source, hint)
-        return "counts", f"all values are whole numbers, the largest {scanned.maximum:g}"
-    if scanned.maximum > MAX_LOG:
-        what = f"values are fractional and reach {scanned.maximum:g}, so they are neither counts nor log-normalised"
-        raise InputError(f"{source}: {what}.", hint)
-    return "log", f"values are fractional and at most {scanned.maximum:.3g}"
-
-
-def _refuse_odd_integers(scanned: Scan, source: str, hint: str) -> None:
-    no_zero = scanned.n_nonzero == len(scanned.totals) * len(scanned.detected)
-    if scanned.maximum <= 1:
-        odd = "all values are 0 or 1"
-    elif no_zero and len(scanned.totals) > 1 and np.ptp(scanned.totals) == 0:
-        odd = "all cells have the same total and no zero, as ranks do"
-    elif no_zero and scanned.maximum <= 20:
-        odd = f"all values are whole, none is zero and the largest is {scanned.maximum:g}, as of rounded logarithms"
-    else:
-        return
-    raise InputError(f"{source}: {odd}, neither counts nor log-normalised values.", hint + " --values overrides this.")
-
-
-def refuse_silent_cells(screen: Screen, scanned: Scan, used: np.ndarray) -> None:
-    """A used cell without any count cannot be normalised; usually an empty droplet or a damaged row."""
-    silent = np.flatnonzero((scanned.totals == 0) & used)
-    if len(silent):
-        what = f"{screen.source}: cells without any counts: {len(silent)} (first {str(screen.obs.index[silent[0]])!r})."
-        raise InputError(what, "Remove them with `sc.pp.filter_cells(adata, min_counts=1)`.")
-
-
 def plan_preprocessing(
-    screen: Screen, scanned: Scan, values: tuple[str, str], used: np.ndarray, config: DataConfig, seed: int = 0
+    screen: Screen, scanned: Scan, values: Values, used: np.ndarray, config: DataConfig, seed: int = 0
 ) -> Preprocessing:
-    """Decide target sum and genes, by at most `N_CELLS_FOR_GENES` of the `used` cells; `values` is of `kind_of_values`.
+    """Decide target sum and genes, by at most `N_CELLS_FOR_GENES` of the `used` cells.
 
     Genes are those listed, or the most variable (scanpy's "seurat" flavour on normalised cells), or all. InputError if
     a gene asked for is missing or has no count, or fewer than two genes are left.
     """
-    kind, reason = values
-    target_sum = float(np.median(scanned.totals[used])) if kind == "counts" else None
-    silent = scanned.detected == 0
-    record = Preprocessing(kind, reason, config.layer, target_sum, (), "", screen.n_genes, int(silent.sum()))
+    target_sum = float(np.median(scanned.totals[used])) if values.kind == "counts" else None
+    silent, names = scanned.detected == 0, GeneNames.of(screen.var)
+    record = Preprocessing(
+        values.kind, values.reason, config.layer, target_sum, (), "", screen.n_genes, int(silent.sum()),
+        fractional=values.fractional, log_factor=float(np.log(values.base)) if values.kind == "log" else 1.0,
+    )  # fmt: skip
     expressed = np.flatnonzero(~silent)
     if config.genes is not None:
-        chosen, choice = _asked_genes(screen, silent, config.genes), f"{len(config.genes)} genes as listed"
+        chosen, choice = _asked_genes(screen, silent, config.genes, names), f"{len(config.genes)} genes as listed"
     elif config.n_top_genes == "all" or len(expressed) <= int(config.n_top_genes):
         chosen, choice = expressed, f"all {len(expressed)} genes with a non-zero value"
     else:
@@ -219,20 +192,24 @@ def plan_preprocessing(
         choice = f"{len(chosen)} most variable of {len(expressed)} genes"
     if len(chosen) < 2:
         raise InputError(f"{screen.source}: too few genes to fit: {len(chosen)}.", "At least two are needed.")
-    return replace(record, genes=tuple(screen.genes[chosen]), gene_choice=choice)
+    others = {key: tuple(own[j] for j in chosen) for key, own in names.columns.items()}
+    return replace(record, genes=tuple(screen.genes[chosen]), gene_choice=choice, names=others)
 
 
-def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...]) -> np.ndarray:
-    position = screen.genes.get_indexer(pd.Index(genes))
-    missing = [gene for gene, at in zip(genes, position, strict=True) if at < 0]
+def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...], names: GeneNames) -> np.ndarray:
+    """Places of the listed genes; of several that a name means, of those that have a value."""
+    found = names.measured(genes)
+    missing = [gene for gene in genes if not found[gene]]
     if missing:
-        close = difflib.get_close_matches(missing[0], screen.genes, n=1)
+        known = sorted({*screen.genes, *names.symbols})
+        close = difflib.get_close_matches(missing[0], known, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"Genes there are named like {screen.genes[0]!r}."
         raise InputError(f"{screen.source}: listed genes are missing ({len(missing)}), first {missing[0]!r}.", hint)
-    if silent[position].any():
-        first = screen.genes[position[silent[position]][0]]
+    expressed = {gene: [place for place in places if not silent[place]] for gene, places in found.items()}
+    first = next((gene for gene, places in expressed.items() if not places), None)
+    if first is not None:
         raise InputError(f"{screen.source}: the listed gene {first!r} is zero in every cell.", "Remove it.")
-    return np.unique(position)
+    return np.unique([place for places in expressed.values() for place in places])
 
 
 def _highly_variable(

@@ -41,7 +41,7 @@ def whitened_components(data: PerturbSeqData, most: int, least: int, seed: int) 
     cells allow. Cells that take no part are 0. Perturbed genes are left out: that a knock-out lowers its own transcript
     would give it a direction of its own.
     """
-    genes = np.flatnonzero(~np.isin(data.genes, data.perturbation_names))
+    genes = np.setdiff1d(np.arange(data.n_genes), [gene for own in data.own_genes for gene in own])
     if len(genes) < 2:
         genes = np.arange(data.n_genes)
     used = np.flatnonzero(data.split != splits.UNUSED)

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from crlseq.data.inspection import SYMBOL_COLUMNS
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturbations
 from crlseq.data.preprocess import Alignment, Preprocessing, align
@@ -54,7 +53,9 @@ class CellSets:
     seen: frozenset[int]  # places in `names` of those that were fitted
     model: DiscrepancyVAE  # the run's, with perturbations never seen where it can extrapolate to them
     fitted: np.ndarray  # (conditions,) bool
-    gene_places: Mapping[str, list[int]]  # name or symbol of a gene -> columns among the compared ones
+    gene_places: Mapping[
+        str, list[int]
+    ]  # perturbation -> columns, among the compared ones, of the gene that it targets
     kind: str  # what measured cells of fitted conditions are called
     notes: tuple[str, ...]
 
@@ -83,7 +84,7 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
 
     InputError if there are none to judge by or no controls, or genes, labels or values are others than the fit's.
     """
-    own, places = _read_own(run)
+    own, places = _read_own(run), run.preprocessing.gene_names
     notes: list[str] = []
     other = None if data is None else _read_other(run, data, notes)
     tables = [own.obs] if other is None else [own.obs, other.obs]
@@ -117,27 +118,22 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
         train=train, control=control, measured=measured, compared=compared, conditions=labels.conditions,
         condition_names=labels.condition_names, names=labels.names, known=known, seen=seen, model=model,
         fitted=np.bincount(train.condition, minlength=len(labels.conditions)) > 0,
-        gene_places={name: [column[g] for g in found if g in column] for name, found in places.items()},
+        gene_places={
+            name: [column[g] for g in places.find(target) if g in column]
+            for name, target in zip(labels.names, labels.targets, strict=True)
+        },
         kind=kind, notes=tuple(notes),
     )  # fmt: skip
 
 
-def _read_own(run: Run) -> tuple[_Table, dict[str, list[int]]]:
-    """The cells of the fit, and the columns of its genes by name and symbol."""
+def _read_own(run: Run) -> _Table:
+    """The cells of the fit."""
     record = run.preprocessing
     with open_screen(run.folder / "crlseq.h5ad", record.layer) as screen:
         if "crlseq_split" not in screen.obs or screen.n_cells != run.facts.input.n_cells:
             raise InputError(f"{screen.source} is not the file that the fit wrote.", "Restore it, or fit again.")
         alignment, _ = align(record, screen)
-        own = _Table(screen.source, screen.obs, _expression(screen, record, alignment), alignment, [])
-        # By symbol too, where the file has symbols beside identifiers.
-        var = screen.var.set_axis(screen.genes, axis=0).loc[list(record.genes)]
-        places: dict[str, list[int]] = {gene: [i] for i, gene in enumerate(record.genes)}
-        for key in var.columns.intersection([*SYMBOL_COLUMNS]):
-            for i, symbol in enumerate(var[key].astype(str)):
-                if i not in places.setdefault(symbol, []):
-                    places[symbol].append(i)
-        return own, places
+        return _Table(screen.source, screen.obs, _expression(screen, record, alignment), alignment, [])
 
 
 def _read_other(run: Run, data: str | Path | ad.AnnData, notes: list[str]) -> _Table:
@@ -182,7 +178,7 @@ def _new(run: Run, other: _Table, took_part: np.ndarray, perturbed: np.ndarray, 
     """Which perturbed cells of another file are none of those (fitted cells,) that took part in the fit."""
     record = run.preprocessing
     with open_screen(run.folder / "crlseq.h5ad", record.layer) as screen:
-        columns = record.columns(screen.genes, screen.source)[other.alignment.present]
+        columns = record.columns(screen)[other.alignment.present]
         seen_before = set(_fingerprints(screen, columns, took_part))
     new = perturbed & np.array([mark not in seen_before for mark in other.marks], dtype=bool)
     if dropped := int((perturbed & ~new).sum()):

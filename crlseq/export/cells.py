@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from crlseq.data.guides import guide_counts
-from crlseq.data.inspection import SYMBOL_COLUMNS
-from crlseq.data.matrix import as_csr, open_screen, open_store, readable
+from crlseq.data.matrix import RAW, as_csr, open_screen, open_store, readable
+from crlseq.data.names import GeneNames
 from crlseq.data.perturbations import read_perturbations
 from crlseq.errors import InputError
 from crlseq.run.run import Run
@@ -38,7 +38,11 @@ def _labelled(run: Run) -> tuple[ad.AnnData, list[tuple[str, ...]], list[str]]:
     left = adata.n_obs - len(known)
     notes = [f"{left} cells carry no known perturbation and are excluded."] if left else []
     adata = adata[known].copy()
-    if record.layer is not None:
+    if record.layer == RAW and RAW not in adata.layers:
+        annotations = adata.obsm, adata.uns
+        adata = adata.raw.to_adata()
+        adata.obsm, adata.uns = annotations
+    elif record.layer is not None:
         adata.X = adata.layers[record.layer].copy()
     if record.values == "counts":
         counts = as_csr(adata.X)
@@ -70,8 +74,7 @@ def gears(run: Run, path: Path) -> list[str]:
     if "cell_type" not in adata.obs:
         adata.obs["cell_type"] = pd.Categorical(["cell"] * adata.n_obs)
     if "gene_name" not in adata.var:
-        symbols = next((adata.var[key] for key in SYMBOL_COLUMNS if key in adata.var), adata.var_names)
-        adata.var["gene_name"] = np.asarray(symbols, dtype=object).astype(str)
+        adata.var["gene_name"] = GeneNames.of(adata.var).symbols.astype(str)
     adata.write_h5ad(path, compression="gzip")
     return notes
 

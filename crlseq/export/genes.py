@@ -9,6 +9,7 @@ from crlseq.export.graph import verdict
 from crlseq.export.registry import write_folder
 from crlseq.readout.enrichment import TOP_MOST, TOP_SHARE
 from crlseq.run.run import Run
+from crlseq.run.tables import shown
 from crlseq.storage.csv import to_csv
 
 
@@ -32,7 +33,7 @@ def gmt(run: Run, path: Path) -> None:
         most = min(TOP_MOST, max(1, round(TOP_SHARE * len(own))))
         for direction, sign in (("up", 1.0), ("down", -1.0)):
             ordered = own.assign(strength=sign * own["loading"]).sort_values("strength", ascending=False, kind="stable")
-            genes = [str(gene) for gene in ordered.loc[ordered["strength"] > 0, "gene"][:most]]
+            genes = [str(gene) for gene in shown(ordered[ordered["strength"] > 0])[:most]]
             if genes:
                 lines.append("\t".join(map(_field, [f"{program.name}_{direction}", program.label, *genes])))
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -43,7 +44,7 @@ def rnk(run: Run, path: Path) -> None:
     files = {}
     for name in run.program_names:
         own = run.programs[run.programs["program"] == name].sort_values("loading", ascending=False, kind="stable")
-        pairs = zip(own["gene"], own["loading"].tolist(), strict=True)
+        pairs = zip(shown(own), own["loading"].tolist(), strict=True)
         files[f"{name}.rnk"] = "".join(f"{_field(str(gene))}\t{value!r}\n" for gene, value in pairs).encode()
     write_folder(path, files)
 

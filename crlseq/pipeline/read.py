@@ -15,7 +15,7 @@ from crlseq._version import __version__
 from crlseq.config import Config, to_toml
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, StreamedExpression, read_data
-from crlseq.data.embeddings import Embeddings, read_embeddings
+from crlseq.data.embeddings import Embeddings, named_as_labels, read_embeddings
 from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.errors import UsageError
@@ -74,10 +74,12 @@ def read_screen(job: Job) -> Screen:
     state, digest = state_of(source), digest_of(source)
     data = read_cells(source, config, job.ranks)
     if vectors is not None:
+        targets = dict(zip(data.labels.names, data.labels.targets, strict=True))
+        vectors = named_as_labels(vectors, data.measured, {name: targets[name] for name in data.perturbation_names})
         refuse_strangers(vectors, data.perturbation_names, str(config.data.embeddings))
     for text in data.notes:
         note(text)
-    sets = None if gmt is None else fitted_sets(gmt, data.genes)
+    sets = None if gmt is None else fitted_sets(gmt, data.preprocessing.gene_names)
     if sets is not None:
         note(sets.in_words())
     identity = f"{__version__}\n{digest or content_of(data)}\n{to_toml(config)}"

@@ -36,6 +36,7 @@ from crlseq.run.tables import (
     program_labels,
     program_table,
     second_target_table,
+    shown,
 )
 from crlseq.training.trainer import Fit, resolve_device
 from crlseq.training.warm_start import WarmStart
@@ -59,7 +60,7 @@ def tables_of(
     dag = find_dag(model, read, config.model, discovery)
     edge_support, target_support, program_support = _support(discovery, len(read.scale), len(found.target))
     sparse = model.decoder if isinstance(model.decoder, SparseDecoder) else None
-    programs = program_table(data.genes, read.loading, read.total_effect, sparse is not None)
+    programs = program_table(data.preprocessing.gene_names, read.loading, read.total_effect, sparse is not None)
     interventions = intervention_table(
         data.perturbation_names, found.target, found.weight, found.shift, found.retention, found.noise_scale,
         target_support, _hit(discovery, len(found.target)), tests,
@@ -226,7 +227,7 @@ def _program_rows(
     """Name, label, drivers and genes of each program, and its `numbers` (p,) by name; None for NaN."""
     labels = program_labels(interventions, len(numbers["scale"]))
     top = programs[(programs["rank"] <= TOP_GENES) & (programs["loading"] != 0)]
-    genes = top.groupby("program")["gene"].agg(", ".join)
+    genes = shown(top).groupby(top["program"]).agg(", ".join)
     rows = []
     for k, label in enumerate(labels):
         drivers = interventions.loc[interventions["program"] == f"P{k}", "perturbation"]

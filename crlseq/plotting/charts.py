@@ -11,6 +11,7 @@ from crlseq.readout.drawing import limit_of
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.summary import assignment, strongest
+from crlseq.run.tables import shown
 
 ROWS = 60  # of a map or chart, if no number is asked for
 
@@ -101,9 +102,10 @@ def programs(run: Run, *, n_genes: int | None = None, ax: Axes | None = None, sh
     wide = run.programs.pivot(index="gene", columns="program", values="loading")[names]
     chosen = run.programs[run.programs["rank"] <= n]
     rows = list(dict.fromkeys(chosen["gene"]))
+    called = dict(zip(chosen["gene"], shown(chosen), strict=True))
     values = wide.loc[rows].to_numpy() / np.maximum(wide.abs().max().to_numpy(), 1e-300)
     ax = axes_of(ax, 2.4 + 0.34 * len(names), 1.2 + 0.16 * len(rows))
-    _heat(ax, values, rows, names, "loading / largest of the program")
+    _heat(ax, values, [called[gene] for gene in rows], names, "loading / largest of the program")
     # A line between the programs whose top genes these are: each gene stands with the first that it is one of.
     first = chosen.drop_duplicates("gene")["program"].tolist()
     for i in range(1, len(rows)):

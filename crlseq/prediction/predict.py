@@ -197,7 +197,7 @@ def _start(
     with open_screen(source, record.layer) as screen:
         alignment, about = align(record, screen)
         if len(alignment.present) < alignment.n_fitted and run.path is None:
-            record.columns(screen.genes, screen.source)  # nothing to fill them with: says which are missing
+            record.columns(screen)  # nothing to fill them with: says which are missing
         notes += about
         controls = _controls(run, screen, own, notes)
         wanted = min(N_CELLS, len(controls)) if n_cells is None else n_cells
@@ -218,7 +218,7 @@ def _start(
         if len(alignment.present) < alignment.n_fitted:
             with open_screen(run.folder / "crlseq.h5ad", record.layer) as fitted:  # their mean over the fit's controls
                 rows = record.apply(fitted.rows(_controls(run, fitted, True, [])))
-                means = rows[:, record.columns(fitted.genes, fitted.source)].mean(0)
+                means = rows[:, record.columns(fitted)].mean(0)
             x = alignment.filled(x, np.asarray(means).ravel())
         return x[again], screen.obs.index.astype(str).to_numpy()[index][again]
 

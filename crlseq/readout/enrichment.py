@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import sparse, stats
 
 from crlseq.data.genesets import read_gmt, refuse_unmatched
+from crlseq.data.names import GeneNames
 from crlseq.errors import InputError, UsageError
 from crlseq.run.run import Run
 
@@ -87,7 +88,9 @@ def enrich(
     # A gene without a loading is one that the program does not move.
     genes, loading = wide.columns.to_numpy(dtype=object), np.nan_to_num(wide.to_numpy())
     perturbations = run.interventions["perturbation"].to_numpy(dtype=object)
-    names, by_gene, by_driver = _memberships(gene_sets, genes, perturbations, min_size, max_size)
+    known = run.preprocessing.gene_names
+    names, by_gene, by_driver = _memberships(gene_sets, known, genes, perturbations, min_size, max_size)
+    genes = np.array([known.symbols[j] for j in pd.Index(known.index).get_indexer(pd.Index(genes))], dtype=object)
     n_top = n_top or min(TOP_MOST, max(1, round(TOP_SHARE * len(genes))))
     tops, drivers = [], []
     for index, program in enumerate(run.program_names):
@@ -207,6 +210,7 @@ def _ranked(genes: np.ndarray, member: sparse.csr_array, loading: np.ndarray, se
 
 def _memberships(
     gene_sets: str | Path | Mapping[str, Sequence[str]],
+    known: GeneNames,
     genes: np.ndarray,
     perturbations: np.ndarray,
     smallest: int,
@@ -215,12 +219,19 @@ def _memberships(
     """Names and descriptions of sets, (sets, G) and (sets, perturbations) what is in them; empty rows are not tested."""
     is_file = isinstance(gene_sets, str | os.PathLike)
     rows = read_gmt(Path(gene_sets)) if is_file else ((name, "", list(own)) for name, own in gene_sets.items())  # type: ignore[arg-type, union-attr]
-    gene, perturbation = ({name: j for j, name in enumerate(all_)} for all_ in (genes, perturbations))
+    column = pd.Index(genes).get_indexer(pd.Index(known.index))  # of each gene, under whatever name a set has it
+    perturbation = {name: j for j, name in enumerate(perturbations)}
+    by_place = {place: j for j, name in enumerate(perturbations) for place in known.find(name)}
     names, seen, common = list[tuple[str, str]](), list[str](), False
     by_gene, by_driver = list[list[int]](), list[list[int]]()
     for name, description, own in rows:
         seen += own[: max(0, 200 - len(seen))]
-        found, driving = (sorted({place[each] for each in own if each in place}) for place in (gene, perturbation))
+        places = {each: known.find(each) for each in own}
+        found = sorted({int(column[place]) for each in own for place in places[each]})
+        driving = sorted(
+            {perturbation[each] for each in own if each in perturbation}
+            | {by_place[place] for each in own for place in places[each] if place in by_place}
+        )
         common = common or bool(found)
         found = found if smallest <= len(found) <= largest else []
         driving = driving if len(driving) >= MIN_PERTURBATIONS else []

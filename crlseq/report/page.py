@@ -26,6 +26,7 @@ from crlseq.report.pairs import pair_matrix
 from crlseq.run.pairs import why_no_pairs
 from crlseq.run.run import Run
 from crlseq.run.summary import Program, answers, controls_in_words, numbers_in_words, sets_in_words
+from crlseq.run.tables import shown
 from crlseq.storage.files import written_whole
 
 GENES = 8  # of a card, that rise and that fall
@@ -121,7 +122,9 @@ def _card(program: Program, enriched: pd.DataFrame | None) -> dict[str, Any]:
     if enriched is not None:  # the first sets of each test, as `crlseq.enrich` orders them
         tests = enriched[enriched["program"] == program.name].groupby("test", sort=False)
         sets = {TESTS[str(test)]: part[:SETS].to_dict("records") for test, part in tests}
-    genes = {"rise": program.up[:GENES], "fall": program.down[:GENES]}
+    genes = {
+        way: rows[:GENES].assign(shown=shown(rows)) for way, rows in (("rise", program.up), ("fall", program.down))
+    }
     return {
         "program": program,
         "numbers": numbers_in_words(program),

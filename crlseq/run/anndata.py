@@ -25,11 +25,12 @@ def read_cells(path: Path) -> pd.DataFrame:
     """`CELL_COLUMNS` that an annotated file has, by the name of the cell; InputError if it cannot be read."""
     import anndata as ad
 
-    from crlseq.data.matrix import open_store
+    from crlseq.data.matrix import open_store, unique_names
 
     try:
         with open_store(path) as store:
             obs: pd.DataFrame = ad.io.read_elem(store["obs"])
+        obs = obs.set_axis(unique_names(obs.index, "cell")[0], axis=0)
         return obs[["crlseq_split", *(name for name in CELL_COLUMNS[1:] if name in obs)]].copy()
     except (OSError, KeyError, InputError) as error:
         raise InputError(
@@ -153,17 +154,21 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
     import anndata as ad
     import h5py
 
+    from crlseq.data.cell_ranger import is_cell_ranger, read_cell_ranger
     from crlseq.data.store import read_manifest  # which imports zarr
 
     path.unlink(missing_ok=True)
     with ad.settings.override(allow_write_nullable_strings=True), by_hdf5():
         if not isinstance(source, ad.AnnData) and read_manifest(source) is not None:
             _copy_store(source, path)
-        elif not isinstance(source, ad.AnnData) and h5py.is_hdf5(source):
+        elif not isinstance(source, ad.AnnData) and h5py.is_hdf5(source) and not is_cell_ranger(Path(source)):
             _copy_file(source, path)
         else:
             if isinstance(source, ad.AnnData):
                 adata = source.to_memory() if source.isbacked else source.copy()
+            elif is_cell_ranger(Path(source)):
+                adata = read_cell_ranger(Path(source))
+                adata.var_names_make_unique()
             else:
                 adata = ad.read_zarr(source)
             set_keys(adata, keys)

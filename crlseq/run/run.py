@@ -163,7 +163,7 @@ class Run:
         parts = []
         center, scale = (np.array([getattr(row, name) for row in self.facts.programs]) for name in ("center", "scale"))
         with open_screen(source, record.layer) as screen, torch.no_grad():
-            columns = record.columns(screen.genes, screen.source)
+            columns = record.columns(screen)
             for _, block in screen.blocks():
                 record.check(block, screen.source)
                 x = torch.from_numpy(record.apply(block)[:, columns].astype(np.float32).toarray())
@@ -181,24 +181,28 @@ class Run:
         >>> adata.obsm["X_crlseq"].shape, adata.varm["crlseq_programs"].shape
         ((740, 3), (40, 3))
         """
-        set_keys(adata, self._keys(adata, adata.obs_names, adata.var_names))
+        set_keys(adata, self._keys(adata))
         return adata
 
     def write_h5ad(self, source: str | Path | ad.AnnData, path: Path) -> None:
         """Write the annotated input; see `crlseq.run.anndata.write_annotated`."""
+        write_annotated(source, path, self._keys(source))
+
+    def _keys(self, source: str | Path | ad.AnnData) -> dict[str, dict[str, Any]]:
         from crlseq.data.matrix import open_screen
 
-        with open_screen(source, self.preprocessing.layer) as screen:
-            cells, genes = screen.obs.index, screen.genes
-        write_annotated(source, path, self._keys(source, cells, genes))
-
-    def _keys(self, source: str | Path | ad.AnnData, cells: pd.Index, genes: pd.Index) -> dict[str, dict[str, Any]]:
+        record, programs = self.preprocessing, self.programs
+        with open_screen(source, record.layer) as screen:
+            cells, genes = screen.obs.index, screen.var_names
+            there = dict(zip(record.genes, screen.genes[record.columns(screen)], strict=True))
+        if any(name != gene for gene, name in there.items()):  # other names of the same genes
+            programs = programs.assign(gene=programs["gene"].map(there))
         known = read_cells(self.folder / "crlseq.h5ad") if self.cells is None else self.cells
         known = known.reindex(cells.astype(str))
         known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(schema.SPLIT)
         latents = self.latents(source)
         tables = {"pairs": self.pairs, "second_targets": self.second_targets}
-        return anndata_keys(self.info, self.facts, self.programs, self.interventions, tables, genes, latents, known)
+        return anndata_keys(self.info, self.facts, programs, self.interventions, tables, genes, latents, known)
 
     @property
     def folder(self) -> Path:
@@ -254,7 +258,7 @@ class Run:
             if info["format"] not in schema.READABLE:
                 raise ValueError(f"its format is {info['format']}; this version reads {min(schema.READABLE)} and later")
             facts = RunInfo.read(info)
-            later = {"programs": schema.ANCHOR, "interventions": schema.HIT}
+            later = {"programs": schema.LATER_PROGRAMS, "interventions": schema.HIT}
             programs, interventions, edges, history, evaluation = (
                 read_csv(folder / f"{name}.csv", schema.COLUMNS[name], later.get(name, {})) for name in TABLES
             )

@@ -40,7 +40,8 @@ PAIR_COLUMNS: dict[str, type] = {
 SECOND_COLUMNS: dict[str, type] = {
     "perturbation": str, "program": str, "shift": float, "se": float, "z": float, "fdr": float
 }  # fmt: skip
-ANCHOR: dict[str, type] = {"anchor": bool}  # of programs, with a sparse decoder alone
+# Of programs: with a sparse decoder alone; where the screen has symbols beside identifiers.
+LATER_PROGRAMS: dict[str, type] = {"anchor": bool, "symbol": str}
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
 PATHWAY_COLUMNS = {
     "program": str, "gene_set": str, "description": str, "weight": float, "rank": int, "n_genes": int, "same_genes": str,

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from crlseq.run.schema import DETECTABLE_FDR, PROGRAM_NUMBERS, Bootstrap, RunInfo, Training
+from crlseq.run.tables import shown
 
 TITLE_GENES = 3
 SETTLED = 0.02  # share of the fall of the validation loss that the last fifth of the epochs may still bring
@@ -66,10 +67,12 @@ def describe_programs(
         own = drivers.get(row.name, interventions.iloc[:0])
         own = own[["perturbation", "weight", "shift", "support", "fdr", "n_cells"]]
         table = genes[row.name]
-        loadings = table.loc[table["loading"] != 0, ["gene", "loading", "total_effect"]]
+        columns_of_genes = [name for name in ("gene", "symbol", "loading", "total_effect") if name in table]
+        loadings = table.loc[table["loading"] != 0, columns_of_genes]
         numbers = row.model_dump(include=set(PROGRAM_NUMBERS))
         theirs = set(own["perturbation"])
-        top = [gene for gene in loadings["gene"][: TITLE_GENES + len(theirs)] if gene not in theirs][:TITLE_GENES]
+        others = loadings[~(loadings["gene"].isin(theirs) | shown(loadings).isin(theirs))]
+        top = shown(others)[:TITLE_GENES].tolist()
         found.append(
             Program(
                 name=row.name,
@@ -78,7 +81,7 @@ def describe_programs(
                 drivers=own.reset_index(drop=True),
                 up=loadings[loadings["loading"] > 0].reset_index(drop=True),
                 down=loadings[loadings["loading"] < 0].reset_index(drop=True),
-                anchors=tuple(table.loc[table["anchor"], "gene"]) if "anchor" in table else None,
+                anchors=tuple(shown(table[table["anchor"]])) if "anchor" in table else None,
                 upstream=_sorted(order.predecessors(row.name)),
                 downstream=_sorted(order.successors(row.name)),
                 parents={a: dag.edges[a, row.name]["weight"] for a in _sorted(dag.predecessors(row.name))},
@@ -196,7 +199,7 @@ def summary_table(programs: list[Program]) -> pd.DataFrame:
         "program": [p.name for p in programs],
         "title": [p.title for p in programs],
         "n_drivers": [len(p.drivers) for p in programs],
-        **{way: [", ".join(getattr(p, way)["gene"][:5]) for p in programs] for way in ("up", "down")},
+        **{way: [", ".join(shown(getattr(p, way))[:5]) for p in programs] for way in ("up", "down")},
         **{way: [", ".join(getattr(p, way)) for p in programs] for way in ("upstream", "downstream")},
         **{name: [getattr(p, name) for p in programs] for name in PROGRAM_NUMBERS},
     })  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from crlseq.data.names import GeneNames
 from crlseq.run.schema import DETECTABLE_FDR, HIT
 
 LABEL_DRIVERS = 3
@@ -18,11 +19,12 @@ def program_names(n: int) -> list[str]:
 
 
 def program_table(
-    genes: tuple[str, ...], loading: np.ndarray, total_effect: np.ndarray, sparse: bool = False
+    genes: GeneNames, loading: np.ndarray, total_effect: np.ndarray, sparse: bool = False
 ) -> pd.DataFrame:
     """``program, gene, loading, total_effect, rank``; loadings (p, G); rank 1 is the largest |loading|.
 
-    Of a sparse decoder also ``anchor``: whether the gene is loaded on this program and on no other.
+    Also ``symbol`` where genes are named by identifiers and have symbols, and of a sparse decoder ``anchor``: whether the
+    gene is loaded on this program and on no other.
     """
     p, n = loading.shape
     rows, columns = np.repeat(np.arange(p), n), np.argsort(-np.abs(loading), axis=1, kind="stable").ravel()
@@ -30,12 +32,18 @@ def program_table(
     anchor = {"anchor": (loaded & (loaded.sum(0) == 1))[rows, columns]} if sparse else {}
     return pd.DataFrame({
         "program": np.repeat(program_names(p), n),
-        "gene": np.asarray(genes, dtype=object)[columns],
+        "gene": np.asarray(genes.index, dtype=object)[columns],
+        **({} if genes.symbol_column is None else {"symbol": genes.symbols[columns]}),
         "loading": loading[rows, columns],
         "total_effect": total_effect[rows, columns],
         "rank": np.tile(np.arange(1, n + 1), p),
         **anchor,
     })  # fmt: skip
+
+
+def shown(programs: pd.DataFrame) -> pd.Series:
+    """What to call the genes of a table of programs: their symbols, where it has them."""
+    return programs["symbol" if "symbol" in programs else "gene"]
 
 
 def intervention_table(

@@ -14,6 +14,7 @@ import pytest
 
 import crlseq
 from crlseq.data.genesets import fitted_sets
+from crlseq.data.names import GeneNames
 from crlseq.errors import InputError
 from crlseq.pipeline.fit import Progress
 from crlseq.run.run import Run
@@ -66,7 +67,7 @@ def test_what_the_run_says(folder: Path, read: Run) -> None:
 
 def test_the_encoder_reads_the_sets_alone(folder: Path, read: Run) -> None:
     genes = read.info["preprocessing"]["genes"]
-    members = fitted_sets(folder / "gene_sets.gmt", genes).members
+    members = fitted_sets(folder / "gene_sets.gmt", GeneNames(genes, {})).members
     weight = read.model.encoder.hidden.weight.detach().numpy()
     assert weight.shape == (10, 40)
     assert not weight[~members].any() and weight[members].all()

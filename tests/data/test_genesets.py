@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crlseq.data.genesets import fitted_sets, read_gmt
+from crlseq.data.names import GeneNames
 from crlseq.errors import InputError
 
 GENES = tuple(f"G{i}" for i in range(12))
@@ -29,7 +30,7 @@ def test_units_by_hand(tmp_path: Path) -> None:
         again="G4 G3 G2 G1 G0 G0 nowhere",
         last="G5 G6 G7 G8 G9 G10",
     )
-    found = fitted_sets(path, GENES)
+    found = fitted_sets(path, GeneNames(GENES, {}))
     assert found.names == ("first", "last")
     assert found.same == ("again", "")
     assert found.n_small == 1
@@ -56,22 +57,22 @@ def test_what_is_written_makes_the_same_units(
     (folder / "a.gmt").write_text(text, encoding="utf-8", newline="\n")
     if not any(len(own & set(GENES)) >= 5 for own in sets.values()):
         with pytest.raises(InputError, match="contains 5 or more"):
-            fitted_sets(folder / "a.gmt", GENES)
+            fitted_sets(folder / "a.gmt", GeneNames(GENES, {}))
         return
-    found = fitted_sets(folder / "a.gmt", GENES)
+    found = fitted_sets(folder / "a.gmt", GeneNames(GENES, {}))
     for name, row in zip(found.names, found.members, strict=True):
         assert {GENES[j] for j in np.flatnonzero(row)} == sets[name] & set(GENES)
     found.write(folder / "b.gmt")
-    again = fitted_sets(folder / "b.gmt", GENES)
+    again = fitted_sets(folder / "b.gmt", GeneNames(GENES, {}))
     assert (again.names, again.same, again.lines) == (found.names, found.same, found.lines)
     assert again.digest() == found.digest()
 
 
 def test_the_digest_is_of_what_is_read(tmp_path: Path) -> None:
-    one = fitted_sets(gmt(tmp_path / "a.gmt", s="G0 G1 G2 G3 G4"), GENES).digest()
-    assert fitted_sets(gmt(tmp_path / "b.gmt", s="G4 G3 G2 G1 G0 unknown"), GENES).digest() == one
-    assert fitted_sets(gmt(tmp_path / "c.gmt", s="G0 G1 G2 G3 G5"), GENES).digest() != one
-    assert fitted_sets(gmt(tmp_path / "d.gmt", t="G0 G1 G2 G3 G4"), GENES).digest() != one
+    one = fitted_sets(gmt(tmp_path / "a.gmt", s="G0 G1 G2 G3 G4"), GeneNames(GENES, {})).digest()
+    assert fitted_sets(gmt(tmp_path / "b.gmt", s="G4 G3 G2 G1 G0 unknown"), GeneNames(GENES, {})).digest() == one
+    assert fitted_sets(gmt(tmp_path / "c.gmt", s="G0 G1 G2 G3 G5"), GeneNames(GENES, {})).digest() != one
+    assert fitted_sets(gmt(tmp_path / "d.gmt", t="G0 G1 G2 G3 G4"), GeneNames(GENES, {})).digest() != one
 
 
 LINE = b"A\tabout\tG0\tG1\tG2\tG3\tG4\n"
@@ -103,22 +104,22 @@ def test_bad_files(tmp_path: Path, kind: str) -> None:
     content, said = BAD[kind]
     (tmp_path / "sets.gmt").write_bytes(content)
     with pytest.raises(InputError, match=said) as refused:
-        fitted_sets(tmp_path / "sets.gmt", GENES)
+        fitted_sets(tmp_path / "sets.gmt", GeneNames(GENES, {}))
     assert refused.value.hint and refused.value.exit_code == 3
 
 
 def test_places_without_a_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
-        fitted_sets(tmp_path / "absent.gmt", GENES)
+        fitted_sets(tmp_path / "absent.gmt", GeneNames(GENES, {}))
     with pytest.raises(InputError, match="Is a directory"):
-        fitted_sets(tmp_path, GENES)
+        fitted_sets(tmp_path, GeneNames(GENES, {}))
 
 
 def test_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = gmt(tmp_path / "sets.gmt", a="G0 G1 G2 G3 G4", b="G1 G2 G3 G4 G5")
     monkeypatch.setattr("crlseq.data.genesets.MAX_ENTRIES", 12)
     with pytest.raises(InputError, match="more than 1 gene sets of 12 genes"):
-        fitted_sets(path, GENES)
+        fitted_sets(path, GeneNames(GENES, {}))
     monkeypatch.setattr("crlseq.data.genesets.MAX_LINE", 20)
     with pytest.raises(InputError, match=r"Line 1 .* too large"):
         list(read_gmt(path))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from crlseq.data import matrix
-from crlseq.data.matrix import as_csr, open_screen, scan
+from crlseq.data.matrix import as_csr, open_screen
+from crlseq.data.values import scan
 from crlseq.errors import InputError
 
 values = st.one_of(st.just(0.0), st.integers(-3, 9).map(float), st.floats(-1e6, 1e6, width=32))

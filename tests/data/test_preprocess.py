@@ -1,4 +1,4 @@
-"""Kinds of values, normalisation worked out by hand, choice of genes."""
+"""Normalisation worked out by hand, choice of genes."""
 
 from __future__ import annotations
 
@@ -6,69 +6,12 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from crlseq.config import DataConfig
-from crlseq.data.matrix import Scan, open_screen, scan
-from crlseq.data.preprocess import Preprocessing, kind_of_values, load, plan_preprocessing
+from crlseq.data.matrix import open_screen
+from crlseq.data.preprocess import Preprocessing, load, plan_preprocessing
+from crlseq.data.values import Values, scan
 from crlseq.errors import InputError
-
-
-def scanned(x: np.ndarray) -> Scan:
-    with open_screen(ad.AnnData(np.asarray(x, dtype=float))) as screen:
-        return scan(screen)
-
-
-def kind(x: np.ndarray, asked: str = "auto") -> str:
-    return kind_of_values(scanned(x), "file", asked)[0]
-
-
-RNG = np.random.default_rng(0)
-COUNTS = RNG.poisson(3.0, (8, 5)).astype(float)
-COUNTS[0] = [0, 1, 2, 5, 0]
-
-
-def test_kinds() -> None:
-    assert kind(COUNTS) == "counts"
-    assert kind(np.log1p(COUNTS)) == "log"
-    assert kind(RNG.standard_normal((8, 5))) == "continuous"
-    assert kind(COUNTS, "log") == "log"
-    assert kind(np.log1p(COUNTS), "continuous") == "continuous"
-    assert kind(np.minimum(COUNTS, 1), "counts") == "counts"
-    assert kind(-COUNTS, "continuous") == "continuous"
-
-
-@pytest.mark.parametrize(
-    ("x", "asked"),
-    [
-        (np.zeros((3, 3)), "auto"),
-        (np.minimum(COUNTS, 1), "auto"),
-        (COUNTS - 1, "auto"),
-        (COUNTS - 1, "counts"),
-        (np.log1p(COUNTS) - 0.01, "log"),
-        (np.argsort(RNG.random((8, 5)), axis=1) + 1, "auto"),
-        (RNG.integers(1, 12, (8, 5)), "auto"),
-        (np.log1p(COUNTS), "counts"),
-        (COUNTS * 20.5, "auto"),
-        (COUNTS * 20.5, "log"),
-        (-np.log1p(COUNTS), "auto"),
-    ],
-)
-def test_kinds_that_are_refused(x: np.ndarray, asked: str) -> None:
-    with pytest.raises(InputError) as caught:
-        kind(x, asked)
-    assert caught.value.hint.endswith(".")
-
-
-@given(hnp.arrays(np.int64, st.tuples(st.integers(2, 8), st.integers(2, 6)), elements=st.integers(0, 1000)))
-@settings(max_examples=100, deadline=None)
-def test_whole_numbers_are_counts_or_refused(x: np.ndarray) -> None:
-    try:
-        assert kind(x) == "counts"
-    except InputError:
-        assert x.max() <= 20 or np.ptp(x.sum(1)) == 0
 
 
 def record(**changes: object) -> Preprocessing:
@@ -92,7 +35,7 @@ def test_plan_by_hand() -> None:
     used = np.array([True, True, True, False])
     with open_screen(ad.AnnData(x)) as screen:
         found = scan(screen)
-        plan = plan_preprocessing(screen, found, ("counts", "because"), used, DataConfig(n_top_genes="all"))
+        plan = plan_preprocessing(screen, found, Values("counts", "because"), used, DataConfig(n_top_genes="all"))
         # Totals of used cells are 4, 10 and 40; the totals are of all genes.
         assert plan.target_sum == 10.0
         assert plan.genes == ("0", "1", "2")
@@ -102,20 +45,20 @@ def test_plan_by_hand() -> None:
         dense = loaded if isinstance(loaded, np.ndarray) else loaded.toarray()
         assert dense.dtype == np.float32
         np.testing.assert_allclose(dense, np.log1p(x[:, :3] * (10 / np.array([4, 10, 40, 8]))[:, None]), rtol=1e-6)
-        listed = plan_preprocessing(screen, found, ("log", ""), used, DataConfig(genes=("2", "0")))
+        listed = plan_preprocessing(screen, found, Values("log", ""), used, DataConfig(genes=("2", "0")))
         assert listed.genes == ("0", "2")  # the file's order
         assert listed.target_sum is None
         with pytest.raises(InputError, match="'3' is zero in every cell"):
-            plan_preprocessing(screen, found, ("log", ""), used, DataConfig(genes=("0", "3")))
+            plan_preprocessing(screen, found, Values("log", ""), used, DataConfig(genes=("0", "3")))
         with pytest.raises(InputError, match="'x'"):
-            plan_preprocessing(screen, found, ("log", ""), used, DataConfig(genes=("x", "0")))
+            plan_preprocessing(screen, found, Values("log", ""), used, DataConfig(genes=("x", "0")))
 
 
 def test_most_variable_genes_of_continuous_values() -> None:
     x = np.random.default_rng(1).standard_normal((200, 6)) * np.array([1, 5, 1, 4, 0.1, 3])
     with open_screen(ad.AnnData(x)) as screen:
         config = DataConfig(n_top_genes=3)
-        plan = plan_preprocessing(screen, scan(screen), ("continuous", ""), np.ones(200, bool), config)
+        plan = plan_preprocessing(screen, scan(screen), Values("continuous", ""), np.ones(200, bool), config)
     assert plan.genes == ("1", "3", "5")
 
 
@@ -125,7 +68,7 @@ def test_unused_cells_have_no_say_in_the_genes() -> None:
     used = np.arange(200) < 100
     x[~used, 3] *= 1000
     with open_screen(ad.AnnData(x)) as screen:
-        plan = plan_preprocessing(screen, scan(screen), ("continuous", ""), used, DataConfig(n_top_genes=2))
+        plan = plan_preprocessing(screen, scan(screen), Values("continuous", ""), used, DataConfig(n_top_genes=2))
     assert plan.genes == ("0", "1")
 
 
