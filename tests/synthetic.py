@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from crlseq.data.names import GeneNames
 from crlseq.run.run import Run
 from crlseq.run.schema import PAIR_COLUMNS, ProgramRow
 from crlseq.run.tables import edge_table, program_labels, program_table
@@ -46,7 +47,7 @@ def synthetic_run(
         "energy_distance": rng.exponential(size=len(names)), "noise_scale": claim(np.ones(len(names))),
         "support": claim(rng.random(len(names))),
     })  # fmt: skip
-    table = program_table(genes, loading, loading)
+    table = program_table(GeneNames(genes, {}), loading, loading)
     labels = program_labels(interventions, n_programs)
     info_programs = [
         {
@@ -81,7 +82,10 @@ def synthetic_run(
         "input": {"path": "screen.h5ad", "sha256": "", "n_cells": 100, "n_genes": len(genes)},
         "cells": {"train": 80, "validation": 10, "test": 10, "unused": 0}, "label_reason": "as asked", "control_label": "control",
         "perturbation_key": "perturbation", "n_latents": n_programs, "n_latents_reason": "as asked",
-        "preprocessing": {"values": "counts", "reason": "whole numbers", "gene_choice": "all genes", "layer": None},
+        "preprocessing": {
+            "values": "counts", "reason": "whole numbers", "gene_choice": "all genes", "layer": None, "target_sum": 1e4,
+            "genes": list(genes), "n_genes_in_file": len(genes), "n_silent_genes": 0,
+        },
         "notes": [], "programs": info_programs, "adjacency": adjacency.tolist(), "embeddings": None,
         "guides": None, "gene_sets": None,
         "identification": {"verdict": verdict, "reason": "Because it is."},

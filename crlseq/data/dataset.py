@@ -201,8 +201,8 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         cell_names = screen.obs.index.astype(str)
         measured = GeneNames.of(screen.var)
         beside = covariates(screen, labels, values, scanned.totals)
-        notes = [*screen.notes, *filter(None, [values.doubt]), targets_in_words(measured, labels.targets)]
-        notes += in_words(beside, config.batch_key)
+        of_file = [*screen.notes, *filter(None, [values.doubt])]
+        of_design = [targets_in_words(measured, labels.targets), *in_words(beside, config.batch_key)]
     condition, known, number, unpredictable = _renumbered(labels, selection)
     silent = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are excluded."
     return PerturbSeqData(
@@ -219,12 +219,13 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         labels=labels,
         measured=measured,
         notes=(
-            *notes,
+            *of_file,
             *([] if guides is None else [guides.reason]),
             *selection.notes,
             *([silent] if record.n_silent_genes else []),
             *lonely_batches(batch, batch_names, labels, split),
             *unpredictable,
+            *of_design,
         ),
         guides=guides,
         shuffled=shuffled,
@@ -321,7 +322,7 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     if not config.combinations:
         held_out |= np.array([len(parts) > 1 for parts in labels.conditions])
     silent = labels.dropped.get(WITHOUT_COUNTS, 0)
-    notes = [f"{silent} cells {WITHOUT_COUNTS} are excluded."] if silent else []
+    notes = [f"Cells {WITHOUT_COUNTS} are excluded ({silent})."] if silent else []
     dropped = sorted(item for item in labels.dropped.items() if item[0] != WITHOUT_COUNTS)
     notes += [f"Cells labelled {label!r} are excluded ({n})." for label, n in dropped]
     small = (counts < config.min_cells) & ~held_out

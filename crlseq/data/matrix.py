@@ -289,9 +289,7 @@ def unique_names(index: pd.Index, kind: str) -> tuple[pd.Index, str]:
     if names.is_unique:
         return names, ""
     repeated = names[names.duplicated()]
-    note = (
-        f"{len(repeated)} {kind} names occur more than once (first {str(repeated[0])!r}); crlseq adds a number to them."
-    )
+    note = f"Repeated {kind} names get a number ({len(repeated)}, first {str(repeated[0])!r})."
     return pd.Index(ad.utils.make_index_unique(names)), note
 
 

@@ -41,6 +41,12 @@ class GeneNames:
         """Of a table of genes: its index, and columns of texts most of which differ."""
         return cls(tuple(map(str, var.index)), _name_columns(var))
 
+    def only(self, genes: Sequence[str]) -> GeneNames:
+        """The same names of these genes alone, in this order; a gene that is not known has one name."""
+        at = {name: place for place, name in enumerate(self.index)}
+        columns = {key: [own[at[gene]] if gene in at else "" for gene in genes] for key, own in self.columns.items()}
+        return GeneNames(genes, columns)
+
     @cached_property
     def symbols(self) -> np.ndarray:
         """(genes,) what to call each gene: its symbol where the index has identifiers, else its name in the index."""
@@ -54,11 +60,15 @@ class GeneNames:
 
     @cached_property
     def symbol_column(self) -> str | None:
-        """The column with symbols, if the index has identifiers in their place."""
-        if not _are_identifiers(self.index):
-            return None
-        known = [key for name in SYMBOL_COLUMNS for key in self.columns if _plain(key) == _plain(name)]
-        return next((key for key in [*known, *self.columns] if _are_symbols(self.columns[key])), None)
+        """The column with symbols, if the index has others: identifiers, or what a column called by `SYMBOL_COLUMNS` has not."""
+        columns = [key for name in SYMBOL_COLUMNS for key in self.columns if _plain(key) == _plain(name)]
+        if _are_identifiers(self.index):
+            columns += self.columns
+        return next((key for key in columns if _are_symbols(self.columns[key]) and not self._repeats(key)), None)
+
+    def _repeats(self, key: str) -> bool:
+        """Whether a column has the names of the index, perhaps before repeated ones were numbered."""
+        return 2 * sum(a == b for a, b in zip(self.index, self.columns[key], strict=True)) > len(self.index)
 
     def find(self, name: str) -> tuple[int, ...]:
         """Places of the genes that a name means; none if it is not known, or means several in another spelling."""

@@ -122,11 +122,12 @@ def predict(
     if counterfactual:  # after the real ones
         real = x, models[0].latents(control)[0].numpy(), np.zeros(len(x), dtype=bool)
         blocks, latents, hit = ([own, *made] for own, made in zip(real, (blocks, latents, hit), strict=True))
-    names = [request.name for request in requests]
+    names, genes = [request.name for request in requests], run.preprocessing.gene_names
+    called = {} if genes.symbol_column is None else {"symbol": genes.symbols}
     result = ad.AnnData(
         np.concatenate(blocks),
         obs=_obs(run, names, cells, counterfactual).assign(hit=np.concatenate(hit)),
-        var=pd.DataFrame(index=pd.Index(run.preprocessing.genes, dtype=object)),
+        var=pd.DataFrame(called, index=pd.Index(genes.index, dtype=object)),
     )
     center, scales = (np.array([getattr(row, name) for row in run.facts.programs]) for name in ("center", "scale"))
     result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scales).astype(np.float32)

@@ -88,9 +88,9 @@ def enrich(
     # A gene without a loading is one that the program does not move.
     genes, loading = wide.columns.to_numpy(dtype=object), np.nan_to_num(wide.to_numpy())
     perturbations = run.interventions["perturbation"].to_numpy(dtype=object)
-    known = run.preprocessing.gene_names
-    names, by_gene, by_driver = _memberships(gene_sets, known, genes, perturbations, min_size, max_size)
-    genes = np.array([known.symbols[j] for j in pd.Index(known.index).get_indexer(pd.Index(genes))], dtype=object)
+    known = run.preprocessing.gene_names.only(genes)
+    names, by_gene, by_driver = _memberships(gene_sets, known, perturbations, min_size, max_size)
+    genes = known.symbols
     n_top = n_top or min(TOP_MOST, max(1, round(TOP_SHARE * len(genes))))
     tops, drivers = [], []
     for index, program in enumerate(run.program_names):
@@ -210,8 +210,7 @@ def _ranked(genes: np.ndarray, member: sparse.csr_array, loading: np.ndarray, se
 
 def _memberships(
     gene_sets: str | Path | Mapping[str, Sequence[str]],
-    known: GeneNames,
-    genes: np.ndarray,
+    genes: GeneNames,
     perturbations: np.ndarray,
     smallest: int,
     largest: int,
@@ -219,18 +218,17 @@ def _memberships(
     """Names and descriptions of sets, (sets, G) and (sets, perturbations) what is in them; empty rows are not tested."""
     is_file = isinstance(gene_sets, str | os.PathLike)
     rows = read_gmt(Path(gene_sets)) if is_file else ((name, "", list(own)) for name, own in gene_sets.items())  # type: ignore[arg-type, union-attr]
-    column = pd.Index(genes).get_indexer(pd.Index(known.index))  # of each gene, under whatever name a set has it
     perturbation = {name: j for j, name in enumerate(perturbations)}
-    by_place = {place: j for j, name in enumerate(perturbations) for place in known.find(name)}
+    by_place = {place: j for j, name in enumerate(perturbations) for place in genes.find(name)}
     names, seen, common = list[tuple[str, str]](), list[str](), False
     by_gene, by_driver = list[list[int]](), list[list[int]]()
     for name, description, own in rows:
         seen += own[: max(0, 200 - len(seen))]
-        places = {each: known.find(each) for each in own}
-        found = sorted({int(column[place]) for each in own for place in places[each]})
+        places = {each: genes.find(each) for each in own}
+        found = sorted({place for each in own for place in places[each]})
         driving = sorted(
             {perturbation[each] for each in own if each in perturbation}
-            | {by_place[place] for each in own for place in places[each] if place in by_place}
+            | {by_place[place] for place in found if place in by_place}
         )
         common = common or bool(found)
         found = found if smallest <= len(found) <= largest else []
@@ -240,13 +238,13 @@ def _memberships(
             by_gene.append(found)
             by_driver.append(driving)
     source = str(gene_sets) if is_file else "gene_sets"
-    refuse_unmatched(source, seen, common, genes)
+    refuse_unmatched(source, seen, common, genes.index)
     if not names:
         raise InputError(
-            f"No gene set of {source} holds {smallest} to {largest} of the {len(genes)} fitted genes.",
+            f"No gene set of {source} holds {smallest} to {largest} of the {len(genes.index)} fitted genes.",
             "Fit more genes, or give other gene sets.",
         )
-    return names, _matrix(by_gene, len(genes)), _matrix(by_driver, len(perturbations))
+    return names, _matrix(by_gene, len(genes.index)), _matrix(by_driver, len(perturbations))
 
 
 def _matrix(rows: list[list[int]], width: int) -> sparse.csr_array:

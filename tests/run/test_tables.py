@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from crlseq.data.names import GeneNames
 from crlseq.run.tables import program_labels, program_table
 
 
 def test_program_table_by_hand() -> None:
     loading = np.array([[0.1, -3.0, 2.0], [1.0, 1.0, 0.0]])
-    table = program_table(("a", "b", "c"), loading, loading * 2)
+    table = program_table(GeneNames(("a", "b", "c"), {}), loading, loading * 2)
     assert table["gene"].tolist() == ["b", "c", "a", "a", "b", "c"]
     assert table["rank"].tolist() == [1, 2, 3, 1, 2, 3]
     assert table["total_effect"].tolist() == [-6.0, 4.0, 0.2, 2.0, 2.0, 0.0]
