@@ -14,6 +14,8 @@ import scipy.sparse as sp
 
 from crlseq.config import DataConfig
 from crlseq.data import splits
+from crlseq.data.combinations import cut_label
+from crlseq.data.controls import is_control_name, is_named
 from crlseq.data.guides import Guides, read_labels
 from crlseq.data.matrix import Screen, open_screen, scan
 from crlseq.data.perturbations import Perturbations, refuse_missing_column
@@ -217,8 +219,9 @@ def _as_prepared(config: DataConfig, manifest: Manifest) -> DataConfig:
     asked = (config.perturbation_key, config.guide_key, config.guide_counts, config.control_label, config.separator)
     if any(value is not None for value in asked):
         return config
-    names = ("perturbation_key", "control_label", "separator")
-    return config.model_copy(update={name: getattr(manifest, name) for name in names})
+    labels = {"control_label": manifest.control_labels or (manifest.control_label,)}
+    names = ("perturbation_key", "separator")
+    return config.model_copy(update=labels | {name: getattr(manifest, name) for name in names})
 
 
 def _is_sorted(condition: np.ndarray) -> bool:
@@ -279,12 +282,15 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     """
     counts = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
     held_out = np.zeros(len(labels.conditions), dtype=bool)
+
+    def is_control(part: str) -> bool:
+        return part not in labels.names and (is_named(part, labels.control_labels) or is_control_name(part))
+
     lookup = {frozenset(labels.names[i] for i in parts): c for c, parts in enumerate(labels.conditions)}
     by_name = {name: c for c, name in enumerate(labels.condition_names)}
     for label in config.hold_out:
-        parts = [part.strip() for part in (label.split(labels.separator.strip()) if labels.separator else [label])]
         # "A+ctrl" is "A", as in the column.
-        targets = [part for part in parts if part in labels.names or part != labels.control_label]
+        targets = cut_label(label, labels.separator, labels.names, is_control) if labels.separator else [label]
         found = by_name.get(label, lookup.get(frozenset(targets)))
         if found is None or found == 0:
             hint = f"Labels there are written like {labels.condition_names[-1]!r}."
@@ -300,14 +306,30 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
         what = f"Perturbations with fewer than {config.min_cells} cells are excluded"
         notes.append(f"{what} ({len(names)}): {few(names)}.")
     fitted = ~held_out & ~small
+    crowd = _crowd(labels, counts, small)
+    notes += [crowd] if crowd else []
     if counts[0] < 2:
         raise InputError(f"Too few control cells: {counts[0]}.", "At least two are needed, better several hundred.")
     if fitted[1:].sum() < 2:
         raise InputError(
-            f"Too few perturbations to fit: {fitted[1:].sum()}; the largest has {counts[1:].max(initial=0)} cells.",
+            f"Too few perturbations to fit: {fitted[1:].sum()}; the largest has {counts[1:].max(initial=0)} cells."
+            + (f" {crowd} Two perturbations with {config.min_cells} such cells are needed." if crowd else ""),
             "At least two are needed; see --min-cells, --hold-out and --combinations.",
         )
     return Selection(fitted, held_out & (counts > 0), notes)
+
+
+def _crowd(labels: Perturbations, counts: np.ndarray, small: np.ndarray) -> str:
+    """A sentence on a screen whose cells carry so many perturbations that most are alone with theirs; else empty."""
+    size = np.array(list(map(len, labels.conditions)))
+    n_cells, several = counts[1:].sum(), (size > 1) & small
+    if 2 * counts[several].sum() <= n_cells:
+        return ""
+    median = np.median(np.repeat(size[1:], counts[1:]))
+    return (
+        f"The multiplicity of infection is high: cells carry a median of {median:g} perturbations, and "
+        f"{counts[size == 1].sum()} of {n_cells} cells carry one beside control guides."
+    )
 
 
 def _batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:

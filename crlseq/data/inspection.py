@@ -90,6 +90,7 @@ def _describe_labels(labels: Perturbations, screen: Screen) -> dict[str, Any]:
     return {
         "perturbation_key": labels.key,
         "control_label": labels.control_label,
+        "control_labels": list(labels.control_labels),
         "separator": labels.separator,
         "label_reason": labels.reason,
         "control_cells": int(counts[0]),
@@ -117,12 +118,13 @@ def _command(screen: Screen, labels: Perturbations, config: DataConfig) -> str:
     """The fit that reads the labels in this way; what is as by default is not said."""
     asked = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DataConfig(), name)}
     if labels.key != GUIDE_LABELS:
-        asked |= {"perturbation_key": labels.key, "control_label": labels.control_label}
+        asked |= {"perturbation_key": labels.key, "control_label": labels.control_labels}
         asked |= {} if labels.separator is None else {"separator": labels.separator}
     words = ["crlseq", "fit", screen.source]
     for name in OPTIONS:
         if name in asked:
-            flag = f"--{name.replace('_', '-')}"
-            words += ["--no-combinations"] if name == "combinations" else [flag, str(asked[name])]
+            flag, values = f"--{name.replace('_', '-')}", asked[name]
+            several = values if isinstance(values, tuple) else (values,)
+            words += ["--no-combinations"] if name == "combinations" else [w for v in several for w in (flag, str(v))]
     name = Path(screen.source).stem if Path(screen.source).suffix else "screen"
     return shlex.join([*words, "--output", f"{name}-run"])

@@ -23,7 +23,19 @@ from crlseq.errors import CrlseqError, InputError, few
 from crlseq.storage.files import refuse_links_outside
 
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
-EXPRESSION = "rna"  # modality of a MuData file that is the screen
+# Modalities of a MuData file that are the screen, the first that is there.
+EXPRESSION = (
+    "rna",
+    "gene",
+    "genes",
+    "gex",
+    "expression",
+    "gene_expression",
+    "gene expression",
+    "mrna",
+    "scrna",
+    "transcriptome",
+)
 BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
 
 
@@ -97,7 +109,7 @@ def readable(source: str, what: str) -> Iterator[None]:
 def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> Iterator[Screen]:
     """Open a screen without reading its matrix, ``X`` or the given layer.
 
-    It is a ``.h5ad`` file, a ``.h5mu`` file with a modality ``rna``, a ``.zarr`` folder or zip, or an AnnData.
+    It is a ``.h5ad`` file, a ``.h5mu`` file with a modality ``rna`` or ``gene``, a ``.zarr`` folder or zip, or an AnnData.
     InputError if the file is missing, not an AnnData file or damaged, the layer is not there, or names of cells or
     genes are not unique.
     """
@@ -131,7 +143,7 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
 
 @contextmanager
 def open_store(path: Path) -> Iterator[Any]:
-    """An h5ad file, the modality ``rna`` of an h5mu file, or a zarr store, as a mapping for `anndata.io.read_elem`."""
+    """An h5ad file, the modality of an h5mu file with the expression, or a zarr store, as a mapping for `anndata.io.read_elem`."""
     hint = "crlseq reads .h5ad files and .zarr stores as anndata writes them, and .h5mu files as mudata does."
     try:
         is_folder = path.is_dir()
@@ -167,13 +179,28 @@ def open_store(path: Path) -> Iterator[Any]:
 
 
 def _expression_modality(handle: h5py.File, path: Path) -> Any:
+    return handle["mod"][expression_modality(handle, str(path))]
+
+
+def expression_modality(handle: h5py.File, source: str) -> str:
+    """Name of the modality with the expression: a known one, or the only one whose features are genes; InputError if none."""
     modalities = handle.get("mod", {})
-    if EXPRESSION not in modalities or not {"obs", "var"} <= modalities[EXPRESSION].keys():
+    there = {str(name).casefold(): str(name) for name in modalities if {"obs", "var"} <= modalities[name].keys()}
+    named = [there[name] for name in EXPRESSION if name in there]
+    of_genes = [name for name in there.values() if _is_of_genes(modalities[name]["var"])]
+    if not named and len(of_genes) != 1:
         raise InputError(
-            f"{path} has no modality {EXPRESSION!r} with cells and genes.",
-            f"Rename the modality with the expression to {EXPRESSION!r}; there are: {few([*map(repr, modalities)]) or 'none'}.",
+            f"{source} has no modality 'rna' or 'gene' with cells and genes.",
+            f"Rename the modality with the expression to 'rna'; there are: {few([*map(repr, modalities)]) or 'none'}.",
         )
-    return modalities[EXPRESSION]
+    return (named or of_genes)[0]
+
+
+def _is_of_genes(var: Any) -> bool:
+    if "feature_types" not in var:
+        return False
+    kinds = ad.io.read_elem(var["feature_types"])
+    return len(kinds) > 0 and set(map(str, kinds)) == {"Gene Expression"}
 
 
 def _refuse_absent(layer: str | None, layers: tuple[str, ...], has_x: bool, source: str) -> None:

@@ -33,7 +33,7 @@ def _labelled(run: Run) -> tuple[ad.AnnData, list[tuple[str, ...]], list[str]]:
     """Cells that carry a perturbation or are control, log-normalised as for the fit, and what each of them carries."""
     adata, record, facts = _read(run), run.preprocessing, run.facts
     separator = facts.config.data.separator
-    labels = read_perturbations(adata.obs, facts.perturbation_key, facts.control_label, separator)
+    labels = read_perturbations(adata.obs, facts.perturbation_key, facts.controls, separator)
     known = np.flatnonzero(labels.condition >= 0)
     left = adata.n_obs - len(known)
     notes = [f"{left} cells carry no known perturbation and are excluded."] if left else []
