@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from crlseq.errors import InputError, UsageError
 
@@ -47,7 +47,9 @@ class DataConfig(_Section):
     """How cells, labels and genes are read from the file."""
 
     perturbation_key: str | None = _flag(None, "Column of obs with the perturbations.", unset="detected")
-    control_label: str | None = _flag(None, "Label of control cells.", unset="detected")
+    control_label: tuple[str, ...] | None = _flag(
+        None, "Label of control cells; may be repeated, and left without the number of NT-1, NT-2.", unset="detected"
+    )
     separator: str | None = _flag(
         None, "Separates the parts of a combination; '' where labels are never combinations.", unset="detected"
     )
@@ -93,6 +95,12 @@ class DataConfig(_Section):
     combinations: bool = _flag(
         True, "Fit combinations too, or hold all of them out.", switch="--combinations/--no-combinations"
     )
+
+    @field_validator("control_label", mode="before")
+    @classmethod
+    def _one_label(cls, value: Any) -> Any:
+        """A single label, as in Python and in earlier configurations."""
+        return (value,) if isinstance(value, str) else value
 
 
 class ModelConfig(_Section):

@@ -1,11 +1,10 @@
 """Guides -> perturbations: which gene a guide is of, and which guides a cell carries.
 
-*Genes of guides.* A table (``--guide-map``) says it, or the names do: one style of writing is chosen for all of them,
-the one of `GUIDE_STYLES` that fits most, and a name that it does not fit is a gene of its own. Guides whose gene is a
-known control label, or the given one, are control guides.
+*Genes of guides.* A table (``--guide-map``, or the file's own: see `crlseq.data.guide_targets`) says it, or the names do
+(`crlseq.data.guide_names`). Guides whose gene is a known control, or the given one, are control guides.
 
-*Guides of cells.* A column names them (several joined by ``|``, ``;`` or ``,``, or by ``--separator``), or they are
-counted. Of a cell's counts, guides of one gene are summed; with the largest two sums a >= b of a total N, the cell
+*Guides of cells.* A column names them (several joined by ``|``, ``;``, ``,`` or ``+``, or by ``--separator``), or they
+are counted. Of a cell's counts, guides of one gene are summed; with the largest two sums a >= b of a total N, the cell
 
 - is not assigned if a < ``min_umis``;
 - has the first gene if a >= ``min_share`` N;
@@ -13,13 +12,15 @@ counted. Of a cell's counts, guides of one gene are summed; with the largest two
 - is ambiguous (``multiple``) otherwise.
 
 The defaults, 5 UMIs and a share of 0.8, are those of sceptre's assignment by the largest count (Barry et al. 2024,
-Genome Biology 25:124), which takes single guides. What results is a column of labels as in any other screen.
+Genome Biology 25:124), which takes single guides. Where that leaves most cells ambiguous, cells were given several guides
+each, and a cell has every gene with ``min_umis``, which is sceptre's rule for such screens. What results is a column of
+labels as in any other screen.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,35 +31,20 @@ import pandas as pd
 import scipy.sparse as sp
 
 from crlseq.config import DataConfig
-from crlseq.data.matrix import EXPRESSION, Screen, as_csr, open_store, readable
-from crlseq.data.perturbations import (
-    CONTROL_LABELS,
-    NEVER_PERTURBATIONS,
-    Perturbations,
-    read_perturbations,
-    refuse_missing_column,
-)
+from crlseq.data.combinations import Cutter
+from crlseq.data.controls import is_control_name, is_never
+from crlseq.data.guide_names import CONTROL, genes_of_guides, recognised
+from crlseq.data.guide_targets import ID_KEY, read_guide_map, targets_in_uns, targets_in_var
+from crlseq.data.matrix import Screen, as_csr, open_store, readable
+from crlseq.data.names import GeneNames
+from crlseq.data.perturbations import Perturbations, read_perturbations, refuse_missing_column
 from crlseq.errors import InputError, UsageError, few
 
 GUIDE_LABELS = "crlseq_perturbation"  # column of obs with what guides were read as
-CONTROL = "control"
-JOINED, BETWEEN_GUIDES = "+", re.compile(r"\s*[|;,]+\s*")
+JOINED = "+"
+BETWEEN_GUIDES = re.compile(r"\s*[|;,]+\s*|\s+\+\s+|(?<![_\s])\+(?![_\s])|\s+and\s+")  # not the strand in "_+_"
 AMBIGUOUS, UNASSIGNED = "multiple", "unassigned"
 MANY, NONE = -2, -1  # in place of a cell's gene: of the two labels above
-CONTROL_GUIDES = CONTROL_LABELS | frozenset(
-    {"neg", "negctrl", "non-target", "nontarget", "scramble", "scrambled", "safe-targeting", "safe_targeting"}
-    | {"no_site", "no-site", "one_non-gene_site", "one_intergenic_site"}
-)
-# How libraries write a gene and its guide; a prefix such as "sg" is taken off first.
-_PREFIX = re.compile(r"^(?:sgRNA|gRNA|sg)[_\-. ](?=.)|^sg(?=[A-Z])")
-GUIDE_STYLES: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("GENE_+_POSITION", re.compile(r"(.+?)_[+-]_\d+(?:\..*)?")),
-    ("GENE_SEQUENCE", re.compile(r"(.+)[_\-.:][ACGT]{17,}")),
-    ("GENE_g1", re.compile(r"(.+)[_\-. ](?:sgRNA|gRNA|guide|sg|g|cr)[_\-. ]?\d+", re.IGNORECASE)),
-    ("GENEg1", re.compile(r"(.+?)(?:sg|g)\d+")),
-    ("GENE_1", re.compile(r"(.+)[_\-.]\d+")),
-)
-_NUMBERED = re.compile(r"(.{4,}?|.+?(?=[_\-. ]))[_\-. ]?\d+")  # "ctrl3", "NT_3", and not "NT3"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +61,7 @@ class Guides:
 def read_labels(
     screen: Screen, source: str | Path | ad.AnnData, config: DataConfig
 ) -> tuple[Perturbations, Guides | None]:
-    """Perturbations of all cells, from guides if the configuration names any.
+    """Perturbations of all cells: from guides if the configuration names any, or if the only labels are guides.
 
     InputError if they cannot be read; UsageError if more than one place was named to read them from.
     """
@@ -83,112 +69,89 @@ def read_labels(
     given = [f"--{name.replace('_', '-')}" for name in places if getattr(config, name) is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} were both given.", "Give only the one that has the perturbations.")
-    if config.guide_key is None and config.guide_counts is None:
-        if config.guide_map is not None:
-            raise UsageError("--guide-map needs guides.", "Name them with --guide-key or --guide-counts.")
-        return read_perturbations(screen.obs, config.perturbation_key, config.control_label, config.separator), None
-    guides = _from_column(screen, config) if config.guide_key is not None else _from_counts(screen, source, config)
-    table = pd.DataFrame({GUIDE_LABELS: guides.labels}, index=screen.obs.index)
-    labels = read_perturbations(table, GUIDE_LABELS, guides.control_label, config.separator)
+    if config.guide_key is not None:
+        return _as_labels(_from_column(screen.obs, config), screen.obs, config)
+    if config.guide_counts is not None:
+        return _as_labels(_from_counts(screen, source, config), screen.obs, config)
+    if config.guide_map is not None:
+        raise UsageError("--guide-map needs guides.", "Name them with --guide-key or --guide-counts.")
+    return labels_of(screen.obs, config, GeneNames.of(screen.var).known, targets_in_uns(source))
+
+
+def labels_of(
+    obs: pd.DataFrame,
+    config: DataConfig,
+    measured: frozenset[str] = frozenset(),
+    targets: Mapping[str, str] | None = None,
+) -> tuple[Perturbations, Guides | None]:
+    """Perturbations of all cells from a column of labels; where these are guides, and none was named, of their genes.
+
+    `targets` are the genes of the guides of CELLxGENE's column of them. InputError if they cannot be read.
+    """
+    controls = config.control_label
+    labels = read_perturbations(obs, config.perturbation_key, controls, config.separator, measured)
+    if labels.key == ID_KEY and targets:
+        genes = {name: targets.get(name, name) for name in labels.names}
+        found: tuple[dict[str, str], str] | None = genes, "the table of guides in uns"
+    else:
+        found = recognised(labels.names, measured)
+    if found is None:
+        return labels, None
+    genes, rule = found
+    if config.perturbation_key is None and len(set(genes.values()) - {CONTROL}) > 1:
+        return _as_labels(_from_labels(obs, labels, genes, rule), obs, config)
+    note = f" Its labels are names of guides like {rule}, and each is a perturbation of its own"
+    note += f"; --guide-key {labels.key} reads them as genes." if config.perturbation_key else "."
+    return replace(labels, reason=labels.reason + note, targets=tuple(genes[name] for name in labels.names)), None
+
+
+def _as_labels(guides: Guides, obs: pd.DataFrame, config: DataConfig) -> tuple[Perturbations, Guides]:
+    table = pd.DataFrame({GUIDE_LABELS: guides.labels}, index=obs.index)
+    controls = [guides.control_label, *(config.control_label or ())]
+    labels = read_perturbations(table, GUIDE_LABELS, list(dict.fromkeys(controls)), JOINED)
     return replace(labels, reason=guides.reason), guides
 
 
-def genes_of_guides(
-    names: Iterable[str], control_label: str | None = None, table: Mapping[str, str] | None = None
+def _genes(
+    names: Iterable[str], config: DataConfig, targets: Mapping[str, str] | None = None
 ) -> tuple[dict[str, str], str]:
-    """Gene of each guide, sorted by guide, and the rule: one of `GUIDE_STYLES`, ``sgGENE`` (a prefix), or ``table``.
-
-    Control guides have the control label (``control`` where none was given): those whose gene or name it is, or, where
-    none was given, any of `CONTROL_GUIDES`. InputError if a guide is not in the table of genes by guide, or no style
-    fits half of the names.
-    """
-    guides = sorted(set(names))
-    if table is not None:
-        missing = [guide for guide in guides if guide not in table]
-        if missing:
-            what = f"{len(missing)} of {len(guides)} guides are not in the guide map, first {missing[0]!r}."
-            raise InputError(what, "Add one line per guide: the guide, a tab, its gene.")
-        parsed, rule = {guide: table[guide] for guide in guides}, "table"
-    else:
-        parsed, rule = _by_style(guides, control_label)
-    control = control_label or CONTROL
-    return {g: control if _is_control(g, parsed[g], control_label) else parsed[g] for g in guides}, rule
-
-
-def _by_style(guides: Sequence[str], control_label: str | None) -> tuple[dict[str, str], str]:
-    short = {guide: _PREFIX.sub("", guide) for guide in guides}
-    fits = {name: {g: m[1] for g in guides if (m := style.fullmatch(short[g]))} for name, style in GUIDE_STYLES}
-    fits["sgGENE"] = {g: short[g] for g in guides if short[g] != g}
-    rule = max(fits, key=lambda name: len(fits[name]))  # the first of equals
-    named = [g for g in guides if not _is_control(g, fits[rule].get(g, short[g]), control_label)]
-    if 2 * sum(g in fits[rule] for g in named) < len(named):
-        first = next(g for g in named if g not in fits[rule])
-        what = f"The names of the {len(guides)} guides do not contain their genes in a known style, such as {first!r}."
-        hint = "Give a table of guides and genes with --guide-map; if the names are genes, use --perturbation-key."
-        raise InputError(what, hint)
-    return {g: fits[rule].get(g, short[g]) for g in guides}, rule
-
-
-def _is_control(guide: str, gene: str, control_label: str | None) -> bool:
-    if control_label is not None:
-        return control_label in (guide, gene)
-    numbered = _NUMBERED.fullmatch(gene)
-    return gene.casefold() in CONTROL_GUIDES or (numbered is not None and numbered[1].casefold() in CONTROL_GUIDES)
-
-
-def read_guide_map(path: str | Path) -> dict[str, str]:
-    """Gene by guide from a table with a guide and its gene a line, tabs or commas between; a header is passed over.
-
-    InputError if it cannot be read, a line has not two fields, or a guide is given two genes.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The guide map {path} cannot be read: {error}.", "Give a text file.") from None
-    genes: dict[str, str] = {}
-    mark = "\t" if any("\t" in line for line in lines) else ","
-    for number, line in enumerate(lines, 1):
-        fields = [field.strip().strip('"') for field in line.split(mark)]
-        if not line.strip() or line.startswith("#"):
-            continue
-        if len(fields) < 2 or not all(fields[:2]):
-            raise InputError(f"Line {number} of guide map {path} has no guide and gene.", "Write guide, tab, gene.")
-        guide, gene = fields[:2]
-        if not genes and number == 1 and gene.casefold() in ("gene", "target", "target_gene", "gene_name", "symbol"):
-            continue
-        if genes.setdefault(guide, gene) != gene:
-            raise InputError(f"Line {number} of guide map {path} gives {guide!r} a second gene.", "Give it one gene.")
-    if not genes:
-        raise InputError(f"The guide map {path} is empty.", "Write one guide, a tab and its gene per line.")
-    return genes
-
-
-def _genes(names: Iterable[str], config: DataConfig) -> tuple[dict[str, str], str]:
-    table = None if config.guide_map is None else read_guide_map(config.guide_map)
+    """Of guides, by --guide-map, by the file's own ``targets``, or by their names."""
+    table = targets if config.guide_map is None else read_guide_map(config.guide_map)
     genes, rule = genes_of_guides(names, config.control_label, table)
-    mark = config.separator or JOINED
-    torn = next((gene for gene in genes.values() if mark in gene), None)
-    if torn is not None:
-        what = f"The gene {torn!r} of a guide contains {mark!r}, which separates the genes of a combination."
-        raise InputError(what, "Choose another --separator, or rename the gene in a --guide-map.")
+    if table is targets and rule == "table":
+        rule = "their table in the file"
+    _refuse_torn(genes.values())
     return genes, rule
 
 
-def _from_column(screen: Screen, config: DataConfig) -> Guides:
+def _refuse_torn(genes: Iterable[str]) -> None:
+    torn = next((gene for gene in genes if JOINED in gene), None)
+    if torn is not None:
+        what = f"The gene {torn!r} of a guide contains {JOINED!r}, which separates the genes of a combination."
+        raise InputError(what, "Rename the gene in a --guide-map.")
+
+
+def _control(config: DataConfig) -> str:
+    return config.control_label[0] if config.control_label else CONTROL
+
+
+def _from_column(obs: pd.DataFrame, config: DataConfig) -> Guides:
     key = str(config.guide_key)
-    refuse_missing_column(screen.obs, key, "--guide-key")
-    column = screen.obs[key].astype(object)
+    refuse_missing_column(obs, key, "--guide-key")
+    column = obs[key].astype(object)
     codes, texts = pd.factorize(column.map(lambda value: str(value).strip(), na_action="ignore"))
     parts = [_split(text, config.separator) for text in texts]
-    known = [[part for part in own if part.casefold() not in NEVER_PERTURBATIONS] for own in parts]
+    if config.separator is None:
+        parts = _split_joined(parts)
+    known = [[part for part in own if not is_never(part)] for own in parts]
     genes, rule = _genes((part for own in known for part in own), config)
-    control, mark = config.control_label or CONTROL, config.separator or JOINED
+    control = _control(config)
     written = []
     for text, own, sure in zip(texts, parts, known, strict=True):
         unsure = [part for part in own if part not in sure] or ([] if own else [text])
         targets = sorted({genes[part] for part in sure} - {control})
         # "unassigned" stays, and is dropped and counted by it.
-        written.append(unsure[0] if unsure else mark.join(targets) or control)
+        written.append(unsure[0] if unsure else JOINED.join(targets) or control)
     labels = pd.Categorical(np.append(np.array(written, dtype=object), np.nan)[codes])
     return _guides(labels, control, genes, rule, f"Guides are named in column {key!r}", {"column": key}, codes)
 
@@ -200,35 +163,76 @@ def _split(text: str, separator: str | None) -> list[str]:
     return [piece.strip() for piece in pieces if piece.strip()]
 
 
+def _split_joined(parts: list[list[str]]) -> list[list[str]]:
+    """Guides joined by "_" too, where both are guides of other cells."""
+    guides = {guide for own in parts for guide in own if not is_never(guide) and not is_control_name(guide)}
+    cuts = Cutter(guides, is_control_name, is_control_name, is_never).cut("_", strong=False)
+    sure = cuts.parts if cuts.n_sure else {}
+    return [[part for guide in own for part in sure.get(guide, [guide])] for own in parts]
+
+
+def _from_labels(obs: pd.DataFrame, labels: Perturbations, genes: Mapping[str, str], rule: str) -> Guides:
+    """Of labels that turned out to be guides."""
+    _refuse_torn(genes.values())
+    control, key = labels.control_label, labels.key
+    codes, texts = pd.factorize(obs[key].astype(object).map(lambda value: str(value).strip(), na_action="ignore"))
+    read = np.array([
+        JOINED.join(sorted({genes[labels.names[i]] for i in condition} - {CONTROL})) or control
+        for condition in labels.conditions
+    ], dtype=object)  # fmt: skip
+    # What is dropped is dropped again by its label.
+    why = [text if is_never(text) or is_control_name(text) else UNASSIGNED for text in texts]
+    left = np.append(np.array(why, dtype=object), np.nan)[codes]
+    written = np.where(labels.condition < 0, left, read[labels.condition])
+    table = {str(texts[code]): control for code in np.unique(codes[(labels.condition == 0) & (codes >= 0)])}
+    table |= {name: control if gene == CONTROL else gene for name, gene in genes.items()}
+    where = f"Labels in column {key!r} are names of guides and are read as genes (as they are with --perturbation-key)"
+    return _guides(pd.Categorical(written), control, dict(sorted(table.items())), rule, where, {"column": key}, codes)
+
+
 def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataConfig) -> Guides:
     key = str(config.guide_counts)
     counts, names, where = guide_counts(screen, source, key)
-    genes, rule = _genes(names, config)
-    control, mark = config.control_label or CONTROL, config.separator or JOINED
+    genes, rule = _genes(names, config, targets_in_var(source, key) if where == "modality" else None)
+    control = _control(config)
     targets = [control, *sorted(set(genes.values()) - {control})]
     number = {gene: i for i, gene in enumerate(targets)}
     column = np.array([number[genes[name]] for name in names], dtype=np.int64)
     member = sp.csr_matrix((np.ones(len(names)), (np.arange(len(names)), column)), (len(names), len(number)))
-    first, second = assign(sp.csr_matrix(counts @ member), config.guide_min_umis, config.guide_min_share)
-    pairs = second != NONE
+    sums = sp.csr_matrix(counts @ member)
+    first, second = assign(sums, config.guide_min_umis, config.guide_min_share)
+    carried = sp.csr_matrix(sums >= config.guide_min_umis)
+    several = _several(carried, first, second)
+    pairs = (second != NONE) & (not several)
     if not config.combinations:  # two genes in a cell of a screen with one guide a cell: a doublet
         first = np.where(pairs, MANY, first)
     written = np.array([*targets, AMBIGUOUS, UNASSIGNED], dtype=object)[first]
-    for cell in np.flatnonzero(pairs & (first >= 0)):
-        both = sorted({int(first[cell]), int(second[cell])} - {0})
-        written[cell] = mark.join(targets[i] for i in both) or control
-    n_pairs = int(pairs.sum())
-    doublets = "(doublets, if each cell was given one guide; --no-combinations excludes them)"
-    text = (
-        f"Guides are counted in {where} {key!r}. A cell is assigned the gene with at least {config.guide_min_umis} "
-        f"UMIs and a share of {config.guide_min_share:g}; {n_pairs} cells have two genes that reach this share together "
-        f"{doublets if config.combinations else 'and are excluded'}"
-    )
-    about = {
-        where: key, "min_umis": config.guide_min_umis, "min_share": config.guide_min_share, "cells_with_two": n_pairs
-    }  # fmt: skip
+    for cell in np.flatnonzero((first != NONE) if several else pairs & (first >= 0)):
+        own = (
+            carried.indices[carried.indptr[cell] : carried.indptr[cell + 1]] if several else [first[cell], second[cell]]
+        )
+        written[cell] = JOINED.join(targets[i] for i in sorted({*map(int, own)} - {0})) or control
+    about: dict[str, Any] = {where: key, "min_umis": config.guide_min_umis, "min_share": config.guide_min_share}
+    about["cells_with_two"] = int(pairs.sum())
+    text = f"Guides are counted in {where} {key!r}. "
+    if several:
+        text += f"Most cells have several, so a cell carries every gene with at least {config.guide_min_umis} UMIs"
+    else:
+        doublets = "(doublets, if each cell was given one guide; --no-combinations excludes them)"
+        text += (
+            f"A cell is assigned the gene with at least {config.guide_min_umis} UMIs and a share of "
+            f"{config.guide_min_share:g}; {pairs.sum()} cells have two genes that reach this share together "
+            f"{doublets if config.combinations else 'and are excluded'}"
+        )
     strongest = np.where(counts.getnnz(1) > 0, np.asarray(counts.argmax(1)).ravel(), NONE)
     return _guides(pd.Categorical(written), control, genes, rule, text, about, strongest)
+
+
+def _several(carried: sp.csr_matrix, first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether cells were given several guides each: most with guides have two genes or more, and are ambiguous."""
+    some = first != NONE
+    per_cell = np.diff(carried.indptr)[some]
+    return bool(some.any() and np.median(per_cell) >= 2 and ((first == MANY) | (second != NONE))[some].mean() > 0.5)
 
 
 def assign(counts: sp.csr_matrix, min_umis: int, min_share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -256,22 +260,26 @@ def assign(counts: sp.csr_matrix, min_umis: int, min_share: float) -> tuple[np.n
 
 
 def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> tuple[sp.csr_matrix, list[str], str]:
-    """Counts (cells, guides), names of guides, and whether they are of ``obsm`` or a ``modality``.
+    """Counts (cells, guides), names of guides, and whether they are ``features`` of the matrix, of ``obsm`` or a ``modality``.
 
     InputError if there is nothing of that name, guides have no names, or values are no counts.
     """
+    features = screen.of_type(key)
+    if features is not None:
+        return _as_counts(features[0], key), features[1], "features"
     if isinstance(source, ad.AnnData):
         if key not in source.obsm:
-            raise _no_counts(screen.source, key, list(source.obsm))
+            raise _no_counts(screen.source, key, [*screen.other_types, *source.obsm])
         return *_table_of(source.obsm[key], key), "obsm"
     with open_store(Path(source)) as store, readable(screen.source, f"the guide counts {key!r}"):
         there = list(store["obsm"]) if "obsm" in store else []
         if key in there:
             return *_table_of(ad.io.read_elem(store["obsm"][key]), key), "obsm"
-        modalities = store.parent if store.name == f"/mod/{EXPRESSION}" else {}
-        if key not in modalities or key == EXPRESSION:
-            raise _no_counts(screen.source, key, [*there, *(name for name in modalities if name != EXPRESSION)])
-        guides = modalities[key]
+        place, _, expression = str(store.name).rpartition("/")
+        modalities = [name for name in store.parent if name != expression] if place == "/mod" else []
+        if key not in modalities:
+            raise _no_counts(screen.source, key, [*screen.other_types, *there, *modalities])
+        guides = store.parent[key]
         cells, names = (ad.io.read_elem(guides[part]).index.astype(str) for part in ("obs", "var"))
         counts = _as_counts(ad.io.read_elem(guides["X"]), key)
     # Cells that the modality lacks have no guide.
@@ -282,7 +290,10 @@ def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> t
 
 def _no_counts(source: str, key: str, there: list[str]) -> InputError:
     listed = few([*map(repr, sorted(there))]) or "none"
-    return InputError(f"{source} has no guide counts {key!r}.", f"Name a table of obsm or an .h5mu modality: {listed}.")
+    return InputError(
+        f"{source} has no guide counts {key!r}.",
+        f"Name a type of feature, a table of obsm or an .h5mu modality: {listed}.",
+    )
 
 
 def _table_of(element: Any, key: str) -> tuple[sp.csr_matrix, list[str]]:
@@ -305,7 +316,7 @@ def _as_counts(values: Any, key: str) -> sp.csr_matrix:
 
 
 def _guides(
-    labels: pd.Categorical,
+    labels: Any,
     control: str,
     genes: dict[str, str],
     rule: str,
@@ -314,9 +325,9 @@ def _guides(
     number: np.ndarray,
 ) -> Guides:
     """With words: the rule, an example, and how many guides are of how many genes and of the control."""
-    perturbing = [guide for guide, gene in genes.items() if gene != control]
-    example = next((g for g in perturbing if genes[g] != g), None)
-    how = "the guide map" if rule == "table" else f"names like {rule}"
+    perturbing = [guide for guide, gene in genes.items() if gene != control and not is_control_name(gene)]
+    how = "the guide map" if rule == "table" else rule if rule.startswith("the") else f"names like {rule}"
+    example = next((guide for guide in perturbing if genes[guide] != guide), None)
     such = "" if example is None else f" ({example!r} is {genes[example]!r})"
     n_genes = len({genes[guide] for guide in perturbing})
     reason = (

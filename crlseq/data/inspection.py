@@ -14,7 +14,7 @@ import numpy as np
 from crlseq.config import DataConfig
 from crlseq.data import splits
 from crlseq.data.covariates import covariates, in_words
-from crlseq.data.dataset import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
+from crlseq.data.design import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
 from crlseq.data.guides import GUIDE_LABELS, read_labels
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.names import GeneNames, targets_in_words
@@ -103,6 +103,7 @@ def _describe_labels(labels: Perturbations, screen: Screen) -> dict[str, Any]:
     return {
         "perturbation_key": labels.key,
         "control_label": labels.control_label,
+        "control_labels": list(labels.control_labels),
         "separator": labels.separator,
         "label_reason": labels.reason,
         "control_cells": int(counts[0]),
@@ -135,7 +136,7 @@ def _command(screen: Screen, labels: Perturbations, config: DataConfig, found: d
     """
     asked = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DataConfig(), name)}
     if labels.key != GUIDE_LABELS:
-        asked |= {"perturbation_key": labels.key, "control_label": labels.control_label}
+        asked |= {"perturbation_key": labels.key, "control_label": labels.control_labels}
         asked |= {} if labels.separator is None else {"separator": labels.separator}
     if found["values"] == "continuous" and found["layers_hold"] and config.values == "auto":
         asked["layer"] = next(iter(found["layers_hold"]))
@@ -145,7 +146,8 @@ def _command(screen: Screen, labels: Perturbations, config: DataConfig, found: d
     words = ["crlseq", "fit", screen.source]
     for name in OPTIONS:
         if name in asked:
-            flag = f"--{name.replace('_', '-')}"
-            words += ["--no-combinations"] if name == "combinations" else [flag, str(asked[name])]
+            flag, values = f"--{name.replace('_', '-')}", asked[name]
+            several = values if isinstance(values, tuple) else (values,)
+            words += ["--no-combinations"] if name == "combinations" else [w for v in several for w in (flag, str(v))]
     name = Path(screen.source).stem if Path(screen.source).suffix else "screen"
     return shlex.join([*words, "--output", f"{name}-run"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +25,22 @@ from crlseq.errors import CrlseqError, InputError, few
 from crlseq.storage.files import refuse_links_outside
 
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
-EXPRESSION = "rna"  # modality of a MuData file that is the screen
+# Modalities of a MuData file that are the screen, the first that is there.
+EXPRESSION = (
+    "rna",
+    "gene",
+    "genes",
+    "gex",
+    "expression",
+    "gene_expression",
+    "gene expression",
+    "mrna",
+    "scrna",
+    "transcriptome",
+)
 BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
 RAW = "raw"  # as a layer: ``.raw``, values before genes were chosen and scaled
+GUIDES = re.compile(r"guide|crispr|grna", re.IGNORECASE)  # in the name of a type of feature
 # What a column of ``var`` calls genes, where it says what each column of the matrix is.
 FEATURE_COLUMNS = frozenset({"feature_types", "feature_type", "modality", "featuretype"})
 GENE_EXPRESSION = frozenset({"gene expression", "gene", "genes", "rna", "gex", "expression", "mrna", "transcript"})
@@ -60,13 +74,18 @@ class Screen:
     def of_type(self, name: str) -> tuple[sp.csr_matrix, list[str]] | None:
         """Values (cells, features) and names of another type of feature; None if there is none of this name."""
         name = next((known for known in self.features if known.casefold() == name.casefold()), "")
-        if name not in self.features or name == self.expression:
+        if name not in self.other_types:
             return None
         own = self.features[name]
         step = max(1, BLOCK_VALUES // max(self.matrix.shape[1], 1))
         with readable(self.source, "the matrix"):
             blocks = [as_csr(self.matrix[i : i + step])[:, own.to_numpy()] for i in range(0, self.n_cells, step)]
         return sp.csr_matrix(sp.vstack(blocks, format="csr")), [*map(str, own.index)]
+
+    @property
+    def other_types(self) -> list[str]:
+        """Types of feature that genes are not."""
+        return [name for name in self.features if name != self.expression]
 
     @property
     def expression(self) -> str | None:
@@ -178,7 +197,7 @@ def _log_base(uns: Any) -> float | None:
 
 @contextmanager
 def open_store(path: Path) -> Iterator[Any]:
-    """An h5ad file, the modality ``rna`` of an h5mu file, or a zarr store, as a mapping for `anndata.io.read_elem`."""
+    """An h5ad file, the modality of an h5mu file with the expression, or a zarr store, as a mapping for `anndata.io.read_elem`."""
     hint = "crlseq reads .h5ad files and .zarr stores as anndata writes them, and .h5mu files as mudata does."
     try:
         is_folder = path.is_dir()
@@ -214,13 +233,28 @@ def open_store(path: Path) -> Iterator[Any]:
 
 
 def _expression_modality(handle: h5py.File, path: Path) -> Any:
+    return handle["mod"][expression_modality(handle, str(path))]
+
+
+def expression_modality(handle: h5py.File, source: str) -> str:
+    """Name of the modality with the expression: a known one, or the only one whose features are genes; InputError if none."""
     modalities = handle.get("mod", {})
-    if EXPRESSION not in modalities or not {"obs", "var"} <= modalities[EXPRESSION].keys():
+    there = {str(name).casefold(): str(name) for name in modalities if {"obs", "var"} <= modalities[name].keys()}
+    named = [there[name] for name in EXPRESSION if name in there]
+    of_genes = [name for name in there.values() if _is_of_genes(modalities[name]["var"])]
+    if not named and len(of_genes) != 1:
         raise InputError(
-            f"{path} has no modality {EXPRESSION!r} with cells and genes.",
-            f"Rename the modality with the expression to {EXPRESSION!r}; there are: {few([*map(repr, modalities)]) or 'none'}.",
+            f"{source} has no modality 'rna' or 'gene' with cells and genes.",
+            f"Rename the modality with the expression to 'rna'; there are: {few([*map(repr, modalities)]) or 'none'}.",
         )
-    return modalities[EXPRESSION]
+    return (named or of_genes)[0]
+
+
+def _is_of_genes(var: Any) -> bool:
+    if "feature_types" not in var:
+        return False
+    kinds = ad.io.read_elem(var["feature_types"])
+    return len(kinds) > 0 and set(map(str, kinds)) == {"Gene Expression"}
 
 
 def _refuse_absent(layer: str | None, layers: tuple[str, ...], has_x: bool, source: str) -> None:
@@ -278,8 +312,10 @@ def _checked(
     if screen.expression is None:
         return screen
     own = features[screen.expression]
-    others = [f"{len(columns)} of type {name!r}" for name, columns in features.items() if name != screen.expression]
+    others = [f"{len(features[name])} of type {name!r}" for name in screen.other_types]
     note = f"{len(own)} variables are genes and are fitted; {' and '.join(others)} are not genes and are left out."
+    guides = next((name for name in screen.other_types if GUIDES.search(name)), None)
+    note += "" if guides is None else f" --guide-counts {shlex.quote(guides)} assigns cells by these guides."
     return replace(screen, var=screen.var.loc[own.index], genes=own.index, notes=(*screen.notes, note))
 
 

@@ -74,6 +74,11 @@ class GeneNames:
         """Places of the genes that a name means; none if it is not known, or means several in another spelling."""
         return self._found(name)[0]
 
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """All names of all genes, as they are written."""
+        return frozenset(name for own in (self.index, *self.columns.values()) for name in own)
+
     def all_of(self, place: int) -> list[str]:
         """Every name of a gene."""
         return [self.index[place], *(own[place] for own in self.columns.values())]

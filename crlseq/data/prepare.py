@@ -26,8 +26,11 @@ import pandas as pd
 
 from crlseq._version import __version__
 from crlseq.config import DataConfig
+from crlseq.data.guide_targets import targets_in_uns
+from crlseq.data.guides import GUIDE_LABELS, labels_of
 from crlseq.data.matrix import open_screen
-from crlseq.data.perturbations import Perturbations, read_perturbations
+from crlseq.data.names import GeneNames
+from crlseq.data.perturbations import Perturbations
 from crlseq.data.store import MANIFEST, Manifest, files_of, read_manifest, sha256_of
 from crlseq.data.storewriter import Buckets, write_matrix, write_tables
 from crlseq.data.values import Scan, kind_of_values
@@ -165,12 +168,14 @@ def _identity(paths: Sequence[Path], options: DataConfig, seed: int) -> str:
 
 def _plan(paths: list[Path], options: DataConfig, seed: int) -> _Plan:
     tables, dtypes, first, var = [], [], [0], pd.DataFrame()
+    measured, targets = frozenset[str](), dict[str, str]()
     for path in paths:
         with open_screen(path, options.layer) as screen:
             tables.append(screen.obs)
             dtype = np.dtype(screen.matrix.dtype)
             dtypes.append(dtype if dtype.kind in "iuf" else np.dtype(np.float32))
             first.append(first[-1] + screen.n_cells)
+            measured, targets = measured | GeneNames.of(screen.var).known, targets | targets_in_uns(path)
             if len(tables) == 1:
                 var = screen.var.set_axis(screen.genes, axis=0)
             elif missing := sorted({*var.index} ^ {*screen.genes}):
@@ -181,7 +186,9 @@ def _plan(paths: list[Path], options: DataConfig, seed: int) -> _Plan:
                     "Keep only the genes that all files have.",
                 )
     obs = _joined(tables, paths)
-    labels = read_perturbations(obs, options.perturbation_key, options.control_label, options.separator)
+    labels, guides = labels_of(obs, options, measured, targets)
+    if guides is not None:
+        obs = obs.assign(**{GUIDE_LABELS: guides.labels})
     # Cells that carry no perturbation come last.
     condition = np.where(labels.condition < 0, len(labels.conditions), labels.condition)
     order = np.lexsort((np.random.default_rng(seed).random(len(obs)), condition))
@@ -271,6 +278,7 @@ def _write_store(plan: _Plan, store: Path, buckets: Buckets, progress: _Progress
         version=__version__,
         perturbation_key=plan.labels.key,
         control_label=plan.labels.control_label,
+        control_labels=plan.labels.control_labels,
         separator=plan.labels.separator or "",
         seed=plan.seed,
         values=kind,

@@ -48,6 +48,7 @@ class Manifest:
     inputs: tuple[str, ...]
     files: dict[str, str]  # SHA-256 of every file by its path within the store
     identity: str  # digest of what was prepared: inputs by name, size and time of change, options, seed
+    control_labels: tuple[str, ...] = ()  # of several labels of control cells
 
     def to_json(self) -> str:
         """As it lies at the root of the store."""
@@ -63,7 +64,9 @@ def read_manifest(source: Any) -> Manifest | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") > FORMAT:
             raise InputError(f"{source} was prepared by crlseq {values['version']}, which is newer.", "Update crlseq.")
-        manifest = Manifest(**{**values, "inputs": tuple(values["inputs"])})
+        manifest = Manifest(
+            **{**values, **{name: tuple(values[name]) for name in ("inputs", "control_labels") if name in values}}
+        )
         if not all(isinstance(digest, str) for digest in manifest.files.values()):
             raise ValueError("no digests")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

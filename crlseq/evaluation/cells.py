@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from crlseq.data.label_rules import STRATEGY_KEY, Perturbations
 from crlseq.data.matrix import Screen, open_screen
-from crlseq.data.perturbations import STRATEGY_KEY, Perturbations, read_perturbations
+from crlseq.data.perturbations import read_perturbations
 from crlseq.data.preprocess import Alignment, Preprocessing, align
 from crlseq.errors import InputError, few
 from crlseq.evaluation.baselines import Expression, Indices
@@ -218,7 +219,7 @@ def _expression(screen: Screen, record: Preprocessing, alignment: Alignment) -> 
 
 def _labels(tables: list[pd.DataFrame], facts: RunInfo) -> Perturbations:
     """Conditions of all cells in one vocabulary, read as at the fit."""
-    key, control, separator = facts.perturbation_key, facts.control_label, facts.config.data.separator
+    key, control, separator = facts.perturbation_key, facts.controls, facts.config.data.separator
     keys = [name for name in (key, STRATEGY_KEY) if all(name in table for table in tables)]
     columns = {name: np.concatenate([table[name].astype(object).to_numpy() for table in tables]) for name in keys}
     first = read_perturbations(tables[0][keys], key, control, separator)

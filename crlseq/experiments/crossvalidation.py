@@ -153,7 +153,7 @@ def fold_config(run: Run, labels: Perturbations) -> Config:
     config = Config.model_validate(run.info["config"])
     data = config.data.model_copy(update={
         "perturbation_key": run.facts.perturbation_key, "guide_key": None, "guide_counts": None, "guide_map": None,
-        "control_label": run.facts.control_label,
+        "control_label": run.facts.controls,
         "separator": labels.separator or "", "min_cells": MIN_HELD_OUT, "hold_out": (), "hold_out_cells": 0.0,
         "combinations": True,
         "embeddings": None if run.facts.embeddings is None else str(run.folder / EMBEDDINGS),
@@ -177,5 +177,5 @@ def _read(run: Run) -> tuple[ad.AnnData, Perturbations]:
     for slot, name in (("obs", "crlseq_split"), ("obsm", "X_crlseq"), ("varm", "crlseq_programs"), ("uns", "crlseq")):
         if name in getattr(screen, slot):
             del getattr(screen, slot)[name]
-    key, control = run.facts.perturbation_key, run.facts.control_label
+    key, control = run.facts.perturbation_key, run.facts.controls
     return screen, read_perturbations(screen.obs, key, control, run.facts.config.data.separator)

@@ -33,7 +33,7 @@ def _labelled(run: Run) -> tuple[ad.AnnData, list[tuple[str, ...]], list[str]]:
     """Cells that carry a perturbation or are control, log-normalised as for the fit, and what each of them carries."""
     adata, record, facts = _read(run), run.preprocessing, run.facts
     separator = facts.config.data.separator
-    labels = read_perturbations(adata.obs, facts.perturbation_key, facts.control_label, separator)
+    labels = read_perturbations(adata.obs, facts.perturbation_key, facts.controls, separator)
     known = np.flatnonzero(labels.condition >= 0)
     left = adata.n_obs - len(known)
     notes = [f"{left} cells carry no known perturbation and are excluded."] if left else []
@@ -86,11 +86,12 @@ def h5mu(run: Run, path: Path) -> list[str]:
     adata, notes = _read(run), list[str]()
     modalities = {"rna": adata}
     guides = run.facts.guides or {}
-    if "obsm" in guides or "modality" in guides:
-        source: Any = adata if "obsm" in guides else run.facts.input.path
+    where = next((name for name in ("features", "obsm", "modality") if name in guides), None)
+    if where is not None:
+        source: Any = run.facts.input.path if where == "modality" else adata
         try:
             with open_screen(source) as screen:
-                counts, names, _ = guide_counts(screen, source, guides.get("obsm") or guides["modality"])
+                counts, names, _ = guide_counts(screen, source, guides[where])
         except InputError as error:
             notes.append(f"The guide counts are omitted: {error}")
         else:

@@ -175,6 +175,7 @@ def _fit_rows(fitted: Fit, data: PerturbSeqData, config: Config) -> dict[str, An
         "var_names_sha256": hashlib.sha256("\n".join(data.genes).encode()).hexdigest(),
         "perturbation_key": data.labels.key,
         "control_label": data.labels.control_label,
+        "control_labels": list(data.labels.control_labels),
         "label_reason": data.labels.reason,
         "guides": None if data.guides is None else data.guides.record,
         "preprocessing": asdict(data.preprocessing),

@@ -115,7 +115,7 @@ def _cells(run: Run) -> tuple[np.ndarray, np.ndarray, str]:
     with open_store(path) as store, readable(str(path), "the table of cells"):
         obs, latents = ad.io.read_elem(store["obs"]), np.asarray(store["obsm/X_crlseq"])
     facts = run.facts
-    found = read_perturbations(obs, facts.perturbation_key, facts.control_label, facts.config.data.separator)
+    found = read_perturbations(obs, facts.perturbation_key, facts.controls, facts.config.data.separator)
     used = np.flatnonzero(found.condition >= 0)
     some = used[np.linspace(0, len(used) - 1, min(CELLS, len(used))).astype(int)]
     names = np.asarray(found.condition_names, dtype=object)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from crlseq.data.combinations import SEPARATORS, cut_label, mark_of
+from crlseq.data.controls import is_control_name, is_named
 from crlseq.data.matrix import open_screen
-from crlseq.data.perturbations import CONTROL_LABELS, SEPARATORS, read_perturbations
+from crlseq.data.perturbations import read_perturbations
 from crlseq.errors import InputError, UsageError, few
 from crlseq.run.run import Run
 
@@ -83,10 +85,10 @@ def fitted_separator(run: Run) -> str:
 
 def _read(run: Run, label: str, names: list[str], known: set[str]) -> list[str]:
     """The parts of a label, fitted ones (`names`) or others `known` by their vectors; none for the control."""
-    control, text = run.facts.control_label, label.strip()
+    text = label.strip()
 
     def is_control(part: str) -> bool:
-        return part == control or (part not in known and part.casefold() in CONTROL_LABELS)
+        return part not in known and (is_named(part, run.facts.controls) or is_control_name(part))
 
     if text in known:
         return [text]
@@ -97,10 +99,9 @@ def _read(run: Run, label: str, names: list[str], known: set[str]) -> list[str]:
         return list(by_name[text])
     readings = []
     for separator in dict.fromkeys([fitted_separator(run), *SEPARATORS]):
-        mark = separator.strip() or separator
-        if mark in text:
+        if mark_of(separator).search(text):
             # "A+ctrl" is "A", as in the fit.
-            readings.append([part for part in map(str.strip, text.split(mark)) if not is_control(part)])
+            readings.append(cut_label(text, separator, known, is_control))
     parts = next((reading for reading in readings if set(reading) <= known), None)
     if parts is None:
         # The reading that goes furthest tells what is wrong with it.
@@ -130,7 +131,7 @@ def _why_not(run: Run, part: str) -> str:
     if run.path is not None:
         try:
             with open_screen(run.path / "crlseq.h5ad", run.preprocessing.layer) as screen:
-                key, control = run.facts.perturbation_key, run.facts.control_label
+                key, control = run.facts.perturbation_key, run.facts.controls
                 labels = read_perturbations(screen.obs, key, control, options.separator)
         except InputError:  # the folder was moved without its cells: the message is less exact, and no less true
             return "was not fitted"

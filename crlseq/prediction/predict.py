@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from crlseq.data.controls import is_named
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.perturbations import read_perturbations
 from crlseq.data.preprocess import align
@@ -226,20 +227,21 @@ def _start(
 
 def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarray:
     """Indices of the control cells of a screen; of every cell where other cells bear no label."""
-    key, label = run.facts.perturbation_key, run.facts.control_label
+    key, labels = run.facts.perturbation_key, run.facts.controls
     if key not in screen.obs:
         notes.append(f"{screen.source} has no column {key!r}, so every cell is treated as unperturbed.")
         return np.arange(screen.n_cells)
     try:
         separator = run.facts.config.data.separator
-        found = np.flatnonzero(read_perturbations(screen.obs, key, label, separator).is_control)
+        found = np.flatnonzero(read_perturbations(screen.obs, key, labels, separator).is_control)
     except InputError:  # no screen: without perturbations beside the control, or without a control
         if own:
             raise
-        found = np.flatnonzero(screen.obs[key].astype(str).str.strip().to_numpy() == label)
+        texts = screen.obs[key].astype(str).str.strip()
+        found = np.flatnonzero(texts.map(lambda text: is_named(text, labels)).to_numpy(dtype=bool))
     if not len(found):
         raise InputError(
-            f"{screen.source}: no cell is labelled {label!r} in {key!r}.",
+            f"{screen.source}: no cell is labelled {labels[0]!r} in {key!r}.",
             "Virtual cells start from control cells: provide some, or omit the column if all cells are controls.",
         )
     if not own and len(found) < screen.n_cells:

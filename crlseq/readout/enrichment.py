@@ -88,7 +88,7 @@ def enrich(
     # A gene without a loading is one that the program does not move.
     genes, loading = wide.columns.to_numpy(dtype=object), np.nan_to_num(wide.to_numpy())
     perturbations = run.interventions["perturbation"].to_numpy(dtype=object)
-    known = run.preprocessing.gene_names.only(genes)
+    known = run.preprocessing.gene_names.only([*genes])
     names, by_gene, by_driver = _memberships(gene_sets, known, perturbations, min_size, max_size)
     genes = known.symbols
     n_top = n_top or min(TOP_MOST, max(1, round(TOP_SHARE * len(genes))))

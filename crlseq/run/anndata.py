@@ -131,13 +131,13 @@ def _copy_file(source: str | Path, path: Path) -> None:
     """An h5ad file, or of an h5mu file the modality with the expression."""
     import h5py
 
-    from crlseq.data.matrix import EXPRESSION
+    from crlseq.data.matrix import expression_modality
 
     with h5py.File(source, "r") as handle:
         if handle.attrs.get("encoding-type") != "MuData":
             shutil.copyfile(source, path)
             return
-        modality = handle["mod"][EXPRESSION]
+        modality = handle["mod"][expression_modality(handle, str(source))]
         with h5py.File(path, "w") as new:
             for name in modality:
                 modality.copy(name, new)

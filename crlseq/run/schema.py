@@ -247,6 +247,7 @@ class RunInfo(_Part):
     input: Input
     perturbation_key: str
     control_label: str
+    control_labels: list[str] = []  # absent in earlier runs, which had one
     label_reason: str
     guides: dict[str, Any] | None
     gene_sets: GeneSetSummary | None
@@ -264,6 +265,11 @@ class RunInfo(_Part):
     training: Training
     metrics: Metrics
     embeddings: dict[str, Any] | None
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Labels of control cells, the one of virtual cells first."""
+        return tuple(dict.fromkeys([self.control_label, *self.control_labels]))
 
     @classmethod
     def read(cls, info: Mapping[str, Any]) -> RunInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import anndata as ad
@@ -124,7 +125,9 @@ def test_sets_lists_and_cells_under_other_names(runs: dict[str, Run], tmp_path: 
     genes = [f"GENE{k}" for k in range(6, 60)]
     sets = {f"S{i}": genes[i::4] for i in range(4)} | {"D": [f"g{k}" for k in range(6)]}
     pd.testing.assert_frame_equal(crlseq.enrich(symbol, sets), crlseq.enrich(identifier, sets))
-    by_identifier = {name: [f"ENSG{int(gene.strip('GENEg')):011d}" for gene in own] for name, own in sets.items()}
+    by_identifier = {
+        name: [f"ENSG{int(re.sub('[A-Za-z]', '', gene)):011d}" for gene in own] for name, own in sets.items()
+    }
     pd.testing.assert_frame_equal(crlseq.enrich(identifier, by_identifier), crlseq.enrich(identifier, sets))
     listed = crlseq.fit(screens()[1], genes=tuple(genes[:30]), method="linear", n_latents=2, bootstrap=0)
     assert listed.preprocessing.genes == tuple(f"ENSG{k:011d}.1" for k in range(6, 36))

@@ -1,0 +1,96 @@
+"""The genes that guides target, where a file or a table says so: a guide map, CELLxGENE's ``uns``, or ``var`` of a modality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from crlseq.data.controls import is_control_name
+from crlseq.data.guide_names import CONTROL
+from crlseq.data.matrix import open_store, readable
+from crlseq.errors import InputError
+
+TARGETS = "genetic_perturbations"  # of uns, by genetic_perturbation_id, as CELLxGENE has them
+ID_KEY = "genetic_perturbation_id"
+TARGET_COLUMNS = (
+    "intended_target_name", "target_gene", "gene_target", "guide_target", "target", "gene", "gene_name", "gene_symbol",
+    "target_gene_name", "target_name", "perturbation",
+)  # fmt: skip
+
+
+def read_guide_map(path: str | Path) -> dict[str, str]:
+    """Gene by guide from a table with a guide and its gene a line, tabs or commas between; a header is passed over.
+
+    InputError if it cannot be read, a line has not two fields, or a guide is given two genes.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The guide map {path} cannot be read: {error}.", "Give a text file.") from None
+    genes: dict[str, str] = {}
+    mark = "\t" if any("\t" in line for line in lines) else ","
+    for number, line in enumerate(lines, 1):
+        fields = [field.strip().strip('"') for field in line.split(mark)]
+        if not line.strip() or line.startswith("#"):
+            continue
+        if len(fields) < 2 or not all(fields[:2]):
+            raise InputError(f"Line {number} of guide map {path} has no guide and gene.", "Write guide, tab, gene.")
+        guide, gene = fields[:2]
+        if not genes and number == 1 and gene.casefold() in ("gene", "target", "target_gene", "gene_name", "symbol"):
+            continue
+        if genes.setdefault(guide, gene) != gene:
+            raise InputError(f"Line {number} of guide map {path} gives {guide!r} a second gene.", "Give it one gene.")
+    if not genes:
+        raise InputError(f"The guide map {path} is empty.", "Write one guide, a tab and its gene per line.")
+    return genes
+
+
+def targets_in_uns(source: str | Path | ad.AnnData) -> dict[str, str]:
+    """Target of each guide in CELLxGENE's table of them; empty where there is none."""
+    if isinstance(source, ad.AnnData):
+        entries: Any = source.uns.get(TARGETS, {})
+    else:
+        with open_store(Path(source)) as store, readable(str(source), f"uns[{TARGETS!r}]"):
+            there = "uns" in store and TARGETS in store["uns"]
+            entries = ad.io.read_elem(store["uns"][TARGETS]) if there else {}
+    if not isinstance(entries, Mapping):
+        return {}
+    return {str(guide): _target_of(str(guide), entry) for guide, entry in entries.items()}
+
+
+def _target_of(guide: str, entry: Any) -> str:
+    """Of an entry with its ``role`` and ``target_features`` (symbols by Ensembl identifier); the guide's name without any."""
+    if not isinstance(entry, Mapping):
+        return str(entry)
+    if str(entry.get("role", "")).casefold() == "control":
+        return CONTROL
+    named = next((entry[key] for key in ("target_features", "derived_features", *TARGET_COLUMNS) if key in entry), ())
+    symbols = [str(name) for name in (named.values() if isinstance(named, Mapping) else np.atleast_1d(named))]
+    # A guide may overlap a second gene.
+    return next((name for name in symbols if guide.startswith(name)), symbols[0] if symbols else guide)
+
+
+def targets_in_var(source: str | Path | ad.AnnData, key: str) -> dict[str, str] | None:
+    """Target of each guide, if the table of guides of a modality has a column of them."""
+    with open_store(Path(str(source))) as store, readable(str(source), f"the table of guides of {key!r}"):
+        table = ad.io.read_elem(store.parent[key]["var"])
+    columns = {str(name).casefold(): name for name in table.columns}
+    found = next((columns[name] for name in TARGET_COLUMNS if name in columns), None)
+    if found is None:
+        return None
+    targets = table[found].astype(object)
+    control = np.zeros(len(table), dtype=bool)
+    if "targeting" in columns:  # a truth value, or the word
+        control |= table[columns["targeting"]].astype(str).str.casefold().isin(("false", "0", "no")).to_numpy()
+    for name in ("type", "guide_type", "targeting"):
+        if name in columns:
+            control |= table[columns[name]].astype(str).map(is_control_name).to_numpy(dtype=bool)
+    return {
+        str(guide): CONTROL if is_control else str(guide) if pd.isna(target) else str(target)
+        for guide, target, is_control in zip(table.index, targets, control, strict=True)
+    }
