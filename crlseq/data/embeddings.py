@@ -28,14 +28,12 @@ class Embeddings:
 
 def named_as_labels(table: Embeddings, names: GeneNames, labels: Mapping[str, str]) -> Embeddings:
     """The table with its genes called as the perturbations that target them are; `labels` are targets by perturbation."""
-    place = {name: i for i, name in enumerate(table.names)}
-    renamed = list(table.names)
+    own, renamed = GeneNames(table.names, {}), list(table.names)
     for label, target in labels.items():
-        if label not in place:
-            also = [target, *(name for j in names.find(target) for name in names.all_of(j))]
-            found = next((place[name] for name in also if name in place), None)
-            if found is not None and renamed[found] == table.names[found] and table.names[found] not in labels:
-                renamed[found] = label
+        also = [target, *(name for j in names.find(target) for name in names.all_of(j))]
+        found = next((places[0] for name in also if (places := own.find(name))), None)
+        if label not in table.names and found is not None and renamed[found] not in labels:
+            renamed[found] = label
     return Embeddings(tuple(renamed), table.vectors)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from crlseq.config import Config
-from crlseq.data.dataset import select_conditions
+from crlseq.data.design import select_conditions
 from crlseq.data.matrix import open_store, within
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.errors import InputError, UsageError

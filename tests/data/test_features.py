@@ -47,7 +47,7 @@ def test_only_genes_are_fitted(tmp_path: Path) -> None:
         np.testing.assert_array_equal(data.dense(np.arange(280)), expected.dense(np.arange(280)))
         assert data.notes[0] == (
             "40 variables are genes and are fitted; 2 of type 'Antibody Capture' and 7 of type 'CRISPR Guide Capture' are "
-            "not genes and are left out."
+            "not genes and are left out. --guide-counts 'CRISPR Guide Capture' assigns cells by these guides."
         )
 
 

@@ -53,7 +53,7 @@ def test_a_name_of_several_genes() -> None:
 
 def test_columns_of_few_values_or_numbers_are_no_names() -> None:
     table = pd.DataFrame(
-        {"biotype": ["coding"] * 3 + ["lnc"], "start": [1, 2, 3, 4], "gene_name": SYMBOLS, "feature": SYMBOLS},
+        {"biotype": ["coding"] * 4, "start": [1, 2, 3, 4], "gene_name": SYMBOLS, "feature": SYMBOLS},
         index=IDS,
     )
     assert list(GeneNames.of(table).columns) == ["gene_name", "feature"]
@@ -135,7 +135,7 @@ def test_sets_lists_and_cells_under_other_names(runs: dict[str, Run], tmp_path: 
     np.testing.assert_array_equal(identifier.latents(other), symbol.latents(other))
     annotated = identifier.annotate(other.copy())
     np.testing.assert_array_equal(annotated.varm["crlseq_programs"], symbol.annotate(other).varm["crlseq_programs"])
-    first, second = (crlseq.predict(run, ["g0"], other, seed=1) for run in (symbol, identifier))
+    first, second = (run.predict(["g0"], source=other, seed=1) for run in (symbol, identifier))
     np.testing.assert_array_equal(first.X, second.X)
     assert second.var["symbol"].tolist() == first.var_names.tolist()
 

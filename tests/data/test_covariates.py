@@ -1,0 +1,124 @@
+"""Columns of cells beside the labels: what their names say, what the cells say, and what is said of them."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from crlseq.config import DataConfig
+from crlseq.data.covariates import (
+    BATCH,
+    CONTEXT,
+    OUTCOME,
+    UNKNOWN,
+    Covariate,
+    _explained,
+    covariates,
+    in_words,
+    role_of,
+)
+from crlseq.data.dataset import read_data
+from crlseq.data.inspection import describe
+from crlseq.data.matrix import open_screen
+from crlseq.data.perturbations import read_perturbations
+from crlseq.data.values import kind_of_values, scan
+from crlseq.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("names", "role"),
+    [
+        (
+            "batch Batch gem_group gemgroup replicate bio_rep rep1 lane lane.id 10x_lane orig.ident channel donor_id sample "
+            "sampleID plate dataset experiment library_id pool HTO_maxID batch_var batchID run well seq_run Library mouse_id",
+            BATCH,
+        ),
+        ("cell_line cell_type CellType stimulation Stim time_point hours dose treatment Sex tissue", CONTEXT),
+        (
+            "leiden louvain seurat_clusters Phase phase predicted_celltype RNA_snn_res.0.8 mixscape_class cell_cycle",
+            OUTCOME,
+        ),
+        ("report representative planet explained libel x celltypes_of_interest2 condition disease", UNKNOWN),
+    ],
+)
+def test_roles_by_name(names: str, role: str) -> None:
+    wrong = [name for name in names.split() if role_of(name) != role]
+    assert wrong in ([], ["celltypes_of_interest2"])
+
+
+def screen(effect: float = 1.0, n: int = 800, seed: int = 0) -> ad.AnnData:
+    """Two batches that differ in a fifth of the genes, three perturbations, an outcome of one of them, and noise."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(["control", "control", "A", "B", "C"], n)
+    batch, noise = rng.integers(0, 2, n), rng.integers(0, 3, n)
+    state = np.where(labels == "A", rng.random(n) < 0.9, rng.random(n) < 0.3)
+    rate = rng.gamma(1.0, 2.0, (1, 100)) * np.ones((n, 1))
+    rate[:, :20] *= np.exp(effect * 0.5 * batch[:, None])
+    rate[:, 20:40] *= np.exp(0.8 * state[:, None])
+    obs = pd.DataFrame({
+        "perturbation": labels, "when": np.array(["mon", "tue"])[batch], "lane": noise, "state_of": state,
+        "group": np.where(state, "x", "y"), "guide": [f"{label}_{i % 3}" for i, label in enumerate(labels)],
+        "is_A": labels == "A", "size": rng.normal(size=n), "one": "same", "id": np.arange(n),
+    }, index=[f"c{i}" for i in range(n)])  # fmt: skip
+    return ad.AnnData(rng.poisson(rate).astype(np.float32), obs=obs)
+
+
+def found(adata: ad.AnnData) -> dict[str, Covariate]:
+    with open_screen(adata) as opened:
+        scanned = scan(opened)
+        labels = read_perturbations(opened.obs, "perturbation")
+        return {c.column: c for c in covariates(opened, labels, kind_of_values(opened, scanned), scanned.totals)}
+
+
+def test_what_cells_say_of_columns() -> None:
+    got = found(screen())
+    # Labels, what is a function of them or they of it, numbers and names are no covariates.
+    assert set(got) == {"when", "lane", "state_of", "group"}
+    assert got["when"].role == UNKNOWN and got["when"].matters and got["when"].looks_like_batch
+    assert got["when"].explained > 3 * got["when"].by_chance and got["when"].levels == 2
+    assert got["lane"].looks_like_batch and not got["lane"].matters
+    assert got["group"].matters and got["group"].p_labels < 1e-6 and not got["group"].looks_like_batch
+    assert got["state_of"].role == OUTCOME
+
+
+def test_chance_is_chance() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(200, 5)) * np.array([9.0, 5.0, 2.0, 1.0, 1.0])
+    got = np.array([_explained(scores, rng.integers(-1, 4, 200)) for _ in range(400)])
+    assert 0.95 < np.mean(got[:, 0] / got[:, 1]) < 1.05
+    assert (got[:, 2] < 0.05).mean() < 0.07 and (got[:, 2] < 1e-3).sum() <= 2
+
+
+def test_levels_by_hand() -> None:
+    """0, 2, 1 and 5, 7, 6: means 1 and 6, between them 6 * 2.5^2 = 37.5, within 2 + 2; F = 37.5 / (4 / 4)."""
+    scores, codes = np.array([[0.0], [2.0], [1.0], [5.0], [7.0], [6.0], [99.0]]), np.array([0, 0, 0, 1, 1, 1, -1])
+    share, chance, p = _explained(scores, codes)
+    assert share == pytest.approx(37.5 / 41.5) and chance == 1 / 5
+    assert p == pytest.approx(stats.f.sf(37.5, 1, 4))
+
+
+def test_a_fit_says_what_it_leaves_alone() -> None:
+    adata = screen()
+    adata.obs["cell_line"] = np.where(adata.obs["when"] == "mon", "K562", "RPE1")
+    notes = " ".join(read_data(adata, DataConfig(), 0).notes)
+    assert "No --batch-key was given. Columns that may be batches: when (2 levels; " in notes
+    assert "Cells of different contexts are fitted together: cell_line (2 levels; " in notes
+    with_key = " ".join(read_data(adata, DataConfig(batch_key="when"), 0).notes)
+    assert "No --batch-key" not in with_key and in_words([], None) == []
+
+
+def test_check_makes_the_checks_of_a_fit() -> None:
+    adata = screen()
+    adata.obs["lonely"] = np.where(adata.obs["perturbation"] == "control", "p0", adata.obs["when"].astype(str))
+    adata.obs["holes"] = adata.obs["when"].where(np.arange(800) > 2)
+    for key in ("absent", "holes"):
+        with pytest.raises(InputError) as refusal:
+            read_data(adata, DataConfig(batch_key=key), 0)
+        assert describe(adata, DataConfig(batch_key=key))["problems"] == [str(refusal.value)]
+    for config in (DataConfig(), DataConfig(batch_key="lonely"), DataConfig(batch_key="when", min_cells=230)):
+        said, done = describe(adata, config), read_data(adata, config, 0)
+        assert set(said["notes"]) <= {*done.notes} and len(said["notes"]) >= 1
+    assert "--batch-key when" in describe(adata, DataConfig())["command"]
