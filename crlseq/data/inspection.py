@@ -13,7 +13,8 @@ import pandas as pd
 
 from crlseq.config import DataConfig
 from crlseq.data.dataset import select_conditions
-from crlseq.data.guides import GUIDE_LABELS, read_labels
+from crlseq.data.guide_names import recognised
+from crlseq.data.guides import GUIDE_LABELS, measured_names, read_labels
 from crlseq.data.matrix import Screen, open_screen, scan
 from crlseq.data.perturbations import Perturbations, candidates
 from crlseq.data.preprocess import kind_of_values, refuse_silent_cells
@@ -49,9 +50,10 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             kind = _attempt(found, lambda: kind_of_values(scanned, screen.source, config.values))
             if kind is not None:
                 found["values"], found["values_reason"] = kind
+        measured = measured_names(screen)
         found["columns"] = [
             {
-                "column": c.key, "style": c.style, "control": c.control_label, "separator": c.separator,
+                "column": c.key, "style": "guides" if recognised(c.names, measured) else c.style, "control": c.control_label, "separator": c.separator,
                 "perturbations": len(c.names), "combinations": sum(len(parts) > 1 for parts in c.conditions),
                 "control_cells": int(c.is_control.sum()), "why": c.reason,
             }
