@@ -11,12 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-# In the order in which they are tried. Not between "_": the strand of a guide. Not before a blank alone: a charge.
+# In the order in which they are tried. Not between "_": the strand of a guide. Not before a blank or "/" alone: a charge.
 _MARKS = {
     " || ": r"\s*\|\|\s*",
-    "+": r"\s+\+\s+|(?<![_\s])\+(?![_\s])",
+    "+": r"\s+\+\s+|(?<![_\s])\+(?![_\s/])",
     "|": r"\s*(?<!\|)\|(?!\|)\s*",
     ";": r"\s*;\s*",
     ",": r"\s*,\s*",
@@ -49,6 +49,7 @@ class Cuts:
     parts: dict[str, list[str]]  # of the labels that are combinations, controls left out
     n_sure: int = 0  # of them, those whose parts are labels or controls
     torn: list[str] = field(default_factory=list)  # labels with the separator that could be combinations, or names
+    n_half: int = 0  # of them, those with another label in them
     twofold: list[str] = field(default_factory=list)  # labels with more than one reading
 
 
@@ -81,20 +82,47 @@ class Cutter:
         cuts.n_sure = len(cuts.parts)
         cuts.twofold = [label for label in joined if len(ways[label]) > 1]
         used = {part for parts in cuts.parts.values() for part in parts}
-        # Where names hold the separator, a combination has it at least as often as two of them.
-        least = min((len(_spans(name, mark)) for name in used), default=1)
         pieces_of = {label: [label[a:b] for a, b in spans] for label, spans in joined.items()}
-        for label, pieces in pieces_of.items():
-            if ways[label] or label in used or (cuts.n_sure and len(pieces) < 2 * least):
-                continue
-            possible = all(map(could_be_name, pieces))
-            if possible and (strong or forced):
-                cuts.parts[label] = [piece for piece in pieces if not self.is_control(piece)]
-            elif possible if cuts.n_sure else strong or self._half_known(pieces, names):
-                cuts.torn.append(label)
         if not (strong or cuts.parts or cuts.twofold) and _recombine(list(pieces_of.values())):
             return Cuts(pieces_of)
+        # Where names hold the separator, a label that has it as often is a name, and a combination at least twice as often.
+        sizes = {len(_spans(name, mark)) for name in used}
+        loose = {piece for label, own in pieces_of.items() if not (ways[label] or label in used) for piece in own}
+        could_be = _is_word if separator == "_" and not cuts.n_sure else could_be_name
+        split = dict[str, list[str]]()
+        for label, pieces in pieces_of.items():
+            if ways[label]:
+                continue
+            half = self._half_told(label, joined[label], names, could_be)
+            if not half and len(pieces) in sizes and len(pieces) < 2 * min(sizes):
+                continue
+            possible = all(map(could_be_name, pieces))
+            if label in used and not half and loose.isdisjoint(pieces):
+                continue
+            if possible and (strong or forced):
+                whole = half if half and max(sizes, default=1) > 1 else pieces
+                split[label] = [piece for piece in whole if not self.is_control(piece)]
+            elif half or (possible and cuts.n_sure) or (strong and not cuts.n_sure):
+                cuts.torn.append(label)
+                cuts.n_half += bool(half)
+        cuts.parts = {label: [p for part in own for p in split.get(part, [part])] for label, own in cuts.parts.items()}
+        cuts.parts |= split
         return cuts
+
+    def _half_told(
+        self, label: str, spans: Sequence[tuple[int, int]], names: set[str], could_be: Callable[[str], bool]
+    ) -> list[str]:
+        """The parts of a label, one of which is another label, and the rest could be: "A_C" beside "A", not "A_2"; or none."""
+        n = len(spans)
+        for i in range(n):
+            for j in range(i, n if i else n - 1):
+                part = label[spans[i][0] : spans[j][1]]
+                if part in names or self.is_control(part):
+                    before = [label[: spans[i - 1][1]]] if i else []
+                    after = [label[spans[j + 1][0] :]] if j + 1 < n else []
+                    if all(rest in names or could_be(rest) for rest in [*before, *after]):
+                        return [*before, part, *after]
+        return []
 
     def _beside_controls(self, joined: dict[str, list[tuple[int, int]]], strong: bool) -> set[str]:
         """Names that occur with a control alone: A of "A+ctrl" and of "ctrl+A"."""
@@ -137,11 +165,6 @@ class Cutter:
             before[end] = set(sorted(before[end])[:2])
         return before[n]
 
-    def _half_known(self, pieces: Sequence[str], names: set[str]) -> bool:
-        """Whether some parts are labels and the others could be: "A_C" beside "A", but not "A_2"."""
-        told = [piece in names or self.is_control(piece) for piece in pieces]
-        return any(told) and all(known or _is_word(piece) for known, piece in zip(told, pieces, strict=True))
-
 
 def cut_label(label: str, separator: str, names: Iterable[str], is_control: Callable[[str], bool]) -> list[str]:
     """Parts of one label without controls: some of these `names` if it is made of them, else what is between separators."""
@@ -163,23 +186,25 @@ def _recombine(pieces: Sequence[Sequence[str]]) -> bool:
 
 
 def _spans(label: str, mark: re.Pattern[str]) -> list[tuple[int, int]]:
-    """Where the stretches between the marks lie; empty ones too."""
-    edges = [0, *(edge for found in mark.finditer(label) for edge in found.span()), len(label)]
+    """Where the stretches between the marks lie; empty ones too. Marks within brackets are parts of a name."""
+    depth = _depths(label)
+    marks = [found.span() for found in mark.finditer(label) if depth is None or depth[found.start()] == 0]
+    edges = [0, *(edge for span in marks for edge in span), len(label)]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
+def _depths(label: str) -> list[int] | None:
+    """In how many brackets each character is; None where they do not close."""
+    depth = [0, *accumulate((c in _OPENING) - (c in _CLOSING) for c in label)]
+    return None if min(depth) < 0 or depth[-1] else depth
+
+
 def could_be_name(part: str) -> bool:
-    """Whether a part could stand alone: it starts with a letter or digit and closes the brackets that it opens."""
-    if not part or not part[0].isalnum():
-        return False
-    depth = 0
-    for c in part:
-        depth += (c in _OPENING) - (c in _CLOSING)
-        if depth < 0:
-            return False
-    return depth == 0
+    """Whether a part could stand alone: it starts with a letter, a digit or a bracket, and its brackets close."""
+    return part != "" and (part[0].isalnum() or part[0] in _OPENING) and _depths(part) is not None
 
 
 def _is_word(part: str) -> bool:
     """A name with letters that is not the number of a guide or the like."""
-    return could_be_name(part) and part[0].isalpha() and not re.fullmatch(r"(?:g|sg|guide|v|p|rep|t)?\d+", part, re.I)
+    letters = any(c.isalpha() for c in part)
+    return letters and could_be_name(part) and not re.fullmatch(r"(?:g|sg|guide|v|p|rep|t)\d+", part, re.IGNORECASE)

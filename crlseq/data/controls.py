@@ -21,11 +21,11 @@ _WORD = re.compile(
     re.IGNORECASE,
 )
 _MORE = re.compile(
-    rf"{_MARK}+|\s*[|;,+&]+\s*|#|\d+|[ACGT]{{17,}}|(?i:controls?|guides?|sgrnas?|grnas?|sites?|sequences?|for|human|mouse)"
+    rf"{_MARK}+|#|\d+|[ACGT]{{17,}}|(?i:controls?|guides?|sgrnas?|grnas?|sites?|sequences?|for|human|mouse)"
     rf"|{GUIDE_WORD}(?={_MARK}?\d)|(?<={_MARK})G(?=\d)"
 )
 _NUMBER = rf"(?:{_MARK}+(?:(?:{GUIDE_WORD}|G){_MARK}?)?\d+|(?<=[A-Z])s?g\d+|(?<!\d)\d+|{_MARK}+[ACGT]{{17,}})"
-_NUMBERED = re.compile(rf"(.*?[^\d\W_]){_NUMBER}")
+_NUMBERED = re.compile(rf"(.*?[^\W_]){_NUMBER}")
 _NEUROTROPHIN = re.compile(r"NT\d+")
 _BETWEEN = re.compile(r"\s*[|;,+&]+\s*")
 _SUFFIX = re.compile(_NUMBER)
@@ -44,9 +44,11 @@ def is_never(label: str) -> bool:
 
 
 def is_control_name(label: str) -> bool:
-    """Whether a label is that of control cells whatever others there are."""
-    if label in GENES:
-        return False
+    """Whether a label is that of control cells, of one guide or of several ("NT-1|NT-2")."""
+    return label not in GENES and all(map(_is_control, _BETWEEN.split(label)))
+
+
+def _is_control(label: str) -> bool:
     start = PREFIX.match(label)
     at = start.end() if start else 0
     word = _WORD.match(label, at)
@@ -58,13 +60,21 @@ def is_control_name(label: str) -> bool:
     return at == len(label)
 
 
+def number_of(label: str) -> str:
+    """What stands apart and tells a label from others of its kind: "1" of "NT-1", nothing of "NT" and "NTg3"."""
+    rest = label[len(kind_of(label)) :]
+    return rest.lstrip("-_ .") if rest[:1] in ("-", "_", " ", ".") else ""
+
+
 def find_controls(labels: Iterable[str]) -> list[str]:
     """Labels of control cells in a column with these distinct labels.
 
-    "NT1" and "NT2" together are control guides, one alone is a gene; "CTRL" is a gene beside another control.
+    "ctrl_g1" beside "g1" is "g1" with a control; "NT1" and "NT2" together are control guides, one alone is a gene; "CTRL" is a gene beside another control.
     """
     labels = list(labels)
     found = [label for label in labels if is_control_name(label)]
+    there = {*labels}.difference(found, [""])
+    found = [label for label in found if number_of(label) not in there]
     numbered = [label for label in labels if _NEUROTROPHIN.fullmatch(PREFIX.sub("", label))]
     found += numbered if len(numbered) > 1 else []
     return sorted(found or [label for label in labels if label in GENES])

@@ -16,10 +16,10 @@ from crlseq.errors import InputError
 
 CONTROL = "control"
 _WORDS = rf"(?:{GUIDE_WORD}|G)"
-_TWO = re.compile(rf"[_\-. ]{_WORDS}[_\-. ]?\d+(?:[_\-. ]|$)")  # one guide after the other
-_LOCUS = re.compile(r"(?:chr)?(?:\d{1,2}|[XYM]|MT)(?:[:.\-_].*)?", re.IGNORECASE)
+_TWO = re.compile(rf"[_\-. ]{_WORDS}[_\-. ]?\d+(?:[_\-. ]|$)|_[+-]_\d")  # one guide after the other
+_LOCUS = re.compile(r"chr(?:\d{1,2}|[XYM]|MT)(?:[:.\-_].*)?|(?:\d{1,2}|[XY])(?:[:.\-_]\d.*)?", re.IGNORECASE)
 # Strand and position in the genome, the length of the guide, and the transcript or promoter; or the latter alone.
-_PLACE = r"(?:_[+-]_?\d{3,}|_\d{6,})(?:\.\d+)?(?:[-_][A-Za-z].*)?|[-_](?:P1P2|P1|P2)"
+_PLACE = r"(?:_[+-]_?\d{3,}|_\d{6,})(?:\.\d+)?(?:[-_][A-Za-z][A-Za-z0-9.,]*)?|[-_](?:P1P2|P1|P2)"
 GUIDE_STYLES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("GENE_+_POSITION", re.compile(rf"(.+?)(?:{_PLACE})")),
     ("GENE_SEQUENCE", re.compile(r"(.+)[_\-.:][ACGT]{17,}")),
@@ -73,7 +73,8 @@ def _fits(guides: Iterable[str]) -> dict[str, dict[str, str]]:
     fits = {name: {g: m[1] for g in short if (m := style.fullmatch(short[g]))} for name, style in GUIDE_STYLES}
     place = fits["GENE_+_POSITION"]
     fits["GENE_+_POSITION"] = {g: gene for g, gene in place.items() if not _LOCUS.fullmatch(gene)}
-    fits["GENE_g1"] = {g: gene for g, gene in fits["GENE_g1"].items() if not _TWO.search(gene)}
+    for style in ("GENE_+_POSITION", "GENE_g1"):
+        fits[style] = {g: gene for g, gene in fits[style].items() if not _TWO.search(gene)}
     fits["sgGENE"] = {g: name for g, name in short.items() if name != g}
     return fits
 

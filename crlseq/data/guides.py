@@ -330,9 +330,10 @@ def _guides(
     example = next((guide for guide in perturbing if genes[guide] != guide), None)
     such = "" if example is None else f" ({example!r} is {genes[example]!r})"
     n_genes = len({genes[guide] for guide in perturbing})
+    n_controls = len(genes) - len(perturbing)
     reason = (
         f"{where}. Genes are read from {how}{such}: {len(perturbing)} guides target {n_genes} genes and "
-        f"{len(genes) - len(perturbing)} are controls."
+        f"{n_controls} {'is a control' if n_controls == 1 else 'are controls'}."
     )
     cells = labels.value_counts()
     unnamed = int((labels.codes < 0).sum())

@@ -15,6 +15,7 @@ from crlseq.config import DataConfig
 from crlseq.data import splits
 from crlseq.data.covariates import covariates, in_words
 from crlseq.data.design import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
+from crlseq.data.guide_names import recognised
 from crlseq.data.guides import GUIDE_LABELS, read_labels
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.names import GeneNames, targets_in_words
@@ -44,7 +45,7 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
         scanned, values = _describe_values(found, screen, source, config)
         found["columns"] = [
             {
-                "column": c.key, "style": c.style, "control": c.control_label, "separator": c.separator,
+                "column": c.key, "style": "guides" if recognised(c.names, measured) else c.style, "control": c.control_label, "separator": c.separator,
                 "perturbations": len(c.names), "combinations": sum(len(parts) > 1 for parts in c.conditions),
                 "control_cells": int(c.is_control.sum()), "why": c.reason,
             }

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crlseq.data.combinations import SEPARATORS, STRONG_SEPARATORS, Cuts, Cutter
-from crlseq.data.controls import GENES, is_control_name, is_named, is_never, kind_of
+from crlseq.data.controls import GENES, is_control_name, is_named, is_never, kind_of, number_of
 
 Ints = NDArray[np.int64]
 
@@ -73,11 +73,10 @@ class Rules:
     given: tuple[str, ...]
     guides: frozenset[str]
     labels: tuple[str, ...]
-    forced: bool
 
     def is_control(self, part: str) -> bool:
         """Whether a part of a combination is a control: "A+ctrl" is "A", also where control cells are "control"."""
-        return self.is_own_control(part) or is_control_name(part)
+        return self.is_own_control(part) or (is_control_name(part) and number_of(part) not in self._named)
 
     def is_own_control(self, part: str) -> bool:
         """Whether cells with this part alone are control cells."""
@@ -92,6 +91,10 @@ class Rules:
         return frozenset(self.labels)
 
     @cached_property
+    def _named(self) -> frozenset[str]:
+        return frozenset(label for label in self.labels if label != "" and not is_control_name(label))
+
+    @cached_property
     def cutter(self) -> Cutter:
         """Of the labels of perturbed cells."""
         perturbed = [label for label in self.labels if not (is_never(label) or self.is_control(label))]
@@ -103,10 +106,10 @@ class Rules:
         style = STYLE_OF.get(self.key, PLAIN)
         return style if any(label.casefold() in style.controls for label in self.own) else PLAIN
 
-    def cut(self, separator: str) -> Cuts:
+    def cut(self, separator: str, forced: bool = False) -> Cuts:
         """The labels, cut at a separator."""
         strong = separator in STRONG_SEPARATORS or separator == self.style.separator
-        return self.cutter.cut(separator, strong, self.forced)
+        return self.cutter.cut(separator, strong, forced)
 
     def separators(self) -> list[str | None]:
         """Every separator with which the labels can be read (None: no combinations); two or more are ambiguous."""
@@ -118,16 +121,16 @@ class Rules:
                 sure[separator] = doubtful
             elif cuts.parts:
                 guessed[separator] = doubtful
-            elif cuts.torn and separator not in STRONG_SEPARATORS:
+            elif cuts.n_half:
                 torn.append(separator)
         if found := sure or guessed:
             return [*found, *([None] if len(found) == 1 and any(found.values()) else [])]
         return [*torn, None]
 
-    def read(self, codes: Ints, separator: str | None) -> Perturbations:
+    def read(self, codes: Ints, separator: str | None, forced: bool) -> Perturbations:
         """The perturbations of all cells, whose labels have these numbers (-1: none)."""
         counts = np.bincount(codes + 1, minlength=len(self.labels) + 1)
-        cuts = self.cut(separator) if separator else Cuts({})
+        cuts = self.cut(separator, forced) if separator else Cuts({})
         parts_of: dict[int, list[str]] = {}
         dropped = Counter({MISSING: int(counts[0])})
         for code in np.flatnonzero(counts[1:]).tolist():

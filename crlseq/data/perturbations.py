@@ -124,10 +124,11 @@ def _readings(
             labels = [*labels, by_strategy[0]]
             own = [*own, by_strategy[0]]
         if own:
-            rules = Rules(key, tuple(own), tuple(given or ()), frozenset(guides), tuple(labels), forced is not None)
+            rules = Rules(key, tuple(own), tuple(given or ()), frozenset(guides), tuple(labels))
             options = rules.separators() if forced is None else [forced or None]
             standing = 0 if key in STYLE_OF else 1 if any(label == kind_of(label) for label in own) else 2
-            readings += [(rules.read(codes, option), standing) for option in options]
+            doubtful = forced is not None or len(options) > 1
+            readings += [(rules.read(codes, option, doubtful), standing) for option in options]
     order = {key: i for i, key in enumerate(STYLE_OF)}
     return sorted(readings, key=lambda pair: (pair[1], order.get(pair[0].key, 0)))
 

@@ -118,7 +118,11 @@ def test_check_makes_the_checks_of_a_fit() -> None:
         with pytest.raises(InputError) as refusal:
             read_data(adata, DataConfig(batch_key=key), 0)
         assert describe(adata, DataConfig(batch_key=key))["problems"] == [str(refusal.value)]
-    for config in (DataConfig(), DataConfig(batch_key="lonely"), DataConfig(batch_key="when", min_cells=230)):
+    for config in (
+        DataConfig(),
+        DataConfig(batch_key="lonely"),
+        DataConfig(batch_key="when", min_cells=1 + int(adata.obs["perturbation"].value_counts().min())),
+    ):
         said, done = describe(adata, config), read_data(adata, config, 0)
         assert set(said["notes"]) <= {*done.notes} and len(said["notes"]) >= 1
     assert "--batch-key when" in describe(adata, DataConfig())["command"]

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crlseq.data.perturbations import CONTROL_LABELS, NEVER_PERTURBATIONS, candidates, read_perturbations
+from crlseq.data.controls import find_controls, is_control_name, is_named, is_never, kind_of
+from crlseq.data.perturbations import candidates, read_perturbations
 from crlseq.errors import InputError
 from tests.support import labels, table
 
@@ -101,9 +102,10 @@ def test_cellxgene_cells_without_perturbation_are_controls_where_there_are_no_ot
     assert p.control_label == "no perturbations"
     assert labels(p) == ["no perturbations", "no perturbations", "A", "B", "-"]
     obs = cellxgene(("na", "no perturbations"), ("c", "control"), ("A", "s"), ("B || c", "s"))
-    assert "--control-label control or --control-label 'no perturbations'" in refused(obs).hint
-    p = read_perturbations(obs, control_label="control")
+    p = read_perturbations(obs)
     assert labels(p) == ["-", "control", "A", "B"]
+    assert p.dropped == {"na": 1}
+    assert labels(read_perturbations(obs, control_label="control")) == labels(p)
 
 
 def test_cellxgene_without_strategies_is_read_like_any_other_column() -> None:
@@ -136,19 +138,103 @@ def test_control_labels_that_hold_the_separator() -> None:
     assert labels(p) == ["neg_ctrl", "A", "A", "B", "B", "A_B"]
 
 
-@pytest.mark.parametrize("control", sorted(CONTROL_LABELS | {"Non-Targeting", "CTRL", "nt"}))
+WRITTEN = (
+    "control ctrl Ctrl_1 CONTROL NT nt NTC ntc_12 non-targeting Non_Targeting nontargeting non.target NoTarget unperturbed "
+    "neg negctrl NegCtrl02 neg_ctrl negative_control-4 NT-1 NT_g3 NTg3 NTCg1 sgNT-1 sg_NTC_2 non-targeting_00025 CTRL0001 "
+    "safe safe-targeting safe_targeting_3 safe-harbor-2 scramble scrambled_12 random_5 no_site NO_SITE_7 INTERGENIC1216445 "
+    "one_non-gene_site ONE_INTERGENIC_SITE_5 NonTargetingControlGuideForHuman_0001 NegCtrl0_NegCtrl0 ctrl3 "
+    "neg_ctrl_non-targeting_00080 NT_ACGTACGTACGTACGTACGT non-targeting_00025|non-targeting_00026"
+)
+CONTROLS = [*WRITTEN.split(), "non-targeting control 12", "negative control", "No Site"]
+NO_CONTROLS = (
+    "NTN1 NT5E NT5C2 NTF3 NTRK1 NTS NT3 NT3_g1 NTG1 SAFB SAFB2 NEGR1 CTRB1 CTRC SCRIB SCR CTRL_A control_A ctrl_A549 "
+    "wild-type WT nan negative 0 AAVS1"
+)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
 def test_every_control_label_is_found(control: str) -> None:
-    assert read_perturbations(table(perturbation=["A", control, "B"])).control_label == control
+    p = read_perturbations(table(perturbation=["A", control, "B"]))
+    assert labels(p) == ["A", control, "B"]
+    assert p.control_labels == (control,)
+    assert is_named(control, [kind_of(control)])
 
 
-@pytest.mark.parametrize("label", ["NTg7", "non-targeting_0001", "wild-type", "WT", "", "nan", "negative", "0"])
+@pytest.mark.parametrize("label", [*NO_CONTROLS.split(), "", "control of A"])
 def test_labels_that_are_no_control(label: str) -> None:
+    assert not is_control_name(label)
     assert candidates(table(perturbation=["A", label, "B"])) == []
     assert "--control-label" in refused(table(perturbation=["A", label, "B"])).hint
 
 
+@pytest.mark.parametrize(
+    ("column", "controls"),
+    [
+        ("NT1 NT2 STAT1", "NT1 NT2"),  # no gene is called so
+        ("NT3 STAT1", ""),  # neurotrophin-3
+        ("control NT3 STAT1", "control"),
+        ("CTRL STAT1", "CTRL"),
+        ("ctrl CTRL STAT1", "ctrl"),  # chymotrypsin-like protease
+        ("non-targeting safe-targeting_1 NT-1 STAT1", "NT-1 non-targeting safe-targeting_1"),
+    ],
+)
+def test_other_labels_tell_genes_from_controls(column: str, controls: str) -> None:
+    assert find_controls(column.split()) == controls.split()
+
+
+def test_kinds_of_control_are_joined_and_named() -> None:
+    cells = ["NT-1", "NT-2", "NT-10", "safe-targeting", "safe-targeting", "A", "B", "A+NT-3", "safe-targeting+B"]
+    p = read_perturbations(table(target_gene=cells))
+    assert labels(p) == ["NT"] * 5 + ["A", "B", "A", "B"]
+    assert p.control_labels == ("NT", "safe-targeting")
+    assert "its labels 'NT' (3 cells) and 'safe-targeting' (2 cells) mark control cells" in p.reason
+
+
+def test_controls_that_are_given_and_others() -> None:
+    obs = table(target_gene="NT-1 NT-2 safe-targeting safe-targeting A B A+safe-targeting")
+    p = read_perturbations(obs, control_label="NT")
+    assert labels(p) == ["NT", "NT", "-", "-", "A", "B", "A"]
+    assert p.dropped == {"safe-targeting": 2}
+    assert "'safe-targeting' (2 cells) is a control too and is excluded" in p.reason
+    both = read_perturbations(obs, control_label=("safe-targeting", "NT-2"))
+    assert labels(both) == ["-", "safe-targeting", "safe-targeting", "safe-targeting", "A", "B", "A"]
+    assert both.control_labels == ("safe-targeting", "NT-2")
+    assert "No cell is labelled 'typo'." in read_perturbations(obs, control_label=("NT", "typo")).reason
+
+
+def test_a_given_control_is_no_stem_of_genes() -> None:
+    p = read_perturbations(table(gene="A A1 A2 B"), control_label="A")
+    assert labels(p) == ["A", "A1", "A2", "B"]
+    p = read_perturbations(table(gene="AAVS1-1 AAVS1-2 A B"), control_label="AAVS1")
+    assert labels(p) == ["AAVS1", "AAVS1", "A", "B"]
+
+
+def test_empty_labels_are_controls_where_it_is_said() -> None:
+    obs = table(perturbation=["", "A", "B", "control"])
+    assert labels(read_perturbations(obs)) == ["-", "A", "B", "control"]
+    assert labels(read_perturbations(obs, control_label="")) == ["", "A", "B", "-"]
+    # In CPA's files too, unless there are other controls.
+    assert labels(read_perturbations(table(guide_ids=["", "A", "B"]))) == ["", "A", "B"]
+    assert labels(read_perturbations(table(guide_ids=["", "A", "B", "NT"]))) == ["-", "A", "B", "NT"]
+
+
 def test_labels_that_name_no_perturbation_are_dropped_and_counted() -> None:
-    never = sorted(NEVER_PERTURBATIONS)
+    never = [
+        "*",
+        "?",
+        "<na>",
+        "doublet",
+        "multiple",
+        "na",
+        "nan",
+        "negative",
+        "no_guide",
+        "none",
+        "not-assigned",
+        "null",
+        "unassigned",
+    ]
+    assert all(map(is_never, never))
     cells = ["A", "control", "B", "A+B", *never, "NaN", "Doublet", "A+nan", "unassigned", "", None, np.nan, " "]
     p = read_perturbations(table(perturbation=cells))
     assert labels(p) == ["A", "control", "B", "A+B"] + ["-"] * (len(cells) - 4)
@@ -205,8 +291,10 @@ def test_blanks_around_labels_and_parts_do_not_count() -> None:
         "control NKX2-1 HLA-A NKX2-5",
         "control HLA_A HLA_B TP53",
         "NT STAT1_1 STAT1_2 IRF1_1 IRF1_2",
-        "NT STAT1_g1 STAT1_g2 IRF1_g1 IRF1_g2 NT_g1 NT_g2",
-        "NT NT_1 NT_2 A B",
+        "NT STAT1_g1 STAT1_g2 IRF1_g1 IRF1_g2",
+        "control (+)-JQ1 17-(dimethylamino)geldanamycin Na+/K+ TP53",
+        "control chr1.10050_top_two chr8.445_top_two chr8.445_second_two",
+        "control HLA-A MT-CO1 H2AC6 Drug_1 Perturb_0 Perturb_1",
         "control 2,4-D 1,2-diol water",
         "control CD4+ CD8+ TP53",
         "control chr1_100_200 chr1_200_300 chr2_100_300",
@@ -254,13 +342,60 @@ def test_labels_that_only_in_part_look_like_combinations_are_refused(cells: str)
 
 def test_any_separator_can_be_given() -> None:
     obs = table(perturbation=["control", "A;B", "A", "NKX2-1"])
-    assert read_perturbations(obs).separator is None
+    assert read_perturbations(obs, separator="").separator is None
     assert read_perturbations(obs, separator=";").condition_names == ("control", "A", "NKX2-1", "A;B")
     assert read_perturbations(obs, separator="-").names == ("1", "A", "A;B", "NKX2")
     assert read_perturbations(table(perturbation=["control", "A B", "A"]), separator=" ").names == ("A", "B")
     p = read_perturbations(table(perturbation=["control", "A || B", "A"]), separator="||")
     assert p.condition_names == ("control", "A", "A || B")  # as detection writes it
     assert "--separator" in p.reason
+
+
+@pytest.mark.parametrize("mark", ["+", " + ", " || ", "||", "|", ";", ", ", " and ", " & ", "/", "_"])
+def test_every_separator_is_found_between_labels(mark: str) -> None:
+    cells = ["NT", "HLA-A", "HLA_B", "A", f"A{mark}HLA-A", f"HLA-A{mark}A", f"HLA_B{mark}NT", f"NT{mark}A{mark}HLA_B"]
+    p = read_perturbations(table(perturbation=cells))
+    assert p.names == ("A", "HLA-A", "HLA_B")
+    assert [sorted(p.names[i] for i in p.conditions[c]) for c in p.condition] == [
+        [], ["HLA-A"], ["HLA_B"], ["A"], ["A", "HLA-A"], ["A", "HLA-A"], ["HLA_B"], ["A", "HLA_B"],
+    ]  # fmt: skip
+
+
+def test_loci_are_names_with_the_separator_inside() -> None:
+    loci = ["chr1.10050_top_two", "chr8.445_top_two", "chr2.181_second_two", "chr5.1_top_two"]
+    cells = ["control", *loci, f"{loci[1]}_{loci[0]}", f"{loci[0]}_{loci[2]}"]
+    p = read_perturbations(table(perturbation=cells))
+    assert p.names == tuple(sorted(loci))
+    assert p.condition_names[-2:] == (f"{loci[0]}_{loci[2]}", f"{loci[0]}_{loci[1]}")
+    again = read_perturbations(table(perturbation=cells), separator="_")
+    assert again.condition_names == p.condition_names
+
+
+def test_chemicals_beside_combinations() -> None:
+    cells = ["control", "(+)-JQ1", "A", "B", "A+B", "17-(dimethylamino)X", "Ca2+ ionophore"]
+    p = read_perturbations(table(perturbation=cells))
+    assert labels(p) == ["control", "(+)-JQ1", "A", "B", "A+B", "17-(dimethylamino)X", "Ca2+ ionophore"]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        "control A B C A_B_C A_B B_C D_B",  # D is no label, as in a combination or in a name of its own
+        "control A B_C A_B C A_B_C",  # A and B_C, or A_B and C
+        "control STAT1 IRF1 STAT1_promoter",
+    ],
+)
+def test_labels_with_two_readings_are_refused(cells: str) -> None:
+    error = refused(table(perturbation=cells))
+    assert "combinations at '_' or as single perturbations" in error.message
+    assert error.hint == "Choose with --separator _ or --separator ''."
+    assert read_perturbations(table(perturbation=cells), separator="").names == tuple(sorted(cells.split()[1:]))
+
+
+def test_a_label_with_two_readings_is_dropped_where_the_separator_is_given() -> None:
+    p = read_perturbations(table(perturbation="control A B_C A_B C A_B_C A_C"), separator="_")
+    assert labels(p)[:5] == ["control", "A", "B_C", "A_B", "C"]
+    assert p.dropped == {"A_B_C": 1}
 
 
 # --- columns
@@ -315,7 +450,21 @@ def test_columns_without_known_names() -> None:
     obs = table(donor="d1 d2 d1 d2", target="NT A B A", same="ctrl x y x")
     p = read_perturbations(obs)
     assert (p.key, p.style) == ("target", "plain")
-    assert refused(obs.assign(sgrna=["NT", "A_1", "B_1", "A_2"])).hint.count("--perturbation-key") == 2
+    assert refused(obs.assign(other=["NT", "A_x", "B_x", "A_y"])).hint.count("--perturbation-key") == 2
+
+
+@pytest.mark.parametrize("key", ["sgrna", "perturbation"])
+def test_a_column_of_genes_is_preferred_to_their_guides(key: str) -> None:
+    obs = table(**{key: "NT-1 A_g1 B_g1 A_g2 NT-2"}, target="NT A B A NT")
+    p = read_perturbations(obs)
+    assert (p.key, labels(p)) == ("target", ["NT", "A", "B", "A", "NT"])
+    assert f"Their guides are in '{key}'." in p.reason
+    assert len(candidates(obs)) == 2
+
+
+def test_a_column_of_genes_that_does_not_agree_with_the_guides_is_refused() -> None:
+    obs = table(sgrna="NT A_g1 A_g1 B_g1 A_g2", target="NT A B B A")
+    assert "group the cells differently" in refused(obs).message
 
 
 def test_a_column_with_one_perturbation_is_passed_over() -> None:
@@ -324,23 +473,11 @@ def test_a_column_with_one_perturbation_is_passed_over() -> None:
     assert p.key == "gene_target"
 
 
-def test_two_control_labels_are_refused() -> None:
-    obs = table(perturbation="control non-targeting A B control")
-    error = refused(obs)
-    assert error.message == (
-        "Column 'perturbation' has more than one control label: 'control' (2 cells) and 'non-targeting' (1 cells)."
-    )
-    assert error.hint == "Choose with --control-label control or --control-label non-targeting."
-    assert len(candidates(obs)) == 2
-    p = read_perturbations(obs, control_label="control")
-    assert p.condition_names == ("control", "A", "B", "non-targeting")
-
-
-def test_the_control_label_that_was_not_chosen_is_a_perturbation() -> None:
+def test_the_control_that_was_not_given_is_no_perturbation() -> None:
     p = read_perturbations(table(perturbation="control non_targeting A B A_B"), control_label="control")
-    assert p.condition_names == ("control", "A", "B", "non_targeting", "A_B")
-    p = read_perturbations(table(perturbation="control NT A+NT"), control_label="control")
-    assert p.condition_names == ("control", "NT", "A+NT")
+    assert labels(p) == ["control", "-", "A", "B", "A_B"]
+    p = read_perturbations(table(perturbation="control NT A+NT B"), control_label="control")
+    assert labels(p) == ["control", "-", "A", "B"]
 
 
 def test_what_is_given_wins() -> None:
@@ -349,7 +486,8 @@ def test_what_is_given_wins() -> None:
     assert (p.key, p.condition_names) == ("group", ("nan", "x", "y", "z"))
     assert p.reason.endswith("As set by --perturbation-key and --control-label and --separator.")
     assert read_perturbations(obs, control_label="x").key == "group"
-    assert read_perturbations(obs, control_label="B").condition_names == ("B", "A", "control")
+    p = read_perturbations(table(perturbation="control A B C"), control_label="B")
+    assert labels(p) == ["-", "A", "B", "C"]
     assert labels(read_perturbations(table(g=["", "A", "B"]), "g", "")) == ["", "A", "B"]
 
 
@@ -372,9 +510,9 @@ def test_no_such_control_label() -> None:
 
 
 def test_no_control_that_can_be_recognised() -> None:
-    error = refused(table(perturbation="A B NTg1"), "perturbation")
+    error = refused(table(perturbation="A B AAVS1"), "perturbation")
     assert "no control cells" in error.message
-    assert "--control-label; labels: 'A', 'B', 'NTg1'" in error.hint
+    assert "--control-label; labels: 'A', 'AAVS1', 'B'" in error.hint
 
 
 @pytest.mark.parametrize("key", [None, "perturbation"])
