@@ -83,11 +83,14 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     if counts[0] < 2:
         raise InputError(f"Too few control cells: {counts[0]}.", "At least two are needed, better several hundred.")
     if fitted[1:].sum() < 2:
-        raise InputError(
-            f"Too few perturbations to fit: {fitted[1:].sum()}; the largest has {counts[1:].max(initial=0)} cells."
-            + (f" {crowd} Two perturbations with {config.min_cells} such cells are needed." if crowd else ""),
-            "At least two are needed; see --min-cells, --hold-out and --combinations.",
-        )
+        what = f"Too few perturbations to fit: {fitted[1:].sum()}; the largest has {counts[1:].max(initial=0)} cells."
+        hint = "At least two are needed; see --min-cells, --hold-out and --combinations."
+        if crowd:
+            what = f"{what} {crowd}"
+            hint = (
+                f"Two perturbations with {config.min_cells} cells that carry nothing else are needed; see --min-cells."
+            )
+        raise InputError(what, hint)
     return Selection(fitted, held_out & (counts > 0), notes)
 
 

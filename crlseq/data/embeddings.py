@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from crlseq.data.matrix import open_store, readable, within
+from crlseq.data.files import open_store, readable
+from crlseq.data.matrix import within
 from crlseq.data.names import GeneNames
 from crlseq.errors import InputError
 

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from crlseq.data.controls import is_control_name
+from crlseq.data.files import is_cell_ranger, open_store, readable
 from crlseq.data.guide_names import CONTROL
-from crlseq.data.matrix import open_store, readable
 from crlseq.errors import InputError
 
 TARGETS = "genetic_perturbations"  # of uns, by genetic_perturbation_id, as CELLxGENE has them
@@ -54,6 +54,8 @@ def targets_in_uns(source: str | Path | ad.AnnData) -> dict[str, str]:
     """Target of each guide in CELLxGENE's table of them; empty where there is none."""
     if isinstance(source, ad.AnnData):
         entries: Any = source.uns.get(TARGETS, {})
+    elif is_cell_ranger(Path(source)):
+        return {}
     else:
         with open_store(Path(source)) as store, readable(str(source), f"uns[{TARGETS!r}]"):
             there = "uns" in store and TARGETS in store["uns"]

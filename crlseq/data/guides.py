@@ -33,9 +33,10 @@ import scipy.sparse as sp
 from crlseq.config import DataConfig
 from crlseq.data.combinations import Cutter
 from crlseq.data.controls import is_control_name, is_never
+from crlseq.data.files import is_cell_ranger, open_store, readable
 from crlseq.data.guide_names import CONTROL, genes_of_guides, recognised
 from crlseq.data.guide_targets import ID_KEY, read_guide_map, targets_in_uns, targets_in_var
-from crlseq.data.matrix import Screen, as_csr, open_store, readable
+from crlseq.data.matrix import Screen, as_csr
 from crlseq.data.names import GeneNames
 from crlseq.data.perturbations import Perturbations, read_perturbations, refuse_missing_column
 from crlseq.errors import InputError, UsageError, few
@@ -271,6 +272,8 @@ def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> t
         if key not in source.obsm:
             raise _no_counts(screen.source, key, [*screen.other_types, *source.obsm])
         return *_table_of(source.obsm[key], key), "obsm"
+    if is_cell_ranger(Path(source)):
+        raise _no_counts(screen.source, key, screen.other_types)
     with open_store(Path(source)) as store, readable(screen.source, f"the guide counts {key!r}"):
         there = list(store["obsm"]) if "obsm" in store else []
         if key in there:

@@ -43,6 +43,7 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             "problems": [], "notes": [*screen.notes],
         }  # fmt: skip
         scanned, values = _describe_values(found, screen, source, config)
+        measured = GeneNames.of(screen.var).known
         found["columns"] = [
             {
                 "column": c.key, "style": "guides" if recognised(c.names, measured) else c.style, "control": c.control_label, "separator": c.separator,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,26 +17,12 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
-from crlseq.data.cell_ranger import is_cell_ranger, read_cell_ranger
-from crlseq.data.hdf5 import refuse_claims, refuse_traps, refuse_values_for_groups
+from crlseq.data.files import is_cell_ranger, open_store, read_cell_ranger, readable
+from crlseq.data.hdf5 import refuse_claims
 from crlseq.data.store import StoredMatrix, read_manifest
-from crlseq.errors import CrlseqError, InputError, few
-from crlseq.storage.files import refuse_links_outside
+from crlseq.errors import InputError
 
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
-# Modalities of a MuData file that are the screen, the first that is there.
-EXPRESSION = (
-    "rna",
-    "gene",
-    "genes",
-    "gex",
-    "expression",
-    "gene_expression",
-    "gene expression",
-    "mrna",
-    "scrna",
-    "transcriptome",
-)
 BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
 RAW = "raw"  # as a layer: ``.raw``, values before genes were chosen and scaled
 GUIDES = re.compile(r"guide|crispr|grna", re.IGNORECASE)  # in the name of a type of feature
@@ -126,19 +111,6 @@ def as_csr(block: Any) -> sp.csr_matrix:
 
 
 @contextmanager
-def readable(source: str, what: str) -> Iterator[None]:
-    """Turns whatever a reader throws at a damaged file into one `InputError`."""
-    try:
-        yield
-    except (CrlseqError, MemoryError):
-        raise
-    except Exception as error:  # h5py, zarr and anndata raise almost every type for damaged files
-        detail = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")[:200]
-        hint = "The file may be cut short or damaged; check that `anndata.read_h5ad` opens it."
-        raise InputError(f"{source}: {what} cannot be read ({detail}).", hint) from error
-
-
-@contextmanager
 def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> Iterator[Screen]:
     """Open a screen without reading its matrix: ``X``, a layer, or ``raw``.
 
@@ -193,68 +165,6 @@ def _log_base(uns: Any) -> float | None:
     record = uns.get("log1p")
     base = record.get("base") if hasattr(record, "get") else None
     return float(base) if isinstance(base, (int, float, np.number)) and base > 0 and base != 1 else None
-
-
-@contextmanager
-def open_store(path: Path) -> Iterator[Any]:
-    """An h5ad file, the modality of an h5mu file with the expression, or a zarr store, as a mapping for `anndata.io.read_elem`."""
-    hint = "crlseq reads .h5ad files and .zarr stores as anndata writes them, and .h5mu files as mudata does."
-    try:
-        is_folder = path.is_dir()
-        if not is_folder:
-            path.open("rb").close()
-    except FileNotFoundError:
-        raise InputError(f"There is no file {path}.", "Check the path.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from None
-    if is_folder or zipfile.is_zipfile(path):
-        with readable(str(path), "the zarr store"):
-            store = zarr.open_group(str(path), mode="r")
-        if "obs" not in store or "var" not in store:
-            raise InputError(f"{path} is not an AnnData zarr store: it has no obs and var.", hint)
-        if is_folder:
-            refuse_links_outside(path)  # likewise
-        yield store
-        return
-    try:
-        if not h5py.is_hdf5(path):
-            raise InputError(f"{path} is not an h5ad file.", hint)
-        handle = h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"{path} cannot be opened: {error}.", "It may be cut short; copy it again.") from None
-    with handle:
-        with readable(str(path), "the file"):
-            if "obs" not in handle or "var" not in handle:
-                raise InputError(f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", hint)
-            refuse_traps(handle, path)  # what damage or a stranger put there, and readers would follow
-            screen = _expression_modality(handle, path) if handle.attrs.get("encoding-type") == "MuData" else handle
-            refuse_values_for_groups(screen, path)
-        yield screen
-
-
-def _expression_modality(handle: h5py.File, path: Path) -> Any:
-    return handle["mod"][expression_modality(handle, str(path))]
-
-
-def expression_modality(handle: h5py.File, source: str) -> str:
-    """Name of the modality with the expression: a known one, or the only one whose features are genes; InputError if none."""
-    modalities = handle.get("mod", {})
-    there = {str(name).casefold(): str(name) for name in modalities if {"obs", "var"} <= modalities[name].keys()}
-    named = [there[name] for name in EXPRESSION if name in there]
-    of_genes = [name for name in there.values() if _is_of_genes(modalities[name]["var"])]
-    if not named and len(of_genes) != 1:
-        raise InputError(
-            f"{source} has no modality 'rna' or 'gene' with cells and genes.",
-            f"Rename the modality with the expression to 'rna'; there are: {few([*map(repr, modalities)]) or 'none'}.",
-        )
-    return (named or of_genes)[0]
-
-
-def _is_of_genes(var: Any) -> bool:
-    if "feature_types" not in var:
-        return False
-    kinds = ad.io.read_elem(var["feature_types"])
-    return len(kinds) > 0 and set(map(str, kinds)) == {"Gene Expression"}
 
 
 def _refuse_absent(layer: str | None, layers: tuple[str, ...], has_x: bool, source: str) -> None:

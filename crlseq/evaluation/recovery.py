@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
-from crlseq.data.matrix import open_store, readable
+from crlseq.data.files import open_store, readable
 from crlseq.discovery.edges import reachable
 from crlseq.errors import InputError
 from crlseq.evaluation.representation import Floats, representation_scores

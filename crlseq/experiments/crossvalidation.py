@@ -20,7 +20,8 @@ import pandas as pd
 
 from crlseq.config import Config
 from crlseq.data.design import select_conditions
-from crlseq.data.matrix import open_store, within
+from crlseq.data.files import open_store
+from crlseq.data.matrix import within
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.errors import InputError, UsageError
 from crlseq.evaluation.compare import AXIOMS, METRICS, compare, in_words, summarise

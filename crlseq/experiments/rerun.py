@@ -20,7 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from crlseq.config import Config
-from crlseq.data.matrix import open_store, readable
+from crlseq.data.files import open_store, readable
 from crlseq.data.source import digest_of
 from crlseq.errors import InputError
 from crlseq.pipeline.fit import fit

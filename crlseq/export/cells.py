@@ -10,8 +10,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from crlseq.data.files import open_store, readable
 from crlseq.data.guides import guide_counts
-from crlseq.data.matrix import RAW, as_csr, open_screen, open_store, readable
+from crlseq.data.matrix import RAW, as_csr, open_screen
 from crlseq.data.names import GeneNames
 from crlseq.data.perturbations import read_perturbations
 from crlseq.errors import InputError

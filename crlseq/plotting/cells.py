@@ -109,7 +109,7 @@ def _cells(run: Run) -> tuple[np.ndarray, np.ndarray, str]:
     """Condition and latents of cells of the run's h5ad, read without its matrix, and the control's name."""
     import anndata as ad
 
-    from crlseq.data.matrix import open_store, readable
+    from crlseq.data.files import open_store, readable
 
     path = run.folder / "crlseq.h5ad"
     with open_store(path) as store, readable(str(path), "the table of cells"):

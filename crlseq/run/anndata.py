@@ -25,7 +25,8 @@ def read_cells(path: Path) -> pd.DataFrame:
     """`CELL_COLUMNS` that an annotated file has, by the name of the cell; InputError if it cannot be read."""
     import anndata as ad
 
-    from crlseq.data.matrix import open_store, unique_names
+    from crlseq.data.files import open_store
+    from crlseq.data.matrix import unique_names
 
     try:
         with open_store(path) as store:
@@ -131,7 +132,7 @@ def _copy_file(source: str | Path, path: Path) -> None:
     """An h5ad file, or of an h5mu file the modality with the expression."""
     import h5py
 
-    from crlseq.data.matrix import expression_modality
+    from crlseq.data.files import expression_modality
 
     with h5py.File(source, "r") as handle:
         if handle.attrs.get("encoding-type") != "MuData":
@@ -154,7 +155,7 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
     import anndata as ad
     import h5py
 
-    from crlseq.data.cell_ranger import is_cell_ranger, read_cell_ranger
+    from crlseq.data.files import is_cell_ranger, read_cell_ranger, zarr_store
     from crlseq.data.store import read_manifest  # which imports zarr
 
     path.unlink(missing_ok=True)
@@ -170,7 +171,7 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
                 adata = read_cell_ranger(Path(source))
                 adata.var_names_make_unique()
             else:
-                adata = ad.read_zarr(source)
+                adata = ad.read_zarr(zarr_store(Path(source)))
             set_keys(adata, keys)
             adata.write_h5ad(path, compression="gzip")
             return

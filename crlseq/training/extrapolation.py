@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from crlseq.data.embeddings import Embeddings, read_embeddings
-from crlseq.data.matrix import readable
+from crlseq.data.files import readable
 from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE, extended
 
