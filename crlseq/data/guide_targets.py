@@ -58,8 +58,7 @@ def targets_in_uns(source: str | Path | ad.AnnData) -> dict[str, str]:
         return {}
     else:
         with open_store(Path(source)) as store, readable(str(source), f"uns[{TARGETS!r}]"):
-            there = "uns" in store and TARGETS in store["uns"]
-            entries = ad.io.read_elem(store["uns"][TARGETS]) if there else {}
+            entries = ad.io.read_elem(store[f"uns/{TARGETS}"]) if f"uns/{TARGETS}" in store else {}
     if not isinstance(entries, Mapping):
         return {}
     return {str(guide): _target_of(str(guide), entry) for guide, entry in entries.items()}

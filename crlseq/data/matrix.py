@@ -142,7 +142,7 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
         with readable(name, "the list of layers"):
             layers = tuple(sorted(store["layers"])) if "layers" in store else ()
             of_raw = layer == RAW and RAW not in layers
-            layers += (RAW,) if "raw" in store and "X" in store["raw"] and RAW not in layers else ()
+            layers += (RAW,) if "raw/X" in store and RAW not in layers else ()
         with readable(name, "the matrix"):
             var = all_var
             if layer is None and read_manifest(path) is not None:
@@ -157,7 +157,7 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
                 matrix = _row_sliceable(element, name)
         with readable(name, "uns"):
             base = _log_base({"log1p": ad.io.read_elem(store["uns/log1p"])}) if "uns/log1p" in store else None
-        yield _checked(obs, var, matrix, layers, name, all_var.index, base)
+        yield _checked(obs, var, matrix, layers, name, getattr(all_var, "index", pd.Index([])), base)
 
 
 def _log_base(uns: Any) -> float | None:

@@ -125,4 +125,4 @@ def test_check_makes_the_checks_of_a_fit() -> None:
     ):
         said, done = describe(adata, config), read_data(adata, config, 0)
         assert set(said["notes"]) <= {*done.notes} and len(said["notes"]) >= 1
-    assert "--batch-key when" in describe(adata, DataConfig())["command"]
+    assert "--batch-key when" in describe(screen(), DataConfig())["command"]
