@@ -18,7 +18,7 @@ import pandas as pd
 from crlseq.data.combinations import known_separator, mark_of
 from crlseq.data.controls import find_controls, is_control_name, is_named, is_never, kind_of
 from crlseq.data.guide_names import recognised
-from crlseq.data.label_rules import PLAIN, STYLE_OF, Ints, Rules
+from crlseq.data.label_rules import GUIDE_LABELS, JOINED, PLAIN, STYLE_OF, Ints, Rules
 from crlseq.data.label_rules import Perturbations as Perturbations
 from crlseq.data.matrix import NO_TEXT
 from crlseq.errors import InputError, few
@@ -99,9 +99,10 @@ def _readings(
 
     The best come first: 0 where the column's name is known, 1 where a label without a number is of control cells, else 2.
     """
-    forced = None if separator is None else known_separator(separator)
     readings = []
     for key in keys:
+        own_separator = JOINED if key == GUIDE_LABELS else None
+        forced = own_separator if separator is None else known_separator(separator)
         labels, codes = _labels(obs[key])
         style = STYLE_OF.get(key, PLAIN)
         marked = style.control_column in obs
