@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +34,7 @@ def read_perturbations(
     key: str | None = None,
     control_label: str | Sequence[str] | None = None,
     separator: str | None = None,
-    measured: Collection[str] = (),
+    measured: frozenset[str] = frozenset(),
 ) -> Perturbations:
     """Read the perturbations of all cells from a column; what is not given is detected.
 
@@ -74,7 +74,7 @@ def read_perturbations(
     return replace(chosen, reason=chosen.reason + notes)
 
 
-def _without_guides(readings: list[Perturbations], measured: Collection[str]) -> tuple[list[Perturbations], list[str]]:
+def _without_guides(readings: list[Perturbations], measured: frozenset[str]) -> tuple[list[Perturbations], list[str]]:
     """Readings without columns of guides that another column has the genes of; and these columns."""
     if len({reading.key for reading in readings}) < 2:
         return readings, []
