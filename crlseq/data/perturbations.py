@@ -47,7 +47,7 @@ def read_perturbations(
     if key is not None:
         refuse_missing_column(obs, key, "--perturbation-key")
     given = [control_label] if isinstance(control_label, str) else control_label
-    controls = None if given is None else tuple(label.strip() for label in given)
+    controls = None if not given else tuple(label.strip() for label in given)
     readings = _readings(obs, _label_columns(obs) if key is None else [key], controls, separator)
     usable = [reading for reading, _ in readings if len(reading.names) > 1]
     if not usable:
