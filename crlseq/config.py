@@ -48,7 +48,7 @@ class DataConfig(_Section):
 
     perturbation_key: str | None = _flag(None, "Column of obs with the perturbations.", unset="detected")
     control_label: tuple[str, ...] | None = _flag(
-        None, "Label of control cells; may be repeated, and left without the number of NT-1, NT-2.", unset="detected"
+        None, "Label of control cells (NT also stands for NT-1, NT-2); may be repeated.", unset="detected"
     )
     separator: str | None = _flag(
         None, "Separates the parts of a combination; '' where labels are never combinations.", unset="detected"

@@ -100,7 +100,7 @@ class Cutter:
             if label in used and not half and loose.isdisjoint(pieces):
                 continue
             if possible and (strong or forced):
-                whole = half if half and max(sizes, default=1) > 1 else pieces
+                whole = half if half and not strong and max(sizes, default=1) > 1 else pieces
                 split[label] = [piece for piece in whole if not self.is_control(piece)]
             elif half or (possible and cuts.n_sure) or (strong and not cuts.n_sure):
                 cuts.torn.append(label)

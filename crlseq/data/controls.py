@@ -45,7 +45,7 @@ def is_never(label: str) -> bool:
 
 def is_control_name(label: str) -> bool:
     """Whether a label is that of control cells, of one guide or of several ("NT-1|NT-2")."""
-    return label not in GENES and all(map(_is_control, _BETWEEN.split(label)))
+    return all(part not in GENES and _is_control(part) for part in _BETWEEN.split(label))
 
 
 def _is_control(label: str) -> bool:

@@ -91,11 +91,11 @@ def _by_style(guides: Sequence[str]) -> tuple[dict[str, str], str]:
     return {g: fits[rule].get(g, PREFIX.sub("", g)) for g in guides}, rule
 
 
-def recognised(names: Iterable[str], measured: Collection[str] = ()) -> tuple[dict[str, str], str] | None:
+def recognised(names: Iterable[str], measured: frozenset[str] = frozenset()) -> tuple[dict[str, str], str] | None:
     """Gene of each label (controls are not among ``names``) and the style, if the labels are guides; None if not.
 
     A style must fit `ENOUGH` of them and find several genes. Numbers alone are evidence only where `SHARED` of the genes
-    have several guides, counted from 0 or 1, some of the genes are ``measured``, and the labels are not.
+    have several guides, counted from 0 or 1, some genes are ``measured`` (if these are known), and the labels are not.
     """
     labels = sorted(set(names))
     for style, genes in _fits(labels).items():
@@ -107,7 +107,7 @@ def recognised(names: Iterable[str], measured: Collection[str] = ()) -> tuple[di
     return None
 
 
-def _is_counted(style: str, genes: Mapping[str, str], labels: Collection[str], measured: Collection[str]) -> bool:
+def _is_counted(style: str, genes: Mapping[str, str], labels: Collection[str], measured: frozenset[str]) -> bool:
     """Whether guides of genes are numbered 1, 2, 3, as libraries do, and not by dose or position."""
     own = set(genes.values())
     if any(gene in labels or not any(c.isalpha() for c in gene) or _LOCUS.fullmatch(gene) for gene in own):
@@ -118,5 +118,5 @@ def _is_counted(style: str, genes: Mapping[str, str], labels: Collection[str], m
     if style == "GENE_g1":
         return True
     several = sum(n > 1 for n in Counter(genes.values()).values())
-    told = not measured or (any(gene in measured for gene in own) and not any(guide in measured for guide in genes))
-    return told and several > 1 and several >= SHARED * len(own)
+    told = style == "GENEg1" or not measured or any(gene in measured for gene in own)
+    return told and measured.isdisjoint(genes) and several > 1 and several >= SHARED * len(own)

@@ -36,13 +36,13 @@ from crlseq.data.controls import is_control_name, is_never
 from crlseq.data.files import is_cell_ranger, open_store, readable
 from crlseq.data.guide_names import CONTROL, genes_of_guides, recognised
 from crlseq.data.guide_targets import ID_KEY, read_guide_map, targets_in_uns, targets_in_var
+from crlseq.data.label_rules import GUIDE_LABELS as GUIDE_LABELS
+from crlseq.data.label_rules import JOINED
 from crlseq.data.matrix import Screen, as_csr
 from crlseq.data.names import GeneNames
 from crlseq.data.perturbations import Perturbations, read_perturbations, refuse_missing_column
 from crlseq.errors import InputError, UsageError, few
 
-GUIDE_LABELS = "crlseq_perturbation"  # column of obs with what guides were read as
-JOINED = "+"
 BETWEEN_GUIDES = re.compile(r"\s*[|;,]+\s*|\s+\+\s+|(?<![_\s])\+(?![_\s])|\s+and\s+")  # not the strand in "_+_"
 AMBIGUOUS, UNASSIGNED = "multiple", "unassigned"
 MANY, NONE = -2, -1  # in place of a cell's gene: of the two labels above
@@ -79,6 +79,21 @@ def read_labels(
     return labels_of(screen.obs, config, GeneNames.of(screen.var).known, targets_in_uns(source))
 
 
+def with_guide_labels(
+    screen: Screen, source: str | Path | ad.AnnData, config: DataConfig, key: str, control: str
+) -> pd.DataFrame:
+    """Cells of another file than the fit's, with its column ``key`` if that is what guides were read as and they are there."""
+    if key != GUIDE_LABELS or key in screen.obs:
+        return screen.obs
+    try:
+        _, guides = read_labels(screen, source, config)
+    except InputError:  # a file of controls alone
+        return screen.obs
+    if guides is None:
+        return screen.obs
+    return screen.obs.assign(**{key: guides.labels.rename_categories({guides.control_label: control})})
+
+
 def labels_of(
     obs: pd.DataFrame,
     config: DataConfig,
@@ -96,11 +111,14 @@ def labels_of(
         found: tuple[dict[str, str], str] | None = genes, "the table of guides in uns"
     else:
         found = recognised(labels.names, measured)
+    if found is None and (likely := recognised(labels.names)):
+        note = f" Its labels could be names of guides like {likely[1]}, which --guide-key {labels.key} reads as genes."
+        return replace(labels, reason=labels.reason + note), None
     if found is None:
         return labels, None
     genes, rule = found
     if config.perturbation_key is None and len(set(genes.values()) - {CONTROL}) > 1:
-        return _as_labels(_from_labels(obs, labels, genes, rule), obs, config)
+        return _as_labels(_from_labels(obs, labels, genes, rule, config), obs, config)
     note = f" Its labels are names of guides like {rule}, and each is a perturbation of its own"
     note += f"; --guide-key {labels.key} reads them as genes." if config.perturbation_key else "."
     return replace(labels, reason=labels.reason + note, targets=tuple(genes[name] for name in labels.names)), None
@@ -109,7 +127,7 @@ def labels_of(
 def _as_labels(guides: Guides, obs: pd.DataFrame, config: DataConfig) -> tuple[Perturbations, Guides]:
     table = pd.DataFrame({GUIDE_LABELS: guides.labels}, index=obs.index)
     controls = [guides.control_label, *(config.control_label or ())]
-    labels = read_perturbations(table, GUIDE_LABELS, list(dict.fromkeys(controls)), JOINED)
+    labels = read_perturbations(table, GUIDE_LABELS, list(dict.fromkeys(controls)), config.separator or JOINED)
     return replace(labels, reason=guides.reason), guides
 
 
@@ -121,15 +139,16 @@ def _genes(
     genes, rule = genes_of_guides(names, config.control_label, table)
     if table is targets and rule == "table":
         rule = "their table in the file"
-    _refuse_torn(genes.values())
+    _refuse_torn(genes.values(), config)
     return genes, rule
 
 
-def _refuse_torn(genes: Iterable[str]) -> None:
-    torn = next((gene for gene in genes if JOINED in gene), None)
+def _refuse_torn(genes: Iterable[str], config: DataConfig) -> None:
+    mark = config.separator or JOINED
+    torn = next((gene for gene in genes if mark in gene), None)
     if torn is not None:
-        what = f"The gene {torn!r} of a guide contains {JOINED!r}, which separates the genes of a combination."
-        raise InputError(what, "Rename the gene in a --guide-map.")
+        what = f"The gene {torn!r} of a guide contains {mark!r}, which separates the genes of a combination."
+        raise InputError(what, "Choose another --separator, or rename the gene in a --guide-map.")
 
 
 def _control(config: DataConfig) -> str:
@@ -146,13 +165,13 @@ def _from_column(obs: pd.DataFrame, config: DataConfig) -> Guides:
         parts = _split_joined(parts)
     known = [[part for part in own if not is_never(part)] for own in parts]
     genes, rule = _genes((part for own in known for part in own), config)
-    control = _control(config)
+    control, mark = _control(config), config.separator or JOINED
     written = []
     for text, own, sure in zip(texts, parts, known, strict=True):
         unsure = [part for part in own if part not in sure] or ([] if own else [text])
         targets = sorted({genes[part] for part in sure} - {control})
         # "unassigned" stays, and is dropped and counted by it.
-        written.append(unsure[0] if unsure else JOINED.join(targets) or control)
+        written.append(unsure[0] if unsure else mark.join(targets) or control)
     labels = pd.Categorical(np.append(np.array(written, dtype=object), np.nan)[codes])
     return _guides(labels, control, genes, rule, f"Guides are named in column {key!r}", {"column": key}, codes)
 
@@ -172,13 +191,15 @@ def _split_joined(parts: list[list[str]]) -> list[list[str]]:
     return [[part for guide in own for part in sure.get(guide, [guide])] for own in parts]
 
 
-def _from_labels(obs: pd.DataFrame, labels: Perturbations, genes: Mapping[str, str], rule: str) -> Guides:
+def _from_labels(
+    obs: pd.DataFrame, labels: Perturbations, genes: Mapping[str, str], rule: str, config: DataConfig
+) -> Guides:
     """Of labels that turned out to be guides."""
-    _refuse_torn(genes.values())
-    control, key = labels.control_label, labels.key
+    _refuse_torn(genes.values(), config)
+    control, key, mark = labels.control_label, labels.key, config.separator or JOINED
     codes, texts = pd.factorize(obs[key].astype(object).map(lambda value: str(value).strip(), na_action="ignore"))
     read = np.array([
-        JOINED.join(sorted({genes[labels.names[i]] for i in condition} - {CONTROL})) or control
+        mark.join(sorted({genes[labels.names[i]] for i in condition} - {CONTROL})) or control
         for condition in labels.conditions
     ], dtype=object)  # fmt: skip
     # What is dropped is dropped again by its label.
@@ -195,7 +216,7 @@ def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataCo
     key = str(config.guide_counts)
     counts, names, where = guide_counts(screen, source, key)
     genes, rule = _genes(names, config, targets_in_var(source, key) if where == "modality" else None)
-    control = _control(config)
+    control, mark = _control(config), config.separator or JOINED
     targets = [control, *sorted(set(genes.values()) - {control})]
     number = {gene: i for i, gene in enumerate(targets)}
     column = np.array([number[genes[name]] for name in names], dtype=np.int64)
@@ -212,7 +233,7 @@ def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataCo
         own = (
             carried.indices[carried.indptr[cell] : carried.indptr[cell + 1]] if several else [first[cell], second[cell]]
         )
-        written[cell] = JOINED.join(targets[i] for i in sorted({*map(int, own)} - {0})) or control
+        written[cell] = mark.join(targets[i] for i in sorted({*map(int, own)} - {0})) or control
     about: dict[str, Any] = {where: key, "min_umis": config.guide_min_umis, "min_share": config.guide_min_share}
     about["cells_with_two"] = int(pairs.sum())
     text = f"Guides are counted in {where} {key!r}. "

@@ -15,6 +15,7 @@ from crlseq.data.controls import GENES, is_control_name, is_named, is_never, kin
 Ints = NDArray[np.int64]
 
 MISSING = "missing"
+GUIDE_LABELS, JOINED = "crlseq_perturbation", "+"  # column of obs with what guides were read as, and its separator
 STRATEGY_KEY = "genetic_perturbation_strategy"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +18,7 @@ import pandas as pd
 from crlseq.data.combinations import known_separator, mark_of
 from crlseq.data.controls import find_controls, is_control_name, is_named, is_never, kind_of
 from crlseq.data.guide_names import recognised
-from crlseq.data.label_rules import PLAIN, STYLE_OF, Ints, Rules
+from crlseq.data.label_rules import GUIDE_LABELS, JOINED, PLAIN, STYLE_OF, Ints, Rules
 from crlseq.data.label_rules import Perturbations as Perturbations
 from crlseq.data.matrix import NO_TEXT
 from crlseq.errors import InputError, few
@@ -34,7 +34,7 @@ def read_perturbations(
     key: str | None = None,
     control_label: str | Sequence[str] | None = None,
     separator: str | None = None,
-    measured: Collection[str] = (),
+    measured: frozenset[str] = frozenset(),
 ) -> Perturbations:
     """Read the perturbations of all cells from a column; what is not given is detected.
 
@@ -47,7 +47,7 @@ def read_perturbations(
     if key is not None:
         refuse_missing_column(obs, key, "--perturbation-key")
     given = [control_label] if isinstance(control_label, str) else control_label
-    controls = None if given is None else tuple(label.strip() for label in given)
+    controls = None if not given else tuple(label.strip() for label in given)
     readings = _readings(obs, _label_columns(obs) if key is None else [key], controls, separator)
     usable = [reading for reading, _ in readings if len(reading.names) > 1]
     if not usable:
@@ -74,7 +74,7 @@ def read_perturbations(
     return replace(chosen, reason=chosen.reason + notes)
 
 
-def _without_guides(readings: list[Perturbations], measured: Collection[str]) -> tuple[list[Perturbations], list[str]]:
+def _without_guides(readings: list[Perturbations], measured: frozenset[str]) -> tuple[list[Perturbations], list[str]]:
     """Readings without columns of guides that another column has the genes of; and these columns."""
     if len({reading.key for reading in readings}) < 2:
         return readings, []
@@ -99,9 +99,10 @@ def _readings(
 
     The best come first: 0 where the column's name is known, 1 where a label without a number is of control cells, else 2.
     """
-    forced = None if separator is None else known_separator(separator)
     readings = []
     for key in keys:
+        own_separator = JOINED if key == GUIDE_LABELS else None
+        forced = own_separator if separator is None else known_separator(separator)
         labels, codes = _labels(obs[key])
         style = STYLE_OF.get(key, PLAIN)
         marked = style.control_column in obs

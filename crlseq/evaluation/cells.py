@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from crlseq.config import Config
+from crlseq.data.guides import with_guide_labels
 from crlseq.data.label_rules import STRATEGY_KEY, Perturbations
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.perturbations import read_perturbations
@@ -140,7 +142,9 @@ def _read_own(run: Run) -> _Table:
 def _read_other(run: Run, data: str | Path | ad.AnnData, notes: list[str]) -> _Table:
     record, key = run.preprocessing, run.facts.perturbation_key
     with open_screen(data, record.layer) as screen:
-        if key not in screen.obs:
+        config = Config.model_validate(run.info["config"]).data
+        obs = with_guide_labels(screen, data, config, key, run.facts.control_label)
+        if key not in obs:
             raise InputError(
                 f"{screen.source} has no column {key!r}, which holds the perturbations of the fit.",
                 "Give cells with the same labels.",
@@ -150,7 +154,7 @@ def _read_other(run: Run, data: str | Path | ad.AnnData, notes: list[str]) -> _T
         x, marks = _expression(screen, record, alignment), _fingerprints(screen, alignment.columns)
         if len(alignment.present) < alignment.n_fitted:
             notes.append(f"{len(alignment.present)} of {alignment.n_fitted} fitted genes are compared.")
-        return _Table(screen.source, screen.obs, x, alignment, marks)
+        return _Table(screen.source, obs, x, alignment, marks)
 
 
 def _held_out(

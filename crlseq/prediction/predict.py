@@ -24,7 +24,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from crlseq.config import Config
 from crlseq.data.controls import is_named
+from crlseq.data.guides import with_guide_labels
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.perturbations import read_perturbations
 from crlseq.data.preprocess import align
@@ -201,7 +203,7 @@ def _start(
         if len(alignment.present) < alignment.n_fitted and run.path is None:
             record.columns(screen)  # nothing to fill them with: says which are missing
         notes += about
-        controls = _controls(run, screen, own, notes)
+        controls = _controls(run, screen, source, own, notes)
         wanted = min(N_CELLS, len(controls)) if n_cells is None else n_cells
         if wanted > len(controls):
             if paired:
@@ -219,25 +221,26 @@ def _start(
         x = alignment.take(record.apply(block)).astype(np.float32).toarray()
         if len(alignment.present) < alignment.n_fitted:
             with open_screen(run.folder / "crlseq.h5ad", record.layer) as fitted:  # their mean over the fit's controls
-                rows = record.apply(fitted.rows(_controls(run, fitted, True, [])))
+                rows = record.apply(fitted.rows(_controls(run, fitted, source, True, [])))
                 means = rows[:, record.columns(fitted)].mean(0)
             x = alignment.filled(x, np.asarray(means).ravel())
         return x[again], screen.obs.index.astype(str).to_numpy()[index][again]
 
 
-def _controls(run: Run, screen: Screen, own: bool, notes: list[str]) -> np.ndarray:
+def _controls(run: Run, screen: Screen, source: str | Path | ad.AnnData, own: bool, notes: list[str]) -> np.ndarray:
     """Indices of the control cells of a screen; of every cell where other cells bear no label."""
     key, labels = run.facts.perturbation_key, run.facts.controls
-    if key not in screen.obs:
+    config = Config.model_validate(run.info["config"]).data
+    obs = with_guide_labels(screen, source, config, key, run.facts.control_label)
+    if key not in obs:
         notes.append(f"{screen.source} has no column {key!r}, so every cell is treated as unperturbed.")
         return np.arange(screen.n_cells)
     try:
-        separator = run.facts.config.data.separator
-        found = np.flatnonzero(read_perturbations(screen.obs, key, labels, separator).is_control)
+        found = np.flatnonzero(read_perturbations(obs, key, labels, config.separator).is_control)
     except InputError:  # no screen: without perturbations beside the control, or without a control
         if own:
             raise
-        texts = screen.obs[key].astype(str).str.strip()
+        texts = obs[key].astype(str).str.strip()
         found = np.flatnonzero(texts.map(lambda text: is_named(text, labels)).to_numpy(dtype=bool))
     if not len(found):
         raise InputError(

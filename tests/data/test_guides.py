@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,11 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import crlseq
-from crlseq.config import make_config
+from crlseq.config import DataConfig, make_config
 from crlseq.data.dataset import PerturbSeqData, read_data
-from crlseq.data.guides import assign, genes_of_guides
+from crlseq.data.guide_names import genes_of_guides
+from crlseq.data.guide_targets import targets_in_uns
+from crlseq.data.guides import assign, labels_of
 from crlseq.errors import InputError, UsageError
-from tests.support import DATA, check_refusal, fit_file, invoke, small_screen
+from tests.support import DATA, check_refusal, fit_file, invoke, labels, small_screen
 
 
 @pytest.mark.parametrize(
@@ -34,6 +37,10 @@ from tests.support import DATA, check_refusal, fit_file, invoke, small_screen
         ("AHR_+_17421431.23-P1P2 AHR_-_17338341.23-P1 non-targeting_00012", "GENE_+_POSITION", "AHR AHR control"),
         ("TP53_ACGTACGTACGTACGTACGT MYC_TTTTACGTACGTACGTACGT NT3_g1", "GENE_SEQUENCE", "TP53 MYC NT3_g1"),
         ("sgSTAT1 sgIRF1 ctrl3", "sgGENE", "STAT1 IRF1 control"),
+        ("JAK2_+_4985245-P1P2 JAK2_-_4985033.23 JAK2_4985245 NT-1", "GENE_+_POSITION", "JAK2 JAK2 JAK2 control"),
+        ("HLA-A_P1P2 NKX2-1-P1 non-targeting", "GENE_+_POSITION", "HLA-A NKX2-1 control"),
+        # Many control guides have no say.
+        ("A_+_191878.23-P1 NT-1 NT-2 NT-3 NT-4 NT-5", "GENE_+_POSITION", "A" + 5 * " control"),
     ],
 )
 def test_genes_by_names(names: str, rule: str, genes: str) -> None:
@@ -190,9 +197,169 @@ def test_a_modality(tmp_path: Path) -> None:
 
 def test_a_mudata_file_without_expression(tmp_path: Path) -> None:
     mudata = pytest.importorskip("mudata", reason="mudata is not installed")
-    mudata.MuData({"gex": small_screen()}).write_h5mu(tmp_path / "screen.h5mu")
+    mudata.MuData({"prot": small_screen()}).write_h5mu(tmp_path / "screen.h5mu")
     answer = invoke("check", tmp_path / "screen.h5mu")
-    check_refusal(answer.code, answer.out, answer.err, 3, "no modality 'rna'", "'gex'")
+    check_refusal(answer.code, answer.out, answer.err, 3, "no modality 'rna'", "'prot'")
+
+
+@pytest.mark.parametrize(("expression", "guide"), [("gene", "guide"), ("rna", "gdo"), ("GEX", "crispr"), ("x", "y")])
+def test_modalities_as_pipelines_name_them(tmp_path: Path, expression: str, guide: str) -> None:
+    """And whose gene a guide is, where its table says so: their names tell nothing here."""
+    adata = counted(guided())
+    names = list(adata.obsm["guides"].columns)
+    guides = ad.AnnData(sp.csr_matrix(adata.obsm.pop("guides").to_numpy(dtype=np.float32)))
+    guides.obs_names, guides.var_names = adata.obs_names, [f"ID{i:03d}" for i in range(len(names))]
+    guides.var["intended_target_name"] = [name.split("g")[0] if "NT" not in name else "chr1:100" for name in names]
+    guides.var["targeting"] = [not name.startswith("NT") for name in names]
+    adata.var["feature_types"], guides.var["feature_types"] = "Gene Expression", "CRISPR Guide Capture"
+    path = tmp_path / "screen.h5mu"
+    with h5py.File(path, "w") as file:
+        file.attrs["encoding-type"], file.attrs["encoding-version"] = "MuData", "0.1.0"
+        for name, part in ((expression, adata), (guide, guides)):
+            ad.io.write_elem(file, f"mod/{name}", part)
+        ad.io.write_elem(file, "obs", pd.DataFrame(index=adata.obs_names))
+        ad.io.write_elem(file, "var", pd.DataFrame(index=[*adata.var_names, *guides.var_names]))
+    data = read_data(path, make_config(guide_counts=guide).data, 0)
+    same_cells(data, adata.obs["was"], slice(2, None))
+    assert data.guides is not None
+    assert "Genes are read from their table in the file ('ID000' is 'GENE0'): 12 guides target 6 genes" in data.notes[0]
+
+
+def labelled(**columns: Any) -> pd.DataFrame:
+    return pd.DataFrame({key: list(values) for key, values in columns.items()})
+
+
+LIBRARIES = {
+    "GENE_g1": "{}_g{}", "GENEg1": "{}g{}", "GENE_1": "sg{}-{}", "GENE_+_POSITION": "{}_+_1918789{}.23-P1P2",
+    "GENE_SEQUENCE": "{}_ACGTACGTACGTACGTAC{}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", LIBRARIES)
+def test_labels_that_are_guides_are_read_as_genes(style: str) -> None:
+    genes = ["STAT1", "NKX2-1", "HLA-A", "KLF1"]
+    ends = ("GT", "TG") if style == "GENE_SEQUENCE" else (1, 2)
+    names = [LIBRARIES[style].format(gene, end) for gene in genes for end in ends]
+    cells = [
+        *names,
+        f"{names[0]}|{names[1]}",
+        f"{names[0]}|{names[2]}",
+        "NT-1",
+        "NT-2",
+        "NT-3",
+        f"{names[7]}|NT-1",
+        "*",
+    ]
+    expected = [*(gene for gene in genes for _ in ends), "STAT1", "NKX2-1+STAT1", "NT", "NT", "NT", "KLF1", "-"]
+    found, guides = labels_of(labelled(guide=cells), DataConfig())
+    assert labels(found) == expected and found.targets == found.names == tuple(sorted(genes))
+    assert guides is not None and guides.record["rule"] == style
+    assert guides.record["genes"][names[2]] == "NKX2-1" and guides.record["genes"]["NT-2"] == "NT"
+    assert "8 guides target 4 genes and 3 are controls" in found.reason
+    assert found.dropped == {"*": 1}
+    # Where the column is named, labels are perturbations, and what they target is known.
+    found, guides = labels_of(labelled(guide=[*cells[:8], "NT-1"]), DataConfig(perturbation_key="guide"))
+    assert guides is None and labels(found) == [*cells[:8], "NT-1"]
+    assert dict(zip(found.names, found.targets, strict=True))[names[2]] == "NKX2-1"
+    assert f"names of guides like {style}" in found.reason and "--guide-key guide reads them as genes" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("names", "measured"),
+    [
+        ("HLA-A HLA-B NKX2-1 MT-CO1 H2AC6", ""),
+        ("NKX2-1 NKX2-2 NKX6-1 NKX6-2", "NKX2-1 NKX6-1"),
+        ("Perturb_0 Perturb_1 Perturb_2 Perturb_3", ""),
+        ("DrugA_1 DrugA_10 DrugA_100 DrugB_1 DrugB_10", ""),
+        ("chr1_1000 chr1_2000 chr2_1000 chr2_2000", ""),
+        ("chr1_1000000 chr2_2000000 chrX_3000000", ""),
+        ("Atg5 Atg7 Atg12 Rag1 Rag2", ""),
+        ("g0 g1 g2 g3", ""),
+        ("ENSG00000115415.1 ENSG00000115416.2", ""),
+        ("Mix_1 Mix_2 Mux_1 Mux_2", "STAT1"),
+    ],
+)
+def test_labels_that_are_no_guides(names: str, measured: str) -> None:
+    cells = ["control", *names.split()]
+    found, guides = labels_of(labelled(perturbation=cells), DataConfig(), frozenset(measured.split()))
+    assert guides is None
+    assert labels(found) == cells and found.targets == found.names
+
+
+def test_the_guides_of_cellxgene_and_their_table() -> None:
+    ids = ["id1", "id2", "id3", "id1 || id3", "id1 || id9", "id9", "id8 || id9", "na"]
+    screen = "CRISPR knockout screen"
+    obs = labelled(
+        genetic_perturbation_id=ids, genetic_perturbation_strategy=[*[screen] * 5, "control", "control", screen]
+    )
+    table = {
+        "id1": {"role": "targeting", "target_features": {"ENSG1": "KARS1"}},
+        "id2": {"role": "targeting", "target_features": {"ENSG1": "KARS1"}},
+        "id3": {"role": "targeting", "target_features": {"ENSG2": "CERS6", "ENSG3": "CERS6-AS1"}},
+        "id8": {"role": "control"}, "id9": {"role": "control"},
+    }  # fmt: skip
+    adata = ad.AnnData(np.ones((8, 2), dtype=np.float32), obs=obs.set_index(pd.Index([f"c{i}" for i in range(8)])))
+    adata.uns["genetic_perturbations"] = table
+    assert targets_in_uns(adata) == {"id1": "KARS1", "id2": "KARS1", "id3": "CERS6", "id8": "control", "id9": "control"}
+    found, guides = labels_of(obs, DataConfig(), frozenset(), targets_in_uns(adata))
+    assert labels(found) == ["KARS1", "KARS1", "CERS6", "CERS6+KARS1", "KARS1", "control", "control", "-"]
+    assert guides is not None and found.key == "crlseq_perturbation"
+    named, guides = labels_of(
+        obs, DataConfig(perturbation_key="genetic_perturbation_id"), frozenset(), targets_in_uns(adata)
+    )
+    assert guides is None and named.names == ("id1", "id2", "id3") and named.targets == ("KARS1", "KARS1", "CERS6")
+
+
+def test_a_fit_of_guides_that_nobody_named(tmp_path: Path) -> None:
+    """As with --guide-key; the result is evaluated on another file with the same guides."""
+    adata = guided()
+    del adata.obs["was"]
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    run = fit_file(tmp_path / "screen.h5ad", "--hold-out-cells", "0.2")
+    assert run.interventions["perturbation"].tolist() == [f"GENE{i}" for i in range(6)]
+    assert run.info["perturbation_key"] == "crlseq_perturbation" and run.info["guides"]["column"] == "grna"
+    other = guided()
+    del other.obs["was"]
+    other.obs_names = [f"other{i}" for i in range(other.n_obs)]
+    other.X = sp.csr_matrix(other.X.toarray() + np.random.default_rng(1).poisson(0.2, other.shape))
+    other.write_h5ad(tmp_path / "other.h5ad")
+    scores = crlseq.evaluate(run, data=tmp_path / "other.h5ad")
+    assert set(scores.conditions["condition"]) == {f"GENE{i}" for i in range(6)}
+    prepared = invoke("prepare", tmp_path / "screen.h5ad", "--output", tmp_path / "store")
+    assert prepared.code == 0, prepared.err
+    store = read_data(tmp_path / "store", make_config().data, 0)
+    assert store.perturbation_names == tuple(f"GENE{i}" for i in range(6)) and store.shuffled
+
+
+def crowded(n_single: int) -> ad.AnnData:
+    """Most cells carry three genes of six; some carry one beside a control guide."""
+    adata = small_screen()
+    names = [f"G{i}_g1" for i in range(6)]
+    rng = np.random.default_rng(0)
+    sets = ["|".join(rng.choice(names, 3, replace=False)) for _ in range(adata.n_obs)]
+    sets[:20] = ["NT_g1"] * 20
+    for i in range(2 * n_single):
+        sets[20 + i] = f"G{i % 2}_g1|NT_g1"
+    adata.obs["guides"] = sets
+    del adata.obs["perturbation"]
+    counts = pd.DataFrame({name: [20 * (name in own.split("|")) for own in sets] for name in [*names, "NT_g1"]})
+    adata.obsm["counts"] = counts.set_index(adata.obs_names)
+    return adata
+
+
+@pytest.mark.parametrize("how", [{"guide_key": "guides"}, {"guide_counts": "counts"}, {}])
+def test_high_multiplicity_is_said_and_single_cells_are_fitted(how: dict[str, str]) -> None:
+    said = (
+        "The multiplicity of infection is high: cells carry a median of 3 perturbations, and {} of 260 cells carry one"
+    )
+    data = read_data(crowded(20), make_config(**how, min_cells=20).data, 0)
+    assert data.condition_names[1:] == ("G0", "G1")
+    assert [int((data.condition == c).sum()) for c in range(3)] == [20, 20, 20]
+    assert any(said.format(40) in note for note in data.notes)
+    with pytest.raises(InputError) as refused:
+        read_data(crowded(5), make_config(**how, min_cells=20).data, 0)
+    assert said.format(10) in refused.value.message
+    assert refused.value.hint.startswith("Two perturbations with 20 cells that carry nothing else are needed")
 
 
 def test_a_map(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crlseq.data.perturbations import CONTROL_LABELS, NEVER_PERTURBATIONS, Perturbations, read_perturbations
+from crlseq.data.combinations import could_be_name
+from crlseq.data.controls import is_control_name, is_never
+from crlseq.data.perturbations import Perturbations, read_perturbations
 from tests.support import ROOT, table
 
 # HDF5 has no text with NUL in it, and pandas hashes text up to the first NUL.
 NAME = st.text(st.characters(codec="utf-8", exclude_characters="+\0"), min_size=1, max_size=6).filter(
-    lambda s: s == s.strip() and s.casefold() not in CONTROL_LABELS | NEVER_PERTURBATIONS
+    lambda s: s == s.strip() and could_be_name(s) and not is_control_name(s) and not is_never(s)
 )
 
 

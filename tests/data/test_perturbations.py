@@ -175,6 +175,8 @@ def test_labels_that_are_no_control(label: str) -> None:
         ("control NT3 STAT1", "control"),
         ("CTRL STAT1", "CTRL"),
         ("ctrl CTRL STAT1", "ctrl"),  # chymotrypsin-like protease
+        ("ctrl CTRL+ctrl ctrl+ctrl", "ctrl ctrl+ctrl"),
+        ("ctrl ctrl_g1 ctrl_g2 g1 A", "ctrl ctrl_g2"),  # "g1" with a control
         ("non-targeting safe-targeting_1 NT-1 STAT1", "NT-1 non-targeting safe-targeting_1"),
     ],
 )
