@@ -29,7 +29,7 @@ WEIRD = [
     "<script>alert(1)</script>",
     "tab\there",
     "-x",
-    "a;b|c",
+    "a~b^c",
     "#1",
     "%s{0}",
     "[bold]x[/bold]",
