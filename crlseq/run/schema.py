@@ -99,6 +99,8 @@ class Input(_Part):
     sha256: str | None
     n_cells: int
     n_genes: int
+    cells_sha256: str | None = None  # of cells in memory, as they are fitted
+    tables: dict[str, str] = {}  # SHA-256 of what options name beside the screen, by option
 
 
 class PreprocessingSummary(_Part):
