@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from crlseq.data.projection import Projection, principal_components
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.discovery.effects import effect_tests
 from crlseq.discovery.methods import find_programs
-from crlseq.discovery.negative_controls import Found, undone_effects
+from crlseq.discovery.negative_controls import Found, Sensitivity, sensitivity, undone_effects
 from crlseq.discovery.task import Task
 from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.fitted import FittedRun, load
@@ -185,11 +185,14 @@ class Tested:
 
 @dataclass(frozen=True)
 class Start:
-    """What training starts from (None: random weights), the number of programs, and why that many."""
+    """What training starts from (None: random weights), the number of programs, and why that many; without any, what would
+    have been found.
+    """
 
     warm: WarmStart | None
     n_latents: int
     reason: str
+    sensitivity: Sensitivity | None
 
 
 def _fit(job: Job) -> FittedRun:
@@ -201,6 +204,8 @@ def _fit(job: Job) -> FittedRun:
         give_back()
         tested = _test(job, screen)
         start = _discover(job, tested)
+        if not start.n_latents:
+            screen = replace(screen, sets=None, vectors=None)  # there are no programs to read from them
         give_back()
         fitted = _train(job, screen, tested, start)
         give_back()
@@ -241,13 +246,18 @@ def _discover(job: Job, tested: Tested) -> Start:
         raise
     found = programs.discovery
     warm = None if found is None else WarmStart(found, ~np.isnan(tests["p_value"]), tested.projection)
-    return Start(warm, programs.n, programs.reason)
+    seen = None
+    if not programs.n:
+        progress.stage("testing which effects would have been detected")
+        seen = stages.get("sensitivity", lambda: sensitivity(tested.data, tested.projection.scores, seed))
+    return Start(warm, programs.n, programs.reason, seen)
 
 
 def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
     """Step 4: the network, on all ranks; goes on from the folder's checkpoint if one is there."""
     folder, progress, ranks, sets = job.folder, job.progress, job.ranks, screen.sets
-    progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
+    if start.n_latents:
+        progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
     ranks.from_first({"input": screen.digest, "n_latents": start.n_latents})
     if sets is not None and folder is not None and not (folder / GENE_SETS).exists():
         sets.write(folder / GENE_SETS)
@@ -284,6 +294,7 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
         "embeddings": None if found is None else found.summary(),
         "negative_controls": _negative_controls(tested.undone, start.warm),
         "n_latents_reason": start.reason,
+        "sensitivity": start.sensitivity and asdict(start.sensitivity),
         "started": job.started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": job.ranks.size,

@@ -181,6 +181,14 @@ class NegativeControls(_Part):
     ordered: int = 0
 
 
+class Sensitivity(_Part):
+    """What would have been found in a screen without any effect; see `crlseq.discovery.negative_controls.Sensitivity`."""
+
+    n_cells: int
+    n_control: int
+    shift: float | None
+
+
 class DiscoverySummary(_Part):
     """What the likelihood found; see `crlseq.discovery.result.Discovery`."""
 
@@ -261,6 +269,7 @@ class RunInfo(_Part):
     adjacency: Matrix
     identification: Identification
     negative_controls: NegativeControls = NegativeControls()
+    sensitivity: Sensitivity | None = None
     discovery: DiscoverySummary | None
     training: Training
     metrics: Metrics
@@ -277,6 +286,11 @@ class RunInfo(_Part):
             missing = first["type"] == "missing"
             what = f"run.json lacks {where!r}" if missing else f"{where} in run.json: {first['msg']}"
             raise ValueError(what) from None
+
+    @property
+    def without_effect(self) -> bool:
+        """Whether no perturbation has a detectable effect: there are no programs, and no network was trained."""
+        return self.n_latents == 0
 
     @property
     def bootstrap(self) -> Bootstrap | None:
