@@ -48,7 +48,7 @@ def fit(
     config: Annotated[
         Path | None, setting("TOML file with tables data, model and training; options win over it.")
     ] = None,
-    resume: Annotated[bool, switch("--resume", "Continue an unfinished fit.")] = False,
+    resume: Annotated[bool, switch("--resume", "Continue an unfinished fit of the same input and options.")] = False,
     force: Force = False,
     quiet: Quiet = False,
     **given: Any,

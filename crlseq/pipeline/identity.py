@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ class Identity:
 
     version: str
     content: str
-    tables: dict[str, str]
+    tables: dict[str, str | None]
     config: dict[str, Any]
 
     @classmethod
-    def of(cls, content: str, tables: dict[str, str], config: Config) -> Identity:
+    def of(cls, content: str, tables: dict[str, str | None], config: Config) -> Identity:
         """A fit by this version."""
         return cls(__version__, content, tables, config.model_dump(mode="json"))
 
@@ -58,7 +58,7 @@ class Identity:
         if self.content != asked.content:
             yield "the input has other content"
         for name, digest in self.tables.items():
-            if asked.tables.get(name, digest) != digest:
+            if digest and asked.tables.get(name) not in (None, digest):
                 yield f"the file of {name} has other content"
         for section in dict.fromkeys([*self.config, *asked.config]):
             before, now = self.config.get(section), asked.config.get(section)
@@ -71,15 +71,15 @@ class Identity:
             yield f"the version of crlseq was {self.version} and is {asked.version}"
 
 
-def digests_of_tables(config: Config, folder: Path | None) -> dict[str, str]:
-    """Digests of the tables that options name; the folder's copy of gene sets does without their file."""
-    paths = {name: getattr(config.data, name) for name in TABLES}
+def digests_of_tables(config: Config, folder: Path | None) -> dict[str, str | None]:
+    """Digests of `TABLES`; None of those not given, and of gene sets whose file is gone where the folder has its copy."""
     copied = folder is not None and (folder / GENE_SETS).exists()
-    return {
-        name: digest_of(path)
+    paths = {name: getattr(config.data, name) for name in TABLES}
+    there = {
+        name: path is not None and not (name == "gene_sets" and copied and not Path(path).exists())
         for name, path in paths.items()
-        if path is not None and not (name == "gene_sets" and copied and not Path(path).exists())
     }
+    return {name: digest_of(path) if there[name] else None for name, path in paths.items()}
 
 
 def settle(folder: Path, asked: Identity, force: bool, note: Callable[[str], None]) -> Identity:
@@ -95,7 +95,7 @@ def settle(folder: Path, asked: Identity, force: bool, note: Callable[[str], Non
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is damaged.", "Start over with --force and without --resume.") from error
         if not differences:
-            asked = replace(asked, tables=begun.tables | asked.tables)
+            asked = begun
         elif force:
             note(f"{folder} held another fit, and is replaced: {differences}.")
             empty(folder)

@@ -106,7 +106,7 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "programs": [_card(program, enriched) for program in run.described.values()],
         "enriched": enriched is not None,
         "read_from_sets": sets_in_words(run.facts),
-        "n_fitted_genes": len(run.preprocessing.genes),
+        "n_fitted_genes": run.programs["gene"].nunique(),
         "no_effect": no_effect_in_words(len(run.interventions)) if run.facts.without_effect else "",
         "sensitivity": sensitivity_in_words(run.facts),
         "interventions": interventions[:ROWS].to_dict("records"),

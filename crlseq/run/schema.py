@@ -100,7 +100,7 @@ class Input(_Part):
     n_cells: int
     n_genes: int
     cells_sha256: str | None = None  # of cells in memory, as they are fitted
-    tables: dict[str, str] = {}  # SHA-256 of what options name beside the screen, by option
+    tables: dict[str, str | None] = {}  # SHA-256 of what options name beside the screen, by option
 
 
 class PreprocessingSummary(_Part):
