@@ -48,7 +48,7 @@ def fit(
     config: Annotated[
         Path | None, setting("TOML file with tables data, model and training; options win over it.")
     ] = None,
-    resume: Annotated[bool, switch("--resume", "Continue an unfinished fit.")] = False,
+    resume: Annotated[bool, switch("--resume", "Continue an unfinished fit of the same input and options.")] = False,
     force: Force = False,
     quiet: Quiet = False,
     **given: Any,
@@ -60,6 +60,7 @@ def fit(
         settings = read_config(given, preset, config)
         from crlseq.pipeline.fit import fit as fit_screen
         from crlseq.pipeline.fit import take_part
+        from crlseq.run.summary import sensitivity_in_words
 
         if ranks.rank > 0:
             take_part(file, settings, ranks)
@@ -68,8 +69,11 @@ def fit(
             run = fit_screen(file, output, config=settings, resume=resume, force=force, progress=progress, ranks=ranks)
     if not quiet:
         detected, total = run.facts.metrics.n_detected, len(run.interventions)
-        say(f"{run.facts.n_latents} programs; {detected} of {total} perturbations have a detectable effect.")
+        if not run.facts.without_effect:
+            say(f"{run.facts.n_latents} programs; {detected} of {total} perturbations have a detectable effect.")
         say_verdict(run)
+        if words := sensitivity_in_words(run.facts):
+            say(words)
         say(f"Written to {output} in {run.facts.seconds:.0f} s. Next: crlseq inspect {output}")
 
 

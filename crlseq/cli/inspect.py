@@ -47,13 +47,41 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     """What was fitted, how well, and whether the graph can be trusted."""
     import pandas as pd
 
+    from crlseq.run.summary import no_effect_in_words, sensitivity_in_words
+
+    found = load(run)
+    facts, preprocessing = found.facts, found.facts.preprocessing
+    without_effect = {"sensitivity": sensitivity_in_words(facts)}
+    rows = {
+        "input": facts.input.path,
+        "cells": ", ".join(f"{n} {name}" for name, n in facts.cells if n),
+        "genes": preprocessing.gene_choice,
+        "values": f"{preprocessing.values} ({preprocessing.reason})",
+        "labels": facts.label_reason,
+        "perturbations": no_effect_in_words(len(found.interventions))
+        if facts.without_effect
+        else f"{len(found.interventions)}, {facts.metrics.n_detected} with a detectable effect (FDR <= 0.05)",
+        "programs": f"{facts.n_latents} ({facts.n_latents_reason})",
+        **(_of_the_model(found) if not facts.without_effect else without_effect),
+        "preset": f"{facts.config.preset}, seed {facts.seed}, crlseq {facts.version}",
+    }
+    if json:
+        show_json(rows | {key: found.info[key] for key in ("notes", "metrics", "identification")})
+        return
+    show_table(pd.DataFrame({"what": list(rows), "value": list(rows.values())}), str(run))
+    for note in facts.notes:
+        say(f"note: {note}")
+    for warning in facts.identification.warnings:
+        say(f"warning: {warning}")
+
+
+def _of_the_model(found: Run) -> dict[str, str]:
+    """What the summary tells of programs, graph and training."""
     from crlseq.run.pairs import counts, why_no_pairs
     from crlseq.run.summary import answers, controls_in_words, sets_in_words
 
-    found = load(run)
-    facts, metrics, identification = found.facts, found.facts.metrics, found.facts.identification
-    training, preprocessing, discovery = facts.training, facts.preprocessing, facts.discovery
-    _, better, converged = answers(facts, found.evaluation, found.history)
+    facts, metrics, training, discovery = found.facts, found.facts.metrics, found.facts.training, found.facts.discovery
+    graph, better, converged = answers(facts, found.evaluation, found.history)
     epochs = f"{training.epochs_run} epochs, weights of epoch {training.best_epoch + 1} kept"
     if not training.epochs_run:
         epochs = "no epochs; the linear model that the likelihood gives"
@@ -64,19 +92,11 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
         likelihood += f"; misfit {discovery.dispersion:.2f} (ideal 1.0)"
         likelihood += f"; {discovery.bootstrap.replicates} bootstrap replicates" if discovery.bootstrap else ""
     rows = {
-        "input": facts.input.path,
-        "cells": ", ".join(f"{n} {name}" for name, n in facts.cells if n),
-        "genes": preprocessing.gene_choice,
-        "values": f"{preprocessing.values} ({preprocessing.reason})",
-        "labels": facts.label_reason,
-        "perturbations": f"{len(found.interventions)}, {metrics.n_detected} with a detectable effect (FDR <= 0.05)",
-        "programs": f"{facts.n_latents} ({facts.n_latents_reason})",
-        "graph": f"{identification.verdict}: {identification.reason}",
+        "graph": f"{graph.answer}: {graph.reason}",
         "pairs": why_no_pairs(facts) if found.pairs is None else f"{counts(found.pairs)}. {controls_in_words(facts)}",
         "likelihood": likelihood,
         "training": f"{epochs}, {facts.seconds} s on {facts.device}",
         "converged": f"{converged.answer}: {converged.reason}",
-        "preset": f"{facts.config.preset}, seed {facts.seed}, crlseq {facts.version}",
     }
     if facts.gene_sets is not None:
         rows["encoder"] = f"{facts.gene_sets.n_sets} gene sets of {facts.config.data.gene_sets}"
@@ -85,14 +105,7 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
         no_change = f"no change: {metrics.mmd2_no_change:.4f}"
         rows["held out"] = f"on {metrics.evaluated_on} cells: MMD2 {metrics.mmd2:.4f} ({no_change})"
         rows["baselines"] = f"{better.answer}: {better.reason}"
-    if json:
-        show_json(rows | {key: found.info[key] for key in ("notes", "metrics", "identification")})
-        return
-    show_table(pd.DataFrame({"what": list(rows), "value": list(rows.values())}), str(run))
-    for note in facts.notes:
-        say(f"note: {note}")
-    for warning in identification.warnings:
-        say(f"warning: {warning}")
+    return rows
 
 
 @app.command()
@@ -109,6 +122,8 @@ def programs(
 
         check_gmt(gene_sets)
     found = load(run)
+    if found.facts.without_effect:
+        say_verdict(found)
     if program is not None:
         _described(found, program)
     if gene_sets is None:
@@ -132,7 +147,8 @@ def programs(
             show_text("\n".join(_heading(told)))
             show_table(table[table["program"] == name].drop(columns="program"), "")
             show_text("")
-    say(f"For one program with its perturbations: crlseq inspect program {run} {program or found.program_names[0]}")
+    if found.described:
+        say(f"For one program with its perturbations: crlseq inspect program {run} {program or found.program_names[0]}")
 
 
 def _show_sets(found: Run, table: pd.DataFrame) -> None:
@@ -196,6 +212,8 @@ def program(
 
 
 def _described(run: Run, name: str) -> Program:
+    if not run.described:
+        raise InputError(f"There is no program {name!r} in {run.path}: no perturbation has a detectable effect.")
     if name not in run.described:
         names = run.program_names
         raise InputError(f"There is no program {name!r} in {run.path}.", f"Programs are {names[0]} to {names[-1]}.")

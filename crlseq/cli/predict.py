@@ -58,7 +58,7 @@ def predict(
         })  # fmt: skip
     for name, row in about["summary"].iterrows():
         tell(f"{name} ({row['seen']}): {row['n_genes_changed']} of {virtual.n_vars} genes change; total change {row['effect_l2']:.3f} (L2)")  # fmt: skip
-        if counterfactual:
+        if counterfactual and not found.facts.without_effect:
             tell(
                 f"  composition error {row['composition']:.2g}, effectiveness error {row['effectiveness']:.3f} SD, "
                 f"reversibility error {row['reversibility']:.3f} beside a change of {row['change']:.3f}"

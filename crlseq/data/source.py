@@ -30,7 +30,9 @@ def content_of(data: PerturbSeqData) -> str:
     """Digest of cells in memory, as they are fitted."""
     x = data.x
     parts = [x] if isinstance(x, np.ndarray) else [getattr(x, name) for name in ("data", "indices", "indptr")]
-    digest = hashlib.sha256("\n".join([*data.genes, *data.condition_names]).encode(errors="surrogatepass"))
+    digest = hashlib.sha256(
+        "\n".join([*data.genes, *data.condition_names, *data.cell_names]).encode(errors="surrogatepass")
+    )
     for part in (*parts, data.condition, data.split, data.batch):
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
     return digest.hexdigest()

@@ -34,6 +34,13 @@ class Task:
         """The kind of intervention that was asked for."""
         return None if self.config.intervention == "auto" else self.config.intervention
 
+    @property
+    def without_effect(self) -> bool:
+        """Whether every perturbation has cells of its own, and none of them an effect."""
+        cells = self.data.cells_by_condition(splits.TRAIN, splits.VALIDATION)
+        alone = {parts[0] for c, parts in enumerate(self.data.conditions) if len(parts) == 1 and len(cells[c])}
+        return not self.effect.any() and len(alone) == len(self.effect)
+
     def environments(self, perturbations: np.ndarray) -> Tensor:
         """(cells,) environments: 0 control, i + 1 the single perturbation ``perturbations[i]``, -1 others and cells of
         batches without controls.

@@ -138,6 +138,11 @@ def judge_nonlinear(gain: float, error: float) -> Verdict:
     )
 
 
+def judge_nothing() -> Verdict:
+    """The verdict on a screen without any effect."""
+    return Verdict("not identified", "No perturbation has a detectable effect, so there are no programs to order.")
+
+
 def judge_gradient(config: ModelConfig) -> Verdict:
     """The verdict on a graph without a discovery, under this configuration: theory and simulations leave no other."""
     kind = config.intervention

@@ -128,6 +128,10 @@ def evaluate(
     table = table[["condition", "group", "predictor", "n_cells", *(m for m in (*METRICS, *AXIOMS) if m in table)]]
     comparisons = compare(table, seed)
     recovery, notes = known_recovery(run, data)
+    if run.facts.without_effect:
+        notes.append(
+            "No perturbation has a detectable effect, so the model's predictions are control cells: no change."
+        )
     change = ((truth.measured.mean - truth.control) ** 2).sum(1)
     noisy = int(((truth.error - sampling).clip(0.0).sum(1) / np.maximum(change, 1e-30) > SHARED_NOISE).sum())
     if data is None and not held_out_controls and noisy > len(chosen) / 4:

@@ -275,7 +275,7 @@ def known_recovery(run: Run, data: str | Path | ad.AnnData | None) -> tuple[dict
             return None, ["uns['truth'] is not in the format of `crlseq simulate` and is ignored."]
         notes, latents = [], None
         try:
-            latents = None if true_latents is None else run.latents(source)
+            latents = None if true_latents is None or run.facts.without_effect else run.latents(source)
         except InputError as error:  # genes are missing: targets and graph can be scored all the same
             notes.append(f"No latents are scored: {error.message}")
         return score_recovery(run.interventions, run.edges, truth, latents, true_latents, run.pairs), notes

@@ -12,10 +12,13 @@ from crlseq._version import __version__
 from crlseq.run.graph import dag_json, plain_text
 from crlseq.run.graph import graphml as to_graphml
 from crlseq.run.run import Run
+from crlseq.run.summary import no_effect_in_words
 
 
 def verdict(run: Run) -> str:
-    """Whether the data determine the graph, and why."""
+    """Whether the data determine the graph, and why; of a screen without any effect, that there is none."""
+    if run.facts.without_effect:
+        return f"{no_effect_in_words(len(run.interventions))} There are no programs and no graph."
     found = run.facts.identification
     return f"The graph is {found.verdict}: {found.reason}"
 

@@ -40,7 +40,7 @@ def multiqc(run: Run, path: Path) -> None:
         "perturbations": len(run.interventions), "programs": facts.n_latents, "detected": metrics.n_detected,
         "graph": facts.identification.verdict, "edges": metrics.n_edges,
         "cells": facts.cells.train + facts.cells.validation + facts.cells.test, "unused": facts.cells.unused,
-        "genes": len(run.programs) // max(facts.n_latents, 1), "pearson_delta": metrics.pearson_delta,
+        "genes": len(run.preprocessing.genes), "pearson_delta": metrics.pearson_delta,
         "evaluated_on": metrics.evaluated_on, "epochs": facts.training.epochs_run, "seconds": facts.seconds,
         "version": facts.version,
     }  # fmt: skip

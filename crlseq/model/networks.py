@@ -7,6 +7,17 @@ from torch.nn import functional as F
 from crlseq.model.scm import NEGATIVE_SLOPE
 
 
+class Linear(nn.Linear):
+    """A linear layer from or to no units as well, which torch warns of: a screen without any effect has no latents."""
+
+    def reset_parameters(self) -> None:
+        """Random weights; without any, biases of 0."""
+        if self.weight.numel():
+            super().reset_parameters()
+        else:
+            nn.init.zeros_(self.bias)
+
+
 class GeneSetLayer(nn.Module):
     """Activities of gene sets: a linear layer whose unit s reads the genes of set s, W = V * (M + leak (1 - M)).
 
@@ -55,8 +66,8 @@ class Encoder(nn.Module):
             self.hidden = nn.Linear(n_genes, n_hidden)
             # Gene by gene in memory: products with sparse rows read, and their gradients write, whole rows of (G, H).
             self.hidden.weight = nn.Parameter(self.hidden.weight.detach().T.contiguous().T)
-        self.mean = nn.Linear(n_hidden, n_latents)
-        self.variance = nn.Linear(n_hidden, n_latents)
+        self.mean = Linear(n_hidden, n_latents)
+        self.variance = Linear(n_hidden, n_latents)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., G) expression to mean and variance, (..., p) each."""
@@ -73,7 +84,7 @@ class Decoder(nn.Module):
 
     def __init__(self, n_latents: int, n_hidden: int, n_genes: int, output_activation: str = "identity") -> None:
         super().__init__()
-        self.hidden = nn.Linear(n_latents, n_hidden)
+        self.hidden = Linear(n_latents, n_hidden)
         self.output = nn.Linear(n_hidden, n_genes)
         self.output_activation = output_activation
 
@@ -108,7 +119,7 @@ class InterventionEncoder(nn.Module):
         bound = n_perturbations**-0.5  # nn.Linear's own start for a one-hot input
         self.embedding = nn.Parameter(torch.empty(n_perturbations, n_hidden).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n_hidden).uniform_(-bound, bound))
-        self.logits = nn.Linear(n_hidden, n_latents)
+        self.logits = Linear(n_hidden, n_latents)
         self.register_buffer("given", torch.zeros(n_perturbations, n_latents))
         self.register_buffer("is_given", torch.zeros(n_perturbations, dtype=torch.bool))
 

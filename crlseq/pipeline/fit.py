@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.embeddings import Embeddings
 from crlseq.data.projection import Projection, principal_components
-from crlseq.data.source import digest_of, state_of
+from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.discovery.effects import effect_tests
 from crlseq.discovery.methods import find_programs
-from crlseq.discovery.negative_controls import Found, undone_effects
+from crlseq.discovery.negative_controls import Found, Sensitivity, sensitivity, undone_effects
 from crlseq.discovery.task import Task
 from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.fitted import FittedRun, load
+from crlseq.pipeline.identity import Identity, digests_of_tables, settle
 from crlseq.pipeline.read import Job, Progress, Screen, read_cells, read_screen
 from crlseq.pipeline.tables import tables_of
 from crlseq.report import write_report
@@ -37,7 +38,15 @@ from crlseq.run.schema import DETECTABLE_FDR, SPLIT
 from crlseq.run.summary import sets_in_words
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_weights
 from crlseq.storage.files import by_hdf5, refuse_existing
-from crlseq.storage.runfolder import EMBEDDINGS, GENE_SETS, move_into_place, partial_of, refuse_output, working_folder
+from crlseq.storage.runfolder import (
+    EMBEDDINGS,
+    GENE_SETS,
+    IDENTITY,
+    move_into_place,
+    partial_of,
+    refuse_output,
+    working_folder,
+)
 from crlseq.storage.stage_cache import StageCache
 from crlseq.threads import on_threads
 from crlseq.training.distributed import ALONE, Ranks
@@ -75,9 +84,9 @@ def fit(
     config
         A whole configuration, in place of `preset` and `options`.
     resume
-        Go on with an unfinished fit of the same input and options.
+        Go on with an unfinished fit of the same input, options and version; a finished one is left as it is.
     force
-        Replace a run, finished or not, that lies at `output`.
+        Replace a run, finished or not, that lies at `output`; together with `resume` one that is of another fit.
     ranks
         The processes that fit together; this is the first, and the others call `take_part`.
     options
@@ -117,25 +126,32 @@ def fit(
     if output is None:
         return _fit(Job(source, config, progress, ranks))
     target = Path(output) if Path(output).name not in ("", "..") else Path(output).resolve()
-    if resume and (target / "run.json").is_file():
-        return _finished(target, config, progress, ranks)
+    job = Job(source, config, progress, ranks, partial_of(target), force and resume)
+    if resume and (target / "run.json").is_file() and (run := _finished(target, job)) is not None:
+        return run
     refuse_output(target, resume, force)
-    with working_folder(partial_of(target), resume) as folder:
+    with working_folder(partial_of(target), resume):
         refuse_existing(target, force)  # another process may have finished it in the meantime
-        _fit(Job(source, config, progress, ranks, folder))
-        move_into_place(folder, target)
+        _fit(job)
+        move_into_place(partial_of(target), target)
     return load(target)
 
 
-def _finished(target: Path, config: Config, progress: Progress, ranks: Ranks) -> FittedRun:
-    """The run that was to be resumed."""
-    run = load(target)
-    if run.info["config"] != config.model_dump(mode="json"):
-        what = f"The run {target} is finished, but was fitted with other options."
-        raise InputError(what, "Choose another --output, or replace it with --force and without --resume.")
-    progress.note(f"{target} is finished already.")
-    ranks.from_first(None)
-    return run
+def _finished(target: Path, job: Job) -> FittedRun | None:
+    """The finished run that was to be resumed; None if it is of another fit and may be replaced, else InputError."""
+    run, source, config = load(target), job.source, job.config
+    content = digest_of(source) or content_of(read_cells(source, config, job.ranks))
+    asked = Identity.of(content, digests_of_tables(config, target), config)
+    differences = "; ".join(Identity.of_run(run).differences(asked))
+    if not differences:
+        job.progress.note(f"{target} is finished already.")
+        job.ranks.from_first(None)
+        return run
+    if not job.force:
+        what = f"The run {target} is finished, but was fitted with other options or to another input: {differences}."
+        raise InputError(what, "Choose another --output, or replace it with --force.")
+    job.progress.note(f"{target} is a finished run of another fit, and is replaced: {differences}.")
+    return None
 
 
 def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
@@ -169,20 +185,27 @@ class Tested:
 
 @dataclass(frozen=True)
 class Start:
-    """What training starts from (None: random weights), the number of programs, and why that many."""
+    """What training starts from (None: random weights), the number of programs, and why that many; without any, what would
+    have been found.
+    """
 
     warm: WarmStart | None
     n_latents: int
     reason: str
+    sensitivity: Sensitivity | None
 
 
 def _fit(job: Job) -> FittedRun:
     """The six steps; memory that a step has freed is given back before the next one."""
     with on_threads(_threads(job.config)):
         screen = read_screen(job)
+        if job.folder is not None:
+            screen = replace(screen, identity=settle(job.folder, screen.identity, job.force, job.progress.note))
         give_back()
         tested = _test(job, screen)
         start = _discover(job, tested)
+        if not start.n_latents:
+            screen = replace(screen, sets=None, vectors=None)  # there are no programs to read from them
         give_back()
         fitted = _train(job, screen, tested, start)
         give_back()
@@ -205,7 +228,7 @@ def _test(job: Job, screen: Screen) -> Tested:
     data, seed = screen.data, job.config.training.seed
     job.progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, seed)
-    stages = StageCache(job.folder, hashlib.sha256(screen.identity.encode()).hexdigest())
+    stages = StageCache(job.folder, hashlib.sha256(screen.identity.to_json().encode()).hexdigest())
     tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed))
     undone = stages.get("negative controls", lambda: undone_effects(data, projection.scores, seed))
     return Tested(data, projection, tests, undone, stages)
@@ -223,17 +246,22 @@ def _discover(job: Job, tested: Tested) -> Start:
         raise
     found = programs.discovery
     warm = None if found is None else WarmStart(found, ~np.isnan(tests["p_value"]), tested.projection)
-    return Start(warm, programs.n, programs.reason)
+    seen = None
+    if not programs.n:
+        progress.stage("testing which effects would have been detected")
+        seen = stages.get("sensitivity", lambda: sensitivity(tested.data, tested.projection.scores, seed))
+    return Start(warm, programs.n, programs.reason, seen)
 
 
 def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
     """Step 4: the network, on all ranks; goes on from the folder's checkpoint if one is there."""
     folder, progress, ranks, sets = job.folder, job.progress, job.ranks, screen.sets
-    progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
+    if start.n_latents:
+        progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
     ranks.from_first({"input": screen.digest, "n_latents": start.n_latents})
     if sets is not None and folder is not None and not (folder / GENE_SETS).exists():
         sets.write(folder / GENE_SETS)
-    identity = f"{screen.identity}\n{start.n_latents}\n{'' if sets is None else sets.digest()}"
+    identity = f"{screen.identity.to_json()}\n{start.n_latents}\n{'' if sets is None else sets.digest()}"
     checkpoint = folder and folder / "resume.pt"
     if checkpoint is not None and mend_checkpoint(checkpoint):
         progress.note("The last checkpoint is damaged; the fit continues from the one before.")
@@ -258,12 +286,15 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
         "input": {
             "path": "in memory" if isinstance(job.source, ad.AnnData) else str(Path(job.source).resolve()),
             "sha256": screen.digest,
+            "cells_sha256": None if screen.digest else screen.identity.content,
+            "tables": screen.identity.tables,
             "n_cells": int(data.x.shape[0]),
             "n_genes": data.preprocessing.n_genes_in_file,
         },
         "embeddings": None if found is None else found.summary(),
         "negative_controls": _negative_controls(tested.undone, start.warm),
         "n_latents_reason": start.reason,
+        "sensitivity": start.sensitivity and asdict(start.sensitivity),
         "started": job.started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": job.ranks.size,
@@ -320,3 +351,4 @@ def _write(job: Job, screen: Screen, run: FittedRun, folder: Path) -> None:
             run.map.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
     write_report(run, folder / "report.html")
     previous_of(folder / "resume.pt").unlink(missing_ok=True)
+    (folder / IDENTITY).unlink()

@@ -11,14 +11,14 @@ from pathlib import Path
 import anndata as ad
 import torch
 
-from crlseq._version import __version__
-from crlseq.config import Config, to_toml
+from crlseq.config import Config
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, StreamedExpression, read_data
 from crlseq.data.embeddings import Embeddings, named_as_labels, read_embeddings
 from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.errors import UsageError
+from crlseq.pipeline.identity import Identity, digests_of_tables
 from crlseq.storage.runfolder import GENE_SETS
 from crlseq.training.distributed import Ranks
 from crlseq.training.extrapolation import refuse_strangers
@@ -44,6 +44,7 @@ class Job:
     progress: Progress
     ranks: Ranks
     folder: Path | None = None
+    force: bool = False  # whether what another fit left in the folder may be removed
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     clock: float = field(default_factory=time.monotonic)  # the date may be set back meanwhile
 
@@ -55,7 +56,7 @@ class Screen:
     data: PerturbSeqData
     state: list[tuple[str, int, int, int, int]]
     digest: str
-    identity: str
+    identity: Identity
     sets: GeneSets | None
     vectors: Embeddings | None
 
@@ -82,7 +83,7 @@ def read_screen(job: Job) -> Screen:
     sets = None if gmt is None else fitted_sets(gmt, data.preprocessing.gene_names)
     if sets is not None:
         note(sets.in_words())
-    identity = f"{__version__}\n{digest or content_of(data)}\n{to_toml(config)}"
+    identity = Identity.of(digest or content_of(data), digests_of_tables(config, folder), config)
     return Screen(data, state, digest, identity, sets, vectors)
 
 

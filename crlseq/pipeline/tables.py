@@ -28,7 +28,7 @@ from crlseq.readout.ensemble import read_model, seed_agreement
 from crlseq.readout.explained import effect_explained, variance_explained
 from crlseq.readout.pathways import explained_by_sets, pathway_table
 from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs
-from crlseq.run.schema import DETECTABLE_FDR, FORMAT, HIT
+from crlseq.run.schema import DETECTABLE_FDR, ENSEMBLE_COLUMNS, FORMAT, HIT
 from crlseq.run.tables import (
     edge_table,
     intervention_table,
@@ -88,7 +88,9 @@ def tables_of(
     }
     pairs = None if discovery is None or discovery.ordering is None else _pairs(discovery.ordering, np.sign(read.scale))
     agreement = None
-    if fitted.others:
+    if not len(read.scale) and config.training.ensemble > 1:  # no seed claims anything
+        agreement = pd.DataFrame(columns=list(ENSEMBLE_COLUMNS))
+    elif fitted.others:
         kept, *others = (read_model(each.cpu(), data) for each in (model, *fitted.others))
         agreement = seed_agreement(kept, others, interventions, edges)
     history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"])

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from crlseq.data.perturbations import read_perturbations
 from crlseq.errors import InputError, UsageError
-from crlseq.plotting.style import DISTINCT, MARKS, SOFT, TEXT, axes_of, bare, finish
+from crlseq.plotting.style import DISTINCT, MARKS, NOTHING, SOFT, TEXT, axes_of, bare, finish, note
 from crlseq.run.run import Run
 from crlseq.run.summary import short
 
@@ -46,6 +46,8 @@ def embedding(
     >>> [text.get_text().strip() for text in ax.get_legend().get_texts()]
     ['control', 'g0']
     """
+    if not run.program_names:
+        return note(ax, NOTHING, show)
     pair = _pair(run, programs)
     chosen = _perturbations(run, pair, perturbations)
     labels, latents, control = _cells(run)

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from crlseq.plotting.style import DOWN, INK, SIGNED, SOFT, UP, axes_of, bare, finish, label_ticks, note
+from crlseq.plotting.style import DOWN, INK, NOTHING, SIGNED, SOFT, UP, axes_of, bare, finish, label_ticks, note
 from crlseq.readout.drawing import limit_of
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
@@ -98,6 +98,8 @@ def programs(run: Run, *, n_genes: int | None = None, ax: Axes | None = None, sh
     ['P0', 'P1', 'P2']
     """
     names = run.program_names
+    if not names:
+        return note(ax, NOTHING, show)
     n = n_genes or int(np.clip(ROWS // len(names), 2, 10))
     wide = run.programs.pivot(index="gene", columns="program", values="loading")[names]
     chosen = run.programs[run.programs["rank"] <= n]

@@ -32,6 +32,9 @@ def finish(ax: Axes, show: bool) -> Axes:
     return ax
 
 
+NOTHING = "No perturbation has a detectable effect: there are no programs."
+
+
 def note(ax: Axes | None, text: str, show: bool) -> Axes:
     """An empty plot that says why it is empty."""
     ax = axes_of(ax, 4, 2)

@@ -71,6 +71,8 @@ def shift_errors(run: Run, variance: np.ndarray) -> np.ndarray:
 
     ``variance`` (p,) being the posterior variance of the latents.
     """
+    if not len(variance):  # no programs, and nothing shifts
+        return np.full(len(run.interventions), np.nan)
     table, share, shift = run.interventions, run.model.penetrance.double().numpy(), run.model.scm.shift
     programs = pd.Index(run.program_names).get_indexer(pd.Index(table["program"]))
     measured = np.where(programs >= 0, variance[programs], variance.mean())

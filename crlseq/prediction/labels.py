@@ -15,6 +15,8 @@ from crlseq.data.perturbations import read_perturbations
 from crlseq.errors import InputError, UsageError, few
 from crlseq.run.run import Run
 
+NO_EFFECT = "No perturbation of this screen has a detectable effect, so the predicted cells are the control cells."
+
 
 @dataclass(frozen=True)
 class Request:
@@ -68,6 +70,8 @@ def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str
         notes.append(
             f"Never perturbed in this screen, so extrapolated from embeddings: {few(strangers)}. {table.in_words()}"
         )
+    if run.facts.without_effect:
+        return list(requests.values()), [*notes, NO_EFFECT]
     for k in sorted({k for parts, _ in requests for k in parts}):
         if note := _weak_ground(run, names[k], k):
             notes.append(note)

@@ -61,6 +61,8 @@ class Drawing:
 def draw(run: Run, font: float, page: Point, width_of: Callable[[str, bool], float]) -> Drawing:
     """Lay a run's DAG out, in the unit of ``font``: ``page`` is what it should fit on, ``width_of`` a text, bold or not."""
     programs = run.described
+    if not programs:
+        return Drawing(0.0, 0.0, True, font, [], [])
     lines = {}
     for name, program in programs.items():  # and, in one or two lines, its strongest perturbations
         words = textwrap.wrap(short(program.label, 2 * LABEL), LABEL, break_on_hyphens=False) or [""]
@@ -104,6 +106,8 @@ def edge_width(support: float) -> float:
 
 def heading(run: Run) -> str:
     """How many edges, and whether to believe them."""
+    if run.facts.without_effect:
+        return "No perturbation has a detectable effect: there are no programs and no graph."
     verdict, n = run.facts.identification.verdict, len(run.edges)
     edges = "No edge is declared" if not n else "1 edge" if n == 1 else f"{n} edges"
     drawn = f", of which the {DRAWN} strongest are drawn" if n > DRAWN else ""

@@ -84,6 +84,8 @@ def enrich(
         raise UsageError("Enrichment needs gseapy, which is not installed.", "pip install 'crlseq[enrich]'.")
     if not 1 <= min_size <= max_size or (n_top is not None and n_top < 1):
         raise UsageError("A number of genes is out of range.", "Give 1 <= min_size <= max_size and n_top of 1 or more.")
+    if run.facts.without_effect:
+        return pd.DataFrame(columns=_COLUMNS).astype({"size": int, "overlap": int})
     wide = run.programs.pivot(index="program", columns="gene", values="loading").loc[run.program_names]
     # A gene without a loading is one that the program does not move.
     genes, loading = wide.columns.to_numpy(dtype=object), np.nan_to_num(wide.to_numpy())

@@ -16,7 +16,7 @@ from crlseq.config import ModelConfig
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.discovery.result import Discovery
-from crlseq.discovery.verdict import judge_gradient
+from crlseq.discovery.verdict import judge_gradient, judge_nothing
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.run.schema import Identification
 
@@ -51,6 +51,8 @@ def find_programs(model: DiscrepancyVAE, data: PerturbSeqData) -> Programs:
     """Loadings by the mean Jacobian over control cells, in forward mode: one pass a latent."""
     controls = data.cells(0, splits.TRAIN, splits.VALIDATION)
     raw = encode(model, data, controls)
+    if not raw.shape[1]:
+        return Programs(*np.zeros((2, 0, data.n_genes)), *np.zeros((2, 0)))
     # A latent that no control cell moves has no unit of its own: it keeps the raw one.
     deviation = raw.std(0)
     scale = np.where(deviation > 1e-12, deviation, 1.0)
@@ -90,8 +92,13 @@ class Interventions:
 
 @torch.no_grad()
 def find_interventions(model: DiscrepancyVAE, programs: Programs, claims: np.ndarray | None = None) -> Interventions:
-    """Read the interventions off the fitted model, each perturbation alone; ``claims`` (K,) bool, None for all."""
+    """Read the interventions off the fitted model, each perturbation alone; ``claims`` (K,) bool, None for all.
+
+    Without programs there are none: every weight is NaN.
+    """
     n = len(model.scm.shift)
+    if not len(programs.scale):
+        return Interventions(np.full((n, 1), np.nan), np.full(n, -1), *np.full((3, n), np.nan))
     alone = torch.arange(n, device=model.scm.shift.device)[:, None]  # (K, 1)
     weights = model.target_weights(alone)
     mechanism = model.scm.mechanism(alone, weights)
@@ -128,7 +135,9 @@ def find_dag(model: DiscrepancyVAE, programs: Programs, config: ModelConfig, dis
     """
     adjacency = model.scm.adjacency.detach().cpu().double().numpy()
     weights = adjacency * programs.scale[:, None] / programs.scale[None, :]
-    if discovery is None:
+    if not len(weights):
+        verdict, declared = judge_nothing(), weights != 0
+    elif discovery is None:
         asked = config.method == "gradient" or not config.causal_layer
         verdict, declared = judge_gradient(config), (np.abs(weights) >= DECLARED_WEIGHT) & asked
     else:

@@ -25,7 +25,15 @@ from crlseq.report.evaluations import evaluation_tables
 from crlseq.report.pairs import pair_matrix
 from crlseq.run.pairs import why_no_pairs
 from crlseq.run.run import Run
-from crlseq.run.summary import Program, answers, controls_in_words, numbers_in_words, sets_in_words
+from crlseq.run.summary import (
+    Program,
+    answers,
+    controls_in_words,
+    no_effect_in_words,
+    numbers_in_words,
+    sensitivity_in_words,
+    sets_in_words,
+)
 from crlseq.run.tables import shown
 from crlseq.storage.files import written_whole
 
@@ -81,8 +89,10 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
     interventions = run.interventions.iloc[order]
     evaluated = evaluation_tables(run)
     questions = answers(run.facts, run.evaluation, run.history)
-    if evaluated:  # of all baselines, which a fit does not take the time for
+    if evaluated and len(questions) > 1:  # of all baselines, which a fit does not take the time for
         questions[1] = evaluated[0].answer
+    # Without an effect the prediction is that nothing changes, which needs no comparison.
+    evaluation = run.evaluation[:0] if run.facts.without_effect else run.evaluation
     return {
         "run": run,
         "info": run.facts,
@@ -98,6 +108,8 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "enriched": enriched is not None,
         "read_from_sets": sets_in_words(run.facts),
         "n_fitted_genes": run.programs["gene"].nunique(),
+        "no_effect": no_effect_in_words(len(run.interventions)) if run.facts.without_effect else "",
+        "sensitivity": sensitivity_in_words(run.facts),
         "interventions": interventions[:ROWS].to_dict("records"),
         "second": None if run.second_targets is None else run.second_targets[:ROWS].to_dict("records"),
         "n_second": 0 if run.second_targets is None else len(run.second_targets),
@@ -107,9 +119,9 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "edges": run.edges[:ROWS].to_dict("records"),
         "ancestry": run.ancestry[:ROWS].to_dict("records"),
         "effects": charts.effects(run),
-        "evaluation": run.evaluation[:ROWS].to_dict("records"),
-        "means": _means(run.evaluation),
-        "scatters": charts.scatters(run.evaluation),
+        "evaluation": evaluation[:ROWS].to_dict("records"),
+        "means": _means(evaluation),
+        "scatters": charts.scatters(evaluation),
         "evaluated": evaluated,
         "seeds": _seeds(run),
         "losses": charts.losses(run.history),

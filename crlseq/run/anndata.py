@@ -57,7 +57,7 @@ def anndata_keys(
     names = [program.name for program in facts.programs]
     wide = programs.pivot(index="gene", columns="program", values="loading")[names]
     loadings = wide.reindex(genes)
-    fitted = loadings.notna().all(axis=1).to_numpy()
+    fitted = genes.isin(info["preprocessing"]["genes"])
     order = np.argsort(-wide.to_numpy(), axis=0, kind="stable")
     scores = np.take_along_axis(wide.to_numpy(), order, axis=0).astype(np.float32)
     # What scanpy's readers of `rank_genes_groups` take besides: log2 fold changes of one standard deviation of the
@@ -70,6 +70,8 @@ def anndata_keys(
         params |= {name: value for name, value in info["config"][section].items() if isinstance(value, plain)}
     genes_of = np.asarray(wide.index, dtype=str)[order]
     ranked = {"names": genes_of, "scores": scores, "logfoldchanges": changes, "pvals": untested, "pvals_adj": untested}
+    if not names:  # records have a field at least
+        ranked = {}
     return {
         "obsm": {"X_crlseq": np.ascontiguousarray(latents, dtype=np.float32)},
         "varm": {"crlseq_programs": np.ascontiguousarray(loadings.fillna(0.0).to_numpy(np.float32))},
@@ -84,7 +86,7 @@ def anndata_keys(
                 | {"reference": facts.control_label, "groupby": facts.perturbation_key, "use_raw": False},
                 "program_names": np.array(names, dtype=str),
                 "program_labels": np.array([program.label for program in facts.programs], dtype=str),
-                "adjacency": np.array(facts.adjacency, dtype=float).reshape(len(names), -1),
+                "adjacency": np.array(facts.adjacency, dtype=float).reshape(len(names), len(names)),
                 "interventions": interventions.set_index("perturbation"),
                 **{
                     name: table.set_axis(table.index.astype(str)) for name, table in tables.items() if table is not None

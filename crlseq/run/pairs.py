@@ -169,6 +169,8 @@ def why_no_pairs(facts: RunInfo) -> str:
     """Why a run has no ``pairs.csv``, in a sentence."""
     if facts.format == 1:
         return "This run was written before crlseq judged pairs of programs; fit again for them."
+    if facts.without_effect:
+        return "No perturbation has a detectable effect, so there are no programs and no pairs of them."
     if facts.discovery is None:
         return "No targets were found by likelihood, so pairs of programs are not judged."
     return "Under nonlinear equations pairs of programs are not judged."

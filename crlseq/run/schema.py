@@ -100,6 +100,8 @@ class Input(_Part):
     sha256: str | None
     n_cells: int
     n_genes: int
+    cells_sha256: str | None = None  # of cells in memory, as they are fitted
+    tables: dict[str, str | None] = {}  # SHA-256 of what options name beside the screen, by option
 
 
 class PreprocessingSummary(_Part):
@@ -178,6 +180,14 @@ class NegativeControls(_Part):
     detected: int = 0
     pairs: int = 0
     ordered: int = 0
+
+
+class Sensitivity(_Part):
+    """What would have been found in a screen without any effect; see `crlseq.discovery.negative_controls.Sensitivity`."""
+
+    n_cells: int
+    n_control: int
+    shift: float | None
 
 
 class DiscoverySummary(_Part):
@@ -261,6 +271,7 @@ class RunInfo(_Part):
     adjacency: Matrix
     identification: Identification
     negative_controls: NegativeControls = NegativeControls()
+    sensitivity: Sensitivity | None = None
     discovery: DiscoverySummary | None
     training: Training
     metrics: Metrics
@@ -282,6 +293,11 @@ class RunInfo(_Part):
             missing = first["type"] == "missing"
             what = f"run.json lacks {where!r}" if missing else f"{where} in run.json: {first['msg']}"
             raise ValueError(what) from None
+
+    @property
+    def without_effect(self) -> bool:
+        """Whether no perturbation has a detectable effect: there are no programs, and no network was trained."""
+        return self.n_latents == 0
 
     @property
     def bootstrap(self) -> Bootstrap | None:

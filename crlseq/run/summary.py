@@ -108,7 +108,13 @@ class Answer:
 
 
 def answers(facts: RunInfo, evaluation: pd.DataFrame, history: pd.DataFrame) -> list[Answer]:
-    """Is the graph identified, are predictions better than baselines, did the fit converge?"""
+    """Is the graph identified, are predictions better than baselines, did the fit converge? Of a screen without any effect
+    that alone.
+    """
+    if facts.without_effect:
+        return [
+            Answer("Does any perturbation have an effect?", "poor", "none is detectable", facts.identification.reason)
+        ]
     found = facts.identification
     grade = {"identified": "good", "ancestry only": "fair", "partly identified": "fair"}.get(found.verdict, "poor")
     return [
@@ -208,6 +214,25 @@ def summary_table(programs: list[Program]) -> pd.DataFrame:
 def percent(value: float) -> str:
     """``12.3 %``; a dash for NaN."""
     return "–" if np.isnan(value) else f"{100 * value:.1f} %"
+
+
+def no_effect_in_words(n_perturbations: int) -> str:
+    """What a screen without any effect says, in a sentence."""
+    return f"None of the {n_perturbations} perturbations has a detectable effect (FDR ≤ {DETECTABLE_FDR})."
+
+
+def sensitivity_in_words(facts: RunInfo) -> str:
+    """Which effect would have been detected in a screen without any; empty where that was not tried."""
+    seen = facts.sensitivity
+    if seen is None:
+        return ""
+    words = f"A perturbation has {seen.n_cells} cells (median), beside {seen.n_control} control cells:"
+    if seen.shift is None:
+        return f"{words} too few to say which effect would have been detected."
+    return (
+        f"{words} if all perturbations shifted expression by {seen.shift:.2g} standard deviations of control cells, each in a "
+        "random direction, 80 % of them would have been detected."
+    )
 
 
 def sets_in_words(facts: RunInfo) -> str:

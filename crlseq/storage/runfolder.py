@@ -18,6 +18,7 @@ TABLES = ("programs", "interventions", "dag", "history", "evaluation")  # each a
 PAIRS, SECOND_TARGETS = "pairs.csv", "second_targets.csv"  # of fits that find targets by likelihood
 ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
 PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
+IDENTITY = "identity.json"  # of an unfinished fit alone: what it fits
 EMBEDDINGS = "embeddings.h5ad"  # of fits with embeddings alone
 STAGE = "stage-{}.pt"  # result of a stage, of an unfinished fit alone
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
@@ -27,6 +28,7 @@ RUN_FILES = frozenset(
         "dag.graphml",
         "dag.json",
         EMBEDDINGS,
+        IDENTITY,
         ENSEMBLE,
         GENE_SETS,
         PAIRS,
@@ -102,6 +104,13 @@ def locked(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)  # all of the folder may be gone
 
 
+def empty(partial: Path) -> None:
+    """Remove what a fit left in a locked folder."""
+    for left in partial.iterdir():
+        if left.name != "lock":
+            left.unlink()
+
+
 @contextmanager
 def working_folder(partial: Path, resume: bool) -> Iterator[Path]:
     """The folder that becomes the run, locked against a second process; gone at the end if nothing was put into it.
@@ -112,9 +121,7 @@ def working_folder(partial: Path, resume: bool) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial):
             if not resume:
-                for left in partial.iterdir():
-                    if left.name != "lock":
-                        left.unlink()
+                empty(partial)
             yield partial
     except OSError as error:
         hint = "Check the disk and its permissions."

@@ -73,6 +73,19 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
         model.common_error.copy_(torch.from_numpy(missed.common_error))
 
 
+@torch.no_grad()
+def measure_errors(model: DiscrepancyVAE, data: PerturbSeqData) -> None:
+    """Write into a `model` without programs how large the effects may be that were not detected: the standard errors of the
+    measured ones.
+    """
+    cells = data.cells_by_condition(splits.TRAIN)
+    by_batch = controls_by_batch(data, cells[0])
+    for own, parts in zip(cells, data.conditions, strict=True):
+        if len(parts) == 1 and len(own) >= MIN_CELLS:
+            _, noise, control_noise = mean_effect(data, own, by_batch)
+            model.residual_error[parts[0]] = torch.from_numpy(np.sqrt(noise + control_noise)).to(model.residual_error)
+
+
 def missed_effects(measured: np.ndarray, noise: np.ndarray, control_noise: np.ndarray) -> Missed:
     """What is kept of measured effects (n, G), whose squared errors are `noise` (own) + `control_noise` (shared)."""
     # The mean of few perturbations is made of their own effects: only what they agree on is shared.

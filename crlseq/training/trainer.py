@@ -21,13 +21,13 @@ from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth
 from crlseq.model.networks import GeneSetLayer
-from crlseq.storage.checkpoint import Checkpoints
+from crlseq.storage.checkpoint import Checkpoints, build
 from crlseq.threads import ahead, in_parallel
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.learner import Learner
 from crlseq.training.memory_split import SplitSteps
 from crlseq.training.objective import Objective
-from crlseq.training.residuals import measure_missed
+from crlseq.training.residuals import measure_errors, measure_missed
 from crlseq.training.schedules import schedule
 from crlseq.training.sparse_start import least_noise
 from crlseq.training.warm_start import Anchor, WarmStart, warm_start
@@ -143,10 +143,14 @@ def fit_model(
     an epoch is repeated, from the weights before it and with a quarter of the learning rate from there on, since a loss
     was not finite (at most `MAX_SLOWER` times in a fit); and when steps are computed in more parts, since memory ran out.
 
+    Without programs (0 latents) nothing is trained: in that model every cell stays as it is.
+
     ConvergenceError if a loss is still not finite; InputError if the checkpoint is damaged or belongs to another fit, or
     memory does not suffice for one perturbation.
     """
     training, first_rank = config.training, ranks.rank == 0
+    if not n_latents:
+        return _without_programs(data, config)
     n_sets = 0 if gene_sets is None else len(gene_sets)
     architecture = ranks.from_first(
         architecture_of(config.model, data.n_genes, n_latents, len(data.perturbation_names), start, n_sets)
@@ -175,6 +179,17 @@ def fit_model(
             learner.history[learner.best_epoch].get("validation_total") for learner in learners if learner.history
         ),
     )  # fmt: skip
+
+
+def _without_programs(data: PerturbSeqData, config: Config) -> Fit:
+    """A model that reads and does nothing: all of a cell is what noise carries along."""
+    architecture = architecture_of(config.model, data.n_genes, 0, len(data.perturbation_names))
+    architecture |= {"n_hidden": 1, "noise": "gaussian", "decoder": "dense", "output_activation": "identity"}
+    state = {name: torch.zeros_like(value) for name, value in DiscrepancyVAE(**architecture).state_dict().items()}
+    state |= {name: torch.ones_like(state[name]) for name in ("penetrance", "temperature")}
+    model = build(state, architecture).to(getattr(torch, config.training.dtype))
+    measure_errors(model, data)
+    return Fit(model, architecture, [], -1, 0.0, stopped_early=False, seed=config.training.seed)
 
 
 class _Epochs:

@@ -67,23 +67,30 @@ def test_more_programs_than_perturbations_are_refused(hard: Screen, name: str) -
         method_of(name).find(hard.task(CONFIG.model_copy(update={"n_latents": 13})))
 
 
-@pytest.mark.parametrize(
-    ("changes", "effect", "notes"),
-    [
-        ({"method": "gradient"}, 1.0, 0),
-        ({"causal_layer": False}, 1.0, 0),
-        ({"method": "linear"}, 0.0, 1),
-        ({"method": "straighten"}, 0.0, 1),
-        ({"method": "gradient"}, 0.0, 0),
-    ],
-)
-def test_where_nothing_can_be_found_programs_are_learned_by_gradient(
-    hard: Screen, changes: dict[str, Any], effect: float, notes: int
-) -> None:
-    noted: list[str] = []
-    programs = find_programs(hard.task(ModelConfig(**changes), effect=np.full(12, effect), note=noted.append))
+@pytest.mark.parametrize("changes", [{"method": "gradient"}, {"causal_layer": False}])
+def test_learned_by_gradient_where_nothing_else_is_asked_for(hard: Screen, changes: dict[str, Any]) -> None:
+    programs = find_programs(hard.task(ModelConfig(**changes), effect=np.ones(12)))
     assert programs.discovery is None and programs.n == 12
-    assert len(noted) == notes
+
+
+@pytest.mark.parametrize(
+    "changes", [*({"method": name} for name in NAMES), {"causal_layer": False}, {"n_latents": 3}], ids=str
+)
+def test_without_any_effect_there_are_no_programs(hard: Screen, changes: dict[str, Any]) -> None:
+    noted: list[str] = []
+    programs = find_programs(hard.task(ModelConfig(**changes), effect=np.zeros(12), note=noted.append))
+    assert programs.discovery is None and programs.n == 0
+    (text,) = noted
+    assert "No perturbation has a detectable effect" in text and ("asked for: 3" in text) == ("n_latents" in changes)
+
+
+def test_perturbations_of_combinations_alone_are_not_without_an_effect(hard: Screen) -> None:
+    """Nothing was tested of them, so that they are learned by gradient."""
+    task, noted = hard.task(ModelConfig(), effect=np.zeros(12)), list[str]()
+    alone = task.data.conditions.index((0,))
+    data = replace(task.data, condition=np.where(task.data.condition == alone, -1, task.data.condition))
+    programs = find_programs(replace(task, data=data, note=noted.append))
+    assert programs.n == 12 and "learned by gradient" in noted[0]
 
 
 # --- straightening

@@ -20,6 +20,7 @@ from crlseq.discovery.likelihood import LinearModel
 from crlseq.discovery.methods import straighten
 from crlseq.discovery.moments import Moments
 from crlseq.discovery.n_latents import LatentChoice
+from crlseq.errors import InputError
 from crlseq.pipeline.fit import Progress
 from crlseq.storage.checkpoint import save_checkpoint
 from crlseq.storage.stage_cache import CLASSES, StageCache, cached_on_disk, packed, unpacked
@@ -147,13 +148,17 @@ def test_other_cells_in_memory_are_another_fit(tmp_path: Path, screen: Any) -> N
     options = {**FIT, "method": "linear"}
     with pytest.raises(KeyboardInterrupt):
         crlseq.fit(screen, tmp_path / "RUN", progress=Progress(stage=_stop_at_reading_off), **options)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "RUN.partial").glob("stage-*")}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "RUN.partial").iterdir()}
     screen.X[0, 0] += 1
-    with pytest.raises(KeyboardInterrupt):
-        crlseq.fit(screen, tmp_path / "RUN", resume=True, progress=Progress(stage=_stop_at_reading_off), **options)
-    after = {path.name: path.read_bytes() for path in (tmp_path / "RUN.partial").glob("stage-*")}
-    assert before.keys() == after.keys() and len(before) >= 4
-    assert all(before[name] != after[name] for name in before)
+    with pytest.raises(InputError, match="the input has other content"):
+        crlseq.fit(screen, tmp_path / "RUN", resume=True, **options)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "RUN.partial").iterdir()} == before
+    screen.X[0, 0] -= 1
+    crlseq.fit(screen, tmp_path / "RUN", resume=True, **options)
+    assert crlseq.fit(screen, tmp_path / "RUN", resume=True, **options).path == tmp_path / "RUN"
+    screen.X[0, 0] += 1
+    with pytest.raises(InputError, match=r"finished.*the input has other content"):
+        crlseq.fit(screen, tmp_path / "RUN", resume=True, **options)
 
 
 def _stop_at_reading_off(text: str) -> None:

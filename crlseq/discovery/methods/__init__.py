@@ -16,12 +16,16 @@ from crlseq.discovery.result import Discovery
 from crlseq.discovery.task import Task
 from crlseq.discovery.verdict import Answer
 
+NO_EFFECT = "No perturbation has a detectable effect, so there are no programs"
 NAMES: tuple[str, ...] = get_args(ModelConfig.model_fields["method"].annotation)
 
 
 @dataclass(frozen=True)
 class Programs:
-    """Their number ``n``, why that many, and what was discovered about them; None: they are learned by gradient."""
+    """Their number ``n``, why that many, and what was discovered about them; None: they are learned by gradient.
+
+    A screen without any effect has none.
+    """
 
     n: int
     reason: str
@@ -51,10 +55,15 @@ def method_of(name: str) -> Method:
 
 
 def find_programs(task: Task) -> Programs:
-    """By the method of the configuration; by gradient where no other can find anything. An `InputError` if more
-    programs are asked for than the screen can tell apart.
+    """By the method of the configuration; none in a screen without any effect, and by gradient where effects are those of
+    combinations, which no other method learns from. An `InputError` if more programs are asked for than the screen can
+    tell apart.
     """
     name: str = task.config.method
+    if task.without_effect:
+        asked = task.config.n_latents
+        task.note(NO_EFFECT + ("" if asked == "auto" else f" (asked for: {asked})") + ".")
+        return Programs(0, f"{NO_EFFECT}.", None)
     if not task.config.causal_layer:  # the ablation without structural equations has no graph to find
         name = "gradient"
     elif name != "gradient" and not task.effect.any():
