@@ -55,7 +55,7 @@ class DataConfig(_Section):
     )
     guide_key: str | None = _flag(None, "Column of guides (STAT1g2), read as the genes they target.", panel="Guides")
     guide_counts: str | None = _flag(
-        None, "Guide counts that assign cells: a table in obsm, or a modality of an .h5mu file.", panel="Guides"
+        None, "Guide counts that assign cells: a table in obsm, a modality, or a type of feature in X.", panel="Guides"
     )
     guide_map: str | None = _flag(
         None, "Table of guides and their genes.", unset="read from the guide names", panel="Guides", shell="path"
@@ -67,7 +67,7 @@ class DataConfig(_Section):
     batch_key: str | None = _flag(
         None, "Column of experimental batches; a cell is compared with controls of its own batch."
     )
-    layer: str | None = _flag(None, "Layer with the expression values.", unset="X")
+    layer: str | None = _flag(None, "Layer with the expression values, or raw for .raw.", unset="X")
     values: Literal["auto", "counts", "log", "continuous"] = _flag("auto", "Kind of expression values.")
     n_top_genes: Annotated[int, Field(ge=2)] | Literal["all"] = _flag(5000, "Number of most variable genes to fit.")
     genes: tuple[str, ...] | None = _flag(

@@ -22,7 +22,10 @@ MANY = 30
     "guide_min_share", "combinations", "batch_key", "layer", "values", "min_cells",
 )  # fmt: skip
 def check(
-    file: Annotated[Path, typer.Argument(help="An .h5ad or .h5mu file, or a zarr store.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(help="An .h5ad or .h5mu file, a zarr store, or what Cell Ranger wrote.", show_default=False),
+    ],
     json: AsJson = False,
     **given: Any,
 ) -> None:

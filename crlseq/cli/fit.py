@@ -12,7 +12,9 @@ import typer
 from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, read_config, setting, switch, takes_config
 from crlseq.cli.output import FitProgress, say, say_verdict, show_json
 
-SCREEN = "The screen: an .h5ad or .h5mu file, a zarr store, or a store made by `crlseq prepare`."
+SCREEN = (
+    "The screen: an .h5ad or .h5mu file, a zarr store, a store made by `crlseq prepare`, or what Cell Ranger wrote."
+)
 
 
 @takes_config("perturbation_key", "control_label", "separator", "layer", "values", "seed")

@@ -68,7 +68,7 @@ def open_store(path: Path) -> Iterator[Any]:
         return
     try:
         if not h5py.is_hdf5(path):
-            raise InputError(f"{path} is not an h5ad file.", _conversion(path))
+            raise InputError(f"{path} is not a file that crlseq reads.", _conversion(path))
         handle = h5py.File(path, "r")
     except OSError as error:
         raise InputError(f"{path} cannot be opened: {error}.", "It may be cut short; copy it again.") from None

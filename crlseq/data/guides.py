@@ -20,6 +20,7 @@ labels as in any other screen.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from crlseq.data.guide_names import CONTROL, genes_of_guides, recognised
 from crlseq.data.guide_targets import ID_KEY, read_guide_map, targets_in_uns, targets_in_var
 from crlseq.data.label_rules import GUIDE_LABELS as GUIDE_LABELS
 from crlseq.data.label_rules import JOINED
-from crlseq.data.matrix import Screen, as_csr
+from crlseq.data.matrix import GUIDES, Screen, as_csr
 from crlseq.data.names import GeneNames
 from crlseq.data.perturbations import Perturbations, read_perturbations, refuse_missing_column
 from crlseq.errors import InputError, UsageError, few
@@ -76,7 +77,14 @@ def read_labels(
         return _as_labels(_from_counts(screen, source, config), screen.obs, config)
     if config.guide_map is not None:
         raise UsageError("--guide-map needs guides.", "Name them with --guide-key or --guide-counts.")
-    return labels_of(screen.obs, config, GeneNames.of(screen.var).known, targets_in_uns(source))
+    try:
+        return labels_of(screen.obs, config, GeneNames.of(screen.var).known, targets_in_uns(source))
+    except InputError as error:
+        counted = next((name for name in _counted(screen, source) if GUIDES.search(name)), None)
+        if config.perturbation_key is not None or counted is None:
+            raise
+        hint = f"To assign cells by guide counts: --guide-counts {shlex.quote(counted)}. {error.hint}"
+        raise InputError(error.message, hint) from None
 
 
 def with_guide_labels(
@@ -286,23 +294,18 @@ def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> t
 
     InputError if there is nothing of that name, guides have no names, or values are no counts.
     """
-    features = screen.of_type(key)
+    features, there = screen.of_type(key), _counted(screen, source)
     if features is not None:
         return _as_counts(features[0], key), features[1], "features"
+    if key not in there:
+        listed = few([*map(repr, there)]) or "none"
+        what = f"{screen.source} has no guide counts {key!r}."
+        raise InputError(what, f"Name a type of feature, a table of obsm or an .h5mu modality: {listed}.")
     if isinstance(source, ad.AnnData):
-        if key not in source.obsm:
-            raise _no_counts(screen.source, key, [*screen.other_types, *source.obsm])
         return *_table_of(source.obsm[key], key), "obsm"
-    if is_cell_ranger(Path(source)):
-        raise _no_counts(screen.source, key, screen.other_types)
     with open_store(Path(source)) as store, readable(screen.source, f"the guide counts {key!r}"):
-        there = list(store["obsm"]) if "obsm" in store else []
-        if key in there:
+        if "obsm" in store and key in store["obsm"]:
             return *_table_of(ad.io.read_elem(store["obsm"][key]), key), "obsm"
-        place, _, expression = str(store.name).rpartition("/")
-        modalities = [name for name in store.parent if name != expression] if place == "/mod" else []
-        if key not in modalities:
-            raise _no_counts(screen.source, key, [*screen.other_types, *there, *modalities])
         guides = store.parent[key]
         cells, names = (ad.io.read_elem(guides[part]).index.astype(str) for part in ("obs", "var"))
         counts = _as_counts(ad.io.read_elem(guides["X"]), key)
@@ -312,12 +315,16 @@ def guide_counts(screen: Screen, source: str | Path | ad.AnnData, key: str) -> t
     return sp.csr_matrix(padded[place]), list(names), "modality"
 
 
-def _no_counts(source: str, key: str, there: list[str]) -> InputError:
-    listed = few([*map(repr, sorted(there))]) or "none"
-    return InputError(
-        f"{source} has no guide counts {key!r}.",
-        f"Name a type of feature, a table of obsm or an .h5mu modality: {listed}.",
-    )
+def _counted(screen: Screen, source: str | Path | ad.AnnData) -> list[str]:
+    """What may hold guide counts: types of feature beside genes, tables of obsm, and modalities."""
+    if isinstance(source, ad.AnnData):
+        return sorted([*screen.other_types, *source.obsm])
+    if is_cell_ranger(Path(source)):
+        return screen.other_types
+    with open_store(Path(source)) as store, readable(screen.source, "the list of obsm"):
+        place, _, expression = str(store.name).rpartition("/")
+        modalities = [name for name in store.parent if name != expression] if place == "/mod" else []
+        return sorted([*screen.other_types, *store.get("obsm", ()), *modalities])
 
 
 def _table_of(element: Any, key: str) -> tuple[sp.csr_matrix, list[str]]:

@@ -25,7 +25,7 @@ from crlseq.errors import InputError
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
 BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
 RAW = "raw"  # as a layer: ``.raw``, values before genes were chosen and scaled
-GUIDES = re.compile(r"guide|crispr|grna", re.IGNORECASE)  # in the name of a type of feature
+GUIDES = re.compile(r"guide|crispr|grna|gdo", re.IGNORECASE)  # in the name of a type of feature
 # What a column of ``var`` calls genes, where it says what each column of the matrix is.
 FEATURE_COLUMNS = frozenset({"feature_types", "feature_type", "modality", "featuretype"})
 GENE_EXPRESSION = frozenset({"gene expression", "gene", "genes", "rna", "gex", "expression", "mrna", "transcript"})
