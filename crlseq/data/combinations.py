@@ -169,12 +169,11 @@ class Cutter:
 def cut_label(label: str, separator: str, names: Iterable[str], is_control: Callable[[str], bool]) -> list[str]:
     """Parts of one label without controls: some of these `names` if it is made of them, else what is between separators."""
     pieces = [piece.strip() for piece in mark_of(separator).split(label)]
-    if len(pieces) == 1:
-        return pieces
+    parts = [piece for piece in pieces if not is_control(piece)]
+    if len(pieces) == 1 or set(parts) <= set(names):
+        return parts
     cuts = Cutter([*names, label], is_control, is_control, lambda part: False).cut(separator, strong=False)
-    if label in cuts.parts and cuts.n_sure:
-        return cuts.parts[label]
-    return [piece for piece in pieces if not is_control(piece)]
+    return cuts.parts[label] if label in cuts.parts and cuts.n_sure else parts
 
 
 def _recombine(pieces: Sequence[Sequence[str]]) -> bool:
