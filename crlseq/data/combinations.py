@@ -131,10 +131,11 @@ class Cutter:
         for label, spans in joined.items():
             if strong and len(spans) > 2:
                 continue
-            for (_, end), (start, _) in pairwise(spans):
-                for name, other in ((label[:end], label[start:]), (label[start:], label[:end])):
-                    if could_be_name(name) and is_control(other) and not self.is_control(name):
-                        found.add(name)
+            halves = [(label[:end], label[start:]) for (_, end), (start, _) in pairwise(spans)]
+            # The longest control: "NT_1" of "NT_1_A".
+            first = next((name for other, name in reversed(halves) if is_control(other)), "")
+            last = next((name for name, other in halves if is_control(other)), "")
+            found.update(name for name in (first, last) if could_be_name(name) and not self.is_control(name))
         return found
 
     def _ways(self, spans: dict[str, list[tuple[int, int]]], strong: bool) -> dict[str, set[tuple[str, ...]]]:
