@@ -131,10 +131,11 @@ class Cutter:
         for label, spans in joined.items():
             if strong and len(spans) > 2:
                 continue
-            for (_, end), (start, _) in pairwise(spans):
-                for name, other in ((label[:end], label[start:]), (label[start:], label[:end])):
-                    if could_be_name(name) and is_control(other) and not self.is_control(name):
-                        found.add(name)
+            halves = [(label[:end], label[start:]) for (_, end), (start, _) in pairwise(spans)]
+            # The longest control: "NT_1" of "NT_1_A".
+            first = next((name for other, name in reversed(halves) if is_control(other)), "")
+            last = next((name for name, other in halves if is_control(other)), "")
+            found.update(name for name in (first, last) if could_be_name(name) and not self.is_control(name))
         return found
 
     def _ways(self, spans: dict[str, list[tuple[int, int]]], strong: bool) -> dict[str, set[tuple[str, ...]]]:
@@ -169,12 +170,11 @@ class Cutter:
 def cut_label(label: str, separator: str, names: Iterable[str], is_control: Callable[[str], bool]) -> list[str]:
     """Parts of one label without controls: some of these `names` if it is made of them, else what is between separators."""
     pieces = [piece.strip() for piece in mark_of(separator).split(label)]
-    if len(pieces) == 1:
-        return pieces
+    parts = [piece for piece in pieces if not is_control(piece)]
+    if len(pieces) == 1 or set(parts) <= set(names):
+        return parts
     cuts = Cutter([*names, label], is_control, is_control, lambda part: False).cut(separator, strong=False)
-    if label in cuts.parts and cuts.n_sure:
-        return cuts.parts[label]
-    return [piece for piece in pieces if not is_control(piece)]
+    return cuts.parts[label] if label in cuts.parts and cuts.n_sure else parts
 
 
 def _recombine(pieces: Sequence[Sequence[str]]) -> bool:

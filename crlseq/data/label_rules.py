@@ -120,13 +120,18 @@ class Rules:
             doubtful = bool(cuts.torn or cuts.twofold)
             if cuts.n_sure or cuts.twofold:
                 sure[separator] = doubtful
-            elif cuts.parts:
+            elif cuts.parts and not self._is_odd(separator, cuts):
                 guessed[separator] = doubtful
             elif cuts.n_half:
                 torn.append(separator)
         if found := sure or guessed:
             return [*found, *([None] if len(found) == 1 and any(found.values()) else [])]
         return [*torn, None]
+
+    def _is_odd(self, separator: str, cuts: Cuts) -> bool:
+        """Whether a separator is in a single label, and nothing else speaks for it."""
+        sure = separator in ("+", " || ", self.style.separator)
+        return not sure and len(cuts.parts) == 1 and self._named.isdisjoint(*cuts.parts.values())
 
     def read(self, codes: Ints, separator: str | None, forced: bool) -> Perturbations:
         """The perturbations of all cells, whose labels have these numbers (-1: none)."""

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from crlseq.data.combinations import known_separator, mark_of
-from crlseq.data.controls import find_controls, is_control_name, is_named, is_never, kind_of
+from crlseq.data.controls import find_controls, is_control_name, is_named, is_never, kind_of, number_of
 from crlseq.data.guide_names import recognised
 from crlseq.data.label_rules import GUIDE_LABELS, JOINED, PLAIN, STYLE_OF, Ints, Rules
 from crlseq.data.label_rules import Perturbations as Perturbations
@@ -136,10 +136,11 @@ def _readings(
 
 def _given_controls(labels: Sequence[str], given: Sequence[str]) -> list[str]:
     """Labels that were named; also numbered ones, unless they could be other genes: "A1" where "A" was named and is there."""
-    stems = [name for name in given if name not in labels]
+    there, stems = {*labels} - {""}, [name for name in given if name not in labels]
     return [
         label for label in labels
-        if label in given or is_named(label, stems) or (is_named(label, given) and is_control_name(label))
+        if label in given or is_named(label, stems)
+        or (is_named(label, given) and is_control_name(label) and number_of(label) not in there)
     ]  # fmt: skip
 
 

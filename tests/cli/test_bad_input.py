@@ -119,10 +119,10 @@ def test_one_perturbation_only(folder: Path, write: Callable[[ad.AnnData], Path]
     refused(folder, write(adata), says=("'g1'", "two"))
 
 
-def test_two_readings_of_a_label(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+def test_two_readings_of_labels(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
     adata = small_screen()
-    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace({"g1": "a;b|c"})
-    refused(folder, write(adata), says=("'|'", "';'", "--separator"))
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace({"g1": "g0_promoter"})
+    refused(folder, write(adata), says=("combinations at '_' or as single perturbations", "--separator _ or"))
 
 
 def test_too_few_cells(folder: Path, screen_file: Path) -> None:

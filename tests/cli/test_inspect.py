@@ -337,12 +337,12 @@ def test_check_lists_problems_and_fails(tmp_path: Path) -> None:
     x = dense(adata)
     x[4, 4] = np.nan
     adata.X = x
-    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace({"g0": "NT"})
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace({"control": "AAVS1"})
     adata.write_h5ad(tmp_path / "screen.h5ad")
     answer = invoke("check", tmp_path / "screen.h5ad", "--json")
     assert answer.code == 3
     problems = json.loads(answer.out)["problems"]
-    assert any("more than one control" in problem for problem in problems)
+    assert any("No column has a known control label" in problem for problem in problems)
     assert any("is nan" in problem for problem in problems)
     assert "command" not in json.loads(answer.out)
     shown = invoke("check", tmp_path / "screen.h5ad")

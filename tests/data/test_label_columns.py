@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from crlseq.config import DataConfig
 from crlseq.data.guides import labels_of
+from crlseq.data.perturbations import read_perturbations
 from crlseq.errors import InputError
 
 GENES = (
@@ -19,38 +25,10 @@ GENES = (
 LOCI = "chr1.10050_top_two chr11.1801_top_two chr12.1832_second_two chr8.445_top_two chr2.181_second_two chr3:500-900"
 CHEMICALS = ("(+)-JQ1", "2,4-D", "1,2-diol", "17-(dimethylamino)X", "D-(+)-glucose", "Na+/K+ blocker", "AZD-1775")
 ODD = "Perturb_0 Perturb_1 Perturb_2 Drug_1 Drug_10 chr1_1000 chr1_2000 g1 g12 t3 CD4+ x:y 7SK"
-CONTROLS = (
-    "control",
-    "ctrl",
-    "NT",
-    "non-targeting",
-    "Non_Targeting",
-    "NTC",
-    "safe-targeting",
-    "unperturbed",
-    "neg_ctrl",
-)
-NUMBERED = (
-    "NT-{}",
-    "non-targeting_{:05d}",
-    "safe-targeting_{}",
-    "NegCtrl{:02d}",
-    "sgNT-{}",
-    "NTg{}",
-    "NTC_{}",
-    "ctrl{}",
-)
+CONTROLS = "control ctrl NT non-targeting Non_Targeting NTC safe-targeting unperturbed neg_ctrl"
+NUMBERED = "NT-{} non-targeting_{:05d} safe-targeting_{} NegCtrl{:02d} sgNT-{} NTg{} NTC_{} ctrl{}"
 SEPARATORS = ("+", "|", " || ", ";", ",", "_", " and ", " + ", "/")
-GUIDES = (
-    "{}_g{}",
-    "{}g{}",
-    "sg{}-{}",
-    "sg{}_{}",
-    "{}_sg{}",
-    "{}_+_19187{}990.23-P1P2",
-    "{}_-_19187{}990-P1P2",
-    "{}_19187{}990.23",
-)
+GUIDES = "{}_g{} {}g{} sg{}-{} sg{}_{} {}_sg{} {}_+_19187{}990.23-P1P2 {}_-_19187{}990-P1P2 {}_19187{}990.23"
 UNKNOWN = (None, "", "nan", "*", "unassigned", "multiple", "doublet", "Negative")
 
 
@@ -66,11 +44,11 @@ def column(rng: random.Random) -> Column:
     """A screen as somebody may have it."""
     pool = rng.choice([GENES.split(), GENES.split(), LOCI.split(), list(CHEMICALS), ODD.split()])
     names = rng.sample(pool, rng.randint(3, min(9, len(pool))))
-    controls = rng.sample(CONTROLS, rng.choice([1, 1, 2]))
+    controls = rng.sample(CONTROLS.split(), rng.choice([1, 1, 2]))
     if rng.random() < 0.4:
-        style = rng.choice(NUMBERED)
+        style = rng.choice(NUMBERED.split())
         controls = [style.format(i + 1) for i in range(rng.randint(2, 14))] + rng.choice([[], controls])
-    guides = rng.choice(GUIDES) if rng.random() < 0.4 and pool[0] == "STAT1" else None
+    guides = rng.choice(GUIDES.split()) if rng.random() < 0.4 and pool[0] == "STAT1" else None
     written = {name: [guide.format(name, i + 1) for i in range(2)] if (guide := guides) else [name] for name in names}
     mark = rng.choice(SEPARATORS) if rng.random() < 0.6 else None
     cells: list[tuple[str | None, frozenset[str] | None]] = [(label, frozenset()) for label in controls]
@@ -114,4 +92,35 @@ def outcome(seed: int) -> str:
 
 def test_the_reading_is_the_truth_or_it_is_refused() -> None:
     found = Counter(map(outcome, range(600)))
-    assert found["read"] > 450
+    assert found["read"] > 500
+
+
+def test_what_was_found_is_found_again_where_it_is_given() -> None:
+    """As in the command that `check` prints, and in a run's own cells."""
+    for seed in range(300):
+        obs = pd.DataFrame({"target": pd.Series(column(random.Random(seed)).labels, dtype=object)})
+        try:
+            found = read_perturbations(obs)
+        except InputError:
+            continue
+        again = read_perturbations(obs, "target", found.control_labels, found.separator or "")
+        assert again.condition_names == found.condition_names, seed
+        assert again.condition.tolist() == found.condition.tolist(), seed
+        assert (again.dropped, again.control_labels) == (found.dropped, found.control_labels), seed
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), data=st.data())
+def test_the_order_of_cells_does_not_matter(seed: int, data: st.DataObject) -> None:
+    made = column(random.Random(seed))
+    order = data.draw(st.permutations(range(len(made.labels))))
+    obs = pd.DataFrame({"target": pd.Series(made.labels, dtype=object)})
+    try:
+        found, _ = labels_of(obs, DataConfig())
+    except InputError as error:
+        with pytest.raises(InputError, match=re.escape(error.message)):
+            labels_of(obs.iloc[list(order)], DataConfig())
+        return
+    again, _ = labels_of(obs.iloc[list(order)], DataConfig())
+    assert again.condition_names == found.condition_names
+    assert np.array_equal(again.condition, found.condition[list(order)])
