@@ -43,9 +43,12 @@ RUN_FILES = {
 
 
 def files_of(folder: Path) -> set[str]:
-    """The files that a finished run has: pairs of programs only where targets were found by likelihood."""
-    by_likelihood = json.loads((folder / "run.json").read_text())["discovery"] is not None
-    return RUN_FILES if by_likelihood else RUN_FILES - {"pairs.csv", "second_targets.csv"}
+    """The files that a finished run has: pairs of programs only where targets were found by likelihood, and a checkpoint
+    only where there is an effect to fit.
+    """
+    info = json.loads((folder / "run.json").read_text())
+    unfitted = set() if info["n_latents"] else {"resume.pt"}
+    return RUN_FILES - unfitted - (set() if info["discovery"] else {"pairs.csv", "second_targets.csv"})
 
 
 def small_screen(**changes: Any) -> ad.AnnData:

@@ -59,16 +59,16 @@ def sensitivity(data: PerturbSeqData, scores: np.ndarray, seed: int) -> Sensitiv
     controls, n = cells[0], int(np.median([len(own) for own in cells[1:] if len(own)]))
     size = min(n, len(controls) // 2)
     spread = scores[controls].std(0)[:MOMENT_COMPONENTS]
-    q, (low, high) = len(spread), (0, len(SIZES))
+    q, moved, (low, high) = len(spread), scores.copy(), (0, len(SIZES))
     while size >= MIN_CELLS and low < high:  # the least that is detected, by bisection
         middle = (low + high) // 2
         detected = 0
         for i in range(TRIALS):
             rng = np.random.default_rng([seed, 19, i])
             drawn, direction = rng.permutation(controls)[:size], rng.standard_normal(q)
-            moved = scores.copy()
             moved[drawn, :q] += SIZES[middle] * spread * direction / np.linalg.norm(direction)
             detected += int(effect_tests(_pseudo(data, [drawn]), moved, seed + i)["p_value"][0] <= FDR)
+            moved[drawn] = scores[drawn]
         low, high = (low, middle) if detected >= POWER * TRIALS else (middle + 1, high)
     return Sensitivity(n, len(controls), SIZES[low] if size >= MIN_CELLS and low < len(SIZES) else None)
 

@@ -36,6 +36,7 @@ from crlseq.pipeline.tables import tables_of
 from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
 from crlseq.run.summary import sets_in_words
+from crlseq.run.writable import refuse_unwritable
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_weights
 from crlseq.storage.files import by_hdf5, refuse_existing
 from crlseq.storage.runfolder import (
@@ -125,6 +126,8 @@ def fit(
     resolve_device(config.training.device)  # fails before anything is read
     if output is None:
         return _fit(Job(source, config, progress, ranks))
+    if isinstance(source, ad.AnnData):
+        refuse_unwritable(source)
     target = Path(output) if Path(output).name not in ("", "..") else Path(output).resolve()
     job = Job(source, config, progress, ranks, partial_of(target), force and resume)
     if resume and (target / "run.json").is_file() and (run := _finished(target, job)) is not None:

@@ -68,21 +68,6 @@ def test_bootstrap(screen_file: Path, tmp_path: Path, replicates: int) -> None:
         assert run.edges["support"].isna().all()
 
 
-def test_a_screen_without_any_effect(tmp_path: Path) -> None:
-    """Labels drawn at random: everything is fitted and nothing is claimed."""
-    adata = small_screen()
-    labels = adata.obs["perturbation"].astype(str).to_numpy()
-    adata.obs["perturbation"] = np.random.default_rng(0).permutation(labels)
-    run = fit_h5ad(adata, tmp_path, method="straighten")
-    assert (run.interventions["fdr"] > 0.05).all()
-    assert (run.interventions["program"] == "").all()
-    assert run.interventions[["weight", "shift", "retention", "noise_scale", "support"]].isna().all(axis=None)
-    assert run.info["identification"]["verdict"] == "not identified"
-    shown = invoke("inspect", "interventions", tmp_path / "RUN")
-    assert (shown.code, len(shown.out.splitlines())) == (0, 7)
-    assert (tmp_path / "RUN" / "report.html").read_text().count("no detectable effect, no target claimed") == 6
-
-
 def test_values_overruled(tmp_path: Path) -> None:
     adata = small_screen()
     x = dense(adata)
