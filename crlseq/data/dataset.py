@@ -185,7 +185,7 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         values = values_of(source, screen, scanned, config)
         labels = without_silent_cells(labels, scanned, values)
         selection = select_conditions(labels, config)
-        batch, batch_names = read_batches(screen, config.batch_key, labels.condition >= 0)
+        batch, batch_names = read_batches(screen, config.batch_key, labels)
         split = splits.split_cells(
             labels.condition, selection.fitted, selection.held_out,
             config.validation_cells, config.hold_out_cells, np.random.default_rng([seed, 0]), shuffled,

@@ -107,17 +107,23 @@ def _crowd(labels: Perturbations, counts: np.ndarray, small: np.ndarray) -> str:
     )
 
 
-def read_batches(screen: Screen, key: str | None, labelled: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Number of each cell's batch (cells,), and names; InputError without such a column or a cell's value in it."""
+def read_batches(screen: Screen, key: str | None, labels: Perturbations) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Number of each cell's batch (cells,), and names.
+
+    InputError if there is no such column, a labelled cell has no value in it, or no batch has perturbed and control cells.
+    """
     if key is None:
         return np.zeros(screen.n_cells, dtype=np.int64), ("all",)
     refuse_missing_column(screen.obs, key, "--batch-key")
     column = screen.obs[key]
-    missing = int((column.isna().to_numpy() & labelled).sum())
+    missing = int((column.isna().to_numpy() & (labels.condition >= 0)).sum())
     if missing:
         what = f"Cells without a value in the batch column {key!r}: {missing}."
         raise InputError(what, "Fill them in or drop the cells.")
     codes, names = pd.factorize(column.astype(str), sort=True)
+    if not np.isin(codes[labels.condition > 0], codes[labels.condition == 0]).any():
+        what = f"No batch of column {key!r} has both control and perturbed cells, so that no effect can be told."
+        raise InputError(what, "Choose another --batch-key, or leave it out.")
     return codes.astype(np.int64), tuple(map(str, names))
 
 

@@ -123,7 +123,7 @@ def _check_batches(
     found: dict[str, Any], screen: Screen, labels: Perturbations, config: DataConfig, selection: Selection
 ) -> None:
     """The same checks of the batch column as a fit makes, with the split of its first seed."""
-    batch, names = read_batches(screen, config.batch_key, labels.condition >= 0)
+    batch, names = read_batches(screen, config.batch_key, labels)
     split = splits.split_cells(
         labels.condition, selection.fitted, selection.held_out, config.validation_cells, config.hold_out_cells,
         np.random.default_rng([0, 0]),

@@ -55,6 +55,7 @@ class _Plan:
     first: np.ndarray  # of each file's cells, and behind the last
     place: np.ndarray
     dtype: np.dtype[Any]  # that holds the values of all files
+    notes: tuple[str, ...]  # on how they were read
 
 
 def prepare(
@@ -122,7 +123,8 @@ def prepare(
     _refuse_output(target, resume, force)
     stage("reading the tables of cells")
     plan = _plan(paths, options, seed)
-    note(plan.labels.reason)
+    for text in (*plan.notes, plan.labels.reason):
+        note(text)
     with working_folder(partial, resume=True):
         if not resume:
             _empty(partial)
@@ -168,10 +170,11 @@ def _identity(paths: Sequence[Path], options: DataConfig, seed: int) -> str:
 
 def _plan(paths: list[Path], options: DataConfig, seed: int) -> _Plan:
     tables, dtypes, first, var = [], [], [0], pd.DataFrame()
-    measured, targets = frozenset[str](), dict[str, str]()
+    measured, targets, notes = frozenset[str](), dict[str, str](), list[str]()
     for path in paths:
         with open_screen(path, options.layer) as screen:
             tables.append(screen.obs)
+            notes += [f"{path.name}: {text}" for text in screen.notes]
             dtype = np.dtype(screen.matrix.dtype)
             dtypes.append(dtype if dtype.kind in "iuf" else np.dtype(np.float32))
             first.append(first[-1] + screen.n_cells)
@@ -194,7 +197,7 @@ def _plan(paths: list[Path], options: DataConfig, seed: int) -> _Plan:
     order = np.lexsort((np.random.default_rng(seed).random(len(obs)), condition))
     place = np.empty(len(obs), dtype=np.int64)
     place[order] = np.arange(len(obs))
-    return _Plan(paths, options, seed, obs, var, labels, np.array(first), place, np.result_type(*dtypes))
+    return _Plan(paths, options, seed, obs, var, labels, np.array(first), place, np.result_type(*dtypes), tuple(notes))
 
 
 def _joined(tables: list[pd.DataFrame], paths: Sequence[Path]) -> pd.DataFrame:

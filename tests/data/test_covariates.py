@@ -112,9 +112,11 @@ def test_a_fit_says_what_it_leaves_alone() -> None:
 
 def test_check_makes_the_checks_of_a_fit() -> None:
     adata = screen()
-    adata.obs["lonely"] = np.where(adata.obs["perturbation"] == "control", "p0", adata.obs["when"].astype(str))
+    mixed = adata.obs["perturbation"].eq("control") | adata.obs["when"].eq("mon")
+    adata.obs["lonely"] = np.where(mixed, "p0", "p1")
+    adata.obs["apart"] = adata.obs["perturbation"].eq("control")
     adata.obs["holes"] = adata.obs["when"].where(np.arange(800) > 2)
-    for key in ("absent", "holes"):
+    for key in ("absent", "holes", "apart"):
         with pytest.raises(InputError) as refusal:
             read_data(adata, DataConfig(batch_key=key), 0)
         assert describe(adata, DataConfig(batch_key=key))["problems"] == [str(refusal.value)]
