@@ -181,9 +181,9 @@ def targets_in_words(names: GeneNames, targets: Sequence[str]) -> str:
     """How many of the targeted genes are measured, and under which name; a warning where none is."""
     found = [target for target in targets if names.find(target)]
     if not found:
-        some = few([*map(repr, targets[:3])])
+        some, there = few([*map(repr, targets)], 3), naming(names.symbols)
         return (
-            f"None of the {len(targets)} perturbed genes ({some}) is among the measured genes, which are named by "
-            f"{naming(names.index)}: the fit cannot set their own transcripts aside."
+            f"None of the {len(targets)} perturbed genes ({some}) is measured: genes of this file are {there}. Their own "
+            "transcripts cannot be left out of the programs."
         )
     return f"{len(found)} of {len(targets)} perturbed genes are measured ({names.in_words(found)})."
