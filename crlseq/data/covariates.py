@@ -18,6 +18,7 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
+import scipy.linalg
 import scipy.sparse as sp
 from scipy import stats
 
@@ -44,6 +45,7 @@ WORDS = {
 }  # fmt: skip
 MAX_LEVELS, MAX_NUMBERS, MAX_NAMED = 100, 20, 1000  # of a column; of whole numbers; of one that is named like a batch
 N_CONTROLS, N_GENES, N_COMPONENTS = 1000, 1000, 20  # that are looked at
+N_STRETCHES, MAX_STRETCH = 40, 2000  # of the file, and cells of one
 SMALLEST_LEVEL = 3  # control cells of a level that is compared
 CERTAIN = 1e-3  # p-value below which a column differs in expression, or is tied to labels, beyond chance
 
@@ -99,9 +101,8 @@ def covariates(screen: Screen, labels: Perturbations, values: Values, totals: np
     found = [(key, codes) for key, codes in found if key != labels.key and not _same(codes, condition)]
     if not found:
         return []
-    controls = used[condition == 0]
-    some = controls[np.unique(np.linspace(0, len(controls) - 1, min(N_CONTROLS, len(controls))).astype(int))]
-    scores = _scores(screen.rows(some), values, totals[some])
+    some, rows = _some_controls(screen, used[condition == 0])
+    scores = _scores(rows, values, totals[some])
     place = np.searchsorted(used, some)
     return [
         Covariate(
@@ -110,6 +111,19 @@ def covariates(screen: Screen, labels: Perturbations, values: Values, totals: np
         )
         for key, codes in found
     ]  # fmt: skip
+
+
+def _some_controls(screen: Screen, controls: np.ndarray) -> tuple[np.ndarray, sp.csr_matrix]:
+    """At most `N_CONTROLS` of these cells and their rows, from `N_STRETCHES` of the file: single rows are slow to read."""
+    width = -(-N_CONTROLS // N_STRETCHES)
+    cells, rows = list[np.ndarray](), list[sp.csr_matrix]()
+    for start in np.unique(np.linspace(0, max(len(controls) - width, 0), N_STRETCHES).astype(int)):
+        own = controls[start : start + width]
+        own = own[(own < own[0] + MAX_STRETCH) & (own > (cells[-1][-1] if cells else -1))]
+        if len(own):
+            cells.append(own)
+            rows.append(screen.rows(np.arange(own[0], own[-1] + 1))[own - own[0]])
+    return np.concatenate(cells), sp.csr_matrix(sp.vstack(rows, format="csr"))
 
 
 def _levels(column: pd.Series, key: str, used: np.ndarray) -> np.ndarray | None:
@@ -139,8 +153,9 @@ def _scores(rows: sp.csr_matrix, values: Values, totals: np.ndarray) -> np.ndarr
     square = np.asarray(rows.multiply(rows).mean(0)).ravel()
     variance = square - np.asarray(rows.mean(0)).ravel() ** 2
     x = rows[:, np.sort(np.argsort(-variance, kind="stable")[:N_GENES])].toarray()
-    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    return np.asarray(u * s)[:, :N_COMPONENTS]
+    x = x - x.mean(0)
+    squares, axes = scipy.linalg.eigh(x @ x.T, subset_by_index=[max(0, len(x) - N_COMPONENTS), len(x) - 1])
+    return np.asarray(axes * np.sqrt(np.maximum(squares, 0)))
 
 
 def _explained(scores: np.ndarray, codes: np.ndarray) -> tuple[float, float, float]:
