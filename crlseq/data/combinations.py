@@ -93,14 +93,14 @@ class Cutter:
         for label, pieces in pieces_of.items():
             if ways[label]:
                 continue
-            half = self._half_told(label, joined[label], names, could_be)
-            if not half and len(pieces) in sizes and len(pieces) < 2 * min(sizes):
-                continue
             possible = all(map(could_be_name, pieces))
-            if label in used and not half and loose.isdisjoint(pieces):
-                continue
+            half = [] if strong and possible else self._half_told(label, joined[label], names, could_be)
+            if not half and not (strong and possible):
+                named = len(pieces) in sizes and len(pieces) < 2 * min(sizes)
+                if named or (label in used and loose.isdisjoint(pieces)):
+                    continue
             if possible and (strong or forced):
-                whole = half if half and not strong and max(sizes, default=1) > 1 else pieces
+                whole = half if half and max(sizes, default=1) > 1 else pieces
                 split[label] = [piece for piece in whole if not self.is_control(piece)]
             elif half or (possible and cuts.n_sure) or (strong and not cuts.n_sure):
                 cuts.torn.append(label)
@@ -117,7 +117,7 @@ class Cutter:
         for i in range(n):
             for j in range(i, n if i else n - 1):
                 part = label[spans[i][0] : spans[j][1]]
-                if part in names or self.is_control(part):
+                if part in names or ((i == 0 or j == n - 1) and self.is_control(part)):
                     before = [label[: spans[i - 1][1]]] if i else []
                     after = [label[spans[j + 1][0] :]] if j + 1 < n else []
                     if all(rest in names or could_be(rest) for rest in [*before, *after]):
