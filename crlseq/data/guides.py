@@ -31,7 +31,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from crlseq.config import DataConfig
-from crlseq.data.combinations import Cutter
+from crlseq.data.combinations import MARKS, Cutter
 from crlseq.data.controls import is_control_name, is_never
 from crlseq.data.guide_names import CONTROL, genes_of_guides, recognised
 from crlseq.data.guide_targets import ID_KEY, read_guide_map, targets_in_uns, targets_in_var
@@ -41,7 +41,7 @@ from crlseq.data.matrix import Screen, as_csr, open_store, readable
 from crlseq.data.perturbations import Perturbations, read_perturbations, refuse_missing_column
 from crlseq.errors import InputError, UsageError, few
 
-BETWEEN_GUIDES = re.compile(r"\s*[|;,]+\s*|\s+\+\s+|(?<![_\s])\+(?![_\s])|\s+and\s+")  # not the strand in "_+_"
+BETWEEN_GUIDES = re.compile(rf"\s*[|;,]+\s*|{MARKS['+']}|{MARKS[' and ']}")
 AMBIGUOUS, UNASSIGNED = "multiple", "unassigned"
 MANY, NONE = -2, -1  # in place of a cell's gene: of the two labels above
 
