@@ -299,6 +299,8 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     if not config.combinations:
         held_out |= np.array([len(parts) > 1 for parts in labels.conditions])
     notes = [f"Cells labelled {label!r} are excluded ({n})." for label, n in sorted(labels.dropped.items())]
+    if len(labels.control_labels) > 1:
+        notes.append(f"Control cells of several kinds are one group: {few([*map(repr, labels.control_labels)])}.")
     small = (counts < config.min_cells) & ~held_out
     small[0] = False
     if small.any():

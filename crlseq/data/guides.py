@@ -210,7 +210,9 @@ def _from_labels(
     why = [text if is_never(text) or is_control_name(text) else UNASSIGNED for text in texts]
     left = np.append(np.array(why, dtype=object), np.nan)[codes]
     written = np.where(labels.condition < 0, left, read[labels.condition])
-    table = {str(texts[code]): control for code in np.unique(codes[(labels.condition == 0) & (codes >= 0)])}
+    own = {code for code in np.unique(codes[labels.condition == 0]).tolist() if code >= 0}
+    pieces = ((code in own, piece) for code, text in enumerate(texts) for piece in _split(text, config.separator))
+    table = {piece: control for is_control, piece in pieces if is_control or is_control_name(piece)}
     table |= {name: control if gene == CONTROL else gene for name, gene in genes.items()}
     where = f"Labels in column {key!r} are names of guides and are read as genes (as they are with --perturbation-key)"
     return _guides(pd.Categorical(written), control, dict(sorted(table.items())), rule, where, {"column": key}, codes)
