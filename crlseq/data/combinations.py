@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 # In the order in which they are tried. Not between "_": the strand of a guide. Not before a blank or "/" alone: a charge.
-_MARKS = {
+MARKS = {
     " || ": r"\s*\|\|\s*",
-    "+": r"\s+\+\s+|(?<![_\s])\+(?![_\s/])",
+    "+": r"\s+\+\s+|(?<!\s)(?:(?<!_)\+|\+(?!_))(?![\s/])",
     "|": r"\s*(?<!\|)\|(?!\|)\s*",
     ";": r"\s*;\s*",
     ",": r"\s*,\s*",
@@ -25,10 +25,11 @@ _MARKS = {
     "/": r"\s*/\s*",
     "_": r"_+",
 }
-SEPARATORS = tuple(_MARKS)
+SEPARATORS = tuple(MARKS)
 # Names hold the others as well, as in chemicals, guides and loci.
 STRONG_SEPARATORS = frozenset({" || ", "+", "|", ";"})
 _OPENING, _CLOSING = "([{<", ")]}>"
+_BRACKET = re.compile(r"[\[\](){}<>]")
 
 
 def known_separator(separator: str) -> str:
@@ -39,7 +40,7 @@ def known_separator(separator: str) -> str:
 def mark_of(separator: str) -> re.Pattern[str]:
     """What a label is cut at."""
     text = re.escape(separator.strip() or separator)
-    return re.compile(_MARKS.get(separator, rf"\s*{text}\s*" if separator.strip() else text))
+    return re.compile(MARKS.get(separator, rf"\s*{text}\s*" if separator.strip() else text))
 
 
 @dataclass
@@ -93,14 +94,14 @@ class Cutter:
         for label, pieces in pieces_of.items():
             if ways[label]:
                 continue
-            half = self._half_told(label, joined[label], names, could_be)
-            if not half and len(pieces) in sizes and len(pieces) < 2 * min(sizes):
-                continue
             possible = all(map(could_be_name, pieces))
-            if label in used and not half and loose.isdisjoint(pieces):
-                continue
+            half = [] if strong and possible else self._half_told(label, joined[label], names, could_be)
+            if not half and not (strong and possible):
+                named = len(pieces) in sizes and len(pieces) < 2 * min(sizes)
+                if named or (label in used and loose.isdisjoint(pieces)):
+                    continue
             if possible and (strong or forced):
-                whole = half if half and not strong and max(sizes, default=1) > 1 else pieces
+                whole = half if half and max(sizes, default=1) > 1 else pieces
                 split[label] = [piece for piece in whole if not self.is_control(piece)]
             elif half or (possible and cuts.n_sure) or (strong and not cuts.n_sure):
                 cuts.torn.append(label)
@@ -117,7 +118,7 @@ class Cutter:
         for i in range(n):
             for j in range(i, n if i else n - 1):
                 part = label[spans[i][0] : spans[j][1]]
-                if part in names or self.is_control(part):
+                if part in names or ((i == 0 or j == n - 1) and self.is_control(part)):
                     before = [label[: spans[i - 1][1]]] if i else []
                     after = [label[spans[j + 1][0] :]] if j + 1 < n else []
                     if all(rest in names or could_be(rest) for rest in [*before, *after]):
@@ -187,21 +188,23 @@ def _recombine(pieces: Sequence[Sequence[str]]) -> bool:
 
 def _spans(label: str, mark: re.Pattern[str]) -> list[tuple[int, int]]:
     """Where the stretches between the marks lie; empty ones too. Marks within brackets are parts of a name."""
-    depth = _depths(label)
-    marks = [found.span() for found in mark.finditer(label) if depth is None or depth[found.start()] == 0]
+    marks = [found.span() for found in mark.finditer(label)]
+    if marks and _BRACKET.search(label) and (depth := _depths(label)):
+        marks = [span for span in marks if depth[span[0]] == 0]
     edges = [0, *(edge for span in marks for edge in span), len(label)]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _depths(label: str) -> list[int] | None:
-    """In how many brackets each character is; None where they do not close."""
+def _depths(label: str) -> list[int]:
+    """In how many brackets each character is; nothing where they do not close."""
     depth = [0, *accumulate((c in _OPENING) - (c in _CLOSING) for c in label)]
-    return None if min(depth) < 0 or depth[-1] else depth
+    return [] if min(depth) < 0 or depth[-1] else depth
 
 
 def could_be_name(part: str) -> bool:
     """Whether a part could stand alone: it starts with a letter, a digit or a bracket, and its brackets close."""
-    return part != "" and (part[0].isalnum() or part[0] in _OPENING) and _depths(part) is not None
+    starts = part != "" and (part[0].isalnum() or part[0] in _OPENING)
+    return starts and (_BRACKET.search(part) is None or bool(_depths(part)))
 
 
 def _is_word(part: str) -> bool:

@@ -66,6 +66,8 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     notes = [f"Cells {WITHOUT_COUNTS} are excluded ({silent})."] if silent else []
     dropped = sorted(item for item in labels.dropped.items() if item[0] != WITHOUT_COUNTS)
     notes += [f"Cells labelled {label!r} are excluded ({n})." for label, n in dropped]
+    if len(labels.control_labels) > 1:
+        notes.append(f"Control cells of several kinds are one group: {few([*map(repr, labels.control_labels)])}.")
     small = (counts < config.min_cells) & ~held_out
     small[0] = False
     if small.any():

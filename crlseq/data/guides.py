@@ -32,7 +32,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from crlseq.config import DataConfig
-from crlseq.data.combinations import Cutter
+from crlseq.data.combinations import MARKS, Cutter
 from crlseq.data.controls import is_control_name, is_never
 from crlseq.data.files import is_cell_ranger, open_store, readable
 from crlseq.data.guide_names import CONTROL, genes_of_guides, recognised
@@ -44,7 +44,7 @@ from crlseq.data.names import GeneNames
 from crlseq.data.perturbations import Perturbations, read_perturbations, refuse_missing_column
 from crlseq.errors import InputError, UsageError, few
 
-BETWEEN_GUIDES = re.compile(r"\s*[|;,]+\s*|\s+\+\s+|(?<![_\s])\+(?![_\s])|\s+and\s+")  # not the strand in "_+_"
+BETWEEN_GUIDES = re.compile(rf"\s*[|;,]+\s*|{MARKS['+']}|{MARKS[' and ']}")
 AMBIGUOUS, UNASSIGNED = "multiple", "unassigned"
 MANY, NONE = -2, -1  # in place of a cell's gene: of the two labels above
 
@@ -214,7 +214,9 @@ def _from_labels(
     why = [text if is_never(text) or is_control_name(text) else UNASSIGNED for text in texts]
     left = np.append(np.array(why, dtype=object), np.nan)[codes]
     written = np.where(labels.condition < 0, left, read[labels.condition])
-    table = {str(texts[code]): control for code in np.unique(codes[(labels.condition == 0) & (codes >= 0)])}
+    own = {code for code in np.unique(codes[labels.condition == 0]).tolist() if code >= 0}
+    pieces = ((code in own, piece) for code, text in enumerate(texts) for piece in _split(text, config.separator))
+    table = {piece: control for is_control, piece in pieces if is_control or is_control_name(piece)}
     table |= {name: control if gene == CONTROL else gene for name, gene in genes.items()}
     where = f"Labels in column {key!r} are names of guides and are read as genes (as they are with --perturbation-key)"
     return _guides(pd.Categorical(written), control, dict(sorted(table.items())), rule, where, {"column": key}, codes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -96,10 +97,9 @@ class Rules:
         return frozenset(label for label in self.labels if label != "" and not is_control_name(label))
 
     @cached_property
-    def cutter(self) -> Cutter:
-        """Of the labels of perturbed cells."""
-        perturbed = [label for label in self.labels if not (is_never(label) or self.is_control(label))]
-        return Cutter(perturbed, self.is_control, self.is_own_control, is_never)
+    def perturbed(self) -> frozenset[str]:
+        """The labels of perturbed cells."""
+        return frozenset(label for label in self.labels if not (is_never(label) or self.is_control(label)))
 
     @property
     def style(self) -> Style:
@@ -107,16 +107,20 @@ class Rules:
         style = STYLE_OF.get(self.key, PLAIN)
         return style if any(label.casefold() in style.controls for label in self.own) else PLAIN
 
-    def cut(self, separator: str, forced: bool = False) -> Cuts:
-        """The labels, cut at a separator."""
-        strong = separator in STRONG_SEPARATORS or separator == self.style.separator
-        return self.cutter.cut(separator, strong, forced)
+    def cut(self, separator: str, forced: bool = False, apart: Collection[str] = ()) -> Cuts:
+        """The labels but those ``apart``, cut at a separator."""
+        cutter = Cutter(self.perturbed.difference(apart), self.is_control, self.is_own_control, is_never)
+        return cutter.cut(separator, self._is_strong(separator), forced)
+
+    def _is_strong(self, separator: str) -> bool:
+        return separator in STRONG_SEPARATORS or separator == self.style.separator
 
     def separators(self) -> list[str | None]:
         """Every separator with which the labels can be read (None: no combinations); two or more are ambiguous."""
         sure, guessed, torn = dict[str, bool](), dict[str, bool](), list[str | None]()
-        for separator in SEPARATORS:
-            cuts = self.cut(separator)
+        told = set[str]()  # labels that a strong separator cuts
+        for separator in sorted(SEPARATORS, key=lambda separator: not self._is_strong(separator)):
+            cuts = self.cut(separator, apart=told if not self._is_strong(separator) else ())
             doubtful = bool(cuts.torn or cuts.twofold)
             if cuts.n_sure or cuts.twofold:
                 sure[separator] = doubtful
@@ -124,6 +128,8 @@ class Rules:
                 guessed[separator] = doubtful
             elif cuts.n_half:
                 torn.append(separator)
+            if self._is_strong(separator) and (separator in sure or separator in guessed):
+                told |= cuts.parts.keys()
         if found := sure or guessed:
             return [*found, *([None] if len(found) == 1 and any(found.values()) else [])]
         return [*torn, None]

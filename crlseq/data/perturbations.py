@@ -56,10 +56,10 @@ def read_perturbations(
     chosen = usable[0]
     same_column = [reading for reading in usable if reading.key == chosen.key]
     if len(same_column) > 1:
-        raise _ambiguous_column(same_column)
+        _refuse_two_readings(same_column, obs)
     # A known name beats the others whatever they say, and "control" beats "control_1"; equals must agree.
     standing = {reading.key: rank for reading, rank in readings}
-    rivals = [r for r in usable[1:] if standing[r.key] == standing[chosen.key]]
+    rivals = [r for r in usable if r.key != chosen.key and standing[r.key] == standing[chosen.key]]
     for rival in rivals:
         if difference := _difference(chosen, rival):
             what = f"Columns '{chosen.key}' and '{rival.key}' both look like perturbation labels, but {difference}."
@@ -185,10 +185,24 @@ def _difference(a: Perturbations, b: Perturbations) -> str:
     return "" if np.array_equal(sizes_a[in_a], sizes_b[in_b]) else "they disagree on how many perturbations cells carry"
 
 
-def _ambiguous_column(readings: Sequence[Perturbations]) -> InputError:
+def _refuse_two_readings(readings: Sequence[Perturbations], obs: pd.DataFrame) -> None:
+    """Refuse a column whose labels are read in two ways that differ."""
+    key = readings[0].key
+    carried = [
+        [
+            *(" and ".join(repr(r.names[i]) for i in condition) or "control" for condition in r.conditions),
+            "nothing known",
+        ]
+        for r in readings
+    ]
+    read = np.stack([np.array(own, dtype=object)[r.condition] for own, r in zip(carried, readings, strict=True)])
+    differing = np.flatnonzero((read != read[0]).any(0))
+    if not len(differing):
+        return
     ways = [f"combinations at '{r.separator}'" if r.separator else "single perturbations" for r in readings]
-    hint = f"Choose with {_options('--separator', [r.separator or '' for r in readings])}."
-    return InputError(f"Labels of column '{readings[0].key}' can be read as {' or as '.join(ways)}.", hint)
+    label, example = _text(obs[key].iloc[differing[0]]), " or ".join(read[:, differing[0]])
+    what = f"Labels of column '{key}' can be read as {' or as '.join(ways)}: {label!r} is {example}."
+    raise InputError(what, f"Choose with {_options('--separator', [r.separator or '' for r in readings])}.")
 
 
 def _nothing_found(
