@@ -243,14 +243,15 @@ def values_of(source: str | Path | ad.AnnData, screen: Screen, scanned: Scan, co
         hint = _use(better_layers(source, screen.layers, config.layer))
         raise InputError(error.message, hint or error.hint) from None
     if found.kind == "continuous" and config.values == "auto":
-        return replace(found, doubt=_use(better_layers(source, screen.layers, config.layer)))
+        better = _use(better_layers(source, screen.layers, config.layer))
+        return replace(found, doubt=f"These values are scaled or transformed. {better}" if better else "")
     return found
 
 
 def _use(better: dict[str, str]) -> str:
     named = {"counts": "counts", "log": "log-normalised values"}
     return next(
-        (f"{name!r} holds {named[kind]}: use --layer {shlex.quote(name)}." for name, kind in better.items()), ""
+        (f"Layer {name!r} holds {named[kind]}: use --layer {shlex.quote(name)}." for name, kind in better.items()), ""
     )
 
 
