@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +20,7 @@ from crlseq.run import schema
 from crlseq.run.anndata import anndata_keys, read_cells, set_keys, write_annotated
 from crlseq.run.graph import ancestry, dag_graph, dag_json, declared_order, graphml
 from crlseq.run.schema import RunInfo, run_json
-from crlseq.run.summary import Program, describe_programs, summary_table
+from crlseq.run.summary import Program, describe_programs, short, summary_table
 from crlseq.storage.csv import read_csv, to_csv
 from crlseq.storage.files import refuse_links_outside
 from crlseq.storage.runfolder import EMBEDDINGS, ENSEMBLE, PAIRS, PATHWAYS, SECOND_TARGETS, TABLES, partial_of
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from crlseq.data.preprocess import Preprocessing
     from crlseq.model.discrepancy_vae import DiscrepancyVAE
     from crlseq.training.extrapolation import Extrapolation
+
+SHOWN, WIDTH = 8, 80  # programs that a run is shown with, and characters of a line
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,28 @@ class Run:
     pathways: pd.DataFrame | None = field(default=None, repr=False)
     pairs: pd.DataFrame | None = field(default=None, repr=False)
     second_targets: pd.DataFrame | None = field(default=None, repr=False)
+
+    def _brief(self) -> dict[str, str]:
+        """A few lines about the run, for `repr` and notebooks; text from the data on one line each."""
+        facts, n = self.facts, len(self.edges)
+        edges, shown = f"{n} declared edge{'s' * (n != 1)}", [*self.described.values()][:SHOWN]
+        rest = facts.n_latents - len(shown)
+        return {
+            "input": short(facts.input.path, WIDTH),
+            "perturbations": f"{len(self.interventions)}, {facts.metrics.n_detected} with a detectable effect",
+            "programs": str(facts.n_latents),
+            **{program.name: short(program.title, WIDTH) for program in shown},
+            **({"...": f"{rest} more"} if rest else {}),
+            "graph": "none" if facts.without_effect else f"{facts.identification.verdict}, {edges}",
+            "folder": "not written" if self.path is None else short(self.path, WIDTH),
+        }
+
+    def __repr__(self) -> str:
+        return "\n    ".join([type(self).__name__, *(f"{name}: {value}" for name, value in self._brief().items())])
+
+    def _repr_html_(self) -> str:
+        rows = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self._brief().items())
+        return f"<table><caption>{type(self).__name__}</caption>{''.join(rows)}</table>"
 
     @cached_property
     def facts(self) -> RunInfo:

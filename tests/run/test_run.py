@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import anndata as ad
 import numpy as np
@@ -21,6 +22,7 @@ from crlseq.errors import InputError
 from crlseq.run.run import Run
 from crlseq.storage.runfolder import TABLES
 from tests.support import FAST, RUN_FILES, dense, invoke, small_screen
+from tests.synthetic import synthetic_run
 
 
 @pytest.fixture
@@ -370,6 +372,32 @@ def test_splits_lie_within_conditions(run_folder: Path) -> None:
     assert set(obs["crlseq_split"].cat.categories) == set(splits.SPLITS)
     assert counts.loc["control", ["test", "validation", "train"]].tolist() == [40, 20, 140]
     assert (counts.drop("control")["test"] == 12).all()
+
+
+# --- shown in a session
+
+
+def test_a_run_is_shown_in_a_few_lines(finished: Run) -> None:
+    lines = repr(finished).splitlines()
+    assert lines[0] == "FittedRun" and 6 <= len(lines) <= 15 and max(map(len, lines)) < 120
+    assert "perturbations: 7, 6 with a detectable effect" in lines[2] and "programs: 3" in lines[3]
+    assert lines[-2].strip().startswith(f"graph: {finished.facts.identification.verdict}, ")
+    page = finished._repr_html_()
+    assert ElementTree.fromstring(page).tag == "table" and all(
+        f"<th>{name}</th>" in page for name in ("P0", "P2", "graph")
+    )
+    assert len(page) < 3000
+
+
+def test_many_programs_and_odd_names_stay_short() -> None:
+    run = synthetic_run(50, 60)
+    run.info["input"]["path"] = "a\n<b>" + "x" * 500
+    run.info["programs"][0]["label"] = "<script>\n\x1b[31m"
+    lines = repr(run).splitlines()
+    assert len(lines) == 15 and max(map(len, lines)) < 120 and "...: 42 more" in lines[-3] and "\x1b" not in repr(run)
+    assert "folder: not written" in lines[-1]
+    page = run._repr_html_()
+    assert "<script>" not in page and ElementTree.fromstring(page).find(".//b") is None
 
 
 # --- finished runs and --resume, --force
