@@ -8,6 +8,7 @@ standing differ, it refuses. All work is done on distinct labels, so that millio
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -22,6 +23,8 @@ from crlseq.data.label_rules import GUIDE_LABELS, JOINED, PLAIN, STYLE_OF, Ints,
 from crlseq.data.label_rules import Perturbations as Perturbations
 from crlseq.data.matrix import NO_TEXT
 from crlseq.errors import InputError, few
+
+_SAMPLES = re.compile(r"(?:^|[^a-z])(?:sample|batch|replicate|donor|lane|well|plate|orig\.ident)", re.IGNORECASE)
 
 
 def candidates(obs: pd.DataFrame) -> list[Perturbations]:
@@ -97,7 +100,8 @@ def _readings(
 ) -> list[tuple[Perturbations, int]]:
     """Every reading of these columns that has control cells and respects what is given, and the standing of its column.
 
-    The best come first: 0 where the column's name is known, 1 where a label without a number is of control cells, else 2.
+    The best come first: 0 where the column's name is known, 1 where a label without a number is of control cells, 2 where
+    all have one, and 3 in columns of samples.
     """
     readings = []
     for key in keys:
@@ -127,7 +131,8 @@ def _readings(
         if own:
             rules = Rules(key, tuple(own), tuple(given or ()), frozenset(guides), tuple(labels))
             options = rules.separators() if forced is None else [forced or None]
-            standing = 0 if key in STYLE_OF else 1 if any(label == kind_of(label) for label in own) else 2
+            plain = any(label == kind_of(label) for label in own)
+            standing = 0 if key in STYLE_OF else 3 if _SAMPLES.search(str(key)) else 1 if plain else 2
             doubtful = forced is not None or len(options) > 1
             readings += [(rules.read(codes, option, doubtful), standing) for option in options]
     order = {key: i for i, key in enumerate(STYLE_OF)}
@@ -199,10 +204,15 @@ def _refuse_two_readings(readings: Sequence[Perturbations], obs: pd.DataFrame) -
     differing = np.flatnonzero((read != read[0]).any(0))
     if not len(differing):
         return
+    labels, codes = _labels(obs[key])
+    code = codes[differing].min()
+    cell = differing[codes[differing] == code][0]
     ways = [f"combinations at '{r.separator}'" if r.separator else "single perturbations" for r in readings]
-    label, example = _text(obs[key].iloc[differing[0]]), " or ".join(read[:, differing[0]])
-    what = f"Labels of column '{key}' can be read as {' or as '.join(ways)}: {label!r} is {example}."
-    raise InputError(what, f"Choose with {_options('--separator', [r.separator or '' for r in readings])}.")
+    what = f"Labels of column '{key}' can be read as {' or as '.join(ways)}"
+    example = f"{labels[code]!r} is {' or '.join(read[:, cell])}"
+    raise InputError(
+        f"{what}: {example}.", f"Choose with {_options('--separator', [r.separator or '' for r in readings])}."
+    )
 
 
 def _nothing_found(
