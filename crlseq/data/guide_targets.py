@@ -56,8 +56,8 @@ def targets_in_uns(source: str | Path | ad.AnnData) -> dict[str, str]:
         entries: Any = source.uns.get(TARGETS, {})
     else:
         with open_store(Path(source)) as store, readable(str(source), f"uns[{TARGETS!r}]"):
-            there = "uns" in store and TARGETS in store["uns"]
-            entries = ad.io.read_elem(store["uns"][TARGETS]) if there else {}
+            uns = store.get("uns")
+            entries = ad.io.read_elem(uns[TARGETS]) if uns is not None and TARGETS in uns else {}
     if not isinstance(entries, Mapping):
         return {}
     return {str(guide): _target_of(str(guide), entry) for guide, entry in entries.items()}

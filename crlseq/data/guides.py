@@ -74,7 +74,8 @@ def read_labels(
         return _as_labels(_from_counts(screen, source, config), screen.obs, config)
     if config.guide_map is not None:
         raise UsageError("--guide-map needs guides.", "Name them with --guide-key or --guide-counts.")
-    return labels_of(screen.obs, config, measured_names(screen), targets_in_uns(source))
+    targets = targets_in_uns(source) if ID_KEY in screen.obs else {}
+    return labels_of(screen.obs, config, measured_names(screen), targets)
 
 
 def with_guide_labels(
