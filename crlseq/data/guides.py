@@ -77,8 +77,9 @@ def read_labels(
         return _as_labels(_from_counts(screen, source, config), screen.obs, config)
     if config.guide_map is not None:
         raise UsageError("--guide-map needs guides.", "Name them with --guide-key or --guide-counts.")
+    targets = targets_in_uns(source) if ID_KEY in screen.obs else {}
     try:
-        return labels_of(screen.obs, config, GeneNames.of(screen.var).known, targets_in_uns(source))
+        return labels_of(screen.obs, config, GeneNames.of(screen.var).known, targets)
     except InputError as error:
         counted = next((name for name in _counted(screen, source) if GUIDES.search(name)), None)
         if config.perturbation_key is not None or counted is None:

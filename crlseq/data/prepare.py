@@ -26,7 +26,7 @@ import pandas as pd
 
 from crlseq._version import __version__
 from crlseq.config import DataConfig
-from crlseq.data.guide_targets import targets_in_uns
+from crlseq.data.guide_targets import ID_KEY, targets_in_uns
 from crlseq.data.guides import GUIDE_LABELS, labels_of
 from crlseq.data.matrix import open_screen
 from crlseq.data.names import GeneNames
@@ -178,7 +178,8 @@ def _plan(paths: list[Path], options: DataConfig, seed: int) -> _Plan:
             dtype = np.dtype(screen.matrix.dtype)
             dtypes.append(dtype if dtype.kind in "iuf" else np.dtype(np.float32))
             first.append(first[-1] + screen.n_cells)
-            measured, targets = measured | GeneNames.of(screen.var).known, targets | targets_in_uns(path)
+            measured |= GeneNames.of(screen.var).known
+            targets |= targets_in_uns(path) if ID_KEY in screen.obs else {}
             if len(tables) == 1:
                 var = screen.var.set_axis(screen.genes, axis=0)
             elif missing := sorted({*var.index} ^ {*screen.genes}):

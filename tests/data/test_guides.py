@@ -473,3 +473,22 @@ def test_papalexi() -> None:
     told = (single != "-") & (single != "PDL1")
     assert (single[told] == was[told]).all()
     assert told.sum() > 0.75 * len(was)
+
+
+def test_the_table_of_guides_in_a_file(tmp_path: Path) -> None:
+    """CELLxGENE's column and table, on the whole way."""
+    adata = small_screen()
+    names = adata.obs.pop("perturbation").astype(str)
+    adata.obs["genetic_perturbation_id"] = names.where(names == "control", "id-" + names).replace({"control": "na"})
+    adata.obs["genetic_perturbation_strategy"] = names.map(
+        lambda name: "no perturbations" if name == "control" else "CRISPR"
+    )
+    adata.uns["genetic_perturbations"] = {
+        f"id-{name}": {"role": "targeting", "target_features": {"ENSG1": f"SYMBOL{int(name[1:]) // 2}"}}
+        for name in sorted({*names} - {"control"})
+    }
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    data = read_data(tmp_path / "screen.h5ad", make_config().data, 0)
+    assert data.perturbation_names == ("SYMBOL0", "SYMBOL1", "SYMBOL2")
+    assert data.labels.is_control.sum() == (names == "control").sum()
+    assert "Genes are read from the table of guides in uns ('id-g0' is 'SYMBOL0')" in data.notes[0]

@@ -163,6 +163,8 @@ def test_fractional_counts_are_not_rounded() -> None:
 
 def test_scaled_values_name_the_layer_that_is_better(tmp_path: Path) -> None:
     x = counts(0, 3000)
+    x[1::3, 60:120] *= 3  # what A and B do
+    x[2::3, 130:200] *= 3
     adata = labelled(x)
     adata.raw = adata.copy()
     logs = np.log1p(normalised(x))
@@ -171,7 +173,9 @@ def test_scaled_values_name_the_layer_that_is_better(tmp_path: Path) -> None:
     adata.write_h5ad(tmp_path / "scaled.h5ad")
     for source in (adata, tmp_path / "scaled.h5ad"):
         assert better_layers(source, ("raw",), None) == {"raw": "counts"}
-        assert any("Layer 'raw' holds counts: use --layer raw" in note for note in read_data(source, DataConfig(), 0).notes)
+        assert any(
+            "Layer 'raw' holds counts: use --layer raw" in note for note in read_data(source, DataConfig(), 0).notes
+        )
         data = read_data(source, DataConfig(layer="raw", n_top_genes="all"), 0)
         assert data.preprocessing.values == "counts" and data.preprocessing.n_genes_in_file == 300
     run = crlseq.fit(tmp_path / "scaled.h5ad", tmp_path / "run", method="linear", n_latents=2, bootstrap=0, layer="raw")
