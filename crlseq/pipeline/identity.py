@@ -72,14 +72,19 @@ class Identity:
 
 
 def digests_of_tables(config: Config, folder: Path | None) -> dict[str, str | None]:
-    """Digests of `TABLES`; None of those not given, and of gene sets whose file is gone where the folder has its copy."""
+    """Digests of `TABLES`; None of those not given, of pipes, which can be read once, and of gene sets whose file is gone
+    where the folder has its copy.
+    """
     copied = folder is not None and (folder / GENE_SETS).exists()
-    paths = {name: getattr(config.data, name) for name in TABLES}
-    there = {
-        name: path is not None and not (name == "gene_sets" and copied and not Path(path).exists())
-        for name, path in paths.items()
-    }
-    return {name: digest_of(path) if there[name] else None for name, path in paths.items()}
+    digests: dict[str, str | None] = dict.fromkeys(TABLES)
+    for name in TABLES:
+        given = getattr(config.data, name)
+        if given is None:
+            continue
+        path = Path(given)
+        if path.is_file() or path.is_dir() or not (path.exists() or (name == "gene_sets" and copied)):
+            digests[name] = digest_of(path)  # which says so of a file that is gone
+    return digests
 
 
 def settle(folder: Path, asked: Identity, force: bool, note: Callable[[str], None]) -> Identity:
