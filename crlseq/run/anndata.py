@@ -46,10 +46,11 @@ def anndata_keys(
     interventions: pd.DataFrame,
     tables: Mapping[str, pd.DataFrame | None],
     genes: pd.Index,
+    fitted_genes: pd.Index,
     latents: np.ndarray,
     cells: pd.DataFrame,
 ) -> dict[str, dict[str, Any]]:
-    """The keys that crlseq adds to an AnnData with these `genes`, by slot.
+    """The keys that crlseq adds to an AnnData with these `genes`, by slot; `fitted_genes` are called as there.
 
     ``info`` and ``facts`` are ``run.json`` as it is and with types; ``tables`` are kept as they are, by name; of the AnnData's cells are ``latents`` (cells, p)
     float32 and `CELL_COLUMNS`.
@@ -57,7 +58,7 @@ def anndata_keys(
     names = [program.name for program in facts.programs]
     wide = programs.pivot(index="gene", columns="program", values="loading")[names]
     loadings = wide.reindex(genes)
-    fitted = genes.isin(info["preprocessing"]["genes"])
+    fitted = genes.isin(fitted_genes)
     order = np.argsort(-wide.to_numpy(), axis=0, kind="stable")
     scores = np.take_along_axis(wide.to_numpy(), order, axis=0).astype(np.float32)
     # What scanpy's readers of `rank_genes_groups` take besides: log2 fold changes of one standard deviation of the

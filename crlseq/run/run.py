@@ -218,16 +218,15 @@ class Run:
 
         record, programs = self.preprocessing, self.programs
         with open_screen(source, record.layer) as screen:
-            cells, genes = screen.obs.index, screen.var_names
-            there = dict(zip(record.genes, screen.genes[record.columns(screen)], strict=True))
-        if any(name != gene for gene, name in there.items()):  # other names of the same genes
-            programs = programs.assign(gene=programs["gene"].map(there))
+            cells, genes, fitted = screen.obs.index, screen.var_names, screen.genes[record.columns(screen)]
+        if tuple(fitted) != record.genes:  # other names of the same genes
+            programs = programs.assign(gene=programs["gene"].map(dict(zip(record.genes, fitted, strict=True))))
         known = read_cells(self.folder / "crlseq.h5ad") if self.cells is None else self.cells
         known = known.reindex(cells.astype(str))
         known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(schema.SPLIT)
         latents = self.latents(source)
         tables = {"pairs": self.pairs, "second_targets": self.second_targets}
-        return anndata_keys(self.info, self.facts, programs, self.interventions, tables, genes, latents, known)
+        return anndata_keys(self.info, self.facts, programs, self.interventions, tables, genes, fitted, latents, known)
 
     @property
     def folder(self) -> Path:

@@ -230,7 +230,7 @@ def sensitivity_in_words(facts: RunInfo) -> str:
     if seen.shift is None:
         return f"{words} too few to say which effect would have been detected."
     return (
-        f"{words} if all perturbations shifted expression by {seen.shift:.2g} standard deviations of control cells, each in a "
+        f"{words} if all perturbations shifted expression by {seen.shift:.2g} SD of control cells, each in a "
         "random direction, 80 % of them would have been detected."
     )
 
