@@ -105,7 +105,8 @@ def _beside(covariates: list[dict[str, Any]]) -> dict[str, str]:
     others = [each for each in found if each.role == UNKNOWN and not each.looks_like_batch]
     telling = [each for each in others if each.matters]
     if telling:
-        facts["tied to labels"] = "; ".join(each.in_words() for each in telling)
+        named = "; ".join(each.in_words() for each in telling)
+        facts["unclear"] = f"{named}: these go with the labels, as outcomes do and unbalanced batches"
     if not groups["batches"]:
         none = "no column is named like a batch"
         tested = [each for each in others if not each.matters]

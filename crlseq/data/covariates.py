@@ -45,7 +45,6 @@ WORDS = {
 }  # fmt: skip
 MAX_LEVELS, MAX_NUMBERS, MAX_NAMED = 100, 20, 1000  # of a column; of whole numbers; of one that is named like a batch
 N_CONTROLS, N_GENES, N_COMPONENTS = 1000, 1000, 20  # that are looked at
-N_STRETCHES, MAX_STRETCH = 40, 2000  # of the file, and cells of one
 SMALLEST_LEVEL = 3  # control cells of a level that is compared
 CERTAIN = 1e-3  # p-value below which a column differs in expression, or is tied to labels, beyond chance
 
@@ -101,7 +100,7 @@ def covariates(screen: Screen, labels: Perturbations, values: Values, totals: np
     found = [(key, codes) for key, codes in found if key != labels.key and not _same(codes, condition)]
     if not found:
         return []
-    some, rows = _some_controls(screen, used[condition == 0])
+    some, rows = screen.sample(used[condition == 0], N_CONTROLS)
     scores = _scores(rows, values, totals[some])
     place = np.searchsorted(used, some)
     return [
@@ -111,19 +110,6 @@ def covariates(screen: Screen, labels: Perturbations, values: Values, totals: np
         )
         for key, codes in found
     ]  # fmt: skip
-
-
-def _some_controls(screen: Screen, controls: np.ndarray) -> tuple[np.ndarray, sp.csr_matrix]:
-    """At most `N_CONTROLS` of these cells and their rows, from `N_STRETCHES` of the file: single rows are slow to read."""
-    width = -(-N_CONTROLS // N_STRETCHES)
-    cells, rows = list[np.ndarray](), list[sp.csr_matrix]()
-    for start in np.unique(np.linspace(0, max(len(controls) - width, 0), N_STRETCHES).astype(int)):
-        own = controls[start : start + width]
-        own = own[(own < own[0] + MAX_STRETCH) & (own > (cells[-1][-1] if cells else -1))]
-        if len(own):
-            cells.append(own)
-            rows.append(screen.rows(np.arange(own[0], own[-1] + 1))[own - own[0]])
-    return np.concatenate(cells), sp.csr_matrix(sp.vstack(rows, format="csr"))
 
 
 def _levels(column: pd.Series, key: str, used: np.ndarray) -> np.ndarray | None:
@@ -186,7 +172,7 @@ def _tied(codes: np.ndarray, condition: np.ndarray) -> float:
 
 
 def in_words(found: Sequence[Covariate], batch_key: str | None) -> list[str]:
-    """What a fit says of these columns: batches that are left alone, contexts that are pooled."""
+    """What a fit says of these columns: batches that are left alone, contexts that are pooled, an outcome for a batch."""
     batches = [each for each in found if each.looks_like_batch]
     contexts = [each for each in found if each.role == CONTEXT and each.matters]
     notes = []
@@ -194,6 +180,11 @@ def in_words(found: Sequence[Covariate], batch_key: str | None) -> list[str]:
         notes.append(
             f"No --batch-key was given. Columns that may be batches: {few([each.in_words() for each in batches], 4)}. "
             "Without it, differences between batches count as effects or as noise."
+        )
+    if any(each.column == batch_key and each.role == OUTCOME for each in found):
+        notes.append(
+            f"The batch column {batch_key!r} is named like a result of expression, which perturbations change: differences "
+            "within its levels hide their effects."
         )
     if contexts:
         notes.append(

@@ -24,6 +24,7 @@ from crlseq.errors import InputError
 
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
 BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
+N_STRETCHES, MAX_STRETCH = 40, 2000  # of a sample, and cells of one
 RAW = "raw"  # as a layer: ``.raw``, values before genes were chosen and scaled
 GUIDES = re.compile(r"guide|crispr|grna|gdo", re.IGNORECASE)  # in the name of a type of feature
 # What a column of ``var`` calls genes, where it says what each column of the matrix is.
@@ -91,6 +92,17 @@ class Screen:
         runs = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1)
         parts = [self._read(slice(int(run[0]), int(run[-1]) + 1)) for run in runs if len(run)]
         return sp.csr_matrix(sp.vstack(parts, format="csr"))
+
+    def sample(self, cells: np.ndarray, most: int) -> tuple[np.ndarray, sp.csr_matrix]:
+        """At most so many of these ascending cells and their rows, from a few stretches: single rows are slow to read."""
+        width, chosen, rows = -(-most // N_STRETCHES), list[np.ndarray](), list[sp.csr_matrix]()
+        for start in np.unique(np.linspace(0, max(len(cells) - width, 0), N_STRETCHES).astype(int)):
+            own = cells[start : start + width]
+            own = own[(own < own[0] + MAX_STRETCH) & (own > (chosen[-1][-1] if chosen else -1))]
+            if len(own):
+                chosen.append(own)
+                rows.append(self.rows(np.arange(own[0], own[-1] + 1))[own - own[0]])
+        return np.concatenate(chosen), sp.csr_matrix(sp.vstack(rows, format="csr"))
 
     def _read(self, rows: slice | np.ndarray) -> sp.csr_matrix:
         with readable(self.source, "the matrix"):

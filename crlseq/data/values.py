@@ -124,7 +124,7 @@ def kind_of_values(screen: Screen, scanned: Scan, asked: str = "auto") -> Values
 
 
 def _fractional(screen: Screen, scanned: Scan, asked: str) -> Values:
-    rows = _sample(screen)
+    rows = screen.sample(np.arange(screen.n_cells), SAMPLE)[1]
     share, base = scanned.n_fractional / scanned.n_nonzero, _base(rows, screen.log_base or np.e)
     counts = Values(
         "counts", f"{share:.0%} of the non-zero values are fractional, the largest is {scanned.maximum:.4g}: corrected "
@@ -217,11 +217,6 @@ def _variation(totals: np.ndarray) -> float:
     return float(totals.std() / max(totals.mean(), 1e-300))
 
 
-def _sample(screen: Screen) -> sp.csr_matrix:
-    cells = np.unique(np.linspace(0, screen.n_cells - 1, min(SAMPLE, screen.n_cells)).astype(int))
-    return screen.rows(cells)
-
-
 def _refuse_odd_integers(scanned: Scan, source: str) -> None:
     no_zero = scanned.n_nonzero == len(scanned.totals) * len(scanned.detected)
     if scanned.maximum <= 1:
@@ -261,7 +256,7 @@ def better_layers(source: str | Path | ad.AnnData, layers: tuple[str, ...], used
     for name in layers:
         with suppress(InputError), open_screen(source, name) as screen:
             if name != used:
-                rows = _sample(screen)
+                rows = screen.sample(np.arange(screen.n_cells), SAMPLE)[1]
                 some = replace(screen, matrix=rows, features={}, obs=screen.obs.iloc[: rows.shape[0]])
                 found[name] = kind_of_values(some, scan(some)).kind
     return {name: kind for wanted in ("counts", "log") for name, kind in found.items() if kind == wanted}
