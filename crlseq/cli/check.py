@@ -11,7 +11,6 @@ import typer
 
 from crlseq.cli.options import AsJson, read_config, takes_config
 from crlseq.cli.output import say, show_json, show_table, show_text
-from crlseq.data.covariates import CONTEXT, OUTCOME, UNKNOWN, Covariate
 from crlseq.errors import InputError, few
 
 MANY = 30
@@ -95,6 +94,8 @@ def _facts(found: dict[str, Any]) -> dict[str, Any]:
 
 def _beside(covariates: list[dict[str, Any]]) -> dict[str, str]:
     """Columns beside the labels, by what they seem to be."""
+    from crlseq.data.covariates import CONTEXT, OUTCOME, UNKNOWN, Covariate
+
     found = [Covariate(**{f.name: row[f.name] for f in fields(Covariate)}) for row in covariates]
     groups = {
         "batches": [each for each in found if each.looks_like_batch],

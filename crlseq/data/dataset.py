@@ -110,7 +110,7 @@ class PerturbSeqData:
     def own_genes(self) -> tuple[tuple[int, ...], ...]:
         """Of each perturbation, the fitted genes that it targets, under whatever name; none if they are not fitted."""
         target = dict(zip(self.labels.names, self.labels.targets, strict=True))
-        return tuple(self.preprocessing.gene_names.find(target[name]) for name in self.perturbation_names)
+        return tuple(self.preprocessing.gene_names.find(target.get(name, name)) for name in self.perturbation_names)
 
     def cells(self, condition: int, *codes: int) -> np.ndarray:
         """Ascending indices of a condition's cells in the given splits."""

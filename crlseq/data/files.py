@@ -158,7 +158,7 @@ def is_cell_ranger(path: Path) -> bool:
             return False
         with h5py.File(path, "r") as handle:
             return "obs" not in handle and isinstance(handle.get("matrix/barcodes"), h5py.Dataset)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter of damaged files
         return False
 
 

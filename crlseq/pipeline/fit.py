@@ -129,14 +129,14 @@ def fit(
     if isinstance(source, ad.AnnData):
         refuse_unwritable(source)
     target = Path(output) if Path(output).name not in ("", "..") else Path(output).resolve()
-    job = Job(source, config, progress, ranks, partial_of(target), force and resume)
+    job = Job(source, config, progress, ranks, force=force and resume)
     if resume and (target / "run.json").is_file() and (run := _finished(target, job)) is not None:
         return run
     refuse_output(target, resume, force)
-    with working_folder(partial_of(target), resume):
+    with working_folder(partial_of(target), resume) as folder:
         refuse_existing(target, force)  # another process may have finished it in the meantime
-        _fit(job)
-        move_into_place(partial_of(target), target)
+        _fit(replace(job, folder=folder))
+        move_into_place(folder, target)
     return load(target)
 
 

@@ -78,11 +78,9 @@ def read_screen(job: Job) -> Screen:
         targets = dict(zip(data.labels.names, data.labels.targets, strict=True))
         vectors = named_as_labels(vectors, data.measured, {name: targets[name] for name in data.perturbation_names})
         refuse_strangers(vectors, data.perturbation_names, str(config.data.embeddings))
-    for text in data.notes:
-        note(text)
     sets = None if gmt is None else fitted_sets(gmt, data.preprocessing.gene_names)
-    if sets is not None:
-        note(sets.in_words())
+    for text in data.notes if sets is None else (*data.notes, sets.in_words()):
+        note(text)
     identity = Identity.of(digest or content_of(data), digests_of_tables(config, folder), config)
     return Screen(data, state, digest, identity, sets, vectors)
 

@@ -128,6 +128,8 @@ def working_folder(partial: Path, resume: bool) -> Iterator[Path]:
         raise InputError(f"{partial} cannot be written: {error.strerror or error}.", hint) from error
     finally:
         with suppress(OSError):  # what is there is to be resumed
+            if [file.name for file in partial.iterdir()] == [IDENTITY]:
+                (partial / IDENTITY).unlink()
             partial.rmdir()
 
 

@@ -327,7 +327,8 @@ def test_check_json(screen_file: Path) -> None:
         "fitted_conditions": 9, "n_silent_genes": 0, "targets_measured": [], "dropped": {},
     }  # fmt: skip
     assert {key: found[key] for key in expected} == expected
-    assert found["batches"] == [{"column": "batch", "levels": 2, "smallest": found["batches"][0]["smallest"]}]
+    assert [(row["column"], row["levels"], row["matters"]) for row in found["batches"]] == [("batch", 2, False)]
+    assert any(note.startswith("No --batch-key was given.") for note in found["notes"])
     assert set(found["cells_per_condition"].values()) == {60}
     assert found["command"].endswith("--output screen-run")
 
@@ -367,9 +368,7 @@ def test_check_agrees_with_fit_about_cells_that_are_not_used(tmp_path: Path) -> 
     x[6] = 0
     adata.X = x
     adata.write_h5ad(tmp_path / "screen.h5ad")
-    refused = invoke("check", tmp_path / "screen.h5ad")
-    assert refused.code == 3
-    assert "cells without any counts: 1 (first" in refused.err
+    assert "Cells without counts are excluded (1)." in invoke("check", tmp_path / "screen.h5ad").err
 
 
 def test_check_says_when_too_few_genes_or_controls_are_left(tmp_path: Path) -> None:

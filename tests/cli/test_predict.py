@@ -106,7 +106,7 @@ def test_bad_places(run_folder: Path, tmp_path: Path) -> None:
     answer = invoke("predict", tmp_path, "-p", "g0", "-o", tmp_path / "virtual.h5ad")
     check_refusal(answer.code, answer.out, answer.err, 3, "not a run folder")
     answer = invoke("predict", run_folder, "-p", "g0", "-o", tmp_path / "v.h5ad", "--from", tmp_path / "file")
-    check_refusal(answer.code, answer.out, answer.err, 3, "not an h5ad")
+    check_refusal(answer.code, answer.out, answer.err, 3, "not a file that crlseq reads")
     assert files_below(tmp_path) == {"file"}
 
 
