@@ -69,7 +69,7 @@ def score_recovery(
     scores |= dict(zip(EDGE_COUNTS, (int(adjacency.sum()), right, len(edges) - right), strict=True))
     scores |= {} if pairs is None else pair_scores(pairs, latent_of, adjacency)
     scores |= dict.fromkeys(LATENT_SCORES, float("nan"))
-    if latents is not None and true_latents is not None:
+    if latents is not None and true_latents is not None and latents.shape[1]:
         scores |= {"mcc": mean_correlation(latents, true_latents), **representation_scores(latents, true_latents)}
     return scores | graph_scores(found, adjacency, len(edges) - len(matched))
 
