@@ -119,6 +119,8 @@ def gene_list_scores(
     `mean_correlation`, and precision and recall are of all lists together; NaN where nothing is listed, or the truth has
     no ``loaded`` (true latents, genes), bool. Programs come in the order of the latents.
     """
+    if programs.empty:
+        return dict.fromkeys(("list_precision", "list_recall", "program_length"), float("nan"))
     listed = programs[programs["loading"] != 0].groupby("program")["gene"].agg(set)
     scores = {"list_precision": float("nan"), "list_recall": float("nan")}
     if "loaded" in truth:

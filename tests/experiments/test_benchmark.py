@@ -320,7 +320,7 @@ def test_without_interventions(tmp_path: Path) -> None:
     """The sparse VAE sees no labels: its latents and lists are scored, targets and graph are not."""
     summary = benchmark(
         tmp_path / "B", scenarios=["sparse-counts"], seeds=[0], methods=["sparse-vae"],
-        simulator={"cells_per_perturbation": 60, "n_control": 200, "n_latents": 4}, options={"epochs": 2}, threads=1,
+        simulator={**TINY, "n_latents": 4}, options={"epochs": 2}, threads=1,
     )  # fmt: skip
     row = pd.read_csv(tmp_path / "B" / "benchmark.csv").set_index("method").loc["sparse-vae"]
     known = ["mcc", "dci_disentanglement", "list_precision", "list_recall", "program_length", "n_latents"]

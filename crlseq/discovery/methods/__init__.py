@@ -60,7 +60,7 @@ def find_programs(task: Task) -> Programs:
     tell apart.
     """
     name: str = task.config.method
-    if task.without_effect:
+    if task.without_effect and task.config.causal_layer:  # the ablation says nothing of perturbations
         asked = task.config.n_latents
         task.note(NO_EFFECT + ("" if asked == "auto" else f" (asked for: {asked})") + ".")
         return Programs(0, f"{NO_EFFECT}.", None)
