@@ -50,7 +50,7 @@ def run(fitted: tuple[Path, Answer]) -> Run:
 
 def test_the_fit_says_so_and_claims_nothing(fitted: tuple[Path, Answer]) -> None:
     folder, answer = fitted
-    assert answer.code == 0 and SAYS in answer.err and "standard deviations" in answer.err
+    assert answer.code == 0 and SAYS in answer.err and "SD of control cells" in answer.err
     assert not any(words in answer.err for words in NEVER), answer.err
     assert {path.name for path in folder.iterdir()} == {
         *("run.json", "model.safetensors", "crlseq.h5ad", "report.html", "dag.graphml", "dag.json"),
