@@ -179,6 +179,7 @@ def naming(names: Sequence[str] | np.ndarray) -> str:
 
 def targets_in_words(names: GeneNames, targets: Sequence[str]) -> str:
     """How many of the targeted genes are measured, and under which name; a warning where none is."""
+    targets = [*dict.fromkeys(targets)]  # of several guides
     found = [target for target in targets if names.find(target)]
     if not found:
         some, there = few([*map(repr, targets)], 3), naming(names.symbols)
