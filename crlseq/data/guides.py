@@ -219,7 +219,7 @@ def _from_labels(
     pieces = ((code in own, piece) for code, text in enumerate(texts) for piece in _split(text, config.separator))
     table = {piece: control for is_control, piece in pieces if is_control or is_control_name(piece)}
     table |= {name: control if gene == CONTROL else gene for name, gene in genes.items()}
-    where = f"Labels in column {key!r} are names of guides and are read as genes (as they are with --perturbation-key)"
+    where = f"Labels in column {key!r} are names of guides and are read as genes; --perturbation-key {shlex.quote(str(key))} keeps them apart"
     return _guides(pd.Categorical(written), control, dict(sorted(table.items())), rule, where, {"column": key}, codes)
 
 
