@@ -10,18 +10,22 @@ import pandas as pd
 
 from crlseq.evaluation.baselines import BASELINES
 
-# Metric and whether larger is better; in the order of the tables. The sentences are of the first two.
+# Metric and whether larger is better, 1 being perfect; of the others 0 is. In the order of the tables.
 METRICS: dict[str, bool] = {
     "pearson_delta": True,
     "l2": False,
     "l2_top_expressed": False,
     "rmse": False,
     "rmse_top_expressed": False,
+    "mae": False,
+    "wmse": False,
+    "r2_weighted_delta": True,
     "pearson_delta_top_de": True,
     "pearson_delta_perturbed": True,
     "centroid_accuracy": True,
     "discrimination": True,
     "sign_agreement": True,
+    "de_score": True,
     "mmd2": False,
     "energy_distance": False,
     "r2_delta": True,
@@ -32,7 +36,8 @@ METRICS: dict[str, bool] = {
 # Of the model's counterfactuals alone: see `crlseq.prediction.counterfactual`.
 AXIOMS = ("composition", "effectiveness", "realised", "reversibility", "change")
 MODEL, CEILING, FLOOR = "model", "split_half", "sampling_floor"
-PREDICTORS = (MODEL, *BASELINES, CEILING, FLOOR)
+INTERPOLATED, RANGE = "interpolated_duplicate", "dynamic_range"  # the second is no predictor: see `truth.ceilings`
+PREDICTORS = (MODEL, *BASELINES, CEILING, INTERPOLATED, RANGE, FLOOR)
 WORDS = {
     "no_change": "no change", "mean": "the mean of perturbed cells", "matching_mean": "the matching mean",
     "ridge": "ridge",

@@ -43,7 +43,7 @@ def test_every_condition_has_every_predictor(held_out: Evaluation) -> None:
     assert (table["n_cells"] == 12).all()
     assert not held_out.notes
     model = table[table["predictor"] == "model"].drop(columns=["condition", "group", "predictor"])
-    assert model.drop(columns=["sign_agreement", "realised"]).notna().all(axis=None)
+    assert model.drop(columns=["sign_agreement", "de_score", "realised"]).notna().all(axis=None)
     assert table.loc[table["predictor"] != "model", [*AXIOMS]].isna().all(axis=None)
 
 
