@@ -58,29 +58,18 @@ def evaluate(
     foreign = run.is_file() or run.suffix == ".zarr"
     if foreign and data is None:
         raise UsageError(f"{run} is judged by measured cells, and none are given.", "Name their file with --data.")
-    if foreign and (cross_validate or held_out_controls or legacy or splits is not None):
-        message = "--cross-validate, --splits, --held-out-controls and --legacy need a run, not a file of predictions."
-        raise UsageError(message, "Omit them.")
-    if labels and not foreign:
-        option = f"--{next(iter(labels)).replace('_', '-')}"
-        raise UsageError(f"{option} is for files of predictions; a run has its own.", "Omit it.")
-    if cross_validate and data is not None:
-        message = "--cross-validate evaluates on the run's own screen, and --data names another."
-        raise UsageError(message, "Give one of them.")
-    if held_out_controls and (cross_validate or data is not None):
-        raise UsageError("--held-out-controls refers to the run's own test cells.", "Omit --data or --cross-validate.")
-    if splits is not None and not cross_validate:
-        raise UsageError("--splits needs --cross-validate.", "Give both.")
+    for name in () if foreign else labels:
+        raise UsageError(f"--{name.replace('_', '-')} is for files of predictions; a run has its own.", "Omit it.")
+    _refuse(foreign, data is not None, cross_validate, held_out_controls, splits is not None, legacy)
     if output is not None:
         refuse_output(output, force)
     from crlseq.evaluation.evaluate import evaluate as judge
     from crlseq.storage.csv import to_csv
     from crlseq.storage.files import written_whole
 
-    if foreign:
+    if foreign and data is not None:
         from crlseq.evaluation.foreign import evaluate_predictions
 
-        assert data is not None
         found = evaluate_predictions(run, data, **labels)
     elif cross_validate:
         from crlseq.experiments.crossvalidation import cross_validate as judge_folds
@@ -102,6 +91,22 @@ def evaluate(
         })  # fmt: skip
     else:
         _show(found, legacy)
+
+
+def _refuse(
+    foreign: bool, data: bool, cross_validate: bool, held_out_controls: bool, splits: bool, legacy: bool
+) -> None:
+    """Refuse, by `UsageError`, options that contradict one another."""
+    if foreign and (cross_validate or held_out_controls or legacy or splits):
+        message = "--cross-validate, --splits, --held-out-controls and --legacy need a run, not a file of predictions."
+        raise UsageError(message, "Omit them.")
+    if cross_validate and data:
+        message = "--cross-validate evaluates on the run's own screen, and --data names another."
+        raise UsageError(message, "Give one of them.")
+    if held_out_controls and (cross_validate or data):
+        raise UsageError("--held-out-controls refers to the run's own test cells.", "Omit --data or --cross-validate.")
+    if splits and not cross_validate:
+        raise UsageError("--splits needs --cross-validate.", "Give both.")
 
 
 def _show(found: Evaluation, legacy: bool) -> None:

@@ -78,6 +78,15 @@ def evaluate_predictions(
     InputError
         If a file cannot be read, the two have few genes or no condition in common, there are no controls, or only one of
         them holds counts.
+
+    Examples
+    --------
+    >>> import anndata, crlseq
+    >>> cells = anndata.read_h5ad("screen.h5ad")
+    >>> predicted = cells[cells.obs["perturbation"] == "g2+g4"].copy()  # a perfect prediction
+    >>> found = crlseq.evaluate_predictions(predicted, "screen.h5ad")
+    >>> found.conditions["predictor"].tolist()[:4]
+    ['model', 'no_change', 'mean', 'additive']
     """
     with open_screen(predictions) as own, open_screen(data, layer) as other:
         places = _common_genes(own, other)
