@@ -20,6 +20,7 @@ __all__ = [
     "cross_validate",
     "enrich",
     "evaluate",
+    "evaluate_predictions",
     "fit",
     "load",
     "pl",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from crlseq.data.simulate import simulate
     from crlseq.errors import CrlseqError
     from crlseq.evaluation.evaluate import evaluate
+    from crlseq.evaluation.foreign import evaluate_predictions
     from crlseq.experiments.crossvalidation import cross_validate
     from crlseq.pipeline.fit import fit
     from crlseq.pipeline.fitted import FittedRun as Run
@@ -46,6 +48,7 @@ _HOME = {
     "cross_validate": "crlseq.experiments.crossvalidation",
     "enrich": "crlseq.readout.enrichment",
     "evaluate": "crlseq.evaluation.evaluate",
+    "evaluate_predictions": "crlseq.evaluation.foreign",
     "fit": "crlseq.pipeline.fit",
     "load": "crlseq.pipeline.fitted",
     "prepare": "crlseq.data.prepare",

@@ -82,7 +82,8 @@ class DataConfig(_Section):
     )
     embeddings: str | None = _flag(
         None,
-        "Table of gene vectors (CSV, TSV or h5ad), from which `predict` extrapolates to genes never perturbed.",
+        "Table of gene vectors (CSV, TSV or h5ad), from which `predict` extrapolates to genes never perturbed; screen: "
+        "the genes' co-expression in control cells.",
         shell="path",
     )
     gene_sets: str | None = _flag(

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,19 +71,27 @@ def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: 
 
 
 def show_table(
-    table: pd.DataFrame, title: str, as_json: bool = False, decimals: int = 3, looks: Mapping[str, str] | None = None
+    table: pd.DataFrame,
+    title: str,
+    as_json: bool = False,
+    decimals: int = 3,
+    looks: Mapping[str, str] | None = None,
+    form: Callable[[float], str] | None = None,
 ) -> None:
     """A table for people on a terminal, tab-separated text into a pipe, a list of records as JSON.
 
-    ``looks``: rich styles of cells by their text.
+    ``looks``: rich styles of cells by their text. ``form`` writes the fractions, into a pipe too.
     """
     if as_json:
         show_json(json.loads(table.to_json(orient="records", double_precision=15)))
         return
     if not sys.stdout.isatty():
-        show_text(table.to_csv(sep="\t", index=False).rstrip("\n"))
+        text = (
+            table if form is None else table.apply(lambda own: own.map(form, "ignore") if own.dtype == float else own)
+        )
+        show_text(text.to_csv(sep="\t", index=False).rstrip("\n"))
         return
-    cells = [[visible(_cell(value, decimals)) for value in row] for row in table.itertuples(index=False)]
+    cells = [[visible(_cell(value, decimals, form)) for value in row] for row in table.itertuples(index=False)]
     # Words of a name below one another keep columns of numbers narrow.
     columns = [(str(name).replace("_", "\n"), kind.kind in "iuf") for name, kind in table.dtypes.items()]
     console = Console(emoji=False)
@@ -147,10 +155,12 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def _cell(value: Any, decimals: int) -> str:
+def _cell(value: Any, decimals: int, form: Callable[[float], str] | None) -> str:
     if isinstance(value, float):
         if value != value:
             return "–"
+        if form is not None:
+            return form(value)
         return f"{value:.{decimals}f}" if value == 0 or abs(value) >= 10.0**-decimals else f"{value:.1e}"
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         return str(value)

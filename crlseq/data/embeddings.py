@@ -16,6 +16,7 @@ from crlseq.data.matrix import within
 from crlseq.data.names import GeneNames
 from crlseq.errors import InputError
 
+COEXPRESSION = "screen"  # in place of a file: co-expression in the screen's control cells
 HINT = "Give a CSV with one gene per line, its name first and then its numbers, or an h5ad with genes as observations."
 
 

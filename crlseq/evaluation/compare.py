@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,18 +12,22 @@ import pandas as pd
 
 from crlseq.evaluation.baselines import BASELINES
 
-# Metric and whether larger is better; in the order of the tables. The sentences are of the first two.
+# Metric and whether larger is better, 1 being perfect; of the others 0 is. In the order of the tables.
 METRICS: dict[str, bool] = {
     "pearson_delta": True,
     "l2": False,
     "l2_top_expressed": False,
     "rmse": False,
     "rmse_top_expressed": False,
+    "mae": False,
+    "wmse": False,
+    "r2_weighted_delta": True,
     "pearson_delta_top_de": True,
     "pearson_delta_perturbed": True,
     "centroid_accuracy": True,
     "discrimination": True,
     "sign_agreement": True,
+    "de_score": True,
     "mmd2": False,
     "energy_distance": False,
     "r2_delta": True,
@@ -32,11 +38,13 @@ METRICS: dict[str, bool] = {
 # Of the model's counterfactuals alone: see `crlseq.prediction.counterfactual`.
 AXIOMS = ("composition", "effectiveness", "realised", "reversibility", "change")
 MODEL, CEILING, FLOOR = "model", "split_half", "sampling_floor"
-PREDICTORS = (MODEL, *BASELINES, CEILING, FLOOR)
+INTERPOLATED, RANGE = "interpolated_duplicate", "dynamic_range"  # the second is no predictor: see `truth.ceilings`
+PREDICTORS = (MODEL, *BASELINES, CEILING, INTERPOLATED, RANGE, FLOOR)
 WORDS = {
-    "no_change": "no change", "mean": "the mean of perturbed cells", "matching_mean": "the matching mean",
-    "ridge": "ridge",
+    "no_change": "no change", "mean": "the mean of perturbed cells", "additive": "the sum of single effects",
+    "shrunk_additive": "the shrunk sum", "matching_mean": "the matching mean", "ridge": "ridge",
 }  # fmt: skip
+JUDGES = {"pearson_delta": "Pearson delta", "l2": "L2"}  # the metrics of the sentences
 N_BOOTSTRAP = 2000
 COVERAGE = 0.95
 
@@ -45,9 +53,16 @@ def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
     """95 % percentile interval of the mean of (n,) values, drawn with replacement; NaN for fewer than two."""
     if len(values) < 2:
         return float("nan"), float("nan")
-    drawn = np.random.default_rng([seed, 10]).integers(len(values), size=(N_BOOTSTRAP, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    low, high = np.quantile(_draws(len(values), seed) @ values, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=2)
+def _draws(n: int, seed: int) -> np.ndarray:
+    """(N_BOOTSTRAP, n) weights of n values in the mean of each draw."""
+    drawn = np.random.default_rng([seed, 10]).integers(n, size=(N_BOOTSTRAP, n))
+    places = drawn + n * np.arange(N_BOOTSTRAP)[:, None]
+    return np.bincount(places.ravel(), minlength=N_BOOTSTRAP * n).reshape(N_BOOTSTRAP, n) / n
 
 
 def summarise(table: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -74,11 +89,12 @@ def compare(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     for group, part in table.groupby("group", sort=False):
         for metric in _metrics(table):
             wide = part.pivot(index="condition", columns="predictor", values=metric)
+            baselines = [name for name in BASELINES if name in wide]
             sign = 1.0 if METRICS[metric] else -1.0
-            counts = wide[list(BASELINES)].notna().sum()
+            counts = wide[baselines].notna().sum()
             usable = counts[counts == counts.max()].index if counts.max() else []
             best = (sign * wide[list(usable)].mean()).idxmax() if len(usable) else ""
-            for baseline in BASELINES:
+            for baseline in baselines:
                 both = wide[[MODEL, baseline]].dropna()
                 difference = (both[MODEL] - both[baseline]).to_numpy()
                 means = both.mean() if len(both) else pd.Series(np.nan, [MODEL, baseline])
@@ -91,50 +107,37 @@ def compare(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def in_words(comparisons: pd.DataFrame) -> tuple[str, ...]:
-    """A sentence a group against the additive baseline, and against the best by Pearson delta and by L2."""
+def in_words(comparisons: pd.DataFrame, who: str = "the model") -> tuple[str, ...]:
+    """A sentence a group: whether `who` is better than the best baseline by Pearson delta, and whether by L2."""
     lines = []
-    for group, part in comparisons.groupby("group", sort=False):
-        best = part[part["best"]].set_index("metric")["baseline"]
-        titles: dict[str, list[str]] = {"additive": []}
-        for metric, name in (("pearson_delta", "Pearson delta"), ("l2", "L2")):
-            if metric in best.index:
-                titles.setdefault(best[metric], []).append(name)
-        for baseline, by in titles.items():
-            rows = part[part["baseline"] == baseline].set_index("metric").to_dict("index")
-            correlation, distance = rows["pearson_delta"], rows["l2"]
-            single = "the training effect (additive)" if "cells" in str(group) else "additive"
-            name = single if baseline == "additive" else WORDS[baseline]
-            if by:
-                name += ", the best baseline," if len(by) == 2 else f", the best baseline by {by[0]},"
-            row, metric = (correlation, "Pearson delta") if correlation["n"] else (distance, "L2")
-            against = [_against(correlation, "Pearson delta", True)] if correlation["n"] else []
-            against.append(_against(distance, "L2", False))
-            lines.append(
-                f"{group}: better than {name} on {row['better']} of {row['n']} by {metric}; {'; '.join(against)}."
-            )
+    for group, part in comparisons[comparisons["best"] & (comparisons["n"] > 0)].groupby("group", sort=False):
+        rows = part.set_index("metric").to_dict("index")
+        told = [_against(metric, rows[metric], str(group)) for metric in JUDGES if metric in rows]
+        n = max(row["n"] for row in rows.values())
+        conditions = f"{n} condition{'s' * (n != 1)}"
+        lines.append(f"{group}, {conditions}: against the best baseline, {who} is {' and '.join(told)}.")
     return tuple(lines)
 
 
-def limits(summary: pd.DataFrame) -> tuple[str, ...]:
-    """A sentence a group: what halves of the measured cells say of each other, and what sampling alone leaves."""
-    means = summary.set_index(["group", "predictor", "metric"])["mean"]
-    return tuple(
-        f"{group}: half of a condition's cells predict the other half with Pearson delta "
-        f"{means[group, CEILING, 'pearson_delta']:.3g} and L2 {means[group, CEILING, 'l2']:.3g}; sampling error alone "
-        f"puts the measured mean at L2 {means[group, FLOOR, 'l2']:.3g} from the true one."
-        for group in summary["group"].unique()
-    )
-
-
-def _against(row: Mapping[Any, Any], name: str, larger: bool) -> str:
-    text = f"{name} {row['model']:.3g} against {row['value']:.3g}"
-    if np.isnan(row["low"]):
-        return f"{text} (difference {row['difference']:.2g})"
-    sign = 1 if larger else -1
+def _against(metric: str, row: Mapping[Any, Any], group: str) -> str:
+    sign = 1 if METRICS[metric] else -1
     low, high = sorted((sign * row["low"], sign * row["high"]))
-    word = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-    return f"{text} (difference {row['difference']:.2g} [{row['low']:.2g}, {row['high']:.2g}], {word})"
+    word = "better" if low > 0 else "worse" if high < 0 else "not clearly different"
+    rival = baseline_in_words(str(row["baseline"]), group)
+    return f"{word} by {JUDGES[metric]} ({digits(row['model'])}; {rival} {digits(row['value'])})"
+
+
+def digits(value: float) -> str:
+    """Three significant digits."""
+    if value == 0 or not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
+
+
+def baseline_in_words(baseline: str, group: str) -> str:
+    """What a baseline is called; of held-out cells the sum of single effects is the training effect itself."""
+    return "the training effect" if baseline == "additive" and "cells" in group else WORDS[baseline]
 
 
 def _metrics(table: pd.DataFrame) -> list[str]:

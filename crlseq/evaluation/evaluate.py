@@ -15,10 +15,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import t as student
 
 from crlseq.data.batches import ControlPartners
-from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.errors import InputError
 from crlseq.evaluation import baselines, metrics
 from crlseq.evaluation.baselines import GroupMoments, Indices, batch_shares, control_moments, dense, group_moments
@@ -26,13 +24,13 @@ from crlseq.evaluation.cells import Cells, CellSets, read_cells
 from crlseq.evaluation.compare import AXIOMS, CEILING, FLOOR, METRICS, MODEL, compare, in_words, summarise
 from crlseq.evaluation.held_out import COMPARED_CELLS, SOURCE_CELLS, abducted
 from crlseq.evaluation.recovery import known_recovery
+from crlseq.evaluation.truth import Truth, ceilings
 from crlseq.model.losses import median_bandwidth
 from crlseq.prediction.counterfactual import counterfactual_quality
 from crlseq.run.run import Run
 
 COUNTERFACTUAL_CELLS = 200  # whose counterfactuals are judged
 HALVES = 5  # random divisions of the measured cells of a condition
-TOP_EXPRESSED, TOP_DE, DE_FDR = 1000, 20, 0.05
 SHARED_NOISE = 0.1  # share of the measured changes that is the controls' sampling error, from which on it is told
 
 
@@ -105,22 +103,24 @@ def evaluate(
     measured = Cells(sets.measured.x, place[sets.measured.condition], sets.measured.batch)
     changes = baselines.predict(effects, queries)
     virtual = _VirtualControls(run, sets, rng)
-    targets = np.zeros((len(queries), train.x.shape[1]), dtype=bool)  # the genes that perturbations are named after
-    for row, parts in zip(targets, queries, strict=True):
-        row[[g for part in parts for g in sets.gene_places.get(sets.names[part], ())]] = True
-    truth = _Truth.of(measured, virtual.controls, effects.effect.mean(0), targets)
+    targets = [  # the genes that perturbations are named after
+        np.array([g for part in parts for g in sets.gene_places.get(sets.names[part], ())], dtype=int)
+        for parts in queries
+    ]
+    truth = _truth_of(measured, virtual.controls, effects.effect.mean(0), targets)
+    control = truth.shares @ truth.controls.mean
     changes = {MODEL: np.stack([virtual.change(parts, truth.shares[i]) for i, parts in enumerate(queries)]), **changes}
-    predicted = {name: truth.control + change for name, change in changes.items()}
-    scores = {name: truth.score(mean, truth.measured.mean) for name, mean in predicted.items()}
+    predicted = {name: control + change for name, change in changes.items()}
+    scores = truth.scores({name: change.__getitem__ for name, change in changes.items()})
     cells = [_compare_cells(virtual, measured, i, parts, changes, legacy, rng) for i, parts in enumerate(queries)]
     for name in (*changes, CEILING):
         for i, found in enumerate(cells):
             for metric, value in found.get(name, {}).items():
                 scores.setdefault(name, {}).setdefault(metric, np.full(len(chosen), np.nan))[i] = value
     scores[MODEL] |= virtual.axioms(queries)
-    scores.setdefault(CEILING, {}).update(_split_half(measured, virtual.controls, effects.effect.mean(0), targets, rng))
-    sampling = truth.measured.variance / truth.measured.n[:, None]  # squared standard errors of measured means
-    scores[FLOOR] = _sampling_floor(truth, sampling)
+    for name, best in _ceilings(measured, virtual.controls, effects.effect.mean(0), targets, rng).items():
+        scores.setdefault(name, {}).update(best)
+    scores[FLOOR] = truth.floor()
     names, groups = [sets.condition_names[c] for c in chosen], [sets.group(int(c)) for c in chosen]
     about = {"condition": names, "group": groups, "n_cells": truth.measured.n}
     rows = [pd.DataFrame({**about, "predictor": name, **values}) for name, values in scores.items()]
@@ -132,8 +132,10 @@ def evaluate(
         notes.append(
             "No perturbation has a detectable effect, so the model's predictions are control cells: no change."
         )
-    change = ((truth.measured.mean - truth.control) ** 2).sum(1)
-    noisy = int(((truth.error - sampling).clip(0.0).sum(1) / np.maximum(change, 1e-30) > SHARED_NOISE).sum())
+    whole = truth.block(slice(None))
+    change = ((whole.measured.mean - whole.control) ** 2).sum(1)
+    shared = (whole.error - truth.squared_error(slice(None))).clip(0.0).sum(1)  # the controls' part
+    noisy = int((shared / np.maximum(change, 1e-30) > SHARED_NOISE).sum())
     if data is None and not held_out_controls and noisy > len(chosen) / 4:
         notes.append(
             f"In {noisy} of {len(chosen)} conditions, sampling error of the controls' mean makes up more than a tenth of the "
@@ -191,89 +193,27 @@ class _VirtualControls:
         return np.asarray(shares @ np.vstack([mean, (n / n.sum()) @ mean]))
 
 
-@dataclass(frozen=True)
-class _Truth:
-    """What was measured, and against what: (conditions, genes) each, but for `shares` (conditions, batches + 1)."""
+def _ceilings(
+    cells: Cells, controls: GroupMoments, mean_effect: np.ndarray, targets: list[np.ndarray], rng: np.random.Generator
+) -> dict[str, dict[str, np.ndarray]]:
+    """`truth.ceilings`, means over `HALVES` divisions.
 
-    measured: GroupMoments
-    shares: np.ndarray
-    control: np.ndarray
-    perturbed: np.ndarray  # the mean of perturbed cells, P
-    error: np.ndarray  # squared standard error of measured - control
-    top_expressed: np.ndarray  # (genes,) indices
-    top_de: np.ndarray  # (conditions, TOP_DE) indices
-    is_de: np.ndarray
-    targets: np.ndarray
-
-    @classmethod
-    def of(cls, cells: Cells, controls: GroupMoments, mean_effect: np.ndarray, targets: np.ndarray) -> _Truth:
-        measured = group_moments(cells.x, cells.condition, len(targets))
-        shares = batch_shares(controls, cells.condition, cells.batch, len(targets))
-        control = shares @ controls.mean
-        error, p_value = _welch(measured, shares, controls, measured.mean - control)
-        is_de = np.stack([benjamini_hochberg(row) <= DE_FDR for row in p_value])
-        strength = np.abs(measured.mean - control) / np.sqrt(np.where(error > 0, error, np.inf))
-        top_de = np.argsort(-strength, axis=1, kind="stable")[:, :TOP_DE]
-        top_expressed = np.argsort(-controls.mean[-1], kind="stable")[:TOP_EXPRESSED]
-        return cls(measured, shares, control, control + mean_effect, error, top_expressed, top_de, is_de, targets)
-
-    def score(self, predicted: np.ndarray, measured: np.ndarray) -> dict[str, np.ndarray]:
-        """Every metric of means, (conditions,) each."""
-        top, control = self.top_expressed, self.control
-        de_of = [np.take_along_axis(values, self.top_de, 1) for values in (predicted, measured, control)]
-        return {
-            "pearson_delta": metrics.pearson_delta(predicted, measured, control),
-            "l2": metrics.l2_distance(predicted, measured),
-            "l2_top_expressed": metrics.l2_distance(predicted[:, top], measured[:, top]),
-            "rmse": metrics.rmse(predicted, measured),
-            "rmse_top_expressed": metrics.rmse(predicted[:, top], measured[:, top]),
-            "pearson_delta_top_de": metrics.pearson_delta(*de_of),
-            "pearson_delta_perturbed": metrics.pearson_delta(predicted, measured, self.perturbed),
-            # Against each condition's own controls, since conditions may lie in different batches.
-            "centroid_accuracy": metrics.centroid_accuracy(predicted - control, measured - control),
-            "discrimination": metrics.perturbation_discrimination(predicted - control, measured - control, self.targets),
-            "sign_agreement": metrics.sign_agreement(predicted, measured, control, self.is_de),
-            "r2_delta": metrics.r2_delta(predicted, measured, control),
-        }  # fmt: skip
-
-
-def _welch(measured: GroupMoments, shares: np.ndarray, controls: GroupMoments, change: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Squared standard errors and two-sided p-values (conditions, genes) of changes; Welch and Satterthwaite."""
-    n = measured.n[:, None]
-    error = np.where(n > 1, measured.variance / np.maximum(n, 1), 0.0)  # one cell says nothing of its error
-    squares = error**2 / np.maximum(n - 1, 1)
-    for b in np.flatnonzero(shares.any(0)):
-        own = shares[:, b, None] ** 2 * controls.variance[b] / controls.n[b]
-        error, squares = error + own, squares + own**2 / (controls.n[b] - 1)
-    there = error > 0
-    freedom = np.where(there, error**2 / np.where(there, squares, 1.0), 1.0)
-    p_value = 2 * student.sf(np.abs(change) / np.sqrt(np.where(there, error, 1.0)), freedom)
-    return error, np.where(there & (n > 1), p_value, 1.0)
-
-
-def _sampling_floor(truth: _Truth, squared: np.ndarray) -> dict[str, np.ndarray]:
-    """Distances to the measured mean that the true mean would have, from its `squared` standard errors."""
-    squares = {"": squared, "_top_expressed": squared[:, truth.top_expressed]}
-    floor = {f"l2{genes}": np.sqrt(own.sum(1)) for genes, own in squares.items()}
-    return floor | {f"rmse{genes}": np.sqrt(own.mean(1)) for genes, own in squares.items()}
-
-
-def _split_half(
-    cells: Cells, controls: GroupMoments, mean_effect: np.ndarray, targets: np.ndarray, rng: np.random.Generator
-) -> dict[str, np.ndarray]:
-    """Metrics of one half of a condition's cells as a prediction of the other, means over `HALVES` divisions.
-
-    The second half's differentially expressed genes count. Both have half the cells that predictors are held against,
-    so that one made of many training cells can pass this.
+    Both halves have half the cells that predictors are held against, so that one made of many training cells can pass these.
     """
-    found = []
+    found: dict[str, list[dict[str, np.ndarray]]] = {}
     for _ in range(HALVES):
         half = baselines.halves(cells.condition, rng)
         parts = (Cells(cells.x, np.where(half == h, cells.condition, -1), cells.batch) for h in (0, 1))
-        first, second = (_Truth.of(part, controls, mean_effect, targets) for part in parts)
-        change = first.measured.mean - first.control
-        found.append(second.score(second.control + change, second.measured.mean))
-    return {metric: np.mean([row[metric] for row in found], axis=0) for metric in found[0]}
+        for name, scores in ceilings(*(_truth_of(part, controls, mean_effect, targets) for part in parts)).items():
+            found.setdefault(name, []).append(scores)
+    return {name: {m: np.mean([row[m] for row in rows], axis=0) for m in rows[0]} for name, rows in found.items()}
+
+
+def _truth_of(cells: Cells, controls: GroupMoments, mean_effect: np.ndarray, targets: list[np.ndarray]) -> Truth:
+    measured = group_moments(cells.x, cells.condition, len(targets))
+    return Truth(
+        measured, batch_shares(controls, cells.condition, cells.batch, len(targets)), controls, mean_effect, targets
+    )
 
 
 def _compare_cells(

@@ -20,6 +20,7 @@ import pandas as pd
 
 from crlseq.config import Config
 from crlseq.data.design import select_conditions
+from crlseq.data.embeddings import COEXPRESSION
 from crlseq.data.files import open_store
 from crlseq.data.matrix import within
 from crlseq.data.perturbations import Perturbations, read_perturbations
@@ -157,7 +158,9 @@ def fold_config(run: Run, labels: Perturbations) -> Config:
         "control_label": run.facts.controls,
         "separator": labels.separator or "", "min_cells": MIN_HELD_OUT, "hold_out": (), "hold_out_cells": 0.0,
         "combinations": True,
-        "embeddings": None if run.facts.embeddings is None else str(run.folder / EMBEDDINGS),
+        "embeddings": config.data.embeddings  # of co-expression each fold makes its own
+        if config.data.embeddings in (None, COEXPRESSION)
+        else str(run.folder / EMBEDDINGS),
         "gene_sets": None if config.data.gene_sets is None else str(run.folder / GENE_SETS),
     })  # fmt: skip
     return config.model_copy(update={"data": data})

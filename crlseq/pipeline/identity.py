@@ -10,6 +10,7 @@ from typing import Any
 
 from crlseq._version import __version__
 from crlseq.config import Config, DataConfig
+from crlseq.data.embeddings import COEXPRESSION
 from crlseq.data.source import digest_of
 from crlseq.errors import InputError
 from crlseq.run.run import Run
@@ -79,7 +80,7 @@ def digests_of_tables(config: Config, folder: Path | None) -> dict[str, str | No
     digests: dict[str, str | None] = dict.fromkeys(TABLES)
     for name in TABLES:
         given = getattr(config.data, name)
-        if given is None:
+        if given is None or (name, given) == ("embeddings", COEXPRESSION):
             continue
         path = Path(given)
         if path.is_file() or path.is_dir() or not (path.exists() or (name == "gene_sets" and copied)):

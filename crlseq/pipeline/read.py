@@ -13,8 +13,9 @@ import torch
 
 from crlseq.config import Config
 from crlseq.data import splits
+from crlseq.data.coexpression import coexpression
 from crlseq.data.dataset import PerturbSeqData, StreamedExpression, read_data
-from crlseq.data.embeddings import Embeddings, named_as_labels, read_embeddings
+from crlseq.data.embeddings import COEXPRESSION, Embeddings, named_as_labels, read_embeddings
 from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.errors import UsageError
@@ -64,7 +65,8 @@ class Screen:
 def read_screen(job: Job) -> Screen:
     """Step 1: the screen, gene sets and gene vectors, of which the small ones are looked through before the screen is read."""
     source, config, folder, note = job.source, job.config, job.folder, job.progress.note
-    vectors = None if config.data.embeddings is None else read_embeddings(config.data.embeddings)
+    table = config.data.embeddings
+    vectors = None if table in (None, COEXPRESSION) else read_embeddings(str(table))
     gmt = None if config.data.gene_sets is None else Path(config.data.gene_sets)
     if gmt is not None:
         if folder is not None and (folder / GENE_SETS).exists() and not gmt.exists():
@@ -74,10 +76,12 @@ def read_screen(job: Job) -> Screen:
     # A store is compared with its checksums before anything is made of it.
     state, digest = state_of(source), digest_of(source)
     data = read_cells(source, config, job.ranks)
+    if table == COEXPRESSION:
+        vectors = coexpression(data)
     if vectors is not None:
         targets = dict(zip(data.labels.names, data.labels.targets, strict=True))
         vectors = named_as_labels(vectors, data.measured, {name: targets[name] for name in data.perturbation_names})
-        refuse_strangers(vectors, data.perturbation_names, str(config.data.embeddings))
+        refuse_strangers(vectors, data.perturbation_names, str(table))
     sets = None if gmt is None else fitted_sets(gmt, data.preprocessing.gene_names)
     for text in data.notes if sets is None else (*data.notes, sets.in_words()):
         note(text)

@@ -9,18 +9,18 @@ from typing import Any
 import pandas as pd
 
 from crlseq.evaluation.baselines import BASELINES
-from crlseq.evaluation.compare import METRICS, MODEL, WORDS, compare, in_words
+from crlseq.evaluation.compare import CEILING, FLOOR, INTERPOLATED, METRICS, MODEL, RANGE, WORDS, compare, in_words
 from crlseq.run.run import Run
 from crlseq.run.summary import Answer, answer_of
 
 SHOWN = {
     "pearson_delta": "Pearson Δ", "pearson_delta_top_de": "Pearson Δ, 20 top genes", "l2": "L2",
-    "centroid_accuracy": "centroid accuracy", "sign_agreement": "sign agreement", "mmd2": "MMD²",
+    "r2_weighted_delta": "weighted R²", "de_score": "DE score", "discrimination": "discrimination", "mmd2": "MMD²",
 }  # fmt: skip
 CARRYING = ("pearson_delta", "l2")  # the metrics of the answer
 TITLES = {
-    **WORDS, MODEL: "model", "additive": "sum of training effects", "split_half": "(ceiling: the other half of the cells)",
-    "sampling_floor": "(floor: sampling error)",
+    **WORDS, MODEL: "model", "additive": "sum of training effects", CEILING: "(ceiling: the other half of the cells)",
+    INTERPOLATED: "(ceiling: that half or the mean of all, by certainty)", FLOOR: "(floor: sampling error)",
 }  # fmt: skip
 
 
@@ -54,7 +54,8 @@ def _read(path: Path) -> pd.DataFrame | None:
         table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=numbers)
     except (OSError, ValueError):
         return None
-    return table if {MODEL, *BASELINES} <= set(table["predictor"]) else None
+    known = {MODEL, "no_change", "mean"} <= set(table["predictor"])
+    return table[table["predictor"] != RANGE] if known else None
 
 
 def _evaluated(name: str, table: pd.DataFrame, seed: int) -> EvaluationTable:

@@ -6,7 +6,9 @@ same mean effect), and what they do past the programs. Noise scales and cuts of 
 are those of a ridge regression with an intercept on standardised vectors, ``w(e) = 1/K + k(e) (K_c + penalty I)^-1 (I - 1/K)`` with the linear
 kernel, of the mean of the fitted perturbations (w = 1/K), or of no effect (w = 0): which of these, and the penalty, is
 what has the least squared leave-one-out error in mean expression, summed over genes; what is less simple has to be better
-by more than one standard error over the perturbations. What leave-one-out missed, gene by gene, is the standard error.
+by more than one standard error over the perturbations. The ridge has to be better than both of the others: a map that only
+beats no effect may know no more than that perturbations are alike. What leave-one-out missed, gene by gene, is the standard
+error.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from crlseq.data.embeddings import Embeddings, read_embeddings
+from crlseq.data.embeddings import COEXPRESSION, Embeddings, read_embeddings
 from crlseq.data.files import readable
 from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE, extended
@@ -102,6 +104,12 @@ def refuse_strangers(table: Embeddings, perturbations: Sequence[str], path: str)
     """Refuse, by `InputError`, a table that lacks the perturbations, before anything is fitted."""
     known = set(table.names)
     common = [name for name in perturbations if name in known]
+    if len(common) < MIN_PERTURBATIONS and path == COEXPRESSION:
+        raise InputError(
+            f"{len(common)} of the {len(perturbations)} fitted perturbations target a fitted gene; at least "
+            f"{MIN_PERTURBATIONS} are needed to learn from co-expression.",
+            "Fit more genes with --n-top-genes, or give a table of gene vectors.",
+        )
     if len(common) < MIN_PERTURBATIONS:
         raise InputError(
             f"The embeddings {path} have vectors for {len(common)} of the {len(perturbations)} fitted perturbations; at "
@@ -142,8 +150,10 @@ def fit_extrapolation(
             missed["ridge", float(penalty)] = (effects - hat @ effects) / (1 - np.diag(hat))[:, None]
     squares = {key: (value**2).sum(1) for key, value in missed.items()}
     simple = _surely_better(squares, ("none", 0.0), [key for key in squares if key[0] == "mean"])
-    choice, penalty = _surely_better(squares, simple, [key for key in squares if key[0] == "ridge"])
-    worst = float(squares[simple].sum())
+    ridges, plain = ([key for key in squares if (key[0] == "ridge") == wanted] for wanted in (True, False))
+    believed = bool(ridges) and all(_surely_better(squares, key, ridges) != key for key in plain)
+    choice, penalty = _surely_better(squares, simple, ridges) if believed else simple
+    worst = min(float(squares[key].sum()) for key in plain)
     skill = 1 - float(squares[choice, penalty].sum()) / worst if choice == "ridge" and worst > 0 else 0.0
     # What is predicted is what the model says of a perturbation, which is sure to its own error only.
     own_error = model.missed_error(torch.tensor(chosen, dtype=torch.int64)[:, None]).double().numpy()

@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import anndata as ad
 import pandas as pd
+import pytest
 
 from crlseq.evaluation.compare import PREDICTORS
 from tests.support import check_refusal, invoke
 
 
-def test_summary_into_a_pipe_and_conditions_into_a_file(run_folder: Path, tmp_path: Path) -> None:
+def test_a_short_table_and_a_sentence_and_the_rest_in_a_file(run_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "tables" / "conditions.csv"
     answer = invoke("evaluate", run_folder, "--output", path)
     assert answer.code == 0, answer.err
-    summary = pd.read_csv(io.StringIO(answer.out), sep="\t")
-    assert list(summary.columns) == ["group", "predictor", "metric", "n", "mean", "low", "high"]
-    assert set(summary["predictor"]) == set(PREDICTORS)
+    shown = pd.read_csv(io.StringIO(answer.out), sep="\t", dtype=str)
+    assert list(shown.columns) == [
+        "held out", "predictor", "pearson_delta", "l2", "r2_weighted_delta", "de_score", "discrimination", "mae"
+    ]  # fmt: skip
+    assert shown["predictor"].tolist() == [name for name in PREDICTORS if name != "dynamic_range"]
+    numbers = shown.iloc[:, 2:].stack().dropna()
+    assert max(len(re.sub(r"e.*|^-|^0\.0*|\.", "", text).lstrip("0")) for text in numbers) <= 3
     conditions = pd.read_csv(path)
     assert not any(column.startswith("legacy") for column in conditions)
+    assert set(conditions["predictor"]) == set(PREDICTORS)
     mean = conditions.loc[conditions["predictor"] == "model", "l2"].mean()
-    row = summary[(summary["predictor"] == "model") & (summary["metric"] == "l2")].iloc[0]
-    assert abs(row["mean"] - mean) < 1e-9
-    assert row["low"] < row["mean"] < row["high"]
-    assert (
-        "counterfactuals: composition error" in answer.err and "Against the known truth: target accuracy" in answer.err
-    )
-    assert "half of a condition's cells predict the other half with Pearson delta" in answer.err
-    assert "held-out cells: better than" in answer.err and "Pearson delta" in answer.err
+    row = shown[shown["predictor"] == "model"].iloc[0]
+    assert float(row["l2"]) == pytest.approx(mean, rel=5e-3) and float(row["l2"]) != mean
+    lines = answer.err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["held-out cells, 9 conditions", "Against the known truth"]
+    assert "against the best baseline, the model is" in lines[0]
     assert {file.name for file in path.parent.iterdir()} == {"conditions.csv"}
     again = invoke("evaluate", run_folder, "--output", path)
     check_refusal(again.code, again.out, again.err, 3, "exists", "--force")
@@ -71,3 +75,21 @@ def test_refusals(run_folder: Path, tmp_path: Path) -> None:
     ):
         answer = invoke(*words)
         check_refusal(answer.code, answer.out, answer.err, 3, said)
+
+
+def test_predictions_of_another_tool(screen: ad.AnnData, run_folder: Path, tmp_path: Path) -> None:
+    data, means = tmp_path / "measured.h5ad", tmp_path / "means.h5ad"
+    screen.copy().write_h5ad(data)
+    screen[screen.obs["perturbation"] != "control"].copy().write_h5ad(means)  # as cells
+    answer = invoke("evaluate", means, "--data", data, "--json")
+    assert answer.code == 0, answer.err
+    l2 = [row for row in json.loads(answer.out)["summary"] if row["predictor"] == "model" and row["metric"] == "l2"]
+    assert l2[0]["mean"] == pytest.approx(0, abs=1e-5)
+    for words, code, said in (
+        (["evaluate", means], 2, "Name their file with --data"),
+        (["evaluate", means, "--data", data, "--cross-validate"], 2, "need a run"),
+        (["evaluate", run_folder, "--control-label", "control"], 2, "is for files of predictions"),
+        (["evaluate", means, "--data", data, "--control-label", "nobody"], 3, "nobody"),
+    ):
+        answer = invoke(*words)
+        check_refusal(answer.code, answer.out, answer.err, code, said)

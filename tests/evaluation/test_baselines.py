@@ -16,9 +16,10 @@ from crlseq.evaluation.baselines import (
     matching_mean,
     predict,
     ridge,
+    shrunk_additive,
     training_effects,
 )
-from crlseq.evaluation.evaluate import _welch
+from crlseq.evaluation.truth import welch
 
 CONDITIONS = ((), (0,), (1,), (2,), (0, 1), (3,))
 
@@ -78,6 +79,14 @@ def test_additive_does_not_look_at_fitted_combinations() -> None:
     assert additive(with_double, [(0, 1)]).tolist() == [[1, 1]]
 
 
+def test_shrunk_additive_by_hand() -> None:
+    # Half the sum and half the mean (1, 2, 6) / 3 of all singles; the fitted double has no say.
+    with_double = effects({(0,): [1.0, 0, 0], (1,): [0.0, 2, 0], (2,): [0.0, 0, 6], (0, 1): [99.0, 99, 99]})
+    expected = [[1 / 2 + 1 / 6, 1 + 1 / 3, 1], [1 / 6, 1 / 3, 3 + 1], [1 / 6, 1 / 3, 1]]
+    assert shrunk_additive(with_double, [(0, 1), (2,), (7,)]) == pytest.approx(np.array(expected))
+    assert shrunk_additive(effects({(0, 1): [4.0]}), [(0, 1)]).tolist() == [[2]]
+
+
 def test_matching_mean_by_hand() -> None:
     assert matching_mean(SINGLES, [(0, 1), (1,), (1, 7), (7, 8)]).tolist() == [
         [0.5, 1, 0], [0, 2, 0], [0, 2, 0], pytest.approx([1 / 3, 2 / 3, 2])
@@ -122,5 +131,5 @@ def test_standard_errors_are_welchs() -> None:
     measured = group_moments(cells, np.zeros(7, dtype=int), 1)
     own = control_moments(controls, np.zeros(12, dtype=int), 1)
     shares = batch_shares(own, np.zeros(7, dtype=int), np.zeros(7, dtype=int), 1)
-    _, p_value = _welch(measured, shares, own, measured.mean - own.mean[:1])
+    _, p_value = welch(measured, shares, own, measured.mean - own.mean[:1])
     assert p_value[0] == pytest.approx(ttest_ind(cells, controls, equal_var=False).pvalue)

@@ -13,7 +13,16 @@ import scipy.sparse as sp
 import crlseq
 from crlseq.errors import InputError
 from crlseq.evaluation.baselines import BASELINES
-from crlseq.evaluation.compare import AXIOMS, METRICS, PREDICTORS, bootstrap_interval, compare, in_words, summarise
+from crlseq.evaluation.compare import (
+    AXIOMS,
+    METRICS,
+    PREDICTORS,
+    bootstrap_interval,
+    compare,
+    digits,
+    in_words,
+    summarise,
+)
 from crlseq.evaluation.evaluate import Evaluation, evaluate
 from crlseq.evaluation.recovery import known_recovery, score_recovery
 from crlseq.run.run import Run
@@ -43,7 +52,7 @@ def test_every_condition_has_every_predictor(held_out: Evaluation) -> None:
     assert (table["n_cells"] == 12).all()
     assert not held_out.notes
     model = table[table["predictor"] == "model"].drop(columns=["condition", "group", "predictor"])
-    assert model.drop(columns=["sign_agreement", "realised"]).notna().all(axis=None)
+    assert model.drop(columns=["sign_agreement", "de_score", "realised"]).notna().all(axis=None)
     assert table.loc[table["predictor"] != "model", [*AXIOMS]].isna().all(axis=None)
 
 
@@ -156,7 +165,7 @@ def test_held_out_doubles_are_grouped_by_parts_seen(doubles: Run) -> None:
     found = evaluate(doubles)
     assert found.conditions["group"].unique().tolist() == ["combinations, 2 of 2 parts seen"]
     assert sorted(found.conditions["condition"].unique()) == ["g2+g4", "g3+g4"]
-    assert "better than additive" in found.verdict[0]
+    assert found.verdict[0].startswith("combinations, 2 of 2 parts seen, 2 conditions: against the best baseline,")
 
 
 def test_a_double_with_parts_that_were_never_fitted(screen: ad.AnnData, tmp_path: Path) -> None:
@@ -290,11 +299,8 @@ def test_comparisons_by_hand() -> None:
     assert found.loc[("l2", "ridge"), "best"] and not found.loc[("l2", "additive"), "best"]
     assert found.loc[("pearson_delta", "ridge"), ["n", "model", "value"]].tolist() == [1, 0.5, 0.9]
     assert in_words(compare(table, 0)) == (
-        "g: better than additive, the best baseline by Pearson delta, on 2 of 3 by Pearson delta; Pearson delta 0.7 "
-        "against 0.6 (difference 0.1 [-0.1, 0.3], no clear difference); L2 2 against 3 (difference -1 [-2, 0], no clear "
-        "difference).",
-        "g: better than ridge, the best baseline by L2, on 0 of 1 by Pearson delta; Pearson delta 0.5 against 0.9 "
-        "(difference -0.4); L2 2 against 1 (difference 1 [0, 2], no clear difference).",
+        "g, 3 conditions: against the best baseline, the model is not clearly different by Pearson delta (0.700; the sum "
+        "of single effects 0.600) and not clearly different by L2 (2.00; ridge 1.00).",
     )
     means = summarise(table, 0).set_index(["predictor", "metric"])
     assert means.loc[("ridge", "pearson_delta"), ["n", "mean"]].tolist() == [1, 0.9]
@@ -303,9 +309,19 @@ def test_comparisons_by_hand() -> None:
 
 def test_a_clear_win_and_a_clear_loss() -> None:
     table = scores(model=[0.5, 0.7, 0.9], additive=[0.4, 0.5, 0.6], model_l2=[3, 4, 5], additive_l2=[2, 2, 2])
-    line = in_words(compare(table, 0))[0]
-    assert "Pearson delta 0.7 against 0.5 (difference 0.2 [0.1, 0.3], better)" in line
-    assert "L2 4 against 2 (difference 2 [1, 3], worse)" in line
+    assert in_words(compare(table, 0)) == (
+        "g, 3 conditions: against the best baseline, the model is better by Pearson delta (0.700; the sum of single "
+        "effects 0.500) and worse by L2 (4.00; the sum of single effects 2.00).",
+    )
+    without = compare(table.assign(pearson_delta=np.nan), 0)
+    assert in_words(without)[0].startswith(
+        "g, 3 conditions: against the best baseline, the model is worse by L2 (4.00;"
+    )
+
+
+def test_numbers_have_three_significant_digits() -> None:
+    found = {digits(x) for x in (0.0, 0.12345, 12.345, 99.96, 1234.5, 2.2e-5, -0.5, 999.9, float("nan"))}
+    assert found == {"0", "0.123", "12.3", "100", "1230", "2.2e-05", "-0.500", "1000", "nan"}
 
 
 def test_bootstrap_intervals_cover() -> None:

@@ -6,20 +6,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import energy_distance as scipy_energy
 from scipy.stats import pearsonr
-from sklearn.metrics import pairwise_distances, r2_score
+from sklearn.metrics import mean_squared_error, pairwise_distances, r2_score
 from sklearn.metrics.pairwise import rbf_kernel
 
 from crlseq.evaluation.metrics import (
+    Rivals,
     Sample,
     centroid_accuracy,
+    de_score,
+    dynamic_range,
+    gene_weights,
     l2_distance,
     legacy_scores,
+    mean_absolute_error,
     pearson_delta,
     perturbation_discrimination,
     r2_delta,
     rmse,
     sign_agreement,
     two_samples,
+    weighted_mse,
+    weighted_r2_delta,
 )
 
 
@@ -94,6 +101,102 @@ def test_discrimination_by_hand():
     # without its target gene, 0.9 is nearer to 1 than to its own 0
     assert perturbation_discrimination(predicted, measured, target) == pytest.approx([2 / 3, 2 / 3, 1])
     assert np.isnan(perturbation_discrimination(predicted[:1], measured[:1], nothing[:1])).all()
+
+
+def test_weights_by_hand():
+    # |t| of 1, 2 and 5: (0, 1/4, 1) squared
+    assert gene_weights(np.array([-1.0, 2, 5])) == pytest.approx([0, 1 / 16, 1])
+    assert gene_weights(np.array([[3.0, -3, 3], [0, 0, 1]])).tolist() == [[0, 0, 0], [0, 0, 1]]  # alike: no weights
+
+
+def test_weighted_metrics_by_hand():
+    predicted, measured, weights = np.array([1.0, 2, 9]), np.array([3.0, 2, 1]), np.array([1.0, 3, 0])
+    assert weighted_mse(predicted, measured, weights) == 1  # (1 x 4 + 3 x 0) / 4
+    # changes 2, 0, 5 against (1, 2, -4): weighted mean 1/2, spread 1 x 9/4 + 3 x 1/4 = 3, left 4
+    assert weighted_r2_delta(predicted, measured, np.array([1.0, 2, -4]), weights) == pytest.approx(1 - 4 / 3)
+    assert weighted_r2_delta(measured, measured, np.zeros(3), weights) == 1
+    assert np.isnan(weighted_mse(predicted, measured, 0 * weights))
+    assert np.isnan(weighted_r2_delta(predicted, measured, measured - 1, weights))  # one change for all genes
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.1, 10))
+def test_weighted_metrics_are_those_of_scikit_learn(seed: int, scale: float):
+    rng = np.random.default_rng(seed)
+    predicted, measured, reference = rng.normal(size=(3, 4, 12))
+    weights = gene_weights(rng.normal(size=(4, 12)))
+    rows = list(zip(predicted, measured, reference, weights, strict=True))
+    mse = [mean_squared_error(m, p, sample_weight=w) for p, m, _, w in rows]
+    r2 = [r2_score(m - r, p - r, sample_weight=w) for p, m, r, w in rows]
+    assert weighted_mse(predicted, measured, scale * weights) == pytest.approx(mse)
+    assert weighted_r2_delta(predicted, measured, reference, scale * weights) == pytest.approx(r2)
+    alike = np.ones_like(weights)
+    assert weighted_r2_delta(predicted, measured, reference, alike) == pytest.approx(
+        r2_delta(predicted, measured, reference)
+    )
+
+
+def test_the_mean_of_all_perturbations_has_no_weighted_r2():
+    """The paper's reason for it: what predicts the same for all conditions is at 0 or below, however near in all genes."""
+    rng = np.random.default_rng(7)
+    mean = rng.normal(size=50)
+    measured = np.tile(mean, (8, 1))
+    measured[np.arange(8), np.arange(8)] += 2  # one gene each
+    weights = gene_weights(measured - mean + 0.01 * rng.normal(size=measured.shape))
+    assert (weighted_r2_delta(np.tile(mean, (8, 1)), measured, mean, weights) <= 0).all()
+    assert (pearson_delta(np.tile(mean, (8, 1)), measured, 0 * mean) > 0.9).all()
+
+
+def test_mean_absolute_error_by_hand():
+    assert mean_absolute_error(np.array([[3.0, 0], [1, 1]]), np.array([[0.0, 4], [1, 1]])).tolist() == [3.5, 0]
+
+
+def test_de_score_by_hand():
+    significant = np.array([[True, True, False, False]] * 3 + [[False] * 4])
+    strength = np.array([[1, 9, 2, 0], [0.1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    # the two greatest of row 0 are genes 1 and 2, of which one is significant; a change of 0 is not called
+    assert de_score(strength, significant) == pytest.approx([0.5, 0.5, 0, np.nan], nan_ok=True)
+
+
+def test_de_score_is_the_overlap_of_cell_eval():
+    """Its ``overlap_at_N`` (cell-eval 0.8.2): lists by falling |fold change|, cut at the number of significant genes."""
+    rng = np.random.default_rng(5)
+    measured, predicted = rng.normal(size=(2, 7, 30))
+    significant = np.abs(measured) > 1
+    expected = []
+    for i in range(7):
+        real = np.flatnonzero(significant[i])[np.argsort(-np.abs(measured[i, significant[i]]))]
+        called = np.argsort(-np.abs(predicted[i]))
+        k = len(real)
+        expected.append(np.intersect1d(real[:k], called[:k]).size / k)
+    assert de_score(np.abs(predicted), significant) == pytest.approx(expected)
+
+
+def test_dynamic_range_by_hand():
+    score, worst = np.array([0.8, 0.1, -3.0, 1.0]), np.array([0.5, 0.5, 0.5, 1.0])
+    # 0.3 of the 0.5 up to 1; -0.8; far below: -1; no room
+    assert dynamic_range(score, worst, 1.0) == pytest.approx([0.6, -0.8, -1, np.nan], nan_ok=True)
+    assert dynamic_range(np.array([1.0, 6.0]), np.array([4.0, 4.0]), 0.0).tolist() == [0.75, -0.5]  # of an error
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6))
+def test_ranks_among_some_are_those_without_the_others(seed: int):
+    rng = np.random.default_rng(seed)
+    predicted, measured = rng.normal(size=(2, 6, 5))
+    left_out = [np.array([i % 5]) for i in range(6)]
+    kept = np.array([0, 2, 5])
+    rivals = Rivals(measured[kept], kept == np.arange(6)[:, None])
+    some = (
+        centroid_accuracy(predicted, measured, rivals),
+        perturbation_discrimination(predicted, measured, left_out, rivals),
+    )
+    for i in range(6):
+        rows = np.unique([i, *kept])
+        place = int(np.flatnonzero(rows == i)[0])
+        part = predicted[rows], measured[rows]
+        assert some[0][i] == centroid_accuracy(*part)[place]
+        assert some[1][i] == perturbation_discrimination(*part, [left_out[j] for j in rows])[place]
 
 
 def test_metrics_of_many_conditions_are_those_of_each():

@@ -250,3 +250,57 @@ def test_commands(full: ad.AnnData, tmp_path: Path) -> None:
     assert "extrapolated from embeddings" in answer.err
     answer = invoke("predict", tmp_path / "RUN", "-p", "nobody", "-o", tmp_path / "other.h5ad")
     check_refusal(answer.code, answer.out, answer.err, 3, "no vector among the embeddings")
+
+
+def test_a_map_that_only_beats_no_effect_is_not_believed() -> None:
+    """Effects that are nearly alike, of vectors that say no more: the ridge beats no effect by far, and the mean by nothing."""
+    rng = np.random.default_rng(5)
+    names, control, cells = [f"g{i}" for i in range(24)], np.zeros((3, 2)), np.ones(24, dtype=bool)
+    shifts = 2 + rng.normal(size=24)
+    model = linear_model(np.repeat(shifts[::2], 2))  # both latents alike
+    table = Embeddings(tuple(names), rng.normal(size=(24, 3)))
+    found = fit_extrapolation(model, table, names, cells, control)
+    assert found.choice != "ridge" and found.skill == 0
+    assert "carry no predictive information" in found.in_words()
+
+
+def coexpressed(n: int = 400, seed: int = 0) -> ad.AnnData:
+    """Three modules of genes that vary together in all cells; a perturbed gene lowers its module."""
+    rng = np.random.default_rng(seed)
+    module = np.arange(30) % 3
+    genes = [f"G{i}" for i in range(30)]
+    labels = ["control"] * n + [g for g in genes[:15] for _ in range(60)]
+    activity = rng.normal(size=(len(labels), 3))
+    for i, label in enumerate(labels):
+        if label != "control":
+            activity[i, module[int(label[1:])]] -= 2.0
+    x = activity[:, module] + rng.normal(size=(len(labels), 30))
+    return ad.AnnData(x, obs=pd.DataFrame({"perturbation": labels}, index=[f"c{i}" for i in range(len(labels))]),
+                      var=pd.DataFrame(index=genes))  # fmt: skip
+
+
+def test_coexpression_stands_in_for_a_table(tmp_path: Path) -> None:
+    """A gene never perturbed does what the genes do that it varies with; the fit was given no table."""
+    full = coexpressed()
+    lost = full.obs["perturbation"] == "G4"
+    run = crlseq.fit(full[~lost].copy(), tmp_path / "RUN", embeddings="screen", values="continuous", **LINEAR)
+    assert run.info["embeddings"]["choice"] == "ridge" and run.info["embeddings"]["n_genes"] == 30
+    x, control = np.asarray(full.X), (full.obs["perturbation"] == "control").to_numpy()
+    true = x[lost.to_numpy()].mean(0) - x[control].mean(0)
+    for one in (run, crlseq.load(run.path)):
+        effect = one.predict("G4").varm["crlseq_effect"][:, 0]
+        assert np.corrcoef(effect, true)[0, 1] > 0.9
+    vectors = run.extrapolation.table.vectors
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    same = np.equal.outer(np.arange(30) % 3, np.arange(30) % 3) & ~np.eye(30, dtype=bool)
+    correlation = unit @ unit.T
+    assert correlation[same].min() > correlation[~same & ~np.eye(30, dtype=bool)].max()
+    found = cross_validate(run, folds=3, splits=("singles",))
+    l2 = found.summary.set_index(["group", "predictor", "metric"])["mean"].xs("l2", level="metric")
+    assert l2["unseen perturbations", "model"] < 0.8 * l2["unseen perturbations", "mean"]
+
+
+def test_coexpression_needs_perturbed_genes_that_are_fitted(tmp_path: Path) -> None:
+    full = coexpressed()
+    with pytest.raises(InputError, match="2 of the 15 fitted perturbations target a fitted gene"):
+        crlseq.fit(full[:, [0, 1, *range(15, 30)]].copy(), embeddings="screen", values="continuous", **LINEAR)
