@@ -158,9 +158,9 @@ def test_command_and_refusals(linear: Run, tmp_path: Path) -> None:
     words = ["evaluate", linear.path, "--cross-validate", "--folds", 2, "--splits", "cells"]
     answer = invoke(*words, "--output", path)
     assert answer.code == 0, answer.err
-    assert "fold 2 of 2" in answer.err and "held-out cells: better than" in answer.err
+    assert "fold 2 of 2" in answer.err and "against the best baseline, the model is" in answer.err
     assert set(pd.read_csv(path)["fold"]) == {0, 1}
-    assert set(pd.read_csv(io.StringIO(answer.out), sep="\t")["group"]) == {"held-out cells"}
+    assert set(pd.read_csv(io.StringIO(answer.out), sep="\t")["held out"]) == {"held-out cells"}
     for more, said in (
         (["--data", path], "--data names another"),
         (["--splits", "genes"], "There is no split 'genes'"),
