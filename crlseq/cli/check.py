@@ -94,7 +94,7 @@ def _facts(found: dict[str, Any]) -> dict[str, Any]:
 
 def _beside(covariates: list[dict[str, Any]]) -> dict[str, str]:
     """Columns beside the labels, by what they seem to be."""
-    from crlseq.data.covariates import CONTEXT, OUTCOME, UNKNOWN, Covariate
+    from crlseq.data.covariates import CERTAIN, CONTEXT, OUTCOME, UNKNOWN, Covariate
 
     found = [Covariate(**{f.name: row[f.name] for f in fields(Covariate)}) for row in covariates]
     groups = {
@@ -109,13 +109,13 @@ def _beside(covariates: list[dict[str, Any]]) -> dict[str, str]:
         named = "; ".join(each.in_words() for each in telling)
         facts["unclear"] = f"{named}: these go with the labels, as outcomes do and unbalanced batches"
     if not groups["batches"]:
-        none = "no column is named like a batch"
-        tested = [each for each in others if not each.matters]
-        facts["batches"] = (
-            f"{none}; levels of {few([each.column for each in tested])} differ no more than by chance"
-            if tested
-            else none
-        )
+        facts["batches"] = "no column is named like a batch"
+        if tested := [each.column for each in others if not each.matters and each.explained == each.explained]:
+            facts["batches"] += (
+                f"; control cells show no difference (p below {CERTAIN:g}) between levels of {few(tested)}"
+            )
+        if untested := [each.column for each in others if each.explained != each.explained]:
+            facts["batches"] += f"; control cells are too few to test {few(untested)}"
     if "outcomes" in facts:
         facts["outcomes"] += ": perturbations can change these, so they are no batches"
     return facts
