@@ -39,6 +39,7 @@ ROUGH_STEPS = 4  # so many
 RIDGE_GENES = 1e-5  # per cell
 MAX_ETA = 9.0
 MAX_STEP = 3.0  # of a cell, in deviations of a component
+LEAST_LOG_MEAN = -30.0  # of a gene: below, one over its mean may overflow
 MIN_DISPERSION, MAX_DISPERSION = 1e-3, 3.0
 
 
@@ -220,7 +221,7 @@ def _shrunk(sums: Tensor, intercept: Tensor) -> Tensor:
     common = float(np.clip((squares - counting).sum() / power.sum(), MIN_DISPERSION, MAX_DISPERSION))
     error = ((2 + 6 * common) * power + counting) / power**2
     weight = 1 / (error + common**2)
-    columns = np.stack([np.ones(len(each)), np.exp(-intercept.numpy())], 1)
+    columns = np.stack([np.ones(len(each)), np.exp(-intercept.clamp_min(LEAST_LOG_MEAN).numpy())], 1)
     trend = columns @ nnls(columns * np.sqrt(weight)[:, None], each * np.sqrt(weight))[0]
     spread = max(float((weight * ((each - trend) ** 2 - error)).sum() / weight.sum()), 1e-4 * common**2)
     return torch.from_numpy(np.clip((each * spread + trend * error) / (spread + error), MIN_DISPERSION, MAX_DISPERSION))

@@ -43,6 +43,8 @@ def abducted(
         virtual, expected = torch.empty_like(x[0]), torch.zeros_like(x[0])
         for chance, hit, own in model.mixture(torch.from_numpy(perturbations).to(weight.device), uniform):
             made = model.carried(model.decoder(model.intervene(z, hit)), rest, hit)[0]
+            if model.law is not None:
+                made = made + model.interaction(z, hit)[0]
             virtual[own] = made[own]
             expected += chance * made
         return virtual.cpu().numpy().astype(control.dtype), expected.cpu().numpy().astype(control.dtype)

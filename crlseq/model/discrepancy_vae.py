@@ -17,13 +17,14 @@ A perturbation k hits a cell with probability pi_k, its ``penetrance``, each par
 escaped is a control cell, so that the cells of a condition are a mixture over the parts that hit them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from crlseq.config import InterventionKind
+from crlseq.model.combination_law import CombinationLaw, Group
 from crlseq.model.networks import Decoder, Encoder, GeneSetLayer, InterventionEncoder
 from crlseq.model.scm import LatentSCM, Mechanism
 from crlseq.model.sparse_decoder import SparseDecoder
@@ -79,6 +80,7 @@ class DiscrepancyVAE(nn.Module):
         super().__init__()
         self.encoder = Encoder(n_genes, n_hidden, n_latents, n_gene_sets, leak)
         self.intervention_encoder = InterventionEncoder(n_perturbations, n_hidden, n_latents)
+        self.n_fitted = n_perturbations  # fewer than there are rows once `extended`
         self.scm = LatentSCM(n_latents, n_perturbations, intervention, equations, causal)
         sizes = n_latents, n_hidden, n_genes
         self.decoder = SparseDecoder(*sizes) if decoder == "sparse" else Decoder(*sizes, output_activation)
@@ -97,6 +99,8 @@ class DiscrepancyVAE(nn.Module):
         # Sharpness of the target weights; the trainer raises it, and it belongs to the weights it was fitted with.
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()))
+        # How combinations add up, once that was fitted; until then, and in the published model, by the equations alone.
+        self.law: CombinationLaw | None = None
 
     def forward(
         self, control: Tensor, perturbations: Tensor, eps: Tensor | None = None, hit: Tensor | None = None
@@ -112,6 +116,8 @@ class DiscrepancyVAE(nn.Module):
         # Decoded in one product, whose gradient by the weights is one as well.
         reconstruction, virtual = self.decoder(torch.stack([self.scm(z), latents]))
         virtual = self.carried(virtual, control - reconstruction, perturbations, hit)
+        if self.law is not None:
+            virtual = virtual + self.interaction(z, perturbations)
         return ModelOutput(virtual, reconstruction, mean, variance, latents)
 
     def intervene(self, z: Tensor, perturbations: Tensor, hit: Tensor | None = None) -> Tensor:
@@ -131,6 +137,39 @@ class DiscrepancyVAE(nn.Module):
         if self.log_noise is None:
             return decoded
         return decoded + rest + self.missed(perturbations, hit)
+
+    @torch.no_grad()
+    def interaction(self, z: Tensor, perturbations: Tensor) -> Tensor:
+        """What the law of combination adds to cells of noise z (C, B, p) all hit by conditions (C, M): (C, 1, G)."""
+        found = self.residual.new_zeros((len(perturbations), 1, self.residual.shape[1]))
+        for own, noise, rows in zip(found, z, perturbations.tolist(), strict=True):
+            groups = self.groups(rows)
+            if self.law is not None and self.law.governs(groups):
+                by_equations = self.mean_effect(noise, [k for group in groups for k in group])
+                own[0] = self.law.effect(groups, self.single_effects(noise, groups)) - by_equations
+        return found
+
+    def groups(self, rows: Sequence[int]) -> list[Group]:
+        """Rows of a condition, -1 for none, by the perturbation that they are: one that is extrapolated has p rows."""
+        found: dict[int, list[int]] = {}
+        for k in rows:
+            if k >= 0:
+                found.setdefault(
+                    k if k < self.n_fitted else -1 - (k - self.n_fitted) // len(self.scm.graph), []
+                ).append(k)
+        return [tuple(group) for group in found.values()]
+
+    def single_effects(self, z: Tensor, groups: Sequence[Group]) -> Tensor:
+        """(M, G) `mean_effect` of each of M perturbations, by their rows."""
+        return torch.stack([self.mean_effect(z, group) for group in groups])
+
+    def mean_effect(self, z: Tensor, rows: Sequence[int]) -> Tensor:
+        """Mean change (G,) of hit cells of noise z (B, p) under perturbations, all at once, by the equations."""
+        perturbations = torch.tensor([[*rows]], device=z.device)
+        latents = torch.cat([self.scm(z[None]), self.intervene(z[None], perturbations)])
+        before, after = self.decoder.mean(latents)
+        change: Tensor = after - before + self.missed(perturbations)[0, 0]
+        return change
 
     def missed(self, perturbations: Tensor, hit: Tensor | None = None) -> Tensor:
         """(C, M) perturbations, filled up with -1, to the effects (C, B, G) that go past the latents of cells.
@@ -257,6 +296,7 @@ def extended(model: DiscrepancyVAE, shift: Tensor, residual: Tensor, residual_er
         state["scm.retention_logit"] = torch.full_like(scm.shift, scm.kind.retention).logit().clamp(-LARGE, LARGE)
     if not scm.kind.scales:
         state["scm.log_scale"] = torch.zeros_like(scm.shift)
+    new.law, new.n_fitted = model.law, k
     new.load_state_dict({
         name: torch.cat([value, rows[name].to(value.dtype)]) if name in rows else value for name, value in state.items()
     })  # fmt: skip

@@ -37,9 +37,10 @@ from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
 from crlseq.run.summary import sets_in_words
 from crlseq.run.writable import refuse_unwritable
-from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_weights
+from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_law, save_weights
 from crlseq.storage.files import by_hdf5, refuse_existing
 from crlseq.storage.runfolder import (
+    COMBINATIONS,
     EMBEDDINGS,
     GENE_SETS,
     IDENTITY,
@@ -345,6 +346,8 @@ def _write(job: Job, screen: Screen, run: FittedRun, folder: Path) -> None:
     run.write_tables(folder)
     assert run.weights is not None
     save_weights(folder / "model.safetensors", *run.weights)
+    if run.law is not None:
+        save_law(folder / COMBINATIONS, run.law)
     run.write_h5ad(job.source, folder / "crlseq.h5ad")
     if state_of(job.source) != screen.state and digest_of(job.source) != screen.digest:
         what = f"{job.source} was changed while it was fitted."

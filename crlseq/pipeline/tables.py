@@ -22,10 +22,13 @@ from crlseq.discovery.ordering import Ordering
 from crlseq.discovery.pairs import GUARDS, SIZE, STATUSES
 from crlseq.discovery.result import Discovery
 from crlseq.evaluation.held_out import evaluate_held_out
+from crlseq.evaluation.recovery import closure
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.pipeline.fitted import FittedRun
 from crlseq.readout.ensemble import read_model, seed_agreement
 from crlseq.readout.explained import effect_explained, variance_explained
+from crlseq.readout.interactions import interaction_table
 from crlseq.readout.pathways import explained_by_sets, pathway_table
 from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs
 from crlseq.run.schema import DETECTABLE_FDR, ENSEMBLE_COLUMNS, FORMAT, HIT
@@ -38,6 +41,7 @@ from crlseq.run.tables import (
     second_target_table,
     shown,
 )
+from crlseq.training.combinations import fit_law
 from crlseq.training.trainer import Fit, resolve_device
 from crlseq.training.warm_start import WarmStart
 
@@ -66,6 +70,12 @@ def tables_of(
         target_support, _hit(discovery, len(found.target)), tests,
     )  # fmt: skip
     edges = edge_table(dag.weights, dag.declared, edge_support, dag.identification.verdict)
+    combined, interactions = None, None
+    if model.log_noise is not None and len(read.scale):
+        combined = fit_law(model, data, _by_equations(model, found.target, dag), config.training.seed)
+        model.law = combined.law
+    if combined is not None and combined.measured.parts:
+        interactions = interaction_table(data, combined.measured, combined.left, config.training.seed)
     evaluation = evaluate_held_out(model, data, config.training.seed)
     pathways = None if sets is None else pathway_table(model, data, read, sets)
     numbers = {
@@ -82,6 +92,7 @@ def tables_of(
         "identification": dag.identification.model_dump(mode="json"),
         "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
         "sparsity": None if sparse is None else _sparsity_row(sparse, programs),
+        "combinations": None if combined is None else combined.summary(),
         "training": _training_row(fitted),
         "gene_sets": None if sets is None else _set_row(fitted, data, start, sets),
         "metrics": _metrics(evaluation, interventions, dag),
@@ -97,9 +108,22 @@ def tables_of(
     weights = ({name: value.cpu() for name, value in model.state_dict().items()}, fitted.architecture)
     return FittedRun(
         info, programs, interventions, edges, history.astype({"epoch": int, "total": float}), evaluation,
-        weights=weights, ensemble=agreement, pathways=pathways, pairs=pairs,
+        weights=weights, law=model.law, interactions=interactions, ensemble=agreement, pathways=pathways, pairs=pairs,
         second_targets=None if discovery is None else _second_targets(discovery, data, np.sign(read.scale)),
     )  # fmt: skip
+
+
+def _by_equations(model: DiscrepancyVAE, target: np.ndarray, dag: Dag) -> np.ndarray:
+    """(q, 2) ascending pairs of perturbations whose combination the equations tell: one cuts its program, ``target`` (K,),
+    off from that of the other, upstream of it in an identified graph.
+    """
+    none = np.zeros((0, 2), dtype=np.int64)
+    if dag.identification.verdict != "identified" or model.scm.kind.retention == 1.0:
+        return none
+    known = np.flatnonzero(target >= 0)
+    upstream = closure(dag.declared)[np.ix_(target[known], target[known])]
+    first, second = np.nonzero(np.triu(upstream | upstream.T, 1))
+    return np.stack([known[first], known[second]], 1)
 
 
 def _with_claims(tests: dict[str, np.ndarray], config: Config) -> np.ndarray:

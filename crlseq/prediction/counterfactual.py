@@ -40,7 +40,8 @@ def counterfactual_quality(
     mechanism = model.scm.mechanism(perturbations, model.target_weights(perturbations))
     back = model.decoder(model.scm(model.scm.abduct(read, mechanism)))
     if model.log_noise is not None:
-        back = back + (output.virtual - model.decoder(read)) - model.missed(perturbations)
+        rest = output.virtual - model.decoder(read)
+        back = back + rest - model.missed(perturbations) - model.interaction(model.encoder(control)[0], perturbations)
     size = float((intended**2).sum())
     return {
         "composition": float((unchanged - control).abs().max()),

@@ -2,18 +2,22 @@
 
 Intervals of effects are effect ± 1.96 standard deviations over `DRAWS` draws of the cells' noise from its posterior, of
 the control cells with replacement, and of the shifts from their standard errors (`shift_errors`), joined with the
-posterior standard deviation of what the latents miss. They say how sure the mean is, not how far cells scatter about it,
+posterior standard deviation of what the latents miss. Of a combination that the law of combination governs
+(`crlseq.model.combination_law`) they join the errors of its parts, each times its coefficient, and what the law misses. They say how sure the mean is, not how far cells scatter about it,
 and they take everything else as known: the graph, the targets, retentions and loadings. What a wrong graph or target does
-is not in them, nor what a combination does beyond the model.
+is not in them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from crlseq.model.combination_law import Group
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.scm import Mechanism
 from crlseq.run.run import Run
@@ -21,6 +25,34 @@ from crlseq.run.run import Run
 DRAWS = 100
 COVERS = "the cells' noise, the control cells, the shifts and the residuals"
 COVERS_NOT = "graph, targets, retentions and loadings are taken as known"
+
+
+def combination_errors(
+    model: DiscrepancyVAE, z: Tensor, perturbations: Tensor, of_parts: Callable[[Group], Tensor]
+) -> Tensor | None:
+    """(G,) standard errors of the mean effect of conditions (1, M) on cells of noise z (n, p); None if no law governs them.
+
+    ``of_parts`` gives those (G,) of a single perturbation's mean effect. Kinds of cells that a part escaped count by their share.
+    """
+    groups = model.groups(perturbations[0].tolist())
+    if model.law is None or not model.law.governs(groups):
+        return None
+    effects = dict(zip(groups, model.single_effects(z, groups), strict=True))
+    hit_by = {group: float(model.chance(torch.tensor(group)).prod()) for group in groups}
+    weight, missed = dict.fromkeys(groups, 0.0), torch.zeros_like(effects[groups[0]])
+    for chance, kind, _ in model.mixture(perturbations[0], torch.empty(0)):
+        hit = model.groups(kind[0].tolist())
+        coefficients = [1.0] * len(hit)
+        if len(hit) > 1:
+            single = torch.stack([effects[group] for group in hit])
+            coefficients = model.law.coefficients(single)[0].tolist()
+            missed = missed + (chance * model.law.error(hit, single)) ** 2
+            if model.law.is_measured(hit):
+                coefficients = [0.0] * len(hit)  # its own cells say what it does
+        for group, c in zip(hit, coefficients, strict=True):
+            weight[group] += chance * c
+    squares = [(weight[group] / hit_by[group] * of_parts(group)) ** 2 for group in groups]
+    return (torch.stack(squares).sum(0) + missed).sqrt()
 
 
 def effect_errors(

@@ -31,9 +31,10 @@ from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.perturbations import read_perturbations
 from crlseq.data.preprocess import align
 from crlseq.errors import InputError, UsageError
+from crlseq.model.combination_law import Group
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.prediction.counterfactual import counterfactual_quality
-from crlseq.prediction.intervals import COVERS, COVERS_NOT, effect_errors, shift_errors
+from crlseq.prediction.intervals import COVERS, COVERS_NOT, combination_errors, effect_errors, shift_errors
 from crlseq.prediction.labels import Request, understand
 from crlseq.run.run import Run
 
@@ -168,7 +169,13 @@ def _answer(
     seed: int,
 ) -> _Answer:
     """Virtual cells of control cells (1, n, G) under perturbations (1, M); ``shift_error`` (K,)."""
-    error = effect_errors(model, control, perturbed, shift_error, _generator(seed, 1)).numpy()
+
+    def of_part(group: Group) -> Tensor:
+        return effect_errors(model, control, torch.tensor([group]), shift_error, _generator(seed, 1))
+
+    z = model.encoder(control)[0][0]
+    combined = combination_errors(model, z, perturbed, of_part)
+    error = (of_part(tuple(perturbed[0].tolist())) if combined is None else combined).numpy()
     uniform = torch.rand(control.shape[1], generator=_generator(seed, 2), dtype=control.dtype)
     virtual, expected = torch.empty_like(control[0]), torch.zeros_like(control[0, 0])
     latents, hit = torch.empty((len(uniform), len(model.scm.graph)), dtype=control.dtype), torch.zeros(len(uniform))

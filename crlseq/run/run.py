@@ -23,12 +23,23 @@ from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, short, summary_table
 from crlseq.storage.csv import read_csv, to_csv
 from crlseq.storage.files import refuse_links_outside
-from crlseq.storage.runfolder import EMBEDDINGS, ENSEMBLE, PAIRS, PATHWAYS, SECOND_TARGETS, TABLES, partial_of
+from crlseq.storage.runfolder import (
+    COMBINATIONS,
+    EMBEDDINGS,
+    ENSEMBLE,
+    INTERACTIONS,
+    PAIRS,
+    PATHWAYS,
+    SECOND_TARGETS,
+    TABLES,
+    partial_of,
+)
 
 if TYPE_CHECKING:
     import anndata as ad
 
     from crlseq.data.preprocess import Preprocessing
+    from crlseq.model.combination_law import CombinationLaw
     from crlseq.model.discrepancy_vae import DiscrepancyVAE
     from crlseq.training.extrapolation import Extrapolation
 
@@ -53,8 +64,8 @@ class Run:
         Loss terms by epoch; virtual against held-out cells by condition.
     path
         The folder, None for a run that was not written.
-    weights, cells, map
-        State and architecture of the model; `crlseq.run.schema.CELL_COLUMNS` by the name of the cell; from gene vectors
+    weights, law, cells, map
+        State and architecture of the model, and its law of combination; `crlseq.run.schema.CELL_COLUMNS` by the name of the cell; from gene vectors
         to perturbations never seen, where the fit was given embeddings. None: read from the folder when first needed.
     ensemble
         ``kind, source, target, agreement, mean, sd``: what models of other seeds agree on; None for one seed.
@@ -65,6 +76,9 @@ class Run:
         programs, whether the source is upstream of the target; None where targets were learned by gradient.
     second_targets
         ``perturbation, program, shift, se, z, fdr``: what perturbations shift beside their targets; None likewise.
+    interactions
+        ``perturbations, scope, n, term, error, fdr, similarity, masking, class``: what measured combinations do that their
+        parts do not, and perturbations that act in them otherwise than alone; None without measured combinations.
     """
 
     info: dict[str, Any]
@@ -75,12 +89,14 @@ class Run:
     evaluation: pd.DataFrame
     path: Path | None = None
     weights: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, repr=False)
+    law: CombinationLaw | None = field(default=None, repr=False)
     cells: pd.DataFrame | None = field(default=None, repr=False)
     map: Extrapolation | None = field(default=None, repr=False)
     ensemble: pd.DataFrame | None = field(default=None, repr=False)
     pathways: pd.DataFrame | None = field(default=None, repr=False)
     pairs: pd.DataFrame | None = field(default=None, repr=False)
     second_targets: pd.DataFrame | None = field(default=None, repr=False)
+    interactions: pd.DataFrame | None = field(default=None, repr=False)
 
     def _brief(self) -> dict[str, str]:
         """A few lines about the run, for `repr` and notebooks; text from the data on one line each."""
@@ -129,9 +145,15 @@ class Run:
     @cached_property
     def model(self) -> DiscrepancyVAE:
         """The fitted model, in evaluation mode on the CPU."""
-        from crlseq.storage.checkpoint import build, load_model
+        from crlseq.storage.checkpoint import build, load_law, load_model
 
-        return load_model(self.folder / "model.safetensors") if self.weights is None else build(*self.weights)
+        if self.weights is not None:
+            model = build(*self.weights)
+            model.law = self.law
+        else:
+            model = load_model(self.folder / "model.safetensors")
+            model.law = load_law(self.folder / COMBINATIONS)
+        return model
 
     @cached_property
     def extrapolation(self) -> Extrapolation | None:
@@ -251,6 +273,7 @@ class Run:
             PATHWAYS: self.pathways,
             PAIRS: self.pairs,
             SECOND_TARGETS: self.second_targets,
+            INTERACTIONS: self.interactions,
         }
         own = {name.removesuffix(".csv"): table for name, table in optional.items() if table is not None}
         return dict(zip(TABLES, tables, strict=True)) | own
@@ -292,6 +315,8 @@ class Run:
             ordered = facts.discovery is not None and facts.discovery.pairs is not None
             pairs = read_csv(folder / PAIRS, schema.PAIR_COLUMNS) if ordered else None
             second = read_csv(folder / SECOND_TARGETS, schema.SECOND_COLUMNS) if ordered else None
+            together = facts.combinations is not None and facts.combinations.n_measured
+            interactions = read_csv(folder / INTERACTIONS, schema.INTERACTION_COLUMNS) if together else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             if writer != __version__:
@@ -301,4 +326,7 @@ class Run:
                 ) from error
             raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
         tables = (programs, interventions, edges, history, evaluation)
-        return cls(info, *tables, path=folder, ensemble=ensemble, pathways=pathways, pairs=pairs, second_targets=second)
+        return cls(
+            info, *tables, path=folder, ensemble=ensemble, pathways=pathways, pairs=pairs, second_targets=second,
+            interactions=interactions,
+        )  # fmt: skip

@@ -40,6 +40,10 @@ PAIR_COLUMNS: dict[str, type] = {
 SECOND_COLUMNS: dict[str, type] = {
     "perturbation": str, "program": str, "shift": float, "se": float, "z": float, "fdr": float
 }  # fmt: skip
+INTERACTION_COLUMNS: dict[str, type] = {
+    "perturbations": str, "scope": str, "n": int, "term": float, "error": float, "fdr": float, "similarity": float,
+    "masking": float, "class": str,
+}  # fmt: skip
 # Of programs: with a sparse decoder alone; where the screen has symbols beside identifiers.
 LATER_PROGRAMS: dict[str, type] = {"anchor": bool, "symbol": str}
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
@@ -205,6 +209,21 @@ class DiscoverySummary(_Part):
     pairs: PairSummary | None = None
 
 
+class CombinationSummary(_Part):
+    """The law of combination: `crlseq.training.combinations`."""
+
+    beta: float
+    beta_error: float
+    gamma: float
+    gamma_error: float
+    n_measured: int
+    fitted: bool  # to measured combinations; else from the prior
+    n_terms: int  # perturbations that act in combinations otherwise than alone
+    gain: float  # share of the squared error of left-out combinations that the terms save
+    gain_error: float
+    by_equations: int  # pairs of perturbations that the structural equations combine
+
+
 class Training(_Part):
     """How the training ended; see `crlseq.training.trainer.Fit`."""
 
@@ -273,6 +292,7 @@ class RunInfo(_Part):
     negative_controls: NegativeControls = NegativeControls()
     sensitivity: Sensitivity | None = None
     discovery: DiscoverySummary | None
+    combinations: CombinationSummary | None = None
     training: Training
     metrics: Metrics
     embeddings: dict[str, Any] | None

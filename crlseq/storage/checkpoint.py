@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from crlseq.errors import CrlseqError, InputError
+from crlseq.model.combination_law import CombinationLaw
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.storage.files import sync
 
@@ -54,6 +55,22 @@ def load_model(path: Path) -> DiscrepancyVAE:
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         hint = "Fit again, or restore the run folder."
         raise InputError(f"The weights {path} cannot be read: {detail}.", hint) from error
+
+
+def save_law(path: Path, law: CombinationLaw) -> None:
+    """The law of combination, as its tensors."""
+    path.write_bytes(save({name: tensor.contiguous() for name, tensor in law.tensors().items()}))
+
+
+def load_law(path: Path) -> CombinationLaw | None:
+    """The law from `save_law`, None if there is none; InputError if the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return CombinationLaw(**load_file(path))
+    except Exception as error:  # as in `load_model`
+        detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(f"{path} cannot be read: {detail}.", "Fit again, or restore the run folder.") from error
 
 
 def build(state: dict[str, Tensor], architecture: dict[str, Any]) -> DiscrepancyVAE:

@@ -16,9 +16,11 @@ from crlseq.storage.files import refuse_existing, sync
 
 TABLES = ("programs", "interventions", "dag", "history", "evaluation")  # each a file .csv
 PAIRS, SECOND_TARGETS = "pairs.csv", "second_targets.csv"  # of fits that find targets by likelihood
+INTERACTIONS = "interactions.csv"  # of fits with measured combinations
 ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
 PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
 IDENTITY = "identity.json"  # of an unfinished fit alone: what it fits
+COMBINATIONS = "combinations.safetensors"  # of fits whose model knows noise
 EMBEDDINGS = "embeddings.h5ad"  # of fits with embeddings alone
 STAGE = "stage-{}.pt"  # result of a stage, of an unfinished fit alone
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
@@ -27,10 +29,12 @@ RUN_FILES = frozenset(
     | {
         "dag.graphml",
         "dag.json",
+        COMBINATIONS,
         EMBEDDINGS,
         IDENTITY,
         ENSEMBLE,
         GENE_SETS,
+        INTERACTIONS,
         PAIRS,
         PATHWAYS,
         SECOND_TARGETS,
