@@ -78,7 +78,7 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
 def _of_the_model(found: Run) -> dict[str, str]:
     """What the summary tells of programs, graph and training."""
     from crlseq.run.pairs import counts, why_no_pairs
-    from crlseq.run.summary import answers, controls_in_words, sets_in_words
+    from crlseq.run.summary import answers, combinations_in_words, controls_in_words, sets_in_words
 
     facts, metrics, training, discovery = found.facts, found.facts.metrics, found.facts.training, found.facts.discovery
     graph, better, converged = answers(facts, found.evaluation, found.history)
@@ -101,6 +101,8 @@ def _of_the_model(found: Run) -> dict[str, str]:
     if facts.gene_sets is not None:
         rows["encoder"] = f"{facts.gene_sets.n_sets} gene sets of {facts.config.data.gene_sets}"
         rows["sets explain"] = sets_in_words(facts)
+    if found.interactions is not None:
+        rows["combinations"] = combinations_in_words(facts).removeprefix("Combinations: ")
     if metrics.mmd2 is not None:
         no_change = f"no change: {metrics.mmd2_no_change:.4f}"
         rows["held out"] = f"on {metrics.evaluated_on} cells: MMD2 {metrics.mmd2:.4f} ({no_change})"

@@ -35,7 +35,7 @@ from crlseq.pipeline.read import Job, Progress, Screen, read_cells, read_screen
 from crlseq.pipeline.tables import tables_of
 from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
-from crlseq.run.summary import sets_in_words
+from crlseq.run.summary import combinations_in_words, sets_in_words
 from crlseq.run.writable import refuse_unwritable
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_law, save_weights
 from crlseq.storage.files import by_hdf5, refuse_existing
@@ -312,7 +312,8 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     if start.warm is not None and start.warm.discovery.hit is not None:
         cells["crlseq_hit"] = start.warm.discovery.hit
     run = replace(run, info=info, cells=cells, map=found)
-    if words := sets_in_words(run.facts):
+    combined = "" if run.interactions is None else combinations_in_words(run.facts)
+    for words in filter(None, (sets_in_words(run.facts), combined)):
         progress.note(words)
     return run
 

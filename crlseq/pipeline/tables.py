@@ -70,12 +70,7 @@ def tables_of(
         target_support, _hit(discovery, len(found.target)), tests,
     )  # fmt: skip
     edges = edge_table(dag.weights, dag.declared, edge_support, dag.identification.verdict)
-    combined, interactions = None, None
-    if model.log_noise is not None and len(read.scale):
-        combined = fit_law(model, data, _by_equations(model, found.target, dag), config.training.seed)
-        model.law = combined.law
-    if combined is not None and combined.measured.parts:
-        interactions = interaction_table(data, combined.measured, combined.left, config.training.seed)
+    combined, interactions = _combined(model, data, _by_equations(model, found.target, dag), config.training.seed)
     evaluation = evaluate_held_out(model, data, config.training.seed)
     pathways = None if sets is None else pathway_table(model, data, read, sets)
     numbers = {
@@ -92,7 +87,7 @@ def tables_of(
         "identification": dag.identification.model_dump(mode="json"),
         "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
         "sparsity": None if sparse is None else _sparsity_row(sparse, programs),
-        "combinations": None if combined is None else combined.summary(),
+        "combinations": combined,
         "training": _training_row(fitted),
         "gene_sets": None if sets is None else _set_row(fitted, data, start, sets),
         "metrics": _metrics(evaluation, interventions, dag),
@@ -111,6 +106,18 @@ def tables_of(
         weights=weights, law=model.law, interactions=interactions, ensemble=agreement, pathways=pathways, pairs=pairs,
         second_targets=None if discovery is None else _second_targets(discovery, data, np.sign(read.scale)),
     )  # fmt: skip
+
+
+def _combined(
+    model: DiscrepancyVAE, data: PerturbSeqData, equations: np.ndarray, seed: int
+) -> tuple[dict[str, Any] | None, pd.DataFrame | None]:
+    """Gives the model its law of combination, and returns that in short and its interactions; None without the one or other."""
+    if model.log_noise is None or not len(model.scm.graph):
+        return None, None
+    fitted = fit_law(model, data, equations, seed)
+    model.law = fitted.law
+    table = interaction_table(data, fitted.measured, fitted.left, seed) if fitted.measured.parts else None
+    return fitted.summary(), table
 
 
 def _by_equations(model: DiscrepancyVAE, target: np.ndarray, dag: Dag) -> np.ndarray:

@@ -14,6 +14,7 @@ from crlseq.data.matrix import open_screen
 from crlseq.data.perturbations import read_perturbations
 from crlseq.errors import InputError, UsageError, few
 from crlseq.run.run import Run
+from crlseq.run.summary import combinations_in_words
 
 NO_EFFECT = "No perturbation of this screen has a detectable effect, so the predicted cells are the control cells."
 
@@ -72,10 +73,25 @@ def understand(run: Run, labels: Sequence[str]) -> tuple[list[Request], list[str
         )
     if run.facts.without_effect:
         return list(requests.values()), [*notes, NO_EFFECT]
+    notes += _of_combinations(run, list(requests.values()))
     for k in sorted({k for parts, _ in requests for k in parts}):
         if note := _weak_ground(run, names[k], k):
             notes.append(note)
     return list(requests.values()), notes
+
+
+def _of_combinations(run: Run, requests: list[Request]) -> list[str]:
+    """What combinations without cells in the fit are predicted from."""
+    guessed = [each for each in requests if len(each.parts) + len(each.unseen) > 1 and each.seen != "fitted"]
+    notes = [combinations_in_words(run.facts)] if guessed and run.facts.combinations else []
+    known = {len(row.perturbations) for row in run.facts.conditions if "train" in row.cells}
+    large = [each.name for each in guessed if (n := len(each.parts) + len(each.unseen)) > 2 and n not in known]
+    if large and notes:
+        notes.append(
+            f"No combination of as many perturbations is in the fit, so intervals are wider: {few(large)}. The interactions of "
+            "all pairs add up in them."
+        )
+    return notes
 
 
 def fitted_separator(run: Run) -> str:

@@ -28,6 +28,7 @@ from crlseq.run.run import Run
 from crlseq.run.summary import (
     Program,
     answers,
+    combinations_in_words,
     controls_in_words,
     no_effect_in_words,
     numbers_in_words,
@@ -113,6 +114,9 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "interventions": interventions[:ROWS].to_dict("records"),
         "second": None if run.second_targets is None else run.second_targets[:ROWS].to_dict("records"),
         "n_second": 0 if run.second_targets is None else len(run.second_targets),
+        "combined": combinations_in_words(run.facts),
+        "interactions": [] if run.interactions is None else run.interactions[:ROWS].to_dict("records"),
+        "n_interactions": 0 if run.interactions is None else len(run.interactions),
         "hits": "penetrance" in interventions and bool((interventions["program"] != "").any()),
         "largest_shift": limit_of(interventions["shift"].to_numpy()),
         "map": charts.intervention_map(run),

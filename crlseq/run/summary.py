@@ -235,6 +235,30 @@ def sensitivity_in_words(facts: RunInfo) -> str:
     )
 
 
+def combinations_in_words(facts: RunInfo) -> str:
+    """How single effects combine, and where that comes from; empty for models without the law."""
+    law = facts.combinations
+    if law is None:
+        return ""
+    if not law.fitted:
+        few = f"{law.n_measured or 'No'} measured combination{'s were' if law.n_measured != 1 else ' was'}"
+        return (
+            f"Combinations: two effects of equal size give {law.beta:.2g} of their sum and {law.gamma:.2g} of the mean effect "
+            f"of all perturbations, as in two published screens. {few} in the fit, too few to learn more."
+        )
+    words = (
+        f"Combinations: two effects of equal size give {law.beta:.2f} ± {law.beta_error:.2f} of their sum and "
+        f"{law.gamma:.2f} ± {law.gamma_error:.2f} of the mean effect of all perturbations, fitted to {law.n_measured} "
+        "measured combinations."
+    )
+    if not law.n_terms:
+        return f"{words} No perturbation is seen to act in combinations otherwise than alone."
+    return (
+        f"{words} Perturbations act in combinations otherwise than alone: what {law.n_terms} of them do there lowers the "
+        f"squared error of left-out combinations by {law.gain:.0%} ± {law.gain_error:.0%}."
+    )
+
+
 def sets_in_words(facts: RunInfo) -> str:
     """What the sets that the encoder reads see of the programs; empty where it reads all genes."""
     sets = facts.gene_sets
