@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {
 RUN_FILES = {
     *("run.json", "model.safetensors", "crlseq.h5ad", "resume.pt", "report.html", "dag.graphml", "dag.json"),
     *("programs.csv", "interventions.csv", "dag.csv", "history.csv", "evaluation.csv", "pairs.csv"),
-    "second_targets.csv",
+    *("second_targets.csv", "combinations.safetensors"),
 }
 
 
@@ -48,7 +48,10 @@ def files_of(folder: Path) -> set[str]:
     """
     info = json.loads((folder / "run.json").read_text())
     unfitted = set() if info["n_latents"] else {"resume.pt"}
-    return RUN_FILES - unfitted - (set() if info["discovery"] else {"pairs.csv", "second_targets.csv"})
+    law = info["combinations"]
+    unfitted |= set() if law else {"combinations.safetensors"}
+    measured = {"interactions.csv"} if law and law["n_measured"] else set()
+    return (RUN_FILES | measured) - unfitted - (set() if info["discovery"] else {"pairs.csv", "second_targets.csv"})
 
 
 def small_screen(**changes: Any) -> ad.AnnData:

@@ -118,7 +118,7 @@ def test_every_file_of_a_run_is_described(folders: list[Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["programs", "interventions", "pairs", "second_targets", "dag", "history", "evaluation", "ensemble"]
+    "name", ["programs", "interventions", "pairs", "second_targets", "dag", "history", "evaluation", "ensemble", "interactions"]
 )
 def test_every_column_is_described(folders: list[Path], name: str) -> None:
     paths = [path for folder in folders if (path := folder / f"{name}.csv").exists()]
@@ -137,7 +137,7 @@ def keys(value: Any, name: str = "") -> Iterator[str]:
     if name in WHOLE:
         yield name
     elif isinstance(value, dict) and value:
-        if name in ("discovery", "discovery.bootstrap", "discovery.pairs", "embeddings"):  # may be null
+        if name in ("discovery", "discovery.bootstrap", "discovery.pairs", "embeddings", "combinations"):  # may be null
             yield name
         for key, own in value.items():
             yield from keys(own, f"{name}.{key}" if name else key)
