@@ -118,7 +118,18 @@ def test_every_file_of_a_run_is_described(folders: list[Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["programs", "interventions", "pairs", "second_targets", "dag", "history", "evaluation", "ensemble", "interactions"]
+    "name",
+    [
+        "programs",
+        "interventions",
+        "pairs",
+        "second_targets",
+        "dag",
+        "history",
+        "evaluation",
+        "ensemble",
+        "interactions",
+    ],
 )
 def test_every_column_is_described(folders: list[Path], name: str) -> None:
     paths = [path for folder in folders if (path := folder / f"{name}.csv").exists()]

@@ -134,6 +134,12 @@ def _not_fitted(run: Run, label: str, part: str, names: list[str]) -> InputError
     within = "" if part == label.strip() else f" in {label!r}"
     if not part:
         return InputError(f"{label!r} has an empty part.", "Write combinations like 'A+B'.")
+    genes = (run.facts.guides or {}).get("genes") or {}
+    if guide := next((name for name in (part, label.strip()) if genes.get(name) in names), None):
+        what = (
+            f"{guide!r}{within if guide == part else ''} is a guide of {genes[guide]!r}, not a perturbation of its own."
+        )
+        return InputError(what, f"Name the gene: {genes[guide]!r}, once in a combination.")
     folded = {name.casefold(): name for name in names}
     close = [folded[word] for word in difflib.get_close_matches(part.casefold(), folded, n=3)]
     listed = ", ".join(map(repr, close or names[:8])) + (" and others" if not close and len(names) > 8 else "")

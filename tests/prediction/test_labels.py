@@ -63,6 +63,27 @@ def test_labels_that_cannot_be_predicted(label: str, says: str) -> None:
         understand(hand_run(), [label])
 
 
+@pytest.mark.parametrize("label", ["A_g2", "A+A_g2"])
+def test_a_guide_is_no_perturbation_of_its_own(label: str) -> None:
+    with pytest.raises(InputError, match=r"'A_g2'.* is a guide of 'A'") as error:
+        understand(hand_run(guides={"genes": {"A_g1": "A", "A_g2": "A"}}), [label])
+    assert "'A'" in error.value.hint
+
+
+def test_combinations_without_cells_are_told_their_law() -> None:
+    law = {
+        **{"beta": 0.5, "beta_error": 0.0, "gamma": 0.5, "gamma_error": 0.0, "n_measured": 0, "fitted": False},
+        **{"n_terms": 0, "gain": 0.0, "gain_error": 0.0, "spread": [0.25, 0.15], "by_equations": 0},
+    }
+    conditions = [{"name": "A+B", "perturbations": ["A", "B"], "cells": {"train": 9}}]
+    run = hand_run(combinations=law, conditions=conditions)
+    assert not any("Combinations:" in note for note in understand(run, ["A", "A+B"])[1])
+    (note,) = [note for note in understand(run, ["A+N"])[1] if "Combinations:" in note]
+    assert "0.5 of their sum and 0.5 of the mean effect" in note and "No measured combinations were" in note
+    assert not any("wider" in note for note in understand(run, ["A+N"])[1])
+    assert any("intervals are wider: A+B+N" in note for note in understand(run, ["A+B+N"])[1])
+
+
 def test_closest_names_and_why(finished: Run) -> None:
     with pytest.raises(InputError) as error:
         understand(finished, ["G55"])
