@@ -72,9 +72,9 @@ def test_a_guide_is_no_perturbation_of_its_own(label: str) -> None:
 
 def test_combinations_without_cells_are_told_their_law() -> None:
     law = {
-        **{"beta": 0.5, "beta_error": 0.0, "gamma": 0.5, "gamma_error": 0.0, "n_measured": 0, "fitted": False},
-        **{"n_terms": 0, "gain": 0.0, "gain_error": 0.0, "spread": [0.25, 0.15], "by_equations": 0},
-    }
+        "beta": 0.5, "beta_error": 0.0, "gamma": 0.5, "gamma_error": 0.0, "n_measured": 0, "fitted": False,
+        "n_terms": 0, "gain": 0.0, "gain_error": 0.0, "spread": [0.25, 0.15], "by_equations": 0,
+    }  # fmt: skip
     conditions = [{"name": "A+B", "perturbations": ["A", "B"], "cells": {"train": 9}}]
     run = hand_run(combinations=law, conditions=conditions)
     assert not any("Combinations:" in note for note in understand(run, ["A", "A+B"])[1])
