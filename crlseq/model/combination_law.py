@@ -16,7 +16,8 @@ f_p, of its acting in combinations otherwise than alone, and all combinations a 
 
 a measured combination has besides what is left of its own cells' mean. `crlseq.training.combinations` fits all of this.
 
-The variance of what the law misses is ``spread[0] sum_p e_p^2 + spread[1] mean over genes of the same``, gene by gene.
+A measured mean differs from the law with the variance ``spread[0] sum_p e_p^2 + spread[1] mean over genes of the same``, gene
+by gene, and by its own sampling error, ``noise`` for a typical number of cells.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Group = tuple[int, ...]  # rows of a model that are one perturbation
 class CombinationLaw:
     """Factors, terms and spread, float64 tensors of a model with K perturbations and G genes.
 
-    ``factors`` (2,) beta and gamma, ``factor_error`` (2,); ``common`` (G,) m; ``spread`` (2,); ``mean`` (G,) mu;
+    ``factors`` (2,) beta and gamma, ``factor_error`` (2,); ``common`` (G,) m; ``spread`` (2,); ``noise`` (G,); ``mean`` (G,) mu;
     ``terms`` (T, G) f of the perturbations ``term_of`` (T,) int64; ``own`` (n, G) what is left of the measured combinations
     ``measured`` (n, M) int64, filled up with -1, and ``own_error`` (n, G); ``equations`` (q, 2) int64, ascending pairs
     whose combination is left to the structural equations.
@@ -50,6 +51,7 @@ class CombinationLaw:
     factor_error: Tensor
     common: Tensor
     spread: Tensor
+    noise: Tensor
     mean: Tensor
     terms: Tensor
     term_of: Tensor
@@ -59,12 +61,12 @@ class CombinationLaw:
     equations: Tensor
 
     @classmethod
-    def prior(cls, common: Tensor, equations: Tensor) -> Self:
+    def prior(cls, common: Tensor, noise: Tensor, equations: Tensor) -> Self:
         """The law of a screen without measured combinations."""
         none, no_index = common.new_zeros((0, len(common))), torch.zeros((0, 2), dtype=torch.int64)
         factors = common.new_tensor(PRIOR_FACTORS)
         return cls(
-            factors, torch.zeros_like(factors), common, common.new_tensor(PRIOR_SPREAD), torch.zeros_like(common),
+            factors, torch.zeros_like(factors), common, common.new_tensor(PRIOR_SPREAD), noise, torch.zeros_like(common),
             none, no_index[:, 0], none, none, no_index, equations,
         )  # fmt: skip
 
@@ -111,7 +113,7 @@ class CombinationLaw:
         return found if place is None else found + self.own[place].to(single.dtype)
 
     def error(self, groups: Sequence[Group], single: Tensor) -> Tensor:
-        """Standard deviation (G,) of what the law misses; that of the measured mean for a measured combination.
+        """Standard deviation (G,) of a measured mean about the law; of a measured combination that of its own mean.
 
         Beyond two parts the pairs' interactions add up.
         """
@@ -120,5 +122,5 @@ class CombinationLaw:
             return self.own_error[place].to(single.dtype)
         near, far = self.spread.to(single.dtype)
         squares = (single**2).sum(0) * (len(groups) - 1)
-        missed: Tensor = (near * squares + far * squares.mean()).sqrt()
+        missed: Tensor = (near * squares + far * squares.mean() + self.noise.to(single.dtype)).sqrt()
         return missed

@@ -6,7 +6,8 @@
 2. Terms. What the factors leave of a combination is a normal vector with a part of all combinations, one of each of its
    perturbations and one of its own, in the ratios of variances that predict left-out combinations best (a linear mixed
    model; left out one at a time in closed form). They are kept if they gain more than one standard error over combinations.
-3. Spread. What is left of left-out combinations, regressed on squared single effects.
+3. Spread. What is left of left-out combinations, regressed on squared single effects. Intervals are those in which the
+   measured mean of a combination lies, since only of measured ones is it known how they differ from the law.
 4. Of measured combinations, what is left of their own cells' mean, gene by gene, shrunk by its sampling error.
 
 Below `MIN_COMBINATIONS` the law is that of the prior. Only training cells take part.
@@ -30,6 +31,8 @@ from crlseq.training.residuals import MIN_CELLS, SOURCE_CELLS, controls_by_batch
 MIN_COMBINATIONS = 5
 FACTOR_SPREAD = 0.25  # twice the spread of the two screens: two say little of it
 MIN_HIT = 0.25  # share of a combination's cells that all parts must hit for it to tell what they do together
+ENOUGH_ERRORS = 50  # perturbations that tell the sampling error of a mean
+REWEIGHTED = 5
 RATIOS = (0.0, *(2.0 ** np.arange(-5, 4)))  # variances of the terms to that of a combination's own part
 
 
@@ -73,7 +76,7 @@ def fit_law(model: DiscrepancyVAE, data: PerturbSeqData, equations: np.ndarray, 
     ]
     singles = {k: model.mean_effect(z, [k]).double() for k in alone}
     common = torch.stack([*singles.values()]).mean(0) if singles else model.common.double()
-    law = CombinationLaw.prior(common, torch.from_numpy(equations))
+    law = CombinationLaw.prior(common, _sampling_error(data, seed), torch.from_numpy(equations))
     measured = _measured(model, data, singles, law)
     if len(measured.parts) < MIN_COMBINATIONS:
         return FittedLaw(_with_own(law, measured), measured, measured.effect - _predicted(law, measured))
@@ -86,6 +89,18 @@ def fit_law(model: DiscrepancyVAE, data: PerturbSeqData, equations: np.ndarray, 
 
 def _sizes(data: PerturbSeqData) -> list[int]:
     return [len(cells) for cells in data.cells_by_condition(splits.TRAIN)]
+
+
+def _sampling_error(data: PerturbSeqData, seed: int) -> torch.Tensor:
+    """(G,) squared sampling error of the mean change of a perturbation, over some of them."""
+    cells = data.cells_by_condition(splits.TRAIN)
+    known = [c for c, own in enumerate(cells) if c and len(own) >= MIN_CELLS]
+    if not known:
+        return torch.zeros(data.n_genes, dtype=torch.float64)
+    some = np.random.default_rng([seed, 15]).permutation(known)[:ENOUGH_ERRORS]
+    by_batch = controls_by_batch(data, cells[0])
+    squares = sum(np.add(*mean_effect(data, cells[c], by_batch)[1:]) for c in some)
+    return torch.from_numpy(np.asarray(squares) / len(some))
 
 
 def _noise(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> torch.Tensor:
@@ -160,24 +175,38 @@ def _with_terms(
 ) -> tuple[CombinationLaw, np.ndarray, tuple[float, float]]:
     """The law with terms where they are worth it, what it misses (n, G) of each combination left out, and their gain.
 
-    With the ratios r of the variances of mu and of f to that of a combination's own part, the covariance over combinations
-    is C = r_mu 1 1' + r_f S S' + I, S (n, T) the parts of each. Terms predict C^-1 left times what two combinations share,
-    and miss of a left-out one (C^-1 left)_i / (C^-1)_ii.
+    A combination's own part has the variance v_c of its parts' effects; mu has r_mu, and f has r_f v_p, of the perturbation,
+    or r_f. The covariance over combinations is C = r_mu 1 1' + r_f S V S' + diag(v), S (n, T) the parts of each. Terms predict
+    C^-1 left times what two combinations share, and miss (C^-1 left)_i / (C^-1)_ii of a left-out one. Squares count in units
+    of v_c.
     """
     term_of = sorted({k for parts in measured.parts for k in parts})
     parts_of = np.array([[float(k in parts) for k in term_of] for parts in measured.parts])
-    kernel, every = parts_of @ parts_of.T, np.ones((len(left), len(left)))
-    missed = {(mu, f): _left_out(np.eye(len(left)) + mu * every + f * kernel, left) for mu in RATIOS for f in RATIOS}
-    of_law = (left**2).sum(1)
-    mu, f = min(missed, key=lambda ratio: float((missed[ratio] ** 2).sum()))
-    gain = of_law - (missed[mu, f] ** 2).sum(1)
+    size = {k: float((effect**2).sum()) for parts, single in zip(measured.parts, measured.single, strict=True)
+            for k, effect in zip(parts, single, strict=True)}  # fmt: skip
+    of_term = np.array([size[k] for k in term_of])
+    of_term = (of_term + of_term.mean()) / (2 * of_term.mean())
+    own = parts_of @ of_term / parts_of.sum(1).mean()
+    candidates = {}
+    for mu in RATIOS:
+        for f in RATIOS:
+            for variance in (of_term, np.ones_like(of_term)) if f else (of_term,):
+                shared = (parts_of * (f * variance)) @ parts_of.T + mu
+                candidates[mu, f, variance[0]] = shared, f * variance, _left_out(shared + np.diag(own), left)
+    of_law = (left**2).sum(1) / own
+    found = min(candidates, key=lambda ratio: float(((candidates[ratio][2] ** 2).sum(1) / own).sum()))
+    shared, variance, missed = candidates[found]
+    gain = of_law - (missed**2).sum(1) / own
     error = float(gain.std(ddof=1) / len(gain) ** 0.5)
     told = float(gain.mean() / of_law.mean()), error / float(of_law.mean())
     if gain.mean() <= error:
         return law, left, told
-    weights = np.linalg.solve(np.eye(len(left)) + mu * every + f * kernel, left)
-    terms, mean = torch.from_numpy(f * parts_of.T @ weights), torch.from_numpy(mu * weights.sum(0))
-    return replace(law, mean=mean, terms=terms, term_of=torch.tensor(term_of)), missed[mu, f], told
+    weights = np.linalg.solve(shared + np.diag(own), left)
+    terms, mean = (
+        torch.from_numpy(variance[:, None] * (parts_of.T @ weights)),
+        torch.from_numpy(found[0] * weights.sum(0)),
+    )
+    return replace(law, mean=mean, terms=terms, term_of=torch.tensor(term_of)), missed, told
 
 
 def _left_out(covariance: np.ndarray, left: np.ndarray) -> np.ndarray:
@@ -186,13 +215,17 @@ def _left_out(covariance: np.ndarray, left: np.ndarray) -> np.ndarray:
 
 
 def _spread(law: CombinationLaw, measured: Measured, missed: np.ndarray) -> torch.Tensor:
-    """Squares that are missed on squared single effects, on their mean, and on sampling noise; drawn to the prior as one
+    """Squares that are missed, without sampling noise, on squared single effects and on their mean.
+
+    Least squares of ratios to what is expected, so that small effects count as large ones do; drawn to the prior as one
     combination more, so that none is 0.
     """
-    unit = [_squares(single) for single in measured.single]
-    near, far = (np.concatenate(x) for x in zip(*unit, strict=True))
-    design = np.stack([near, far, measured.noise.ravel()], 1)
-    found = nnls(design, (missed**2).ravel())[0][:2]
+    design = np.stack([np.concatenate(each) for each in zip(*map(_squares, measured.single), strict=True)], 1)
+    noise, squares, found = measured.noise.ravel(), (missed**2).ravel(), law.spread.numpy()
+    for _ in range(REWEIGHTED):
+        expected = np.maximum(design @ found + noise, 1e-30)
+        found = nnls(design / expected[:, None], (squares - noise) / expected)[0]
+        found = np.maximum(found, 1e-3 * law.spread.numpy())
     n = len(missed)
     return torch.from_numpy((n * found + law.spread.numpy()) / (n + 1))
 

@@ -19,7 +19,9 @@ N_GENES, N_SINGLES = 200, 12
 def law_of(common: np.ndarray, beta: float = 0.5, gamma: float = 0.5) -> CombinationLaw:
     from dataclasses import replace
 
-    law = CombinationLaw.prior(torch.from_numpy(common), torch.zeros((0, 2), dtype=torch.int64))
+    law = CombinationLaw.prior(
+        torch.from_numpy(common), torch.zeros(len(common)), torch.zeros((0, 2), dtype=torch.int64)
+    )
     return replace(law, factors=torch.tensor([beta, gamma], dtype=torch.float64))
 
 
@@ -57,7 +59,7 @@ def test_the_order_of_the_parts_does_not_matter(order: list[int], beta: float, g
 
 
 def test_pairs_of_the_equations_are_not_governed() -> None:
-    law = CombinationLaw.prior(torch.zeros(3, dtype=torch.float64), torch.tensor([[1, 4]]))
+    law = CombinationLaw.prior(torch.zeros(3, dtype=torch.float64), torch.zeros(3), torch.tensor([[1, 4]]))
     assert not law.governs([(4,), (1,)])
     assert law.governs([(1,), (2,)])
     assert not law.governs([(1,)])
