@@ -127,7 +127,7 @@ def test_without_terms_none_are_kept() -> None:
         ])  # fmt: skip
         found, missed, _ = _with_terms(law, measured, left)
         kept += len(found.terms) > 0
-        assert (missed**2).sum() <= (left**2).sum()
+        assert len(found.terms) or (missed is left)
     assert kept <= 4
 
 
