@@ -136,5 +136,5 @@ def test_cells_that_judge_have_no_part_in_the_law(doubles: ad.AnnData, tmp_path:
 def test_a_damaged_law_is_told(doubles: ad.AnnData, tmp_path: Path) -> None:
     fit(doubles, tmp_path / "RUN")
     (tmp_path / "RUN" / "combinations.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="combinations.safetensors cannot be read"):
+    with pytest.raises(InputError, match=r"combinations\.safetensors cannot be read"):
         _ = crlseq.load(tmp_path / "RUN").model
