@@ -31,7 +31,7 @@ from crlseq.training.residuals import MIN_CELLS, SOURCE_CELLS, controls_by_batch
 MIN_COMBINATIONS = 5
 FACTOR_SPREAD = 0.25  # twice the spread of the two screens: two say little of it
 MIN_HIT = 0.25  # share of a combination's cells that all parts must hit for it to tell what they do together
-ENOUGH_ERRORS = 50  # perturbations that tell the sampling error of a mean
+ENOUGH, ENOUGH_ERRORS = 500, 50  # perturbations that tell the mean effect, and the sampling error of a mean
 REWEIGHTED = 5
 RATIOS = (0.0, *(2.0 ** np.arange(-5, 4)))  # variances of the terms to that of a combination's own part
 
@@ -71,11 +71,12 @@ class FittedLaw:
 def fit_law(model: DiscrepancyVAE, data: PerturbSeqData, equations: np.ndarray, seed: int) -> FittedLaw:
     """The law of a screen whose single effects are those of `model`; ``equations`` as in `CombinationLaw`."""
     z = _noise(model, data, seed)
-    alone = [
-        parts[0] for parts, n in zip(data.conditions, _sizes(data), strict=True) if len(parts) == 1 and n >= MIN_CELLS
-    ]
-    singles = {k: model.mean_effect(z, [k]).double() for k in alone}
-    common = torch.stack([*singles.values()]).mean(0) if singles else model.common.double()
+    sizes = [len(cells) for cells in data.cells_by_condition(splits.TRAIN)]
+    alone = [parts[0] for parts, n in zip(data.conditions, sizes, strict=True) if len(parts) == 1 and n >= MIN_CELLS]
+    combined = {k for parts in data.conditions if len(parts) > 1 for k in parts}
+    typical = {*np.random.default_rng([seed, 16]).permutation(alone)[:ENOUGH].tolist()}
+    singles = {k: model.mean_effect(z, [k]).double() for k in alone if k in combined | typical}
+    common = torch.stack([singles[k] for k in sorted(typical)]).mean(0) if typical else model.common.double()
     law = CombinationLaw.prior(common, _sampling_error(data, seed), torch.from_numpy(equations))
     measured = _measured(model, data, singles, law)
     if len(measured.parts) < MIN_COMBINATIONS:
@@ -85,10 +86,6 @@ def fit_law(model: DiscrepancyVAE, data: PerturbSeqData, equations: np.ndarray, 
     law, missed, gain = _with_terms(law, measured, left)
     law = replace(law, spread=_spread(law, measured, missed))
     return FittedLaw(_with_own(law, measured), measured, left, gain)
-
-
-def _sizes(data: PerturbSeqData) -> list[int]:
-    return [len(cells) for cells in data.cells_by_condition(splits.TRAIN)]
 
 
 def _sampling_error(data: PerturbSeqData, seed: int) -> torch.Tensor:
