@@ -18,18 +18,20 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.discovery.result import Discovery
 from crlseq.discovery.verdict import judge_gradient, judge_nothing
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.run.schema import Identification
 
-JACOBIAN_CELLS = 500
+JACOBIAN_CELLS, SCALE_DRAWS = 500, 100_000
+MIN_CELLS = 2
 ROWS = 4096  # cells encoded at once
 DECLARED_WEIGHT = 0.1  # one standard deviation of the source moves the target by at least a tenth of its own
 
 
 @dataclass(frozen=True)
 class Programs:
-    """Latents in the units users see: unit variance over control cells, mostly positive loadings."""
+    """Latents in the units users see: their standard deviation over control cells, mostly positive loadings."""
 
-    loading: np.ndarray  # (p, G) mean Jacobian of the decoder over control cells times the latent's standard deviation
+    loading: np.ndarray  # (p, G) change of expression by one standard deviation of the latent, all others held
     total_effect: np.ndarray  # (p, G) the same for a shift of the latent that runs through the DAG to its descendants
     scale: np.ndarray  # (p,) signed: a raw latent is ``center + scale * latent``
     center: np.ndarray  # (p,) mean of the raw latent over control cells
@@ -47,25 +49,73 @@ def encode(model: DiscrepancyVAE, data: PerturbSeqData, index: np.ndarray | None
     return torch.cat(parts).numpy()
 
 
-def find_programs(model: DiscrepancyVAE, data: PerturbSeqData) -> Programs:
-    """Loadings by the mean Jacobian over control cells, in forward mode: one pass a latent."""
+@torch.no_grad()
+def find_programs(model: DiscrepancyVAE, data: PerturbSeqData, known_targets: bool = True) -> Programs:
+    """Programs in their own standard deviation and with the loadings that their perturbations show.
+
+    The unit is the latent's standard deviation in control cells by its equations, u = SCM(z) with z ~ N(0, 1): measurement
+    noise is no part of it. With targets known, the total effect T of a program is the least-squares fit of a T to the effects
+    of hit cells of its perturbations, weighed by their cells, a being their shifts; those that target a gene say nothing of it,
+    and it is NaN where none is left. Programs without a perturbation, and all where targets or a sparse decoder were learned
+    by gradient, have the mean Jacobian of the decoder over control cells.
+    """
     controls = data.cells(0, splits.TRAIN, splits.VALIDATION)
     raw = encode(model, data, controls)
     if not raw.shape[1]:
         return Programs(*np.zeros((2, 0, data.n_genes)), *np.zeros((2, 0)))
-    # A latent that no control cell moves has no unit of its own: it keeps the raw one.
-    deviation = raw.std(0)
-    scale = np.where(deviation > 1e-12, deviation, 1.0)
     weight = model.encoder.hidden.weight
     some = controls[np.linspace(0, len(controls) - 1, min(JACOBIAN_CELLS, len(controls))).astype(int)]
     u = torch.from_numpy(encode(model, data, some)).to(weight.device, weight.dtype)
     z = model.scm.abduct(u).detach()
-    direct = mean_jacobian(model.decoder, u)
     total = mean_jacobian(lambda noise: model.decoder(model.scm(noise)), z)
+    by_effects = known_targets and model.log_noise is not None and not isinstance(model.decoder, SparseDecoder)
+    if by_effects:
+        scale = _equation_scale(model)
+        total = _with_effects(model, data, z, total)
+        # Through whose equation: direct effects are what is left without those of the programs downstream.
+        direct = total - model.scm.adjacency.detach().cpu().double().numpy() @ np.nan_to_num(total)
+    else:
+        # A latent that no control cell moves has no unit of its own: it keeps the raw one.
+        deviation = raw.std(0)
+        scale = np.where(deviation > 1e-12, deviation, 1.0)
+        direct = mean_jacobian(model.decoder, u)
     # Sign: the greater part of the squared loadings is positive.
-    sign = np.where((direct * np.abs(direct)).sum(1) < 0, -1.0, 1.0)
+    sign = np.where(np.nansum(direct * np.abs(direct), 1) < 0, -1.0, 1.0)
     scale = scale * sign
     return Programs(direct * scale[:, None], total * scale[:, None], scale, raw.mean(0))
+
+
+def _equation_scale(model: DiscrepancyVAE) -> np.ndarray:
+    """(p,) standard deviation of latents whose noise is standard normal."""
+    p = len(model.scm.graph)
+    if model.scm.equations == "linear":  # z (I - A)^-1
+        inverse = np.linalg.inv(np.eye(p) - model.scm.adjacency.detach().cpu().double().numpy())
+        return np.asarray(np.sqrt((inverse**2).sum(0)))
+    drawn = torch.randn((SCALE_DRAWS, p), generator=torch.Generator().manual_seed(0)).to(model.scm.graph)
+    return np.asarray(model.scm(drawn).std(0).cpu().double().numpy())
+
+
+def _with_effects(model: DiscrepancyVAE, data: PerturbSeqData, z: Tensor, total: np.ndarray) -> np.ndarray:
+    """(p, G) total effects of a shift of each raw latent by 1, of programs with perturbations by what these do."""
+    cells = data.cells_by_condition(splits.TRAIN)
+    product, square = np.zeros_like(total), np.zeros_like(total)
+    targeted = np.zeros(len(total), dtype=bool)
+    for own, parts in zip(cells, data.conditions, strict=True):
+        if len(parts) != 1 or len(own) < MIN_CELLS:
+            continue
+        alone = torch.tensor([parts], device=z.device)
+        weights = model.target_weights(alone)
+        target = int(weights[0, 0].argmax())
+        shift = float(model.scm.mechanism(alone, weights).shift[0, target])
+        if not shift:
+            continue
+        tells = np.ones(data.n_genes)
+        tells[list(data.own_genes[parts[0]])] = 0
+        product[target] += len(own) * shift * tells * model.mean_effect(z, parts).cpu().double().numpy()
+        square[target] += len(own) * shift**2 * tells
+        targeted[target] = True
+    found = np.divide(product, square, out=np.full_like(total, np.nan), where=square > 0)
+    return np.where(targeted[:, None], found, total)
 
 
 def mean_jacobian(function: Callable[[Tensor], Tensor], points: Tensor) -> np.ndarray:

@@ -1,0 +1,95 @@
+"""Do the tables agree with the cells? What each perturbation does to its own transcript, how much of its effect its program
+carries, and whether its cells contradict that program.
+
+With the mean change m of a perturbation's cells against controls, its penetrance pi, shift a and its program's total effect T,
+``pi a T`` is what the tables say of it. T is here taken from the *other* perturbations of the program, and genes that the
+perturbation targets are left out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import norm
+
+from crlseq.data import splits
+from crlseq.data.dataset import PerturbSeqData
+from crlseq.discovery.effects import benjamini_hochberg
+from crlseq.readout.programs import Interventions, Programs
+from crlseq.run.schema import AGREEMENT, DETECTABLE_FDR
+from crlseq.training.residuals import MIN_CELLS, controls_by_batch, mean_effect
+
+LEAST, MOST = 0.5, 2.0  # measured over told effect, along it: beyond, the program is not what the perturbation does
+HALF_COUNT = 0.5  # added to sums of expression, so that no transcript is gone altogether
+
+
+def agreement(
+    data: PerturbSeqData, programs: Programs, interventions: Interventions, penetrance: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Columns `AGREEMENT`, (K,) each, NaN where they cannot be told; ``penetrance`` (K,).
+
+    ``explained``: (|m|^2 - |m - pi a T|^2) / (|m|^2 - its squared errors), T with the perturbation's own part.
+    ``agrees``: the coefficient of m on pi a T by others, 1 where they agree; ``agrees_se``; ``disagrees``: it is surely
+    (FDR 5 %) below `LEAST` or above `MOST`.
+    """
+    found = {name: np.full(len(interventions.target), np.nan) for name in AGREEMENT}
+    cells = data.cells_by_condition(splits.TRAIN)
+    controls = controls_by_batch(data, cells[0])
+    alone = {
+        parts[0]: own
+        for parts, own in zip(data.conditions, cells, strict=True)
+        if len(parts) == 1 and len(own) >= MIN_CELLS
+    }
+    strength, target = penetrance * interventions.shift, interventions.target
+    product, square = np.zeros((2, *programs.total_effect.shape))
+    for k, own in alone.items():
+        found["knock_down"][k], found["knock_down_se"][k] = knock_down(data, own, cells[0], data.own_genes[k])
+        if target[k] >= 0:
+            weight = len(own) * strength[k] * _tells(data, k)
+            product[target[k]] += weight * mean_effect(data, own, controls)[0]
+            square[target[k]] += weight * strength[k]
+    for k, own in alone.items():
+        if target[k] < 0:
+            continue
+        change, noise, shared = mean_effect(data, own, controls)
+        told = strength[k] * programs.total_effect[target[k]]
+        known = ~np.isnan(told)
+        size = float((change**2 - noise - shared)[known].sum())
+        if size > 0:
+            found["explained"][k] = float((change**2 - (change - told) ** 2)[known].sum()) / size
+        weight = len(own) * strength[k] * _tells(data, k)
+        others = square[target[k]] - weight * strength[k]
+        told = (product[target[k]] - weight * change) * strength[k] * _tells(data, k)
+        told = np.divide(told, others, out=np.zeros_like(told), where=others > 1e-9 * square[target[k]])
+        if length := float(told @ told):
+            along = [float((data.dense(group) @ told).var(ddof=1) / len(group)) for group in (own, cells[0])]
+            found["agrees"][k], found["agrees_se"][k] = float(change @ told) / length, np.sqrt(sum(along)) / length
+    beyond = np.maximum(LEAST - found["agrees"], found["agrees"] - MOST) / found["agrees_se"]
+    fdr = benjamini_hochberg(norm.sf(beyond))
+    found["disagrees"] = np.where(np.isnan(beyond), np.nan, (fdr <= DETECTABLE_FDR).astype(float))
+    return found
+
+
+def _tells(data: PerturbSeqData, k: int) -> np.ndarray:
+    """(G,) 1 of genes that a perturbation says something of: those it does not target."""
+    tells = np.ones(data.n_genes)
+    tells[list(data.own_genes[k])] = 0.0
+    return tells
+
+
+def knock_down(
+    data: PerturbSeqData, cells: np.ndarray, controls: np.ndarray, genes: tuple[int, ...]
+) -> tuple[float, float]:
+    """log2 fold change of the perturbed gene's own transcript, and its standard error; of the most expressed of several.
+
+    Of mean normalised expression, logarithm taken back; NaN if the gene is not fitted, or values are no logarithms.
+    """
+    if not genes or data.preprocessing.values == "continuous":
+        return np.nan, np.nan
+    own, other = (np.expm1(data.dense(group)[:, list(genes)].astype(float)) for group in (cells, controls))
+    gene = int(other.mean(0).argmax())
+    logs, squares = [], []
+    for x in (own[:, gene], other[:, gene]):
+        mean = (x.sum() + HALF_COUNT) / len(x)
+        logs.append(np.log2(mean))
+        squares.append(x.var(ddof=1) / len(x) / (mean * np.log(2)) ** 2)
+    return float(logs[0] - logs[1]), float(np.sqrt(sum(squares)))
