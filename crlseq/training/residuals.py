@@ -4,8 +4,9 @@ The latents are few, so that a knock-out's own transcript, and whatever else one
 Effects in hit cells are estimated from all of them together (`effects.estimate_effects`), and what the latents do not make
 of such an effect is carried past them: the single effect of the model, through latents and past them, is the estimate.
 
-A part of what is left over all perturbations share, beyond the error of the controls' means: the effect of being perturbed
-at all (Systema: Vinas Torne et al. 2025), which a combination has once and not once for each of its parts (`shared_effect`).
+A part of what is left over all perturbations share (`shared_effect`): the effect of being perturbed at all (Systema: Vinas
+Torne et al. 2025), which a combination has once and not once for each of its parts. The error of the controls' means,
+which measured effects share as well, is in none of the estimates.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.training.effects import estimate_effects, shrink
+from crlseq.training.effects import estimate_effects
 
 SOURCE_CELLS = 500  # controls whose latents carry the effect
 MIN_CELLS = 2
@@ -45,17 +46,18 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
             shares[k, places[batch]] = own
     measured /= share
     noise /= share**2
-    through = _through_latents(model, data, cells[0], perturbations, seed)
     used = shares.any(0)
-    control_noise = np.stack([spread / n for _, spread, n in controls.values()])[used]
     shares = shares[:, used]
-    common, common_squared = shared_effect(measured, through, ((shares / share) ** 2).mean(0) @ control_noise)
+    control_noise = np.stack([spread / n for _, spread, n in controls.values()])[used]
     found = estimate_effects(measured, noise, shares / share, control_noise)
-    for k, (effect, error) in enumerate(zip(found.effect, found.error, strict=True)):
-        effect -= through[k] + common
-        error[:] = np.sqrt(np.maximum(error**2 - common_squared, 0.0))
-    model.residual[perturbations] = torch.from_numpy(found.effect).to(model.residual)
-    model.residual_error[perturbations] = torch.from_numpy(found.error).to(model.residual_error)
+    some = np.sort(np.random.default_rng([seed, 8]).choice(cells[0], min(SOURCE_CELLS, len(cells[0])), replace=False))
+    left, squared = found.effect, np.square(found.error, out=found.error)
+    _take_latents(left, model, data.dense(some), perturbations)
+    common, common_squared = shared_effect(left)
+    left -= common
+    squared -= common_squared
+    model.residual[perturbations] = torch.from_numpy(left).to(model.residual)
+    model.residual_error[perturbations] = torch.from_numpy(np.sqrt(squared.clip(0.0))).to(model.residual_error)
     model.common.copy_(torch.from_numpy(common))
     model.common_error.copy_(torch.from_numpy(np.sqrt(common_squared)))
     model.control_error.copy_(torch.from_numpy(shares.mean(0) @ found.control_error))
@@ -74,37 +76,28 @@ def measure_errors(model: DiscrepancyVAE, data: PerturbSeqData) -> None:
             model.residual_error[parts[0]] = torch.from_numpy(np.sqrt(noise + control_noise)).to(model.residual_error)
 
 
-def _through_latents(
-    model: DiscrepancyVAE, data: PerturbSeqData, controls: np.ndarray, perturbations: list[int], seed: int
-) -> np.ndarray:
-    """(n, G) float32 mean changes of hit control cells through the latents."""
-    rng = np.random.default_rng([seed, 8])
-    some = np.sort(rng.choice(controls, min(SOURCE_CELLS, len(controls)), replace=False))
+def _take_latents(effects: np.ndarray, model: DiscrepancyVAE, control: np.ndarray, perturbations: list[int]) -> None:
+    """Take from effects (n, G) the mean change through the latents of hit cells, which start as `control` cells."""
     weight = model.encoder.hidden.weight
-    z = model.encoder(torch.from_numpy(data.dense(some)).to(weight.device, weight.dtype)[None])[0]
+    z = model.encoder(torch.from_numpy(control).to(weight.device, weight.dtype)[None])[0]
     before: Tensor = model.decoder.mean(model.scm(z))[0]
-    found = np.empty((len(perturbations), data.n_genes), dtype=np.float32)
-    for k, perturbation in enumerate(perturbations):
+    for effect, perturbation in zip(effects, perturbations, strict=True):
         latents = model.intervene(z, torch.tensor([[perturbation]], device=weight.device))
-        found[k] = (model.decoder.mean(latents)[0] - before).cpu().numpy()
-    return found
+        effect -= (model.decoder.mean(latents)[0] - before).cpu().double().numpy()
 
 
-def shared_effect(
-    measured: np.ndarray, through: np.ndarray, control_noise: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior means and variances (G,) of what measured effects (n, G) have in common past the latents.
+def shared_effect(effects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior means and variances (G,) of what effects (n, G) have in common.
 
-    The mean of few perturbations is made of their own effects: only what they agree on is shared, and of that what stands
-    out of the squared errors of the controls' means.
+    The mean of few perturbations is made of their own effects: of its squares only the share counts that is more than
+    their spread makes (James and Stein 1961).
     """
-    n = len(measured)
+    n, mean = len(effects), effects.mean(0)
     if n < 2:
-        return np.zeros_like(control_noise), np.zeros_like(control_noise)
-    mean = measured.mean(0) - through.mean(0, dtype=float)
-    spread = sum(((m - t - mean) ** 2 for m, t in zip(measured, through, strict=True)), 0 * mean) / (n * (n - 1))
+        return np.zeros_like(mean), np.zeros_like(mean)
+    spread = sum(((effect - mean) ** 2 for effect in effects), 0 * mean) / (n * (n - 1))
     agreed = max(0.0, 1 - float(spread.sum()) / max(float((mean**2).sum()), 1e-30))
-    return shrink(agreed * mean, np.sqrt(control_noise + spread))
+    return agreed * mean, agreed * spread
 
 
 def controls_by_batch(data: PerturbSeqData, controls: np.ndarray) -> Controls:

@@ -11,7 +11,6 @@ import crlseq
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-
 from crlseq.training.effects import estimate_effects
 from crlseq.training.residuals import controls_by_batch, mean_effect, measure_missed, shared_effect
 from tests.support import dense
@@ -22,42 +21,39 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def seen(rng: np.random.Generator, common: float, n: int = 20, g: int = 3000) -> np.ndarray:
-    """Common effects in the first tenth of genes, an own effect of each perturbation's gene; errors of cells and controls."""
+def effects(common: float, n: int = 20, g: int = 3000) -> np.ndarray:
+    """Common effects in the first tenth of genes, and an effect on a gene of each perturbation's own."""
     true = np.zeros((n, g))
     true[:, : g // 10] = common
     true[np.arange(n), g // 2 + np.arange(n)] = -3.0
-    return true + np.sqrt(0.1) * rng.normal(size=(n, g)) + np.sqrt(0.05) * rng.normal(size=g)
+    return true
 
 
-def test_the_controls_error_is_no_common_effect(rng: np.random.Generator) -> None:
-    common, _ = shared_effect(seen(rng, 0.0), np.zeros((20, 3000)), np.full(3000, 0.05))
-    assert np.abs(common).max() < 0.1
+def test_own_effects_are_no_common_effect() -> None:
+    """Twenty genes, each changed by 3 in one of 20: their means of 0.15 are what their spread makes, and no more."""
+    common, squared = shared_effect(effects(0.0))
+    np.testing.assert_allclose(common, 0, atol=1e-12)
+    np.testing.assert_allclose(squared, 0, atol=1e-12)
 
 
 def test_what_all_perturbations_share_is_kept_apart(rng: np.random.Generator) -> None:
-    common, _ = shared_effect(seen(rng, 2.0), np.zeros((20, 3000)), np.full(3000, 0.05))
-    np.testing.assert_allclose(common[:300], 2, atol=0.9)
-    assert np.abs(common[300:1500]).mean() < 0.1
-    # Two errors: no perturbation alone says so, twenty do.
-    common, _ = shared_effect(seen(rng, 0.8), np.zeros((20, 3000)), np.full(3000, 0.05))
-    assert common[:300].mean() > 4 * np.abs(common[300:1500]).mean()
-    assert common[:300].mean() > 0.4
-
-
-def test_what_goes_through_the_latents_is_not_shared_past_them(rng: np.random.Generator) -> None:
-    through = np.zeros((20, 3000))
-    through[:, :300] = 2.0
-    common, _ = shared_effect(seen(rng, 2.0), through, np.full(3000, 0.05))
-    assert np.abs(common).max() < 0.2
+    """The mean's squares are 300 * 4 + 20 * .15^2, of which the spread of own effects makes 20 * 9 / 400."""
+    common, squared = shared_effect(effects(2.0))
+    agreed = 1 - 0.45 / (1200 + 0.45)
+    np.testing.assert_allclose(common[:300], 2 * agreed)
+    np.testing.assert_allclose(common[1500:1520], -0.15 * agreed)
+    np.testing.assert_allclose(squared[1500:1520], agreed * 9 / 400)
+    assert not common[300:1500].any()
+    common, _ = shared_effect(effects(2.0) + 0.3 * rng.normal(size=(20, 3000)))
+    np.testing.assert_allclose(common[:300], 2, atol=0.3)
 
 
 def test_few_perturbations_have_nothing_in_common_by_chance(rng: np.random.Generator) -> None:
     """Two perturbations with own effects: their mean is no common effect; and one shares nothing."""
     measured = rng.normal(size=(2, 1000))
-    common, squared = shared_effect(measured, np.zeros((2, 1000)), np.full(1000, 0.001))
+    common, squared = shared_effect(measured)
     assert (common**2).sum() < 0.05 * (measured.mean(0) ** 2).sum()
-    common, squared = shared_effect(measured[:1], np.zeros((1, 1000)), np.full(1000, 0.001))
+    common, squared = shared_effect(measured[:1])
     assert not common.any() and not squared.any()
 
 
