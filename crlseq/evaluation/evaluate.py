@@ -102,7 +102,7 @@ def evaluate(
     place[chosen] = np.arange(len(chosen))
     measured = Cells(sets.measured.x, place[sets.measured.condition], sets.measured.batch)
     changes = baselines.predict(effects, queries)
-    virtual = _VirtualControls(run, sets, rng)
+    virtual = _VirtualControls(run, sets, rng, data is None and not held_out_controls)
     targets = [  # the genes that perturbations are named after
         np.array([g for part in parts for g in sets.gene_places.get(sets.names[part], ())], dtype=int)
         for parts in queries
@@ -148,9 +148,12 @@ def evaluate(
 
 
 class _VirtualControls:
-    """Some control cells of each batch, and what the model makes of them under a condition."""
+    """Some control cells of each batch, and what the model makes of them under a condition.
 
-    def __init__(self, run: Run, sets: CellSets, rng: np.random.Generator) -> None:
+    `fitted`: these are the controls that the model was fitted on, the error of whose mean it has an estimate of.
+    """
+
+    def __init__(self, run: Run, sets: CellSets, rng: np.random.Generator, fitted: bool) -> None:
         cells = sets.control
         self.known, self.model, self.compared = sets.known, sets.model, sets.compared
         self.controls = control_moments(cells.x[:, self.compared], cells.batch, int(cells.batch.max(initial=0)) + 1)
@@ -159,6 +162,8 @@ class _VirtualControls:
         self.whole, self.batch = dense(cells.x[chosen]), cells.batch[chosen]
         self.cells = self.whole[:, self.compared]
         self.act = abducted(self.model, self.whole, run.facts.seed)
+        self.unperturbed = self.act(np.array([-1]))[1][:, self.compared]
+        self.control_error = fitted * self.model.control_error.double().numpy()[self.compared]
         self.made: tuple[Indices, np.ndarray, np.ndarray] = ((), self.cells, self.cells)
         self.scale = torch.tensor([program.scale for program in run.facts.programs], dtype=torch.float64)
 
@@ -171,7 +176,8 @@ class _VirtualControls:
         known = self.rows(parts)
         if self.made[0] != known:
             made = self.act(np.array(known)) if known else (self.whole, self.whole)
-            self.made = (known, made[0][:, self.compared], made[1][:, self.compared])
+            error = self.control_error if known else 0.0
+            self.made = (known, made[0][:, self.compared] - error, made[1][:, self.compared] - error)
         return self.made[1:]
 
     def axioms(self, queries: list[Indices]) -> dict[str, np.ndarray]:
@@ -187,8 +193,16 @@ class _VirtualControls:
         return found
 
     def change(self, parts: Indices, shares: np.ndarray) -> np.ndarray:
-        """(genes,) mean change in batches by `shares`: of each batch's cells, so that a draw of few adds little noise."""
-        mean = group_moments(self.virtual(parts)[1] - self.cells, self.batch, len(shares) - 1).mean
+        """(genes,) mean change against these controls, in batches by `shares`; 0 of parts that were never fitted.
+
+        An effect is what the model makes of cells under the condition less what it makes of the same cells without one: of
+        each batch's cells, so that a draw of few adds little noise. To decode cells afresh is no effect. Against the
+        controls that were fitted the measured change has the sampling error of their mean, which the model knows in part:
+        virtual cells made of these are moved by it.
+        """
+        if not self.rows(parts):
+            return np.zeros(len(self.compared))
+        mean = group_moments(self.virtual(parts)[1] - self.unperturbed, self.batch, len(shares) - 1).mean
         n = self.controls.n[:-1]
         return np.asarray(shares @ np.vstack([mean, (n / n.sum()) @ mean]))
 

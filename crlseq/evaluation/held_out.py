@@ -62,7 +62,8 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
     place of virtual ones), ``pearson_delta``, ``l2``, ``l2_no_change``; the last two also with the ending
     ``_training`` (the training effect of the condition itself, or the sum of its parts' where it was not fitted) and
     ``_mean`` (the mean training effect of all conditions) in place of the model. Every change is taken against the mean
-    of all real control cells of the condition's batches.
+    of all real control cells of the condition's batches; that of the model is what it makes of control cells less what it
+    makes of the same cells without a perturbation.
     """
     tested = bool((data.split == splits.TEST).any())
     code = splits.TEST if tested else splits.VALIDATION
@@ -71,7 +72,7 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
     table = data.perturbation_table()
     train = _training_effects(data)
     average = np.mean(list(train.values()), axis=0) if train else np.zeros(data.n_genes)
-    known: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, Tensor, Any]] = {}
+    known: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray, Tensor, Any]] = {}
     rows = []
     for c in range(1, len(data.conditions)):
         cells = held_out[c]
@@ -85,13 +86,15 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
             drawn = np.random.default_rng([seed, 6]).choice(source, min(SOURCE_CELLS, len(source)), replace=False)
             control = data.dense(np.sort(drawn))
             x = torch.from_numpy(control[_compared(len(control))])
-            known[batches] = control, mean, squared_distances(x, x).double(), abducted(model, control, seed)
-        control, mean, within_control, act = known[batches]
+            act = abducted(model, control, seed)
+            unperturbed = act(np.array([-1]))[1].mean(0, dtype=float)
+            known[batches] = control, mean, unperturbed, squared_distances(x, x).double(), act
+        control, mean, unperturbed, within_control, act = known[batches]
         few = np.random.default_rng([seed, 6, c]).permutation(len(cells))[:COMPARED_CELLS]
         measured = data.dense(cells)
         virtual, expected = act(table[c])
-        of_source, virtual_mean, measured_mean = (x.mean(0, dtype=float) for x in (control, expected, measured))
-        virtual_mean += mean - of_source  # that these controls were drawn and no others is no error of the model
+        virtual_mean, measured_mean = (x.mean(0, dtype=float) for x in (expected, measured))
+        virtual_mean += mean - unperturbed  # which controls were drawn, and how they are decoded, is no effect
         some = _compared(len(control))
         mmd2, mmd2_no_change = _discrepancies(virtual[some], control[some], within_control, measured[few])
         parts = data.conditions[c]

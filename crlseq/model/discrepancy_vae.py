@@ -94,6 +94,9 @@ class DiscrepancyVAE(nn.Module):
         for name, shape in (("residual", (n_perturbations, n_genes)), ("common", (n_genes,))):
             self.register_buffer(name, torch.zeros(shape))
             self.register_buffer(f"{name}_error", torch.zeros(shape))
+        # (G,) sampling error of the mean of the controls that were fitted, as far as perturbed cells tell it.
+        self.control_error: Tensor
+        self.register_buffer("control_error", torch.zeros(n_genes))
         self.penetrance: Tensor  # (K,) share of a perturbation's cells that it hits
         self.register_buffer("penetrance", torch.ones(n_perturbations))
         # Sharpness of the target weights; the trainer raises it, and it belongs to the weights it was fitted with.

@@ -87,7 +87,7 @@ def predict(
     cell as it was measured) if asked for.
     ``obsm["X_crlseq"]``: latents. ``var["control_mean"]`` and ``varm``, with one column per perturbation, named by
     ``uns["crlseq_prediction"]["perturbations"]``: ``crlseq_mean``, ``crlseq_effect`` (mean of the virtual cells less
-    that of the real controls that they started from), ``crlseq_effect_lower`` and ``crlseq_effect_upper`` (95 %).
+    that of the same cells without a perturbation: the real controls; of a model without abducted noise, as decoded), ``crlseq_effect_lower`` and ``crlseq_effect_upper`` (95 %).
     ``uns["crlseq_prediction"]["summary"]``: one row per perturbation.
 
     Raises
@@ -184,7 +184,8 @@ def _answer(
         expected += chance * output.virtual[0].mean(0)
         virtual[own], latents[own], hit[own] = output.virtual[0, own], output.latents[0, own], float((kind >= 0).any())
     mean = expected.numpy()
-    effect, half = mean - control[0].mean(0).numpy(), NORMAL_QUANTILE * error
+    unperturbed = model(control, torch.full_like(perturbed[:, :1], -1), eps).virtual[0].mean(0)
+    effect, half = mean - unperturbed.numpy(), NORMAL_QUANTILE * error
     row: dict[str, Any] = {
         "n_parts": len(request.parts) + len(request.unseen), "programs": request.programs, "seen": request.seen,
         "effect_l2": float(np.linalg.norm(effect)), "n_genes_changed": int((np.abs(effect) > half).sum()),

@@ -74,9 +74,9 @@ def load_law(path: Path) -> CombinationLaw | None:
 
 
 def build(state: dict[str, Tensor], architecture: dict[str, Any]) -> DiscrepancyVAE:
-    """A model with these weights, in evaluation mode; of earlier versions, which know no penetrance, too."""
+    """A model with these weights, in evaluation mode; of earlier versions, which lack some of them, too."""
     model = DiscrepancyVAE(**architecture).to(state["scm.graph"].dtype)
-    model.load_state_dict({"penetrance": model.penetrance, **state})
+    model.load_state_dict({"penetrance": model.penetrance, "control_error": model.control_error, **state})
     return model.eval()
 
 

@@ -26,7 +26,8 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.combination_law import PRIOR_FACTORS, CombinationLaw
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.training.residuals import MIN_CELLS, SOURCE_CELLS, controls_by_batch, mean_effect, shrink
+from crlseq.training.effects import shrink
+from crlseq.training.residuals import MIN_CELLS, SOURCE_CELLS, controls_by_batch, mean_effect
 
 MIN_COMBINATIONS = 5
 FACTOR_SPREAD = 0.25  # twice the spread of the two screens: two say little of it
@@ -115,7 +116,7 @@ def _measured(
 ) -> Measured:
     """Combinations of perturbations with cells of their own that the law governs, and that often enough hit together."""
     cells = data.cells_by_condition(splits.TRAIN)
-    by_batch = controls_by_batch(data, cells[0])
+    by_batch, control_error = controls_by_batch(data, cells[0]), model.control_error.cpu().double().numpy()
     parts, single, effect, noise = [], [], [], []
     for c, rows in enumerate(data.conditions):
         groups = [(k,) for k in rows]
@@ -123,6 +124,7 @@ def _measured(
             continue
         own = torch.stack([singles[k] for k in rows])
         change, squared, of_controls = mean_effect(data, cells[c], by_batch)
+        change = change + control_error
         together = 0.0
         for chance, kind, _ in model.mixture(torch.tensor(rows), torch.empty(0)):
             hit = [i for i, k in enumerate(kind[0].tolist()) if k >= 0]

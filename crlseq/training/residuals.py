@@ -1,76 +1,66 @@
-"""Gene effects that the programs miss: a perturbation's own target first of all.
+"""What the latents leave over of single effects: a perturbation's own target first of all.
 
 The latents are few, so that a knock-out's own transcript, and whatever else one perturbation alone does, is no program.
-What is left of its mean effect in hit cells, ``m_k = (mean of its cells - mean of controls) / penetrance - effect through
-the latents``, is kept as far as it stands out of sampling noise, in three parts (`missed_effects`):
+Effects in hit cells are estimated from all of them together (`effects.estimate_effects`), and what the latents do not make
+of such an effect is carried past them: the single effect of the model, through latents and past them, is the estimate.
 
-1. what all perturbations share, and stands out of the error of the controls' mean, which every m_k has in common: the
-   effect of being perturbed at all (Systema: Vinas Torne et al. 2025), which a combination has once and not once for
-   each of its parts;
-2. gene by gene, by the empirical-Bayes posterior mean under a unimodal prior, a mixture of normals about 0 whose weights
-   are fitted to all genes (Stephens 2017, Biostatistics 18, "False discovery rates: a new deal"; the same for 1);
-3. of what that leaves, spread thin over many genes, one share of the whole vector (James and Stein 1961). What the
-   perturbations still have in common is the controls' error: it is taken out, and the rest held against the noise of
-   the perturbation's own cells.
+A part of what is left over all perturbations share (`shared_effect`): the effect of being perturbed at all (Systema: Vinas
+Torne et al. 2025), which a combination has once and not once for each of its parts. The error of the controls' means,
+which measured effects share as well, is in none of the estimates.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
+from torch import Tensor
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.threads import in_parallel
+from crlseq.training.effects import estimate_effects
 
 SOURCE_CELLS = 500  # controls whose latents carry the effect
-EM_STEPS = 50
-NULL_COUNT = 10.0  # genes without effect that the prior has seen: in doubt there is none
 MIN_CELLS = 2
 
-
-@dataclass(frozen=True)
-class Missed:
-    """Posterior means and standard deviations: of the common effect (G,), and of each perturbation's own (n, G)."""
-
-    common: np.ndarray
-    common_error: np.ndarray
-    own: np.ndarray
-    own_error: np.ndarray
+Controls = dict[int, tuple[np.ndarray, np.ndarray, int]]
 
 
 @torch.no_grad()
 def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> None:
     """Write what the latents miss of single perturbations into `model`; 0 for those without cells of their own."""
     cells = data.cells_by_condition(splits.TRAIN)
-    by_batch = controls_by_batch(data, cells[0])
-    rng = np.random.default_rng([seed, 8])
-    some = np.sort(rng.choice(cells[0], min(SOURCE_CELLS, len(cells[0])), replace=False))
-    weight = model.encoder.hidden.weight
-    control = torch.from_numpy(data.dense(some)).to(weight.device, weight.dtype)[None]
-    z = model.encoder(control)[0]
-    before = model.decoder.mean(model.scm(z))[0]
+    controls = controls_by_batch(data, cells[0])
     known = [c for c, p in enumerate(data.conditions) if len(p) == 1 and len(cells[c]) >= MIN_CELLS]
+    if not known:
+        return
     perturbations = [data.conditions[c][0] for c in known]
+    share = model.penetrance[perturbations].cpu().double().numpy()[:, None]
+    places = {batch: i for i, batch in enumerate(controls)}
+    shares = np.zeros((len(known), len(places)))
     # In place: of many perturbations each such array is as large as many cells.
-    measured, noise, control_noise = (np.empty((len(known), data.n_genes)) for _ in range(3))
+    measured, noise = (np.empty((len(known), data.n_genes)) for _ in range(2))
     for k, c in enumerate(known):
-        measured[k], noise[k], control_noise[k] = mean_effect(data, cells[c], by_batch)
-        latents = model.intervene(z, torch.tensor([[perturbations[k]]], device=weight.device))
-        share = float(model.penetrance[perturbations[k]])
-        measured[k] /= share
-        noise[k] /= share**2
-        control_noise[k] /= share**2
-        measured[k] -= (model.decoder.mean(latents)[0] - before).cpu().double().numpy()
-    if perturbations:
-        missed = missed_effects(measured, noise, control_noise)
-        for buffer, values in ((model.residual, missed.own), (model.residual_error, missed.own_error)):
-            buffer[perturbations] = torch.from_numpy(values).to(buffer)
-        model.common.copy_(torch.from_numpy(missed.common))
-        model.common_error.copy_(torch.from_numpy(missed.common_error))
+        measured[k], noise[k], _ = mean_effect(data, cells[c], controls)
+        for batch, own in _shares(data, cells[c], controls).items():
+            shares[k, places[batch]] = own
+    measured /= share
+    noise /= share**2
+    used = shares.any(0)
+    shares = shares[:, used]
+    control_noise = np.stack([spread / n for _, spread, n in controls.values()])[used]
+    found = estimate_effects(measured, noise, shares / share, control_noise)
+    some = np.sort(np.random.default_rng([seed, 8]).choice(cells[0], min(SOURCE_CELLS, len(cells[0])), replace=False))
+    left, squared = found.effect, np.square(found.error, out=found.error)
+    _take_latents(left, model, data.dense(some), perturbations)
+    common, common_squared = shared_effect(left)
+    left -= common
+    squared -= common_squared
+    model.residual[perturbations] = torch.from_numpy(left).to(model.residual)
+    model.residual_error[perturbations] = torch.from_numpy(np.sqrt(squared.clip(0.0))).to(model.residual_error)
+    model.common.copy_(torch.from_numpy(common))
+    model.common_error.copy_(torch.from_numpy(np.sqrt(common_squared)))
+    model.control_error.copy_(torch.from_numpy(shares.mean(0) @ found.control_error))
 
 
 @torch.no_grad()
@@ -79,75 +69,38 @@ def measure_errors(model: DiscrepancyVAE, data: PerturbSeqData) -> None:
     measured ones.
     """
     cells = data.cells_by_condition(splits.TRAIN)
-    by_batch = controls_by_batch(data, cells[0])
+    controls = controls_by_batch(data, cells[0])
     for own, parts in zip(cells, data.conditions, strict=True):
         if len(parts) == 1 and len(own) >= MIN_CELLS:
-            _, noise, control_noise = mean_effect(data, own, by_batch)
+            _, noise, control_noise = mean_effect(data, own, controls)
             model.residual_error[parts[0]] = torch.from_numpy(np.sqrt(noise + control_noise)).to(model.residual_error)
 
 
-def missed_effects(measured: np.ndarray, noise: np.ndarray, control_noise: np.ndarray) -> Missed:
-    """What is kept of measured effects (n, G), whose squared errors are `noise` (own) + `control_noise` (shared)."""
-    # The mean of few perturbations is made of their own effects: only what they agree on is shared.
-    mean, spread, agreed = _agreement(measured)
-    common, common_squared = shrink(agreed * mean, np.sqrt(control_noise.mean(0) + spread))
-    left = measured - common
-    own, squared = np.empty_like(left), np.empty_like(left)
-    each = in_parallel(
-        lambda k: shrink(left[k], np.sqrt(noise[k] + control_noise[k])), range(len(left)), torch.get_num_threads()
-    )
-    for k, found in enumerate(each):
-        own[k], squared[k] = found
-    rest = np.subtract(left, own, out=left)
-    mean, _, agreed = _agreement(rest)
-    for k in range(len(rest)):
-        thin, error = rest[k] - agreed * mean, noise[k] + (1 - agreed) ** 2 * control_noise[k]
-        share = _share_kept(thin, error)
-        own[k] += share * thin
-        squared[k] += share * error
-    return Missed(common, np.sqrt(common_squared), own, np.sqrt(squared, out=squared))
+def _take_latents(effects: np.ndarray, model: DiscrepancyVAE, control: np.ndarray, perturbations: list[int]) -> None:
+    """Take from effects (n, G) the mean change through the latents of hit cells, which start as `control` cells."""
+    weight = model.encoder.hidden.weight
+    z = model.encoder(torch.from_numpy(control).to(weight.device, weight.dtype)[None])[0]
+    before: Tensor = model.decoder.mean(model.scm(z))[0]
+    for effect, perturbation in zip(effects, perturbations, strict=True):
+        latents = model.intervene(z, torch.tensor([[perturbation]], device=weight.device))
+        effect -= (model.decoder.mean(latents)[0] - before).cpu().double().numpy()
 
 
-def _agreement(effects: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Mean (G,) of effects (n, G), its squared error by their spread, and the share of its squares that is more."""
-    mean = effects.mean(0)
-    if len(effects) < 2:
-        return mean, np.zeros_like(mean), 0.0
-    spread = effects.var(0, ddof=1) / len(effects)
-    return mean, spread, _share_kept(mean, spread)
+def shared_effect(effects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior means and variances (G,) of what effects (n, G) have in common.
+
+    The mean of few perturbations is made of their own effects: of its squares only the share counts that is more than
+    their spread makes (James and Stein 1961).
+    """
+    n, mean = len(effects), effects.mean(0)
+    if n < 2:
+        return np.zeros_like(mean), np.zeros_like(mean)
+    spread = sum(((effect - mean) ** 2 for effect in effects), 0 * mean) / (n * (n - 1))
+    agreed = max(0.0, 1 - float(spread.sum()) / max(float((mean**2).sum()), 1e-30))
+    return agreed * mean, agreed * spread
 
 
-def _share_kept(values: np.ndarray, squared_error: np.ndarray) -> float:
-    """1 - expected squares of the noise / squares, not below 0: how much of a vector is no noise."""
-    return max(0.0, 1 - float(squared_error.sum() / max(float((values**2).sum()), 1e-30)))
-
-
-def shrink(effect: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior means and variances (n,) of effects measured with normal standard errors (n,); 0 where the error is."""
-    shrunk, squared = np.zeros_like(effect), np.zeros_like(effect)
-    known = error > 0
-    d, s = effect[known], error[known]
-    if not len(d):
-        return shrunk, squared
-    largest, smallest = 2 * np.sqrt(max(float((d**2 - s**2).max()), 0.0)), float(s.min()) / 10
-    n_scales = max(0, int(np.ceil(np.log2(max(largest / smallest, 1.0)))))
-    scales = np.concatenate([[0.0], smallest * 2.0 ** np.arange(1, n_scales + 1)])  # of the prior's normals
-    variance = s[:, None] ** 2 + scales**2
-    log_likelihood = -0.5 * (d[:, None] ** 2 / variance + np.log(variance))
-    likelihood = np.exp(log_likelihood - log_likelihood.max(1, keepdims=True))
-    share, pseudo = np.full(len(scales), 1 / len(scales)), np.eye(len(scales))[0] * NULL_COUNT
-    for _ in range(EM_STEPS):
-        posterior = likelihood * share
-        posterior /= posterior.sum(1, keepdims=True)
-        share = (posterior.sum(0) + pseudo) / (len(d) + NULL_COUNT)
-    factor = scales**2 / variance
-    shrunk[known] = d * (posterior * factor).sum(1)
-    second = (posterior * (factor * s[:, None] ** 2 + (factor * d[:, None]) ** 2)).sum(1)
-    squared[known] = np.maximum(second - shrunk[known] ** 2, 0.0)
-    return shrunk, squared
-
-
-def controls_by_batch(data: PerturbSeqData, controls: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray, int]]:
+def controls_by_batch(data: PerturbSeqData, controls: np.ndarray) -> Controls:
     """Mean, variance and number of the controls of each batch; of all controls under -1."""
     found = {-1: (*_moments(data, controls), len(controls))}
     for b in np.unique(data.batch[controls]):
@@ -158,22 +111,26 @@ def controls_by_batch(data: PerturbSeqData, controls: np.ndarray) -> dict[int, t
 
 
 def mean_effect(
-    data: PerturbSeqData, cells: np.ndarray, controls: dict[int, tuple[np.ndarray, np.ndarray, int]]
+    data: PerturbSeqData, cells: np.ndarray, controls: Controls
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean of cells minus that of controls of the same batches; squared errors of the cells and of the controls; (G,)."""
     mean, variance = _moments(data, cells)
     effect, squared = mean.copy(), np.zeros_like(mean)
-    batches, counts = np.unique(data.batch[cells], return_counts=True)
-    # Batches without controls share those of all.
-    shares: dict[int, float] = {}
-    for b, n in zip(batches, counts, strict=True):
-        place = int(b) if int(b) in controls else -1
-        shares[place] = shares.get(place, 0.0) + n / len(cells)
-    for place, share in shares.items():
+    for place, share in _shares(data, cells, controls).items():
         center, spread, n = controls[place]
         effect -= share * center
         squared = squared + share**2 * spread / n
     return effect, variance / len(cells), squared
+
+
+def _shares(data: PerturbSeqData, cells: np.ndarray, controls: Controls) -> dict[int, float]:
+    """Share of the cells that each entry of `controls` is the comparison of; batches without controls share those of all."""
+    batches, counts = np.unique(data.batch[cells], return_counts=True)
+    shares: dict[int, float] = {}
+    for b, n in zip(batches, counts, strict=True):
+        place = int(b) if int(b) in controls else -1
+        shares[place] = shares.get(place, 0.0) + n / len(cells)
+    return shares
 
 
 def _moments(data: PerturbSeqData, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -50,6 +50,7 @@ def run(published, case, dtype):
         "residual_error",
         "common",
         "common_error",
+        "control_error",
         "scm.log_scale",
         "scm.retention_logit",
         "scm.intercept",

@@ -1,4 +1,4 @@
-"""Effects past the programs: shrinkage by hand and against known priors, what is shared, and how sure it is."""
+"""Effects past the programs: what the latents leave over of an effect, and what all perturbations share of that."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import crlseq
+from crlseq.data import splits
+from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.training.residuals import missed_effects, shrink
+from crlseq.training.effects import estimate_effects
+from crlseq.training.residuals import controls_by_batch, mean_effect, measure_missed, shared_effect
 from tests.support import dense
 
 
@@ -18,86 +21,70 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def test_effects_of_a_normal_prior_are_shrunk_by_its_share(rng: np.random.Generator) -> None:
-    """Prior N(0, 2^2), errors of 1: posterior mean 4/5 d, variance 4/5."""
-    effect = 2 * rng.normal(size=5000) + rng.normal(size=5000)
-    mean, variance = shrink(effect, np.ones(5000))
-    some = np.abs(effect) < 4
-    assert np.abs(mean - 0.8 * effect)[some].mean() < 0.1
-    assert variance[some].mean() == pytest.approx(0.8, abs=0.06)
-
-
-def test_noise_is_shrunk_away_and_what_stands_out_is_kept(rng: np.random.Generator) -> None:
-    effect = rng.normal(size=2000)
-    effect[7] = 30.0
-    mean, _ = shrink(effect, np.ones(2000))
-    assert mean[7] == pytest.approx(30, abs=2)
-    assert (np.delete(mean, 7) ** 2).mean() < 0.01  # of 1
-    mean, variance = shrink(np.array([1.0, 2.0]), np.array([0.0, 0.0]))
-    assert not mean.any() and not variance.any()
-
-
-def test_a_single_perturbation_keeps_one_share_of_what_is_spread_thin(rng: np.random.Generator) -> None:
-    """Effects of 0.3 errors in every gene, of which the prior, gene by gene, keeps next to nothing."""
-    measured = 0.3 * rng.choice([-1.0, 1.0], (1, 4000)) + rng.normal(size=(1, 4000))
-    noise = np.full((1, 4000), 0.6)
-    found = missed_effects(measured, noise, np.full((1, 4000), 0.4))
-    assert not found.common.any()  # one perturbation shares nothing
-    sparse, _ = shrink(measured[0], np.ones(4000))
-    rest = measured[0] - sparse
-    share = max(0, 1 - 4000 / (rest**2).sum())
-    np.testing.assert_allclose(found.own[0], sparse + share * rest)
-
-
-def shared(
-    rng: np.random.Generator, common: float, n: int = 20, g: int = 3000
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Common effects in the first tenth of genes, an own effect of each perturbation's gene; noise of cells and controls."""
-    noise, control_noise = np.full((n, g), 0.1), np.full((n, g), 0.05)
+def effects(common: float, n: int = 20, g: int = 3000) -> np.ndarray:
+    """Common effects in the first tenth of genes, and an effect on a gene of each perturbation's own."""
     true = np.zeros((n, g))
     true[:, : g // 10] = common
     true[np.arange(n), g // 2 + np.arange(n)] = -3.0
-    seen = true + np.sqrt(0.1) * rng.normal(size=(n, g)) + np.sqrt(0.05) * rng.normal(size=g)
-    return true, seen, noise, control_noise
+    return true
 
 
-def test_the_controls_error_is_no_common_effect(rng: np.random.Generator) -> None:
-    true, seen, noise, control_noise = shared(rng, 0.0)
-    found = missed_effects(seen, noise, control_noise)
-    assert np.abs(found.common).max() < 0.1
-    error = found.own - true
-    alone = np.stack([shrink(row, np.sqrt(0.15) * np.ones(len(row)))[0] for row in seen]) - true
-    assert (error**2).mean() < 1.2 * (alone**2).mean() < 0.05 * ((seen - true) ** 2).mean()
-    np.testing.assert_allclose(found.own[np.arange(20), 1500 + np.arange(20)], -3, atol=1.2)
+def test_own_effects_are_no_common_effect() -> None:
+    """Twenty genes, each changed by 3 in one of 20: their means of 0.15 are what their spread makes, and no more."""
+    common, squared = shared_effect(effects(0.0))
+    np.testing.assert_allclose(common, 0, atol=1e-12)
+    np.testing.assert_allclose(squared, 0, atol=1e-12)
 
 
 def test_what_all_perturbations_share_is_kept_apart(rng: np.random.Generator) -> None:
-    _, seen, noise, control_noise = shared(rng, 2.0)
-    found = missed_effects(seen, noise, control_noise)
-    np.testing.assert_allclose(found.common[:300], 2, atol=0.9)
-    assert np.abs(found.common[300:1500]).mean() < 0.1 and np.abs(found.own[:, :300]).mean() < 0.1
-    _, seen, noise, control_noise = shared(rng, 0.8)  # two errors: no perturbation alone says so, twenty do
-    found = missed_effects(seen, noise, control_noise)
-    assert found.common[:300].mean() > 4 * np.abs(found.common[300:1500]).mean()
-    assert found.common[:300].mean() > 0.4
+    """The mean's squares are 300 * 4 + 20 * .15^2, of which the spread of own effects makes 20 * 9 / 400."""
+    common, squared = shared_effect(effects(2.0))
+    agreed = 1 - 0.45 / (1200 + 0.45)
+    np.testing.assert_allclose(common[:300], 2 * agreed)
+    np.testing.assert_allclose(common[1500:1520], -0.15 * agreed)
+    np.testing.assert_allclose(squared[1500:1520], agreed * 9 / 400)
+    assert not common[300:1500].any()
+    common, _ = shared_effect(effects(2.0) + 0.3 * rng.normal(size=(20, 3000)))
+    np.testing.assert_allclose(common[:300], 2, atol=0.3)
 
 
 def test_few_perturbations_have_nothing_in_common_by_chance(rng: np.random.Generator) -> None:
-    """Two perturbations with own effects: their mean is no common effect."""
+    """Two perturbations with own effects: their mean is no common effect; and one shares nothing."""
     measured = rng.normal(size=(2, 1000))
-    found = missed_effects(measured, np.full((2, 1000), 0.01), np.full((2, 1000), 0.001))
-    assert (found.common**2).sum() < 0.05 * (measured.mean(0) ** 2).sum()
-    np.testing.assert_allclose(found.own, measured, atol=0.3)
+    common, squared = shared_effect(measured)
+    assert (common**2).sum() < 0.05 * (measured.mean(0) ** 2).sum()
+    common, squared = shared_effect(measured[:1])
+    assert not common.any() and not squared.any()
 
 
-def test_posterior_deviations_cover(rng: np.random.Generator) -> None:
-    n, g = 30, 2000
-    true = rng.normal(size=(n, g)) * np.where(rng.random((n, g)) < 0.2, 1.0, 0.0)
-    seen = true + 0.3 * rng.normal(size=(n, g))
-    found = missed_effects(seen, np.full((n, g), 0.08), np.full((n, g), 0.01))
-    covered = np.abs(found.common + found.own - true) <= 1.96 * np.sqrt(found.own_error**2 + found.common_error**2)
-    assert 0.9 < covered.mean() < 0.99
-    assert covered[true != 0].mean() > 0.75
+@torch.no_grad()
+def test_single_effects_of_the_model_are_the_estimates(screen: ad.AnnData) -> None:
+    """Through the latents and past them, of hit cells; of penetrances below 1, the estimate from effects over these."""
+    data: PerturbSeqData = read_data(screen, crlseq.config.make_config().data, 0)
+    model = crlseq.fit(screen.copy(), method="linear", n_latents=3, bootstrap=0).model.double()
+    model.penetrance[1] = 0.5
+    measure_missed(model, data, 0)
+    cells = data.cells_by_condition(splits.TRAIN)
+    control = torch.from_numpy(data.dense(cells[0])).double()[None]
+    assert control.shape[1] <= 500
+    z = model.encoder(control)[0]
+    controls = controls_by_batch(data, cells[0])
+    places = [(c, p[0]) for c, p in enumerate(data.conditions) if len(p) == 1]
+    share = np.array([[float(model.penetrance[k])] for _, k in places])
+    measured, noise = map(
+        np.stack, list(zip(*(mean_effect(data, cells[c], controls) for c, _ in places), strict=True))[:2]
+    )
+    _, spread, n = controls[-1]
+    estimate = estimate_effects(measured / share, noise / share**2, 1 / share, (spread / n)[None])
+    before = model.decoder(model.scm(z)).mean((0, 1))
+    for i, (_, k) in enumerate(places):
+        one = torch.tensor([[k]])
+        effect = model.decoder(model.intervene(z, one)).mean((0, 1)) - before + model.missed(one)[0, 0]
+        np.testing.assert_allclose(effect.numpy(), estimate.effect[i], atol=1e-6)
+        error = (model.residual_error[k] ** 2 + model.common_error**2).sqrt().numpy()
+        assert (error >= estimate.error[i] - 1e-9).all()
+    np.testing.assert_allclose(model.control_error.numpy(), estimate.control_error[0], atol=1e-6)
+    assert model.control_error.any()
 
 
 def test_a_combination_has_the_common_effect_once() -> None:
