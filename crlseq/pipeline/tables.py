@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -26,11 +26,13 @@ from crlseq.evaluation.recovery import closure
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.pipeline.fitted import FittedRun
+from crlseq.prediction.intervals import shift_errors
+from crlseq.readout.agreement import agreement
 from crlseq.readout.ensemble import read_model, seed_agreement
 from crlseq.readout.explained import effect_explained, variance_explained
 from crlseq.readout.interactions import interaction_table
 from crlseq.readout.pathways import explained_by_sets, pathway_table
-from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs
+from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs, posterior_variance
 from crlseq.run.schema import DETECTABLE_FDR, ENSEMBLE_COLUMNS, FORMAT, HIT
 from crlseq.run.tables import (
     edge_table,
@@ -59,15 +61,16 @@ def tables_of(
 ) -> FittedRun:
     """Tables of a fit; ``info`` lacks what only the whole job knows (input, times, command)."""
     discovery, model = None if start is None else start.discovery, fitted.model
-    read = find_programs(model, data)
+    read = find_programs(model, data, discovery is not None)
     found = find_interventions(model, read, _with_claims(tests, config))
     dag = find_dag(model, read, config.model, discovery)
+    agreed = agreement(data, read, found, model.penetrance.double().numpy())
     edge_support, target_support, program_support = _support(discovery, len(read.scale), len(found.target))
     sparse = model.decoder if isinstance(model.decoder, SparseDecoder) else None
     programs = program_table(data.preprocessing.gene_names, read.loading, read.total_effect, sparse is not None)
     interventions = intervention_table(
         data.perturbation_names, found.target, found.weight, found.shift, found.retention, found.noise_scale,
-        target_support, _hit(discovery, len(found.target)), tests,
+        target_support, _hit(discovery, len(found.target)) | agreed, tests,
     )  # fmt: skip
     edges = edge_table(dag.weights, dag.declared, edge_support, dag.identification.verdict)
     combined, interactions = _combined(model, data, _by_equations(model, found.target, dag), config.training.seed)
@@ -101,11 +104,14 @@ def tables_of(
         agreement = seed_agreement(kept, others, interventions, edges)
     history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"])
     weights = ({name: value.cpu() for name, value in model.state_dict().items()}, fitted.architecture)
-    return FittedRun(
+    run = FittedRun(
         info, programs, interventions, edges, history.astype({"epoch": int, "total": float}), evaluation,
         weights=weights, law=model.law, interactions=interactions, ensemble=agreement, pathways=pathways, pairs=pairs,
         second_targets=None if discovery is None else _second_targets(discovery, data, np.sign(read.scale)),
     )  # fmt: skip
+    scale = np.append(np.abs(read.scale), np.nan)[found.target]
+    errors = shift_errors(run, posterior_variance(model, data)) / scale
+    return replace(run, interventions=interventions.assign(shift_se=errors))
 
 
 def _combined(

@@ -31,7 +31,7 @@ def agreement(
     ``agrees``: the coefficient of m on pi a T by others, 1 where they agree; ``agrees_se``; ``disagrees``: it is surely
     (FDR 5 %) below `LEAST` or above `MOST`.
     """
-    found = {name: np.full(len(interventions.target), np.nan) for name in AGREEMENT}
+    found = {name: np.full(len(interventions.target), np.nan) for name in AGREEMENT}  # ``shift_se`` is told elsewhere
     cells = data.cells_by_condition(splits.TRAIN)
     controls = controls_by_batch(data, cells[0])
     alone = {

@@ -28,7 +28,7 @@ class Reading:
 @torch.no_grad()
 def read_model(model: DiscrepancyVAE, data: PerturbSeqData) -> Reading:
     """Read a model on the screen it was fitted to; `shift` is what each perturbation alone does to every program."""
-    programs = find_programs(model, data)
+    programs = find_programs(model, data, known_targets=False)  # each by its own decoder
     alone = torch.arange(len(model.scm.shift))[:, None]
     shift = model.scm.mechanism(alone, model.target_weights(alone)).shift.double().numpy()
     edges = model.scm.adjacency.double().numpy() * programs.scale[:, None] / programs.scale

@@ -50,6 +50,16 @@ def encode(model: DiscrepancyVAE, data: PerturbSeqData, index: np.ndarray | None
 
 
 @torch.no_grad()
+def posterior_variance(model: DiscrepancyVAE, data: PerturbSeqData) -> np.ndarray:
+    """(p,) mean posterior variance of the noise of control cells."""
+    controls = data.cells(0, splits.TRAIN, splits.VALIDATION)
+    some = controls[np.linspace(0, len(controls) - 1, min(JACOBIAN_CELLS, len(controls))).astype(int)]
+    weight = model.encoder.hidden.weight
+    variance: Tensor = model.encoder(torch.from_numpy(data.dense(some)).to(weight.device, weight.dtype))[1]
+    return np.asarray(variance.mean(0).cpu().double().numpy())
+
+
+@torch.no_grad()
 def find_programs(model: DiscrepancyVAE, data: PerturbSeqData, known_targets: bool = True) -> Programs:
     """Programs in their own standard deviation and with the loadings that their perturbations show.
 

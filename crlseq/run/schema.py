@@ -33,6 +33,10 @@ COLUMNS: dict[str, dict[str, type]] = {
 HIT: dict[str, type] = {  # of interventions, since format 2
     "penetrance": float, "penetrance_error": float, "retained": float, "retained_error": float,
 }  # fmt: skip
+AGREEMENT: dict[str, type] = {  # of interventions with the cells: `crlseq.readout.agreement`, since format 3
+    "shift_se": float, "knock_down": float, "knock_down_se": float, "explained": float, "agrees": float,
+    "agrees_se": float, "disagrees": float,
+}  # fmt: skip
 PAIR_COLUMNS: dict[str, type] = {
     "source": str, "target": str, "change": float, "se": float, "z": float, "z_reversed": float, "fdr": float,
     "status": str, "guards": str, "detectable": float, "robust": bool,

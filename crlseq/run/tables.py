@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from crlseq.data.names import GeneNames
-from crlseq.run.schema import DETECTABLE_FDR, HIT
+from crlseq.run.schema import AGREEMENT, DETECTABLE_FDR, HIT
 
 LABEL_DRIVERS = 3
 
@@ -54,10 +54,10 @@ def intervention_table(
     retention: np.ndarray,
     noise_scale: np.ndarray,
     support: np.ndarray,
-    hit: Mapping[str, np.ndarray],
+    later: Mapping[str, np.ndarray],
     tests: Mapping[str, np.ndarray],
 ) -> pd.DataFrame:
-    """One row per single perturbation; all arguments (K,), ``hit`` the columns of `HIT`, but ``weight`` (K, p)."""
+    """One row per single perturbation; all arguments (K,), ``later`` the columns `HIT` and `AGREEMENT`, but ``weight`` (K, p)."""
     names = np.asarray([*program_names(weight.shape[1]), ""], dtype=object)  # the last: -1, no claim
     return pd.DataFrame({
         "perturbation": np.asarray(perturbations, dtype=object),
@@ -71,7 +71,7 @@ def intervention_table(
         "energy_distance": tests["energy"],
         "noise_scale": noise_scale,
         "support": support,
-        **{name: hit[name] for name in HIT},
+        **{name: later[name] for name in (*HIT, *AGREEMENT)},
     })  # fmt: skip
 
 
