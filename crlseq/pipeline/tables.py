@@ -27,7 +27,7 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.pipeline.fitted import FittedRun
 from crlseq.prediction.intervals import shift_errors
-from crlseq.readout.agreement import agreement
+from crlseq.readout.agreement import effect_agreement
 from crlseq.readout.ensemble import read_model, seed_agreement
 from crlseq.readout.explained import effect_explained, variance_explained
 from crlseq.readout.interactions import interaction_table
@@ -64,7 +64,7 @@ def tables_of(
     read = find_programs(model, data, discovery is not None)
     found = find_interventions(model, read, _with_claims(tests, config))
     dag = find_dag(model, read, config.model, discovery)
-    agreed = agreement(data, read, found, model.penetrance.double().numpy())
+    agreed = effect_agreement(data, read, found, model.penetrance.double().numpy())
     edge_support, target_support, program_support = _support(discovery, len(read.scale), len(found.target))
     sparse = model.decoder if isinstance(model.decoder, SparseDecoder) else None
     programs = program_table(data.preprocessing.gene_names, read.loading, read.total_effect, sparse is not None)
@@ -96,22 +96,28 @@ def tables_of(
         "metrics": _metrics(evaluation, interventions, dag),
     }
     pairs = None if discovery is None or discovery.ordering is None else _pairs(discovery.ordering, np.sign(read.scale))
-    agreement = None
-    if not len(read.scale) and config.training.ensemble > 1:  # no seed claims anything
-        agreement = pd.DataFrame(columns=list(ENSEMBLE_COLUMNS))
-    elif fitted.others:
-        kept, *others = (read_model(each.cpu(), data) for each in (model, *fitted.others))
-        agreement = seed_agreement(kept, others, interventions, edges)
     history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"])
     weights = ({name: value.cpu() for name, value in model.state_dict().items()}, fitted.architecture)
     run = FittedRun(
         info, programs, interventions, edges, history.astype({"epoch": int, "total": float}), evaluation,
-        weights=weights, law=model.law, interactions=interactions, ensemble=agreement, pathways=pathways, pairs=pairs,
+        weights=weights, law=model.law, interactions=interactions, ensemble=_seeds(fitted, data, config, interventions, edges), pathways=pathways, pairs=pairs,
         second_targets=None if discovery is None else _second_targets(discovery, data, np.sign(read.scale)),
     )  # fmt: skip
     scale = np.append(np.abs(read.scale), np.nan)[found.target]
     errors = shift_errors(run, posterior_variance(model, data)) / scale
     return replace(run, interventions=interventions.assign(shift_se=errors))
+
+
+def _seeds(
+    fitted: Fit, data: PerturbSeqData, config: Config, interventions: pd.DataFrame, edges: pd.DataFrame
+) -> pd.DataFrame | None:
+    """``ensemble.csv``; None for one seed."""
+    if config.training.ensemble > 1 and not len(fitted.model.scm.graph):  # no seed claims anything
+        return pd.DataFrame(columns=list(ENSEMBLE_COLUMNS))
+    if not fitted.others:
+        return None
+    kept, *others = (read_model(each.cpu(), data) for each in (fitted.model, *fitted.others))
+    return seed_agreement(kept, others, interventions, edges)
 
 
 def _combined(

@@ -22,7 +22,7 @@ LEAST, MOST = 0.5, 2.0  # measured over told effect, along it: beyond, the progr
 HALF_COUNT = 0.5  # added to sums of expression, so that no transcript is gone altogether
 
 
-def agreement(
+def effect_agreement(
     data: PerturbSeqData, programs: Programs, interventions: Interventions, penetrance: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Columns `AGREEMENT`, (K,) each, NaN where they cannot be told; ``penetrance`` (K,).
