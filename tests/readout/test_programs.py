@@ -35,7 +35,7 @@ def model(data, request):
 
 
 def test_loadings_and_total_effects_by_finite_differences(model, data):
-    programs = find_programs(model, data)
+    programs = find_programs(model, data, known_targets=False)
     controls = data.cells(0, splits.TRAIN, splits.VALIDATION)
     raw = encode(model, data, controls)
     assert np.abs(programs.scale) == pytest.approx(raw.std(0))
@@ -49,6 +49,58 @@ def test_loadings_and_total_effects_by_finite_differences(model, data):
             total = (model.decoder(model.scm(z + e)) - model.decoder(model.scm(z - e))).mean(0).numpy() / (2 * step)
         assert programs.loading[k] == pytest.approx(direct * programs.scale[k], abs=1e-5)
         assert programs.total_effect[k] == pytest.approx(total * programs.scale[k], abs=1e-5)
+
+
+def targeted(data, own_genes=(), seed=0):
+    """A linear model 0 -> 1 whose six perturbations target 0, 0, 1, 1, 2, 2, with effects past the latents."""
+    torch.manual_seed(seed)
+    model = DiscrepancyVAE(20, 3, 6, n_hidden=8).double()
+    with torch.no_grad():
+        model.scm.graph.zero_()[0, 1] = 0.5
+        model.scm.shift.copy_(torch.tensor([2.0, -1.0, 1.5, 3.0, 1.0, 2.0]))
+        model.intervention_encoder.given.copy_(torch.eye(3).repeat_interleave(2, 0))
+        model.intervention_encoder.is_given.fill_(True)
+        model.residual.normal_(std=0.3)
+    return model.eval()
+
+
+def test_total_effects_are_what_perturbations_do(data):
+    model = targeted(data)
+    programs = find_programs(model, data)
+    # u1 = 0.5 z0 + z1 has the variance 1.25; the others 1.
+    assert np.abs(programs.scale) == pytest.approx([1, np.sqrt(1.25), 1])
+    found = find_interventions(model, programs)
+    controls = data.cells(0, splits.TRAIN, splits.VALIDATION)
+    with torch.no_grad():
+        z = model.scm.abduct(torch.tensor(encode(model, data, controls)))
+        effects = np.stack([model.mean_effect(z, [k]).numpy() for k in range(6)])
+    for program, pair in enumerate(((0, 1), (2, 3), (4, 5))):
+        own = list(pair)
+        a, n = found.shift[own], np.array([len(data.cells(1 + k, splits.TRAIN)) for k in own])
+        fitted = (n * a) @ effects[own] / (n * a**2).sum()
+        assert programs.total_effect[program] == pytest.approx(fitted, abs=2e-2)
+    weight = 0.5 * programs.scale[0] / programs.scale[1]
+    assert programs.loading[0] == pytest.approx(programs.total_effect[0] - weight * programs.total_effect[1])
+    assert programs.loading[2] == pytest.approx(programs.total_effect[2])
+
+
+def test_a_gene_is_read_without_the_perturbations_that_target_it(data, monkeypatch):
+    model = targeted(data)
+    plain = find_programs(model, data)
+    monkeypatch.setitem(data.__dict__, "own_genes", ((5,), (), (7,), (7,), (), ()))
+    found = find_programs(model, data)
+    size = np.abs(found.scale[0])
+    with torch.no_grad():
+        controls = data.cells(0, splits.TRAIN, splits.VALIDATION)
+        z = model.scm.abduct(torch.tensor(encode(model, data, controls)))
+        alone = model.mean_effect(z, [1]).numpy() / -1.0 * size * np.sign(found.scale[0])
+    assert found.total_effect[0, 5] == pytest.approx(alone[5], abs=2e-2)  # of perturbation 1 alone
+    assert np.isnan(found.total_effect[1, 7]) and np.isnan(found.loading[1, 7])
+    rest = np.delete(np.arange(20), 7)
+    signs = np.sign(found.scale * plain.scale)[:, None]
+    changed = ~np.isclose(found.total_effect * signs, plain.total_effect)
+    assert set(map(tuple, np.argwhere(changed))) == {(0, 5), (1, 7)}
+    assert not np.isnan(found.loading[:, rest]).any()
 
 
 def test_total_effect_of_a_program_without_children_is_its_loading(model, data):
@@ -76,7 +128,7 @@ def test_shifts_are_in_standard_deviations_of_the_target(model, data):
 def test_standardised_weights_do_not_depend_on_the_units_of_the_latents(data):
     torch.manual_seed(0)
     model = DiscrepancyVAE(20, 3, 6, n_hidden=8).double()
-    programs = find_programs(model, data)
+    programs = find_programs(model, data, known_targets=False)
     dag = find_dag(model, programs, make_config(method="gradient").model)
     assert not find_dag(model, programs, make_config().model).declared.any()  # a likelihood found nothing to go by
     raw, sd = (
