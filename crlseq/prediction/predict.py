@@ -114,10 +114,8 @@ def predict(
     control = torch.from_numpy(x.astype(float))[None]
     scale = torch.tensor([program.scale for program in run.facts.programs], dtype=control.dtype)
     eps = torch.randn((1, len(x), len(scale)), generator=_generator(seed, 0), dtype=control.dtype)
-    shift_error = shift_errors(run, models[0].encoder(control)[1].mean((0, 1)).numpy())
-    shift_error = np.append(shift_error, np.full(len(models[-1].scm.shift) - len(shift_error), np.nan))
     # Combinations share parts, whose errors are computed once.
-    errors = [cache(partial(_errors, model, control, shift_error, seed)) for model in models]
+    errors = [cache(partial(_errors, model, control, _shift_errors(run, models, control), seed)) for model in models]
     answers = []
     for request in requests:
         model, of_rows = models[bool(request.unseen)], errors[bool(request.unseen)]
@@ -160,6 +158,12 @@ class _Answer:
     hit: np.ndarray  # (n,) bool
     means: tuple[np.ndarray, ...]  # mean, effect, and its lower and upper bound, (G,) each
     row: dict[str, Any]  # of the summary
+
+
+def _shift_errors(run: Run, models: Sequence[DiscrepancyVAE], control: Tensor) -> np.ndarray:
+    """Of all rows of the last model; NaN of unseen perturbations."""
+    found = shift_errors(run, models[0].encoder(control)[1].mean((0, 1)).numpy())
+    return np.append(found, np.full(len(models[-1].scm.shift) - len(found), np.nan))
 
 
 def _errors(model: DiscrepancyVAE, control: Tensor, shift_error: np.ndarray, seed: int, rows: Group) -> Tensor:
