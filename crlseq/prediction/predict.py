@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,13 @@ def predict(
     control = torch.from_numpy(x.astype(float))[None]
     scale = torch.tensor([program.scale for program in run.facts.programs], dtype=control.dtype)
     eps = torch.randn((1, len(x), len(scale)), generator=_generator(seed, 0), dtype=control.dtype)
-    shift_error = shift_errors(run, models[0].encoder(control)[1].mean((0, 1)).numpy())
-    shift_error = np.append(shift_error, np.full(len(models[-1].scm.shift) - len(shift_error), np.nan))
+    # Combinations share parts, whose errors are computed once.
+    errors = [cache(partial(_errors, model, control, _shift_errors(run, models, control), seed)) for model in models]
     answers = []
     for request in requests:
-        model = models[bool(request.unseen)]
+        model, of_rows = models[bool(request.unseen)], errors[bool(request.unseen)]
         perturbed = torch.tensor([[*request.parts, *(row for name in request.unseen for row in rows_of[name])]])
-        answers.append(_answer(request, model, control, perturbed, None if counterfactual else eps, shift_error, seed))
+        answers.append(_answer(request, model, control, perturbed, None if counterfactual else eps, of_rows, seed))
         if counterfactual:
             answers[-1].row.update(counterfactual_quality(model, control, perturbed, scale))
     blocks, latents, hit = ([getattr(answer, name) for answer in answers] for name in ("virtual", "latents", "hit"))
@@ -159,23 +160,29 @@ class _Answer:
     row: dict[str, Any]  # of the summary
 
 
+def _shift_errors(run: Run, models: Sequence[DiscrepancyVAE], control: Tensor) -> np.ndarray:
+    """Of all rows of the last model; NaN of unseen perturbations."""
+    found = shift_errors(run, models[0].encoder(control)[1].mean((0, 1)).numpy())
+    return np.append(found, np.full(len(models[-1].scm.shift) - len(found), np.nan))
+
+
+def _errors(model: DiscrepancyVAE, control: Tensor, shift_error: np.ndarray, seed: int, rows: Group) -> Tensor:
+    """`effect_errors` of perturbations by their rows."""
+    return effect_errors(model, control, torch.tensor([rows]), shift_error, _generator(seed, 1))
+
+
 def _answer(
     request: Request,
     model: DiscrepancyVAE,
     control: Tensor,
     perturbed: Tensor,
     eps: Tensor | None,
-    shift_error: np.ndarray,
+    errors: Callable[[Group], Tensor],
     seed: int,
 ) -> _Answer:
-    """Virtual cells of control cells (1, n, G) under perturbations (1, M); ``shift_error`` (K,)."""
-
-    def of_part(group: Group) -> Tensor:
-        return effect_errors(model, control, torch.tensor([group]), shift_error, _generator(seed, 1))
-
-    z = model.encoder(control)[0][0]
-    combined = combination_errors(model, z, perturbed, of_part)
-    error = (of_part(tuple(perturbed[0].tolist())) if combined is None else combined).numpy()
+    """Virtual cells of control cells (1, n, G) under perturbations (1, M); ``errors`` are those of rows of the model alone."""
+    combined = combination_errors(model, model.encoder(control)[0][0], perturbed, errors)
+    error = (errors(tuple(perturbed[0].tolist())) if combined is None else combined).numpy()
     uniform = torch.rand(control.shape[1], generator=_generator(seed, 2), dtype=control.dtype)
     virtual, expected = torch.empty_like(control[0]), torch.zeros_like(control[0, 0])
     latents, hit = torch.empty((len(uniform), len(model.scm.graph)), dtype=control.dtype), torch.zeros(len(uniform))

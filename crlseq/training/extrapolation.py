@@ -71,8 +71,9 @@ class Extrapolation:
         error = torch.from_numpy(self.error).to(w.dtype).expand(len(names), -1)
         first, p = len(place), shift.shape[1]
         of_names = {name: tuple(range(first + i * p, first + (i + 1) * p)) for i, name in enumerate(names)}
-        residual = model.residual[rows] * model.penetrance[rows, None]
-        return extended(model, shift, w @ residual, error), of_names
+        missed = (model.residual[rows] + model.common) * model.penetrance[rows, None]
+        # Every perturbation has the common effect, which is in the weighted sum already.
+        return extended(model, shift, w @ missed - model.common, error), of_names
 
     def to_anndata(self) -> ad.AnnData:
         """The map as a file that `read_embeddings` takes too."""

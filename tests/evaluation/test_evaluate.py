@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 
 import crlseq
 from crlseq.errors import InputError
@@ -143,6 +144,33 @@ def test_held_out_controls(finished: Run, screen: ad.AnnData, linear_folder: Pat
     assert rows.loc["no_change", "l2"] == pytest.approx(np.linalg.norm(control - measured), rel=1e-5)
     with pytest.raises(InputError, match="0 control cells were held out"):
         evaluate(crlseq.load(linear_folder), held_out_controls=True)
+
+
+def test_to_decode_cells_afresh_is_no_effect(screen: ad.AnnData, tmp_path: Path) -> None:
+    """The published model without shifts: what it makes of cells differs from them, under every condition alike."""
+    run = crlseq.fit(screen.copy(), tmp_path / "RUN", preset="paper", epochs=1, n_latents=2, hold_out_cells=0.2)
+    with torch.no_grad():
+        run.model.scm.shift.zero_()
+    for held_out_controls in (False, True):
+        predicted = evaluate(run, held_out_controls=held_out_controls).predicted
+        np.testing.assert_allclose(predicted["model"], predicted["no_change"], atol=1e-6)
+
+
+def test_the_error_of_fitted_controls_is_known_and_that_of_others_is_not(finished: Run, screen: ad.AnnData) -> None:
+    """By hand: changes against the fit's controls have what the model knows of these, changes against others do not."""
+    model, sources = finished.model, ({}, {"held_out_controls": True}, {"data": screen.copy()})
+    before = model.control_error.clone()
+    try:
+        model.control_error.zero_()
+        without = [evaluate(finished, **source).predicted["model"] for source in sources]
+        model.control_error.fill_(0.25)
+        found = [evaluate(finished, **source).predicted["model"] for source in sources]
+    finally:
+        model.control_error.copy_(before)
+    assert before.any()
+    np.testing.assert_allclose(found[0], without[0] - 0.25, atol=1e-6)
+    np.testing.assert_allclose(found[1], without[1])
+    np.testing.assert_allclose(found[2], without[2])
 
 
 def test_batches_are_matched(screen: ad.AnnData, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_simulated_upstream_downstream() -> None:
 
 
 def test_composition_is_exact(finished: Run) -> None:
-    """No intervention gives every cell back to the bit, and a perturbation without a program adds its residual alone."""
+    """No intervention gives every cell back to the bit, and a perturbation without a program adds what the latents miss."""
     found = predict(hand_run(), "N", source=many(), counterfactual=True)
     np.testing.assert_array_equal(found.X[:400], found.X[400:])
     assert found.uns["crlseq_prediction"]["summary"].loc["N", "composition"] < 1e-14
@@ -218,7 +218,7 @@ def test_composition_is_exact(finished: Run) -> None:
     assert finished.interventions.set_index("perturbation").loc["g6", "program"] == ""
     found = predict(finished, "g6", counterfactual=True)
     n = found.n_obs // 2
-    residual = (finished.model.residual[6] + finished.model.common).numpy()
+    residual = finished.model.missed(torch.tensor([[6]]))[0, 0].numpy()
     np.testing.assert_allclose(found.X[n:] - found.X[:n], np.broadcast_to(residual, (n, 40)), atol=1e-6)
     assert found.uns["crlseq_prediction"]["summary"].loc["g6", "composition"] < 1e-12
     assert any("g6" in text and "no detectable effect" in text for text in found.uns["crlseq_prediction"]["notes"])

@@ -183,6 +183,17 @@ def test_evaluation_uses_held_out_cells_and_real_controls(data):
     assert table["l2"].to_numpy() == pytest.approx(table["l2_no_change"].to_numpy(), abs=1e-6)
 
 
+def test_to_decode_cells_afresh_is_no_effect(data):
+    """Without noise that is abducted: what the model makes of cells without shifts is far from them, and no change."""
+    torch.manual_seed(0)
+    model = DiscrepancyVAE(20, 3, 6, n_hidden=8, intervention="shift", noise="none").double().eval()
+    with torch.no_grad():
+        model.scm.shift.zero_()
+    table = evaluate_held_out(model, data, 0)
+    assert table["l2"].to_numpy() == pytest.approx(table["l2_no_change"].to_numpy(), abs=1e-6)
+    assert (table["mmd2"] > table["mmd2_no_change"]).all()
+
+
 def test_virtual_cells_of_a_known_shift():
     torch.manual_seed(0)
     model = DiscrepancyVAE(4, 2, 1, n_hidden=3, intervention="shift").double().eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,19 @@ def test_a_prediction_is_the_weighted_sum_of_effects(run: Run) -> None:
     found = run.predict(["g4", *table.fitted], counterfactual=True)
     effects = np.asarray(found.varm["crlseq_effect"]).T
     np.testing.assert_allclose(effects[0], (table.weights(["g4"]) @ effects[1:])[0], atol=0.05)
+
+
+@torch.no_grad()
+def test_what_all_perturbations_do_is_predicted_once(run: Run) -> None:
+    """The common effect is in the weighted sum of what the fitted ones do past the programs, and not added to it."""
+    table, names = run.extrapolation, run.interventions["perturbation"].tolist()
+    model = copy.deepcopy(run.model).double()
+    model.common.fill_(2.0)
+    model.penetrance.fill_(0.5)
+    new, rows = table.extended(model, names, ["g4"])
+    fitted = torch.tensor([[names.index(name)] for name in table.fitted])
+    expected = table.weights(["g4"])[0] @ (0.5 * model.missed(fitted)[:, 0]).numpy()
+    np.testing.assert_allclose(new.missed(torch.tensor([rows["g4"]]))[0, 0].numpy(), expected, atol=1e-12)
 
 
 def test_a_gene_never_perturbed_is_predicted(run: Run, full: ad.AnnData) -> None:
