@@ -8,7 +8,7 @@ perturbations measured against the same controls have in common, and which is th
 1. *What perturbations do alike*. The K effects in one gene are a draw from a mixture of normals ``N(0, w Sigma)``, with one
    (K, K) covariance for the screen and many scales w, among them 0: perturbations of one program move together, and a gene
    answers much or not at all. Covariance and shares of scales are fitted by EM to all genes; the controls' error is in the
-   likelihood as noise that perturbations share (Urbut et al. 2019, Nature Genetics 51; Zou 2021: a common baseline).
+   likelihood as noise that perturbations share (Urbut et al. 2019, Nature Genetics 51).
    Unlike a cut at some rank this shrinks every direction by its own strength. Without a direction beyond the edge of noise
    (singular value sqrt(K) + sqrt(G); Gavish and Donoho 2017) there is nothing alike, and of more than `MOST`
    perturbations only directions beyond it are read.
@@ -151,6 +151,8 @@ def _posterior(patterns: _Patterns, basis: np.ndarray, genes: slice) -> tuple[np
 
 def _patterns(y: np.ndarray, n_genes: int) -> _Patterns | None:
     """The mixture of normals fitted to genes of y (n, G), of which `n_genes` vary, with noise of 1; None without directions."""
+    if not n_genes:
+        return None
     axes, noise = _directions(y, n_genes)
     x = axes.T @ y / np.sqrt(noise)
     r = len(x)
@@ -197,7 +199,10 @@ def _directions(y: np.ndarray, n_genes: int) -> tuple[np.ndarray, float]:
         there = n == 1 or np.linalg.eigvalsh(y @ y.T)[-1] > edge**2
         return np.eye(n)[:, : n if there else 0], 1.0
     least = min(y.shape)
-    axes, length, _ = svds(y, k=min(MOST, least - 1), v0=np.ones(least))
+    if least <= MOST or not y.any():
+        axes, length, _ = np.linalg.svd(y, full_matrices=False)
+    else:
+        axes, length, _ = svds(y, k=MOST, v0=np.ones(least))
     return axes[:, length > edge], 1 + n / n_genes
 
 

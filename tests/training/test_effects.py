@@ -153,6 +153,9 @@ def test_genes_and_cells_that_do_not_vary() -> None:
     """Nothing varies; a gene that varies nowhere; a perturbation whose cells are all alike."""
     found = estimate_effects(np.ones((2, 3)), np.zeros((2, 3)), np.ones((2, 1)), np.zeros((1, 3)))
     assert isinstance(found, Effects) and not found.effect.any() and not found.error.any()
+    many = MOST + 1
+    found = estimate_effects(np.ones((many, 3)), np.zeros((many, 3)), np.ones((many, 1)), np.zeros((1, 3)))
+    assert not found.effect.any()
     noise = np.array([[0.1, 0.1, 0.0], [0.0, 0.0, 0.0]])
     found = estimate_effects(np.full((2, 3), 5.0), noise, np.ones((2, 1)), np.array([[0.1, 0.1, 0.0]]))
     assert np.isfinite(found.effect).all() and np.isfinite(found.error).all()
