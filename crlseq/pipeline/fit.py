@@ -32,7 +32,7 @@ from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.fitted import FittedRun, load
 from crlseq.pipeline.identity import Identity, digests_of_tables, settle
 from crlseq.pipeline.read import Job, Progress, Screen, read_cells, read_screen
-from crlseq.pipeline.tables import tables_of
+from crlseq.pipeline.tables import tables_of, with_shift_errors
 from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
 from crlseq.run.summary import combinations_in_words, sets_in_words
@@ -311,7 +311,7 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
         cells["crlseq_perturbation"] = data.guides.labels
     if start.warm is not None and start.warm.discovery.hit is not None:
         cells["crlseq_hit"] = start.warm.discovery.hit
-    run = replace(run, info=info, cells=cells, map=found)
+    run = with_shift_errors(replace(run, info=info, cells=cells, map=found), data)
     combined = "" if run.interactions is None else combinations_in_words(run.facts)
     for words in filter(None, (sets_in_words(run.facts), combined)):
         progress.note(words)

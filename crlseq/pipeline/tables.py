@@ -98,14 +98,19 @@ def tables_of(
     pairs = None if discovery is None or discovery.ordering is None else _pairs(discovery.ordering, np.sign(read.scale))
     history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"])
     weights = ({name: value.cpu() for name, value in model.state_dict().items()}, fitted.architecture)
-    run = FittedRun(
+    return FittedRun(
         info, programs, interventions, edges, history.astype({"epoch": int, "total": float}), evaluation,
         weights=weights, law=model.law, interactions=interactions, ensemble=_seeds(fitted, data, config, interventions, edges), pathways=pathways, pairs=pairs,
         second_targets=None if discovery is None else _second_targets(discovery, data, np.sign(read.scale)),
     )  # fmt: skip
-    scale = np.append(np.abs(read.scale), np.nan)[found.target]
-    errors = shift_errors(run, posterior_variance(model, data)) / scale
-    return replace(run, interventions=interventions.assign(shift_se=errors))
+
+
+def with_shift_errors(run: FittedRun, data: PerturbSeqData) -> FittedRun:
+    """The run with ``shift_se`` among its interventions, in the program's standard deviations."""
+    places = pd.Index(run.program_names).get_indexer(pd.Index(run.interventions["program"]))
+    scale = np.append([abs(program.scale) for program in run.facts.programs], np.nan)[places]
+    errors = shift_errors(run, posterior_variance(run.model, data)) / scale
+    return replace(run, interventions=run.interventions.assign(shift_se=errors))
 
 
 def _seeds(
