@@ -47,6 +47,14 @@ class ConvergenceError(CrlseqError):
     exit_code = 4
 
 
+def needs_extra(what: str, package: str, extra: str) -> UsageError:
+    """That `what` needs a package of one of crlseq's extras, and how to install it."""
+    return UsageError(
+        f"{what} needs {package}, which is not installed.",
+        f"In the folder of crlseq's source: pip install '.[{extra}]'.",
+    )
+
+
 def few(names: Sequence[str], most: int = 8) -> str:
     """Names in a message, the first ones where there are many."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ import pytest
 import crlseq
 from crlseq.data.store import MANIFEST
 from crlseq.experiments.benchmark import COLUMNS
+from crlseq.export.registry import FORMATS
 from crlseq.run.run import Run
 from crlseq.run.schema import CELL_COLUMNS, PATHWAY_COLUMNS
 from crlseq.storage.runfolder import GENE_SETS, PATHWAYS
 from tests.support import FAST, ROOT
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 
 
 def test_the_command_reference_is_up_to_date() -> None:
@@ -74,6 +76,52 @@ def test_files_of_the_project_that_a_page_names_exist(page: Path) -> None:
     named.discard("data/public/")  # scripts/download makes it
     missing = [name for name in sorted(named) if not any(path.endswith(f"/{name.rstrip('/')}") for path in there)]
     assert not missing, ", ".join(missing)
+
+
+# --- installation
+
+
+@pytest.fixture
+def project() -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return found
+
+
+def test_extras_that_are_named_exist(project: dict[str, Any]) -> None:
+    """In documents, and in messages about a missing library."""
+    there = project["optional-dependencies"]
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = {
+        *re.findall(r"pip install '\.\[(\w+)\]'", text),
+        *(about.extra for about in FORMATS.values() if about.extra),
+        *re.findall(r'needs_extra\(.*"(\w+)"\)', (ROOT / "crlseq/readout/enrichment.py").read_text(encoding="utf-8")),
+    }
+    assert {"enrich", "mudata"} <= named <= there.keys()
+    assert "pip install 'crlseq" not in text, "the name is not on PyPI"
+    rows = re.findall(r"^\| `(\w+)` \|", (DOCS / "install.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(rows) == there.keys()
+
+
+def test_the_recipe_needs_what_the_package_needs(project: dict[str, Any]) -> None:
+    recipe = pytest.importorskip("yaml").safe_load((ROOT / "recipe" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["context"]["version"] == crlseq.__version__
+    of_conda = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+    needed = [re.fullmatch(r"([\w-]+)(>=[\d.]+)", line) for line in project["dependencies"]]
+    assert all(needed)
+    wanted = {f"{of_conda.get(found[1], found[1])} {found[2]}" for found in needed if found}
+    assert {line for line in recipe["requirements"]["run"] if not line.startswith("python ")} == wanted
+    assert f">={recipe['context']['python_min']}" == project["requires-python"]
+    scripts = {f"{name} = {place}" for name, place in project["scripts"].items()}
+    assert set(recipe["build"]["python"]["entry_points"]) == scripts
+
+
+def test_every_public_name_is_on_the_page_of_the_interface() -> None:
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    whole, plots = page.split("crlseq.pl\n", 1)
+    plots, _, rest = plots.partition("## ")
+    documented = set(re.findall(r"^\.\. auto\w+:: (\w+)$", whole + rest, flags=re.MULTILINE))
+    assert documented == {name for name in crlseq.__all__ if callable(getattr(crlseq, name))}
+    assert set(re.findall(r"^\.\. auto\w+:: (\w+)$", plots, flags=re.MULTILINE)) == set(crlseq.pl.__all__)
 
 
 # --- README.md
@@ -210,13 +258,13 @@ def test_the_manifest_of_a_store_is_described(screen_file: Path, tmp_path: Path)
     assert table("crlseq.json") == list(json.loads((tmp_path / "STORE" / MANIFEST).read_text()))
 
 
-# --- docs/tutorial.ipynb
+# --- docs/notebook.ipynb
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    path = DOCS / "tutorial.ipynb"
+    path = DOCS / "notebook.ipynb"
     assert path.stat().st_size < 300_000
     stored = nbformat.read(path, as_version=4)
     nbformat.validate(stored)

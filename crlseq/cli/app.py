@@ -12,6 +12,7 @@ import typer
 from crlseq._version import __version__
 from crlseq.cli import inspect
 from crlseq.cli.check import check
+from crlseq.cli.cite import cite
 from crlseq.cli.evaluate import evaluate
 from crlseq.cli.export import export, plot, report
 from crlseq.cli.fit import fit, prepare, rerun
@@ -51,7 +52,7 @@ def _main(
         os.environ["CRLSEQ_DEBUG"] = "1"
 
 
-for command in (check, prepare, fit, predict, evaluate, export, report, rerun, plot, simulate, benchmark):
+for command in (check, prepare, fit, predict, evaluate, export, report, rerun, plot, simulate, benchmark, cite):
     app.command()(command)
 app.add_typer(inspect.app, name="inspect")
 

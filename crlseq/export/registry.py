@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from crlseq.errors import InputError, UsageError
+from crlseq.errors import InputError, UsageError, needs_extra
 from crlseq.storage.files import written_whole
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def check_format(name: str) -> None:
         raise UsageError(f"There is no format {name!r}.", f"Formats are {', '.join(FORMATS)}.")
     extra = FORMATS[name].extra
     if extra and find_spec(extra) is None:
-        raise UsageError(f"The format {name} needs {extra}, which is not installed.", f"pip install 'crlseq[{extra}]'.")
+        raise needs_extra(f"The format {name}", extra, extra)
 
 
 def write_folder(path: Path, files: dict[str, bytes]) -> None:

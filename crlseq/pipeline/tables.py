@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from crlseq._version import __version__
+from crlseq._version import __version__, package_versions
 from crlseq.config import Config
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
@@ -48,7 +46,6 @@ from crlseq.training.trainer import Fit, resolve_device
 from crlseq.training.warm_start import WarmStart
 
 TOP_GENES = 10  # of a program in run.json
-PACKAGES = ("torch", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-learn")
 
 
 def tables_of(
@@ -221,7 +218,7 @@ def _fit_rows(fitted: Fit, data: PerturbSeqData, config: Config) -> dict[str, An
         "seed": config.training.seed,
         "device": str(resolve_device(config.training.device)),
         "threads": torch.get_num_threads(),
-        "packages": _packages(),
+        "packages": package_versions(),
         "var_names_sha256": hashlib.sha256("\n".join(data.genes).encode()).hexdigest(),
         "perturbation_key": data.labels.key,
         "control_label": data.labels.control_label,
@@ -343,13 +340,3 @@ def _sparsity_row(decoder: SparseDecoder, programs: pd.DataFrame) -> dict[str, A
         "genes": by_program["loading"].agg(lambda values: int((values != 0).sum())).tolist(),
         "anchors": by_program["anchor"].sum().tolist(),
     }
-
-
-def _packages() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a vendored or renamed build: the fit does not depend on the number
-            found[name] = "unknown"
-    return found

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patches import Ellipse
 
 from crlseq.data.perturbations import read_perturbations
 from crlseq.errors import InputError, UsageError
-from crlseq.plotting.style import DISTINCT, MARKS, NOTHING, SOFT, TEXT, axes_of, bare, finish, note
+from crlseq.plotting.style import DISTINCT, FAINT, INK, MARKS, NOTHING, TEXT, axes_of, bare, finish, note
 from crlseq.run.run import Run
 from crlseq.run.summary import short
 
 CELLS = 20_000  # drawn at most, evenly spaced in the file
-FEW = 400  # of a perturbation
+FEW = 5  # of a perturbation, below which there is no ellipse
 SHOWN = 0.005  # of the cells beyond either end of the axes: outliers would press the rest together
 
 
@@ -26,9 +28,9 @@ def embedding(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Cells by their latents in two programs: controls grey, some perturbations in colour, their means as large marks.
+    """Means of some perturbations' and of the control cells in two programs, before all cells in grey.
 
-    Two ``programs``, such as ``("P0", "P3")``; None takes the two that explain most of the perturbations' effects. At
+    Around each mean is the ellipse of the cells' covariance that contains half of them. Two ``programs``, such as ``("P0", "P3")``; None takes the two that explain most of the perturbations' effects. At
     most eight ``perturbations``, by label; None takes the strongest that target these programs. ``ax, show``: see
     `crlseq.pl.dag`.
 
@@ -53,17 +55,16 @@ def embedding(
     labels, latents, control = _cells(run)
     x, y = latents[:, run.program_names.index(pair[0])], latents[:, run.program_names.index(pair[1])]
     ax = axes_of(ax, 6.2, 4.8)
-    ax.scatter(x[labels == control], y[labels == control], s=4, color="#b9bfc5", linewidths=0, rasterized=True)
-    looks = {control: (SOFT, "o"), **dict(zip(chosen, zip(DISTINCT, MARKS, strict=True), strict=False))}
+    ax.scatter(x, y, s=3, color=FAINT, linewidths=0, rasterized=True)
+    looks = {control: (INK, "o"), **dict(zip(chosen, zip(DISTINCT, MARKS, strict=True), strict=False))}
     for name, (colour, mark) in looks.items():
-        own = np.flatnonzero(labels == name)
+        own = np.stack([x, y], 1)[labels == name]
         if not len(own):
             continue
-        if name != control:
-            few = own[np.linspace(0, len(own) - 1, min(FEW, len(own))).astype(int)]
-            ax.scatter(x[few], y[few], s=9, color=colour, marker=mark, linewidths=0, alpha=0.7, rasterized=True)
-        mean, label = ([x[own].mean()], [y[own].mean()]), " " + short(name)
-        ax.scatter(*mean, s=90, color=colour, marker=mark, edgecolor="white", linewidth=1.2, zorder=4, label=label)
+        if len(own) >= FEW:
+            ax.add_patch(_half(own, colour))
+        look: dict[str, Any] = {"s": 70, "marker": mark, "edgecolor": "white", "linewidth": 1.2, "zorder": 4}
+        ax.scatter(*own.mean(0), color=colour, label=" " + short(name), **look)
     legend = ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -74,9 +75,19 @@ def embedding(
         getattr(ax, f"set_{axis}lim")(low - edge, high + edge)
         getattr(ax, f"set_{axis}label")(f"{name}  {short(run.described[name].label, 40)}", fontsize=8, **TEXT)
     ax.tick_params(labelsize=7)
-    ax.set_title("Cells by program (SD of control cells); large marks are means", fontsize=9, loc="left")
     bare(ax)
-    return finish(ax, show)
+    return finish(ax, show, "Means of cells (SD of control cells); ellipses contain half of the cells")
+
+
+def _half(cells: np.ndarray, colour: str) -> Ellipse:
+    """The ellipse of the covariance of ``cells`` (n, 2), about their mean, that contains half of them."""
+    mean = cells.mean(0)
+    variance, axes = np.linalg.eigh(np.cov(cells.T))
+    variance = np.maximum(variance, 1e-12)
+    radius = np.sqrt(np.median((((cells - mean) @ axes) ** 2 / variance).sum(1)))
+    width, height = 2 * radius * np.sqrt(variance)
+    angle = float(np.degrees(np.arctan2(axes[1, 0], axes[0, 0])))
+    return Ellipse(tuple(mean), width, height, angle=angle, facecolor="none", edgecolor=colour, linewidth=1.6, zorder=3)
 
 
 def _pair(run: Run, programs: Sequence[str] | None) -> tuple[str, str]:

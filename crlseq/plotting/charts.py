@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from crlseq.plotting.style import DOWN, INK, NOTHING, SIGNED, SOFT, UP, axes_of, bare, finish, label_ticks, note
+from crlseq.plotting.style import DOWN, INK, LINE, NOTHING, SIGNED, SOFT, UP, axes_of, bare, finish, label_ticks, note
 from crlseq.readout.drawing import limit_of
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
@@ -14,6 +14,7 @@ from crlseq.run.summary import assignment, strongest
 from crlseq.run.tables import shown
 
 ROWS = 60  # of a map or chart, if no number is asked for
+LOW = 2.6  # inches that the title of a colour scale needs
 
 
 def effects(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bool = False) -> Axes:
@@ -34,7 +35,7 @@ def effects(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bool = F
     ax = axes_of(ax, 5.2, 1.1 + 0.17 * len(table))
     y, x = np.arange(len(table)), table["energy_distance"].to_numpy()
     found = (table["fdr"] <= DETECTABLE_FDR).to_numpy()
-    ax.hlines(y, 0, x, color="#c8c8c8", linewidth=1)
+    ax.hlines(y, 0, x, color=LINE, linewidth=1)
     ax.axvline(0, color=SOFT, linewidth=0.8)
     for chosen, face, name in ((found, UP, f"FDR ≤ {DETECTABLE_FDR}"), (~found, "white", "not detectable")):
         ax.scatter(x[chosen], y[chosen], s=24, facecolor=face, edgecolor=UP, label=name, zorder=3)
@@ -49,10 +50,9 @@ def effects(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bool = F
     ax.tick_params(axis="x", labelsize=7)
     detected = int((tested["fdr"] <= DETECTABLE_FDR).sum())
     shown = f"; the {len(table)} strongest" if len(table) < len(tested) else ""
-    ax.set_title(f"{detected} of {len(tested)} perturbations have a detectable effect{shown}", fontsize=9, loc="left")
     ax.legend(fontsize=7, frameon=False, loc="lower right")
     bare(ax)
-    return finish(ax, show)
+    return finish(ax, show, f"{detected} of {len(tested)} perturbations have a detectable effect{shown}")
 
 
 def history(run: Run, *, ax: Axes | None = None, show: bool = False) -> Axes:
@@ -78,10 +78,9 @@ def history(run: Run, *, ax: Axes | None = None, show: bool = False) -> Axes:
     ax.set_ylabel("loss", fontsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.tick_params(labelsize=7)
-    ax.set_title("Loss (validation: with the final weights of the terms)", fontsize=9, loc="left")
     ax.legend(fontsize=7, frameon=False)
     bare(ax)
-    return finish(ax, show)
+    return finish(ax, show, "Loss (validation: with the final weights of the terms)")
 
 
 def programs(run: Run, *, n_genes: int | None = None, ax: Axes | None = None, show: bool = False) -> Axes:
@@ -106,15 +105,14 @@ def programs(run: Run, *, n_genes: int | None = None, ax: Axes | None = None, sh
     rows = list(dict.fromkeys(chosen["gene"]))
     called = dict(zip(chosen["gene"], shown(chosen), strict=True))
     values = wide.loc[rows].to_numpy() / np.maximum(wide.abs().max().to_numpy(), 1e-300)
-    ax = axes_of(ax, 2.4 + 0.34 * len(names), 1.2 + 0.16 * len(rows))
+    ax = axes_of(ax, 2.4 + 0.34 * len(names), max(LOW, 1.2 + 0.16 * len(rows)))
     _heat(ax, values, [called[gene] for gene in rows], names, "loading / largest of the program")
     # A line between the programs whose top genes these are: each gene stands with the first that it is one of.
     first = chosen.drop_duplicates("gene")["program"].tolist()
     for i in range(1, len(rows)):
         if first[i] != first[i - 1]:
             ax.axhline(i - 0.5, color=INK, linewidth=0.4)
-    ax.set_title(f"Top {n} genes of each program", fontsize=9, loc="left")
-    return finish(ax, show)
+    return finish(ax, show, f"Top {n} genes of each program")
 
 
 def interventions(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bool = False) -> Axes:
@@ -135,7 +133,7 @@ def interventions(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bo
         return note(ax, "No perturbation has a detectable effect: there is nothing to map.", show)
     values = np.full((len(rows), len(names)), np.nan)
     values[np.arange(len(rows)), [names.index(name) for name in rows["program"]]] = rows["shift"]
-    ax = axes_of(ax, 2.6 + 0.34 * len(names), 1.4 + 0.17 * len(rows))
+    ax = axes_of(ax, 2.6 + 0.34 * len(names), max(LOW, 1.4 + 0.17 * len(rows)))
     _heat(ax, values, list(rows["perturbation"]), names, "shift (SD of the program)")
     target = np.nonzero(~np.isnan(values))
     end = limit_of(values)
@@ -151,8 +149,7 @@ def interventions(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bo
         i, k = np.nonzero(shares > 0)
         ax.scatter(k, i, s=60 * shares[i, k], facecolor="none", edgecolor=INK, linewidth=0.7)
         title += "\nrings: share of bootstrap replicates for another program"
-    ax.set_title(title, fontsize=9, loc="left")
-    return finish(ax, show)
+    return finish(ax, show, title)
 
 
 def _heat(ax: Axes, values: np.ndarray, rows: list[str], columns: list[str], title: str) -> None:
@@ -164,9 +161,9 @@ def _heat(ax: Axes, values: np.ndarray, rows: list[str], columns: list[str], tit
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
-    ax.grid(which="minor", axis="x", color="#e6e6e6", linewidth=0.5)
+    ax.grid(which="minor", axis="x", color=LINE, linewidth=0.5)
     ax.tick_params(which="minor", length=0)
-    ax.spines[:].set_color("#c8c8c8")
+    ax.spines[:].set_color(LINE)
     bar = ax.figure.colorbar(image, ax=ax, shrink=min(1.0, 12 / max(len(rows), 1)), pad=0.02, anchor=(0.0, 1.0))
     bar.set_label(title, fontsize=8)
     bar.ax.tick_params(labelsize=7)

@@ -9,12 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-from crlseq.plotting.style import DOWN, INK, SOFT, UP, axes_of, finish, label_ticks, note
+from crlseq.plotting.style import DOWN, INK, LINE, SOFT, UP, axes_of, finish, label_ticks, note
 from crlseq.run.pairs import counts, legend, matrix, why_no_pairs
 from crlseq.run.run import Run
 
 LETTERS = 56  # of a line of the legend
-EDGE = "#d0d7de"
 PALE = 0.28  # share of its colour that a pair has which is only likely
 
 
@@ -42,7 +41,7 @@ def pairs(run: Run, *, ax: Axes | None = None, show: bool = False) -> Axes:
         if mark:
             face, ink, hatch = _look(mark)
             corner = (k - 0.45, i - 0.45)
-            ax.add_patch(Rectangle(corner, 0.9, 0.9, facecolor=face, edgecolor=EDGE, hatch=hatch, linewidth=0.6))
+            ax.add_patch(Rectangle(corner, 0.9, 0.9, facecolor=face, edgecolor=LINE, hatch=hatch, linewidth=0.6))
             ax.text(k, i, mark, color=ink, size=8, ha="center", va="center", parse_math=False)
     ax.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal", anchor="NW")
     label_ticks(ax, "y", [f"{name}  {run.described[name].label}" for name in names], fontsize=8)
@@ -50,9 +49,8 @@ def pairs(run: Run, *, ax: Axes | None = None, show: bool = False) -> Axes:
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set_title("Pairs of programs: source in the row, target in the column", fontsize=9, loc="left")
     ax.set_xlabel("\n".join(lines), fontsize=7, loc="left", color=SOFT)
-    return finish(ax, show)
+    return finish(ax, show, "Pairs of programs: source in the row, target in the column")
 
 
 def _look(mark: str) -> tuple[str | tuple[float, ...], str, str | None]:
@@ -61,4 +59,4 @@ def _look(mark: str) -> tuple[str | tuple[float, ...], str, str | None]:
         colour = UP if mark[0] == "+" else DOWN
         pale = tuple(1 - PALE * (1 - part) for part in to_rgb(colour))
         return (pale, INK, None) if mark.endswith("?") else (colour, "white", None)
-    return {"⇄": ("white", INK, "////"), "·": (EDGE, SOFT, None)}.get(mark, ("white", SOFT, None))
+    return {"⇄": ("white", INK, "////"), "·": (LINE, SOFT, None)}.get(mark, ("white", SOFT, None))

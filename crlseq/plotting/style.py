@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 
 from crlseq.run.summary import short
 
-# Orange and blue are told apart with every kind of colour vision, and so is each pair of Okabe and Ito's colours.
+# The report has the same (report.css). Orange and blue are told apart with every kind of colour vision, and so is each pair of Okabe and Ito's colours.
 UP, DOWN, SOFT, INK = "#b35806", "#2166ac", "#6e7781", "#1b1f24"
-SIGNED = "PuOr_r"  # diverging, as orange and blue
+FAINT, LINE = "#b9bfc5", "#d0d7de"  # small marks behind others; frames and rules
+SIGNED = LinearSegmentedColormap.from_list("signed", [DOWN, "white", UP])
 DISTINCT = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C6D00", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+FEWEST = 10  # letters of a line of a title
 TEXT: dict[str, Any] = {"parse_math": False}  # a dollar sign in a gene's name starts no formula
 
 
@@ -25,8 +30,17 @@ def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
-def finish(ax: Axes, show: bool) -> Axes:
-    """Show the figure if asked, and return its Axes."""
+def finish(ax: Axes, show: bool, title: str = "") -> Axes:
+    """Write the title, broken between words so that it ends within the figure; show the figure if asked; return its Axes."""
+    label, figure = ax.set_title(title, fontsize=9, loc="left", **TEXT), ax.get_figure(root=True)
+    assert figure is not None
+    for letters in range(len(title), FEWEST, -2):
+        with warnings.catch_warnings():  # about letters that the font lacks: they come with the drawing itself
+            warnings.simplefilter("ignore")
+            figure.draw_without_rendering()  # which places the axes
+        if label.get_window_extent().x1 <= figure.bbox.x1:
+            break
+        label.set_text("\n".join(line for each in title.split("\n") for line in textwrap.wrap(each, letters)))
     if show:
         plt.show()
     return ax

@@ -15,7 +15,7 @@ from scipy import sparse, stats
 
 from crlseq.data.genesets import read_gmt, refuse_unmatched
 from crlseq.data.names import GeneNames
-from crlseq.errors import InputError, UsageError
+from crlseq.errors import InputError, UsageError, needs_extra
 from crlseq.run.run import Run
 
 OVER_REPRESENTATION, RANK, DRIVERS = "over-representation", "rank", "drivers"
@@ -81,7 +81,7 @@ def enrich(
     (['first', 'last'], ['over-representation', 'rank'])
     """
     if find_spec("gseapy") is None:
-        raise UsageError("Enrichment needs gseapy, which is not installed.", "pip install 'crlseq[enrich]'.")
+        raise needs_extra("Enrichment", "gseapy", "enrich")
     if not 1 <= min_size <= max_size or (n_top is not None and n_top < 1):
         raise UsageError("A number of genes is out of range.", "Give 1 <= min_size <= max_size and n_top of 1 or more.")
     if run.facts.without_effect:

@@ -207,4 +207,4 @@ def test_gene_sets_through_a_pipe(
 def test_a_missing_library_is_named(linear_folder: Path, gmt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crlseq.readout.enrichment.find_spec", lambda name: None)
     answer = invoke("inspect", "programs", linear_folder, "--gene-sets", gmt)
-    check_refusal(answer.code, answer.out, answer.err, 2, "gseapy", "crlseq[enrich]")
+    check_refusal(answer.code, answer.out, answer.err, 2, "gseapy", ".[enrich]")

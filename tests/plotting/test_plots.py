@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,13 +13,16 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 import crlseq
 from crlseq import plotting
 from crlseq.errors import InputError, UsageError
+from crlseq.plotting import style
+from crlseq.plotting.cells import _half
 from crlseq.run.run import Run
-from tests.support import check_refusal, files_below, invoke
+from tests.support import ROOT, check_refusal, files_below, invoke
 from tests.synthetic import synthetic_run, with_pairs
 
 mpl.use("Agg")
@@ -57,6 +61,13 @@ def overlaps(ax: Axes) -> list[tuple[str, str]]:
     return [(a, b) for (a, box), (b, other) in combinations(boxes, 2) if box.overlaps(other)]
 
 
+def cut_off(ax: Axes) -> float:
+    """Inches by which what is drawn reaches beyond the figure."""
+    ax.figure.canvas.draw()
+    box, (width, height) = ax.figure.get_tightbbox(), ax.figure.get_size_inches()
+    return max(0.0, -box.x0, -box.y0, box.x1 - width, box.y1 - height)
+
+
 def random_dag(p: int, n: int, seed: int) -> list[tuple[int, int]]:
     rng = np.random.default_rng(seed)
     pairs = [(a, b) for a in range(p) for b in range(a + 1, p)]
@@ -71,13 +82,7 @@ def test_labels_of_a_dag_never_overlap(p: int, n: int) -> None:
     labels = [text for text in texts(ax) if text.get_text() in {f"P{k}" for k in range(p)}]
     assert len(labels) == p
     assert min(text.get_fontsize() for text in texts(ax)) >= 7  # legible, in points
-    # All within the figure, which is a page or two wide.
-    figure = ax.figure.get_window_extent()
-    for text in texts(ax):
-        box = text.get_window_extent()
-        assert (
-            figure.x0 - 1 <= box.x0 and box.x1 <= figure.x1 + 1 and figure.y0 - 1 <= box.y0 and box.y1 <= figure.y1 + 1
-        )
+    assert cut_off(ax) < 0.02  # all within the figure, which is a page or two wide
     assert ax.figure.get_size_inches()[0] < 25
 
 
@@ -141,6 +146,20 @@ def test_axes_in_and_out(kind: str, finished: Run) -> None:
     assert len(plt.get_fignums()) == n  # no figure of its own beside the axes given
 
 
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_is_cut_off(kind: str, p: int) -> None:
+    run = with_pairs(synthetic_run(p, 3 * p), {})
+    ax = getattr(plotting, kind)(run, **({"n_genes": 2} if kind == "programs" else {}))
+    assert cut_off(ax) < 0.02
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "embedding"])
+def test_no_text_of_a_fit_is_cut_off(kind: str, finished: Run) -> None:
+    ax = getattr(plotting, kind)(finished)
+    assert cut_off(ax) < 0.02
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_are_only_names(kind: str) -> None:
     run = synthetic_run(4, 10, [(0, 1)], names=EVIL, genes=[*EVIL, "GENE"])
@@ -194,14 +213,37 @@ def test_nothing_to_show_is_said(kind: str) -> None:
     assert any(word in texts(ax)[0].get_text() for word in ("No perturbation", "No network", "No single"))
 
 
+def test_plots_and_report_have_one_palette() -> None:
+    sheet = (ROOT / "crlseq" / "report" / "templates" / "report.css").read_text(encoding="utf-8")
+    light = dict(re.findall(r"--(\w+): (#\w+)", sheet.splitlines()[0]))
+    ours = {"up": style.UP, "down": style.DOWN, "disc": style.SOFT, "ink": style.INK, "line": style.LINE}
+    assert ours.items() <= light.items()
+    assert [to_hex(style.SIGNED(value)) for value in (0.0, 1.0)] == [style.DOWN, style.UP]
+    assert min(style.SIGNED(0.5)[:3]) > 0.98  # white where nothing changes
+
+
+def test_an_ellipse_contains_half_of_the_cells() -> None:
+    """Also of cells that are far from normal: half of them do not respond."""
+    rng = np.random.default_rng(0)
+    cells = np.concatenate([rng.normal(size=(100, 2)), rng.normal(size=(101, 2)) * [3, 0.5] + [8, 2]])
+    ellipse = _half(cells, "black")
+    inside = ellipse.get_patch_transform().inverted().transform(cells)
+    distance = (inside**2).sum(1)
+    assert np.count_nonzero(distance < 1 - 1e-9) == 100 and np.median(distance) == pytest.approx(1)
+    assert ellipse.get_center() == pytest.approx(cells.mean(0))
+    line = _half(np.array([[-2.0, 0], [-1, 0], [0, 0], [1, 0], [2, 0]]), "black")  # three of five within 1 of the mean
+    assert min(line.width, line.height) < 1e-3 and max(line.width, line.height) == pytest.approx(2)
+
+
 def test_cells(finished: Run) -> None:
     ax = plotting.embedding(finished)
     legend = [text.get_text().strip() for text in ax.get_legend().get_texts()]
     assert legend[0] == "control" and 1 < len(legend) <= 7
     ax = plotting.embedding(finished, programs=["P2", "P0"], perturbations=["g0", "g1+g2"][:1])
     assert ax.get_xlabel().startswith("P2") and ax.get_ylabel().startswith("P0")
-    controls = ax.collections[0].get_offsets()
-    assert len(controls) == 200
+    cells = ax.collections[0].get_offsets()
+    assert len(cells) == finished.info["input"]["n_cells"]
+    assert [type(patch).__name__ for patch in ax.patches] == ["Ellipse"] * 2  # of control cells and g0
     for wrong in (["P0"], ["P0", "P0"], ["P0", "P9"]):
         with pytest.raises(UsageError, match="not two different programs of this run"):
             plotting.embedding(finished, programs=wrong)
