@@ -20,7 +20,6 @@ from crlseq.cli.predict import predict
 from crlseq.cli.simulate import benchmark, simulate
 from crlseq.errors import CrlseqError
 from crlseq.storage import interrupts
-from crlseq.storage.files import UNFINISHED
 
 app = typer.Typer(
     name="crlseq",
@@ -65,20 +64,13 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     with interrupts.watched(FAREWELL):
-        code = _run()
-        if UNFINISHED.is_set():
-            # HDF5 crashes when Python ends and closes a file for which the disk had no room.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
+        sys.exit(_run())
 
 
 def _run() -> int:
     """Run the command, say what went wrong, and give the exit code."""
     try:
-        # Not standalone: click would turn an interrupt into exit code 1. Not `app` itself: it puts a hook of its own in
-        # the place of the one for exceptions that nobody caught.
+        # Not standalone: click would turn an interrupt into exit code 1.
         code = typer.main.get_command(app)(prog_name="crlseq", standalone_mode=False)
         if code == interrupts.INTERRUPTED:  # which click makes of an interrupt
             raise KeyboardInterrupt

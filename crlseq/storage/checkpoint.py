@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from crlseq.errors import CrlseqError, InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.storage.files import sync
+from crlseq.storage.files import written_beside
 
 CHECKSUM = 32  # bytes at the end of a checkpoint
 
@@ -71,12 +71,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()  # torch reports a full disk in an error of its own
     torch.save(state, buffer)
     content = buffer.getvalue()
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content + hashlib.sha256(content).digest())
-    sync(beside)
-    if path.exists():
-        os.replace(path, previous_of(path))
-    os.replace(beside, path)
+    with written_beside(path) as beside:
+        beside.write_bytes(content + hashlib.sha256(content).digest())
+        if path.exists():
+            os.replace(path, previous_of(path))
 
 
 def previous_of(path: Path) -> Path:
