@@ -56,6 +56,7 @@ def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: 
 
     It may be no folder where a file is wanted, nor a part of a run other than `replaceable`, nor exist unless `force`.
     """
+    from crlseq.storage.files import refuse_special
     from crlseq.storage.runfolder import refuse_part_of_run
 
     try:
@@ -64,6 +65,7 @@ def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: 
         raise InputError(f"{output} cannot be written: {error.strerror}.", "Choose another --output.") from None
     if is_folder and not folder:
         raise InputError(f"{output} is a folder.", "Name a file to write.")
+    refuse_special(output)
     if output.name != replaceable:
         refuse_part_of_run(output)
     if exists and not force:

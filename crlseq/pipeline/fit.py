@@ -38,13 +38,12 @@ from crlseq.run.schema import DETECTABLE_FDR, SPLIT
 from crlseq.run.summary import sets_in_words
 from crlseq.run.writable import refuse_unwritable
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_weights
-from crlseq.storage.files import by_hdf5, refuse_existing
+from crlseq.storage.files import refuse_existing
+from crlseq.storage.hdf5 import write_h5ad
 from crlseq.storage.runfolder import (
     EMBEDDINGS,
     GENE_SETS,
-    IDENTITY,
     move_into_place,
-    partial_of,
     refuse_output,
     working_folder,
 )
@@ -133,7 +132,7 @@ def fit(
     if resume and (target / "run.json").is_file() and (run := _finished(target, job)) is not None:
         return run
     refuse_output(target, resume, force)
-    with working_folder(partial_of(target), resume) as folder:
+    with working_folder(target, resume) as folder:
         refuse_existing(target, force)  # another process may have finished it in the meantime
         _fit(replace(job, folder=folder))
         move_into_place(folder, target)
@@ -350,8 +349,6 @@ def _write(job: Job, screen: Screen, run: FittedRun, folder: Path) -> None:
         what = f"{job.source} was changed while it was fitted."
         raise InputError(what, "Fit again while nothing writes to the file.")
     if run.map is not None:
-        with by_hdf5():
-            run.map.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
+        write_h5ad(run.map.to_anndata(), folder / EMBEDDINGS, "gzip")
     write_report(run, folder / "report.html")
     previous_of(folder / "resume.pt").unlink(missing_ok=True)
-    (folder / IDENTITY).unlink()

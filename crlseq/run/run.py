@@ -23,7 +23,16 @@ from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, short, summary_table
 from crlseq.storage.csv import read_csv, to_csv
 from crlseq.storage.files import refuse_links_outside
-from crlseq.storage.runfolder import EMBEDDINGS, ENSEMBLE, PAIRS, PATHWAYS, SECOND_TARGETS, TABLES, partial_of
+from crlseq.storage.runfolder import (
+    EMBEDDINGS,
+    ENSEMBLE,
+    PAIRS,
+    PATHWAYS,
+    SECOND_TARGETS,
+    TABLES,
+    partial_of,
+    replaced_by,
+)
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -265,7 +274,9 @@ class Run:
         folder = Path(path)
         if not (folder / "run.json").is_file():
             if partial_of(folder).exists():
-                raise InputError(f"The fit {folder} is not finished.", "Finish it with `crlseq fit ... --resume`.")
+                hint = "Finish it with `crlseq fit ... --resume`."
+                old = "".join(f" The run that it replaces is {path.name}." for path in replaced_by(folder)[:1])
+                raise InputError(f"The fit {folder} is not finished.", hint + old)
             raise InputError(
                 f"{folder} is not a run folder: it has no run.json.",
                 "Give the folder that `crlseq fit --output` wrote.",
