@@ -188,7 +188,35 @@ def virtual_source(handle: h5py.File, secret: Path) -> None:
     handle.create_virtual_dataset("X", layout).attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
 
 
-@pytest.mark.parametrize("plant", [external_link, external_storage, virtual_source])
+def virtual_circle(*names: str) -> Callable[[h5py.File, Path], None]:
+    """Each takes its values from the next, and the last from the first."""
+
+    def plant(handle: h5py.File, secret: Path) -> None:
+        shape = handle["X"].shape
+        del handle["X"]
+        for name, source in zip(names, [*names[1:], names[0]], strict=True):
+            layout = h5py.VirtualLayout(shape=shape, dtype="f4")
+            layout[:] = h5py.VirtualSource(".", source, shape=shape)
+            made = handle.create_virtual_dataset(name, layout)
+            made.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+
+    return plant
+
+
+def link_to_an_external_link(handle: h5py.File, secret: Path) -> None:
+    """Which is found later than the link to it; to open a pipe would never end."""
+    os.mkfifo(secret.with_name("pipe"))
+    handle["uns/a"] = h5py.ExternalLink(str(secret.with_name("pipe")), "/X")
+    del handle["X"]
+    handle["X"] = h5py.SoftLink("/uns/a")
+
+
+PLANTS = [external_link, external_storage, virtual_source, link_to_an_external_link]
+
+
+@pytest.mark.parametrize(
+    "plant", [*PLANTS, virtual_circle("X"), virtual_circle("X", "Y"), virtual_circle("X", "Y", "Z")]
+)
 def test_an_h5ad_that_takes_data_from_another_file(tmp_path: Path, plant: Callable[[h5py.File, Path], None]) -> None:
     adata = small_screen()
     adata.X = dense(adata).astype(np.float32)
