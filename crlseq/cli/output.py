@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -133,12 +131,8 @@ def show_json(value: Any) -> None:
 
 
 def show_text(text: str) -> None:
-    """Lines to stdout; a reader that has seen enough, such as ``head``, ends the command without a fault."""
-    try:
-        print(visible(text), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit from None
+    """Lines to stdout."""
+    print(visible(text), flush=True)
 
 
 def show_paragraph(text: str) -> None:

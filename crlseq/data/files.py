@@ -16,7 +16,7 @@ from zarr.storage import ZipStore
 
 from crlseq.data.hdf5 import open_hdf5, refuse_values_for_groups
 from crlseq.errors import CrlseqError, InputError, few
-from crlseq.storage.files import refuse_links_outside
+from crlseq.storage.files import refuse_links_outside, refuse_special
 
 # Modalities of a MuData file that are the screen, the first that is there.
 EXPRESSION = (
@@ -55,6 +55,7 @@ def readable(source: str, what: str) -> Iterator[None]:
 @contextmanager
 def open_store(path: Path) -> Iterator[Any]:
     """An h5ad file, the modality of an h5mu file with the expression, or a zarr store, as a mapping for `anndata.io.read_elem`."""
+    refuse_special(path)
     try:
         is_folder = path.is_dir()
         if not is_folder:
@@ -165,6 +166,6 @@ def read_cell_ranger(path: Path) -> ad.AnnData:
     import scanpy as sc  # late: seconds to import
 
     if path.is_dir():
-        return sc.read_10x_mtx(path, gex_only=False)
+        return sc.read_10x_mtx(path.absolute(), gex_only=False)
     with open_hdf5(path):
         return sc.read_10x_h5(path, gex_only=False)

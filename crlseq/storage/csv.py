@@ -49,7 +49,8 @@ def read_csv(path: Path, columns: Mapping[str, type], later: Mapping[str, type] 
     # A gene may be called NA: only empty fields are missing values, and only in columns of numbers.
     kinds = {**columns, **(later or {})}
     empty = {name: [""] for name, kind in kinds.items() if kind is float}
-    table: pd.DataFrame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, **EXACT)
+    # Absolute: pandas takes a folder that is called ~ for the home.
+    table: pd.DataFrame = pd.read_csv(path.absolute(), dtype=kinds, keep_default_na=False, na_values=empty, **EXACT)
     if missing := [name for name in columns if name not in table]:
         raise ValueError(f"{path.name} has no column {missing[0]!r}")
     for name in table.select_dtypes(exclude=["number", "bool"]):

@@ -6,6 +6,7 @@ import errno
 import os
 import platform
 import re
+import select
 import stat
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from crlseq.errors import InputError
 # NAME.HOST-PID.tmp is what a process writes to that is to become NAME; earlier versions left out the host, or both.
 _TEMPORARY = re.compile(r"(?:\.(?:(?P<host>[\w-]+)-)?(?P<pid>\d+))?\.tmp$")
 _HOST = re.sub(r"[^\w-]", "-", platform.node())[:40] or "host"
+MAX_TEXT, PATIENCE = 64 << 20, 60.0  # bytes of a list, and seconds until a pipe has its first
 DAY = 86400.0  # seconds after which a temporary file that nobody wrote to is left over, whoever made it
 KINDS = ((stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"))
 NOT_SYNCED = (errno.EACCES, errno.EINVAL, errno.EBADF)  # what systems answer that sync no folders, or these ones
@@ -91,6 +93,30 @@ def refuse_special(path: Path) -> None:
                 raise InputError(f"{path} is a {kind}, not a file.", "Give the path of a file.")
 
 
+def not_for_ever(path: str, flags: int) -> int:
+    """Opener for `open`; OSError for a device, which may have no end, and for a pipe that nobody writes to."""
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    mode, reason = os.fstat(handle).st_mode, ""
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        reason = "it is a device, not a file"
+    elif stat.S_ISFIFO(mode) and not select.select([handle], [], [], PATIENCE)[0]:
+        reason = f"nothing was written to this pipe for {PATIENCE:.0f} seconds"
+    if reason:
+        os.close(handle)
+        raise OSError(errno.EINVAL, reason)
+    os.set_blocking(handle, True)
+    return handle
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 of a file or pipe; OSError if it cannot be read or is larger than `MAX_TEXT`, ValueError if it is no text."""
+    with open(path, "rb", opener=not_for_ever) as file:
+        content = file.read(MAX_TEXT + 1)
+    if len(content) > MAX_TEXT:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_TEXT >> 20} MiB")
+    return content.decode("utf-8-sig")
+
+
 def sync(path: Path) -> None:
     """Have the disk hold what was written, or of a folder the names in it, before anything says that it does."""
     try:
@@ -123,9 +149,10 @@ def refuse_existing(target: Path, force: bool) -> None:
 
 
 def refuse_links_outside(folder: Path) -> None:
-    """Refuse, by `InputError`, a folder with a link that leads out of it: its content would be another's, and harmed."""
+    """Refuse, by `InputError`, a folder with a link that leads out of it, whose content would be another's, or a pipe."""
     inside = folder.resolve()
     for file in sorted(folder.rglob("*")):
+        refuse_special(file)
         if file.is_symlink() and not file.resolve().is_relative_to(inside):
             hint = "Replace the link by a copy of its target."
             raise InputError(f"{file} is a link that leads out of {folder}.", hint)

@@ -46,7 +46,8 @@ NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems w
 
 def partial_of(target: Path) -> Path:
     """Where an unfinished run lies."""
-    return target.with_name(target.name + ".partial")
+    target = target if target.name not in ("", "..") else Path(os.path.abspath(target))
+    return target.parent / f"{target.name}.partial"
 
 
 def refuse_output(target: Path, resume: bool, force: bool) -> None:
