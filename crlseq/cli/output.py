@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crlseq.errors import InputError
+from crlseq.storage.text import to_json, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,15 +24,6 @@ if TYPE_CHECKING:
 
 GAP = 2  # blanks between the columns of a table
 messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-
-
-# What moves a cursor, changes a title or turns the direction of writing: C0 but for tab and line feed, C1, and bidi.
-CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """The text with control characters written out as ``\\x1b``: a name from a file must not steer the terminal."""
-    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def say(text: str) -> None:
@@ -126,8 +117,7 @@ def _blocks(columns: list[tuple[str, bool]], cells: list[list[str]], width: int)
 
 def show_json(value: Any) -> None:
     """JSON to stdout and nothing else there; NaN becomes null."""
-    text = json.dumps(_without_nan(value), indent=1, ensure_ascii=False)
-    show_text(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    show_text(to_json(_without_nan(value)))
 
 
 def show_text(text: str) -> None:

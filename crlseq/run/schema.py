@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
+
+from crlseq.storage.text import to_json
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -307,5 +308,4 @@ class RunInfo(_Part):
 
 def run_json(info: Mapping[str, Any], indent: int | None = None) -> str:
     """``run.json`` as text. The path of the input may not be valid UTF-8; undecodable bytes are escaped."""
-    text = json.dumps(info, indent=indent, ensure_ascii=False)
-    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+    return to_json(info, indent)
