@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 
 from crlseq._version import __version__
+from crlseq.config import Config
 from crlseq.errors import InputError
 from crlseq.run import schema
 from crlseq.run.anndata import anndata_keys, read_cells, set_keys, write_annotated
+from crlseq.run.consistency import check_consistency
 from crlseq.run.graph import ancestry, dag_graph, dag_json, declared_order, graphml
 from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, short, summary_table
@@ -140,7 +142,20 @@ class Run:
         """The fitted model, in evaluation mode on the CPU."""
         from crlseq.storage.checkpoint import build, load_model
 
-        return load_model(self.folder / "model.safetensors") if self.weights is None else build(*self.weights)
+        if self.weights is not None:
+            return build(*self.weights)
+        sizes = len(self.preprocessing.genes), self.facts.n_latents, len(self.interventions)
+        later = ("penetrance",) if self.facts.format == 1 else ()
+        return load_model(self.folder / "model.safetensors", sizes, later)
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration of the fit; InputError if this version does not have it."""
+        try:
+            return Config.model_validate(self.info["config"])
+        except ValueError as error:
+            what = f"The configuration in {self.path or 'this run'}/run.json is not one of this version."
+            raise InputError(what, "Restore it, or fit again.") from error
 
     @cached_property
     def extrapolation(self) -> Extrapolation | None:
@@ -303,6 +318,9 @@ class Run:
             ordered = facts.discovery is not None and facts.discovery.pairs is not None
             pairs = read_csv(folder / PAIRS, schema.PAIR_COLUMNS) if ordered else None
             second = read_csv(folder / SECOND_TARGETS, schema.SECOND_COLUMNS) if ordered else None
+            others = {"pairs": pairs, "second_targets": second, "pathways": pathways}
+            tables = {"programs": programs, "interventions": interventions, "dag": edges, **others}
+            check_consistency(facts, info["preprocessing"]["genes"], tables)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             if writer != __version__:
@@ -311,5 +329,16 @@ class Run:
                     "Fit again with the command in its run.json, or read it with that version.",
                 ) from error
             raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
-        tables = (programs, interventions, edges, history, evaluation)
-        return cls(info, *tables, path=folder, ensemble=ensemble, pathways=pathways, pairs=pairs, second_targets=second)
+        return cls(
+            info,
+            programs,
+            interventions,
+            edges,
+            history,
+            evaluation,
+            path=folder,
+            ensemble=ensemble,
+            pathways=pathways,
+            pairs=pairs,
+            second_targets=second,
+        )

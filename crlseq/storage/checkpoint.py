@@ -39,8 +39,12 @@ class _NoDraws(TorchFunctionMode):
         return args[0] if func in (Tensor.uniform_, Tensor.normal_) else func(*args, **(kwargs or {}))
 
 
-def load_model(path: Path) -> DiscrepancyVAE:
-    """The model from `save_weights`, in evaluation mode on the CPU; InputError if the file is missing or damaged."""
+def load_model(path: Path, sizes: tuple[int, int, int] | None = None, later: tuple[str, ...] = ()) -> DiscrepancyVAE:
+    """The model from `save_weights`, in evaluation mode on the CPU; InputError if the file is missing or damaged.
+
+    ``sizes`` are the numbers of genes, latents and perturbations that it must have, ``later`` the tensors that it may
+    lack, since the version that wrote it did not know them.
+    """
     try:
         with safe_open(path, framework="pt") as handle:
             architecture = json.loads((handle.metadata() or {})["architecture"])
@@ -49,6 +53,12 @@ def load_model(path: Path) -> DiscrepancyVAE:
             expected = DiscrepancyVAE(**architecture).state_dict()
         if odd := [name for name in state if name not in expected or state[name].shape != expected[name].shape]:
             raise ValueError(f"{odd[0]} does not have the expected shape")
+        if missing := [name for name in expected if name not in state and name not in later]:
+            raise ValueError(f"{missing[0]} is missing")
+        if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+            raise ValueError(f"{broken[0]} has a value that is no number")
+        if sizes not in (None, tuple(architecture[name] for name in ("n_genes", "n_latents", "n_perturbations"))):
+            raise ValueError("it is the model of another run")
         return build(state, architecture)
     except Exception as error:  # safetensors raises its own type, torch and JSON many
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
