@@ -231,7 +231,7 @@ def _test(job: Job, screen: Screen) -> Tested:
     job.progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, seed)
     stages = StageCache(job.folder, hashlib.sha256(screen.identity.to_json().encode()).hexdigest())
-    tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed))
+    tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed, job.progress.note))
     undone = stages.get("negative controls", lambda: undone_effects(data, projection.scores, seed))
     return Tested(data, projection, tests, undone, stages)
 
