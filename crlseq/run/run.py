@@ -125,7 +125,11 @@ class Run:
         """What was done to the values, and can be done to those of other cells."""
         from crlseq.data.preprocess import Preprocessing
 
-        return Preprocessing.from_json(self.info["preprocessing"])
+        try:
+            return Preprocessing.from_json(self.info["preprocessing"])
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            what = f"The run folder {self.path} is damaged: preprocessing in run.json cannot be read."
+            raise InputError(what, "Restore it, or fit again.") from error
 
     @cached_property
     def dag(self) -> nx.DiGraph[str]:

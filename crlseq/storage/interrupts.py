@@ -21,7 +21,8 @@ from crlseq.storage.hdf5 import Target
 INTERRUPTED = 130
 AGAIN, PATIENCE = 0.5, 4.0  # seconds
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# HDF5 takes an exception in these for a disk that failed, and crashes later: the interrupt comes again.
+# Code that is called by C code in the middle of something: the interrupt comes again. HDF5 takes an exception in these for
+# a disk that failed, and crashes later.
 NOT_HERE = {own.__code__ for own in vars(Target).values() if isinstance(getattr(own, "__code__", None), CodeType)}
 SHOW_CURSOR = b"\x1b[?25h"  # progress bars hide it
 

@@ -115,6 +115,12 @@ def test_weights_of_another_run(run: Path, screen_file: Path, tmp_path: Path) ->
         _ = crlseq.load(run).model
 
 
+def test_a_record_of_the_preprocessing_that_is_not_whole(run: Path, tmp_path: Path) -> None:
+    in_json(lambda i: i["preprocessing"].pop("n_silent_genes"))(run)
+    answer = invoke("predict", run, "-p", "g0", "-o", tmp_path / "virtual.h5ad")
+    check_refusal(answer.code, answer.out, answer.err, 3, "preprocessing in run.json cannot be read")
+
+
 def test_a_configuration_of_another_version(run: Path, tmp_path: Path) -> None:
     in_json(lambda i: i["config"]["data"].update(values="zzz"))(run)
     answer = invoke("predict", run, "-p", "g0", "-o", tmp_path / "virtual.h5ad")
