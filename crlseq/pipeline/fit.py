@@ -311,7 +311,8 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     if start.warm is not None and start.warm.discovery.hit is not None:
         cells["crlseq_hit"] = start.warm.discovery.hit
     run = replace(run, info=info, cells=cells, map=found)
-    combined = "" if run.interactions is None else combinations_in_words(run.facts)
+    law = run.facts.combinations
+    combined = combinations_in_words(run.facts) if law is not None and law.fitted else ""
     for words in filter(None, (sets_in_words(run.facts), combined)):
         progress.note(words)
     return run
