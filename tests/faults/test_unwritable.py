@@ -35,7 +35,7 @@ def writing(screen: Path, run: Path, out: Path) -> list[list[Any]]:
     return [
         ["fit", screen, "--output", out / "OTHER", *LINEAR],
         ["prepare", screen, "--output", out / "STORE"],
-        ["predict", run, "-p", "g0+g1", "--output", out / "virtual.h5ad"],
+        ["predict", run, "-p", "g0", "--output", out / "virtual.h5ad"],
         *(["export", run, "--format", name, "--output", out / name] for name in ("h5ad", "csv", "graphml")),
         ["report", run, "--output", out / "page.html"],
         ["evaluate", run, "--output", out / "found.csv"],
@@ -204,7 +204,7 @@ def test_on_a_full_disk(screen_file: Path, linear_folder: Path, mounted: Path, r
 
 
 GROWN = {
-    "predict": ["predict", "{run}", "-p", "g0+g1", "--output", "{out}/virtual.h5ad"],
+    "predict": ["predict", "{run}", "-p", "g0", "--output", "{out}/virtual.h5ad"],
     "simulate": ["simulate", "--n-genes", "300", "--output", "{out}/simulated.h5ad"],
     **{
         name: ["export", "{run}", "--format", name, "--output", f"{{out}}/x.{name}"]
