@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -272,10 +272,10 @@ def _refusal(error: ValidationError) -> UsageError:
     return UsageError(f"Option {name} is {first['input']!r}; it must be {reason}.", HELP)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, opener: Callable[[str, int], int] | None = None) -> dict[str, Any]:
     """Contents of a configuration file, which is refused by `InputError` if it cannot be read or is not TOML."""
     try:
-        with path.open("rb") as handle:
+        with open(path, "rb", opener=opener) as handle:
             text = handle.read(MAX_TOML + 1)
         if len(text) > MAX_TOML:
             raise InputError(f"The configuration {path} has more than {MAX_TOML >> 10} KiB.", "Check the path.")

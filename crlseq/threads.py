@@ -1,13 +1,16 @@
-"""How many threads to compute on, and what is made ahead in one of them."""
+"""How many threads to compute on, what is made ahead in one of them, and how far a long computation is."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+SILENCE = 30.0  # seconds after which a long computation says how far it is
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -57,3 +60,14 @@ def in_parallel(make: Callable[[Item], Made], items: Iterable[Item], threads: in
         return
     with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool, on_threads(1):
         yield from pool.map(make, items)
+
+
+def told(items: Iterable[Item], n: int, what: str, note: Callable[[str], None]) -> Iterator[Item]:
+    """The n items, with a note on how many there were and how long the rest takes whenever `SILENCE` has passed."""
+    start = last = time.monotonic()
+    for i, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= SILENCE and i < n:
+            last, left = now, (now - start) / i * (n - i)
+            note(f"{i} of {n} {what}; about {left:.0f} s to go.")

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from crlseq.threads import ahead, on_threads
+from crlseq.threads import ahead, on_threads, told
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -47,3 +47,15 @@ def test_what_fails_is_raised_where_it_would_have_come(threads: int) -> None:
             used.extend(ahead(make, range(4)))
         assert torch.get_num_threads() == threads
     assert used == [0, 1]
+
+
+def test_a_long_computation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items of 20 s each: a note after the second, third and so on of five, but not after the last."""
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr("crlseq.threads.time.monotonic", lambda: next(clock))
+    said: list[str] = []
+    assert [*told("abcde", 5, "letters read", said.append)] == [*"abcde"]
+    assert said == ["2 of 5 letters read; about 60 s to go.", "4 of 5 letters read; about 20 s to go."]
+    said.clear()
+    monkeypatch.setattr("crlseq.threads.time.monotonic", lambda: 0.0)
+    assert [*told("ab", 2, "letters read", said.append)] == ["a", "b"] and said == []

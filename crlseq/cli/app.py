@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -16,12 +15,13 @@ from crlseq.cli.cite import cite
 from crlseq.cli.evaluate import evaluate
 from crlseq.cli.export import export, plot, report
 from crlseq.cli.fit import fit, prepare, rerun
+from crlseq.cli.options import at_the_shell
 from crlseq.cli.output import say
 from crlseq.cli.predict import predict
 from crlseq.cli.simulate import benchmark, simulate
-from crlseq.errors import CrlseqError
+from crlseq.cli.streams import suit_streams
+from crlseq.errors import CrlseqError, InputError, UsageError
 from crlseq.storage import interrupts
-from crlseq.storage.files import UNFINISHED
 
 app = typer.Typer(
     name="crlseq",
@@ -52,8 +52,14 @@ def _main(
         os.environ["CRLSEQ_DEBUG"] = "1"
 
 
+# Address space in which libraries can be loaded at all: with torch, and without.
+WITH_TORCH, SMALL = 1280 << 20, 512 << 20
 for command in (check, prepare, fit, predict, evaluate, export, report, rerun, plot, simulate, benchmark, cite):
     app.command()(command)
+for known in (*app.registered_commands, *inspect.app.registered_commands):
+    assert known.callback is not None
+    heavy = known.callback in (prepare, fit, predict, evaluate, rerun, benchmark)
+    known.callback = at_the_shell(known.callback, WITH_TORCH if heavy else SMALL)
 app.add_typer(inspect.app, name="inspect")
 
 FAREWELL = "Interrupted. The same command with --resume continues an unfinished fit."
@@ -63,24 +69,23 @@ def main() -> None:
     """Entry point of ``crlseq``, ``scanpy crlseq`` and ``python -m crlseq``."""
     # Before torch loads: threads that spin while they wait make a fit ten times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
-        sys.stdout.reconfigure(errors="backslashreplace")
+    suit_streams()
     with interrupts.watched(FAREWELL):
-        code = _run()
-        if UNFINISHED.is_set():
-            # HDF5 crashes when Python ends and closes a file for which the disk had no room.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
+        sys.exit(_run())
 
 
 def _run() -> int:
     """Run the command, say what went wrong, and give the exit code."""
     try:
-        # Not standalone: click would turn an interrupt into exit code 1. Not `app` itself: it puts a hook of its own in
-        # the place of the one for exceptions that nobody caught.
+        if sys.flags.optimize > 1:
+            raise UsageError("crlseq does not run under python -OO: anndata needs its docstrings.", "Use python -O.")
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            raise InputError("The working folder was removed.", "Change to one that exists.") from None
+        # Not standalone: click would turn an interrupt into exit code 1.
         code = typer.main.get_command(app)(prog_name="crlseq", standalone_mode=False)
+        sys.stdout.flush()
         if code == interrupts.INTERRUPTED:  # which click makes of an interrupt
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0

@@ -102,6 +102,7 @@ def plot(
     mpl.use("Agg")
     from crlseq import plotting
     from crlseq.storage.files import written_whole
+    from crlseq.storage.text import escaped
 
     axes = getattr(plotting, kind)(found, **options)
     # Text stays text, and equal runs give equal files.
@@ -113,6 +114,8 @@ def plot(
     ):
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # shown as a box
         axes.figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=stamp)
+        if suffix == ".svg":  # whose texts are names
+            file.write_text(escaped(file.read_text(encoding="utf-8")), encoding="utf-8")
     say(f"{kind}: {output}")
     if kind in ("dag", "pairs"):
         say_verdict(found)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import resource
 from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -14,6 +16,7 @@ from rich.markup import escape
 
 from crlseq.config import SECTIONS, Config, make_config, read_toml
 from crlseq.errors import InputError
+from crlseq.storage.files import not_for_ever, read_text
 
 if TYPE_CHECKING:
     from crlseq.pipeline.fitted import FittedRun
@@ -43,6 +46,34 @@ RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=Fals
 AsJson = Annotated[bool, switch("--json", "Print JSON to stdout.")]
 Force = Annotated[bool, switch("--force", "Replace what exists at --output.")]
 Quiet = Annotated[bool, switch("--quiet", "Print errors only.", "-q")]
+
+
+def at_the_shell(command: Command, memory: int) -> Command:
+    """The command as it is called from a shell: ``~`` is expanded, here and nowhere else, and memory must do for imports.
+
+    Where the address space is smaller, libraries abort or wait for ever while they are loaded.
+    """
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY and limit < memory:
+            what = f"The memory of a process is limited to {limit >> 20} MiB, and the command needs {memory >> 20} MiB."
+            raise InputError(what, "Raise the limit: ulimit -v unlimited.")
+        command(**{name: _expanded(value) for name, value in given.items()})
+
+    return called
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(each) for each in value]
+    if not isinstance(value, Path):
+        return value
+    try:
+        return value.expanduser()
+    except RuntimeError:  # of a user that does not exist
+        return value
 
 
 def load(run: Path) -> FittedRun:
@@ -130,7 +161,7 @@ def read_config(given: Mapping[str, Any], preset: str | None = None, file: Path 
     Raises `InputError` if the file or a list of names cannot be read, and `UsageError` for a value out of range.
     """
     options = {name: _value(name, value) for name, value in given.items() if value not in (None, [])}
-    return make_config(preset, read_toml(file) if file else None, **options)
+    return make_config(preset, read_toml(file, not_for_ever) if file else None, **options)
 
 
 def _value(name: str, value: Any) -> Any:
@@ -149,9 +180,10 @@ def _lines(path: Path) -> tuple[str, ...]:
     """Genes in a text file: one per line, without comments and repetitions."""
     hint = "Give a text file with one gene per line."
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The gene list {path} cannot be read: {error}.", hint) from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"The gene list {path} cannot be read: {why}.", hint) from None
     found = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not found:
         raise InputError(f"The gene list {path} is empty.", hint)

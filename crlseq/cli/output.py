@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from crlseq.errors import InputError
+from crlseq.storage.text import to_json, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,15 +24,6 @@ if TYPE_CHECKING:
 
 GAP = 2  # blanks between the columns of a table
 messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-
-
-# What moves a cursor, changes a title or turns the direction of writing: C0 but for tab and line feed, C1, and bidi.
-CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """The text with control characters written out as ``\\x1b``: a name from a file must not steer the terminal."""
-    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def say(text: str) -> None:
@@ -56,6 +45,7 @@ def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: 
 
     It may be no folder where a file is wanted, nor a part of a run other than `replaceable`, nor exist unless `force`.
     """
+    from crlseq.storage.files import refuse_special
     from crlseq.storage.runfolder import refuse_part_of_run
 
     try:
@@ -64,6 +54,7 @@ def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: 
         raise InputError(f"{output} cannot be written: {error.strerror}.", "Choose another --output.") from None
     if is_folder and not folder:
         raise InputError(f"{output} is a folder.", "Name a file to write.")
+    refuse_special(output)
     if output.name != replaceable:
         refuse_part_of_run(output)
     if exists and not force:
@@ -126,17 +117,12 @@ def _blocks(columns: list[tuple[str, bool]], cells: list[list[str]], width: int)
 
 def show_json(value: Any) -> None:
     """JSON to stdout and nothing else there; NaN becomes null."""
-    text = json.dumps(_without_nan(value), indent=1, ensure_ascii=False)
-    show_text(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    show_text(to_json(_without_nan(value)))
 
 
 def show_text(text: str) -> None:
-    """Lines to stdout; a reader that has seen enough, such as ``head``, ends the command without a fault."""
-    try:
-        print(visible(text), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit from None
+    """Lines to stdout."""
+    print(visible(text), flush=True)
 
 
 def show_paragraph(text: str) -> None:

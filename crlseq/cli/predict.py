@@ -36,6 +36,7 @@ def predict(
     """Predict the effect of perturbations, alone or in combination, on control cells."""
     from crlseq.prediction.predict import predict as predict_cells
     from crlseq.storage.files import written_whole
+    from crlseq.storage.hdf5 import write_h5ad
 
     found = load(run)
     refuse_output(output, force)
@@ -48,7 +49,7 @@ def predict(
         note=lambda text: tell(f"note: {text}"),
     )  # fmt: skip
     with written_whole(output) as beside:
-        virtual.write_h5ad(beside)
+        write_h5ad(virtual, beside)
     about = virtual.uns["crlseq_prediction"]
     if json:
         rows = about["summary"].reset_index().to_dict("records")

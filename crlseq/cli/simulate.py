@@ -57,6 +57,7 @@ def simulate(
     options |= {name: _bounds(options[name], name) for name in RANGES}
     from crlseq.data.simulate import simulate as simulate_screen
     from crlseq.storage.files import written_whole
+    from crlseq.storage.hdf5 import write_h5ad
 
     refuse_output(output, force)
     try:
@@ -64,7 +65,7 @@ def simulate(
     except ValueError as error:
         raise UsageError(str(error), "See `crlseq simulate --help`.") from None
     with written_whole(output) as beside:
-        adata.write_h5ad(beside, compression="gzip")
+        write_h5ad(adata, beside, "gzip")
     say(f"{adata.n_obs} cells x {adata.n_vars} genes: {output}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -87,7 +88,8 @@ def _from_text(path: Path) -> tuple[pd.Index, np.ndarray]:
         bare = len(first) > 1 and all(map(_is_number, first[1:])) and first[0].strip(' "') and not numbered
         header = None if bare else 0
         # A gene may be called NA.
-        table = pd.read_csv(path, sep=separator, header=header, keep_default_na=False, dtype={0: str, first[0]: str})
+        kinds: dict[Any, type] = {0: str, first[0]: str}
+        table = pd.read_csv(path.absolute(), sep=separator, header=header, keep_default_na=False, dtype=kinds)
     except (OSError, UnicodeDecodeError, ValueError, pd.errors.ParserError) as error:
         detail = str(error).splitlines()[0][:200].rstrip(".")
         raise InputError(f"The embeddings {path} cannot be read: {detail}.", HINT) from None

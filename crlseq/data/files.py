@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import h5py
 import zarr
 from zarr.storage import ZipStore
 
-from crlseq.data.hdf5 import refuse_traps, refuse_values_for_groups
+from crlseq.data.hdf5 import open_hdf5, refuse_values_for_groups
 from crlseq.errors import CrlseqError, InputError, few
-from crlseq.storage.files import refuse_links_outside
+from crlseq.storage.files import refuse_links_outside, refuse_special
 
 # Modalities of a MuData file that are the screen, the first that is there.
 EXPRESSION = (
@@ -55,6 +55,7 @@ def readable(source: str, what: str) -> Iterator[None]:
 @contextmanager
 def open_store(path: Path) -> Iterator[Any]:
     """An h5ad file, the modality of an h5mu file with the expression, or a zarr store, as a mapping for `anndata.io.read_elem`."""
+    refuse_special(path)
     try:
         is_folder = path.is_dir()
         if not is_folder:
@@ -66,19 +67,15 @@ def open_store(path: Path) -> Iterator[Any]:
     if is_folder or zipfile.is_zipfile(path):
         yield zarr_store(path)
         return
-    try:
-        if not h5py.is_hdf5(path):
-            raise InputError(f"{path} is not a file that crlseq reads.", _conversion(path))
-        handle = h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"{path} cannot be opened: {error}.", "It may be cut short; copy it again.") from None
-    with handle:
+    if not h5py.is_hdf5(path):
+        raise InputError(f"{path} is not a file that crlseq reads.", _conversion(path))
+    with ExitStack() as opened:
         with readable(str(path), "the file"):
+            handle = opened.enter_context(open_hdf5(path))
             if "obs" not in handle or "var" not in handle:
                 raise InputError(
                     f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", _conversion(path, handle)
                 )
-            refuse_traps(handle, path)  # what damage or a stranger put there, and readers would follow
             screen = _expression_modality(handle, path) if handle.attrs.get("encoding-type") == "MuData" else handle
             refuse_values_for_groups(screen, path)
         yield screen
@@ -157,7 +154,9 @@ def is_cell_ranger(path: Path) -> bool:
         if not path.is_file() or not h5py.is_hdf5(path):
             return False
         with h5py.File(path, "r") as handle:
-            return "obs" not in handle and isinstance(handle.get("matrix/barcodes"), h5py.Dataset)
+            # The kind of link first: what an external one names may be a pipe, on which opening it waits.
+            links = (handle.get(name, getlink=True) for name in ("matrix", "matrix/barcodes"))
+            return "obs" not in handle and all(isinstance(link, h5py.HardLink) for link in links)
     except (OSError, RuntimeError):  # the latter of damaged files
         return False
 
@@ -167,5 +166,6 @@ def read_cell_ranger(path: Path) -> ad.AnnData:
     import scanpy as sc  # late: seconds to import
 
     if path.is_dir():
-        return sc.read_10x_mtx(path, gex_only=False)
-    return sc.read_10x_h5(path, gex_only=False)
+        return sc.read_10x_mtx(path.absolute(), gex_only=False)
+    with open_hdf5(path):
+        return sc.read_10x_h5(path, gex_only=False)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from crlseq.data.names import GeneNames, naming
 from crlseq.errors import InputError
+from crlseq.storage.files import not_for_ever, written_beside
 
 MIN_FITTED = 5  # fitted genes of a set whose activity is told from a single gene's
 MAX_LINE, MAX_FILE = 4_000_000, 500_000_000  # bytes: ten times what the largest collections take
@@ -49,9 +50,8 @@ class GeneSets:
     def write(self, path: Path) -> None:
         """As a gmt file, from which `fitted_sets` makes the same units again."""
         text = "".join("\t".join([name, about, *genes]) + "\n" for name, about, genes in self.lines)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(text, encoding="utf-8", newline="\n")
-        beside.replace(path)
+        with written_beside(path) as beside:
+            beside.write_text(text, encoding="utf-8", newline="\n")
 
 
 def fitted_sets(path: Path, genes: GeneNames) -> GeneSets:
@@ -109,7 +109,7 @@ def read_gmt(path: Path) -> Iterator[tuple[str, str, list[str]]]:
     """
     at, read, number = dict[str, int](), 0, 0
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=not_for_ever) as file:
             while line := file.readline(MAX_LINE + 1):
                 number, read = number + 1, read + len(line)
                 where = f"Line {number} of {path}"

@@ -14,6 +14,7 @@ from crlseq.data.controls import is_control_name
 from crlseq.data.files import is_cell_ranger, open_store, readable
 from crlseq.data.guide_names import CONTROL
 from crlseq.errors import InputError
+from crlseq.storage.files import read_text
 
 TARGETS = "genetic_perturbations"  # of uns, by genetic_perturbation_id, as CELLxGENE has them
 ID_KEY = "genetic_perturbation_id"
@@ -29,9 +30,10 @@ def read_guide_map(path: str | Path) -> dict[str, str]:
     InputError if it cannot be read, a line has not two fields, or a guide is given two genes.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(Path(path)).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The guide map {path} cannot be read: {error}.", "Give a text file.") from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"The guide map {path} cannot be read: {why}.", "Give a text file.") from None
     genes: dict[str, str] = {}
     mark = "\t" if any("\t" in line for line in lines) else ","
     for number, line in enumerate(lines, 1):

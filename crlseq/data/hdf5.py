@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import struct
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,20 @@ EXPANSION, SMALL = 1100, 1 << 26  # deflate's limit is 1,032; and bytes that do 
 DAMAGED = "It is damaged; copy or download it again."
 
 
-def refuse_traps(handle: h5py.File, path: Path) -> None:
-    """Refuse a file that takes data from other files, has a group within itself, or a heap that never ends."""
-    if handle.id.get_create_plist().get_sizes() == (8, 8):  # as everybody writes them
-        _refuse_endless_heaps(path)
-    _refuse_odd_links(handle, path)
+@contextmanager
+def open_hdf5(path: Path) -> Iterator[h5py.File]:
+    """The file, to be read; InputError if it cannot be opened, takes data from elsewhere, has a group within itself, or a
+    heap that never ends.
+    """
+    try:
+        handle = h5py.File(path, "r")
+    except OSError as error:
+        raise InputError(f"{path} cannot be opened: {error}.", "It may be cut short; copy it again.") from None
+    with handle:
+        if handle.id.get_create_plist().get_sizes() == (8, 8):  # as everybody writes them
+            _refuse_endless_heaps(path)
+        _refuse_odd_links(handle, path)
+        yield handle
 
 
 def refuse_claims(element: Any, path: Path) -> None:
@@ -54,27 +64,54 @@ def _refuse_endless_heaps(path: Path) -> None:
     (HDF5 File Format Specification, III.E).
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start = content.find(HEAP)
-        while start >= 0:
-            size = HEAP_SIZE.unpack_from(content, start)[0] if start + HEAP_SIZE.size <= len(content) else 0
-            place, end = start + HEAP_SIZE.size, min(start + size, len(content))
-            while place + OBJECT.size <= end:
-                index, length = OBJECT.unpack_from(content, place)
-                step = (OBJECT.size + (length + 7) // 8 * 8 if index else length) % 2**64
-                if step == 0:
-                    raise InputError(f"{path} has a text heap that never ends.", DAMAGED)
-                place += step
-            start = content.find(HEAP, start + 1)
+        for heaps in _overlapping(_heaps(content)):
+            seen = set[int]()
+            # From the one that ends last on: where another one has been before, it was on its way to no earlier end.
+            for start, end in sorted(heaps, key=lambda heap: -heap[1]):
+                place = start + HEAP_SIZE.size
+                while place + OBJECT.size <= end and place not in seen:
+                    if len(heaps) > 1:
+                        seen.add(place)
+                    index, length = OBJECT.unpack_from(content, place)
+                    step = (OBJECT.size + (length + 7) // 8 * 8 if index else length) % 2**64
+                    if step == 0:
+                        raise InputError(f"{path} has a text heap that never ends.", DAMAGED)
+                    place += step
+
+
+def _heaps(content: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """Start and end of what has the signature of a heap, by start."""
+    start = content.find(HEAP)
+    while start >= 0:
+        if start + HEAP_SIZE.size <= len(content):
+            yield start, min(start + HEAP_SIZE.unpack_from(content, start)[0], len(content))
+        start = content.find(HEAP, start + 1)
+
+
+def _overlapping(heaps: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Heaps that overlap, together. Whole files have none; in a strange one each place is looked at once."""
+    group, reach = list[tuple[int, int]](), 0
+    for start, end in heaps:
+        if group and start >= reach:
+            yield group
+            group, reach = [], 0
+        group.append((start, end))
+        reach = max(reach, end)
+    if group:
+        yield group
 
 
 def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
-    """HDF5 can take data from any file that the user may read, and readers go round in a group within itself."""
-    around, seen = set[int](), set[int]()  # addresses of the groups that we are in, and of all
+    """HDF5 can take data from any file that the user may read, and readers go round in a group within itself.
 
-    def look(name: str, item: Any) -> None:
+    Soft links are followed once it is known that none can lead to another file.
+    """
+    around, seen, soft = set[int](), set[int](), list[str]()  # addresses of the groups that we are in, and of all
+
+    def look(name: str, item: Any, follow: bool) -> None:
         if isinstance(item, h5py.Dataset):
-            elsewhere = item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())
-            _refuse_outside(bool(item.external or elsewhere), path, name)
+            # A virtual one may take its values from others of the same file, and these from it: HDF5 then crashes.
+            _refuse_outside(bool(item.external or item.is_virtual), path, name)
         if not isinstance(item, h5py.Group):
             return
         address = h5py.h5o.get_info(item.id).addr
@@ -85,17 +122,23 @@ def _refuse_odd_links(handle: h5py.File, path: Path) -> None:
         seen.add(address)
         around.add(address)
         for child in item:
-            link = item.get(child, getlink=True)
+            link, place = item.get(child, getlink=True), f"{name}/{child}".lstrip("/")
             _refuse_outside(isinstance(link, h5py.ExternalLink), path, name)
-            inner = None
-            with suppress(KeyError, OSError, RuntimeError) if isinstance(link, h5py.SoftLink) else nullcontext():
-                inner = item[child]  # a soft link may lead nowhere
-            look(f"{name}/{child}".lstrip("/"), inner)
+            if isinstance(link, h5py.HardLink):
+                look(place, item[child], follow)
+                continue
+            soft.append(place)
+            with suppress(KeyError, OSError, RuntimeError):  # it may lead nowhere
+                if follow:
+                    look(place, item[child], follow)
         around.remove(address)
 
-    look("/", handle)
+    look("/", handle, follow=False)
+    if soft:
+        seen.clear()
+        look("/", handle, follow=True)
 
 
 def _refuse_outside(elsewhere: bool, path: Path, name: str) -> None:
     if elsewhere:
-        raise InputError(f"{path} reads {name!r} from another file.", "Write it again with anndata.")
+        raise InputError(f"{path} reads {name!r} from another file or array.", "Write it again with anndata.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from crlseq.data.store import StoredMatrix, read_manifest
 from crlseq.errors import InputError
 
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
+MAX_NAME = 1000  # characters
 BLOCK_VALUES = 20_000_000  # dense values in a block: 160 MB in float64
 N_STRETCHES, MAX_STRETCH = 40, 2000  # of a sample, and cells of one
 RAW = "raw"  # as a layer: ``.raw``, values before genes were chosen and scaled
@@ -223,6 +224,7 @@ def _checked(
     cells, cell_note = unique_names(obs.index, "cell")
     genes, gene_note = unique_names(var.index, "gene")
     for names, kind in ((cells, "cell"), (genes, "gene")):
+        refuse_long(list(names), f"{source}: a {kind}")
         odd = next((name for name in map(str, names) if NO_TEXT.search(name)), None)
         if odd is not None:
             raise InputError(f"{source}: the {kind} name {odd!r} is not valid text.", "Rename it in UTF-8 without NUL.")
@@ -241,9 +243,16 @@ def _checked(
     return replace(screen, var=screen.var.loc[own.index], genes=own.index, notes=(*screen.notes, note))
 
 
+def refuse_long(names: Sequence[str], what: str) -> None:
+    """Refuse, by `InputError`, names so long that tables of them would not fit in memory."""
+    if (longest := max(names, key=len, default="")) and len(longest) > MAX_NAME:
+        message = f"{what} name has {len(longest)} characters: {longest[:20]!r} and so on."
+        raise InputError(message, f"Use names of at most {MAX_NAME} characters.")
+
+
 def unique_names(index: pd.Index, kind: str) -> tuple[pd.Index, str]:
     """The names as texts, repeated ones numbered as anndata does, and a sentence on that; empty if there are none."""
-    names = pd.Index(np.asarray(index).astype(str))
+    names = pd.Index([str(name) for name in index], dtype=object)  # numpy's strings take the room of the longest
     if names.is_unique:
         return names, ""
     repeated = names[names.duplicated()]

@@ -21,7 +21,7 @@ from crlseq.data.controls import find_controls, is_control_name, is_named, is_ne
 from crlseq.data.guide_names import recognised
 from crlseq.data.label_rules import GUIDE_LABELS, JOINED, PLAIN, STYLE_OF, Ints, Rules
 from crlseq.data.label_rules import Perturbations as Perturbations
-from crlseq.data.matrix import NO_TEXT
+from crlseq.data.matrix import NO_TEXT, refuse_long
 from crlseq.errors import InputError, few
 
 _SAMPLES = re.compile(r"(?:^|[^a-z])(?:sample|batch|replicate|donor|lane|well|plate|orig\.ident)", re.IGNORECASE)
@@ -57,6 +57,7 @@ def read_perturbations(
         raise _nothing_found(obs, key, controls, [reading for reading, _ in readings])
     usable, guides = _without_guides(usable, measured)
     chosen = usable[0]
+    refuse_long(chosen.names, f"'{chosen.key}': a perturbation")
     same_column = [reading for reading in usable if reading.key == chosen.key]
     if len(same_column) > 1:
         _refuse_two_readings(same_column, obs)

@@ -35,7 +35,7 @@ from crlseq.data.store import MANIFEST, Manifest, files_of, read_manifest, sha25
 from crlseq.data.storewriter import Buckets, write_matrix, write_tables
 from crlseq.data.values import Scan, kind_of_values
 from crlseq.errors import InputError
-from crlseq.storage.files import refuse_existing
+from crlseq.storage.files import final_name, refuse_existing, refuse_special, written_beside
 from crlseq.storage.runfolder import locked, move_into_place, partial_of, working_folder
 
 INPUT_KEY = "crlseq_input"  # column of obs: which of several files a cell is of
@@ -125,9 +125,11 @@ def prepare(
     plan = _plan(paths, options, seed)
     for text in (*plan.notes, plan.labels.reason):
         note(text)
-    with working_folder(partial, resume=True):
+    with working_folder(target, resume=True):
         if not resume:
             _empty(partial)
+        if (partial / "store" / MANIFEST).exists():  # whole, or after a kill the one that it replaced
+            shutil.rmtree(partial / "store")
         progress = _Progress(partial / "progress.json", identity)
         buckets = Buckets(partial / "buckets", len(plan.obs), len(plan.var), plan.dtype, progress.buckets)
         kind = _distribute(plan, buckets, progress, stage)
@@ -140,11 +142,16 @@ def prepare(
 
 def _refuse_output(target: Path, resume: bool, force: bool) -> None:
     partial = partial_of(target)
+    refuse_special(target)
     refuse_existing(target, force)
     empty = target.is_dir() and not any(target.iterdir())
     if os.path.lexists(target) and not (target / MANIFEST).is_file() and not empty:
         raise InputError(f"{target} exists, is not a crlseq store and is left alone.", "Choose another --output.")
-    foreign = sorted(file.name for file in partial.iterdir() if file.name not in PARTS) if partial.is_dir() else []
+    foreign = (
+        sorted(file.name for file in partial.iterdir() if final_name(file.name) not in PARTS)
+        if partial.is_dir()
+        else []
+    )
     if foreign or (partial.exists() and not partial.is_dir()):
         raise InputError(f"{partial} is not an unfinished crlseq store and is left alone.", "Choose another --output.")
     if partial.exists() and not (resume or force):
@@ -240,9 +247,8 @@ class _Progress:
         self.files, self.buckets, self.shards = (self.done[name] for name in ("files", "buckets", "shards"))
 
     def save(self) -> None:
-        beside = self.path.with_name(self.path.name + ".tmp")
-        beside.write_text(json.dumps(self.done), encoding="utf-8")
-        os.replace(beside, self.path)
+        with written_beside(self.path) as beside:
+            beside.write_text(json.dumps(self.done), encoding="utf-8")
 
 
 def _distribute(plan: _Plan, buckets: Buckets, progress: _Progress, stage: Callable[[str], None]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.store import files_of, read_manifest, verify
 from crlseq.errors import InputError
+from crlseq.storage.files import refuse_special
 
 
 def state_of(source: str | Path | ad.AnnData) -> list[tuple[str, int, int, int, int]]:
@@ -48,6 +49,7 @@ def digest_of(source: str | Path | ad.AnnData) -> str:
     path = Path(source)
     if read_manifest(path) is not None:
         return verify(path)
+    refuse_special(path)
     digest = hashlib.sha256()
     for file in files_of(path):
         if path.is_dir():

@@ -24,6 +24,7 @@ import zarr
 from numcodecs import Blosc
 
 from crlseq.errors import InputError
+from crlseq.storage.text import to_json
 
 MANIFEST = "crlseq.json"
 FORMAT = 1
@@ -52,7 +53,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """As it lies at the root of the store."""
-        return json.dumps({"format": FORMAT, **vars(self)}, indent=1, ensure_ascii=False) + "\n"
+        return to_json({"format": FORMAT, **vars(self)}) + "\n"
 
 
 def read_manifest(source: Any) -> Manifest | None:

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from crlseq.config import Config
 from crlseq.data.guides import with_guide_labels
 from crlseq.data.label_rules import STRATEGY_KEY, Perturbations
 from crlseq.data.matrix import Screen, open_screen
@@ -142,7 +141,7 @@ def _read_own(run: Run) -> _Table:
 def _read_other(run: Run, data: str | Path | ad.AnnData, notes: list[str]) -> _Table:
     record, key = run.preprocessing, run.facts.perturbation_key
     with open_screen(data, record.layer) as screen:
-        config = Config.model_validate(run.info["config"]).data
+        config = run.config.data
         obs = with_guide_labels(screen, data, config, key, run.facts.control_label)
         if key not in obs:
             raise InputError(

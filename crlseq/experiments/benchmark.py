@@ -150,7 +150,7 @@ def benchmark(
         table = _table(rows)
         summary = summarise(table)
         _write_table(place / "summary.csv", summary)
-        supports = [pd.read_csv(path) for path in sorted((place / "supports").glob("*.csv"))]
+        supports = [pd.read_csv(path.absolute()) for path in sorted((place / "supports").glob("*.csv"))]
         if supports:
             _write_table(place / "calibration.csv", calibration(pd.concat(supports)))
         figure = draw(table)
@@ -354,7 +354,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        table: pd.DataFrame = pd.read_csv(path, dtype={"verdict": object, "error": object}, **EXACT)
+        table: pd.DataFrame = pd.read_csv(path.absolute(), dtype={"verdict": object, "error": object}, **EXACT)
         if tuple(table.columns) != COLUMNS:
             raise ValueError("its columns differ")
     except (OSError, ValueError) as error:

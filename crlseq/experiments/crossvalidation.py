@@ -110,7 +110,7 @@ def over_folds(table: pd.DataFrame) -> pd.DataFrame:
 def make_folds(labels: Perturbations, run: Run, folds: int, splits: Sequence[str]) -> list[Fold]:
     """Which cells each fold fits and judges: none does both, and all cells of a condition held out whole are judged."""
     rng = np.random.default_rng([run.facts.seed, 11])
-    selection = select_conditions(labels, Config.model_validate(run.info["config"]).data)
+    selection = select_conditions(labels, run.config.data)
     order = np.array([len(parts) for parts in labels.conditions])
     never = selection.held_out & (order > 0)  # by the run itself
     usable = (selection.fitted & (order > 0)) | never
@@ -152,7 +152,7 @@ def default_splits(run: Run, labels: Perturbations) -> tuple[str, ...]:
 
 def fold_config(run: Run, labels: Perturbations) -> Config:
     """The run's configuration for cells that are all to be fitted, with the labels read as they were."""
-    config = Config.model_validate(run.info["config"])
+    config = run.config
     data = config.data.model_copy(update={
         "perturbation_key": run.facts.perturbation_key, "guide_key": None, "guide_counts": None, "guide_map": None,
         "control_label": run.facts.controls,

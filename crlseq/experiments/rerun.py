@@ -128,7 +128,7 @@ def causes(first: RunInfo, again: RunInfo) -> Iterator[str]:
 
 def _table_difference(name: str, first: Path, again: Path) -> Difference:
     """Row and column; rows by their first field."""
-    a, b = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in (first, again))
+    a, b = (pd.read_csv(path.absolute(), dtype=str, keep_default_na=False) for path in (first, again))
     if list(a) != list(b):
         return Difference(name, "the columns", ", ".join(map(str, a)), ", ".join(map(str, b)), None)
     if len(a) != len(b):

@@ -17,6 +17,7 @@ from crlseq.data.names import GeneNames
 from crlseq.data.perturbations import read_perturbations
 from crlseq.errors import InputError
 from crlseq.run.run import Run
+from crlseq.storage.hdf5 import hdf5_target, write_h5ad
 
 
 def h5ad(run: Run, path: Path) -> None:
@@ -58,7 +59,7 @@ def pertpy(run: Run, path: Path) -> list[str]:
     adata, carried, notes = _labelled(run)
     adata.obs["perturbation"] = pd.Categorical(["+".join(parts) or "control" for parts in carried])
     adata.obs["nperts"] = [len(parts) for parts in carried]
-    adata.write_h5ad(path, compression="gzip")
+    write_h5ad(adata, path, "gzip")
     return notes
 
 
@@ -76,7 +77,7 @@ def gears(run: Run, path: Path) -> list[str]:
         adata.obs["cell_type"] = pd.Categorical(["cell"] * adata.n_obs)
     if "gene_name" not in adata.var:
         adata.var["gene_name"] = GeneNames.of(adata.var).symbols.astype(str)
-    adata.write_h5ad(path, compression="gzip")
+    write_h5ad(adata, path, "gzip")
     return notes
 
 
@@ -101,6 +102,7 @@ def h5mu(run: Run, path: Path) -> list[str]:
             modality.var["perturbation"] = [guides["genes"].get(name, "") for name in names]
             modalities["guide"] = modality
     # What became the rule in 0.4, without a warning about it.
-    with nullcontext() if hasattr(mudata, "settings") else mudata.set_options(pull_on_update=False):
-        mudata.MuData(modalities).write_h5mu(path)
+    rule = nullcontext() if hasattr(mudata, "settings") else mudata.set_options(pull_on_update=False)
+    with rule, hdf5_target(path) as target:
+        mudata.write_h5mu(target, mudata.MuData(modalities))
     return notes

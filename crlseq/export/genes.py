@@ -11,6 +11,7 @@ from crlseq.readout.enrichment import TOP_MOST, TOP_SHARE
 from crlseq.run.run import Run
 from crlseq.run.tables import shown
 from crlseq.storage.csv import to_csv
+from crlseq.storage.text import escaped
 
 
 def csv(run: Run, path: Path) -> list[str]:
@@ -50,4 +51,4 @@ def rnk(run: Run, path: Path) -> None:
 
 
 def _field(text: str) -> str:
-    return re.sub(r"[\t\r\n]", " ", text)
+    return escaped(re.sub(r"[\t\r\n]", " ", text))

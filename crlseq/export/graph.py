@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import re
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from crlseq.run.graph import dag_json, plain_text
 from crlseq.run.graph import graphml as to_graphml
 from crlseq.run.run import Run
 from crlseq.run.summary import no_effect_in_words
+from crlseq.storage.text import to_json
 
 
 def verdict(run: Run) -> str:
@@ -54,7 +54,7 @@ def to_cyjs(graph: nx.DiGraph[str]) -> bytes:
     for edge in content["elements"]["edges"]:
         source, target = edge["data"]["source"], edge["data"]["target"]
         edge["data"] |= {"id": f"{source}->{target}", "interaction": "causes"}
-    return jsonlib.dumps({"generated_by": f"crlseq {__version__}", **content}, indent=1, ensure_ascii=False).encode()
+    return to_json({"generated_by": f"crlseq {__version__}", **content}).encode()
 
 
 def to_dot(graph: nx.DiGraph[str]) -> bytes:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from crlseq.export.registry import write_folder
 from crlseq.run.run import Run
+from crlseq.storage.text import to_json
 
 COUNT = "{:,.0f}"
 GENERAL: dict[str, dict[str, str]] = {
@@ -60,5 +60,5 @@ def multiqc(run: Run, path: Path) -> None:
         "data": {sample: {name: value for name, value in values.items() if name in GENERAL}},
     }  # fmt: skip
     parts = {"crlseq_mqc.json": table, "crlseq_general_mqc.json": general}
-    files = {name: json.dumps(part, indent=1, ensure_ascii=False).encode() for name, part in parts.items()}
+    files = {name: to_json(part).encode() for name, part in parts.items()}
     write_folder(path, files)

@@ -38,14 +38,13 @@ from crlseq.run.schema import DETECTABLE_FDR, SPLIT
 from crlseq.run.summary import combinations_in_words, sets_in_words
 from crlseq.run.writable import refuse_unwritable
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_law, save_weights
-from crlseq.storage.files import by_hdf5, refuse_existing
+from crlseq.storage.files import refuse_existing
+from crlseq.storage.hdf5 import write_h5ad
 from crlseq.storage.runfolder import (
     COMBINATIONS,
     EMBEDDINGS,
     GENE_SETS,
-    IDENTITY,
     move_into_place,
-    partial_of,
     refuse_output,
     working_folder,
 )
@@ -134,7 +133,7 @@ def fit(
     if resume and (target / "run.json").is_file() and (run := _finished(target, job)) is not None:
         return run
     refuse_output(target, resume, force)
-    with working_folder(partial_of(target), resume) as folder:
+    with working_folder(target, resume) as folder:
         refuse_existing(target, force)  # another process may have finished it in the meantime
         _fit(replace(job, folder=folder))
         move_into_place(folder, target)
@@ -233,7 +232,7 @@ def _test(job: Job, screen: Screen) -> Tested:
     job.progress.stage("testing which perturbations have an effect")
     projection = principal_components(data, N_COMPONENTS, seed)
     stages = StageCache(job.folder, hashlib.sha256(screen.identity.to_json().encode()).hexdigest())
-    tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed))
+    tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed, job.progress.note))
     undone = stages.get("negative controls", lambda: undone_effects(data, projection.scores, seed))
     return Tested(data, projection, tests, undone, stages)
 
@@ -312,7 +311,8 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     if start.warm is not None and start.warm.discovery.hit is not None:
         cells["crlseq_hit"] = start.warm.discovery.hit
     run = with_shift_errors(replace(run, info=info, cells=cells, map=found), data)
-    combined = "" if run.interactions is None else combinations_in_words(run.facts)
+    law = run.facts.combinations
+    combined = combinations_in_words(run.facts) if law is not None and law.fitted else ""
     for words in filter(None, (sets_in_words(run.facts), combined)):
         progress.note(words)
     return run
@@ -354,8 +354,6 @@ def _write(job: Job, screen: Screen, run: FittedRun, folder: Path) -> None:
         what = f"{job.source} was changed while it was fitted."
         raise InputError(what, "Fit again while nothing writes to the file.")
     if run.map is not None:
-        with by_hdf5():
-            run.map.to_anndata().write_h5ad(folder / EMBEDDINGS, compression="gzip")
+        write_h5ad(run.map.to_anndata(), folder / EMBEDDINGS, "gzip")
     write_report(run, folder / "report.html")
     previous_of(folder / "resume.pt").unlink(missing_ok=True)
-    (folder / IDENTITY).unlink()

@@ -25,7 +25,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from crlseq.config import Config
 from crlseq.data.controls import is_named
 from crlseq.data.guides import with_guide_labels
 from crlseq.data.matrix import Screen, open_screen
@@ -245,7 +244,7 @@ def _start(
 def _controls(run: Run, screen: Screen, source: str | Path | ad.AnnData, own: bool, notes: list[str]) -> np.ndarray:
     """Indices of the control cells of a screen; of every cell where other cells bear no label."""
     key, labels = run.facts.perturbation_key, run.facts.controls
-    config = Config.model_validate(run.info["config"]).data
+    config = run.config.data
     obs = with_guide_labels(screen, source, config, key, run.facts.control_label)
     if key not in obs:
         notes.append(f"{screen.source} has no column {key!r}, so every cell is treated as unperturbed.")

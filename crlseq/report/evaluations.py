@@ -46,12 +46,12 @@ def evaluation_tables(run: Run) -> list[EvaluationTable]:
 def _read(path: Path) -> pd.DataFrame | None:
     needed = ("condition", "group", "predictor")
     try:
-        columns = pd.read_csv(path, nrows=0).columns
+        columns = pd.read_csv(path.absolute(), nrows=0).columns
         if not {*needed, *CARRYING} <= set(columns):
             return None
         kinds = {name: str if name in needed else float for name in columns}
         numbers = {name: [""] for name in columns if name not in needed}
-        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=numbers)
+        table = pd.read_csv(path.absolute(), dtype=kinds, keep_default_na=False, na_values=numbers)
     except (OSError, ValueError):
         return None
     known = {MODEL, "no_change", "mean"} <= set(table["predictor"])

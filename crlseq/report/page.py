@@ -37,6 +37,7 @@ from crlseq.run.summary import (
 )
 from crlseq.run.tables import shown
 from crlseq.storage.files import written_whole
+from crlseq.storage.text import escaped
 
 GENES = 8  # of a card, that rise and that fall
 DRIVERS = 8  # of a card
@@ -66,8 +67,7 @@ def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> 
     environment.filters |= {"fixed": _fixed, "signed": _signed, "brief": _brief}
     page = environment.get_template("report.html.j2").render(_context(run, enriched))
     with written_whole(path) as file:
-        # Half a pair of surrogates, which a name may hold, is no text.
-        file.write_text(page, encoding="utf-8", errors="replace")
+        file.write_text(escaped(page), encoding="utf-8")
 
 
 def _fixed(value: Any, decimals: int = 2, sign: str = "-") -> str:

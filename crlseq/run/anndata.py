@@ -12,7 +12,7 @@ import pandas as pd
 
 from crlseq.errors import InputError
 from crlseq.run.schema import CELL_COLUMNS, RunInfo, run_json
-from crlseq.storage.files import by_hdf5
+from crlseq.storage.hdf5 import hdf5_target, write_h5ad
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -120,7 +120,7 @@ def _copy_store(source: str | Path, path: Path) -> None:
     from crlseq.data.matrix import open_screen
 
     kinds = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "chunks": (COPIED,)}
-    with open_screen(source) as screen, h5py.File(path, "w") as handle:
+    with open_screen(source) as screen, hdf5_target(path) as target, h5py.File(target, "w") as handle:
         ad.io.write_elem(handle, "/", ad.AnnData(obs=screen.obs, var=screen.var))
         parts = np.empty(0, screen.matrix.dtype), np.empty(0, np.int32), np.zeros(1, np.int64)
         empty = sp.csr_matrix(parts, shape=(0, screen.n_genes))
@@ -142,7 +142,7 @@ def _copy_file(source: str | Path, path: Path) -> None:
             shutil.copyfile(source, path)
             return
         modality = handle["mod"][expression_modality(handle, str(source))]
-        with h5py.File(path, "w") as new:
+        with hdf5_target(path) as target, h5py.File(target, "w") as new:
             for name in modality:
                 modality.copy(name, new)
             for name, value in modality.attrs.items():
@@ -162,7 +162,7 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
     from crlseq.data.store import read_manifest  # which imports zarr
 
     path.unlink(missing_ok=True)
-    with ad.settings.override(allow_write_nullable_strings=True), by_hdf5():
+    with ad.settings.override(allow_write_nullable_strings=True):
         if not isinstance(source, ad.AnnData) and read_manifest(source) is not None:
             _copy_store(source, path)
         elif not isinstance(source, ad.AnnData) and h5py.is_hdf5(source) and not is_cell_ranger(Path(source)):
@@ -176,10 +176,10 @@ def write_annotated(source: str | Path | ad.AnnData, path: Path, keys: Mapping[s
             else:
                 adata = ad.read_zarr(zarr_store(Path(source)))
             set_keys(adata, keys)
-            adata.write_h5ad(path, compression="gzip")
+            write_h5ad(adata, path, "gzip")
             return
         try:
-            with h5py.File(path, "r+") as handle:
+            with hdf5_target(path, "r+") as target, h5py.File(target, "r+") as handle:
                 for slot, values in keys.items():
                     _add(handle, slot, values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # in a part that the fit did not read

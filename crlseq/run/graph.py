@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from crlseq.run.schema import PROGRAM_NUMBERS, Bootstrap, Identification, ProgramRow
+from crlseq.storage.text import escaped, to_json
 
 MIN_SUPPORT = 0.1  # ancestry below it is not listed
 
@@ -80,12 +80,10 @@ def graphml(graph: nx.DiGraph[str]) -> bytes:
 
 
 def plain_text(value: Any) -> Any:
-    """A string with what XML cannot hold replaced; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    return re.sub("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", value)
+    """A string with control characters as escapes, and what else XML cannot hold replaced; anything else as it is."""
+    return re.sub("[\ufffe\uffff]", "\ufffd", escaped(value)) if isinstance(value, str) else value
 
 
 def dag_json(graph: nx.DiGraph[str]) -> str:
     """The DAG in networkx's node-link form, with the verdict under ``graph``."""
-    return json.dumps(nx.node_link_data(graph, edges="edges"), indent=1, ensure_ascii=False)
+    return to_json(nx.node_link_data(graph, edges="edges"))

@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 
 from crlseq._version import __version__
+from crlseq.config import Config
 from crlseq.errors import InputError
 from crlseq.run import schema
 from crlseq.run.anndata import anndata_keys, read_cells, set_keys, write_annotated
+from crlseq.run.consistency import check_consistency
 from crlseq.run.graph import ancestry, dag_graph, dag_json, declared_order, graphml
 from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, short, summary_table
@@ -33,6 +35,7 @@ from crlseq.storage.runfolder import (
     SECOND_TARGETS,
     TABLES,
     partial_of,
+    replaced_by,
 )
 
 if TYPE_CHECKING:
@@ -130,7 +133,11 @@ class Run:
         """What was done to the values, and can be done to those of other cells."""
         from crlseq.data.preprocess import Preprocessing
 
-        return Preprocessing.from_json(self.info["preprocessing"])
+        try:
+            return Preprocessing.from_json(self.info["preprocessing"])
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            what = f"The run folder {self.path} is damaged: preprocessing in run.json cannot be read."
+            raise InputError(what, "Restore it, or fit again.") from error
 
     @cached_property
     def dag(self) -> nx.DiGraph[str]:
@@ -150,10 +157,22 @@ class Run:
         if self.weights is not None:
             model = build(*self.weights)
             model.law = self.law
-        else:
-            model = load_model(self.folder / "model.safetensors")
-            model.law = load_law(self.folder / COMBINATIONS)
+            return model
+        sizes = len(self.preprocessing.genes), self.facts.n_latents, len(self.interventions)
+        later = ("penetrance", "control_error")[self.facts.format - 1 :]
+        model = load_model(self.folder / "model.safetensors", sizes, later)
+        if self.facts.combinations is not None:
+            model.law = load_law(self.folder / COMBINATIONS, *sizes[::2])
         return model
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration of the fit; InputError if this version does not have it."""
+        try:
+            return Config.model_validate(self.info["config"])
+        except ValueError as error:
+            what = f"The configuration in {self.path or 'this run'}/run.json is not one of this version."
+            raise InputError(what, "Restore it, or fit again.") from error
 
     @cached_property
     def extrapolation(self) -> Extrapolation | None:
@@ -288,7 +307,9 @@ class Run:
         folder = Path(path)
         if not (folder / "run.json").is_file():
             if partial_of(folder).exists():
-                raise InputError(f"The fit {folder} is not finished.", "Finish it with `crlseq fit ... --resume`.")
+                hint = "Finish it with `crlseq fit ... --resume`."
+                old = "".join(f" The run that it replaces is {path.name}." for path in replaced_by(folder)[:1])
+                raise InputError(f"The fit {folder} is not finished.", hint + old)
             raise InputError(
                 f"{folder} is not a run folder: it has no run.json.",
                 "Give the folder that `crlseq fit --output` wrote.",
@@ -317,6 +338,9 @@ class Run:
             second = read_csv(folder / SECOND_TARGETS, schema.SECOND_COLUMNS) if ordered else None
             together = facts.combinations is not None and facts.combinations.n_measured
             interactions = read_csv(folder / INTERACTIONS, schema.INTERACTION_COLUMNS) if together else None
+            others = {"pairs": pairs, "second_targets": second, "pathways": pathways}
+            tables = {"programs": programs, "interventions": interventions, "dag": edges, **others}
+            check_consistency(facts, info["preprocessing"]["genes"], tables)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             if writer != __version__:
@@ -325,8 +349,7 @@ class Run:
                     "Fit again with the command in its run.json, or read it with that version.",
                 ) from error
             raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
-        tables = (programs, interventions, edges, history, evaluation)
         return cls(
-            info, *tables, path=folder, ensemble=ensemble, pathways=pathways, pairs=pairs, second_targets=second,
-            interactions=interactions,
+            info, programs, interventions, edges, history, evaluation, path=folder, ensemble=ensemble,
+            pathways=pathways, pairs=pairs, second_targets=second, interactions=interactions,
         )  # fmt: skip

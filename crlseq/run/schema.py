@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
 
-FORMAT = 2
-READABLE = (1, 2)
+from crlseq.storage.text import to_json
+
+FORMAT = 3
+READABLE = (1, 2, 3)
 MAX_JSON = 256 << 20  # bytes; that of a genome-wide screen has some 10 MiB
 DETECTABLE_FDR = 0.05
 PROGRAM_NUMBERS = ("variance_explained", "effect_explained", "stability")
@@ -331,5 +332,4 @@ class RunInfo(_Part):
 
 def run_json(info: Mapping[str, Any], indent: int | None = None) -> str:
     """``run.json`` as text. The path of the input may not be valid UTF-8; undecodable bytes are escaped."""
-    text = json.dumps(info, indent=indent, ensure_ascii=False)
-    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+    return to_json(info, indent)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from crlseq.errors import CrlseqError, InputError
 from crlseq.model.combination_law import CombinationLaw
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.storage.files import sync
+from crlseq.storage.files import written_beside
 
 CHECKSUM = 32  # bytes at the end of a checkpoint
 
@@ -40,8 +40,12 @@ class _NoDraws(TorchFunctionMode):
         return args[0] if func in (Tensor.uniform_, Tensor.normal_) else func(*args, **(kwargs or {}))
 
 
-def load_model(path: Path) -> DiscrepancyVAE:
-    """The model from `save_weights`, in evaluation mode on the CPU; InputError if the file is missing or damaged."""
+def load_model(path: Path, sizes: tuple[int, int, int] | None = None, later: tuple[str, ...] = ()) -> DiscrepancyVAE:
+    """The model from `save_weights`, in evaluation mode on the CPU; InputError if the file is missing or damaged.
+
+    ``sizes`` are the numbers of genes, latents and perturbations that it must have, ``later`` the tensors that it may
+    lack, since the version that wrote it did not know them.
+    """
     try:
         with safe_open(path, framework="pt") as handle:
             architecture = json.loads((handle.metadata() or {})["architecture"])
@@ -50,6 +54,12 @@ def load_model(path: Path) -> DiscrepancyVAE:
             expected = DiscrepancyVAE(**architecture).state_dict()
         if odd := [name for name in state if name not in expected or state[name].shape != expected[name].shape]:
             raise ValueError(f"{odd[0]} does not have the expected shape")
+        if missing := [name for name in expected if name not in state and name not in later]:
+            raise ValueError(f"{missing[0]} is missing")
+        if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+            raise ValueError(f"{broken[0]} has a value that is no number")
+        if sizes not in (None, tuple(architecture[name] for name in ("n_genes", "n_latents", "n_perturbations"))):
+            raise ValueError("it is the model of another run")
         return build(state, architecture)
     except Exception as error:  # safetensors raises its own type, torch and JSON many
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -62,12 +72,16 @@ def save_law(path: Path, law: CombinationLaw) -> None:
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in law.tensors().items()}))
 
 
-def load_law(path: Path) -> CombinationLaw | None:
-    """The law from `save_law`, None if there is none; InputError if the file is damaged."""
-    if not path.exists():
-        return None
+def load_law(path: Path, n_genes: int, n_perturbations: int) -> CombinationLaw:
+    """The law from `save_law`; InputError if the file is missing or damaged, or is of another run."""
     try:
-        return CombinationLaw(**load_file(path))
+        law = CombinationLaw(**load_file(path))
+        if broken := [name for name, tensor in law.tensors().items() if not torch.isfinite(tensor).all()]:
+            raise ValueError(f"{broken[0]} has a value that is no number")
+        indices = torch.cat([law.measured.flatten(), law.equations.flatten(), law.term_of])
+        if len(law.common) != n_genes or not bool((indices < n_perturbations).all()):
+            raise ValueError("it is the law of another run")
+        return law
     except Exception as error:  # as in `load_model`
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(f"{path} cannot be read: {detail}.", "Fit again, or restore the run folder.") from error
@@ -88,12 +102,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()  # torch reports a full disk in an error of its own
     torch.save(state, buffer)
     content = buffer.getvalue()
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content + hashlib.sha256(content).digest())
-    sync(beside)
-    if path.exists():
-        os.replace(path, previous_of(path))
-    os.replace(beside, path)
+    with written_beside(path) as beside:
+        beside.write_bytes(content + hashlib.sha256(content).digest())
+        if path.exists():
+            os.replace(path, previous_of(path))
 
 
 def previous_of(path: Path) -> Path:

@@ -1,20 +1,24 @@
-"""Tables as CSV: numbers to the last digit, and names that no spreadsheet takes for a formula.
+"""Tables as CSV: numbers to the last digit, and names that no spreadsheet takes for a formula and no terminal obeys.
 
 A text that begins with one of ``= + - @``, a tab or a line break would be run by spreadsheets as a formula, so it is
 written with an apostrophe before it. To be told from the first, a text that begins with apostrophes and then one of
 these gets one more. `read_csv` takes it off again; with pandas alone::
 
     names.str.replace(r"^'(?='*[=+@\t\r\n-])", "", regex=True)
+
+Control characters and those that turn the direction of writing are written as in JSON, ``\\u001b``; backslashes before
+that, or before what looks like that, are doubled. `read_csv` undoes this too.
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from crlseq.storage.text import reversibly_escaped, unescaped
 
 FORMULA = r"^(?='*[=+@\t\r\n-])"
 DEFUSED = r"^'(?='*[=+@\t\r\n-])"
@@ -27,17 +31,13 @@ def to_csv(table: pd.DataFrame) -> bytes:
     """The table as UTF-8 with a header and without the index; missing numbers are empty fields."""
     text = table.select_dtypes(exclude="number").columns
     safe = table.assign(**{name: _defused(table[name]) for name in text})
-    # Python before 3.13 leaves a lone carriage return unquoted, which every reader takes for the end of a line.
-    returns = any("\r" in value for name in text for value in safe[name].dropna().unique())
-    written: str = safe.to_csv(
-        index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
-    )
+    written: str = safe.to_csv(index=False, lineterminator="\n")
     return written.encode()
 
 
 def _defused(column: pd.Series) -> pd.Series:
     codes, names = pd.factorize(column)  # each name once, however often it is there
-    safe = pd.Series(names).astype(str).str.replace(FORMULA, "'", regex=True)
+    safe = pd.Series(map(reversibly_escaped, map(str, names)), dtype=str).str.replace(FORMULA, "'", regex=True)
     return pd.Series(safe.reindex(codes).to_numpy(), column.index, dtype=object)
 
 
@@ -49,9 +49,12 @@ def read_csv(path: Path, columns: Mapping[str, type], later: Mapping[str, type] 
     # A gene may be called NA: only empty fields are missing values, and only in columns of numbers.
     kinds = {**columns, **(later or {})}
     empty = {name: [""] for name, kind in kinds.items() if kind is float}
-    table: pd.DataFrame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, **EXACT)
+    # Absolute: pandas takes a folder that is called ~ for the home.
+    table: pd.DataFrame = pd.read_csv(path.absolute(), dtype=kinds, keep_default_na=False, na_values=empty, **EXACT)
     if missing := [name for name in columns if name not in table]:
         raise ValueError(f"{path.name} has no column {missing[0]!r}")
     for name in table.select_dtypes(exclude=["number", "bool"]):
         table[name] = table[name].str.replace(DEFUSED, "", regex=True)
+        if table[name].str.contains("\\u", regex=False).any():
+            table[name] = table[name].map(unescaped, na_action="ignore")
     return table

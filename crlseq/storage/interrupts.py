@@ -14,13 +14,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import CodeType, FrameType
 
-from crlseq.storage.files import of_full_disk
+from crlseq.storage.hdf5 import Target
 
 INTERRUPTED = 130
 AGAIN, PATIENCE = 0.5, 4.0  # seconds
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Code that is called by C code in the middle of something: the interrupt comes again. HDF5 takes an exception in these for
+# a disk that failed, and crashes later.
+NOT_HERE = {own.__code__ for own in vars(Target).values() if isinstance(getattr(own, "__code__", None), CodeType)}
 SHOW_CURSOR = b"\x1b[?25h"  # progress bars hide it
 
 _received = False
@@ -49,14 +52,13 @@ def watched(farewell: str) -> Iterator[None]:
     os.set_blocking(writes, False)
     wakeup = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)  # written to even while C code runs
     lost, sys.unraisablehook = sys.unraisablehook, _unraisable
-    uncaught, sys.excepthook = sys.excepthook, _uncaught
     threading.Thread(target=_enforce, args=(reads, farewell.encode() + b"\n"), daemon=True).start()
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(wakeup)
-        sys.unraisablehook, sys.excepthook = lost, uncaught
+        sys.unraisablehook = lost
         for number, handler in before.items():
             if signal.getsignal(number) is _handle:  # and not what the block put there
                 signal.signal(number, handler)
@@ -67,21 +69,16 @@ def _handle(number: int, frame: FrameType | None) -> None:
     global _received
     _received = True
     signal.setitimer(signal.ITIMER_REAL, AGAIN)
-    if not _dealt_with():
+    called_by_hdf5 = frame is not None and frame.f_code in NOT_HERE
+    if not called_by_hdf5 and not _dealt_with():
         raise KeyboardInterrupt
 
 
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """Print what cannot be raised, except an interrupt, which comes again, and a full disk, which is reported."""
+    """Print what cannot be raised, except an interrupt, which comes again."""
     error = unraisable.exc_value
-    if not (_received and isinstance(error, KeyboardInterrupt)) and not of_full_disk(error):
+    if not (_received and isinstance(error, KeyboardInterrupt)):
         sys.__unraisablehook__(unraisable)
-
-
-def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Cython prints what it cannot raise with its trace as well, as Python does what nobody caught."""
-    if not of_full_disk(error):
-        sys.__excepthook__(kind, error, trace)
 
 
 def _dealt_with() -> bool:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
 from crlseq.errors import InputError
-from crlseq.storage.files import refuse_existing, sync
+from crlseq.storage.files import final_name, refuse_existing, refuse_special, sync, sync_folder
 
 TABLES = ("programs", "interventions", "dag", "history", "evaluation")  # each a file .csv
 PAIRS, SECOND_TARGETS = "pairs.csv", "second_targets.csv"  # of fits that find targets by likelihood
@@ -42,12 +44,14 @@ RUN_FILES = frozenset(
     }
 )
 ELSEWHERE = "Choose another --output."
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of fcntl.h and linux/fs.h
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without locks answer
 
 
 def partial_of(target: Path) -> Path:
     """Where an unfinished run lies."""
-    return target.with_name(target.name + ".partial")
+    target = target if target.name not in ("", "..") else Path(os.path.abspath(target))
+    return target.parent / f"{target.name}.partial"
 
 
 def refuse_output(target: Path, resume: bool, force: bool) -> None:
@@ -56,9 +60,11 @@ def refuse_output(target: Path, resume: bool, force: bool) -> None:
         raise InputError(f"The output {target} cannot be a run folder.", ELSEWHERE)
     partial = partial_of(target)
     try:
+        refuse_special(target)
         ancestor = next(folder for folder in target.absolute().parents if folder.exists())
         exists, unfinished = os.path.lexists(target), partial.exists()
-        foreign = sorted(file.name for file in partial.iterdir() if not _is_ours(file)) if unfinished else []
+        ours = unfinished and not _is_replaced(target)
+        foreign = sorted(file.name for file in partial.iterdir() if not _is_ours(file)) if ours else []
     except OSError as error:  # a name that is too long, a folder that may not be searched, a file called RUN.partial
         raise InputError(f"{target} cannot be written: {error.strerror}.", ELSEWHERE) from None
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
@@ -66,6 +72,8 @@ def refuse_output(target: Path, resume: bool, force: bool) -> None:
     refuse_existing(target, force)
     if exists and not (target / "run.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} exists and is not a run of crlseq; it is left unchanged.", ELSEWHERE)
+    if target.is_dir() and not os.access(target, os.W_OK):
+        raise InputError(f"{target} cannot be written: it is not a writable folder.", ELSEWHERE)
     if foreign:
         what = f"{partial} holds {foreign[0]!r}, which is not part of a run; nothing is removed."
         raise InputError(what, ELSEWHERE)
@@ -75,7 +83,7 @@ def refuse_output(target: Path, resume: bool, force: bool) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    name = file.name.removesuffix(".tmp")
+    name = final_name(file.name)
     return (name in RUN_FILES or fnmatch(name, STAGE.format("*"))) and not file.is_dir() and not file.is_symlink()
 
 
@@ -108,24 +116,25 @@ def locked(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)  # all of the folder may be gone
 
 
-def empty(partial: Path) -> None:
-    """Remove what a fit left in a locked folder."""
+def empty(partial: Path, of_temporaries: bool = False) -> None:
+    """Remove what a fit left in a locked folder, or only what a killed process was writing there."""
     for left in partial.iterdir():
-        if left.name != "lock":
+        if left.name != "lock" and (not of_temporaries or final_name(left.name) != left.name):
             left.unlink()
 
 
 @contextmanager
-def working_folder(partial: Path, resume: bool) -> Iterator[Path]:
-    """The folder that becomes the run, locked against a second process; gone at the end if nothing was put into it.
+def working_folder(target: Path, resume: bool) -> Iterator[Path]:
+    """The folder that becomes `target`, locked against a second process; gone at the end if nothing was put into it.
 
     InputError if another process writes to it, or it cannot be written.
     """
+    partial = partial_of(target)
     try:
+        _remove_replaced(target)
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial):
-            if not resume:
-                empty(partial)
+            empty(partial, of_temporaries=resume)
             yield partial
     except OSError as error:
         hint = "Check the disk and its permissions."
@@ -138,19 +147,71 @@ def working_folder(partial: Path, resume: bool) -> Iterator[Path]:
 
 
 def move_into_place(partial: Path, target: Path) -> None:
-    """Rename a locked folder; what lay at `target` is removed after that, and comes back if it cannot be done."""
-    for file in partial.iterdir():
-        sync(file)
-    (partial / "lock").unlink(missing_ok=True)
+    """Rename a folder that is whole, and is locked until after that; what lay at `target` is then removed.
+
+    Where the system can, the two folders change places in one step: there is a whole run at `target` at any moment, also
+    if the process is killed. Elsewhere the old one is renamed first, and comes back if the new one cannot be; after a
+    kill between the two `target` is absent, and `--resume` moves the new one. The next command that writes to `target`
+    removes what a kill left of the old one.
+    """
+    sync_folder(partial)
     old = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+    is_folder = target.is_dir() and not target.is_symlink()
+    with locked(target) if is_folder else nullcontext():
+        if is_folder:
+            (target / IDENTITY).unlink(missing_ok=True)  # only what is new has one: see `_is_replaced`
+        if not os.path.lexists(target):
+            os.rename(partial, target)
+        elif _exchange(partial, target):
+            os.rename(partial, old)  # before it is unlocked: no other process may take it for an unfinished run
+        else:
+            _replace(partial, target, old)
+        sync(target.parent)
+    for name in ("lock", IDENTITY):
+        (target / name).unlink(missing_ok=True)
+    _remove_replaced(target)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Have two folders change places in one step; whether the system can (Linux, and not on every file system)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    if (code := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _replace(partial: Path, target: Path, old: Path) -> None:
+    os.rename(target, old)
     try:
-        if target.exists():
-            os.replace(target, old)
-        os.replace(partial, target)
+        os.rename(partial, target)
     except BaseException:
-        if os.path.lexists(old) and not os.path.lexists(target):
-            os.replace(old, target)
+        if not os.path.lexists(target):
+            os.rename(old, target)
         raise
-    if old.is_symlink():
-        old.unlink()
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def replaced_by(target: Path) -> list[Path]:
+    """Folders beside `target` that lay there before, and were not removed since a process was killed."""
+    own = re.compile(re.escape(target.name) + r"\.replaced-\d+")
+    return [path for path in target.absolute().parent.glob("*.replaced-*") if own.fullmatch(path.name)]
+
+
+def _is_replaced(target: Path) -> bool:
+    """Whether the place of an unfinished run holds the one that was replaced, as after a kill between exchange and rename."""
+    partial = partial_of(target)
+    return target.exists() and (partial / "run.json").is_file() and not (partial / IDENTITY).exists()
+
+
+def _remove_replaced(target: Path) -> None:
+    if _is_replaced(target):
+        partial = partial_of(target)
+        with locked(partial):
+            os.rename(partial, target.with_name(f"{target.name}.replaced-{os.getpid()}"))
+    for old in replaced_by(target) if os.path.lexists(target) else []:  # else it is the only one
+        if old.is_symlink():
+            old.unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -34,5 +34,8 @@ def _of_glibc(function: str, *arguments: int) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of a device: torch reports it in errors of its own."""
-    by_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return by_torch or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    said = str(error).casefold()
+    by_torch = isinstance(error, RuntimeError) and "can't allocate memory" in said
+    # Of the loader, for libtorch and others.
+    by_import = isinstance(error, ImportError) and ("failed to map segment" in said or "cannot allocate memory" in said)
+    return by_torch or by_import or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

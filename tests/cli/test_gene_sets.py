@@ -19,7 +19,7 @@ from crlseq.errors import InputError
 from crlseq.pipeline.fit import Progress
 from crlseq.run.run import Run
 from tests.report.test_page import Page
-from tests.support import FAST, RUN_FILES, Answer, check_refusal, invoke
+from tests.support import FAST, Answer, check_refusal, files_of, invoke
 
 LINEAR = ["--method", "linear", "--n-latents", 3, "--bootstrap", 0]
 EVIL = ["<img src=x onerror=alert(1)>", "\x1b[31mred", "=1+1", "'`{{ 7*7 }}", "NA"]
@@ -54,7 +54,10 @@ def read(folder: Path) -> Run:
 
 
 def test_what_the_run_says(folder: Path, read: Run) -> None:
-    assert {file.name for file in folder.iterdir()} == RUN_FILES - {"resume.pt"} | {"pathways.csv", "gene_sets.gmt"}
+    assert {file.name for file in folder.iterdir()} == files_of(folder) - {"resume.pt"} | {
+        "pathways.csv",
+        "gene_sets.gmt",
+    }
     assert read.pathways is not None
     assert set(read.pathways["gene_set"]) == {*EVIL, *(f"S{i}" for i in range(5))}
     assert read.pathways.groupby("program")["rank"].apply(list).tolist() == [list(range(1, 11))] * 3

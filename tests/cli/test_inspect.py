@@ -308,7 +308,8 @@ def test_broken_pipes(run_folder: Path) -> None:
 def test_names_that_stdout_cannot_encode(tmp_path: Path, screen_file: Path) -> None:
     folder = tmp_path / "Δ"
     assert invoke("fit", screen_file, "--output", folder, "--epochs", 1, "--method", "gradient").code == 0
-    (folder / "interventions.csv").write_text((folder / "interventions.csv").read_text().replace("g0", "漢"))
+    for name, text in (("interventions.csv", "g0"), ("run.json", '"g0"')):
+        (folder / name).write_text((folder / name).read_text().replace(text, text.replace("g0", "漢")))
     shown = spawn("inspect", "interventions", folder, PYTHONIOENCODING="ascii")
     assert shown.returncode == 0, shown.stderr
     assert "\\u6f22" in shown.stdout

@@ -115,11 +115,11 @@ def test_nothing_half_written(run_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "virtual.h5ad"
     output.write_text("before")
 
-    def full(adata: ad.AnnData, path: Path) -> None:
+    def full(adata: ad.AnnData, path: Path, compression: str | None = None) -> None:
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with mock.patch.object(ad.AnnData, "write_h5ad", full):
+    with mock.patch("crlseq.storage.hdf5.write_h5ad", full):
         answer = invoke("predict", run_folder, "-p", "g0", "-o", output, "--force", "--quiet")
     check_refusal(answer.code, answer.out, answer.err, 3, "No space left")
     assert files_below(tmp_path) == {"virtual.h5ad"} and output.read_text() == "before"

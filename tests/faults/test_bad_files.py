@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from crlseq.config import DataConfig
+from crlseq.data import hdf5
 from crlseq.data.dataset import read_data
 from crlseq.data.embeddings import read_embeddings
 from crlseq.errors import InputError
@@ -290,6 +291,43 @@ def test_a_heap_of_texts_that_never_ends(screen_file: Path, tmp_path: Path, inde
         return {"outcome": "refused"}
 
     no_fault(read_it, index)
+
+
+def test_false_heaps_take_no_longer_than_their_bytes(
+    screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """130 kB that look like the beginnings of 4,096 heaps, each of which would hold all of the others."""
+    unit = b"\1\0\0\0\0\0\0\0" + (16).to_bytes(8, "little") + b"GCOL\1\0\0\0" + (1 << 62).to_bytes(8, "little")
+    shutil.copy(screen_file, tmp_path / "screen.h5ad")
+    with h5py.File(tmp_path / "screen.h5ad", "r+") as handle:
+        handle["uns/blob"] = np.frombuffer(unit * 4096, dtype="u1")
+    looked, unpack = 0, hdf5.OBJECT
+
+    class Counting:
+        size = unpack.size
+
+        @staticmethod
+        def unpack_from(content: Any, place: int) -> tuple[Any, ...]:
+            nonlocal looked
+            looked += 1
+            return unpack.unpack_from(content, place)
+
+    monkeypatch.setattr(hdf5, "OBJECT", Counting)
+    assert invoke("check", tmp_path / "screen.h5ad").code == 0
+    assert 0 < looked < 4 * 2 * 4096 * 8  # each place once, whenever the file is opened
+
+
+def test_names_of_a_million_characters(tmp_path: Path) -> None:
+    for kind in ("gene", "cell", "perturbation"):
+        adata = small_screen()
+        if kind == "gene":
+            adata.var_names = ["A" * 10**6, *adata.var_names[1:]]
+        elif kind == "cell":
+            adata.obs_names = ["A" * 10**6, *adata.obs_names[1:]]
+        else:
+            adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace("g0", "A" * 10**6)
+        with pytest.raises(InputError, match=f"a {kind} name has 1000000 characters: 'AAAAAAAAAAAAAAAAAAAA' and"):
+            read_data(adata, DataConfig(), 0)
 
 
 READERS: dict[str, list[Any]] = {

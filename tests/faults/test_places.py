@@ -235,26 +235,6 @@ def test_a_full_disk(screen_file: Path, tmp_path: Path, limit: int) -> None:
     assert invoke(*words, *(["--resume"] if (tmp_path / "RUN.partial").exists() else [])).code == 0
 
 
-def test_a_move_that_fails_brings_the_old_run_back(
-    screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from crlseq.storage import runfolder
-
-    first = crlseq.fit(screen_file, tmp_path / "RUN", **GRADIENT)
-    replace = runfolder.os.replace
-
-    def fails(source: Path, target: Path) -> None:
-        if Path(source).name == "RUN.partial":
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runfolder.os, "replace", fails)
-        with pytest.raises(KeyboardInterrupt):
-            crlseq.fit(screen_file, tmp_path / "RUN", **GRADIENT, seed=1, force=True)
-    assert crlseq.load(tmp_path / "RUN").info["seed"] == first.info["seed"] == 0
-
-
 # --- losses
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -188,7 +189,35 @@ def virtual_source(handle: h5py.File, secret: Path) -> None:
     handle.create_virtual_dataset("X", layout).attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
 
 
-@pytest.mark.parametrize("plant", [external_link, external_storage, virtual_source])
+def virtual_circle(*names: str) -> Callable[[h5py.File, Path], None]:
+    """Each takes its values from the next, and the last from the first."""
+
+    def plant(handle: h5py.File, secret: Path) -> None:
+        shape = handle["X"].shape
+        del handle["X"]
+        for name, source in zip(names, [*names[1:], names[0]], strict=True):
+            layout = h5py.VirtualLayout(shape=shape, dtype="f4")
+            layout[:] = h5py.VirtualSource(".", source, shape=shape)
+            made = handle.create_virtual_dataset(name, layout)
+            made.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+
+    return plant
+
+
+def link_to_an_external_link(handle: h5py.File, secret: Path) -> None:
+    """Which is found later than the link to it; to open a pipe would never end."""
+    os.mkfifo(secret.with_name("pipe"))
+    handle["uns/a"] = h5py.ExternalLink(str(secret.with_name("pipe")), "/X")
+    del handle["X"]
+    handle["X"] = h5py.SoftLink("/uns/a")
+
+
+PLANTS = [external_link, external_storage, virtual_source, link_to_an_external_link]
+
+
+@pytest.mark.parametrize(
+    "plant", [*PLANTS, virtual_circle("X"), virtual_circle("X", "Y"), virtual_circle("X", "Y", "Z")]
+)
 def test_an_h5ad_that_takes_data_from_another_file(tmp_path: Path, plant: Callable[[h5py.File, Path], None]) -> None:
     adata = small_screen()
     adata.X = dense(adata).astype(np.float32)
@@ -247,10 +276,23 @@ def test_hostile_names(tmp_path: Path) -> None:
     assert not set("\x1b\x07\x9b\u202e") & set(checked.out + checked.err)
     refused = invoke("predict", folder, "-p", HOSTILE[4] + "x", "-o", tmp_path / "virtual.h5ad")
     assert refused.code == 3 and "\x1b" not in refused.err
+    steering = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+    out = tmp_path / "out"
+    for name in ("csv", "graphml", "json", "cyjs", "dot", "network", "gmt", "rnk", "multiqc"):
+        assert invoke("export", folder, "--format", name, "--output", out / name).code == 0
+    for kind in ("programs", "interventions", "dag"):
+        assert invoke("plot", folder, kind, "--output", out / f"{kind}.svg").code == 0
+    texts = [path for path in (*folder.iterdir(), *out.rglob("*")) if path.is_file() and path.suffix not in BINARY]
+    assert len(texts) > 25
+    for path in texts:
+        found = steering.search(path.read_bytes().decode())
+        assert found is None, (path.name, found)
+    assert "\\u202e" in (out / "gmt").read_text() + (out / "network").read_text()
 
 
+BINARY = (".h5ad", ".pt", ".safetensors")
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=5)
-TRICKY = st.text(alphabet="'=+-@\t\r\n\",; Na", max_size=5)
+TRICKY = st.text(alphabet="'=+-@\t\r\n\",; Na", max_size=5) | st.text(alphabet="\\u202e\x1b0", max_size=9)
 
 
 @given(st.lists(TEXT | TRICKY, max_size=6))
@@ -263,6 +305,7 @@ def test_names_come_back_from_csv(names: list[str]) -> None:
         pd.testing.assert_frame_equal(back, table, check_exact=True)
         with path.open(newline="", encoding="utf-8") as handle:
             for gene, loading in list(csv.reader(handle))[1:]:
+                assert not set("\x1b\r\u202e") & set(gene)
                 assert gene[:1] not in ("=", "+", "-", "@", "\t", "\r", "\n")
                 float(loading)
     finally:

@@ -25,7 +25,7 @@ from crlseq.pipeline.fit import Progress
 from crlseq.storage.checkpoint import save_checkpoint
 from crlseq.storage.stage_cache import CLASSES, StageCache, cached_on_disk, packed, unpacked
 from tests.cli.test_repeat import results
-from tests.support import RUN_FILES
+from tests.support import files_of
 
 FIT: dict[str, Any] = {"epochs": 1, "bootstrap": 2, "equations": "linear"}
 BEFORE = ("effects", "negative-controls")
@@ -110,7 +110,7 @@ def test_goes_on_behind_the_last_stage(
     assert results(tmp_path / "RUN") == results(whole)
     assert run.info["discovery"] == crlseq.load(whole).info["discovery"]
     assert run.info["discovery"]["straightened"]
-    assert {path.name for path in (tmp_path / "RUN").iterdir()} == RUN_FILES
+    assert {path.name for path in (tmp_path / "RUN").iterdir()} == files_of(tmp_path / "RUN")
 
 
 class Planted:
@@ -139,7 +139,7 @@ def test_damaged_foreign_and_planted_results_are_computed_again(
     crlseq.fit(screen_file, tmp_path / "RUN", resume=True, **FIT)
     assert set(made) == {*CALLS}
     assert results(tmp_path / "RUN") == results(whole)
-    assert {path.name for path in (tmp_path / "RUN").iterdir()} == RUN_FILES
+    assert {path.name for path in (tmp_path / "RUN").iterdir()} == files_of(tmp_path / "RUN")
 
 
 def test_other_cells_in_memory_are_another_fit(tmp_path: Path, screen: Any) -> None:

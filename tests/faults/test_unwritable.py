@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import os
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
+from unittest import mock
 
+import anndata as ad
 import pytest
 
-from tests.support import Answer, check_refusal, command, environment
+from crlseq.storage import interrupts
+from crlseq.storage.hdf5 import Target
+from tests.support import ROOT, Answer, check_refusal, command, environment
 
 LINEAR: list[object] = ["--method", "linear", "--n-latents", 3, "--bootstrap", 0]
 SIMULATED = ["--n-latents", 3, "--n-genes", 20, "--cells-per-perturbation", 5, "--n-control", 20]
@@ -27,7 +35,7 @@ def writing(screen: Path, run: Path, out: Path) -> list[list[Any]]:
     return [
         ["fit", screen, "--output", out / "OTHER", *LINEAR],
         ["prepare", screen, "--output", out / "STORE"],
-        ["predict", run, "-p", "g0+g1", "--output", out / "virtual.h5ad"],
+        ["predict", run, "-p", "g0", "--output", out / "virtual.h5ad"],
         *(["export", run, "--format", name, "--output", out / name] for name in ("h5ad", "csv", "graphml")),
         ["report", run, "--output", out / "page.html"],
         ["evaluate", run, "--output", out / "found.csv"],
@@ -195,12 +203,94 @@ def test_on_a_full_disk(screen_file: Path, linear_folder: Path, mounted: Path, r
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def test_files_that_may_not_grow(screen_file: Path, linear_folder: Path, tmp_path: Path) -> None:
+GROWN = {
+    "predict": ["predict", "{run}", "-p", "g0", "--output", "{out}/virtual.h5ad"],
+    "simulate": ["simulate", "--n-genes", "300", "--output", "{out}/simulated.h5ad"],
+    **{
+        name: ["export", "{run}", "--format", name, "--output", f"{{out}}/x.{name}"]
+        for name in ("h5ad", "h5mu", "gears")
+    },
+}
+
+
+@pytest.mark.parametrize("name", GROWN)
+@pytest.mark.parametrize("size", [8192, 60_000])
+def test_files_that_may_not_grow(linear_folder: Path, tmp_path: Path, name: str, size: int) -> None:
     """As a quota has it; HDF5 must not crash when Python ends either, so that this is a process of its own."""
-    words = ["predict", linear_folder, "-p", "g0+g1", "--output", tmp_path / "virtual.h5ad"]
+    if name == "h5mu":
+        pytest.importorskip("mudata")
+    words = [word.format(run=linear_folder, out=tmp_path) for word in GROWN[name]]
     done = subprocess.run(
         command(*words), capture_output=True, text=True, env=environment(), timeout=300,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     )  # fmt: skip
     check_cannot_be_written(Answer(done.returncode, done.stdout, done.stderr), words)
     assert list(tmp_path.iterdir()) == []
+
+
+SESSION = """
+import resource, signal, sys
+import crlseq
+from crlseq.storage.hdf5 import write_h5ad
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+cells = crlseq.simulate(n_genes=300, cells_per_perturbation=20)
+for size in range(1000, 400_000, 9_973):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
+    try:
+        write_h5ad(cells, Path(sys.argv[1]), "gzip")
+    except OSError as error:
+        print(error.errno)
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+write_h5ad(cells, Path(sys.argv[1]), "gzip")
+"""
+
+
+def test_a_session_survives_a_full_disk(tmp_path: Path) -> None:
+    """In Python, where a crash would take all of a user's variables with it; wherever in the file the room ends."""
+    path = tmp_path / "x.h5ad"
+    done = subprocess.run(
+        [sys.executable, "-c", SESSION, path], capture_output=True, text=True, env=environment(), timeout=300
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.split() == [str(errno.EFBIG)] * 41
+    assert ad.read_h5ad(path).shape == (2800, 300)
+
+
+def test_an_interrupt_in_the_middle_of_hdf5_comes_again(tmp_path: Path) -> None:
+    """HDF5 takes an exception for a failed disk and crashes when Python ends."""
+    target = Target(tmp_path / "x", "w+")
+
+    def ends(number: int) -> bool:
+        try:
+            interrupts._handle(number, frame)
+        except KeyboardInterrupt:
+            return True
+        return False
+
+    with target, interrupts.watched(""):
+        frame = sys._getframe()
+        assert ends(signal.SIGINT)
+        frames: list[FrameType] = []
+
+        def seek(self: Target, offset: int, whence: int = 0) -> int:
+            frames.append(sys._getframe(1))
+            return offset
+
+        with mock.patch.object(Target, "seek", seek):
+            target.write(b"x")
+        frame = frames[0]
+        assert frame.f_code is Target.write.__code__ and not ends(signal.SIGINT)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def test_there_is_one_way_to_write_hdf5() -> None:
+    """anndata, mudata and h5py are given a `Target`, or memory; what else opens a file for writing would crash."""
+    found = []
+    for path in sorted((ROOT / "crlseq").rglob("*.py")):
+        for call in re.findall(
+            r"h5py\.File\([^)]*\)|adata\.write\w*\(|virtual\.write\w*\(|mudata\.write\w*\([^)]*", path.read_text()
+        ):
+            if not re.search(r'\(target|driver="core"|, "r"\)|TYPE', call):
+                found.append(f"{path.name}: {call}")
+    assert found == []

@@ -63,7 +63,7 @@ def test_graph_by_hand() -> None:
     graph = dag_graph(programs, edges, Identification(verdict="not identified", reason="because"))
     assert sorted(graph.edges) == [("P0", "P1"), ("P1", "P2")]
     back = nx.parse_graphml(graphml(graph).decode())
-    assert back.nodes["P0"]["label"] == "a\ufffdb\ufffd[1m<&>\"' \ud7ff"
+    assert back.nodes["P0"]["label"] == "a\\u0000b\\u001b[1m<&>\"' \ud7ff"
     assert nx.utils.graphs_equal(nx.node_link_graph(json.loads(dag_json(graph)), edges="edges"), graph)
     edges["support"] = [0.9, 0.2]
     supported = dag_graph(programs, edges, Identification(verdict="identified", reason="because"))

@@ -21,7 +21,7 @@ from crlseq.data import splits
 from crlseq.errors import InputError
 from crlseq.run.run import Run
 from crlseq.storage.runfolder import TABLES
-from tests.support import FAST, RUN_FILES, dense, invoke, small_screen
+from tests.support import FAST, dense, files_of, invoke, small_screen
 from tests.synthetic import synthetic_run
 
 
@@ -32,7 +32,7 @@ def copy(run_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_files(run_folder: Path) -> None:
-    assert {file.name for file in run_folder.iterdir()} == RUN_FILES
+    assert {file.name for file in run_folder.iterdir()} == files_of(run_folder)
     assert [path.name for path in run_folder.parent.iterdir()] == ["RUN"]
 
 
@@ -112,7 +112,7 @@ def test_the_discovery_is_told(finished: Run) -> None:
 
 def test_the_likelihood_alone(linear_folder: Path) -> None:
     """``--method linear`` trains nothing; without a bootstrap there is no support, and the edges stay."""
-    assert {file.name for file in linear_folder.iterdir()} == RUN_FILES - {"resume.pt"}
+    assert {file.name for file in linear_folder.iterdir()} == files_of(linear_folder) - {"resume.pt"}
     run = crlseq.load(linear_folder)
     assert run.history.empty and (linear_folder / "history.csv").read_text() == "epoch,total\n"
     assert run.info["training"]["epochs_run"] == 0
