@@ -21,9 +21,10 @@ class _Stream(io.FileIO):
     Nothing is left to fail when Python ends.
     """
 
-    def __init__(self, handle: int, failure: Callable[[OSError], Exception] | None) -> None:
+    def __init__(self, handle: int, failure: Callable[[OSError], Exception] | None, instead_of: TextIO | None) -> None:
         super().__init__(handle, "w", closefd=False)
-        self.failure, self.lost = failure, False
+        # What it stands in for would close the handle if nobody held it.
+        self.failure, self.lost, self.instead_of = failure, False, instead_of
 
     def write(self, data: Any) -> int:
         """To the stream, or nowhere."""
@@ -70,7 +71,10 @@ def _suited(stream: TextIO | None, handle: int, failure: Callable[[OSError], Exc
             stream.flush()
     lines = failure is None or os.isatty(handle)
     return io.TextIOWrapper(
-        io.BufferedWriter(_Stream(handle, failure)), encoding=encoding, errors="backslashreplace", line_buffering=lines
+        io.BufferedWriter(_Stream(handle, failure, stream)),
+        encoding=encoding,
+        errors="backslashreplace",
+        line_buffering=lines,
     )
 
 
