@@ -240,13 +240,25 @@ def _heading(program: Program) -> list[str]:
     return lines
 
 
+# Columns of interventions on a terminal; those that are empty or 1 throughout are left out.
+READ = (
+    "perturbation", "program", "support", "shift", "shift_se", "explained", "disagrees", "penetrance", "knock_down",
+    "n_cells", "fdr",
+)  # fmt: skip
+
+
 @app.command()
 def interventions(run: RunFolder, json: AsJson = False) -> None:
     """The program that each perturbation targets, and its effect on that program."""
     found = load(run).interventions
     program = found["program"].where(found["program"] != "")  # perturbations without a claim come last
     order = program.str[1:].astype(float).sort_values(kind="stable").index
-    show_table(found.loc[order], "Interventions (shift of hit cells, in standard deviations of the program)", json)
+    table = found.loc[order]
+    if sys.stdout.isatty() and not json:  # what is read first; a pipe has all columns
+        kept = table[[name for name in READ if name in table]]
+        told = kept.notna() & (kept != 1)
+        table = kept.loc[:, told.any() | kept.columns.isin(("perturbation", "program", "support", "shift"))]
+    show_table(table, "Interventions (shift of hit cells, in standard deviations of the program)", json)
 
 
 @app.command()

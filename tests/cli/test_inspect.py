@@ -265,8 +265,19 @@ def test_a_wide_table_on_a_narrow_terminal_breaks_no_word(run_folder: Path, fini
     lines = text.splitlines()
     assert max(map(len, lines)) <= 60
     words = set(text.split())
-    assert {"perturbation", "retention", "distance", "support", *finished.interventions["perturbation"]} <= words
-    assert [line.split()[0] for line in lines if line.startswith("g0 ")] == ["g0"] * 3  # the name leads all blocks
+    assert {"perturbation", "explained", "disagrees", "support", *finished.interventions["perturbation"]} <= words
+    assert [line.split()[0] for line in lines if line.startswith("g0 ")] == ["g0"] * 2  # the name leads all blocks
+
+
+def test_interventions_are_one_block_of_80_columns(linear_folder: Path) -> None:
+    code, text = on_terminal("inspect", "interventions", linear_folder, columns=80)
+    assert code == 0
+    lines = text.splitlines()
+    assert sum(line.startswith("g0 ") for line in lines) == 1
+    assert "support" not in crlseq.load(linear_folder).interventions.dropna(
+        axis=1, how="all"
+    )  # no bootstrap, and told so
+    assert {"support", "shift", "fdr"} <= set(text.split()) and "retention" not in text
 
 
 def test_check_on_a_terminal(screen_file: Path) -> None:

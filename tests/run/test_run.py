@@ -335,7 +335,10 @@ def test_annotating_the_fitted_cells(finished: Run, run_folder: Path, screen: ad
     controls = (adata.obs["perturbation"] == "control") & adata.obs["crlseq_split"].isin(["train", "validation"])
     latents = adata.obsm["X_crlseq"][controls.to_numpy()].astype(float)
     np.testing.assert_allclose(latents.mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(latents.var(0), 1, atol=1e-4)
+    # In standard deviations of control cells without measurement noise, of which these have some.
+    assert (latents.std(0) > 0.7).all()
+    raw = finished.latents(screen) * [program.scale for program in finished.facts.programs]
+    np.testing.assert_allclose(adata.obsm["X_crlseq"] * [p.scale for p in finished.facts.programs], raw, rtol=1e-5)
 
 
 def test_annotating_other_cells(finished: Run) -> None:
