@@ -29,7 +29,8 @@ def effect_agreement(
 
     ``explained``: (|m|^2 - |m - pi a T|^2) / (|m|^2 - its squared errors), T with the perturbation's own part.
     ``agrees``: the coefficient of m on pi a T by others, 1 where they agree; ``agrees_se``; ``disagrees``: it is surely
-    (FDR 5 %) below `LEAST` or above `MOST`.
+    (FDR 5 %) below `LEAST` or above `MOST`. Where more than half of the squares of what others tell is their own noise, they
+    tell nothing.
     """
     found = {name: np.full(len(interventions.target), np.nan) for name in AGREEMENT}  # ``shift_se`` is told elsewhere
     cells = data.cells_by_condition(splits.TRAIN)
@@ -40,12 +41,14 @@ def effect_agreement(
         if len(parts) == 1 and len(own) >= MIN_CELLS
     }
     strength, target = penetrance * interventions.shift, interventions.target
-    product, square = np.zeros((2, *programs.total_effect.shape))
+    product, square, spread = np.zeros((3, *programs.total_effect.shape))
     for k, own in alone.items():
         found["knock_down"][k], found["knock_down_se"][k] = knock_down(data, own, cells[0], data.own_genes[k])
         if target[k] >= 0:
             weight = len(own) * strength[k] * _tells(data, k)
-            product[target[k]] += weight * mean_effect(data, own, controls)[0]
+            change, noise, _ = mean_effect(data, own, controls)
+            product[target[k]] += weight * change
+            spread[target[k]] += weight**2 * noise
             square[target[k]] += weight * strength[k]
     for k, own in alone.items():
         if target[k] < 0:
@@ -55,13 +58,17 @@ def effect_agreement(
         known = ~np.isnan(told)
         size = float((change**2 - noise - shared)[known].sum())
         if size > 0:
-            found["explained"][k] = float((change**2 - (change - told) ** 2)[known].sum()) / size
+            # What of the noise is in the program, too, is no effect.
+            found["explained"][k] = min(float((change**2 - (change - told) ** 2)[known].sum()) / size, 1.0)
         weight = len(own) * strength[k] * _tells(data, k)
         others = square[target[k]] - weight * strength[k]
-        told = (product[target[k]] - weight * change) * strength[k] * _tells(data, k)
-        told = np.divide(told, others, out=np.zeros_like(told), where=others > 1e-9 * square[target[k]])
-        if length := float(told @ told):
+        factor = np.divide(strength[k] * _tells(data, k), others, out=np.zeros_like(told), where=others > 0)
+        told = (product[target[k]] - weight * change) * factor
+        error = (spread[target[k]] - weight**2 * noise).clip(0.0) * factor**2  # of what others tell, in its squares too
+        length = float(told @ told - error.sum())
+        if length > float(error.sum()):
             along = [float((data.dense(group) @ told).var(ddof=1) / len(group)) for group in (own, cells[0])]
+            along.append(float((change**2 * error).sum()))
             found["agrees"][k], found["agrees_se"][k] = float(change @ told) / length, np.sqrt(sum(along)) / length
     beyond = np.maximum(LEAST - found["agrees"], found["agrees"] - MOST) / found["agrees_se"]
     fdr = benjamini_hochberg(norm.sf(beyond))

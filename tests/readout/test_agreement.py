@@ -56,6 +56,14 @@ def test_errors_of_agreement_hold() -> None:
     assert 0.75 < np.std(z) < 1.35
 
 
+def test_others_too_weak_to_tell_say_nothing() -> None:
+    axis = np.random.default_rng(4).normal(size=N_GENES) * 0.4
+    data = made({"A": 5 * axis, "B": 0.1 * axis, "C": -0.1 * axis})
+    found = effect_agreement(data, *told(np.stack([axis]), [0] * 3, [5.0, 0.1, -0.1]), np.ones(3))
+    assert np.isnan(found["agrees"][0]) and np.isnan(found["disagrees"][0])
+    assert not (found["disagrees"][1:] > 0).any()
+
+
 def test_one_perturbation_alone_agrees_with_no_other() -> None:
     axis = np.full(N_GENES, 0.5)
     data = made({"A": axis, "B": -axis})
