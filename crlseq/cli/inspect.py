@@ -241,10 +241,7 @@ def _heading(program: Program) -> list[str]:
 
 
 # Columns of interventions on a terminal; those that are empty or 1 throughout are left out.
-READ = (
-    "perturbation", "program", "support", "shift", "shift_se", "explained", "disagrees", "penetrance", "knock_down",
-    "n_cells", "fdr",
-)  # fmt: skip
+READ = ("perturbation", "program", "support", "shift", "shift_se", "explained", "knock_down", "n_cells", "fdr")
 
 
 @app.command()
@@ -259,6 +256,9 @@ def interventions(run: RunFolder, json: AsJson = False) -> None:
         told = kept.notna() & (kept != 1)
         table = kept.loc[:, told.any() | kept.columns.isin(("perturbation", "program", "support", "shift"))]
     show_table(table, "Interventions (shift of hit cells, in standard deviations of the program)", json)
+    if not json and "disagrees" in found:
+        for row in found[found["disagrees"] == 1].to_dict("records"):
+            say(f"The cells of {row['perturbation']} contradict the other perturbations of {row['program']}.")
 
 
 @app.command()
