@@ -130,7 +130,7 @@ def _combined(
         return None, None
     fitted = fit_law(model, data, equations, seed)
     model.law = fitted.law
-    table = interaction_table(data, fitted.measured, fitted.left, seed) if fitted.measured.parts else None
+    table = interaction_table(data, fitted, seed) if fitted.measured.parts else None
     return fitted.summary(), table
 
 

@@ -13,7 +13,8 @@ epistatic    c is below 1 and one part masks the other: the smaller coefficient 
 buffering    c is below 1 otherwise.
 
 Of a perturbation the term is the share of what its combinations do beyond the law that recurs from one of them to the next,
-0 where that has nothing to do with the perturbation; tested by exchanging combinations at random.
+less what the error of its single effect makes; 0 where that has nothing to do with the perturbation. It is tested by exchanging
+combinations at random.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.run.schema import INTERACTION_COLUMNS
-from crlseq.training.combinations import Measured
+from crlseq.training.combinations import FittedLaw, Measured
 
 MASKED, ALIKE, FDR = 1 / 3, 0.5, 0.05
 MIN_CONTAINING = 3  # combinations of a perturbation that tell what recurs
 N_EXCHANGES = 2000
 
 
-def interaction_table(data: PerturbSeqData, measured: Measured, left: np.ndarray, seed: int) -> pd.DataFrame:
-    """`crlseq.run.schema.INTERACTION_COLUMNS`, a row a measured combination, then one a perturbation of enough of them; ``left`` (n, G) is past the law."""
+def interaction_table(data: PerturbSeqData, fitted: FittedLaw, seed: int) -> pd.DataFrame:
+    """`crlseq.run.schema.INTERACTION_COLUMNS`, a row a measured combination, then one a perturbation of enough of them."""
     rng = np.random.default_rng([seed, 14])
-    rows = [*_combinations(data, measured, rng), *_perturbations(data, measured, left, rng)]
+    rows = [*_combinations(data, fitted.measured, rng), *_perturbations(data, fitted, rng)]
     table = pd.DataFrame(rows, columns=[name for name in INTERACTION_COLUMNS if name not in ("fdr", "class")] + ["p"])
     for scope in ("combination", "perturbation"):
         own = table["scope"] == scope
@@ -102,10 +103,9 @@ def _variance(data: PerturbSeqData, cells: np.ndarray, direction: np.ndarray) ->
     return float(along.var(ddof=1) / len(along))
 
 
-def _perturbations(
-    data: PerturbSeqData, measured: Measured, left: np.ndarray, rng: np.random.Generator
-) -> list[tuple[object, ...]]:
-    rest = left - left.mean(0)
+def _perturbations(data: PerturbSeqData, fitted: FittedLaw, rng: np.random.Generator) -> list[tuple[object, ...]]:
+    measured = fitted.measured
+    rest = fitted.left - fitted.left.mean(0)
     gram = rest @ rest.T
     np.fill_diagonal(gram, np.maximum(np.diag(gram) - measured.noise.sum(1), 0.0))
     n = len(gram)
@@ -115,13 +115,25 @@ def _perturbations(
         own = np.flatnonzero([k in parts for parts in measured.parts])
         if len(own) < MIN_CONTAINING:
             continue
-        term = _recurs(gram, own)
+        # The error of the single effect recurs as well, and is no interaction.
+        by_error = _error_that_recurs(fitted, k, own) / max(float(np.diag(gram)[own].mean()), 1e-30)
+        term = _recurs(gram, own) - by_error
         without = np.array([_recurs(gram, np.delete(own, i)) for i in range(len(own))])
         error = float(np.sqrt((len(own) - 1) / len(own) * ((without - without.mean()) ** 2).sum()))
         chance = np.array([_recurs(gram, order[own]) for order in exchanged])
         p = (1 + (chance >= term).sum()) / (1 + len(chance))
         rows.append((data.perturbation_names[k], "perturbation", len(own), term, error, np.nan, np.nan, float(p)))
     return rows
+
+
+def _error_that_recurs(fitted: FittedLaw, k: int, own: np.ndarray) -> float:
+    """Mean summed square that the error of perturbation k's effect, times its coefficient, has in these combinations."""
+    squares = []
+    for i in own:
+        place = fitted.measured.parts[i].index(k)
+        c = float(fitted.law.coefficients(torch.from_numpy(fitted.measured.single[i]))[0][place])
+        squares.append(c**2 * float(fitted.measured.unsure[i][place]))
+    return float(np.mean(squares))
 
 
 def _recurs(gram: np.ndarray, own: np.ndarray) -> float:

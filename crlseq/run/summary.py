@@ -252,10 +252,10 @@ def combinations_in_words(facts: RunInfo) -> str:
         "measured combinations."
     )
     if not law.n_terms:
-        return f"{words} No perturbation is seen to act in combinations otherwise than alone."
+        return f"{words} No perturbation is seen to act in them otherwise than alone."
     return (
-        f"{words} Perturbations act in combinations otherwise than alone: what {law.n_terms} of them do there lowers the "
-        f"squared error of left-out combinations by {law.gain:.0%} ± {law.gain_error:.0%}."
+        f"{words} What recurs in the combinations of a perturbation, beside its effect alone, lowers the squared error of "
+        f"left-out combinations by {100 * law.gain:.0f} ± {100 * law.gain_error:.0f} %."
     )
 
 

@@ -42,6 +42,7 @@ class Measured(NamedTuple):
 
     parts: list[tuple[int, ...]]
     single: list[np.ndarray]  # (M, G) effects of the parts
+    unsure: list[np.ndarray]  # (M,) summed squared errors of these
     effect: np.ndarray  # mean change of cells that all parts hit
     noise: np.ndarray  # squared sampling errors
 
@@ -117,7 +118,7 @@ def _measured(
     """Combinations of perturbations with cells of their own that the law governs, and that often enough hit together."""
     cells = data.cells_by_condition(splits.TRAIN)
     by_batch, control_error = controls_by_batch(data, cells[0]), model.control_error.cpu().double().numpy()
-    parts, single, effect, noise = [], [], [], []
+    parts, single, unsure, effect, noise = [], [], [], [], []
     for c, rows in enumerate(data.conditions):
         groups = [(k,) for k in rows]
         if len(rows) < 2 or len(cells[c]) < MIN_CELLS or not singles.keys() >= {*rows} or not law.governs(groups):
@@ -136,10 +137,11 @@ def _measured(
         if together >= MIN_HIT:
             parts.append(rows)
             single.append(own.numpy())
+            unsure.append((model.residual_error[list(rows)].cpu().double() ** 2).sum(1).numpy())
             effect.append(change / together)
             noise.append((squared + of_controls) / together**2)
     shape = (len(parts), data.n_genes)
-    return Measured(parts, single, np.reshape(effect, shape), np.reshape(noise, shape))
+    return Measured(parts, single, unsure, np.reshape(effect, shape), np.reshape(noise, shape))
 
 
 def _predicted(law: CombinationLaw, measured: Measured) -> np.ndarray:

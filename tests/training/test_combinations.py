@@ -81,7 +81,7 @@ def made(
         for (a, b), own in zip(parts, single, strict=True)
     ])  # fmt: skip
     effect += noise * rng.normal(size=effect.shape)
-    return law_of(common), Measured(parts, single, effect, np.full(effect.shape, noise**2)), terms
+    return law_of(common), Measured(parts, single, [np.zeros(2)] * n, effect, np.full(effect.shape, noise**2)), terms
 
 
 @pytest.mark.parametrize("truth", [(0.5, 0.5), (1.0, 0.0), (0.6, 0.43), (0.42, 0.6)])
