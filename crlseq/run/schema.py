@@ -223,7 +223,7 @@ class CombinationSummary(_Part):
     gamma_error: float
     n_measured: int
     fitted: bool  # to measured combinations; else from the prior
-    n_terms: int  # perturbations that act in combinations otherwise than alone
+    n_terms: int  # perturbations with a term of their own in combinations
     gain: float  # share of the squared error of left-out combinations that the terms save
     gain_error: float
     by_equations: int  # pairs of perturbations that the structural equations combine

@@ -117,7 +117,7 @@ def test_weights_by_hand(sparse: tuple[PerturbSeqData, np.ndarray, np.ndarray]) 
         model.encoder.hidden.free[0] *= -1  # what an activity is called changes no claim of the table
         model.encoder.hidden.bias[0] = 1000.0
         model.encoder.mean.weight[0] *= -1
-    programs = find_programs(model, data)
+    programs = find_programs(model, data, known_targets=False)
     sets = GeneSets(("a", "b", "c"), ("",) * 3, members_of(*OWN), tuple((name, "", ()) for name in "abc"), 0)
     found = pathway_table(model, data, programs, sets)
     wide = found.pivot(index="program", columns="gene_set", values="weight")
