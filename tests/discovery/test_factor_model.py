@@ -101,3 +101,9 @@ def test_scores_maximise_the_likelihood_with_its_prior(prior: float) -> None:
     gradient = torch.autograd.grad(likelihood - 0.5 * prior * (state[:, :-1] ** 2).sum(), state)[0]
     step = torch.cholesky_solve(gradient[..., None], factor.double())[..., 0]
     assert step.abs().max() < 2 * factor_model.TOLERANCE
+
+
+def test_a_gene_that_is_hardly_there_breaks_no_trend() -> None:
+    sums = torch.tensor([[3.0, 4.0, 5.0, 6.0], [1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
+    found = factor_model._shrunk(sums, torch.tensor([-800.0, 0.0, 0.5, 1.0], dtype=torch.float64))
+    assert bool(torch.isfinite(found).all())
