@@ -244,7 +244,7 @@ def combinations_in_words(facts: RunInfo) -> str:
         few = f"{law.n_measured or 'No'} measured combination{'s were' if law.n_measured != 1 else ' was'}"
         return (
             f"Combinations: two effects of equal size give {law.beta:.2g} of their sum and {law.gamma:.2g} of the mean effect "
-            f"of all perturbations, as in two published screens. {few} in the fit, too few to learn more."
+            f"of all perturbations, as in two published screens (each ± 0.25 in a new one). {few} in the fit, too few to learn more."
         )
     words = (
         f"Combinations: two effects of equal size give {law.beta:.2f} ± {law.beta_error:.2f} of their sum and "
@@ -252,9 +252,12 @@ def combinations_in_words(facts: RunInfo) -> str:
         "measured combinations."
     )
     if not law.n_terms:
-        return f"{words} No perturbation is seen to act in them otherwise than alone."
+        return (
+            f"{words} Terms of single perturbations do not surely lower the squared error of left-out combinations "
+            f"({100 * law.gain:.0f} ± {100 * law.gain_error:.0f} %)."
+        )
     return (
-        f"{words} What recurs in the combinations of a perturbation, beside its effect alone, lowers the squared error of "
+        f"{words} What recurs in the combinations of a perturbation, beside its estimated effect alone, lowers the squared error of "
         f"left-out combinations by {100 * law.gain:.0f} ± {100 * law.gain_error:.0f} %."
     )
 
