@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 
@@ -58,3 +59,11 @@ def needs_extra(what: str, package: str, extra: str) -> UsageError:
 def few(names: Sequence[str], most: int = 8) -> str:
     """Names in a message, the first ones where there are many."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def not_there(what: str, name: str, known: Sequence[str]) -> InputError:
+    """That a run has no perturbation, program or gene of this `name`, with the nearest ones of those it has."""
+    letters = {one.casefold(): one for one in reversed(known)}
+    near = [letters[one] for one in difflib.get_close_matches(name.casefold(), letters, n=3, cutoff=0.5)]
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {few(known)}." if known else ""
+    return InputError(f"There is no {what} {name!r} in this run.", hint)

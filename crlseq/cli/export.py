@@ -22,6 +22,8 @@ KINDS: dict[str, dict[str, str]] = {
     "interventions": {"top": "top"},
     "history": {},
     "effects": {"top": "top"},
+    "effects-map": {"top": "top"},
+    "volcano": {"perturbation": "perturbation"},
     "embedding": {"program": "programs", "perturbation": "perturbations"},
 }
 
@@ -104,7 +106,7 @@ def plot(
     from crlseq.storage.files import written_whole
     from crlseq.storage.text import escaped
 
-    axes = getattr(plotting, kind)(found, **options)
+    axes = getattr(plotting, kind.replace("-", "_"))(found, **options)
     # Text stays text, and equal runs give equal files.
     stamp: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix, {})
     with (

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from crlseq.cli.options import AsJson, RunFolder, load, setting
 from crlseq.cli.output import say, say_verdict, show_json, show_paragraph, show_table, show_text
+from crlseq.cli.perturbation import perturbation
 from crlseq.errors import InputError
 
 if TYPE_CHECKING:
@@ -238,6 +239,9 @@ def _heading(program: Program) -> list[str]:
         more = f" +{len(program.anchors) - ANCHORS}" if len(program.anchors) > ANCHORS else ""
         lines.append(f"    anchors: {', '.join(program.anchors[:ANCHORS])}{more}")
     return lines
+
+
+app.command()(perturbation)
 
 
 # Columns of interventions on a terminal; those that are empty or 1 throughout are left out.

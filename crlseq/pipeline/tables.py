@@ -26,6 +26,7 @@ from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.pipeline.fitted import FittedRun
 from crlseq.prediction.intervals import shift_errors
 from crlseq.readout.agreement import effect_agreement
+from crlseq.readout.effects import effect_table
 from crlseq.readout.ensemble import read_model, seed_agreement
 from crlseq.readout.explained import effect_explained, variance_explained
 from crlseq.readout.interactions import interaction_table
@@ -61,7 +62,9 @@ def tables_of(
     read = find_programs(model, data, discovery is not None)
     found = find_interventions(model, read, _with_claims(tests, config))
     dag = find_dag(model, read, config.model, discovery)
-    agreed = effect_agreement(data, read, found, model.penetrance.double().numpy())
+    penetrance = model.penetrance.double().numpy()
+    effects, knock_down = effect_table(data, read, found, penetrance)
+    agreed = effect_agreement(data, read, found, penetrance) | knock_down
     edge_support, target_support, program_support = _support(discovery, len(read.scale), len(found.target))
     sparse = model.decoder if isinstance(model.decoder, SparseDecoder) else None
     programs = program_table(data.preprocessing.gene_names, read.loading, read.total_effect, sparse is not None)
@@ -97,7 +100,7 @@ def tables_of(
     weights = ({name: value.cpu() for name, value in model.state_dict().items()}, fitted.architecture)
     return FittedRun(
         info, programs, interventions, edges, history.astype({"epoch": int, "total": float}), evaluation,
-        weights=weights, law=model.law, interactions=interactions, ensemble=_seeds(fitted, data, config, interventions, edges), pathways=pathways, pairs=pairs,
+        weights=weights, law=model.law, effect_rows=effects, interactions=interactions, ensemble=_seeds(fitted, data, config, interventions, edges), pathways=pathways, pairs=pairs,
         second_targets=None if discovery is None else _second_targets(discovery, data, np.sign(read.scale)),
     )  # fmt: skip
 

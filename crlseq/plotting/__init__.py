@@ -2,7 +2,8 @@
 
 from crlseq.plotting.cells import embedding
 from crlseq.plotting.charts import effects, history, interventions, programs
+from crlseq.plotting.genes import effects_map, volcano
 from crlseq.plotting.graph import dag
 from crlseq.plotting.pairs import pairs
 
-__all__ = ["dag", "effects", "embedding", "history", "interventions", "pairs", "programs"]
+__all__ = ["dag", "effects", "effects_map", "embedding", "history", "interventions", "pairs", "programs", "volcano"]

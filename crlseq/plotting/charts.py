@@ -106,7 +106,7 @@ def programs(run: Run, *, n_genes: int | None = None, ax: Axes | None = None, sh
     called = dict(zip(chosen["gene"], shown(chosen), strict=True))
     values = wide.loc[rows].to_numpy() / np.maximum(wide.abs().max().to_numpy(), 1e-300)
     ax = axes_of(ax, 2.4 + 0.34 * len(names), max(LOW, 1.2 + 0.16 * len(rows)))
-    _heat(ax, values, [called[gene] for gene in rows], names, "loading / largest of the program")
+    heat(ax, values, [called[gene] for gene in rows], names, "loading / largest of the program")
     # A line between the programs whose top genes these are: each gene stands with the first that it is one of.
     first = chosen.drop_duplicates("gene")["program"].tolist()
     for i in range(1, len(rows)):
@@ -134,7 +134,7 @@ def interventions(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bo
     values = np.full((len(rows), len(names)), np.nan)
     values[np.arange(len(rows)), [names.index(name) for name in rows["program"]]] = rows["shift"]
     ax = axes_of(ax, 2.6 + 0.34 * len(names), max(LOW, 1.4 + 0.17 * len(rows)))
-    _heat(ax, values, list(rows["perturbation"]), names, "shift (SD of the program)")
+    heat(ax, values, list(rows["perturbation"]), names, "shift (SD of the program)")
     target = np.nonzero(~np.isnan(values))
     end = limit_of(values)
     decimals = 1 if end >= 2 else 2
@@ -152,12 +152,13 @@ def interventions(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bo
     return finish(ax, show, title)
 
 
-def _heat(ax: Axes, values: np.ndarray, rows: list[str], columns: list[str], title: str) -> None:
+def heat(ax: Axes, values: np.ndarray, rows: list[str], columns: list[str], title: str, turned: bool = False) -> None:
+    """A heat map of signed ``values`` (rows, columns); ``turned``: names of columns from below upwards."""
     end = limit_of(values)
     image = ax.imshow(values, cmap=SIGNED, vmin=-end, vmax=end, aspect="auto", interpolation="nearest")
     size = 8 if len(rows) <= ROWS else 6
     label_ticks(ax, "y", rows, fontsize=size)
-    label_ticks(ax, "x", columns, fontsize=8, rotation=90 if len(columns) > 12 else 0)
+    label_ticks(ax, "x", columns, fontsize=8, rotation=90 if turned or len(columns) > 12 else 0)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)

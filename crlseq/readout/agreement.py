@@ -1,5 +1,5 @@
-"""Do the tables agree with the cells? What each perturbation does to its own transcript, how much of its effect its program
-carries, and whether its cells contradict that program.
+"""Do the tables agree with the cells? How much of a perturbation's effect its program carries, and whether its cells contradict
+that program.
 
 With the mean change m of a perturbation's cells against controls, its penetrance pi, shift a and its program's total effect T,
 ``pi a T`` is what the tables say of it. T is here taken from the *other* perturbations of the program, and genes that the
@@ -19,7 +19,6 @@ from crlseq.run.schema import AGREEMENT, DETECTABLE_FDR
 from crlseq.training.residuals import MIN_CELLS, controls_by_batch, mean_effect
 
 LEAST, MOST = 0.5, 2.0  # measured over told effect, along it: beyond, the program is not what the perturbation does
-HALF_COUNT = 0.5  # added to sums of expression, so that no transcript is gone altogether
 
 
 def effect_agreement(
@@ -32,7 +31,7 @@ def effect_agreement(
     (FDR 5 %) below `LEAST` or above `MOST`. Where more than half of the squares of what others tell is their own noise, they
     tell nothing.
     """
-    found = {name: np.full(len(interventions.target), np.nan) for name in AGREEMENT}  # ``shift_se`` is told elsewhere
+    found = {name: np.full(len(interventions.target), np.nan) for name in AGREEMENT}  # some are told elsewhere
     cells = data.cells_by_condition(splits.TRAIN)
     controls = controls_by_batch(data, cells[0])
     alone = {
@@ -43,7 +42,6 @@ def effect_agreement(
     strength, target = penetrance * interventions.shift, interventions.target
     product, square, spread = np.zeros((3, *programs.total_effect.shape))
     for k, own in alone.items():
-        found["knock_down"][k], found["knock_down_se"][k] = knock_down(data, own, cells[0], data.own_genes[k])
         if target[k] >= 0:
             weight = len(own) * strength[k] * _tells(data, k)
             change, noise, _ = mean_effect(data, own, controls)
@@ -81,22 +79,3 @@ def _tells(data: PerturbSeqData, k: int) -> np.ndarray:
     tells = np.ones(data.n_genes)
     tells[list(data.own_genes[k])] = 0.0
     return tells
-
-
-def knock_down(
-    data: PerturbSeqData, cells: np.ndarray, controls: np.ndarray, genes: tuple[int, ...]
-) -> tuple[float, float]:
-    """log2 fold change of the perturbed gene's own transcript, and its standard error; of the most expressed of several.
-
-    Of mean normalised expression, logarithm taken back; NaN if the gene is not fitted, or values are no logarithms.
-    """
-    if not genes or data.preprocessing.values == "continuous":
-        return np.nan, np.nan
-    own, other = (np.expm1(data.dense(group)[:, list(genes)].astype(float)) for group in (cells, controls))
-    gene = int(other.mean(0).argmax())
-    logs, squares = [], []
-    for x in (own[:, gene], other[:, gene]):
-        mean = (x.sum() + HALF_COUNT) / len(x)
-        logs.append(np.log2(mean))
-        squares.append(x.var(ddof=1) / len(x) / (mean * np.log(2)) ** 2)
-    return float(logs[0] - logs[1]), float(np.sqrt(sum(squares)))

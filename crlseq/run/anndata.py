@@ -104,6 +104,12 @@ def anndata_keys(
     }
 
 
+def add_effects(keys: dict[str, dict[str, Any]], effects: pd.DataFrame) -> None:
+    """Changes (genes, perturbations) of log expression among `anndata_keys`, NaN of genes that were not fitted."""
+    keys["varm"]["crlseq_effects"] = np.ascontiguousarray(effects.to_numpy(np.float32))
+    keys["uns"]["crlseq"]["effect_names"] = np.array(effects.columns, dtype=str)
+
+
 def set_keys(adata: ad.AnnData, keys: Mapping[str, Mapping[str, Any]]) -> None:
     """Put `anndata_keys` into an AnnData in memory."""
     for slot, values in keys.items():

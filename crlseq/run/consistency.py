@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
 import pandas as pd
 
-from crlseq.run.schema import Bootstrap, RunInfo
+from crlseq.errors import InputError
+from crlseq.run.schema import EFFECT_COLUMNS, Bootstrap, RunInfo
+from crlseq.storage.csv import read_csv
 
 # Columns of programs, by table.
 NAMED = {"dag": ("source", "target"), "pairs": ("source", "target"), "pathways": ("program",), "second_targets": ("program",)}  # fmt: skip
@@ -38,6 +41,19 @@ def check_consistency(facts: RunInfo, genes: Sequence[str], tables: Mapping[str,
     if (second := tables["second_targets"]) is not None:
         _check_names("second_targets.csv", second["perturbation"], known)
     _check_pairs(tables["dag"], tables["pairs"], programs)
+
+
+def read_effects(path: Path, perturbations: Sequence[str], genes: Sequence[str]) -> pd.DataFrame:
+    """``effects.csv`` of a run with these perturbations and genes; InputError if it is damaged or of another run."""
+    try:
+        table = read_csv(path, EFFECT_COLUMNS, {"symbol": str})
+        _check_names(path.name, table["perturbation"].unique(), {*perturbations})
+        _check_names(path.name, table["gene"].unique(), {*genes})
+        _check(not table.duplicated(["perturbation", "gene"]).any(), f"{path.name} has a perturbation and gene twice")
+    except (OSError, ValueError) as error:
+        what = f"The run folder {path.parent} is damaged: {str(error).rstrip('.')}."
+        raise InputError(what, "Restore it, or fit again.") from error
+    return table
 
 
 def _check(holds: bool, otherwise: str) -> None:

@@ -18,15 +18,17 @@ from crlseq._version import __version__
 from crlseq.config import Config
 from crlseq.errors import InputError
 from crlseq.run import schema
-from crlseq.run.anndata import anndata_keys, read_cells, set_keys, write_annotated
-from crlseq.run.consistency import check_consistency
+from crlseq.run.anndata import add_effects, anndata_keys, read_cells, set_keys, write_annotated
+from crlseq.run.consistency import check_consistency, read_effects
 from crlseq.run.graph import ancestry, dag_graph, dag_json, declared_order, graphml
 from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, short, summary_table
+from crlseq.run.tables import effect_matrix
 from crlseq.storage.csv import read_csv, to_csv
 from crlseq.storage.files import refuse_links_outside
 from crlseq.storage.runfolder import (
     COMBINATIONS,
+    EFFECTS,
     EMBEDDINGS,
     ENSEMBLE,
     INTERACTIONS,
@@ -82,6 +84,8 @@ class Run:
     interactions
         ``perturbations, scope, n, term, error, fdr, similarity, masking, class``: what measured combinations do that their
         parts do not, and perturbations that act in them otherwise than alone; None without measured combinations.
+    effect_rows
+        `effects`; None: read from the folder when first needed.
     """
 
     info: dict[str, Any]
@@ -100,6 +104,7 @@ class Run:
     pairs: pd.DataFrame | None = field(default=None, repr=False)
     second_targets: pd.DataFrame | None = field(default=None, repr=False)
     interactions: pd.DataFrame | None = field(default=None, repr=False)
+    effect_rows: pd.DataFrame | None = field(default=None, repr=False)
 
     def _brief(self) -> dict[str, str]:
         """A few lines about the run, for `repr` and notebooks; text from the data on one line each."""
@@ -173,6 +178,20 @@ class Run:
         except ValueError as error:
             what = f"The configuration in {self.path or 'this run'}/run.json is not one of this version."
             raise InputError(what, "Restore it, or fit again.") from error
+
+    @cached_property
+    def effects(self) -> pd.DataFrame:
+        """``perturbation, gene, change, se, log2_fold_change, log2_fold_change_se, p_value, fdr, program_part, residual``:
+        what each perturbation does to every gene, or of a large screen to the genes that surely change.
+
+        InputError if the run is of a version that did not measure it, or the table is damaged.
+        """
+        if self.effect_rows is not None:
+            return self.effect_rows
+        if self.facts.format < schema.WITH_EFFECTS:
+            what = f"{self.path} was fitted by crlseq {self.facts.version}, whose runs hold no effects on genes."
+            raise InputError(what, "Fit again with this version.")
+        return read_effects(self.folder / EFFECTS, list(self.interventions["perturbation"]), self.preprocessing.genes)
 
     @cached_property
     def extrapolation(self) -> Extrapolation | None:
@@ -260,14 +279,20 @@ class Run:
         record, programs = self.preprocessing, self.programs
         with open_screen(source, record.layer) as screen:
             cells, genes, fitted = screen.obs.index, screen.var_names, screen.genes[record.columns(screen)]
+        effects = effect_matrix(self.effects) if self.facts.format >= schema.WITH_EFFECTS else None
         if tuple(fitted) != record.genes:  # other names of the same genes
-            programs = programs.assign(gene=programs["gene"].map(dict(zip(record.genes, fitted, strict=True))))
+            called = dict(zip(record.genes, fitted, strict=True))
+            programs = programs.assign(gene=programs["gene"].map(called))
+            effects = None if effects is None else effects.rename(index=called)
         known = read_cells(self.folder / "crlseq.h5ad") if self.cells is None else self.cells
         known = known.reindex(cells.astype(str))
         known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(schema.SPLIT)
         latents = self.latents(source)
         tables = {"pairs": self.pairs, "second_targets": self.second_targets}
-        return anndata_keys(self.info, self.facts, programs, self.interventions, tables, genes, fitted, latents, known)
+        keys = anndata_keys(self.info, self.facts, programs, self.interventions, tables, genes, fitted, latents, known)
+        if effects is not None:
+            add_effects(keys, effects.reindex(genes))
+        return keys
 
     @property
     def folder(self) -> Path:
@@ -294,6 +319,8 @@ class Run:
             SECOND_TARGETS: self.second_targets,
             INTERACTIONS: self.interactions,
         }
+        if self.facts.format >= schema.WITH_EFFECTS:
+            optional[EFFECTS] = self.effects
         own = {name.removesuffix(".csv"): table for name, table in optional.items() if table is not None}
         return dict(zip(TABLES, tables, strict=True)) | own
 

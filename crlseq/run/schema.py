@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
 
 from crlseq.storage.text import to_json
 
-FORMAT = 3
-READABLE = (1, 2, 3)
+FORMAT = 4
+READABLE = (1, 2, 3, 4)
+WITH_EFFECTS = 4  # the format from which on runs have effects on genes
 MAX_JSON = 256 << 20  # bytes; that of a genome-wide screen has some 10 MiB
 DETECTABLE_FDR = 0.05
 PROGRAM_NUMBERS = ("variance_explained", "effect_explained", "stability")
@@ -44,6 +45,10 @@ PAIR_COLUMNS: dict[str, type] = {
 }  # fmt: skip
 SECOND_COLUMNS: dict[str, type] = {
     "perturbation": str, "program": str, "shift": float, "se": float, "z": float, "fdr": float
+}  # fmt: skip
+EFFECT_COLUMNS: dict[str, type] = {
+    "perturbation": str, "gene": str, "change": float, "se": float, "log2_fold_change": float,
+    "log2_fold_change_se": float, "p_value": float, "fdr": float, "program_part": float, "residual": float,
 }  # fmt: skip
 INTERACTION_COLUMNS: dict[str, type] = {
     "perturbations": str, "scope": str, "n": int, "term": float, "error": float, "fdr": float, "similarity": float,

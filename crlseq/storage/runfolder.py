@@ -18,6 +18,7 @@ from crlseq.storage.files import final_name, refuse_existing, refuse_special, sy
 
 TABLES = ("programs", "interventions", "dag", "history", "evaluation")  # each a file .csv
 PAIRS, SECOND_TARGETS = "pairs.csv", "second_targets.csv"  # of fits that find targets by likelihood
+EFFECTS = "effects.csv"  # since format 4
 INTERACTIONS = "interactions.csv"  # of fits with measured combinations
 ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
 PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
@@ -32,6 +33,7 @@ RUN_FILES = frozenset(
         "dag.graphml",
         "dag.json",
         COMBINATIONS,
+        EFFECTS,
         EMBEDDINGS,
         IDENTITY,
         ENSEMBLE,

@@ -11,6 +11,8 @@ which measured effects share as well, is in none of the estimates.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,7 +44,7 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
     measured, noise = (np.empty((len(known), data.n_genes)) for _ in range(2))
     for k, c in enumerate(known):
         measured[k], noise[k], _ = mean_effect(data, cells[c], controls)
-        for batch, own in _shares(data, cells[c], controls).items():
+        for batch, own in shares_of_controls(data.batch[cells[c]], controls).items():
             shares[k, places[batch]] = own
     measured /= share
     noise /= share**2
@@ -116,20 +118,22 @@ def mean_effect(
     """Mean of cells minus that of controls of the same batches; squared errors of the cells and of the controls; (G,)."""
     mean, variance = _moments(data, cells)
     effect, squared = mean.copy(), np.zeros_like(mean)
-    for place, share in _shares(data, cells, controls).items():
+    for place, share in shares_of_controls(data.batch[cells], controls).items():
         center, spread, n = controls[place]
         effect -= share * center
         squared = squared + share**2 * spread / n
     return effect, variance / len(cells), squared
 
 
-def _shares(data: PerturbSeqData, cells: np.ndarray, controls: Controls) -> dict[int, float]:
-    """Share of the cells that each entry of `controls` is the comparison of; batches without controls share those of all."""
-    batches, counts = np.unique(data.batch[cells], return_counts=True)
+def shares_of_controls(batch: np.ndarray, controls: Container[int]) -> dict[int, float]:
+    """Share of the cells, of these batches, that each entry of `controls` is the comparison of; batches without controls
+    share those of all, under -1.
+    """
+    batches, counts = np.unique(batch, return_counts=True)
     shares: dict[int, float] = {}
     for b, n in zip(batches, counts, strict=True):
         place = int(b) if int(b) in controls else -1
-        shares[place] = shares.get(place, 0.0) + n / len(cells)
+        shares[place] = shares.get(place, 0.0) + n / len(batch)
     return shares
 
 

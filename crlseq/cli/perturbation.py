@@ -1,0 +1,58 @@
+"""``crlseq inspect perturbation``: what one perturbation does."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crlseq.cli.options import AsJson, RunFolder, load, setting
+from crlseq.cli.output import show_json, show_paragraph, show_table, show_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUREST = 5  # genes that are shown where none surely changes
+
+
+def perturbation(
+    run: RunFolder,
+    name: Annotated[str, typer.Argument(help="The perturbation, such as IRF1.", show_default=False)],
+    top: Annotated[int, setting("Largest number of genes that rise, and of genes that fall.", min=1)] = 15,
+    json: AsJson = False,
+) -> None:
+    """One perturbation: its program, and what it does to every gene beside what the program tells.
+
+    A pipe gets the rows of effects.csv, the surest gene first.
+    """
+    from crlseq.run.perturbation import genes_of, perturbation_in_words, row_of
+    from crlseq.run.schema import DETECTABLE_FDR
+
+    found = load(run)
+    row, genes = row_of(found, name), genes_of(found, name)
+    if json:
+        words = perturbation_in_words(found, name)
+        show_json(row.to_dict() | {"findings": words, "genes": genes.to_dict("records")})
+        return
+    if not sys.stdout.isatty():
+        show_table(genes, "")
+        return
+    for sentence in perturbation_in_words(found, name):
+        show_paragraph(sentence)
+    show_text("")
+    changed = genes[genes["fdr"] <= DETECTABLE_FDR]
+    if changed.empty:
+        show_table(_read(genes.head(SUREST)), "No gene surely changes; the surest ones (change of log expression):")
+        return
+    for title, own in (("rise", changed[changed["change"] > 0]), ("fall", changed[changed["change"] < 0])):
+        if len(own):
+            more = f", the {top} surest of {len(own)}" if len(own) > top else ""
+            show_table(_read(own.head(top)), f"Genes that {title}{more} (change of log expression)")
+            show_text("")
+
+
+def _read(genes: pd.DataFrame) -> pd.DataFrame:
+    """Columns that are read first, without those that are empty."""
+    names = ["symbol" if "symbol" in genes else "gene", "change", "se", "program_part", "log2_fold_change", "fdr"]
+    return genes[names].dropna(axis="columns", how="all")
