@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {
 RUN_FILES = {
     *("run.json", "model.safetensors", "crlseq.h5ad", "resume.pt", "report.html", "dag.graphml", "dag.json"),
     *("programs.csv", "interventions.csv", "dag.csv", "history.csv", "evaluation.csv", "pairs.csv"),
-    *("second_targets.csv", "combinations.safetensors"),
+    *("second_targets.csv", "effects.csv", "combinations.safetensors"),
 }
 
 

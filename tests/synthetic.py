@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
 from crlseq.data.names import GeneNames
+from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.run.run import Run
 from crlseq.run.schema import PAIR_COLUMNS, ProgramRow
 from crlseq.run.tables import edge_table, program_labels, program_table
@@ -97,7 +99,16 @@ def synthetic_run(
         "metrics": {"n_detected": int((~silent).sum()), "n_edges": len(edges), "evaluated_on": "test"},
     }  # fmt: skip
     edge_rows = edge_table(adjacency, adjacency != 0, np.abs(adjacency), verdict)
-    return Run(info, table, interventions, edge_rows, history, measured)
+    z = rng.normal(size=(len(names), len(genes))) * 3
+    effects = pd.concat([
+        pd.DataFrame({
+            "perturbation": name, "gene": np.asarray(genes, dtype=object), "change": own / 10, "se": 0.1,
+            "log2_fold_change": own / 5, "log2_fold_change_se": 0.2, "p_value": 2 * norm.sf(np.abs(own)),
+            "fdr": benjamini_hochberg(2 * norm.sf(np.abs(own))), "program_part": own / 10, "residual": 0.0,
+        }).sort_values("p_value")
+        for name, own in zip(names, z, strict=True)
+    ], ignore_index=True)  # fmt: skip
+    return Run(info, table, interventions, edge_rows, history, measured, effect_rows=effects)
 
 
 def program_row(k: int, label: str, genes: str = "", stability: float | None = None) -> ProgramRow:

@@ -24,8 +24,11 @@ KINDS: dict[str, dict[str, str]] = {
     "effects": {"top": "top"},
     "effects-map": {"top": "top"},
     "volcano": {"perturbation": "perturbation"},
+    "activity": {"top": "top"},
+    "violin": {"program": "program", "perturbation": "perturbations"},
     "embedding": {"program": "programs", "perturbation": "perturbations"},
 }
+ONE = {"volcano": ("perturbation",), "violin": ("program",)}  # options that are given once
 
 
 def export(
@@ -76,27 +79,27 @@ def plot(
         setting("Largest number of genes per program, or of perturbations.", default="what fits 60 rows", min=1),
     ] = None,
     program: Annotated[
-        list[str] | None, setting("An axis of the embedding; give two.", default="those that explain most")
+        list[str] | None,
+        setting(
+            "The program of a violin, or an axis of the embedding, which has two.", default="those that explain most"
+        ),
     ] = None,
     perturbation: Annotated[
-        list[str] | None, setting("Coloured in the embedding; may be repeated.", default="the strongest")
+        list[str] | None,
+        setting(
+            "Drawn in a volcano, a violin or the embedding; may be repeated in the latter two.", default="the strongest"
+        ),
     ] = None,
     dpi: Annotated[int, setting("Resolution of a .png in dots per inch.", min=20, max=1200)] = 150,
     force: Force = False,
 ) -> None:
-    """Draw the graph, the pairs of programs, the programs, the intervention map, the losses, the tests of effects or the cells."""
+    """Draw a picture of a run: its graph, programs and interventions, effects on genes, cells, or losses."""
     suffix = output.suffix.lower()
     if suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"{output} does not end in .png, .svg or .pdf.", "Choose one of these formats.")
     if kind not in KINDS:
         raise UsageError(f"There is no plot {kind!r}.", f"Plots are {', '.join(KINDS)}.")
-    options = {}
-    for name, value in {"top": top, "program": program, "perturbation": perturbation}.items():
-        if value in (None, []):
-            continue
-        if name not in KINDS[kind]:
-            raise UsageError(f"A plot of {kind} has no option --{name}.", "Omit it.")
-        options[KINDS[kind][name]] = value
+    options = _options(kind, {"top": top, "program": program, "perturbation": perturbation})
     refuse_output(output, force)
     found = load(run)
     import matplotlib as mpl
@@ -121,3 +124,19 @@ def plot(
     say(f"{kind}: {output}")
     if kind in ("dag", "pairs"):
         say_verdict(found)
+
+
+def _options(kind: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the function that draws, from options that were given; UsageError where they do not go with the kind."""
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if value in (None, []):
+            continue
+        if name not in KINDS[kind]:
+            raise UsageError(f"A plot of {kind} has no option --{name}.", "Omit it.")
+        options[KINDS[kind][name]] = value
+    for name in ONE.get(kind, ()):
+        if len(options.get(name, ())) != 1:
+            raise UsageError(f"A plot of {kind} shows one {name}.", f"Name it with --{name}.")
+        options[name] = options[name][0]
+    return options

@@ -12,7 +12,10 @@ from crlseq.run.graph import dag_json, plain_text
 from crlseq.run.graph import graphml as to_graphml
 from crlseq.run.run import Run
 from crlseq.run.summary import no_effect_in_words
+from crlseq.run.tables import shown
 from crlseq.storage.text import to_json
+
+GENES = 10  # of a program, in a network
 
 
 def verdict(run: Run) -> str:
@@ -47,13 +50,44 @@ def dot(run: Run, path: Path) -> list[str]:
     return [verdict(run)]
 
 
+def network(run: Run, path: Path) -> list[str]:
+    """See `perturbation_network`."""
+    path.write_bytes(to_cyjs(perturbation_network(run)))
+    return [verdict(run)]
+
+
+def perturbation_network(run: Run) -> nx.DiGraph[str]:
+    """Perturbations that shift programs, programs that cause programs, and the strongest genes of each program.
+
+    Nodes have ``kind`` and ``label``, edges ``interaction`` (shifts, causes, loads) and ``weight``: shift, weight of the
+    edge, loading.
+    """
+    graph: nx.DiGraph[str] = nx.DiGraph(**run.dag.graph)
+    for name, values in run.dag.nodes(data=True):
+        graph.add_node(name, **values, kind="program")
+    graph.add_edges_from((a, b, values | {"interaction": "causes"}) for a, b, values in run.dag.edges(data=True))
+    targeted = run.interventions[(run.interventions["program"] != "") & run.interventions["shift"].notna()]
+    for row in targeted.to_dict("records"):
+        node = f"perturbation {row['perturbation']}"
+        graph.add_node(node, kind="perturbation", label=row["perturbation"], n_cells=row["n_cells"])
+        about = {name: row[name] for name in ("support", "fdr") if row[name] == row[name]}
+        graph.add_edge(node, row["program"], interaction="shifts", weight=row["shift"], **about)
+    genes = run.programs[(run.programs["rank"] <= GENES) & (run.programs["loading"].fillna(0) != 0)]
+    for program, gene, called, loading in zip(
+        genes["program"], genes["gene"], shown(genes), genes["loading"], strict=True
+    ):
+        graph.add_node(f"gene {gene}", kind="gene", label=called)
+        graph.add_edge(program, f"gene {gene}", interaction="loads", weight=loading)
+    return graph
+
+
 def to_cyjs(graph: nx.DiGraph[str]) -> bytes:
-    """The DAG as Cytoscape.js JSON, which Cytoscape imports and `networkx.cytoscape_graph` reads."""
+    """A graph as Cytoscape.js JSON, which Cytoscape imports and `networkx.cytoscape_graph` reads."""
     content = nx.cytoscape_data(graph)
     content["data"] = {"name": "crlseq", **graph.graph}  # pairs in networkx, a table of the network in Cytoscape
     for edge in content["elements"]["edges"]:
         source, target = edge["data"]["source"], edge["data"]["target"]
-        edge["data"] |= {"id": f"{source}->{target}", "interaction": "causes"}
+        edge["data"] = {"interaction": "causes"} | edge["data"] | {"id": f"{source}->{target}"}
     return to_json({"generated_by": f"crlseq {__version__}", **content}).encode()
 
 

@@ -36,6 +36,9 @@ FORMATS: dict[str, Format] = {
     "json": Format("the DAG, for networkx", "graph.json", ".json"),
     "cyjs": Format("the DAG, for Cytoscape", "graph.cyjs", ".cyjs"),
     "dot": Format("the DAG, for Graphviz", "graph.dot", ".dot"),
+    "cytoscape": Format(
+        "perturbations, programs and their genes as one network, for Cytoscape", "graph.network", ".cyjs"
+    ),
     "network": Format("loadings as a network, for decoupler", "genes.network", ".csv"),
     "gmt": Format("strongest genes of each program as gene sets", "genes.gmt", ".gmt"),
     "rnk": Format("a folder with a ranking of genes per program, for GSEA", "genes.rnk"),

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse
 
 from crlseq.data.perturbations import read_perturbations
-from crlseq.errors import InputError, UsageError
+from crlseq.errors import InputError, UsageError, not_there
 from crlseq.plotting.style import DISTINCT, FAINT, INK, MARKS, NOTHING, TEXT, axes_of, bare, finish, note
 from crlseq.run.run import Run
 from crlseq.run.summary import short
@@ -51,8 +51,8 @@ def embedding(
     if not run.program_names:
         return note(ax, NOTHING, show)
     pair = _pair(run, programs)
-    chosen = _perturbations(run, pair, perturbations)
-    labels, latents, control = _cells(run)
+    chosen = chosen_perturbations(run, pair, perturbations)
+    labels, latents, control = cells_of(run)
     x, y = latents[:, run.program_names.index(pair[0])], latents[:, run.program_names.index(pair[1])]
     ax = axes_of(ax, 6.2, 4.8)
     ax.scatter(x, y, s=3, color=FAINT, linewidths=0, rasterized=True)
@@ -106,20 +106,23 @@ def _pair(run: Run, programs: Sequence[str] | None) -> tuple[str, str]:
     return programs[0], programs[1]
 
 
-def _perturbations(run: Run, pair: tuple[str, str], asked: Sequence[str] | None) -> list[str]:
+def chosen_perturbations(run: Run, programs: Sequence[str], asked: Sequence[str] | None) -> list[str]:
+    """Perturbations asked for, at most eight; None: the strongest that target the programs."""
     if asked is None:
-        drivers, most = [run.described[name].drivers for name in pair], len(DISTINCT) // 2
+        drivers, most = [run.described[name].drivers for name in programs], len(DISTINCT) // len(programs)
         return [str(name) for own in drivers for name in own.loc[own["n_cells"] > 0, "perturbation"][:most]]
     known = {row.name for row in run.facts.conditions}
     if unknown := [name for name in asked if name not in known]:
-        raise UsageError(f"There is no perturbation {unknown[0]!r} in this run.", "See `crlseq inspect interventions`.")
+        raise not_there("perturbation", unknown[0], sorted(known))
     if len(asked) > len(DISTINCT):
         raise UsageError(f"{len(asked)} perturbations are too many to colour.", f"Give {len(DISTINCT)} at most.")
     return list(asked)
 
 
-def _cells(run: Run) -> tuple[np.ndarray, np.ndarray, str]:
-    """Condition and latents of cells of the run's h5ad, read without its matrix, and the control's name."""
+def cells_of(run: Run) -> tuple[np.ndarray, np.ndarray, str]:
+    """Condition of cells of the run's h5ad, read without its matrix, their programs in standard deviations of the control
+    cells' activities, and the control's name.
+    """
     import anndata as ad
 
     from crlseq.data.files import open_store, readable
@@ -132,4 +135,5 @@ def _cells(run: Run) -> tuple[np.ndarray, np.ndarray, str]:
     used = np.flatnonzero(found.condition >= 0)
     some = used[np.linspace(0, len(used) - 1, min(CELLS, len(used))).astype(int)]
     names = np.asarray(found.condition_names, dtype=object)
-    return names[found.condition[some]], latents[some], str(names[0])
+    unit = latents[found.condition == 0].std(0)
+    return names[found.condition[some]], latents[some] / np.where(unit > 0, unit, 1.0), str(names[0])

@@ -152,9 +152,14 @@ def interventions(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bo
     return finish(ax, show, title)
 
 
-def heat(ax: Axes, values: np.ndarray, rows: list[str], columns: list[str], title: str, turned: bool = False) -> None:
-    """A heat map of signed ``values`` (rows, columns); ``turned``: names of columns from below upwards."""
-    end = limit_of(values)
+def heat(
+    ax: Axes, values: np.ndarray, rows: list[str], columns: list[str], title: str, turned: bool = False, end: float = 0
+) -> None:
+    """A heat map of signed ``values`` (rows, columns); ``turned``: names of columns from below upwards. Colours end at
+    ``end``, or the largest value.
+    """
+    beyond = 0 < end < limit_of(values)
+    end = end or limit_of(values)
     image = ax.imshow(values, cmap=SIGNED, vmin=-end, vmax=end, aspect="auto", interpolation="nearest")
     size = 8 if len(rows) <= ROWS else 6
     label_ticks(ax, "y", rows, fontsize=size)
@@ -165,6 +170,13 @@ def heat(ax: Axes, values: np.ndarray, rows: list[str], columns: list[str], titl
     ax.grid(which="minor", axis="x", color=LINE, linewidth=0.5)
     ax.tick_params(which="minor", length=0)
     ax.spines[:].set_color(LINE)
-    bar = ax.figure.colorbar(image, ax=ax, shrink=min(1.0, 12 / max(len(rows), 1)), pad=0.02, anchor=(0.0, 1.0))
+    bar = ax.figure.colorbar(
+        image,
+        ax=ax,
+        shrink=min(1.0, 12 / max(len(rows), 1)),
+        pad=0.02,
+        anchor=(0.0, 1.0),
+        extend="both" if beyond else "neither",
+    )
     bar.set_label(title, fontsize=8)
     bar.ax.tick_params(labelsize=7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.transforms import BboxBase
 from scipy.cluster.hierarchy import leaves_list, linkage
 
 from crlseq.plotting.charts import ROWS, heat
@@ -17,6 +18,7 @@ from crlseq.run.tables import shown
 
 LABELS = 12  # genes that a volcano names
 LEAST_P = 1e-300
+STRONG = 0.99  # share of a map's values within its colours: an own transcript would make all else pale
 
 
 def effects_map(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bool = False) -> Axes:
@@ -46,7 +48,15 @@ def effects_map(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bool
         genes, values = genes.iloc[order], values[order]
     called = dict(zip(first["gene"], shown(first), strict=True))
     ax = axes_of(ax, 2.6 + 0.2 * len(names), 1.6 + 0.16 * len(genes))
-    heat(ax, values, [called[gene] for gene in genes], names, "change of log expression", turned=True)
+    heat(
+        ax,
+        values,
+        [called[gene] for gene in genes],
+        names,
+        "change of log expression",
+        turned=True,
+        end=float(np.quantile(np.abs(values), STRONG)),
+    )
     own = [(i, k) for i, gene in enumerate(genes) for k, name in enumerate(names) if name in (gene, called[gene])]
     if own:
         y, x = zip(*own, strict=True)
@@ -103,7 +113,7 @@ def volcano(run: Run, perturbation: str, *, ax: Axes | None = None, show: bool =
 
 def _name(ax: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
     """Names beside points, away from the middle; a name that would lie upon another one is left out."""
-    taken = []
+    taken: list[BboxBase] = []
     for a, b, name in zip(x, y, names, strict=True):
         side = "left" if a > 0 else "right"
         label = ax.annotate(

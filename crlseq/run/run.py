@@ -236,7 +236,10 @@ class Run:
         return summary_table(list(self.described.values()))
 
     def latents(self, source: str | Path | ad.AnnData) -> np.ndarray:
-        """(cells, p) float32 latents, unit variance over the fitted control cells, of any cells with these genes.
+        """(cells, p) float32 activities of programs in any cells with these genes, in the programs' standard deviations.
+
+        Posterior means: what one cell says little of is drawn towards the controls' mean of 0, so that the mean over a
+        perturbation's cells is nearer to 0 than its ``penetrance * shift``.
 
         InputError if a fitted gene is missing, or values are not of the kind that was fitted.
         """

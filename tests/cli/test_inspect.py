@@ -191,6 +191,38 @@ def test_one_program_as_json_and_on_a_terminal(finished: Run, run_folder: Path) 
     assert (wrong.code, wrong.out) == (3, "") and "P0 to P2" in wrong.err
 
 
+def test_one_perturbation(finished: Run, run_folder: Path) -> None:
+    row = next(row for row in finished.interventions.to_dict("records") if row["program"])
+    name, own = row["perturbation"], finished.effects[finished.effects["perturbation"] == row["perturbation"]]
+    shown = table(invoke("inspect", "perturbation", run_folder, name))
+    assert shown["gene"].tolist() == own["gene"].tolist()
+    assert shown["change"].astype(float).tolist() == own["change"].tolist()
+    found = json.loads(invoke("inspect", "perturbation", run_folder, name, "--json").out)
+    assert found["shift"] == row["shift"] and len(found["genes"]) == len(own)
+    changed = int((own["fdr"] <= 0.05).sum())
+    sentences = " ".join(found["findings"])
+    assert f"{name} has {row['n_cells']} cells" in sentences and f"{changed} of {len(own)} genes change" in sentences
+    assert f"It moves {row['program']}" in sentences and f"by {row['shift']:+.2f}" in sentences
+    code, text = on_terminal("inspect", "perturbation", run_folder, name, "--top", 3)
+    assert code == 0 and "program" in text and own["gene"].iloc[0] in text
+    wrong = invoke("inspect", "perturbation", run_folder, "G00")
+    assert wrong.code == 3 and "Did you mean g0" in wrong.err
+
+
+def test_a_run_of_an_older_format_has_no_effects(run_folder: Path, tmp_path: Path) -> None:
+    old = tmp_path / "OLD"
+    shutil.copytree(run_folder, old)
+    (old / "effects.csv").unlink()
+    damaged = invoke("inspect", "perturbation", old, "g0")
+    assert damaged.code == 3 and "damaged" in damaged.err
+    info = json.loads((old / "run.json").read_text())
+    (old / "run.json").write_text(json.dumps(info | {"format": 3, "version": "0.0.9"}))
+    for words in (("inspect", "perturbation", old, "g0"), ("plot", old, "effects-map", "-o", tmp_path / "x.png")):
+        answer = invoke(*words)
+        assert answer.code == 3 and "crlseq 0.0.9, whose runs hold no effects on genes" in answer.err
+    assert invoke("inspect", old).code == 0
+
+
 def test_interventions_are_sorted_by_program_and_those_without_a_claim_come_last(run_folder: Path) -> None:
     shown = table(invoke("inspect", "interventions", run_folder))
     programs = shown["program"].tolist()

@@ -338,3 +338,24 @@ def test_a_run_that_lies_nowhere(screen: ad.AnnData, tmp_path: Path) -> None:
         write(found, "docx", tmp_path / "x")
     with pytest.raises(crlseq.CrlseqError, match=r"no .*crlseq\.h5ad"):
         write(found, "pertpy", tmp_path / "x")
+
+
+def test_perturbations_programs_and_genes_as_one_network(finished: Run, run_folder: Path, tmp_path: Path) -> None:
+    path = exported(run_folder, "cytoscape", tmp_path / "network.cyjs")
+    graph = nx.cytoscape_graph(json.loads(path.read_text()))
+    kinds = nx.get_node_attributes(graph, "kind")
+    targeted = finished.interventions[finished.interventions["program"] != ""]
+    assert {graph.nodes[n]["label"] for n, kind in kinds.items() if kind == "perturbation"} == set(
+        targeted["perturbation"]
+    )
+    assert {n for n, kind in kinds.items() if kind == "program"} == set(finished.program_names)
+    first = targeted.iloc[0]
+    edge = graph.edges[f"perturbation {first['perturbation']}", first["program"]]
+    assert (edge["interaction"], edge["weight"]) == ("shifts", pytest.approx(first["shift"]))
+    top = finished.programs[(finished.programs["program"] == "P0") & (finished.programs["rank"] <= 10)]
+    loads = {
+        b: values["weight"] for a, b, values in graph.edges(data=True) if a == "P0" and values["interaction"] == "loads"
+    }
+    assert loads == pytest.approx({f"gene {row['gene']}": row["loading"] for row in top.to_dict("records")})
+    causes = {(a, b) for a, b, values in graph.edges(data=True) if values["interaction"] == "causes"}
+    assert causes == set(finished.dag.edges)

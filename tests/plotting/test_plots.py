@@ -28,7 +28,7 @@ from tests.synthetic import synthetic_run, with_pairs
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-KINDS = ["dag", "pairs", "programs", "interventions", "history", "effects"]
+KINDS = ["dag", "pairs", "programs", "interventions", "history", "effects", "effects_map"]
 EVIL = [
     "$x_{1$",
     "a$b$c",
@@ -154,7 +154,7 @@ def test_no_text_is_cut_off(kind: str, p: int) -> None:
     assert cut_off(ax) < 0.02
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "embedding"])
+@pytest.mark.parametrize("kind", [*KINDS, "embedding", "activity"])
 def test_no_text_of_a_fit_is_cut_off(kind: str, finished: Run) -> None:
     ax = getattr(plotting, kind)(finished)
     assert cut_off(ax) < 0.02
@@ -170,6 +170,55 @@ def test_names_are_only_names(kind: str) -> None:
     if kind in ("interventions", "effects"):
         assert {"$x_{1$", "a$b$c", "_hidden", "\\frac{1}{0}", "line break tab"} <= shown
         assert max(map(len, shown)) < 80
+
+
+def test_the_map_of_effects_has_the_surest_genes_by_program() -> None:
+    run = synthetic_run(3, 8, names=[*(f"PERT{i}" for i in range(7)), "GENE5"])
+    ax = plotting.effects_map(run, top=12)
+    values = ax.images[0].get_array()
+    rows, columns = ([label.get_text() for label in labels] for labels in (ax.get_yticklabels(), ax.get_xticklabels()))
+    assert values.shape == (12, len(columns)) and len(rows) == 12
+    surest = run.effects.sort_values("p_value").drop_duplicates("gene")["gene"][:12]
+    assert set(rows) == set(surest)
+    known = run.effects.set_index(["gene", "perturbation"])["change"]
+    assert values[3, 2] == pytest.approx(known[rows[3], columns[2]])
+    program = dict(zip(run.interventions["perturbation"], run.interventions["program"], strict=True))
+    assert [program[name] for name in columns] == sorted(program[name] for name in columns)
+    squares = [c for c in ax.collections if len(c.get_offsets())]  # where gene and perturbation have one name
+    own = [(columns.index("GENE5"), rows.index("GENE5"))] if "GENE5" in rows else []
+    assert [tuple(map(int, place)) for c in squares for place in c.get_offsets()] == own
+    nothing = replace(run, effect_rows=run.effects.assign(fdr=1.0))
+    assert "No gene surely changes" in texts(plotting.effects_map(nothing))[0].get_text()
+
+
+def test_a_volcano_names_the_surest_genes() -> None:
+    run = synthetic_run(3, 9)
+    ax = plotting.volcano(run, "PERT2")
+    own = run.effects[run.effects["perturbation"] == "PERT2"]
+    sure = int((own["fdr"] <= 0.05).sum())
+    assert f"{sure} of 60 genes change" in ax.get_title(loc="left")
+    assert sum(len(c.get_offsets()) for c in ax.collections) >= 60
+    named = {text.get_text() for text in ax.texts}
+    assert own["gene"].iloc[0] in named and named <= set(own["gene"][:12])
+    assert overlaps(ax) == [] or not {pair for pair in overlaps(ax) if set(pair) <= named}
+    with pytest.raises(InputError, match=r"Did you mean .*PERT2"):
+        plotting.volcano(run, "pert-2")
+
+
+def test_dots_and_violins_of_activity(finished: Run) -> None:
+    ax = plotting.activity(finished, top=3)
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert len(labels) == 3
+    dots = ax.collections[0]
+    assert dots.get_sizes().max() <= 110 and len(dots.get_offsets()) == 3 * len(finished.program_names)
+    strongest = max(finished.interventions.dropna(subset="shift").to_dict("records"), key=lambda row: abs(row["shift"]))
+    place = labels.index(strongest["perturbation"]) * 3 + finished.program_names.index(strongest["program"])
+    colour, share = dots.get_array()[place], dots.get_sizes()[place] / 110
+    assert np.sign(colour) == np.sign(strongest["shift"]) and abs(colour) > 0.3 and share > 0.05
+    ax = plotting.violin(finished, strongest["program"], perturbations=[strongest["perturbation"]])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["control", strongest["perturbation"]]
+    with pytest.raises(InputError, match="no program 'P77'"):
+        plotting.violin(finished, "P77")
 
 
 def test_a_cell_a_pair() -> None:
@@ -247,7 +296,7 @@ def test_cells(finished: Run) -> None:
     for wrong in (["P0"], ["P0", "P0"], ["P0", "P9"]):
         with pytest.raises(UsageError, match="not two different programs of this run"):
             plotting.embedding(finished, programs=wrong)
-    with pytest.raises(UsageError, match="no perturbation 'nobody'"):
+    with pytest.raises(InputError, match="no perturbation 'nobody'"):
         plotting.embedding(finished, perturbations=["nobody"])
     with pytest.raises(UsageError, match="too many"):
         plotting.embedding(finished, perturbations=["g0"] * 9)
@@ -260,10 +309,10 @@ def test_cells(finished: Run) -> None:
 # --- the command
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "embedding"])
+@pytest.mark.parametrize("kind", [*KINDS, "embedding", "activity"])
 def test_plot(run_folder: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "new" / "figure.png"
-    answer = invoke("plot", run_folder, kind, "--output", path, "--dpi", 40)
+    answer = invoke("plot", run_folder, kind.replace("_", "-"), "--output", path, "--dpi", 40)
     assert (answer.code, answer.out) == (0, ""), answer.err
     assert path.read_bytes()[:4] == b"\x89PNG"
     assert files_below(tmp_path) == {"new", "new/figure.png"}

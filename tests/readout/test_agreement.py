@@ -1,4 +1,4 @@
-"""Agreement of tables with cells: knock-down by hand, a perturbation unlike its program, and what is not claimed."""
+"""Agreement of tables with cells: a perturbation unlike its program, and what is not claimed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from crlseq.config import make_config
 from crlseq.data.dataset import PerturbSeqData, read_data
-from crlseq.readout.agreement import effect_agreement, knock_down
+from crlseq.readout.agreement import effect_agreement
 from crlseq.readout.programs import Interventions, Programs
 
 N_GENES = 30
@@ -69,15 +69,3 @@ def test_one_perturbation_alone_agrees_with_no_other() -> None:
     data = made({"A": axis, "B": -axis})
     found = effect_agreement(data, *told(np.stack([axis, -axis]), [0, 1], [1.0, 1.0]), np.ones(2))
     assert np.isnan(found["agrees"]).all() and np.isnan(found["disagrees"]).all()
-    assert np.isnan(found["knock_down"]).all()  # values are no logarithms
-
-
-def test_knock_down_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = made({"A": np.zeros(N_GENES), "B": np.zeros(N_GENES)})
-    rows = {0: np.log1p([[3.0], [3.0], [3.0]]), 1: np.log1p([[0.0], [1.0], [2.0]])}
-    monkeypatch.setattr(PerturbSeqData, "dense", lambda self, index: np.tile(rows[int(index[0])], N_GENES))
-    object.__setattr__(data.preprocessing, "values", "counts")
-    found, error = knock_down(data, np.array([1]), np.array([0]), (4,))
-    assert found == pytest.approx(np.log2((3 + 0.5) / (9 + 0.5)))
-    # Variances of the means 1/3 and 0, over (mean ln 2)^2.
-    assert error == pytest.approx(np.sqrt(1 / 3) / (3.5 / 3 * np.log(2)))
