@@ -25,6 +25,8 @@ __all__ = [
     "load",
     "pl",
     "prepare",
+    "register_baseline",
+    "register_metric",
     "simulate",
 ]
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from crlseq.data.prepare import prepare
     from crlseq.data.simulate import simulate
     from crlseq.errors import CrlseqError
+    from crlseq.evaluation.baselines import register_baseline
+    from crlseq.evaluation.compare import register_metric
     from crlseq.evaluation.evaluate import evaluate
     from crlseq.evaluation.foreign import evaluate_predictions
     from crlseq.experiments.crossvalidation import cross_validate
@@ -52,6 +56,8 @@ _HOME = {
     "fit": "crlseq.pipeline.fit",
     "load": "crlseq.pipeline.fitted",
     "prepare": "crlseq.data.prepare",
+    "register_baseline": "crlseq.evaluation.baselines",
+    "register_metric": "crlseq.evaluation.compare",
     "simulate": "crlseq.data.simulate",
 }
 

@@ -20,14 +20,15 @@ matching mean: Vinas Torne et al. 2025, Nature Biotechnology).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
-BASELINES = ("no_change", "mean", "additive", "shrunk_additive", "matching_mean", "ridge")
+from crlseq.errors import UsageError
+
 N_COMPONENTS = 10  # as in Ahlmann-Eltze et al. 2025
 PENALTIES = np.logspace(-3, 3, 25)
 SHRINKAGE = (
@@ -120,9 +121,22 @@ def halves(condition: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def predict(train: TrainingEffects, queries: Sequence[Indices]) -> dict[str, np.ndarray]:
     """Changes (queries, genes) of every baseline of `BASELINES`."""
-    mean = np.broadcast_to(train.effect.mean(0), (len(queries), train.effect.shape[1]))
-    found = [np.zeros(mean.shape), mean.copy(), additive(train, queries), shrunk_additive(train, queries)]
-    return dict(zip(BASELINES, [*found, matching_mean(train, queries), ridge(train, queries)], strict=True))
+    shape = (len(queries), train.effect.shape[1])
+    found = {name: np.asarray(baseline.function(train, queries), dtype=float) for name, baseline in BASELINES.items()}
+    for name, changes in found.items():
+        if changes.shape != shape or not np.isfinite(changes).all():
+            raise UsageError(f"The baseline {name} gave no {shape[0]} x {shape[1]} finite changes.", "Correct it.")
+    return found
+
+
+def no_change(train: TrainingEffects, queries: Sequence[Indices]) -> np.ndarray:
+    """Controls, whatever the perturbation."""
+    return np.zeros((len(queries), train.effect.shape[1]))
+
+
+def mean_effect(train: TrainingEffects, queries: Sequence[Indices]) -> np.ndarray:
+    """The mean effect of the fitted conditions, whatever the perturbation."""
+    return np.tile(train.effect.mean(0), (len(queries), 1))
 
 
 def additive(train: TrainingEffects, queries: Sequence[Indices]) -> np.ndarray:
@@ -190,3 +204,46 @@ def ridge(train: TrainingEffects, queries: Sequence[Indices]) -> np.ndarray:
 
 def _design(conditions: Sequence[Indices], parts: Sequence[int]) -> np.ndarray:
     return np.array([[float(part in condition) for part in parts] for condition in conditions])
+
+
+class Baseline(NamedTuple):
+    """A function of training effects and queries that returns changes (queries, genes), and what sentences call it."""
+
+    function: Callable[[TrainingEffects, Sequence[Indices]], np.ndarray]
+    words: str
+
+
+BASELINES = {
+    "no_change": Baseline(no_change, "no change"),
+    "mean": Baseline(mean_effect, "the mean of perturbed cells"),
+    "additive": Baseline(additive, "the sum of single effects"),
+    "shrunk_additive": Baseline(shrunk_additive, "the shrunk sum"),
+    "matching_mean": Baseline(matching_mean, "the matching mean"),
+    "ridge": Baseline(ridge, "ridge"),
+}
+
+
+def register_baseline(
+    name: str, function: Callable[[TrainingEffects, Sequence[Indices]], np.ndarray], words: str = ""
+) -> None:
+    """Hold models against another simple prediction, in every later `crlseq.evaluate` of this process.
+
+    ``function(train, queries)`` gets `TrainingEffects` and tuples of indices of perturbations as in ``train.parts``, and
+    returns finite changes (queries, genes) of mean expression. Sentences call it `words`. UsageError if the name is taken
+    by one of crlseq's own.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> from crlseq.evaluation.baselines import BASELINES
+    >>> crlseq.register_baseline("half", lambda train, queries: BASELINES["additive"].function(train, queries) / 2)
+    >>> found = crlseq.evaluate(crlseq.load("RUN"))
+    >>> bool((found.conditions["predictor"] == "half").any()), BASELINES.pop("half").words
+    (True, 'half')
+    """
+    if name in OWN:
+        raise UsageError(f"{name!r} is one of crlseq's own predictors.", "Choose another name.")
+    BASELINES[name] = Baseline(function, words or name)
+
+
+OWN = frozenset({*BASELINES, "model", "split_half", "interpolated_duplicate", "dynamic_range", "sampling_floor"})

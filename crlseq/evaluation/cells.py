@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -131,11 +132,20 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
 def _read_own(run: Run) -> _Table:
     """The cells of the fit."""
     record = run.preprocessing
-    with open_screen(run.folder / "crlseq.h5ad", record.layer) as screen:
-        if "crlseq_split" not in screen.obs or screen.n_cells != run.facts.input.n_cells:
-            raise InputError(f"{screen.source} is not the file that the fit wrote.", "Restore it, or fit again.")
+    with _own_screen(run) as screen:
+        obs = screen.obs
+        if run.path is None and run.cells is not None and len(run.cells) == len(obs):
+            obs = obs.assign(**{str(name): own.to_numpy() for name, own in run.cells.items()})
+        if "crlseq_split" not in obs or screen.n_cells != run.facts.input.n_cells:
+            raise InputError(f"{screen.source} is not the screen that was fitted.", "Restore it, or fit again.")
         alignment, _ = align(record, screen)
-        return _Table(screen.source, screen.obs, _expression(screen, record, alignment), alignment, [])
+        return _Table(screen.source, obs, _expression(screen, record, alignment), alignment, [])
+
+
+def _own_screen(run: Run) -> AbstractContextManager[Screen]:
+    """The fitted cells: of a run that was not written, its source as it is now."""
+    source = run.source if run.path is None and run.source is not None else run.folder / "crlseq.h5ad"
+    return open_screen(source, run.preprocessing.layer)
 
 
 def _read_other(run: Run, data: str | Path | ad.AnnData, notes: list[str]) -> _Table:
@@ -181,7 +191,7 @@ def _held_out(
 def _new(run: Run, other: _Table, took_part: np.ndarray, perturbed: np.ndarray, notes: list[str]) -> np.ndarray:
     """Which perturbed cells of another file are none of those (fitted cells,) that took part in the fit."""
     record = run.preprocessing
-    with open_screen(run.folder / "crlseq.h5ad", record.layer) as screen:
+    with _own_screen(run) as screen:
         columns = record.columns(screen)[other.alignment.present]
         seen_before = set(_fingerprints(screen, columns, took_part))
     new = perturbed & np.array([mark not in seen_before for mark in other.marks], dtype=bool)

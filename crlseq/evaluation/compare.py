@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from crlseq.errors import UsageError
 from crlseq.evaluation.baselines import BASELINES
 
-# Metric and whether larger is better, 1 being perfect; of the others 0 is. In the order of the tables.
+# Metric and whether larger is better, 1 being perfect; of the others 0 is. In the order of the tables. More come with
+# `register_metric`.
 METRICS: dict[str, bool] = {
     "pearson_delta": True,
     "l2": False,
@@ -35,18 +37,39 @@ METRICS: dict[str, bool] = {
     "legacy_r2": True,
     "legacy_rmse": False,
 }
+OWN = frozenset(METRICS)
+Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
+REGISTERED: dict[str, Metric] = {}  # those that came with `register_metric`
 # Of the model's counterfactuals alone: see `crlseq.prediction.counterfactual`.
 AXIOMS = ("composition", "effectiveness", "realised", "reversibility", "change")
 MODEL, CEILING, FLOOR = "model", "split_half", "sampling_floor"
 INTERPOLATED, RANGE = "interpolated_duplicate", "dynamic_range"  # the second is no predictor: see `truth.ceilings`
-PREDICTORS = (MODEL, *BASELINES, CEILING, INTERPOLATED, RANGE, FLOOR)
-WORDS = {
-    "no_change": "no change", "mean": "the mean of perturbed cells", "additive": "the sum of single effects",
-    "shrunk_additive": "the shrunk sum", "matching_mean": "the matching mean", "ridge": "ridge",
-}  # fmt: skip
 JUDGES = {"pearson_delta": "Pearson delta", "l2": "L2"}  # the metrics of the sentences
 N_BOOTSTRAP = 2000
 COVERAGE = 0.95
+
+
+def register_metric(name: str, function: Metric, larger_is_better: bool) -> None:
+    """Judge predictors by another metric of means as well, in every later `crlseq.evaluate` of this process.
+
+    ``function(predicted, measured, control)`` gets mean expressions (conditions, genes) and returns a number per condition,
+    NaN where it is undefined. A perfect prediction has 1 if larger is better, else 0. UsageError if crlseq has a metric of
+    this name.
+
+    Examples
+    --------
+    >>> import crlseq
+    >>> from crlseq.evaluation.compare import METRICS, REGISTERED
+    >>> crlseq.register_metric("worst_gene", lambda predicted, measured, _: abs(predicted - measured).max(1), False)
+    >>> found = crlseq.evaluate(crlseq.load("RUN"))
+    >>> worst = found.conditions.set_index("predictor")["worst_gene"]
+    >>> bool((worst["model"] > 0).all()), METRICS.pop("worst_gene")
+    (True, False)
+    >>> _ = REGISTERED.pop("worst_gene")
+    """
+    if name in OWN or name in AXIOMS:
+        raise UsageError(f"{name!r} is one of crlseq's own metrics.", "Choose another name.")
+    METRICS[name], REGISTERED[name] = larger_is_better, function
 
 
 def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
@@ -137,7 +160,7 @@ def digits(value: float) -> str:
 
 def baseline_in_words(baseline: str, group: str) -> str:
     """What a baseline is called; of held-out cells the sum of single effects is the training effect itself."""
-    return "the training effect" if baseline == "additive" and "cells" in group else WORDS[baseline]
+    return "the training effect" if baseline == "additive" and "cells" in group else BASELINES[baseline].words
 
 
 def _metrics(table: pd.DataFrame) -> list[str]:

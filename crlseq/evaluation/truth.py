@@ -13,7 +13,7 @@ from scipy.special import stdtr
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.evaluation import metrics
 from crlseq.evaluation.baselines import GroupMoments
-from crlseq.evaluation.compare import CEILING, INTERPOLATED, METRICS, RANGE
+from crlseq.evaluation.compare import CEILING, INTERPOLATED, METRICS, RANGE, REGISTERED
 from crlseq.evaluation.metrics import Rivals
 from crlseq.threads import in_parallel
 
@@ -197,6 +197,7 @@ class Block:
             "sign_agreement": metrics.sign_agreement(predicted, measured, control, self.is_de),
             "de_score": metrics.de_score(self.strength(change), self.is_de),
             "r2_delta": metrics.r2_delta(predicted, measured, control),
+            **{name: function(predicted, measured, control) for name, function in REGISTERED.items()},
         }  # fmt: skip
 
 

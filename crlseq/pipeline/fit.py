@@ -213,9 +213,10 @@ def _fit(job: Job) -> FittedRun:
         fitted = _train(job, screen, tested, start)
         give_back()
         run = _read_out(job, screen, tested, start, fitted)
-        if job.folder is not None:
-            _write(job, screen, run, job.folder)
-            tested.stages.clear()
+        if job.folder is None:
+            return replace(run, source=job.source)
+        _write(job, screen, run, job.folder)
+        tested.stages.clear()
         return run
 
 

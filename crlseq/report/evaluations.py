@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from crlseq.evaluation.baselines import BASELINES
-from crlseq.evaluation.compare import CEILING, FLOOR, INTERPOLATED, METRICS, MODEL, RANGE, WORDS, compare, in_words
+from crlseq.evaluation.compare import CEILING, FLOOR, INTERPOLATED, METRICS, MODEL, RANGE, compare, in_words
 from crlseq.run.run import Run
 from crlseq.run.summary import Answer, answer_of
 
@@ -19,7 +19,7 @@ SHOWN = {
 }  # fmt: skip
 CARRYING = ("pearson_delta", "l2")  # the metrics of the answer
 TITLES = {
-    **WORDS, MODEL: "model", "additive": "sum of training effects", CEILING: "(ceiling: the other half of the cells)",
+    **{name: baseline.words for name, baseline in BASELINES.items()}, MODEL: "model", "additive": "sum of training effects", CEILING: "(ceiling: the other half of the cells)",
     INTERPOLATED: "(ceiling: that half or the mean of all, by certainty)", FLOOR: "(floor: sampling error)",
 }  # fmt: skip
 
@@ -67,7 +67,7 @@ def _evaluated(name: str, table: pd.DataFrame, seed: int) -> EvaluationTable:
         low, high = (row["low"], row["high"]) if METRICS[row["metric"]] else (-row["high"], -row["low"])
         parts.append(
             (f"{row['group']}: " if several else "")
-            + f"{SHOWN[row['metric']]} {row['model']:.3g} against {row['value']:.3g} ({TITLES[row['baseline']]}), "
+            + f"{SHOWN[row['metric']]} {row['model']:.3g} against {row['value']:.3g} ({TITLES.get(row['baseline'], row['baseline'])}), "
             f"better on {row['better']} of {row['n']} conditions"
         )
         found.setdefault(SHOWN[row["metric"]], []).append(1.0 if low > 0 else -1.0 if high < 0 else 0.0)

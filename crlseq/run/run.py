@@ -86,6 +86,8 @@ class Run:
         parts do not, and perturbations that act in them otherwise than alone; None without measured combinations.
     effect_rows
         `effects`; None: read from the folder when first needed.
+    source
+        The screen of a run that was not written.
     """
 
     info: dict[str, Any]
@@ -105,6 +107,7 @@ class Run:
     second_targets: pd.DataFrame | None = field(default=None, repr=False)
     interactions: pd.DataFrame | None = field(default=None, repr=False)
     effect_rows: pd.DataFrame | None = field(default=None, repr=False)
+    source: str | Path | ad.AnnData | None = field(default=None, repr=False)
 
     def _brief(self) -> dict[str, str]:
         """A few lines about the run, for `repr` and notebooks; text from the data on one line each."""

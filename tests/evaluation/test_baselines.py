@@ -97,7 +97,7 @@ def test_matching_mean_by_hand() -> None:
 
 def test_mean_and_no_change_by_hand() -> None:
     found = predict(SINGLES, [(0, 1), (2,)])
-    assert tuple(found) == BASELINES
+    assert tuple(found) == tuple(BASELINES)
     assert found["no_change"].tolist() == [[0, 0, 0]] * 2
     assert found["mean"] == pytest.approx(np.array([[1 / 3, 2 / 3, 2]] * 2))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -12,12 +14,13 @@ import scipy.sparse as sp
 import torch
 
 import crlseq
-from crlseq.errors import InputError
-from crlseq.evaluation.baselines import BASELINES
+from crlseq.errors import InputError, UsageError
+from crlseq.evaluation.baselines import BASELINES, Indices, TrainingEffects
 from crlseq.evaluation.compare import (
     AXIOMS,
     METRICS,
-    PREDICTORS,
+    MODEL,
+    REGISTERED,
     bootstrap_interval,
     compare,
     digits,
@@ -29,6 +32,7 @@ from crlseq.evaluation.recovery import known_recovery, score_recovery
 from crlseq.run.run import Run
 from tests.support import dense
 
+PREDICTORS = (MODEL, *BASELINES, "split_half", "interpolated_duplicate", "dynamic_range", "sampling_floor")
 LINEAR = {"method": "linear", "n_latents": 3, "bootstrap": 0}
 
 
@@ -357,3 +361,50 @@ def test_bootstrap_intervals_cover() -> None:
     draws = [bootstrap_interval(rng.normal(size=30), seed) for seed in range(200)]
     assert 0.88 < np.mean([low < 0 < high for low, high in draws]) < 0.99
     assert np.isnan(bootstrap_interval(np.array([1.0]), 0)).all()
+
+
+def test_a_metric_and_a_baseline_of_the_user(doubles: Run) -> None:
+    def worst(predicted: np.ndarray, measured: np.ndarray, control: np.ndarray) -> np.ndarray:
+        return np.abs(predicted - measured).max(1) / np.abs(measured - control).max(1)
+
+    def half(train: TrainingEffects, queries: Sequence[Indices]) -> np.ndarray:
+        return BASELINES["additive"].function(train, queries) / 2
+
+    before = evaluate(doubles)
+    crlseq.register_metric("worst_gene", worst, larger_is_better=False)
+    crlseq.register_baseline("half", half, "half of the sum")
+    try:
+        found = evaluate(doubles)
+        assert list(found.conditions)[-len(AXIOMS) - 1] == "worst_gene"
+        changes = {name: found.predicted[name] - found.predicted["no_change"] for name in ("half", "additive")}
+        assert changes["half"] == pytest.approx(changes["additive"] / 2)
+        of = found.conditions.set_index("predictor")["worst_gene"]
+        assert of["no_change"].to_numpy() == pytest.approx(np.ones(len(of["no_change"])))
+        rows = found.comparisons.set_index(["metric", "baseline"])
+        assert rows.loc[("worst_gene", "half"), "n"].max() > 0
+        kept = found.conditions[found.conditions["predictor"] != "half"].drop(columns="worst_gene")
+        pd.testing.assert_frame_equal(kept.reset_index(drop=True), before.conditions)  # nothing else changed
+    finally:
+        del METRICS["worst_gene"], REGISTERED["worst_gene"], BASELINES["half"]
+    for name in ("l2", "composition"):
+        with pytest.raises(UsageError, match="own metrics"):
+            crlseq.register_metric(name, worst, larger_is_better=False)
+    with pytest.raises(UsageError, match="own predictors"):
+        crlseq.register_baseline("model", half)
+    crlseq.register_baseline("wrong", lambda train, queries: np.zeros((1, 1)))
+    try:
+        with pytest.raises(UsageError, match="The baseline wrong gave no"):
+            evaluate(doubles)
+    finally:
+        del BASELINES["wrong"]
+
+
+def test_a_run_in_memory_is_evaluated_as_its_folder(screen: ad.AnnData, tmp_path: Path) -> None:
+    options = LINEAR | {"hold_out_cells": 0.2}
+    inside, written = crlseq.fit(screen, **options), crlseq.fit(screen, tmp_path / "RUN", **options)
+    assert inside.path is None
+    pd.testing.assert_frame_equal(evaluate(inside).conditions, evaluate(written).conditions)
+    with pytest.raises(InputError, match="never written"):
+        evaluate(replace(inside, source=None))
+    with pytest.raises(InputError, match="not the screen that was fitted"):
+        evaluate(replace(inside, source=screen[:100].copy()))
