@@ -1,10 +1,12 @@
 """Runs the commands and the Python of documents, and puts what they print in the place of what stood there.
 
     python scripts/outputs.py --data FOLDER [PAGE ...]
+    python scripts/outputs.py --data FOLDER --check [PAGE ...]   # writes nothing, names what is no longer true
 
 A block that starts with ``$ `` holds commands and their output on a terminal of 110 columns; a block after a ``python``
 block holds what that prints. A command that several pages share runs once. A line ``...`` stands for lines that a page
-leaves out: the line after it is the one that is most like it, the others follow one another.
+leaves out: the line after it is the one that is most like it, the others follow one another. A notebook is run whole; that
+its outputs are true `tests/test_documents.py` checks.
 
 FOLDER holds the files that the pages name: papalexi2021_thp1_20729x299.h5ad and reactome.gmt (Reactome 2022 of Enrichr).
 """
@@ -31,10 +33,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/tutorial.md")
+PAGES = ("README.md", "docs/tutorial.md", "docs/notebook.ipynb")
 COLUMNS, ROWS = 110, 60
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELIDED = "..."
+NUMBER = re.compile(r"(?<![\w.])[-+−]?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
+TIME = re.compile(r"\d+(?:\.\d+)? ?(?:s|ms|min|MB|GB)\b")
 STYLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -135,14 +139,60 @@ def renewed(page: str, folder: Path, outputs: dict[str, str]) -> str:
         os.chdir(here)
 
 
+def executed(notebook: str, folder: Path) -> str:
+    """A notebook with the outputs of today."""
+    import nbclient
+    import nbformat
+
+    read = nbformat.reads(notebook, as_version=4)
+    nbclient.NotebookClient(
+        read, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, record_timing=False
+    ).execute()
+    for cell in read.cells:
+        cell.metadata.clear()
+    return nbformat.writes(read) + "\n"
+
+
+def differing(old: str, new: str) -> list[str]:
+    """Lines of `new` that are not those of `old`: other words, or numbers that differ by more than their last digit.
+
+    Times are those of the machine.
+    """
+    before, after = ([" ".join(TIME.sub("…", line).split()) for line in text.split("\n")] for text in (old, new))
+    if len(before) != len(after):
+        return [f"{len(before)} lines were printed, {len(after)} are now"]
+    return [f"{now}   (printed: {then})" for then, now in zip(before, after, strict=True) if not _same(then, now)]
+
+
+def _same(then: str, now: str) -> bool:
+    if NUMBER.sub("#", then) != NUMBER.sub("#", now):
+        return False
+    return all(
+        abs(_value(a) - _value(b)) <= 1.001 * _last_digit(a)
+        for a, b in zip(*map(NUMBER.findall, (then, now)), strict=True)
+    )
+
+
+def _value(number: str) -> float:
+    return float(number.replace("−", "-"))
+
+
+def _last_digit(number: str) -> float:
+    """The unit of the last digit of a number: 0.01 of 1.25, 1e-8 of 2.4e-07."""
+    mantissa, _, power = number.partition("e")
+    return float(10.0 ** (int(power or 0) - len(mantissa.partition(".")[2])))
+
+
 def main() -> None:
     """Renew the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", default=PAGES)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--check", action="store_true", help="Change nothing; fail if a page is no longer true.")
     parser.add_argument("--keep", type=Path, help="Folder to work in, kept; pictures are drawn into it.")
     given = parser.parse_args()
     outputs: dict[str, str] = {}
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = (given.keep or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +200,17 @@ def main() -> None:
             if file.is_file():
                 shutil.copy(file, folder)
         for page in map(ROOT.__truediv__, given.pages):
-            page.write_text(renewed(page.read_text(encoding="utf-8"), folder, outputs), encoding="utf-8")
+            old = page.read_text(encoding="utf-8")
+            if page.suffix == ".ipynb" and not given.check:
+                page.write_text(executed(old, folder), encoding="utf-8")
+                continue
+            new = old if page.suffix == ".ipynb" else renewed(old, folder, outputs)
+            if given.check:
+                wrong += [f"{page.name}: {line}" for line in differing(old, new)]
+            else:
+                page.write_text(new, encoding="utf-8")
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from crlseq.export.registry import FORMATS
 from crlseq.run.run import Run
 from crlseq.run.schema import CELL_COLUMNS, PATHWAY_COLUMNS
 from crlseq.storage.runfolder import GENE_SETS, PATHWAYS
+from scripts.outputs import differing
 from tests.support import FAST, ROOT
 
 DOCS = ROOT / "docs"
@@ -282,3 +283,12 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     kinds = [[output.output_type for output in cell.outputs] for cell in again.cells if cell.cell_type == "code"]
     assert kinds == [[output.output_type for output in cell.outputs] for cell in code]
     assert (tmp_path / "RUN" / "report.html").is_file()
+    printed = [
+        [str(output.get("text") or output.get("data", {}).get("text/plain", "")) for output in cell.outputs]
+        for notebook in (stored, again)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+    half = len(printed) // 2
+    for then, now in zip(printed[:half], printed[half:], strict=True):
+        assert [line for pair in zip(then, now, strict=True) for line in differing(*pair)] == []
