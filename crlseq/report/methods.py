@@ -12,6 +12,11 @@ from crlseq.run.schema import DETECTABLE_FDR
 def methods(run: Run) -> str:
     """How the run was made, in sentences."""
     facts, discovery, n = run.facts, run.facts.discovery, len(run.interventions)
+    detected = (
+        "none of the perturbations has"
+        if facts.without_effect
+        else f"{facts.metrics.n_detected} of {n} perturbations have"
+    )
     batch = facts.config.data.batch_key
     controls = "control cells" + (f" of the same batch ({batch})" if batch else "")
     words = [
@@ -20,8 +25,7 @@ def methods(run: Run) -> str:
         f"the fit has {facts.preprocessing.gene_choice} and {facts.cells.train} cells for training, "
         f"{facts.cells.validation} for validation and {facts.cells.test} held out.",
         f"Cells of each perturbation were compared with {controls} by a permutation test of the energy distance (Székely and "
-        f"Rizzo 2013): {facts.metrics.n_detected} of {n} perturbations have an effect at a false discovery rate of "
-        f"{DETECTABLE_FDR} (Benjamini and Hochberg 1995).",
+        f"Rizzo 2013): {detected} a detectable effect at a false discovery rate of {DETECTABLE_FDR} (Benjamini and Hochberg 1995).",
     ]
     if facts.without_effect:
         return " ".join([*words, "So there are no programs, and no model was trained."])

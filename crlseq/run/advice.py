@@ -39,7 +39,7 @@ def _graph(run: Run) -> str:
     steps = []
     if facts.discovery.dispersion > DESCRIBES:
         key = "" if facts.config.data.batch_key else "If the screen has batches, name their column with --batch-key. "
-        steps.append(f"{key}Leave out cells without their knock-out.")
+        steps.append(f"{key}Leave out cells that their perturbation missed.")
     if more := _more_cells(run):
         steps.append(more)
     if alone := resting_on_one(run):

@@ -37,8 +37,9 @@ def findings(run: Run, enriched: pd.DataFrame | None = None) -> list[Finding]:
     """Everything found, most important first; ``enriched`` is what `crlseq.enrich` found of the programs."""
     facts, n = run.facts, len(run.interventions)
     if facts.without_effect:
-        words = " ".join(filter(None, (no_effect_in_words(n), sensitivity_in_words(facts))))
-        return [Finding("effects", FOUND, words)]
+        power = sensitivity_in_words(facts)
+        found = [Finding("effects", FOUND, no_effect_in_words(n))]
+        return [*found, Finding("unseen", FOUND, power)] if power else found
     detected, programs = facts.metrics.n_detected, facts.n_latents
     headline = f"{detected} of {n} perturbations {'has' if detected == 1 else 'have'} a detectable effect (FDR ≤ {DETECTABLE_FDR}); {count(programs, 'program')} {'describes' if programs == 1 else 'describe'} the effects."
     found = [Finding("effects", FOUND, headline)]
@@ -174,7 +175,7 @@ def _how_sure(run: Run, program: Program, main: pd.DataFrame, rest: pd.DataFrame
     if program.stability < GUESS:
         words.append(f"Its genes differ between resamplings (stability {program.stability:.2f}).")
     if LEAST_SHARE <= program.effect_explained <= 1:
-        words.append(f"This is {100 * program.effect_explained:.0f} % of what all perturbations do.")
+        words.append(f"This is {program.effect_explained:.0%} of what all perturbations do.")
     if len(main) == 1 and not guess:
         words.append("No other perturbation confirms it.")
     if len(rest) and not guess:
@@ -270,7 +271,8 @@ def power_of_pairs(run: Run) -> list[str]:
     if blind.any():
         words.append(f"In {int(blind.sum())} of {all_} directions an effect of {size:g} SD could not have been seen.")
     if open_:
-        words.append(f"{open_} of {all_} directions show a change that something else may explain, or nearly one.")
+        one = open_ == 1
+        words.append(f"{open_} of {all_} directions {'shows' if one else 'show'} a change that something else may explain, or nearly one.")  # fmt: skip
     return words
 
 
@@ -286,6 +288,10 @@ def doubts(run: Run) -> list[str]:
         if names:
             is_, them = ("is a guess", "it") if len(names) == 1 else ("are guesses", "them")
             words.append(f"{listed(names, 'and')} {is_}: {why} {them}.")
+    rows = [row for program in run.described.values() for row in _detected(program).to_dict("records")]
+    if weak := sorted(str(row["perturbation"]) for row in rows if row["support"] < GUESS):
+        which = "The program of 1 perturbation is a guess" if len(weak) == 1 else f"The programs of {len(weak)} perturbations are guesses"  # fmt: skip
+        words.append(f"{which}, found in fewer than half of the resamplings: {listed(weak, 'and')}.")
     if run.facts.n_latents and run.facts.discovery is None:
         words.append("Targets and programs were learned by gradient: another --seed may give others.")
     elif run.facts.n_latents and run.facts.bootstrap is None:
@@ -297,7 +303,7 @@ def doubts(run: Run) -> list[str]:
     total = sum(program.effect_explained for program in run.described.values())
     if total > 1 + LEAST_SHARE:
         words.append(
-            f"The programs' shares of the effects add up to {100 * total:.0f} %, more than there is: they contain sampling noise."
+            f"The programs' shares of the effects add up to {total:.0%}, more than there is: they contain sampling noise."
         )
     return words
 

@@ -131,7 +131,10 @@ def test_methods_and_citation(run_folder: Path, finished: Run) -> None:
     text = " ".join(Page((run_folder / "report.html").read_text()).text["run"].split())
     facts = finished.facts
     assert f"fitted with crlseq {facts.version} (preset default, seed {facts.seed})" in text
-    assert f"{facts.metrics.n_detected} of 7 perturbations have an effect at a false discovery rate of 0.05" in text
+    assert (
+        f"{facts.metrics.n_detected} of 7 perturbations have a detectable effect at a false discovery rate of 0.05"
+        in text
+    )
     assert f"misfit at most 1.1, here {facts.discovery.dispersion:.2f}" in text if facts.discovery else False
     assert f"torch {facts.packages['torch']}" in text and "arXiv:2307.06250." in text
 
