@@ -89,7 +89,7 @@ def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> Late
     pairs = "none of them" if not joined else f"{joined} pair{'s' * (joined > 1)} of them"
     # How many perturbations that is by is not said: more have an effect, too small to tell a direction by.
     reason = (
-        f"Clear effects span {_directions(len(rays))}, {pairs} opposite ends of one program{' each' * (joined > 1)};"
+        f"clear effects span {_directions(len(rays))}, {pairs} opposite ends of one program{' each' * (joined > 1)};"
         f" the mean shifts have rank {found.rank}."
     )
     if by_variance:

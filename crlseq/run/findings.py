@@ -87,7 +87,7 @@ def of_program(run: Run, program: Program, verb: str, enriched: pd.DataFrame | N
     sign = float(np.sign(main["shift"].iloc[0]))
     one_way, other_way = main[main["shift"] * sign >= 0], main[main["shift"] * sign < 0]
     contradict = _contradicting(run, main) if len(main) > 1 else []
-    words = [_effect(program, one_way, verb, _sets(program.name, enriched), guess, agree=not contradict)]
+    words = [_effect(program, one_way, verb, _sets(program, enriched), guess, agree=not contradict)]
     if len(other_way):
         words.append(f"{verb} {listed(other_way['perturbation'], 'or')} does the opposite.")
     if contradict:
@@ -125,13 +125,18 @@ def _effect(program: Program, rows: pd.DataFrame, verb: str, sets: str, guess: b
 
 def _genes(program: Program, shift: float) -> tuple[list[str], list[str]]:
     """Genes that fall, and that rise: those of the largest effect that are not the program's own perturbations."""
-    table = pd.concat([program.up, program.down]).dropna(subset=["total_effect"])
-    own = {*program.drivers["perturbation"]}
-    table = table[~(table["gene"].isin(own) | shown(table).isin(own)) & (table["total_effect"] != 0)]
-    table = table.sort_values("total_effect", key=lambda effect: -effect.abs(), kind="stable")[:GENES]
+    table = _by_effect(program)[:GENES]
     table = table[table["total_effect"].abs() >= LEAST_GENE * table["total_effect"].abs().max()]
     falls = table["total_effect"] * shift < 0
     return shown(table[falls]).astype(str).tolist(), shown(table[~falls]).astype(str).tolist()
+
+
+def _by_effect(program: Program) -> pd.DataFrame:
+    """Genes that are not the program's own perturbations, by \\|total effect\\|."""
+    table = pd.concat([program.up, program.down]).dropna(subset=["total_effect"])
+    own = {*program.drivers["perturbation"]}
+    table = table[~(table["gene"].isin(own) | shown(table).isin(own)) & (table["total_effect"] != 0)]
+    return table.sort_values("total_effect", key=lambda effect: -effect.abs(), kind="stable")
 
 
 def _genes_in_words(fall: list[str], rise: list[str], made: str = "") -> str:
@@ -147,17 +152,22 @@ def _genes_in_words(fall: list[str], rise: list[str], made: str = "") -> str:
     return ", and ".join(parts)
 
 
-def _sets(name: str, enriched: pd.DataFrame | None) -> str:
-    """The gene set of the smallest false discovery rate among a program's genes, in brackets."""
-    if enriched is None or enriched.empty:
+def _sets(program: Program, enriched: pd.DataFrame | None) -> str:
+    """Gene sets of the smallest false discovery rate, in brackets: of the genes on the side of the strongest one, and of the
+    perturbations.
+    """
+    strongest = _by_effect(program)["total_effect"]
+    if enriched is None or strongest.empty:
         return ""
-    known = enriched[(enriched["program"] == name) & (enriched["test"] != "drivers")]
-    known = known[known["fdr"] <= DETECTABLE_FDR]
-    if known.empty:
-        return ""
-    best = known.sort_values("fdr", kind="stable").iloc[0]
-    title = f"{best['gene_set']} {best['description']}".strip()
-    return f" (gene set {title}, FDR {_rate(best['fdr'])})"
+    own = enriched[(enriched["program"] == program.name) & (enriched["fdr"] <= DETECTABLE_FDR)]
+    genes = own["direction"] == ("up" if strongest.iloc[0] > 0 else "down")
+    words = []
+    for what, part in (("genes", own[genes]), ("perturbations", own[own["test"] == "drivers"])):
+        if len(part):
+            best = part.sort_values("fdr", kind="stable").iloc[0]
+            title = f"{best['gene_set']} {best['description']}".strip()
+            words.append(f"{what} of {title}, FDR {_rate(best['fdr'])}")
+    return f" ({'; '.join(words)})" if words else ""
 
 
 def _how_sure(run: Run, program: Program, main: pd.DataFrame, rest: pd.DataFrame, guess: bool) -> list[str]:

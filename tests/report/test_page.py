@@ -141,11 +141,11 @@ def test_methods_and_citation(run_folder: Path, finished: Run) -> None:
 
 def test_gene_sets_are_in_the_findings(tmp_path: Path) -> None:
     run = synthetic_run(2, 4)
-    rows = [("P0", "rank", "down", "INTERFERON", "", 10, 3, 2.0, 1e-7, 1e-6, "A, B")]
+    rows = [("P0", "drivers", "", "INTERFERON", "", 10, 3, 2.0, 1e-7, 1e-6, "A, B")]
     columns = ["program", "test", "direction", "gene_set", "description", "size", "overlap", "score", "p_value", "fdr", "genes"]  # fmt: skip
     write_report(run, tmp_path / "page.html", pd.DataFrame(rows, columns=columns))
     text = Page((tmp_path / "page.html").read_text(encoding="utf-8")).text["summary"]
-    assert "(gene set INTERFERON, FDR 1e-6)." in text
+    assert "(perturbations of INTERFERON, FDR 1e-6)." in text
 
 
 def test_the_graph_is_told(run_folder: Path, finished: Run) -> None:

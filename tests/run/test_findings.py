@@ -124,10 +124,17 @@ def test_what_was_learned_by_gradient_is_doubted() -> None:
 
 
 def test_gene_sets() -> None:
-    rows = [("P0", "drivers", "X", "", 1e-9), ("P0", "rank", "GO:1", "response", 3e-6), ("P0", "rank", "GO:2", "", 2e-5), ("P1", "rank", "GO:3", "", 0.06)]  # fmt: skip
-    enriched = pd.DataFrame(rows, columns=["program", "test", "gene_set", "description", "fdr"])
-    assert "B rises (gene set GO:1 response, FDR 3e-6). Found" in of(screen(), "P0", enriched)
-    assert "gene set" not in of(screen(), "P1", enriched)
+    """A, the strongest gene of P0, rises with it: sets of genes that fall with it say nothing of A."""
+    rows = [
+        ("P0", "rank", "down", "OTHER", "", 1e-9), ("P0", "rank", "up", "GO:1", "response", 3e-6),
+        ("P0", "over-representation", "up", "GO:2", "", 2e-5), ("P1", "rank", "up", "GO:3", "", 0.06),
+    ]  # fmt: skip
+    columns = ["program", "test", "direction", "gene_set", "description", "fdr"]
+    enriched = pd.DataFrame(rows, columns=columns)
+    assert "B rises (genes of GO:1 response, FDR 3e-6). Found" in of(screen(), "P0", enriched)
+    assert "(" not in of(screen(), "P1", enriched)
+    drivers = pd.DataFrame([*rows, ("P0", "drivers", "", "GO:4", "", 0.0012)], columns=columns)
+    assert "(genes of GO:1 response, FDR 3e-6; perturbations of GO:4, FDR 0.0012). Found" in of(screen(), "P0", drivers)
 
 
 def test_what_was_done() -> None:
