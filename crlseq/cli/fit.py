@@ -62,7 +62,7 @@ def fit(
         settings = read_config(given, preset, config)
         from crlseq.pipeline.fit import fit as fit_screen
         from crlseq.pipeline.fit import take_part
-        from crlseq.run.summary import sensitivity_in_words
+        from crlseq.run.findings import doubts, told
 
         if ranks.rank > 0:
             take_part(file, settings, ranks)
@@ -70,12 +70,12 @@ def fit(
         with FitProgress(quiet) as progress:
             run = fit_screen(file, output, config=settings, resume=resume, force=force, progress=progress, ranks=ranks)
     if not quiet:
-        detected, total = run.facts.metrics.n_detected, len(run.interventions)
+        for line in told(run):
+            say(f"• {line}")
         if not run.facts.without_effect:
-            say(f"{run.facts.n_latents} programs; {detected} of {total} perturbations have a detectable effect.")
-        say_verdict(run)
-        if words := sensitivity_in_words(run.facts):
-            say(words)
+            say_verdict(run)
+        for doubt in doubts(run):
+            say(f"warning: {doubt}")
         say(f"Written to {output} in {run.facts.seconds:.0f} s. Next: crlseq inspect {output}")
 
 

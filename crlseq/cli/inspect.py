@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,10 +46,12 @@ app = typer.Typer(
 
 @app.command()
 def summary(run: RunFolder, json: AsJson = False) -> None:
-    """What was fitted, how well, and whether the graph can be trusted."""
+    """What was found, in words; what was fitted, how well, and what to do next."""
     import pandas as pd
 
-    from crlseq.run.summary import no_effect_in_words, sensitivity_in_words
+    from crlseq.run.advice import what_next
+    from crlseq.run.findings import doubts, findings, told
+    from crlseq.run.summary import answers, no_effect_in_words, sensitivity_in_words
 
     found = load(run)
     facts, preprocessing = found.facts, found.facts.preprocessing
@@ -66,14 +69,26 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
         **(_of_the_model(found) if not facts.without_effect else without_effect),
         "preset": f"{facts.config.preset}, seed {facts.seed}, crlseq {facts.version}",
     }
+    questions = answers(facts, found.evaluation, found.history)
+    steps = {one.question: step for one, step in zip(questions, what_next(found, questions), strict=True)}
     if json:
-        show_json(rows | {key: found.info[key] for key in ("notes", "metrics", "identification")})
+        told_as_json = {"findings": [asdict(one) for one in findings(found)], "next": steps, "doubts": doubts(found)}
+        show_json(told_as_json | rows | {key: found.info[key] for key in ("notes", "metrics", "identification")})
         return
-    show_table(pd.DataFrame({"what": list(rows), "value": list(rows.values())}), str(run))
+    lines = [("finding", line) for line in told(found)]
+    if sys.stdout.isatty():
+        for _, line in lines:
+            show_paragraph(f"• {line}")
+        show_text("")
+        lines = []
+    lines += rows.items()
+    show_table(pd.DataFrame(lines, columns=["what", "value"]), str(run))
     for note in facts.notes:
         say(f"note: {note}")
-    for warning in facts.identification.warnings:
+    for warning in (*facts.identification.warnings, *doubts(found)):
         say(f"warning: {warning}")
+    for question, step in steps.items():
+        say(f"next: {question} {step}")
 
 
 def _of_the_model(found: Run) -> dict[str, str]:

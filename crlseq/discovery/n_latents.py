@@ -87,10 +87,10 @@ def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> Late
     joined = _opposite(rays, members, found)
     n = max(1, min(len(rays) - joined, found.rank))
     pairs = "none of them" if not joined else f"{joined} pair{'s' * (joined > 1)} of them"
+    # How many perturbations that is by is not said: more have an effect, too small to tell a direction by.
     reason = (
-        f"{int(found.effect.sum())} of {len(found.effect)} perturbations have an effect; effects span"
-        f" {_directions(len(rays))}, {pairs} opposite ends of one program{' each' * (joined > 1)}; the mean shifts have"
-        f" rank {found.rank}."
+        f"clear effects span {_directions(len(rays))}, {pairs} opposite ends of one program{' each' * (joined > 1)};"
+        f" the mean shifts have rank {found.rank}."
     )
     if by_variance:
         reason = f"{reason[:-1]}; variances alone change along {_directions(by_variance)} more."

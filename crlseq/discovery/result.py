@@ -4,18 +4,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from crlseq.config import InterventionKind
 from crlseq.data import splits
 from crlseq.discovery.bootstrap import Stability
-from crlseq.discovery.edges import Edges, reachable
+from crlseq.discovery.edges import Edges
 from crlseq.discovery.kind_comparison import KindComparison
 from crlseq.discovery.likelihood import Solution
 from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.n_latents import LatentChoice
 from crlseq.discovery.negative_controls import Found
 from crlseq.discovery.nonlinear_test import Preference
+from crlseq.discovery.numbering import explained_by, numbered
 from crlseq.discovery.ordering import Ordering
 from crlseq.discovery.reassign import assign_targets
 from crlseq.discovery.second_targets import SecondTargets
@@ -142,7 +142,7 @@ def linear_result(
         variances = cells.variances[cells.train].double().mean(0)
     some = torch.split(torch.from_numpy(index), CHUNK)  # no float64 copy of the whole screen
     latents = torch.cat([(cells.values[rows].double() - center) @ directions for rows in some])
-    order = _topological(adjacency)
+    order = numbered(adjacency, explained_by(task, claims.target, claims.shift, model.p))
     target = np.where(claims.target >= 0, torch.argsort(order).numpy()[claims.target], -1)
     found = Discovery(
         index=index,
@@ -218,10 +218,11 @@ def nonlinear_result(task: Task, start: Start, preference: Preference) -> Discov
     assert solution is not None and preference.misfit is not None
     index, p = task.fitted_cells(), start.n_latents
     gain, error = preference.gain * len(values), preference.error * len(values)
-    order = _topological(solution.adjacency)
     target, shift = np.full(k, -1), np.zeros(k)
-    target[start.environments] = torch.argsort(order)[solution.targets].numpy()
+    target[start.environments] = solution.targets.numpy()
     shift[start.environments] = solution.shift.numpy()
+    order = numbered(solution.adjacency, explained_by(task, target, shift, p))
+    target[start.environments] = torch.argsort(order)[solution.targets].numpy()
     return Discovery(
         index=index,
         latents=solution.latents(values[index, :p].double())[:, order].numpy(),
@@ -242,8 +243,3 @@ def nonlinear_result(task: Task, start: Start, preference: Preference) -> Discov
         environments=start.environments,
         choice=start.choice,
     )
-
-
-def _topological(adjacency: Tensor) -> Tensor:
-    """A topological order: ancestors have fewer ancestors than their descendants."""
-    return torch.argsort(reachable(adjacency != 0).sum(0), stable=True)

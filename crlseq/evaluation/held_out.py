@@ -12,11 +12,11 @@ from torch import Tensor
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.mean_effects import controls_by_batch, mean_effect
 from crlseq.evaluation.metrics import MMD_KERNELS, l2_distance, pearson_delta
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import Kernel, mmd_of_distances, squared_distances
 from crlseq.run.schema import COLUMNS
-from crlseq.training.residuals import controls_by_batch, mean_effect
 
 SOURCE_CELLS = 500  # controls of a condition's batches that virtual cells are made of
 COMPARED_CELLS = 250  # a side, in distances between cells; more sharpen a comparison less than they cost

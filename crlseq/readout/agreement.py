@@ -13,10 +13,10 @@ from scipy.stats import norm
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.mean_effects import MIN_CELLS, controls_by_batch, mean_effect
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.readout.programs import Interventions, Programs
 from crlseq.run.schema import AGREEMENT, DETECTABLE_FDR
-from crlseq.training.residuals import MIN_CELLS, controls_by_batch, mean_effect
 
 LEAST, MOST = 0.5, 2.0  # measured over told effect, along it: beyond, the program is not what the perturbation does
 

@@ -58,15 +58,18 @@ class Drawing:
     edges: list[Edge]
 
 
-def draw(run: Run, font: float, page: Point, width_of: Callable[[str, bool], float]) -> Drawing:
-    """Lay a run's DAG out, in the unit of ``font``: ``page`` is what it should fit on, ``width_of`` a text, bold or not."""
+def draw(run: Run, font: float, page: Point, width_of: Callable[[str, bool], float], labels: bool = True) -> Drawing:
+    """Lay a run's DAG out, in the unit of ``font``: ``page`` is what it should fit on, ``width_of`` a text, bold or not.
+
+    Without ``labels`` boxes have the names of programs alone.
+    """
     programs = run.described
     if not programs:
         return Drawing(0.0, 0.0, True, font, [], [])
     lines = {}
     for name, program in programs.items():  # and, in one or two lines, its strongest perturbations
         words = textwrap.wrap(short(program.label, 2 * LABEL), LABEL, break_on_hyphens=False) or [""]
-        lines[name] = [name, *(short(line, LABEL) for line in words[:2])]
+        lines[name] = [name, *(short(line, LABEL) for line in words[:2])] if labels else [name]
     # Boxes of one size: sizes that say nothing would compete with those of the discs.
     text = max(width_of(line, i == 0) for own in lines.values() for i, line in enumerate(own))
     tall = max(2 * LARGEST, LINE * max(map(len, lines.values()))) + 2 * MARGIN

@@ -14,11 +14,11 @@ from scipy.stats import t
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.mean_effects import MIN_CELLS, shares_of_controls
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.readout.programs import Interventions, Programs
 from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.tables import significant
-from crlseq.training.residuals import MIN_CELLS, shares_of_controls
 
 MOST_ROWS = 1_000_000  # of the table: of a larger screen it has those that are significant, and own transcripts
 # Cells that the control cells' variance counts as beside the perturbation's own: a few cells that all lack a transcript

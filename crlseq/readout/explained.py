@@ -8,9 +8,9 @@ from torch import Tensor
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.mean_effects import controls_by_batch, mean_effect
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.readout.programs import encode
-from crlseq.training.residuals import controls_by_batch, mean_effect
 
 CONTROL_CELLS = 2000  # whose variance is explained
 SOURCE_CELLS = 100  # controls whose latents carry an effect; its mean hardly depends on them

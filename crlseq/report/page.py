@@ -22,7 +22,12 @@ from crlseq.readout.drawing import HEAD, Drawing, draw, edge_width, heading, leg
 from crlseq.readout.layout import Point
 from crlseq.report import charts
 from crlseq.report.evaluations import evaluation_tables
+from crlseq.report.meanings import MEANINGS
+from crlseq.report.methods import methods
 from crlseq.report.pairs import pair_matrix
+from crlseq.run.advice import limitations, what_next
+from crlseq.run.citation import references
+from crlseq.run.findings import findings
 from crlseq.run.pairs import why_no_pairs
 from crlseq.run.run import Run
 from crlseq.run.summary import (
@@ -30,9 +35,7 @@ from crlseq.run.summary import (
     answers,
     combinations_in_words,
     controls_in_words,
-    no_effect_in_words,
     numbers_in_words,
-    sensitivity_in_words,
     sets_in_words,
 )
 from crlseq.run.tables import shown
@@ -49,10 +52,15 @@ TESTS = {
     enrichment.DRIVERS: "by its perturbations",
 }
 METRICS = ("pearson_delta", "l2", "mmd2")
+NUMBERS = {"effects": "explains", "variance": "variance", "stability": "stability"}  # by a word of it, what it is
 AGREED = 0.9  # correlation of loadings from which programs of two seeds count as the same
 ROWS = 300  # of a table: the page must open, whatever the screen
 FONT = 12.0
-PAGE = (1200.0, 1200.0)
+PAGE, PHONE = (1200.0, 1200.0), (340.0, 1200.0)
+SMALLEST, DESK = (
+    0.8,
+    900,
+)  # size that a drawing may be shrunk to, below which one without labels takes its place up to this width
 
 
 def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> None:
@@ -100,7 +108,12 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "style": Markup(files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")),
-        "answers": questions,
+        "findings": findings(run, enriched),
+        "answers": [*zip(questions, what_next(run, questions), ("identified", "baselines", "converged"), strict=False)],
+        "limitations": limitations(run),
+        "meanings": MEANINGS,
+        "methods": methods(run),
+        "references": references(run.facts.version),
         "controls": "" if run.pairs is None else controls_in_words(run.facts),
         "pairs": pair_matrix(run),
         "no_pairs": why_no_pairs(run.facts) if run.pairs is None else "",
@@ -109,8 +122,7 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "enriched": enriched is not None,
         "read_from_sets": sets_in_words(run.facts),
         "n_fitted_genes": run.programs["gene"].nunique(),
-        "no_effect": no_effect_in_words(len(run.interventions)) if run.facts.without_effect else "",
-        "sensitivity": sensitivity_in_words(run.facts),
+        "no_effect": run.facts.without_effect,
         "interventions": interventions[:ROWS].to_dict("records"),
         "second": None if run.second_targets is None else run.second_targets[:ROWS].to_dict("records"),
         "n_second": 0 if run.second_targets is None else len(run.second_targets),
@@ -143,7 +155,9 @@ def _card(program: Program, enriched: pd.DataFrame | None) -> dict[str, Any]:
     }
     return {
         "program": program,
-        "numbers": numbers_in_words(program),
+        "numbers": [
+            (words, next((NUMBERS[key] for key in NUMBERS if key in words), "")) for words in numbers_in_words(program)
+        ],
         "drivers": program.drivers[:DRIVERS].to_dict("records"),
         "more_drivers": max(0, len(program.drivers) - DRIVERS),
         "largest_shift": limit_of(program.drivers["shift"].to_numpy()),
@@ -190,6 +204,20 @@ def _seeds(run: Run) -> dict[str, Any] | None:
 def _dag(run: Run) -> dict[str, Any]:
     """The drawing as the template puts it into SVG, with what is told of everything in it."""
     drawing = draw(run, FONT, PAGE, _text_width)
+    narrow = draw(run, FONT, PHONE, _text_width, labels=False)
+    return {
+        **_placed(run, drawing),
+        "narrow": _placed(run, narrow),
+        "smallest": round(SMALLEST * (drawing.width + 8)),
+        "least": min(round(SMALLEST * drawing.width), DESK),
+        "head": HEAD * FONT,
+        "heading": heading(run),
+        "legend": legend(run),
+    }
+
+
+def _placed(run: Run, drawing: Drawing) -> dict[str, Any]:
+    """Programs and edges of a drawing, with what is told of them."""
     programs = run.described
     edges = [
         {
@@ -208,9 +236,6 @@ def _dag(run: Run) -> dict[str, Any]:
         "drawing": drawing,
         "nodes": [(node, _about(node.program)) for node in drawing.nodes],
         "edges": edges,
-        "head": HEAD * FONT,
-        "heading": heading(run),
-        "legend": legend(run),
     }
 
 

@@ -129,13 +129,13 @@ def _better(evaluation: pd.DataFrame) -> tuple[str, str, str]:
     found = [_compared(evaluation, "l2", "L2 of means", -1.0), _compared(evaluation, "pearson_delta", "Pearson Δ", 1.0)]
     signs = {title: sign for title, sign, sentence in found if sentence}
     if not signs:
-        return "open", "not evaluated", "No cells were held out; fit with --hold-out-cells to find out."
+        return "open", "not evaluated", "No cells were held out."
     answer, grade = answer_of(signs)
     split = str(evaluation["split"].iloc[0])
     sentences = "; ".join(sentence for _, _, sentence in found if sentence)
     reason = f"On {split} cells, against the best simple prediction: {sentences}."
     if split == "validation":
-        reason += " Validation cells also chose the epoch; for an unbiased comparison, fit with --hold-out-cells."
+        reason += " Validation cells also chose the epoch."
     return grade, answer, reason
 
 
@@ -191,9 +191,7 @@ def _converged(training: Training, history: pd.DataFrame, from_random: bool) -> 
     before = values[: -max(1, n // 5)]
     share = (before.min() - values.min()) / max(values.max() - values.min(), 1e-30)
     if share > SETTLED:
-        reason = (
-            f"The last fifth of the epochs still contributed {share:.0%} of the fall of the {what}; give more --epochs."
-        )
+        reason = f"The last fifth of the epochs still contributed {share:.0%} of the fall of the {what}."
         return "fair", "not quite", f"{reason} {kept[0].upper()}{kept[1:]}."
     return "good", "yes", f"The {what} had settled; {kept}."
 

@@ -14,7 +14,7 @@ LABEL_DRIVERS = 3
 
 
 def program_names(n: int) -> list[str]:
-    """P0, P1, ... in topological order."""
+    """P0, P1, ... in the order of `crlseq.discovery.numbering`."""
     return [f"P{k}" for k in range(n)]
 
 

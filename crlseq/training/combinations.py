@@ -24,10 +24,11 @@ from scipy.optimize import nnls
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.mean_effects import MIN_CELLS, controls_by_batch, mean_effect
 from crlseq.model.combination_law import PRIOR_FACTORS, CombinationLaw
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.training.effects import shrink
-from crlseq.training.residuals import MIN_CELLS, SOURCE_CELLS, controls_by_batch, mean_effect
+from crlseq.training.residuals import SOURCE_CELLS
 
 MIN_COMBINATIONS = 5
 FACTOR_SPREAD = 0.25  # twice the spread of the two screens: two say little of it

@@ -253,6 +253,21 @@ def test_summary(finished: Run, run_folder: Path) -> None:
     assert json.loads(answer.out)["metrics"] == finished.info["metrics"]
 
 
+def test_findings_come_first(finished: Run, run_folder: Path) -> None:
+    told = json.loads(invoke("inspect", run_folder, "--json").out)
+    about = [finding["about"] for finding in told["findings"]]
+    assert about[0] == "effects" and about[1:4] == finished.program_names and about[-1] == "graph"
+    detected, n = finished.facts.metrics.n_detected, len(finished.interventions)
+    assert told["findings"][0]["sentence"].startswith(f"{detected} of {n} perturbations have a detectable effect")
+    shown = table(invoke("inspect", run_folder))
+    assert shown["what"].tolist()[: len(about)] == ["finding"] * len(about)
+    assert shown["value"][1] == f"P0: {told['findings'][1]['sentence']}"
+    code, text = on_terminal("inspect", run_folder)
+    assert code == 0 and text.startswith(f"• {detected} of {n} perturbations have")
+    assert list(told["next"]) == ["Is the graph identified?", "Better than baselines?", "Did the fit converge?"]
+    assert all(" ".join(step.split()) in " ".join(text.split()) for step in told["next"].values())
+
+
 @pytest.mark.parametrize("words", [["dag"], []])
 def test_the_verdict_is_shown(finished: Run, run_folder: Path, words: list[str]) -> None:
     answer = invoke("inspect", *words, run_folder)

@@ -54,14 +54,14 @@ def test_orthogonal_lines_are_counted():
     shifts = np.vstack([2 * np.eye(4), -1.5 * np.eye(4), 3 * np.eye(4)])
     found = choose_n_latents(*moved(shifts, 8))
     assert found.n_latents == 4
-    assert found.reason.startswith("12 of 12 perturbations have an effect; effects span 4 directions, none of them")
+    assert found.reason.startswith("clear effects span 4 directions, none of them")
 
 
 def test_perturbations_without_effect_are_no_latents():
     shifts = np.vstack([2 * np.eye(2), np.zeros((20, 2))])
     found = choose_n_latents(*moved(shifts, 6))
     assert found.n_latents == 2
-    assert found.reason.startswith("2 of 22 ")
+    assert found.reason.startswith("clear effects span 2 directions")
 
 
 def scaled(targets, scales, shifts=(), cells=400, seed=0):
@@ -98,7 +98,6 @@ def test_no_variance_is_taken_for_a_program_by_chance():
 def test_a_bent_line_is_one_latent(angle):
     found = choose_n_latents(*bent(angle))
     assert found.n_latents == 2
-    assert "6 of 6 perturbations" in found.reason
     assert ("rank 3" in found.reason) == (angle < 180)  # the rank alone counts both ways
 
 

@@ -39,6 +39,15 @@ addEventListener("load", () => {
     dark: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
     small: all("svg text").filter((t) => t.closest("svg").getBoundingClientRect().width && parseFloat(getComputedStyle(t).fontSize) < 9).length,
   };
+  found.dags = boxes(".dag").map((b) => [b.width, b.right]);
+  const mark = document.querySelector(".help"), told = mark && document.getElementById(mark.getAttribute("popovertarget"));
+  if (mark) {
+    found.hidden = getComputedStyle(told).display;
+    mark.focus(); mark.click();
+    found.meaning = told.matches(":popover-open") ? told.textContent : "";
+    told.hidePopover();
+  }
+  if (!document.getElementById("about").textContent || !document.querySelector("body > script")) { document.title = JSON.stringify(found); return; }
   node.focus();
   found.focus = about.textContent;
   found.focused = document.activeElement === node;
@@ -121,7 +130,28 @@ def test_a_fault_would_be_seen(tmp_path: Path, run_folder: Path) -> None:
 def test_nothing_on_the_console(run_folder: Path) -> None:
     dom, console = browse(run_folder / "report.html")
     assert console == []
-    assert dom.count('class="node"') == 3
+    assert dom.count('class="node"') == 2 * 3  # with labels, and for a phone without
+
+
+def test_a_question_mark_opens_by_keyboard_and_touch(run_folder: Path, tmp_path: Path) -> None:
+    """Without a script of the page's own."""
+    page = re.sub(r"<script>.*?</script>", "", (run_folder / "report.html").read_text(), flags=re.DOTALL)
+    found = probe(page, tmp_path / "probe.html")
+    assert found["meaning"].startswith("Detectable effect") and found["hidden"] == "none"
+
+
+@pytest.mark.parametrize("n", [8, 30])
+@pytest.mark.parametrize("width", [390, 800])
+def test_the_dag_scrolls_on_no_small_screen(tmp_path: Path, width: int, n: int) -> None:
+    """One of the two drawings is there, and within the page."""
+    names = [f"VERYLONGPERTURBATIONNAME{k}" for k in range(5 * n)]
+    edges = [(a, b) for a in range(n) for b in range(a + 1, n) if (7 * a + 3 * b) % 13 == 0]
+    run = synthetic_run(n, 5 * n, edges, names=names)
+    write_report(run, tmp_path / "report.html")
+    found = probe((tmp_path / "report.html").read_text(), tmp_path / "probe.html", width=width)
+    (shown,) = (box for box in found["dags"] if box[0] > 0)
+    assert shown[0] > 100 and shown[1] <= width and found["wide"] <= 0
+    assert width == 800 or found["dags"][0][0] == 0  # a phone gets the one without labels
 
 
 def test_a_dag_of_thirty_programs_with_any_names(tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ import pytest
 import crlseq
 from crlseq.report import write_report
 from crlseq.report.charts import _ticks, effects, intervention_map, losses
+from crlseq.run.advice import limitations, what_next
+from crlseq.run.findings import findings
 from crlseq.run.run import Run
+from crlseq.run.summary import answers
 from tests.support import check_refusal, files_below, invoke
 from tests.synthetic import found_by_bootstrap, synthetic_run, with_pairs
 
@@ -105,12 +108,54 @@ def test_the_programs_are_told(run_folder: Path, finished: Run) -> None:
             assert other in card
 
 
+def test_findings_answers_and_limitations_come_first(run_folder: Path, finished: Run) -> None:
+    text = " ".join(Page((run_folder / "report.html").read_text()).text["summary"].split())
+    sentences = [one.sentence for one in findings(finished)]
+    steps = what_next(finished, answers(finished.facts, finished.evaluation, finished.history))
+    places = [text.index(words) for words in (*sentences, *steps, *limitations(finished))]
+    assert places == sorted(places)
+
+
+def test_every_question_mark_opens_a_meaning(run_folder: Path) -> None:
+    page = Page((run_folder / "report.html").read_text())
+    opened = {values["popovertarget"] for tag, values in page.tags if values.get("class") == "help"}
+    meanings = {values["id"] for _, values in page.tags if "popover" in values}
+    assert opened <= meanings and len(opened) > 15
+    headers = re.findall(r'<th class="n">(.*?)</th>', (run_folder / "report.html").read_text())
+    assert [words for words in headers if "<button" not in words] == 2 * [
+        "no change"
+    ]  # beside the columns of the model
+
+
+def test_methods_and_citation(run_folder: Path, finished: Run) -> None:
+    text = " ".join(Page((run_folder / "report.html").read_text()).text["run"].split())
+    facts = finished.facts
+    assert f"fitted with crlseq {facts.version} (preset default, seed {facts.seed})" in text
+    assert (
+        f"{facts.metrics.n_detected} of 7 perturbations have a detectable effect at a false discovery rate of 0.05"
+        in text
+    )
+    assert f"misfit at most 1.1, here {facts.discovery.dispersion:.2f}" in text if facts.discovery else False
+    assert f"torch {facts.packages['torch']}" in text and "arXiv:2307.06250." in text
+
+
+def test_gene_sets_are_in_the_findings(tmp_path: Path) -> None:
+    run = synthetic_run(2, 4)
+    rows = [("P0", "drivers", "", "INTERFERON", "", 10, 3, 2.0, 1e-7, 1e-6, "A, B")]
+    columns = ["program", "test", "direction", "gene_set", "description", "size", "overlap", "score", "p_value", "fdr", "genes"]  # fmt: skip
+    write_report(run, tmp_path / "page.html", pd.DataFrame(rows, columns=columns))
+    text = Page((tmp_path / "page.html").read_text(encoding="utf-8")).text["summary"]
+    assert "(perturbations of INTERFERON, FDR 1e-6)." in text
+
+
 def test_the_graph_is_told(run_folder: Path, finished: Run) -> None:
     page = Page((run_folder / "report.html").read_text())
+    # Twice: with labels, and for a phone without.
     nodes = [values for tag, values in page.tags if tag == "a" and values.get("class") == "node"]
-    assert [node["data-name"] for node in nodes] == finished.program_names
+    assert [node["data-name"] for node in nodes] == 2 * finished.program_names
     edges = [values for tag, values in page.tags if tag == "path" and "data-source" in values]
-    assert [(edge["data-source"], edge["data-target"]) for edge in edges] == list(finished.dag.edges)
+    assert [(edge["data-source"], edge["data-target"]) for edge in edges] == 2 * list(finished.dag.edges)
+    edges = edges[: len(edges) // 2]
     for edge, row in zip(edges, finished.edges.to_dict("records"), strict=True):
         assert f"weight {row['weight']:+.2f}" in str(edge["data-about"])
         assert f"support {row['support']:.2f}" in str(edge["data-about"])
@@ -151,9 +196,10 @@ def test_hit_cells_are_told_where_they_can_be(tmp_path: Path) -> None:
     shares = run.interventions.assign(
         penetrance=[0.78, np.nan, 0.5, np.nan], penetrance_error=[0.02, np.nan, 0.1, np.nan]
     )
-    text = " ".join(written(replace(run, interventions=shares), tmp_path)[1].text["interventions"].split())
-    assert "0.78 ± 0.02" in text and "0.50 ± 0.10" in text and text.count("±") == 3
-    assert "so all its cells are used" in text
+    html, page = written(replace(run, interventions=shares), tmp_path)
+    text = " ".join(page.text["interventions"].split())
+    assert "0.78 ± 0.02" in text and "0.50 ± 0.10" in text and text.count("±") == 2
+    assert "means-hit" in html
     assert "penetrance" not in written(run, tmp_path)[1].text["interventions"]  # of a run of format 1
 
 

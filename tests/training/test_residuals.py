@@ -10,9 +10,10 @@ import torch
 import crlseq
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, read_data
+from crlseq.data.mean_effects import controls_by_batch, mean_effect
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.training.effects import estimate_effects
-from crlseq.training.residuals import controls_by_batch, mean_effect, measure_missed, shared_effect
+from crlseq.training.residuals import measure_missed, shared_effect
 from tests.support import dense
 
 
