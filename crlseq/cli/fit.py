@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, read_config, setting, switch, takes_config
-from crlseq.cli.output import FitProgress, say, say_verdict, show_json
+from crlseq.cli.output import say, say_verdict, show_json
+from crlseq.pipeline.progress import shown
 
 SCREEN = (
     "The screen: an .h5ad or .h5mu file, a zarr store, a store made by `crlseq prepare`, or what Cell Ranger wrote."
@@ -60,14 +61,14 @@ def fit(
 
     with joined() as ranks:  # what is wrong with the options is then reported by one process
         settings = read_config(given, preset, config)
-        from crlseq.pipeline.fit import fit as fit_screen
-        from crlseq.pipeline.fit import take_part
-        from crlseq.run.summary import sensitivity_in_words
+        with shown(settings, quiet or ranks.rank > 0) as progress:  # before the imports, which take seconds
+            from crlseq.pipeline.fit import fit as fit_screen
+            from crlseq.pipeline.fit import take_part
+            from crlseq.run.summary import sensitivity_in_words
 
-        if ranks.rank > 0:
-            take_part(file, settings, ranks)
-            return
-        with FitProgress(quiet) as progress:
+            if ranks.rank > 0:
+                take_part(file, settings, ranks)
+                return
             run = fit_screen(file, output, config=settings, resume=resume, force=force, progress=progress, ranks=ranks)
     if not quiet:
         detected, total = run.facts.metrics.n_detected, len(run.interventions)
@@ -90,8 +91,8 @@ def rerun(
     """Repeat a fit from its run.json and report the first difference: exit code 0 if there is none, else 4."""
     from crlseq.experiments.rerun import rerun as repeat
 
-    with tempfile.TemporaryDirectory(prefix="crlseq-") as folder, FitProgress(quiet) as progress:
-        differences, causes = repeat(run, output or Path(folder) / "RUN", data, progress, force)
+    with tempfile.TemporaryDirectory(prefix="crlseq-") as folder:
+        differences, causes = repeat(run, output or Path(folder) / "RUN", data, not quiet, force)
     if json:
         show_json({
             "identical": not differences, "differences": [asdict(one) for one in differences], "causes": causes,

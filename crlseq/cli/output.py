@@ -19,7 +19,6 @@ from crlseq.storage.text import to_json, visible
 if TYPE_CHECKING:
     import pandas as pd
 
-    from crlseq.pipeline.read import Progress
     from crlseq.run.run import Run
 
 GAP = 2  # blanks between the columns of a table
@@ -151,47 +150,3 @@ def _cell(value: Any, decimals: int, form: Callable[[float], str] | None) -> str
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         return str(value)
     return ", ".join(map(str, value))
-
-
-class FitProgress:
-    """Shows a fit: bars with the loss terms on a terminal, plain lines elsewhere, nothing when quiet."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.bar: Any = None
-        self.last_line = -1
-
-    def __enter__(self) -> Progress:
-        """The callbacks that `crlseq.fit` takes."""
-        from crlseq.pipeline.read import Progress
-
-        return Progress() if self.quiet else Progress(self._stage, lambda text: say(f"  {text}"), self._epoch)
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the bar as it stands."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-    def _stage(self, text: str) -> None:
-        self.__exit__()
-        say(f"• {text}")
-
-    def _epoch(self, record: dict[str, float], n_epochs: int) -> None:
-        epoch = int(record["epoch"]) + 1
-        terms = " ".join(f"{name} {record[name]:.4f}" for name in ("mmd", "reconstruction", "kl"))
-        if "validation_total" in record:
-            terms += f" | validation {record['validation_total']:.4f}"
-        if messages.is_terminal:
-            if self.bar is None:
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-                count, about = (TextColumn("  epoch"), MofNCompleteColumn()), TextColumn("{task.description}")
-                self.bar = Progress(*count, BarColumn(20), TimeRemainingColumn(), about, console=messages)
-                self.bar.start()
-                self.bar.add_task("", total=n_epochs)
-            self.bar.update(self.bar.task_ids[0], completed=epoch, description=terms)
-        elif epoch * 10 // n_epochs > self.last_line or epoch == n_epochs:
-            # Ten lines a fit keep the log of a batch system readable.
-            self.last_line = epoch * 10 // n_epochs
-            say(f"  epoch {epoch}/{n_epochs} {terms}")

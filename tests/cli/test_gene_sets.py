@@ -16,7 +16,7 @@ import crlseq
 from crlseq.data.genesets import fitted_sets
 from crlseq.data.names import GeneNames
 from crlseq.errors import InputError
-from crlseq.pipeline.fit import Progress
+from crlseq.pipeline.progress import Progress
 from crlseq.run.run import Run
 from tests.report.test_page import Page
 from tests.support import FAST, Answer, check_refusal, files_of, invoke

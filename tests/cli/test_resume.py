@@ -11,8 +11,8 @@ import pytest
 
 import crlseq
 from crlseq.config import DataConfig
-from crlseq.pipeline.fit import Progress
 from crlseq.pipeline.identity import TABLES, Identity
+from crlseq.pipeline.progress import Progress
 from tests.support import Answer, files_below, invoke
 
 OPTIONS = ("--method", "linear", "--bootstrap", 0, "--n-latents", 2)

@@ -24,7 +24,7 @@ from crlseq.data.batches import ControlPartners, epoch_batches
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import weighted_total
-from crlseq.pipeline.fit import Progress
+from crlseq.pipeline.progress import Progress
 from crlseq.training import trainer
 from crlseq.training.distributed import deal
 from crlseq.training.objective import Objective
@@ -133,7 +133,7 @@ def test_a_killed_rank_ends_the_job_and_one_process_goes_on(screen_file, tmp_pat
     os.kill(rank_process(job.pid, 1), signal.SIGKILL)
     out, err = job.communicate(timeout=60)
     assert job.returncode == 1 and out == ""
-    assert said(err)[-2] == "• fitting on 2 processes"
+    assert said(err)[-2] == "• stage 3 of 5: training the network"
     assert said(err)[-1].startswith("crlseq: Another rank was lost")
     assert "--resume, on any number of ranks." in err
     assert "exitcode  : 130" in err  # as torchrun tells of the survivor
