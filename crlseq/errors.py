@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class CrlseqError(Exception):
@@ -51,8 +52,31 @@ def needs_extra(what: str, package: str, extra: str) -> UsageError:
     """That `what` needs a package of one of crlseq's extras, and how to install it."""
     return UsageError(
         f"{what} needs {package}, which is not installed.",
-        f"In the folder of crlseq's source: pip install '.[{extra}]'.",
+        f"Install it: pip install {package}. With crlseq's source: pip install '.[{extra}]'.",
     )
+
+
+def nearest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """The names most like one that is not among them, the nearest first; upper and lower case are alike.
+
+    >>> nearest("stat2", ["STAT1", "IRF1", "STAT2"])
+    ['STAT2', 'STAT1']
+    """
+    folded: dict[str, str] = {}
+    for each in names:
+        folded.setdefault(each.casefold(), each)
+    return [folded[found] for found in difflib.get_close_matches(name.casefold(), folded, most)]
+
+
+def suggestion(name: str, names: Iterable[str], what: str) -> str:
+    """A hint for a name that is not among `names`: the nearest ones, or where there are none what the names are.
+
+    >>> suggestion("sat1", ["STAT1", "IRF1"], "Perturbations are"), suggestion("x", ["STAT1", "IRF1"], "Perturbations are")
+    ("Did you mean 'STAT1'?", 'Perturbations are STAT1, IRF1.')
+    """
+    known = list(names)
+    close = nearest(name, known)
+    return f"Did you mean {' or '.join(map(repr, close))}?" if close else f"{what} {few(known)}."
 
 
 def few(names: Sequence[str], most: int = 8) -> str:

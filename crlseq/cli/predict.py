@@ -13,7 +13,10 @@ from crlseq.errors import InputError
 def predict(
     run: RunFolder,
     perturbation: Annotated[
-        list[str], setting("A perturbation, or a combination such as A+B; may be repeated.", "--perturbation", "-p")
+        list[str],
+        setting(
+            "A perturbation, or a combination such as A+B; may be repeated.", "--perturbation", "-p", metavar="<str>"
+        ),
     ],
     output: Annotated[Path, setting("The h5ad file to write.", "--output", "-o")],
     n_cells: Annotated[

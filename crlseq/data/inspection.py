@@ -23,6 +23,7 @@ from crlseq.data.perturbations import Perturbations, candidates
 from crlseq.data.store import read_manifest, verify
 from crlseq.data.values import Scan, Values, better_layers, scan, values_of
 from crlseq.errors import InputError
+from crlseq.storage.runfolder import default_output
 
 OPTIONS = (  # that say how labels and values are read
     "guide_key", "guide_counts", "guide_map", "guide_min_umis", "guide_min_share", "perturbation_key", "control_label",
@@ -151,5 +152,4 @@ def _command(screen: Screen, labels: Perturbations, config: DataConfig, found: d
             flag, values = f"--{name.replace('_', '-')}", asked[name]
             several = values if isinstance(values, tuple) else (values,)
             words += ["--no-combinations"] if name == "combinations" else [w for v in several for w in (flag, str(v))]
-    name = Path(screen.source).stem if Path(screen.source).suffix else "screen"
-    return shlex.join([*words, "--output", f"{name}-run"])
+    return shlex.join([*words, "--output", str(default_output(screen.source))])

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse
 
 from crlseq.data.perturbations import read_perturbations
-from crlseq.errors import InputError, UsageError
+from crlseq.errors import InputError, UsageError, suggestion
 from crlseq.plotting.style import DISTINCT, FAINT, INK, MARKS, NOTHING, TEXT, axes_of, bare, finish, note
 from crlseq.run.run import Run
 from crlseq.run.summary import short
@@ -112,7 +112,8 @@ def _perturbations(run: Run, pair: tuple[str, str], asked: Sequence[str] | None)
         return [str(name) for own in drivers for name in own.loc[own["n_cells"] > 0, "perturbation"][:most]]
     known = {row.name for row in run.facts.conditions}
     if unknown := [name for name in asked if name not in known]:
-        raise UsageError(f"There is no perturbation {unknown[0]!r} in this run.", "See `crlseq inspect interventions`.")
+        hint = suggestion(unknown[0], sorted(known), "Perturbations are")
+        raise UsageError(f"There is no perturbation {unknown[0]!r} in this run.", hint)
     if len(asked) > len(DISTINCT):
         raise UsageError(f"{len(asked)} perturbations are too many to colour.", f"Give {len(DISTINCT)} at most.")
     return list(asked)

@@ -77,7 +77,7 @@ def test_other_cells(run_folder: Path, screen: ad.AnnData, tmp_path: Path) -> No
     ("label", "says"),
     [
         ("g55", "Did you mean 'g5'?"),
-        ("g7", "Fitted perturbations: 'g0'"),
+        ("g7", "Fitted perturbations are g0"),
         ("g0+g0", "twice"),
         ("control", "is the control"),
         ("g0+ABC", "'ABC' in 'g0+ABC'"),
