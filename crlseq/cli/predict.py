@@ -37,6 +37,7 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """Predict the effect of perturbations, alone or in combination, on control cells."""
+    from crlseq.prediction.changes import top_changes
     from crlseq.prediction.predict import predict as predict_cells
     from crlseq.storage.files import written_whole
     from crlseq.storage.hdf5 import write_h5ad
@@ -54,11 +55,13 @@ def predict(
     with written_whole(output) as beside:
         write_h5ad(virtual, beside)
     about = virtual.uns["crlseq_prediction"]
+    logarithms = found.preprocessing.values != "continuous"
+    changes = {name: top_changes(virtual, name, logarithms) for name in about["perturbations"]}
     if json:
         rows = about["summary"].reset_index().to_dict("records")
         show_json({
             "output": str(output), "n_cells": about["n_cells"], "seed": seed, "interval": about["interval"],
-            "notes": list(about["notes"]), "predictions": rows,
+            "notes": list(about["notes"]), "predictions": [{**row, "genes": changes[row["perturbation"]].to_dict("records")} for row in rows],
         })  # fmt: skip
     for name, row in about["summary"].iterrows():
         tell(f"{name} ({row['seen']}): {row['n_genes_changed']} of {virtual.n_vars} genes change; total change {row['effect_l2']:.3f} (L2)")  # fmt: skip
@@ -67,5 +70,13 @@ def predict(
                 f"  composition error {row['composition']:.2g}, effectiveness error {row['effectiveness']:.3f} SD, "
                 f"reversibility error {row['reversibility']:.3f} beside a change of {row['change']:.3f}"
             )
+    unit = "log2 fold change" if logarithms else "change"
+    for name, table in changes.items():
+        told = ", ".join(f"{row.gene} {row.change:+.2f} ± {row.error:.2f}" for row in table.itertuples())
+        tell(
+            f"{name} changes these genes most ({unit} ± standard error): {told}."
+            if told
+            else f"{name} changes no gene."
+        )
     tell(f"Intervals: {about['interval']}.")
     tell(f"{virtual.n_obs} cells x {virtual.n_vars} genes: {output}")

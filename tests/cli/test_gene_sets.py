@@ -188,7 +188,7 @@ def test_bad_files_are_refused_before_anything_is_read(kind: str, tmp_path: Path
     for command in ("fit", "inspect", "report"):
         answer = asked(command, tmp_path / "RUN", tmp_path / "screen.h5ad", tmp_path / "sets.gmt", tmp_path)
         check_refusal(answer.code, answer.out, answer.err, 3, said)
-        assert "reading" not in answer.err
+        assert "stage 2" not in answer.err
     assert {file.name for file in tmp_path.iterdir()} <= {"sets.gmt"}
 
 

@@ -34,7 +34,7 @@ def interrupted(source: Path, run: Path, **options: object) -> Path:
     """The folder of a fit that was stopped once effects were tested."""
 
     def stop(text: str) -> None:
-        if text.startswith("finding components"):
+        if text.startswith("finding the programs"):
             raise KeyboardInterrupt
 
     options = {"method": "linear", "bootstrap": 0, "n_latents": 2, **options}
