@@ -87,6 +87,10 @@ def _facts(found: dict[str, Any]) -> dict[str, Any]:
         facts |= _beside(found["covariates"])
     if "fitted_conditions" in found:
         facts["fit would use"] = f"{found['fitted_conditions']} conditions and the control"
+        if share := found["hold_out_cells"]:
+            facts["could hold out"] = (
+                f"{share:.0%} of the cells of each, to judge the fit by cells that it has not seen"
+            )
     return facts
 
 

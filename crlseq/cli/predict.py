@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, load, setting, switch
 from crlseq.cli.output import refuse_output, say, show_json
 from crlseq.errors import InputError
+
+if TYPE_CHECKING:
+    import anndata as ad
+    import pandas as pd
+
+    from crlseq.run.run import Run
 
 
 def predict(
@@ -55,28 +61,38 @@ def predict(
     with written_whole(output) as beside:
         write_h5ad(virtual, beside)
     about = virtual.uns["crlseq_prediction"]
-    logarithms = found.preprocessing.values != "continuous"
-    changes = {name: top_changes(virtual, name, logarithms) for name in about["perturbations"]}
+    changes = {name: top_changes(virtual, name, _logarithms(found)) for name in about["perturbations"]}
     if json:
         rows = about["summary"].reset_index().to_dict("records")
         show_json({
             "output": str(output), "n_cells": about["n_cells"], "seed": seed, "interval": about["interval"],
             "notes": list(about["notes"]), "predictions": [{**row, "genes": changes[row["perturbation"]].to_dict("records")} for row in rows],
         })  # fmt: skip
+    if not quiet:
+        _tell(found, virtual, changes, counterfactual)
+        say(f"{virtual.n_obs} cells x {virtual.n_vars} genes: {output}")
+
+
+def _logarithms(run: Run) -> bool:
+    return run.preprocessing.values != "continuous"
+
+
+def _tell(run: Run, virtual: ad.AnnData, changes: dict[str, pd.DataFrame], counterfactual: bool) -> None:
+    """The predictions in sentences: how much changes, and which genes most."""
+    about = virtual.uns["crlseq_prediction"]
     for name, row in about["summary"].iterrows():
-        tell(f"{name} ({row['seen']}): {row['n_genes_changed']} of {virtual.n_vars} genes change; total change {row['effect_l2']:.3f} (L2)")  # fmt: skip
-        if counterfactual and not found.facts.without_effect:
-            tell(
+        say(f"{name} ({row['seen']}): {row['n_genes_changed']} of {virtual.n_vars} genes change; total change {row['effect_l2']:.3f} (L2)")  # fmt: skip
+        if counterfactual and not run.facts.without_effect:
+            say(
                 f"  composition error {row['composition']:.2g}, effectiveness error {row['effectiveness']:.3f} SD, "
                 f"reversibility error {row['reversibility']:.3f} beside a change of {row['change']:.3f}"
             )
-    unit = "log2 fold change" if logarithms else "change"
+    unit = "log2 fold change" if _logarithms(run) else "change"
     for name, table in changes.items():
         told = ", ".join(f"{row.gene} {row.change:+.2f} ± {row.error:.2f}" for row in table.itertuples())
-        tell(
+        say(
             f"{name} changes these genes most ({unit} ± standard error): {told}."
             if told
             else f"{name} changes no gene."
         )
-    tell(f"Intervals: {about['interval']}.")
-    tell(f"{virtual.n_obs} cells x {virtual.n_vars} genes: {output}")
+    say(f"Intervals: {about['interval']}.")

@@ -185,6 +185,19 @@ def test_the_command_that_check_gives(
     assert run.info["config"]["data"]["batch_key"] == "batch"
 
 
+@pytest.mark.parametrize(("cells", "share"), [(49, 0.0), (50, 0.2)])
+def test_check_holds_cells_out_where_there_are_enough(tmp_path: Path, cells: int, share: float) -> None:
+    """By the median condition: two of six have fewer."""
+    adata = small_screen(cells_per_perturbation=cells)
+    few = [np.flatnonzero(adata.obs["perturbation"] == name)[:20] for name in ("g0", "g1")]
+    adata = adata[np.setdiff1d(np.arange(adata.n_obs), np.concatenate(few))].copy()
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    found = json.loads(invoke("check", tmp_path / "screen.h5ad", "--json").out)
+    assert found["hold_out_cells"] == share
+    assert ("--hold-out-cells 0.2" in found["command"]) == (share > 0)
+    assert ("20% of the cells" in invoke("check", tmp_path / "screen.h5ad").out) == (share > 0)
+
+
 def test_an_ensemble_says_what_its_seeds_agree_on(screen_file: Path, tmp_path: Path) -> None:
     words = ["fit", screen_file, "--n-latents", 2, "--ensemble", 3, "--epochs", 2]
     answer = invoke(*words, "--method", "gradient", "--output", tmp_path / "RUN")
