@@ -63,8 +63,8 @@ def in_parallel(make: Callable[[Item], Made], items: Iterable[Item], threads: in
 
 
 @contextmanager
-def reporting(report: Report | None) -> Iterator[None]:
-    """Loops over `counted` items within, in this thread, report to `report`; None: to nobody."""
+def reporting(report: Report) -> Iterator[None]:
+    """Loops over `counted` items within, in this thread, report to `report`."""
     before = _report.get()
     _report.set(report)
     try:
@@ -82,7 +82,15 @@ def counted(items: Iterable[Item], total: int, start: int = 0) -> Iterator[Item]
     if report is None:
         yield from items
         return
-    with reporting(None):
+
+    def silent(done: int, total: int) -> None:
+        pass
+
+    _report.set(silent)
+    try:
         for i, item in enumerate(items, start + 1):
             yield item
             report(i, total)
+    finally:
+        if _report.get() is silent:  # else this one was left, and whoever listened is gone
+            _report.set(report)

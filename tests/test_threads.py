@@ -63,6 +63,15 @@ def test_counted_items_are_reported_once_they_are_used() -> None:
     assert [*counted("x", 1)] == ["x"] and len(said) == 4
 
 
+def test_a_loop_that_was_left_does_not_bring_back_who_listened() -> None:
+    said: list[tuple[int, int]] = []
+    with reporting(lambda done, total: said.append((done, total))):
+        left = counted("abc", 3)
+        next(left)
+    left.close()  # type: ignore[attr-defined]
+    assert [*counted("x", 1)] == ["x"] and not said
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_loop_of_several_threads_is_reported_as_one(threads: int) -> None:
     said: list[tuple[int, int]] = []
