@@ -123,8 +123,8 @@ class _Display:
             self.part_start, self.part_share = now, 0.0
         if now - self.part_start < 1:  # epochs before an interrupt are reported at once, and tell no speed
             self.part_share = share
-        self.done, self.total = done, total
-        self._show(f"  {self.times()}{self.loss}", SILENCE)
+        self.done, self.total = (done, total) if done < total else (0, 0)  # what comes now is not counted
+        self._show(f"  {self.times()}{self.loss}", SILENCE if self.total else math.inf)
 
     @property
     def share(self) -> float:
@@ -153,9 +153,8 @@ class _Display:
         """The line that changes, or a `line` of a log where the last one is `silence` seconds old."""
         if self.bar is not None:
             with suppress(OSError, ValueError):
-                self.bar.update(
-                    self.bar.task_ids[0], description=self.where() + self.loss, total=self.total or None, completed=self.done
-                )  # fmt: skip
+                self.bar.tasks[0].total = self.total or None  # `update` takes None for the total that there was
+                self.bar.update(self.bar.task_ids[0], description=self.where() + self.loss, completed=self.done)
         elif time.monotonic() - self.said >= silence:
             self._log(line)
 

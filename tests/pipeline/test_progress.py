@@ -57,7 +57,7 @@ def test_a_log_has_a_line_a_stage_and_one_whenever_half_a_minute_has_passed(
         "  25 %, 2:00 left, 1:51 elapsed",
         "  50 %, 1:20 left, 2:31 elapsed",
         "  75 %, 40 s left, 3:11 elapsed",
-        "  100 %, 0 s left, 3:51 elapsed",
+        "  0 %, 4:00 elapsed",
         "  A name like \\x1b[31m is made visible.",
     ]
 
