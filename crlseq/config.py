@@ -7,16 +7,15 @@ stand in the field and nowhere else.
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from crlseq.errors import InputError, UsageError
+from crlseq.errors import InputError, UsageError, nearest, suggestion
 
 Device = Literal["auto", "cpu", "cuda"]
 InterventionKind = Literal["shift", "hard", "soft"]  # what each is: `crlseq.model.interventions`
@@ -237,12 +236,13 @@ def make_config(preset: str | None = None, file: Mapping[str, Any] | None = None
     in_file = file.pop("preset", "default")
     preset = str(preset or in_file)
     if preset not in PRESETS:
-        raise UsageError(f"There is no preset {preset!r}.", f"Presets are {', '.join(PRESETS)}.")
+        raise UsageError(f"There is no preset {preset!r}.", suggestion(preset, PRESETS, "Presets are"))
     given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for name, value in options.items():
         owners = [section for section, model in SECTIONS.items() if name in model.model_fields]
         if not owners:
-            raise UsageError(f"There is no option {name!r}.", HELP)
+            fields = [field for model in SECTIONS.values() for field in model.model_fields]
+            raise UsageError(f"There is no option {name!r}.", _did_you_mean(name, fields))
         if value is not None:
             given[owners[0]][name] = value
     merged: dict[str, Any] = {name: {} for name in SECTIONS}
@@ -258,13 +258,17 @@ def make_config(preset: str | None = None, file: Mapping[str, Any] | None = None
         raise _refusal(error) from None
 
 
+def _did_you_mean(name: str, fields: Iterable[str]) -> str:
+    close = nearest(name, fields, 1)
+    return f"Did you mean {close[0]!r}?" if close else HELP
+
+
 def _refusal(error: ValidationError) -> UsageError:
     """The first thing that is wrong, named as the user wrote it."""
     first = error.errors(include_url=False)[0]
     section, name = map(str, first["loc"][:2])
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, SECTIONS[section].model_fields, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else HELP
+        hint = _did_you_mean(name, SECTIONS[section].model_fields)
         return UsageError(f"There is no option {name!r} in [{section}].", hint)
     # A union such as "a number or 'all'" has an error for each part.
     same = [e["msg"] for e in error.errors(include_url=False) if e["loc"][:2] == first["loc"][:2]]

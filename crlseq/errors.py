@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class CrlseqError(Exception):
@@ -52,8 +52,31 @@ def needs_extra(what: str, package: str, extra: str) -> UsageError:
     """That `what` needs a package of one of crlseq's extras, and how to install it."""
     return UsageError(
         f"{what} needs {package}, which is not installed.",
-        f"In the folder of crlseq's source: pip install '.[{extra}]'.",
+        f"Install it: pip install {package}. With crlseq's source: pip install '.[{extra}]'.",
     )
+
+
+def nearest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """The names most like one that is not among them, the nearest first; upper and lower case are alike.
+
+    >>> nearest("stat2", ["STAT1", "IRF1", "STAT2"])
+    ['STAT2', 'STAT1']
+    """
+    folded: dict[str, str] = {}
+    for each in names:
+        folded.setdefault(each.casefold(), each)
+    return [folded[found] for found in difflib.get_close_matches(name.casefold(), folded, most)]
+
+
+def suggestion(name: str, names: Iterable[str], what: str) -> str:
+    """A hint for a name that is not among `names`: the nearest ones, or where there are none what the names are.
+
+    >>> suggestion("sat1", ["STAT1", "IRF1"], "Perturbations are"), suggestion("x", ["STAT1", "IRF1"], "Perturbations are")
+    ("Did you mean 'STAT1'?", 'Perturbations are STAT1, IRF1.')
+    """
+    known = list(names)
+    close = nearest(name, known)
+    return f"Did you mean {' or '.join(map(repr, close))}?" if close else f"{what} {few(known)}."
 
 
 def few(names: Sequence[str], most: int = 8) -> str:
@@ -63,7 +86,4 @@ def few(names: Sequence[str], most: int = 8) -> str:
 
 def not_there(what: str, name: str, known: Sequence[str]) -> InputError:
     """That a run has no perturbation, program or gene of this `name`, with the nearest ones of those it has."""
-    letters = {one.casefold(): one for one in reversed(known)}
-    near = [letters[one] for one in difflib.get_close_matches(name.casefold(), letters, n=3, cutoff=0.5)]
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {few(known)}." if known else ""
-    return InputError(f"There is no {what} {name!r} in this run.", hint)
+    return InputError(f"There is no {what} {name!r} in this run.", suggestion(name, known, f"Its {what}s are"))

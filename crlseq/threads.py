@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 
-SILENCE = 30.0  # seconds after which a long computation says how far it is
-
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+Report = Callable[[int, int], None]  # called with how much is done, and of how much
+_report: ContextVar[Report | None] = ContextVar("report", default=None)
 
 
 @contextmanager
@@ -62,12 +62,35 @@ def in_parallel(make: Callable[[Item], Made], items: Iterable[Item], threads: in
         yield from pool.map(make, items)
 
 
-def told(items: Iterable[Item], n: int, what: str, note: Callable[[str], None]) -> Iterator[Item]:
-    """The n items, with a note on how many there were and how long the rest takes whenever `SILENCE` has passed."""
-    start = last = time.monotonic()
-    for i, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last >= SILENCE and i < n:
-            last, left = now, (now - start) / i * (n - i)
-            note(f"{i} of {n} {what}; about {left:.0f} s to go.")
+@contextmanager
+def reporting(report: Report) -> Iterator[None]:
+    """Loops over `counted` items within, in this thread, report to `report`."""
+    before = _report.get()
+    _report.set(report)
+    try:
+        yield
+    finally:
+        _report.set(before)
+
+
+def counted(items: Iterable[Item], total: int, start: int = 0) -> Iterator[Item]:
+    """The items, each of which is reported as done when the next one is asked for: ``start + 1`` of `total` and so on.
+
+    Loops within this one report nothing: how far it is, it says itself.
+    """
+    report = _report.get()
+    if report is None:
+        yield from items
+        return
+
+    def silent(done: int, total: int) -> None:
+        pass
+
+    _report.set(silent)
+    try:
+        for i, item in enumerate(items, start + 1):
+            yield item
+            report(i, total)
+    finally:
+        if _report.get() is silent:  # else this one was left, and whoever listened is gone
+            _report.set(report)

@@ -35,7 +35,7 @@ import crlseq
 from crlseq.model import losses
 from crlseq.model.expression_rows import DenseRows, SparseRows
 from crlseq.pipeline.fit import fit
-from crlseq.pipeline.read import Progress
+from crlseq.pipeline.progress import EFFECTS, TRAINING, Progress
 from crlseq.training.objective import CellSource, Objective
 
 STAGES = ("waiting for cells", "products", "MMD", "other forward", "backward", "optimiser", "rest")
@@ -177,7 +177,9 @@ def measure(args: argparse.Namespace, screen: Path, run_folder: Path) -> dict[st
         "microseconds_per_cell_by_stage": by_stage,
         "microseconds_per_cell_ahead": ahead,
         "seconds_by_part": {
-            name: end - start for (name, start), (_, end) in itertools.pairwise(stages) if name != "fitting"
+            name: end - start
+            for (name, start), (_, end) in itertools.pairwise(stages)
+            if name not in (EFFECTS, TRAINING)
         },
     }
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from crlseq.threads import ahead, on_threads, told
+from crlseq.threads import ahead, counted, in_parallel, on_threads, reporting
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -49,13 +49,32 @@ def test_what_fails_is_raised_where_it_would_have_come(threads: int) -> None:
     assert used == [0, 1]
 
 
-def test_a_long_computation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Items of 20 s each: a note after the second, third and so on of five, but not after the last."""
-    clock = iter(range(0, 1000, 20))
-    monkeypatch.setattr("crlseq.threads.time.monotonic", lambda: next(clock))
-    said: list[str] = []
-    assert [*told("abcde", 5, "letters read", said.append)] == [*"abcde"]
-    assert said == ["2 of 5 letters read; about 60 s to go.", "4 of 5 letters read; about 20 s to go."]
-    said.clear()
-    monkeypatch.setattr("crlseq.threads.time.monotonic", lambda: 0.0)
-    assert [*told("ab", 2, "letters read", said.append)] == ["a", "b"] and said == []
+def test_counted_items_are_reported_once_they_are_used() -> None:
+    """Each after its body, from where the count starts; what a loop within counts is not told."""
+    said: list[tuple[int, int]] = []
+    with reporting(lambda done, total: said.append((done, total))):
+        for letter in counted("abc", 10, start=4):
+            assert len(said) == "abc".index(letter)
+            assert [*counted(range(7), 7)] == [*range(7)]
+        assert said == [(5, 10), (6, 10), (7, 10)]
+        for _ in counted("abc", 3):  # left before its end
+            break
+        assert [*counted("x", 1)] == ["x"] and said[3:] == [(1, 1)]
+    assert [*counted("x", 1)] == ["x"] and len(said) == 4
+
+
+def test_a_loop_that_was_left_does_not_bring_back_who_listened() -> None:
+    said: list[tuple[int, int]] = []
+    with reporting(lambda done, total: said.append((done, total))):
+        left = counted("abc", 3)
+        next(left)
+    left.close()  # type: ignore[attr-defined]
+    assert [*counted("x", 1)] == ["x"] and not said
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_loop_of_several_threads_is_reported_as_one(threads: int) -> None:
+    said: list[tuple[int, int]] = []
+    with reporting(lambda done, total: said.append((done, total))):
+        made = [*counted(in_parallel(lambda i: sum(counted(range(i), i)), range(5), threads), 5)]
+    assert made == [0, 0, 1, 3, 6] and said == [(i, 5) for i in range(1, 6)]

@@ -108,6 +108,8 @@ def _run() -> int:
             if said.endswith(" is not readable."):  # which is about the file and not about how it was given
                 return _fail(said[0].upper() + said[1:], "Check its permissions.", 3)
             error.show()
+            if "unexpected extra argument" in said and getattr(getattr(error, "ctx", None), "info_name", "") == "fit":
+                say("A fit takes one screen. `crlseq prepare FILES --output STORE` makes one of several.")
             return int(error.exit_code)
         from crlseq.training.memory import out_of_memory
 

@@ -13,8 +13,6 @@ from crlseq.cli.options import AsJson, read_config, takes_config
 from crlseq.cli.output import say, show_json, show_table, show_text
 from crlseq.errors import InputError, few
 
-MANY = 30
-
 
 @takes_config(
     "perturbation_key", "control_label", "separator", "guide_key", "guide_counts", "guide_map", "guide_min_umis",
@@ -59,9 +57,9 @@ def _show(found: dict[str, Any]) -> None:
         for guide, gene in found["guides"]["genes"].items():
             guides.setdefault(gene, []).append(guide)
         rows = [(gene, few(own)) for gene, own in guides.items()]
-        _show_first("Guides of each perturbation", "perturbation", "guides", rows)
+        _show_pairs("Guides of each perturbation", "perturbation", "guides", rows)
     if "cells_per_condition" in found:
-        _show_first("Cells per condition", "condition", "cells", _by_size(found["cells_per_condition"]))
+        _show_pairs("Cells per condition", "condition", "cells", _by_size(found["cells_per_condition"]))
     if "command" in found:
         title = "To fit it:" if sys.stdout.isatty() else "command"
         show_text(f"\n{title}\n{found['command']}")
@@ -89,6 +87,10 @@ def _facts(found: dict[str, Any]) -> dict[str, Any]:
         facts |= _beside(found["covariates"])
     if "fitted_conditions" in found:
         facts["fit would use"] = f"{found['fitted_conditions']} conditions and the control"
+        if share := found["hold_out_cells"]:
+            facts["could hold out"] = (
+                f"{share:.0%} of the cells of each, to judge the fit by cells that it has not seen"
+            )
     return facts
 
 
@@ -125,9 +127,8 @@ def _by_size(cells: dict[str, int]) -> list[tuple[str, int]]:
     return sorted(cells.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
-def _show_first(title: str, what: str, value: str, rows: list[tuple[str, Any]]) -> None:
+def _show_pairs(title: str, what: str, value: str, rows: list[tuple[str, Any]]) -> None:
     import pandas as pd
 
-    more = f" (the first {MANY} of {len(rows)})" if len(rows) > MANY else ""
     show_text("")
-    show_table(pd.DataFrame(rows[:MANY], columns=[what, value]), title + more)
+    show_table(pd.DataFrame(rows, columns=[what, value]), title)

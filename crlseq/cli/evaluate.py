@@ -35,7 +35,7 @@ def evaluate(
         Path | None, setting("Other measured cells with the same labels.", default="the run's test cells")
     ] = None,
     output: Annotated[
-        Path | None, setting("CSV file with one row per condition and predictor.", "--output", "-o")
+        Path | None, setting("CSV file with one row per condition and predictor.", "--output", "-o", default="none")
     ] = None,
     held_out_controls: Annotated[
         bool, switch("--held-out-controls", "Compare with held-out control cells instead of training ones.")

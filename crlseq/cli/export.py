@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from crlseq.cli.options import Force, RunFolder, load, setting
+from crlseq.cli.options import Force, RunFolder, completing, load, setting
 from crlseq.cli.output import refuse_output, say, say_verdict
-from crlseq.errors import UsageError
+from crlseq.errors import UsageError, suggestion
 from crlseq.export.registry import FORMATS, check_format, write
 
 CHOICES = "\n\n".join(["What to write:", *(f"{name}: {about.what}." for name, about in FORMATS.items())])
@@ -33,7 +33,7 @@ ONE = {"volcano": ("perturbation",), "violin": ("program",)}  # options that are
 
 def export(
     run: RunFolder,
-    name: Annotated[str, setting(CHOICES, "--format", "-f")],
+    name: Annotated[str, setting(CHOICES, "--format", "-f", autocompletion=completing(FORMATS))],
     output: Annotated[Path, setting("File or folder to write.", "--output", "-o")],
     force: Force = False,
 ) -> None:
@@ -48,7 +48,9 @@ def export(
 def report(
     run: RunFolder,
     output: Annotated[Path | None, setting("HTML file.", "--output", "-o", default="RUN/report.html")] = None,
-    gene_sets: Annotated[Path | None, setting("A gmt file: each program's card lists the enriched gene sets.")] = None,
+    gene_sets: Annotated[
+        Path | None, setting("A gmt file: each program's card lists the enriched gene sets.", default="none")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write the report of a run as one HTML page.
@@ -72,7 +74,9 @@ def report(
 
 def plot(
     run: RunFolder,
-    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.", show_default=False)],
+    kind: Annotated[
+        str, typer.Argument(help=f"One of {', '.join(KINDS)}.", show_default=False, autocompletion=completing(KINDS))
+    ],
     output: Annotated[Path, setting("Figure to write: .png, .svg or .pdf.", "--output", "-o")],
     top: Annotated[
         int | None,
@@ -81,13 +85,17 @@ def plot(
     program: Annotated[
         list[str] | None,
         setting(
-            "The program of a violin, or an axis of the embedding, which has two.", default="those that explain most"
+            "The program of a violin, or an axis of the embedding, which has two.",
+            default="those that explain most",
+            metavar="<str>",
         ),
     ] = None,
     perturbation: Annotated[
         list[str] | None,
         setting(
-            "Drawn in a volcano, a violin or the embedding; may be repeated in the latter two.", default="the strongest"
+            "Drawn in a volcano, a violin or the embedding; may be repeated in the latter two.",
+            default="the strongest",
+            metavar="<str>",
         ),
     ] = None,
     dpi: Annotated[int, setting("Resolution of a .png in dots per inch.", min=20, max=1200)] = 150,
@@ -98,7 +106,7 @@ def plot(
     if suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"{output} does not end in .png, .svg or .pdf.", "Choose one of these formats.")
     if kind not in KINDS:
-        raise UsageError(f"There is no plot {kind!r}.", f"Plots are {', '.join(KINDS)}.")
+        raise UsageError(f"There is no plot {kind!r}.", suggestion(kind, KINDS, "Plots are"))
     options = _options(kind, {"top": top, "program": program, "perturbation": perturbation})
     refuse_output(output, force)
     found = load(run)

@@ -10,7 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, read_config, setting, switch, takes_config
-from crlseq.cli.output import FitProgress, say, say_verdict, show_json
+from crlseq.cli.output import say, say_verdict, show_json
+from crlseq.config import PRESETS
+from crlseq.pipeline.progress import shown
+from crlseq.storage.runfolder import default_output
 
 SCREEN = (
     "The screen: an .h5ad or .h5mu file, a zarr store, a store made by `crlseq prepare`, or what Cell Ranger wrote."
@@ -20,7 +23,8 @@ SCREEN = (
 @takes_config("perturbation_key", "control_label", "separator", "layer", "values", "seed")
 def prepare(
     files: Annotated[
-        list[Path], typer.Argument(help="Screens with the same genes: .h5ad files or zarr stores.", show_default=False)
+        list[Path],
+        typer.Argument(help="Screens with the same genes: .h5ad files or zarr stores.", show_default=False),
     ],
     output: Annotated[Path, setting("Store to write (a folder).", "--output", "-o")],
     resume: Annotated[bool, switch("--resume", "Continue an unfinished store.")] = False,
@@ -39,16 +43,21 @@ def prepare(
     )  # fmt: skip
     if not quiet:
         say(f"{done.n_cells} cells x {done.n_genes} genes, {done.n_nonzero} non-zero values ({done.values}).")
-        say(f"Written to {output}. Next: crlseq fit {output} --output RUN")
+        say(f"Written to {output}. Next: crlseq fit {output}")
 
 
 @takes_config()
 def fit(
     file: Annotated[Path, typer.Argument(help=SCREEN, show_default=False)],
-    output: Annotated[Path, setting("Run folder to write.", "--output", "-o")],
-    preset: Annotated[str | None, setting("default, or paper (the model exactly as published).")] = None,
+    output: Annotated[
+        Path | None, setting("Run folder to write.", "--output", "-o", default="NAME-run, after the screen's NAME")
+    ] = None,
+    preset: Annotated[
+        str | None, setting("paper: the model exactly as published.", choices=PRESETS, default="default")
+    ] = None,
     config: Annotated[
-        Path | None, setting("TOML file with tables data, model and training; options win over it.")
+        Path | None,
+        setting("TOML file with tables data, model and training; options win over it.", default="none"),
     ] = None,
     resume: Annotated[bool, switch("--resume", "Continue an unfinished fit of the same input and options.")] = False,
     force: Force = False,
@@ -58,16 +67,17 @@ def fit(
     """Fit a screen: gene programs, the program that each perturbation targets, and the graph of the programs."""
     from crlseq.training.distributed import joined
 
+    output = output or default_output(file)
     with joined() as ranks:  # what is wrong with the options is then reported by one process
         settings = read_config(given, preset, config)
-        from crlseq.pipeline.fit import fit as fit_screen
-        from crlseq.pipeline.fit import take_part
-        from crlseq.run.findings import doubts, told
+        with shown(settings, quiet or ranks.rank > 0) as progress:  # before the imports, which take seconds
+            from crlseq.pipeline.fit import fit as fit_screen
+            from crlseq.pipeline.fit import take_part
+            from crlseq.run.findings import doubts, told
 
-        if ranks.rank > 0:
-            take_part(file, settings, ranks)
-            return
-        with FitProgress(quiet) as progress:
+            if ranks.rank > 0:
+                take_part(file, settings, ranks)
+                return
             run = fit_screen(file, output, config=settings, resume=resume, force=force, progress=progress, ranks=ranks)
     if not quiet:
         for line in told(run):
@@ -82,7 +92,9 @@ def fit(
 def rerun(
     run: RunFolder,
     data: Annotated[Path | None, setting("The run's input.", default="its path in run.json")] = None,
-    output: Annotated[Path | None, setting("Keep the second run in this folder.", "--output", "-o")] = None,
+    output: Annotated[
+        Path | None, setting("Keep the second run in this folder.", "--output", "-o", default="not kept")
+    ] = None,
     json: AsJson = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -90,8 +102,8 @@ def rerun(
     """Repeat a fit from its run.json and report the first difference: exit code 0 if there is none, else 4."""
     from crlseq.experiments.rerun import rerun as repeat
 
-    with tempfile.TemporaryDirectory(prefix="crlseq-") as folder, FitProgress(quiet) as progress:
-        differences, causes = repeat(run, output or Path(folder) / "RUN", data, progress, force)
+    with tempfile.TemporaryDirectory(prefix="crlseq-") as folder:
+        differences, causes = repeat(run, output or Path(folder) / "RUN", data, not quiet, force)
     if json:
         show_json({
             "identical": not differences, "differences": [asdict(one) for one in differences], "causes": causes,

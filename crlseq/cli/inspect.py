@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from crlseq.cli.options import AsJson, RunFolder, load, setting
 from crlseq.cli.output import say, say_verdict, show_json, show_paragraph, show_table, show_text
 from crlseq.cli.perturbation import perturbation
-from crlseq.errors import InputError
+from crlseq.errors import InputError, UsageError, nearest, suggestion
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,13 @@ class _SummaryByDefault(TyperGroup):
     """``crlseq inspect RUN`` is ``crlseq inspect summary RUN``."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] not in self.commands:
+        known = list(self.commands)
+        if args and args[0] not in known:
+            first, *words = [word for word in args if not word.startswith("-")] or [""]
+            if words and words[0] in known:
+                raise UsageError(f"{words[0]!r} belongs before the run.", f"Write: crlseq inspect {words[0]} {first}.")
+            if words:
+                raise UsageError(f"There is no table {first!r}.", suggestion(first, known, "Tables are"))
             args = ["summary", *args]
         return super().resolve_command(ctx, args)
 
@@ -129,9 +135,11 @@ def _of_the_model(found: Run) -> dict[str, str]:
 @app.command()
 def programs(
     run: RunFolder,
-    program: Annotated[str | None, setting("One program, such as P3.")] = None,
+    program: Annotated[str | None, setting("One program, such as P3.", default="all")] = None,
     top: Annotated[int, setting("Genes per program; with --gene-sets, sets per program and test.", min=1)] = 20,
-    gene_sets: Annotated[Path | None, setting("A gmt file: show enriched gene sets instead of genes.")] = None,
+    gene_sets: Annotated[
+        Path | None, setting("A gmt file: show enriched gene sets instead of genes.", default="none")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Top genes of each program, by direct loading and total effect through the DAG; or enriched gene sets."""
@@ -233,9 +241,26 @@ def _described(run: Run, name: str) -> Program:
     if not run.described:
         raise InputError(f"There is no program {name!r} in {run.path}: no perturbation has a detectable effect.")
     if name not in run.described:
-        names = run.program_names
-        raise InputError(f"There is no program {name!r} in {run.path}.", f"Programs are {names[0]} to {names[-1]}.")
+        raise InputError(f"There is no program {name!r} in {run.path}.", _instead(run, name))
     return run.described[name]
+
+
+def _instead(run: Run, name: str) -> str:
+    """A hint for what is no program: where a perturbation or a gene of that name is found, or the nearest names."""
+    import numpy as np
+
+    programs, known = run.programs, run.interventions.set_index("perturbation")["program"]
+    of_gene = (programs[[column for column in ("gene", "symbol") if column in programs]] == name).any(axis=1)
+    loadings = programs[of_gene].sort_values("loading", key=np.abs, ascending=False).head(3)
+    told = [f"{name} is a perturbation of {known[name]}."] if known.get(name) else []
+    if len(loadings):
+        largest = ", ".join(f"{row.program} ({row.loading:+.2f})" for row in loadings.itertuples())
+        told.append(f"{name} is a gene with its largest loadings in {largest}.")
+    if told:
+        return " ".join(told)
+    close = nearest(name, [*run.program_names, *known.index, *programs["gene"].unique()])
+    first, last = run.program_names[0], run.program_names[-1]
+    return (f"Did you mean {' or '.join(map(repr, close))}? " if close else "") + f"Programs are {first} to {last}."
 
 
 def _heading(program: Program) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import resource
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 from types import UnionType
@@ -15,8 +16,9 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from crlseq.config import SECTIONS, Config, make_config, read_toml
-from crlseq.errors import InputError
+from crlseq.errors import InputError, UsageError
 from crlseq.storage.files import not_for_ever, read_text
+from crlseq.storage.runfolder import is_run
 
 if TYPE_CHECKING:
     from crlseq.pipeline.fitted import FittedRun
@@ -29,12 +31,30 @@ FLAGS: dict[str, dict[str, Any]] = {
     for name, field in FIELDS.items()
     if isinstance(field.json_schema_extra, dict)
 }
+LONG = 30  # characters that a narrow terminal would cut
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def setting(text: str, *names: str, default: str = "", **limits: Any) -> Any:
-    """An option with a value; `default` says in words what is taken where it is not given."""
-    return typer.Option(*names, help=escape(f"{text} [default: {default}]" if default else text), **limits)
+def setting(text: str, *names: str, default: str = "", choices: Iterable[str] = (), **limits: Any) -> Any:
+    """An option with a value, one of `choices` if there are any; `default` says in words what is taken where it is not given."""
+    words = list(choices)
+    listed = "|".join(words)
+    told = in_brackets(
+        text, listed if len(listed) < LONG else ", ".join(words), f"default: {default}" if default else ""
+    )
+    return typer.Option(*names, help=told, **{"autocompletion": completing(words), **limits})
+
+
+def in_brackets(text: str, *parts: str) -> str:
+    """Help with values and default behind it, which rich is not to take for markup."""
+    told = "; ".join(filter(None, parts))
+    return escape(f"{text} [{told}]" if told else text)
+
+
+def completing(words: Iterable[str]) -> Callable[[str], list[str]] | None:
+    """What a shell completes a value to; None leaves it to the shell, which knows files."""
+    known = list(words)
+    return (lambda incomplete: [word for word in known if word.startswith(incomplete)]) if known else None
 
 
 def switch(name: str, text: str, *short: str) -> Any:
@@ -42,7 +62,16 @@ def switch(name: str, text: str, *short: str) -> Any:
     return typer.Option(name, *short, help=text, metavar="")
 
 
-RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+def _in_place(context: typer.Context, run: Path) -> Path:
+    """The run, unless it stands behind another word: ``crlseq plot dag RUN``."""
+    words = sys.argv[sys.argv.index(str(run)) + 1 :] if str(run) in sys.argv else []
+    if words and not run.exists() and is_run(Path(words[0])):
+        hint = f"Write: {context.command_path} {words[0]} {run}."
+        raise UsageError(f"The run {words[0]} belongs before {str(run)!r}.", hint)
+    return run
+
+
+RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False, callback=_in_place)]
 AsJson = Annotated[bool, switch("--json", "Print JSON to stdout.")]
 Force = Annotated[bool, switch("--force", "Replace what exists at --output.")]
 Quiet = Annotated[bool, switch("--quiet", "Print errors only.", "-q")]
@@ -107,12 +136,13 @@ def option(name: str) -> Any:
     field, flag = FIELDS[name], FLAGS[name]
     typed = _typed(field, flag["shell"])
     metavar = {bool: "", list[str]: "<str>"}.get(typed)
-    brackets = "; ".join(filter(None, [_range(field), _default(field, flag)]))
-    text = f"{field.description} [{brackets}]" if brackets else str(field.description)
+    text = in_brackets(str(field.description), _range(field), _default(field, flag))
+    words = [word for each in _alternatives(field.annotation) if get_origin(each) is Literal for word in get_args(each)]
     # Two names are wide: beside them other options' help would be a narrow column.
     panel = flag["panel"] or ("Switches" if flag["switch"] else PANELS[name])
     names = filter(None, [flag["switch"]])
-    return Annotated[typed | None, typer.Option(*names, help=escape(text), metavar=metavar, rich_help_panel=panel)]
+    told: Any = {"metavar": metavar, "rich_help_panel": panel, "autocompletion": completing(words)}
+    return Annotated[typed | None, typer.Option(*names, help=text, **told)]
 
 
 def _alternatives(annotation: Any) -> list[Any]:
@@ -151,7 +181,7 @@ def _default(field: FieldInfo, flag: Mapping[str, str]) -> str:
     if flag["switch"] and isinstance(value, bool):
         return f"default: {flag['switch'].split('/')[not value]}"
     if value is None or value == ():
-        return f"default: {flag['unset']}" if flag["unset"] else ""
+        return f"default: {flag['unset'] or 'none'}"
     return f"default: {value:g}" if isinstance(value, float) else f"default: {value}"
 
 

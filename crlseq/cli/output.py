@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,12 @@ from crlseq.storage.text import to_json, visible
 if TYPE_CHECKING:
     import pandas as pd
 
-    from crlseq.pipeline.read import Progress
     from crlseq.run.run import Run
 
 GAP = 2  # blanks between the columns of a table
+DIGITS = 6  # significant ones, in a pipe
+ROWS, AROUND, LAST = 20, 6, 3  # of a table on a terminal: shown of any, lines around it, rows kept at its end
+ONES = ("weight", "retention", "noise_scale")  # columns that say nothing where they are 1 throughout
 messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
@@ -71,21 +74,26 @@ def show_table(
 ) -> None:
     """A table for people on a terminal, tab-separated text into a pipe, a list of records as JSON.
 
+    On a terminal it is no longer than that, and a value with an error beside it ends at the error's second digit.
     ``looks``: rich styles of cells by their text. ``form`` writes the fractions, into a pipe too.
     """
     if as_json:
         show_json(json.loads(table.to_json(orient="records", double_precision=15)))
         return
     if not sys.stdout.isatty():
-        text = (
-            table if form is None else table.apply(lambda own: own.map(form, "ignore") if own.dtype == float else own)
-        )
-        show_text(text.to_csv(sep="\t", index=False).rstrip("\n"))
+        digits: Any = form or f"%.{DIGITS}g"
+        text = table.to_csv(sep="\t", index=False, float_format=digits)
+        show_text(text.rstrip("\n"))
         return
-    cells = [[visible(_cell(value, decimals, form)) for value in row] for row in table.itertuples(index=False)]
+    table = table.drop(columns=[name for name in ONES if name in table and bool((table[name] == 1).all())])
+    cells = _cells(table, decimals, form)
     # Words of a name below one another keep columns of numbers narrow.
     columns = [(str(name).replace("_", "\n"), kind.kind in "iuf") for name, kind in table.dtypes.items()]
     console = Console(emoji=False)
+    most = max(ROWS, console.height - AROUND)
+    left_out = len(cells) - most + 1 if len(cells) > most else 0
+    if left_out:
+        cells[most - LAST - 1 : -LAST] = [["⋮"] * len(columns)]
     if title:
         console.print(Text(visible(title), style="bold"))
     for i, block in enumerate(_blocks(columns, cells, console.width)):
@@ -98,6 +106,31 @@ def show_table(
         for row in cells:
             shown.add_row(*(Text(row[k], (looks or {}).get(row[k], "")) for k, _ in block))
         console.print(shown)
+    if left_out:
+        console.print(Text(f"{left_out} of {len(table)} rows are left out. To see all, add --json or a pipe: | less."))
+
+
+def _cells(table: pd.DataFrame, decimals: int, form: Callable[[float], str] | None) -> list[list[str]]:
+    """What stands in the rows of a table."""
+    columns = {name: [_cell(value, decimals, form) for value in table[name]] for name in table}
+    for name, error in {} if form else _errors([str(name) for name in table]).items():
+        for i, (value, width) in enumerate(zip(table[name], table[error], strict=True)):
+            if math.isfinite(value) and math.isfinite(width) and width > 0:
+                own = min(max(1 - math.floor(math.log10(width)), 0), DIGITS)
+                columns[name][i], columns[error][i] = f"{value:.{own}f}", f"{width:.{own}f}"
+    return [[visible(text) for text in row] for row in zip(*columns.values(), strict=True)]
+
+
+def _errors(names: list[str]) -> dict[str, str]:
+    """The column with the error of each column that has one: called after it, or ``se`` and behind it."""
+    found = {}
+    for before, name in zip(["", *names], names, strict=False):
+        stem = name.removesuffix("_se").removesuffix("_error")
+        if stem != name and stem in names:
+            found[stem] = name
+        elif name in ("se", "error") and before:
+            found[before] = name
+    return found
 
 
 def _blocks(columns: list[tuple[str, bool]], cells: list[list[str]], width: int) -> list[list[tuple[int, int]]]:
@@ -151,47 +184,3 @@ def _cell(value: Any, decimals: int, form: Callable[[float], str] | None) -> str
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         return str(value)
     return ", ".join(map(str, value))
-
-
-class FitProgress:
-    """Shows a fit: bars with the loss terms on a terminal, plain lines elsewhere, nothing when quiet."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.bar: Any = None
-        self.last_line = -1
-
-    def __enter__(self) -> Progress:
-        """The callbacks that `crlseq.fit` takes."""
-        from crlseq.pipeline.read import Progress
-
-        return Progress() if self.quiet else Progress(self._stage, lambda text: say(f"  {text}"), self._epoch)
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the bar as it stands."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-    def _stage(self, text: str) -> None:
-        self.__exit__()
-        say(f"• {text}")
-
-    def _epoch(self, record: dict[str, float], n_epochs: int) -> None:
-        epoch = int(record["epoch"]) + 1
-        terms = " ".join(f"{name} {record[name]:.4f}" for name in ("mmd", "reconstruction", "kl"))
-        if "validation_total" in record:
-            terms += f" | validation {record['validation_total']:.4f}"
-        if messages.is_terminal:
-            if self.bar is None:
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-                count, about = (TextColumn("  epoch"), MofNCompleteColumn()), TextColumn("{task.description}")
-                self.bar = Progress(*count, BarColumn(20), TimeRemainingColumn(), about, console=messages)
-                self.bar.start()
-                self.bar.add_task("", total=n_epochs)
-            self.bar.update(self.bar.task_ids[0], completed=epoch, description=terms)
-        elif epoch * 10 // n_epochs > self.last_line or epoch == n_epochs:
-            # Ten lines a fit keep the log of a batch system readable.
-            self.last_line = epoch * 10 // n_epochs
-            say(f"  epoch {epoch}/{n_epochs} {terms}")

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, load, setting, switch
 from crlseq.cli.output import refuse_output, say, show_json
 from crlseq.errors import InputError
 
+if TYPE_CHECKING:
+    import anndata as ad
+    import pandas as pd
+
+    from crlseq.run.run import Run
+
 
 def predict(
     run: RunFolder,
     perturbation: Annotated[
-        list[str], setting("A perturbation, or a combination such as A+B; may be repeated.", "--perturbation", "-p")
+        list[str],
+        setting(
+            "A perturbation, or a combination such as A+B; may be repeated.", "--perturbation", "-p", metavar="<str>"
+        ),
     ],
     output: Annotated[Path, setting("The h5ad file to write.", "--output", "-o")],
     n_cells: Annotated[
@@ -34,6 +43,7 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """Predict the effect of perturbations, alone or in combination, on control cells."""
+    from crlseq.prediction.changes import top_changes
     from crlseq.prediction.predict import predict as predict_cells
     from crlseq.storage.files import written_whole
     from crlseq.storage.hdf5 import write_h5ad
@@ -51,18 +61,38 @@ def predict(
     with written_whole(output) as beside:
         write_h5ad(virtual, beside)
     about = virtual.uns["crlseq_prediction"]
+    changes = {name: top_changes(virtual, name, _logarithms(found)) for name in about["perturbations"]}
     if json:
         rows = about["summary"].reset_index().to_dict("records")
         show_json({
             "output": str(output), "n_cells": about["n_cells"], "seed": seed, "interval": about["interval"],
-            "notes": list(about["notes"]), "predictions": rows,
+            "notes": list(about["notes"]), "predictions": [{**row, "genes": changes[row["perturbation"]].to_dict("records")} for row in rows],
         })  # fmt: skip
+    if not quiet:
+        _tell(found, virtual, changes, counterfactual)
+        say(f"{virtual.n_obs} cells x {virtual.n_vars} genes: {output}")
+
+
+def _logarithms(run: Run) -> bool:
+    return run.preprocessing.values != "continuous"
+
+
+def _tell(run: Run, virtual: ad.AnnData, changes: dict[str, pd.DataFrame], counterfactual: bool) -> None:
+    """The predictions in sentences: how much changes, and which genes most."""
+    about = virtual.uns["crlseq_prediction"]
     for name, row in about["summary"].iterrows():
-        tell(f"{name} ({row['seen']}): {row['n_genes_changed']} of {virtual.n_vars} genes change; total change {row['effect_l2']:.3f} (L2)")  # fmt: skip
-        if counterfactual and not found.facts.without_effect:
-            tell(
+        say(f"{name} ({row['seen']}): {row['n_genes_changed']} of {virtual.n_vars} genes change; total change {row['effect_l2']:.3f} (L2)")  # fmt: skip
+        if counterfactual and not run.facts.without_effect:
+            say(
                 f"  composition error {row['composition']:.2g}, effectiveness error {row['effectiveness']:.3f} SD, "
                 f"reversibility error {row['reversibility']:.3f} beside a change of {row['change']:.3f}"
             )
-    tell(f"Intervals: {about['interval']}.")
-    tell(f"{virtual.n_obs} cells x {virtual.n_vars} genes: {output}")
+    unit = "log2 fold change" if _logarithms(run) else "change"
+    for name, table in changes.items():
+        told = ", ".join(f"{row.gene} {row.change:+.2f} ± {row.error:.2f}" for row in table.itertuples())
+        say(
+            f"{name} changes these genes most ({unit} ± standard error): {told}."
+            if told
+            else f"{name} changes no gene."
+        )
+    say(f"Intervals: {about['interval']}.")

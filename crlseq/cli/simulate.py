@@ -9,6 +9,7 @@ from typing import Annotated
 from crlseq.cli.options import AsJson, Force, Quiet, setting, switch
 from crlseq.cli.output import refuse_output, say, show_table
 from crlseq.errors import UsageError
+from crlseq.experiments.scenarios import METHODS, SCENARIOS
 
 SHOWN = ["scenario", "method", "runs", "failed", "ancestor_f1", "upstream_precision", "upstream_recall", "target_accuracy", "ari", "shd", "mcc", "n_latents", "verdict", "seconds"]  # fmt: skip
 RANGES = ("edge_size", "shift_size", "retention", "penetrance")
@@ -23,8 +24,8 @@ def simulate(
     n_control: Annotated[int, setting("Number of control cells.")] = 2000,
     expected_parents: Annotated[float, setting("Mean number of parents per latent.")] = 1.0,
     edge_size: Annotated[str, setting("LOW,HIGH: sizes of edges.")] = "0.6,1.4",
-    equations: Annotated[str, setting("Structural equations: linear or relu.")] = "linear",
-    intervention: Annotated[str, setting("Kind of intervention: hard, soft or shift.")] = "hard",
+    equations: Annotated[str, setting("Structural equations.", choices=("linear", "relu"))] = "linear",
+    intervention: Annotated[str, setting("Kind of intervention.", choices=("hard", "soft", "shift"))] = "hard",
     shift_size: Annotated[str, setting("LOW,HIGH: sizes of shifts, in SDs of the target's own noise.")] = "1,3",
     retention: Annotated[str, setting("LOW,HIGH: retentions of soft interventions.")] = "0.2,0.6",
     penetrance: Annotated[
@@ -34,10 +35,10 @@ def simulate(
     second_targets: Annotated[float, setting("Share of perturbations that also shift a second latent.")] = 0.0,
     hidden: Annotated[int, setting("Number of hidden causes, each of three latents.")] = 0,
     cycle: Annotated[bool, switch("--cycle", "Add one feedback edge.")] = False,
-    mixing: Annotated[str, setting("From latents to genes: linear or network.")] = "linear",
+    mixing: Annotated[str, setting("From latents to genes.", choices=("linear", "network"))] = "linear",
     background: Annotated[int, setting("Number of factors that nobody perturbs.")] = 0,
     cell_cycle: Annotated[bool, switch("--cell-cycle", "Add two more such factors, on a circle.")] = False,
-    noise: Annotated[str, setting("Of the measurement: counts or gaussian.")] = "counts",
+    noise: Annotated[str, setting("Of the measurement.", choices=("counts", "gaussian"))] = "counts",
     depth: Annotated[float, setting("Median of the expected counts per cell.")] = 5000.0,
     depth_by_condition: Annotated[float, setting("SD of log depth between conditions.")] = 0.0,
     log_rate_scale: Annotated[float, setting("SD of the log rates that latents explain.")] = 0.35,
@@ -81,14 +82,23 @@ def _bounds(text: str, name: str) -> tuple[float, ...]:
 
 def benchmark(
     output: Annotated[Path, setting("Folder for the results; finished fits there are kept.", "--output", "-o")],
-    scenario: Annotated[list[str] | None, setting("A scenario; may be repeated.", default="all")] = None,
+    scenario: Annotated[
+        list[str] | None, setting("A scenario; may be repeated.", default="all", metavar="<str>", choices=SCENARIOS)
+    ] = None,
     seeds: Annotated[str, setting("Seeds, such as 0-7 or 0,2,5-6.")] = "0-7",
     method: Annotated[
-        list[str] | None, setting("default, sparse, linear, paper or sparse-vae; may be repeated.", default="all")
+        list[str] | None, setting("How to fit; may be repeated.", choices=METHODS, default="all", metavar="<str>")
     ] = None,
-    n_latents: Annotated[str, setting("known: the fits are given the true number; auto: they choose it.")] = "known",
+    n_latents: Annotated[
+        str, setting("known: the fits are given the true number; auto: they choose it.", choices=("known", "auto"))
+    ] = "known",
     epochs: Annotated[
-        int | None, setting("Epochs per fit; targets and graphs of the default method do not depend on it.", min=1)
+        int | None,
+        setting(
+            "Epochs per fit; targets and graphs of the default method do not depend on it.",
+            default="as in a fit",
+            min=1,
+        ),
     ] = None,
     threads: Annotated[int | None, setting("CPU threads.", default="all", min=1)] = None,
     json: AsJson = False,
@@ -99,7 +109,6 @@ def benchmark(
     The same command continues an interrupted benchmark.
     """
     chosen = _seeds(seeds)
-    from crlseq.experiments.benchmark import METHODS, SCENARIOS
     from crlseq.experiments.benchmark import benchmark as run_benchmark
 
     try:

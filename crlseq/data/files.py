@@ -17,6 +17,7 @@ from zarr.storage import ZipStore
 from crlseq.data.hdf5 import open_hdf5, refuse_values_for_groups
 from crlseq.errors import CrlseqError, InputError, few
 from crlseq.storage.files import refuse_links_outside, refuse_special
+from crlseq.storage.runfolder import is_run
 
 # Modalities of a MuData file that are the screen, the first that is there.
 EXPRESSION = (
@@ -88,6 +89,9 @@ def zarr_store(path: Path) -> zarr.Group:
         with readable(str(path), "the zip"), zipfile.ZipFile(path) as archive:
             roots = {name.rpartition("/")[0] for name in archive.namelist() if name.endswith(ZARR_FILES)}
         inner = min(roots, key=len, default="")
+    elif is_run(path):
+        hint = f"`crlseq inspect {path}` shows it. Its screen is {path / 'crlseq.h5ad'}."
+        raise InputError(f"{path} is a finished run and no screen.", hint)
     elif not any((path / name).is_file() for name in ZARR_FILES):
         within = sorted(str(each) for each in path.iterdir() if any((each / name).is_file() for name in ZARR_FILES))
         screens = sorted(str(each) for each in path.iterdir() if each.suffix in (".h5ad", ".h5mu", ".h5"))

@@ -23,11 +23,16 @@ from crlseq.data.perturbations import Perturbations, candidates
 from crlseq.data.store import read_manifest, verify
 from crlseq.data.values import Scan, Values, better_layers, scan, values_of
 from crlseq.errors import InputError
+from crlseq.storage.runfolder import default_output
 
 OPTIONS = (  # that say how labels and values are read
     "guide_key", "guide_counts", "guide_map", "guide_min_umis", "guide_min_share", "perturbation_key", "control_label",
     "separator", "combinations", "layer", "batch_key", "values", "min_cells",
 )  # fmt: skip
+
+
+# A share of cells to judge the fit by, where so many cells a condition (median) are left to fit and to compare with.
+HELD_OUT, ENOUGH_CELLS = 0.2, 50
 
 
 def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, Any]:
@@ -65,6 +70,9 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             selection = _attempt(found, lambda: select_conditions(labels, config))
             if selection is not None:
                 found["fitted_conditions"] = int(selection.fitted[1:].sum())
+                sizes = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
+                enough = np.median(sizes[1:][selection.fitted[1:]]) >= ENOUGH_CELLS
+                found["hold_out_cells"] = HELD_OUT if enough else 0.0
                 found["notes"] += selection.notes
                 _attempt(found, lambda: _check_batches(found, screen, labels, config, selection))
             if not found["problems"]:
@@ -134,7 +142,8 @@ def _check_batches(
 def _command(screen: Screen, labels: Perturbations, config: DataConfig, found: dict[str, Any]) -> str:
     """The fit that reads the labels in this way, of better values and with the batches that there are.
 
-    What is as by default is not said. A batch column is taken if there is one alone that differs in expression.
+    What is as by default is not said. A batch column is taken if there is one alone that differs in expression, and cells are
+    held out where there are enough.
     """
     asked = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DataConfig(), name)}
     if labels.key != GUIDE_LABELS:
@@ -151,5 +160,6 @@ def _command(screen: Screen, labels: Perturbations, config: DataConfig, found: d
             flag, values = f"--{name.replace('_', '-')}", asked[name]
             several = values if isinstance(values, tuple) else (values,)
             words += ["--no-combinations"] if name == "combinations" else [w for v in several for w in (flag, str(v))]
-    name = Path(screen.source).stem if Path(screen.source).suffix else "screen"
-    return shlex.join([*words, "--output", f"{name}-run"])
+    if held_out := found["hold_out_cells"]:
+        words += ["--hold-out-cells", f"{held_out:g}"]
+    return shlex.join([*words, "--output", str(default_output(screen.source))])

@@ -21,6 +21,7 @@ from crlseq.data.files import is_cell_ranger, open_store, read_cell_ranger, read
 from crlseq.data.hdf5 import refuse_claims
 from crlseq.data.store import StoredMatrix, read_manifest
 from crlseq.errors import InputError
+from crlseq.threads import counted
 
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and what stands for bytes that are no UTF-8
 MAX_NAME = 1000  # characters
@@ -82,7 +83,8 @@ class Screen:
     def blocks(self, first: int = 0) -> Iterator[tuple[slice, sp.csr_matrix]]:
         """Consecutive rows, from the `first`, as canonical float64 CSR blocks, with the rows they hold."""
         step = max(1, BLOCK_VALUES // max(self.n_genes, 1))
-        for start in range(first, self.n_cells, step):
+        starts = range(first, self.n_cells, step)
+        for start in counted(starts, len(starts)):
             rows = slice(start, min(start + step, self.n_cells))
             yield rows, self._read(rows)
 

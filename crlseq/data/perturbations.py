@@ -7,7 +7,6 @@ standing differ, it refuses. All work is done on distinct labels, so that millio
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections.abc import Hashable, Sequence
@@ -22,7 +21,7 @@ from crlseq.data.guide_names import recognised
 from crlseq.data.label_rules import GUIDE_LABELS, JOINED, PLAIN, STYLE_OF, Ints, Rules
 from crlseq.data.label_rules import Perturbations as Perturbations
 from crlseq.data.matrix import NO_TEXT, refuse_long
-from crlseq.errors import InputError, few
+from crlseq.errors import InputError, few, nearest
 
 _SAMPLES = re.compile(r"(?:^|[^a-z])(?:sample|batch|replicate|donor|lane|well|plate|orig\.ident)", re.IGNORECASE)
 
@@ -247,7 +246,7 @@ def refuse_missing_column(obs: pd.DataFrame, key: str, option: str) -> None:
 def _some(values: Sequence[str], like: str) -> str:
     """Up to eight values, those first that resemble ``like``."""
     alike = [value for value in values if like.casefold() in value.casefold()]
-    ordered = dict.fromkeys([*difflib.get_close_matches(like, values[:20000]), *alike, *values])
+    ordered = dict.fromkeys([*nearest(like, values[:20000]), *alike, *values])
     return few([f"'{value}'" for value in ordered]) or "none"
 
 

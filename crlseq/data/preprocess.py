@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +16,7 @@ from crlseq.config import DataConfig
 from crlseq.data.matrix import Screen
 from crlseq.data.names import GeneNames
 from crlseq.data.values import MAX_LOG, Scan, Values
-from crlseq.errors import InputError
+from crlseq.errors import InputError, nearest
 
 MIN_COMMON = 0.5  # share of the fitted genes below which a file is another measurement
 ROWS = 4096  # cells normalised at once
@@ -202,7 +201,7 @@ def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...], nam
     missing = [gene for gene in genes if not found[gene]]
     if missing:
         known = sorted({*screen.genes, *names.symbols})
-        close = difflib.get_close_matches(missing[0], known, n=1)
+        close = nearest(missing[0], known, 1)
         hint = f"Did you mean {close[0]!r}?" if close else f"Genes there are named like {screen.genes[0]!r}."
         raise InputError(f"{screen.source}: listed genes are missing ({len(missing)}), first {missing[0]!r}.", hint)
     expressed = {gene: [place for place in places if not silent[place]] for gene, places in found.items()}

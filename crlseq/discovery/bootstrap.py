@@ -22,7 +22,7 @@ from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import propose_targets
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.storage.stage_cache import cached_on_disk
-from crlseq.threads import in_parallel
+from crlseq.threads import counted, in_parallel
 
 REPLICATE_STEPS = 20  # of scoring, from the fit or from fresh targets
 MOVING_ROUNDS = 3  # of moving perturbations; from the fit hardly any move
@@ -74,7 +74,7 @@ def bootstrap(
         generator = torch.Generator().manual_seed(own_seed)
         return _refit(edges, draw(generator), generator)
 
-    for again in in_parallel(replicate, seeds, threads):
+    for again in counted(in_parallel(replicate, seeds, threads), n):
         if again is not None:
             order, sign, cosine = match_programs(fit, again)
             on = (again.adjacency() != 0)[order][:, order]

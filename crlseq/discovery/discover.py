@@ -61,7 +61,7 @@ def discover(task: Task, refine: Refine | None = None) -> Discovery:
     start = find_components(task)
     p, cache = start.n_latents, task.cache
     with on_threads(1 if p < MANY_LATENTS else task.threads):
-        task.stage("fitting the interventional likelihood")
+        task.stage("fitting the likelihood")
         cells = start.cells.first(p + 10 if p > 10 else 20)
         dense = cache.get("likelihood", lambda: fit_likelihood(task, cells, p))
         comparison = cache.get("kinds", lambda: compare_on(task, cells, dense, task.seed))
@@ -70,7 +70,7 @@ def discover(task: Task, refine: Refine | None = None) -> Discovery:
             if isinstance(refined, Discovery):
                 return refined
             cells, comparison = refined or (cells, comparison)
-        task.stage("ordering programs by what interventions change")
+        task.stage("ordering the programs")
         ordering, second, of_shifts = cache.get(
             "ordering", lambda: ordered(task, start, cells, comparison.edges.solution)
         )
@@ -86,7 +86,7 @@ def find_components(task: Task) -> Start:
     chosen = np.sort(np.argsort(-effect, kind="stable")[: min(int((effect > 0).sum()), MAX_ENVIRONMENTS)])
     environment = task.environments(chosen)
     train = task.cells_of(splits.TRAIN, environment)
-    task.stage("finding components and the number of programs")
+    task.stage("finding the programs")
     n = COMPONENTS if asked == "auto" else max(COMPONENTS, asked + 10)
     least = FEWEST if asked == "auto" else asked
     y, noise = task.cache.get("components", lambda: whitened_components(task.data, n, least, task.seed))

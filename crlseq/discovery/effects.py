@@ -9,7 +9,7 @@ import torch
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.threads import in_parallel, told
+from crlseq.threads import counted, in_parallel
 
 MAX_CELLS = 500  # a side, by energy; more cells sharpen the test less than they cost
 CONTROLS_PER_CELL = 4  # by moments; more controls than that hardly lower the error of a difference
@@ -148,9 +148,7 @@ def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def effect_tests(
-    data: PerturbSeqData, scores: np.ndarray, seed: int, note: Callable[[str], None] = lambda text: None
-) -> dict[str, np.ndarray]:
+def effect_tests(data: PerturbSeqData, scores: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Tests of every single perturbation on training and validation cells, by principal component scores (cells, q).
 
     Each (perturbations,); NaN where one only occurs in combinations, or in batches without controls. ``p_value`` is that
@@ -178,7 +176,7 @@ def effect_tests(
         return found, 1 - (1 - p) ** 2
 
     known = sorted(index)
-    results = told(in_parallel(test, known, torch.get_num_threads()), len(known), "perturbations tested", note)
+    results = counted(in_parallel(test, known, torch.get_num_threads()), len(known))
     for k, found in zip(known, results, strict=True):
         energy[k], p_value[k] = found
         n_cells[k] = len(cells[index[k]])

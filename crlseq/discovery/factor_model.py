@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import Tensor
 
-from crlseq.threads import in_parallel
+from crlseq.threads import counted, in_parallel
 
 Floats = NDArray[np.float64]
 Information = Callable[[Tensor], Tensor]
@@ -92,7 +92,7 @@ def fit_factors(x: Tensor, axes: Floats, alpha: float, least: int, threads: int)
     if len(few) < len(x):
         v, s = model.residuals(x) @ model.regression(few, v), model.log_size(x)
     real, steady, estimated = v.shape[1], False, 0
-    for _ in range(MAX_ROUNDS):
+    for _ in counted(range(MAX_ROUNDS), MAX_ROUNDS):
         model, v, s, moved, signal = _round(x, v, s, model, threads, estimated < DISPERSION_ROUNDS)
         estimated += steady
         step = float(moved[:real].square().mean()) ** 0.5

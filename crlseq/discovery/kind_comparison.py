@@ -20,7 +20,7 @@ from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.verdict import Evidence, judge
 from crlseq.model.interventions import INTERVENTIONS
 from crlseq.storage.stage_cache import cached_on_disk
-from crlseq.threads import in_parallel
+from crlseq.threads import counted, in_parallel
 
 OTHER_KIND_STEPS, RACE_STEPS = 30, 5
 FOLD_STEPS = 8  # from the fit to all cells
@@ -61,7 +61,7 @@ def compare_kinds(
     models = {chosen: edges.solution, "no edges": _without_edges(hard.solution, dense.model.kind, OTHER_KIND_STEPS)}
     models[plain] = _without_edges(models["no edges"], plain, FOLD_STEPS)
     cases = [(model, *fold) for model in models.values() for fold in folds]
-    values = torch.stack(list(in_parallel(lambda case: _held_out(*case), cases, threads)))
+    values = torch.stack(list(counted(in_parallel(lambda case: _held_out(*case), cases, threads), len(cases))))
     losses = dict(zip(models, values.view(len(models), len(folds), -1).sum(1), strict=True))
     cells = sum(float(test.counts.sum()) for _, test in folds)
     # Scales are parameters too: where interventions leave them alone, mere shifts predict better than free scales do.

@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 from crlseq.discovery.moments import DTYPE, Moments, environment_moments
 from crlseq.discovery.propose import leading_changes, propose_targets
 from crlseq.storage.stage_cache import cached_on_disk
+from crlseq.threads import counted
 
 TRACY_WIDOM_99 = 2.02  # 99th percentile of the Tracy-Widom law for real data
 SAME_RAY = math.sqrt(0.5)  # cosine of 45 degrees: nearer to the ray than to what is orthogonal to it
@@ -274,7 +275,8 @@ def _curve(values: Tensor, environment: Tensor, chosen: int, found: _Shifts, see
     most = min(chosen + BEYOND, len(n) - 1, axes.shape[1])
     coarse = {max(1, round(chosen * i / 8)) for i in range(8)} | set(range(min(chosen, most) - 2, most + 1))
     gains: dict[int, Tensor] = {}
-    for p in range(1, most + 1) if most <= MAX_CURVE else sorted(coarse):
+    numbers = list(range(1, most + 1)) if most <= MAX_CURVE else sorted(coarse)
+    for p in counted(numbers, len(numbers)):
         labels = propose_targets(moments, p, 1, generator, tries=32)[0]
         predicted = torch.zeros_like(shifts)
         for j in range(p):

@@ -19,6 +19,7 @@ from crlseq.discovery.effects import MOMENT_COMPONENTS, effect_tests
 from crlseq.discovery.hits import Floats
 from crlseq.discovery.ordering import Ints, Ordering, order_programs
 from crlseq.storage.stage_cache import cached_on_disk
+from crlseq.threads import counted
 
 ENOUGH = 40  # pseudo-perturbations, over repeats
 MAX_REPEATS, PAIR_REPEATS = 20, 5
@@ -63,7 +64,7 @@ def sensitivity(data: PerturbSeqData, scores: np.ndarray, seed: int) -> Sensitiv
     while size >= MIN_CELLS and low < high:  # the least that is detected, by bisection
         middle = (low + high) // 2
         detected = 0
-        for i in range(TRIALS):
+        for i in counted(range(TRIALS), TRIALS):
             rng = np.random.default_rng([seed, 19, i])
             drawn, direction = rng.permutation(controls)[:size], rng.standard_normal(q)
             moved[drawn, :q] += SIZES[middle] * spread * direction / np.linalg.norm(direction)
@@ -94,7 +95,7 @@ def undone_effects(data: PerturbSeqData, scores: np.ndarray, seed: int) -> Found
         return Found(0, 0)
     m = min(len(sizes), max(1, len(controls) // 2 // size))
     repeats, found = min(MAX_REPEATS, -(-ENOUGH // m)), 0
-    for i in range(repeats):
+    for i in counted(range(repeats), repeats):
         drawn = np.random.default_rng([seed, 13, i]).permutation(controls)
         pseudo = _pseudo(data, [drawn[k * size : (k + 1) * size] for k in range(m)])
         found += int((effect_tests(pseudo, scores, seed + i)["fdr"] <= FDR).sum())
@@ -115,7 +116,7 @@ def ordered_shifts(y: Floats, environment: Ints, targets: Ints, p: int, ordering
     along = np.abs((shift @ ordering.axes)[np.arange(len(targets)), targets])
     strongest = [int(np.flatnonzero(targets == i)[along[targets == i].argmax()]) for i in range(p)]
     found = 0
-    for repeat in range(PAIR_REPEATS):
+    for repeat in counted(range(PAIR_REPEATS), PAIR_REPEATS):
         rng = np.random.default_rng([seed, 17, repeat])
         drawn = rng.permutation(controls)
         moved, own = [y[drawn[p * size :]]], [np.zeros(len(drawn) - p * size, dtype=np.int64)]

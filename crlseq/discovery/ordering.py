@@ -14,7 +14,7 @@ from crlseq.discovery.direct_edges import Direct, beside_mediators, direct_edges
 from crlseq.discovery.hits import Floats, Hit
 from crlseq.discovery.pairs import SEEN, Bools, Pairs, judge_pairs
 from crlseq.storage.stage_cache import cached_on_disk
-from crlseq.threads import in_parallel
+from crlseq.threads import counted, in_parallel
 
 Ints = NDArray[np.int64]
 MAYBE = 1.5  # standard errors from which a pair may be a link of a chain
@@ -113,7 +113,7 @@ def with_support(
         pairs = judge_pairs(found)
         return np.stack([_direct(found, pairs)[1], pairs.have("upstream")])
 
-    again = list(in_parallel(replicate, range(n), threads))
+    again = list(counted(in_parallel(replicate, range(n), threads), n))
     if not again:
         return ordering
     edges, upstream = np.mean(again, axis=0)

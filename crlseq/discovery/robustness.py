@@ -13,7 +13,7 @@ import numpy as np
 from crlseq.discovery.hits import Floats
 from crlseq.discovery.ordering import Ints, Ordering, order_programs
 from crlseq.discovery.pairs import Bools
-from crlseq.threads import in_parallel
+from crlseq.threads import counted, in_parallel
 
 COMPONENTS = (0.75, 1.25)  # times those of the fit
 MAX_LEFT_OUT = 10  # perturbations of a program that are left out, one at a time, at most
@@ -42,7 +42,8 @@ def robust_pairs(
         called: Bools = again.pairs.have(*CALLED) & same
         return called
 
-    for again in in_parallel(called_again, _variants(y, q, environment, targets, guide), threads):
+    variants = list(_variants(y, q, environment, targets, guide))
+    for again in counted(in_parallel(called_again, variants, threads), len(variants)):
         robust &= again
     return robust
 

@@ -23,6 +23,7 @@ from crlseq.config import InterventionKind
 from crlseq.discovery.likelihood import LinearModel, Solution, allowed_edges
 from crlseq.discovery.moments import DTYPE, Moments, environment_moments
 from crlseq.discovery.propose import propose_targets
+from crlseq.threads import counted
 
 SHIFTED = 2.0  # mean square of shifts along a direction, in standard errors, from which perturbations shift it
 BACKGROUND = 4.0  # variance over that of noise; curvature that no mean shows reaches 3, the weakest of four factors 6
@@ -46,6 +47,7 @@ class Phase:
 
 FREE = (Phase(3000, 4.0), Phase(3000, settle=True))
 CAUSAL = Phase(5000, settle=True)
+STEPS = sum(phase.steps for phase in (*FREE, CAUSAL))
 
 
 def without_background(y: Tensor, moments: Moments, p: int, noise: float) -> Tensor:
@@ -123,6 +125,7 @@ class Straightener:
         self.y = y.float()
         self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=LEARNING_RATE)
         self.solution: Solution | None = None
+        self.steps = 0  # taken
         self.order, self.position = torch.randperm(len(y), generator=self.generator), 0
 
     @torch.no_grad()
@@ -158,7 +161,7 @@ class Straightener:
         """Steps of a phase, with a free prior or that of a `kind` of intervention; the mean loss at its end."""
         losses: list[float] = []
         n = len(self.y)
-        for step in range(phase.steps):
+        for step in counted(range(phase.steps), STEPS, self.steps):
             if step % REFIT_EVERY == 0:
                 mean, covariance = self._prior(kind, fresh=step % (FRESH * REFIT_EVERY) == 0)
                 root = torch.linalg.cholesky(covariance)
@@ -187,6 +190,7 @@ class Straightener:
             nn.utils.clip_grad_norm_(self.vae.parameters(), 100.0)
             self.optimizer.step()
             losses.append(float(loss.detach()))
+        self.steps += phase.steps
         return sum(losses[-100:]) / max(1, len(losses[-100:]))
 
     def _prior(self, kind: InterventionKind | None, fresh: bool) -> tuple[Tensor, Tensor]:

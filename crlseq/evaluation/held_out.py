@@ -17,6 +17,7 @@ from crlseq.evaluation.metrics import MMD_KERNELS, l2_distance, pearson_delta
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import Kernel, mmd_of_distances, squared_distances
 from crlseq.run.schema import COLUMNS
+from crlseq.threads import counted
 
 SOURCE_CELLS = 500  # controls of a condition's batches that virtual cells are made of
 COMPARED_CELLS = 250  # a side, in distances between cells; more sharpen a comparison less than they cost
@@ -74,7 +75,7 @@ def evaluate_held_out(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) ->
     average = np.mean(list(train.values()), axis=0) if train else np.zeros(data.n_genes)
     known: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray, Tensor, Any]] = {}
     rows = []
-    for c in range(1, len(data.conditions)):
+    for c in counted(range(1, len(data.conditions)), len(data.conditions) - 1):
         cells = held_out[c]
         if len(cells) < 2:
             continue

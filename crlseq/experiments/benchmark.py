@@ -20,49 +20,15 @@ from matplotlib.figure import Figure
 
 from crlseq._version import __version__
 from crlseq.data.simulate import CONTROL, simulate
-from crlseq.errors import CrlseqError, InputError, UsageError
+from crlseq.errors import CrlseqError, InputError, UsageError, suggestion
 from crlseq.evaluation import recovery
 from crlseq.evaluation.recovery import calibration, edge_supports
+from crlseq.experiments.scenarios import METHODS, SCENARIOS
 from crlseq.pipeline.fit import fit
 from crlseq.storage.csv import EXACT, to_csv
 from crlseq.storage.files import written_whole
 from crlseq.storage.runfolder import locked
 
-# What real screens have: cells vary along factors that nobody perturbs, guides work in a part of the cells.
-REAL: dict[str, Any] = {
-    "n_latents": 8, "n_genes": 1000, "cells_per_perturbation": 300, "n_control": 2500, "depth": 4000.0,
-    "expected_parents": 0.75, "edge_size": (0.5, 1.2), "shift_size": (1.5, 5.0), "penetrance": (0.3, 0.95), "guides": 3,
-    "background": 2, "cell_cycle": True, "genewise_dispersion": True,
-    "log_rate_scale": 0.45,  # programs then explain about 0.35 in control cells: shifts are a part of the signal
-}  # fmt: skip
-# Options of `crlseq.data.simulate.simulate` where they are not its own: 10 latents, 4 perturbations a latent,
-# 150 cells a perturbation. `n_perturbations` keeps the first so many; `toy` has a simulator of its own.
-SCENARIOS: dict[str, dict[str, Any]] = {
-    "linear-gaussian": {"noise": "gaussian", "n_genes": 60},
-    "linear-counts": {},
-    "network-gaussian": {"mixing": "network", "noise": "gaussian", "n_genes": 60},
-    "network-counts": {"mixing": "network"},
-    "toy": {},
-    "large": {"n_latents": 30, "perturbations_per_latent": 7, "n_perturbations": 200},
-    "shallow": {"mixing": "network", "cells_per_perturbation": 50, "depth": 2000.0},
-    "linear-shift": {"intervention": "shift"},
-    "linear-soft": {"intervention": "soft"},
-    "sparse-counts": {"loading_density": 0.15},
-    "real-linear": REAL,
-    "real-soft": {**REAL, "intervention": "soft", "retention": (0.5, 0.5)},
-    "real-network": {**REAL, "mixing": "network", "log_rate_scale": 0.55},  # the same 0.35
-    "real-shift": {**REAL, "intervention": "shift"},
-    "real-second": {**REAL, "second_targets": 0.4},
-    "real-null": {**REAL, "penetrance": (0.0, 0.0)},
-    "real-hidden": {**REAL, "hidden": 2},
-    "real-cycle": {**REAL, "cycle": True},
-    "real-relu": {**REAL, "equations": "relu"},
-}
-METHODS: dict[str, dict[str, Any]] = {
-    "default": {}, "sparse": {"decoder": "sparse"}, "linear": {"method": "linear"}, "paper": {"preset": "paper"},
-    # Moran et al. 2022, without interventions: labels are permuted before.
-    "sparse-vae": {"decoder": "sparse", "method": "gradient", "causal_layer": False, "mmd_weight": 0.0},
-}  # fmt: skip
 BLIND = ("sparse-vae",)
 BASELINES = ("random", "empty")
 
@@ -120,9 +86,11 @@ def benchmark(
         If the folder holds something else, was filled with other settings, is in use or cannot be written.
     """
     for what, names, known in (("scenario", scenarios, SCENARIOS), ("method", methods, METHODS)):
-        unknown = [f"There is no {what} {name!r}." for name in names if name not in known]
-        if unknown or not names:
-            raise UsageError([*unknown, f"No {what} was given."][0], f"There are {', '.join(known)}.")
+        for name in names:
+            if name not in known:
+                raise UsageError(f"There is no {what} {name!r}.", suggestion(name, known, "There are"))
+        if not names:
+            raise UsageError(f"No {what} was given.", f"There are {', '.join(known)}.")
     if n_latents not in ("known", "auto"):
         raise UsageError(f"n_latents is {n_latents!r} instead of known or auto.", "Give one of them.")
     if not seeds or min(seeds) < 0:

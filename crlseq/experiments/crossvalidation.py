@@ -24,7 +24,7 @@ from crlseq.data.embeddings import COEXPRESSION
 from crlseq.data.files import open_store
 from crlseq.data.matrix import within
 from crlseq.data.perturbations import Perturbations, read_perturbations
-from crlseq.errors import InputError, UsageError
+from crlseq.errors import InputError, UsageError, suggestion
 from crlseq.evaluation.compare import AXIOMS, METRICS, compare, in_words, summarise
 from crlseq.evaluation.evaluate import Evaluation, evaluate
 from crlseq.pipeline.fit import fit
@@ -76,7 +76,7 @@ def cross_validate(
         raise UsageError(f"{folds} folds were asked for.", "At least two are needed.")
     for name in splits or ():
         if name not in SPLITS:
-            raise UsageError(f"There is no split {name!r}.", f"There are {', '.join(SPLITS)}.")
+            raise UsageError(f"There is no split {name!r}.", suggestion(name, SPLITS, "There are"))
     screen, labels = _read(run)
     config, controls = fold_config(run, labels), np.flatnonzero(labels.condition == 0)
     chosen = splits or default_splits(run, labels)

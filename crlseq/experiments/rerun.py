@@ -25,7 +25,6 @@ from crlseq.data.source import digest_of
 from crlseq.errors import InputError
 from crlseq.pipeline.fit import fit
 from crlseq.pipeline.fitted import load
-from crlseq.pipeline.read import Progress
 from crlseq.run.schema import Input, RunInfo
 from crlseq.storage.runfolder import EFFECTS, EMBEDDINGS, ENSEMBLE, PAIRS
 
@@ -58,7 +57,7 @@ class Difference:
 
 
 def rerun(
-    path: Path, output: Path, data: Path | None = None, progress: Progress | None = None, force: bool = False
+    path: Path, output: Path, data: Path | None = None, progress: bool = False, force: bool = False
 ) -> tuple[list[Difference], list[str]]:
     """Fit a run again as ``run.json`` says, into `output`: the first difference of every file, and what may be why.
 

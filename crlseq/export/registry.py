@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from crlseq.errors import InputError, UsageError, needs_extra
+from crlseq.errors import InputError, UsageError, needs_extra, suggestion
 from crlseq.storage.files import written_whole
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def write(run: Run, name: str, path: Path) -> list[str]:
 def check_format(name: str) -> None:
     """Refuse, by `UsageError`, a format that does not exist or whose library is not installed."""
     if name not in FORMATS:
-        raise UsageError(f"There is no format {name!r}.", f"Formats are {', '.join(FORMATS)}.")
+        raise UsageError(f"There is no format {name!r}.", suggestion(name, FORMATS, "Formats are"))
     extra = FORMATS[name].extra
     if extra and find_spec(extra) is None:
         raise needs_extra(f"The format {name}", extra, extra)

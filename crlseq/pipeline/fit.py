@@ -31,7 +31,8 @@ from crlseq.discovery.task import Task
 from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.fitted import FittedRun, load
 from crlseq.pipeline.identity import Identity, digests_of_tables, settle
-from crlseq.pipeline.read import Job, Progress, Screen, read_cells, read_screen
+from crlseq.pipeline.progress import EFFECTS, READING_OFF, TESTING, TRAINING, WRITING, Progress, shown
+from crlseq.pipeline.read import Job, Screen, read_cells, read_screen
 from crlseq.pipeline.tables import tables_of, with_shift_errors
 from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
@@ -49,7 +50,7 @@ from crlseq.storage.runfolder import (
     working_folder,
 )
 from crlseq.storage.stage_cache import StageCache
-from crlseq.threads import on_threads
+from crlseq.threads import on_threads, reporting
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.extrapolation import Extrapolation, fit_extrapolation
 from crlseq.training.memory import give_back
@@ -68,7 +69,7 @@ def fit(
     config: Config | None = None,
     resume: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
     ranks: Ranks = ALONE,
     **options: Any,
 ) -> FittedRun:
@@ -88,6 +89,8 @@ def fit(
         Go on with an unfinished fit of the same input, options and version; a finished one is left as it is.
     force
         Replace a run, finished or not, that lies at `output`; together with `resume` one that is of another fit.
+    progress
+        True shows the stages on stderr, in a notebook too; or what is to be called while the fit runs.
     ranks
         The processes that fit together; this is the first, and the others call `take_part`.
     options
@@ -116,7 +119,6 @@ def fit(
     >>> list(run.interventions)[:4]
     ['perturbation', 'program', 'weight', 'shift']
     """
-    progress = progress or Progress()
     if config is None:
         config = make_config(preset, **options)
     elif options or preset:
@@ -124,6 +126,23 @@ def fit(
     if resume and output is None:
         raise UsageError("--resume needs an output.", "Give the folder of the unfinished run.")
     resolve_device(config.training.device)  # fails before anything is read
+    if not isinstance(progress, Progress):
+        with shown(config, quiet=not progress, written=output is not None) as told:
+            return fit(source, output, config=config, resume=resume, force=force, progress=told, ranks=ranks)
+    with reporting(progress.within):
+        return _fit_to(source, output, config, resume, force, progress, ranks)
+
+
+def _fit_to(
+    source: str | Path | ad.AnnData,
+    output: str | Path | None,
+    config: Config,
+    resume: bool,
+    force: bool,
+    progress: Progress,
+    ranks: Ranks,
+) -> FittedRun:
+    """The fit, and its folder's way to where it belongs."""
     if output is None:
         return _fit(Job(source, config, progress, ranks))
     if isinstance(source, ad.AnnData):
@@ -230,10 +249,10 @@ def _threads(config: Config, data: PerturbSeqData | None = None) -> int:
 def _test(job: Job, screen: Screen) -> Tested:
     """Step 2: which perturbations have an effect."""
     data, seed = screen.data, job.config.training.seed
-    job.progress.stage("testing which perturbations have an effect")
+    job.progress.stage(TESTING)
     projection = principal_components(data, N_COMPONENTS, seed)
     stages = StageCache(job.folder, hashlib.sha256(screen.identity.to_json().encode()).hexdigest())
-    tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed, job.progress.note))
+    tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed))
     undone = stages.get("negative controls", lambda: undone_effects(data, projection.scores, seed))
     return Tested(data, projection, tests, undone, stages)
 
@@ -252,7 +271,7 @@ def _discover(job: Job, tested: Tested) -> Start:
     warm = None if found is None else WarmStart(found, ~np.isnan(tests["p_value"]), tested.projection)
     seen = None
     if not programs.n:
-        progress.stage("testing which effects would have been detected")
+        progress.stage("testing detectable effects")
         seen = stages.get("sensitivity", lambda: sensitivity(tested.data, tested.projection.scores, seed))
     return Start(warm, programs.n, programs.reason, seen)
 
@@ -261,7 +280,9 @@ def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
     """Step 4: the network, on all ranks; goes on from the folder's checkpoint if one is there."""
     folder, progress, ranks, sets = job.folder, job.progress, job.ranks, screen.sets
     if start.n_latents:
-        progress.stage("fitting" if ranks.size == 1 else f"fitting on {ranks.size} processes")
+        progress.stage(EFFECTS if job.config.model.method == "linear" else TRAINING)
+        if ranks.size > 1:
+            progress.note(f"{ranks.size} processes train together.")
     ranks.from_first({"input": screen.digest, "n_latents": start.n_latents})
     if sets is not None and folder is not None and not (folder / GENE_SETS).exists():
         sets.write(folder / GENE_SETS)
@@ -279,7 +300,7 @@ def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
 def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fit) -> FittedRun:
     """Step 5: tables, and the record of the whole job."""
     progress, data = job.progress, tested.data
-    progress.stage("reading off programs, interventions and the DAG")
+    progress.stage(READING_OFF)
     fitted.model.cpu()
     run = tables_of(fitted, data, job.config, tested.tests, start.warm, screen.sets)
     found = None if screen.vectors is None else _extrapolation(fitted, data, screen.vectors)
@@ -344,7 +365,7 @@ def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings) -> Extr
 
 def _write(job: Job, screen: Screen, run: FittedRun, folder: Path) -> None:
     """Step 6: all files of the run; the folder takes its place after that."""
-    job.progress.stage("writing")
+    job.progress.stage(WRITING)
     run.write_tables(folder)
     assert run.weights is not None
     save_weights(folder / "model.safetensors", *run.weights)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,20 +19,12 @@ from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.errors import UsageError
 from crlseq.pipeline.identity import Identity, digests_of_tables
+from crlseq.pipeline.progress import READING, Progress
 from crlseq.storage.runfolder import GENE_SETS
 from crlseq.training.distributed import Ranks
 from crlseq.training.extrapolation import refuse_strangers
 from crlseq.training.memory import suit_allocator
 from crlseq.training.trainer import resolve_step
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a fit reports while it runs; by default nothing."""
-
-    stage: Callable[[str], None] = lambda text: None
-    note: Callable[[str], None] = lambda text: None
-    epoch: Callable[[dict[str, float], int], None] = lambda record, n_epochs: None
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,7 @@ def read_screen(job: Job) -> Screen:
         if folder is not None and (folder / GENE_SETS).exists() and not gmt.exists():
             gmt = folder / GENE_SETS  # a fit that goes on does without the file, by this copy
         check_gmt(gmt)
-    job.progress.stage("reading the screen")
+    job.progress.stage(READING)
     # A store is compared with its checksums before anything is made of it.
     state, digest = state_of(source), digest_of(source)
     data = read_cells(source, config, job.ranks)

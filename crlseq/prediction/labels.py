@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from crlseq.data.combinations import SEPARATORS, cut_label, mark_of
 from crlseq.data.controls import is_control_name, is_named
 from crlseq.data.matrix import open_screen
 from crlseq.data.perturbations import read_perturbations
-from crlseq.errors import InputError, UsageError, few
+from crlseq.errors import InputError, UsageError, few, suggestion
 from crlseq.run.run import Run
 from crlseq.run.summary import combinations_in_words
 
@@ -140,12 +139,9 @@ def _not_fitted(run: Run, label: str, part: str, names: list[str]) -> InputError
             f"{guide!r}{within if guide == part else ''} is a guide of {genes[guide]!r}, not a perturbation of its own."
         )
         return InputError(what, f"Name the gene: {genes[guide]!r}, once in a combination.")
-    folded = {name.casefold(): name for name in names}
-    close = [folded[word] for word in difflib.get_close_matches(part.casefold(), folded, n=3)]
-    listed = ", ".join(map(repr, close or names[:8])) + (" and others" if not close and len(names) > 8 else "")
     return InputError(
         f"The perturbation {part!r}{within} {_why_not(run, part)}.",
-        f"Did you mean {listed}?" if close else f"Fitted perturbations: {listed}.",
+        suggestion(part, names, "Fitted perturbations are"),
     )
 
 

@@ -30,6 +30,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.run.schema import INTERACTION_COLUMNS
+from crlseq.threads import counted
 from crlseq.training.combinations import FittedLaw, Measured
 
 MASKED, ALIKE, FDR = 1 / 3, 0.5, 0.05
@@ -74,7 +75,7 @@ def _combinations(data: PerturbSeqData, measured: Measured, rng: np.random.Gener
         return halves[c]
 
     rows: list[tuple[object, ...]] = []
-    for parts, single in zip(measured.parts, measured.single, strict=True):
+    for parts, single in counted(zip(measured.parts, measured.single, strict=True), len(measured.parts)):
         own = place[parts]
         of_parts = [place[k,] for k in parts]
         base = half_means(0)

@@ -36,6 +36,8 @@ from crlseq.storage.runfolder import (
     PATHWAYS,
     SECOND_TARGETS,
     TABLES,
+    is_run,
+    no_run,
     partial_of,
     replaced_by,
 )
@@ -338,15 +340,12 @@ class Run:
         read, or has a link that leads out of it.
         """
         folder = Path(path)
-        if not (folder / "run.json").is_file():
+        if not is_run(folder):
             if partial_of(folder).exists():
                 hint = "Finish it with `crlseq fit ... --resume`."
                 old = "".join(f" The run that it replaces is {path.name}." for path in replaced_by(folder)[:1])
                 raise InputError(f"The fit {folder} is not finished.", hint + old)
-            raise InputError(
-                f"{folder} is not a run folder: it has no run.json.",
-                "Give the folder that `crlseq fit --output` wrote.",
-            )
+            raise no_run(folder)
         refuse_links_outside(folder)
         writer = __version__
         try:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from crlseq.errors import InputError
+from crlseq.errors import InputError, few, nearest
 from crlseq.storage.files import final_name, refuse_existing, refuse_special, sync, sync_folder
 
 TABLES = ("programs", "interventions", "dag", "history", "evaluation")  # each a file .csv
@@ -54,6 +54,34 @@ def partial_of(target: Path) -> Path:
     """Where an unfinished run lies."""
     target = target if target.name not in ("", "..") else Path(os.path.abspath(target))
     return target.parent / f"{target.name}.partial"
+
+
+def default_output(source: str | Path) -> Path:
+    """Where the run of a screen goes that nobody named: NAME-run in the working folder."""
+    return Path(f"{Path(os.path.abspath(source)).stem or 'screen'}-run")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a finished run lies there."""
+    try:
+        return (folder / "run.json").is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def no_run(folder: Path) -> InputError:
+    """That no run lies there; the hint is what to name or to do instead."""
+    what = f"{folder} is not a run folder: it has no run.json."
+    if folder.suffix in (".h5ad", ".h5mu", ".zarr", ".h5"):
+        return InputError(what, f"That is a screen: `crlseq fit {folder}` makes a run of it.")
+    if is_run(folder.parent):
+        return InputError(what, f"Name the run itself: {folder.parent}.")
+    with suppress(OSError):
+        place = folder if folder.is_dir() else folder.parent
+        if runs := sorted(str(each) for each in place.iterdir() if is_run(each)):
+            close = nearest(str(folder), runs, 1) if place != folder else []
+            return InputError(what, f"Did you mean {close[0]}?" if close else f"Runs in {place}: {few(runs)}.")
+    return InputError(what, "Give the folder that `crlseq fit` wrote.")
 
 
 def refuse_output(target: Path, resume: bool, force: bool) -> None:

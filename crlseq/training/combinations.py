@@ -27,6 +27,7 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.mean_effects import MIN_CELLS, controls_by_batch, mean_effect
 from crlseq.model.combination_law import PRIOR_FACTORS, CombinationLaw
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.threads import counted
 from crlseq.training.effects import shrink
 from crlseq.training.residuals import SOURCE_CELLS
 
@@ -120,7 +121,7 @@ def _measured(
     cells = data.cells_by_condition(splits.TRAIN)
     by_batch, control_error = controls_by_batch(data, cells[0]), model.control_error.cpu().double().numpy()
     parts, single, unsure, effect, noise = [], [], [], [], []
-    for c, rows in enumerate(data.conditions):
+    for c, rows in enumerate(counted(data.conditions, len(data.conditions))):
         groups = [(k,) for k in rows]
         if len(rows) < 2 or len(cells[c]) < MIN_CELLS or not singles.keys() >= {*rows} or not law.governs(groups):
             continue
@@ -190,7 +191,7 @@ def _with_terms(
     of_term = (of_term + of_term.mean()) / (2 * of_term.mean())
     own = parts_of @ of_term / parts_of.sum(1).mean()
     candidates = {}
-    for mu in RATIOS:
+    for mu in counted(RATIOS, len(RATIOS)):
         for f in RATIOS:
             for variance in (of_term, np.ones_like(of_term)) if f else (of_term,):
                 shared = (parts_of * (f * variance)) @ parts_of.T + mu

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import svds
 
-from crlseq.threads import in_parallel
+from crlseq.threads import counted, in_parallel
 
 EM_STEPS = 50
 PATTERN_STEPS = 100  # of the EM for the covariance
@@ -86,7 +86,7 @@ def estimate_effects(measured: np.ndarray, noise: np.ndarray, shares: np.ndarray
         ),
         range(len(measured)), torch.get_num_threads(),
     )  # fmt: skip
-    for k, (own, error) in enumerate(alone):
+    for k, (own, error) in enumerate(counted(alone, len(measured))):
         effect[k], squared[k] = own, error
     return Effects(effect, np.sqrt(squared, out=squared), control_error)
 
@@ -163,7 +163,7 @@ def _patterns(y: np.ndarray, n_genes: int) -> _Patterns | None:
     most = max(float((x**2).sum(0).max()) / r, 1.0)
     scales = np.concatenate([[0.0], 4.0 ** np.arange(-4, np.ceil(np.log(most) / np.log(4)) + 2)])
     share, null = np.full(len(scales), 1 / len(scales)), NULL_COUNT * (scales == 0)
-    for step in range(PATTERN_STEPS + 1):
+    for step in counted(range(PATTERN_STEPS + 1), PATTERN_STEPS + 1):
         score, variance = turn.T @ x, scales[:, None] * values + 1
         kept = 1 - 1 / variance
         log_share = np.log(np.maximum(share, 1e-300)) - 0.5 * np.log(variance).sum(1)

@@ -19,6 +19,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.mean_effects import MIN_CELLS, controls_by_batch, mean_effect, shares_of_controls
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.threads import counted
 from crlseq.training.effects import estimate_effects
 
 SOURCE_CELLS = 500  # controls whose latents carry the effect
@@ -38,7 +39,7 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
     shares = np.zeros((len(known), len(places)))
     # In place: of many perturbations each such array is as large as many cells.
     measured, noise = (np.empty((len(known), data.n_genes)) for _ in range(2))
-    for k, c in enumerate(known):
+    for k, c in enumerate(counted(known, len(known))):
         measured[k], noise[k], _ = mean_effect(data, cells[c], controls)
         for batch, own in shares_of_controls(data.batch[cells[c]], controls).items():
             shares[k, places[batch]] = own

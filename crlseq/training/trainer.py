@@ -22,7 +22,7 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth
 from crlseq.model.networks import GeneSetLayer
 from crlseq.storage.checkpoint import Checkpoints, build
-from crlseq.threads import ahead, in_parallel
+from crlseq.threads import ahead, counted, in_parallel
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.learner import Learner
 from crlseq.training.memory_split import SplitSteps
@@ -266,7 +266,8 @@ class _Epochs:
         for i, learner in enumerate(self.learners):
             learner.begin(epoch, self.n, schedule(epoch, self.n, self.config.model, training), noise + i)
         batches = epoch_batches(self.train_cells, self.partners, training.batch_size, self.in_step, rng, self.shuffled)
-        for step in ahead(self.steps.prepare, batches):
+        steps = ahead(self.steps.prepare, batches)
+        for step in counted(steps, self.n * len(batches), epoch * len(batches)):
             self._each(methodcaller("learn", step, len(batches)), active)
         n_judged = sum(len(batch.condition) for batch in self.validation)
         for step in ahead(self.steps.prepare, self.validation):

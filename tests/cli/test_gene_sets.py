@@ -16,7 +16,7 @@ import crlseq
 from crlseq.data.genesets import fitted_sets
 from crlseq.data.names import GeneNames
 from crlseq.errors import InputError
-from crlseq.pipeline.fit import Progress
+from crlseq.pipeline.progress import Progress
 from crlseq.run.run import Run
 from tests.report.test_page import Page
 from tests.support import FAST, Answer, check_refusal, files_of, invoke
@@ -188,7 +188,7 @@ def test_bad_files_are_refused_before_anything_is_read(kind: str, tmp_path: Path
     for command in ("fit", "inspect", "report"):
         answer = asked(command, tmp_path / "RUN", tmp_path / "screen.h5ad", tmp_path / "sets.gmt", tmp_path)
         check_refusal(answer.code, answer.out, answer.err, 3, said)
-        assert "reading" not in answer.err
+        assert "stage 2" not in answer.err
     assert {file.name for file in tmp_path.iterdir()} <= {"sets.gmt"}
 
 

@@ -143,7 +143,8 @@ def test_a_run_without_pairs_says_why(tmp_path: Path, screen_file: Path) -> None
 
 def test_values_survive_the_pipe(finished: Run, run_folder: Path) -> None:
     shown = table(invoke("inspect", "history", run_folder))
-    assert shown["total"].tolist() == finished.history["total"].tolist()
+    assert shown["total"].tolist() == [float(f"{value:.6g}") for value in finished.history["total"]]  # six digits
+    assert shown["epoch"].tolist() == [0, 1, 2]
     records = json.loads(invoke("inspect", "history", run_folder, "--json").out)
     assert [row["total"] for row in records] == pytest.approx(finished.history["total"].tolist(), rel=1e-14)
 
@@ -152,7 +153,7 @@ def test_programs_options(finished: Run, run_folder: Path) -> None:
     shown = table(invoke("inspect", "programs", run_folder, "--program", "P1", "--top", 5))
     expected = finished.programs.query("program == 'P1' and rank <= 5")
     assert shown["gene"].tolist() == expected["gene"].tolist()
-    assert shown["loading"].tolist() == expected["loading"].tolist()
+    assert shown["loading"].tolist() == [float(f"{value:.6g}") for value in expected["loading"]]
     assert len(table(invoke("inspect", "programs", run_folder))) == 3 * 20
     wrong = invoke("inspect", "programs", run_folder, "--program", "P9")
     assert (wrong.code, wrong.out) == (3, "")
@@ -166,13 +167,11 @@ def test_one_program_into_a_pipe(finished: Run, run_folder: Path) -> None:
     assert shown["what"].tolist() == ["driver"] * len(told.drivers) + ["up"] * 4 + ["down"] * 4
     drivers, genes = shown[shown["what"] == "driver"], shown[shown["what"] != "driver"]
     assert drivers["name"].tolist() == told.drivers["perturbation"].tolist()
-    assert drivers["shift"].astype(float).tolist() == told.drivers["shift"].tolist()
+    assert drivers["shift"].astype(float).tolist() == pytest.approx(told.drivers["shift"].tolist(), rel=5e-6)
     assert drivers["n_cells"].astype(int).tolist() == told.drivers["n_cells"].tolist()
     assert genes["name"].tolist() == [*told.up["gene"][:4], *told.down["gene"][:4]]
-    assert genes["total_effect"].astype(float).tolist() == [
-        *told.up["total_effect"][:4],
-        *told.down["total_effect"][:4],
-    ]
+    expected = [*told.up["total_effect"][:4], *told.down["total_effect"][:4]]
+    assert genes["total_effect"].astype(float).tolist() == pytest.approx(expected, rel=5e-6)
 
 
 def test_one_program_as_json_and_on_a_terminal(finished: Run, run_folder: Path) -> None:
@@ -339,10 +338,8 @@ def test_check_on_a_terminal(screen_file: Path) -> None:
 def test_fit_on_a_terminal_has_a_bar_and_quiet_says_nothing(screen_file: Path, tmp_path: Path) -> None:
     code, text = on_terminal("fit", screen_file, "--output", tmp_path / "RUN", "--epochs", 2, *QUICK)
     assert code == 0
-    assert "━" in text
-    assert "2/2" in text
-    assert "mmd" in text
-    assert "• fitting the interventional likelihood" in text
+    assert "━" in text and re.search(r"stage 6 of 8: training the network .*[0-9]+ s elapsed", text)
+    assert text.count("stage 1 of 8: reading the screen") > 1 and "• stage" not in text  # one line, drawn again
     quiet = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--epochs", 1, *QUICK, "--quiet", "--force")
     assert quiet == Answer(0, "", "")
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import anndata as ad
 import numpy as np
 import pytest
+import typer
 from rich.text import Text
 
 import crlseq
+from crlseq.cli.app import app
 from crlseq.cli.options import FLAGS, option, read_config
-from tests.support import FAST, SINGLES, dense, fit_file, fit_h5ad, invoke, small_screen
+from tests.support import FAST, SINGLES, dense, fit_file, fit_h5ad, invoke, small_screen, spawn
 
 
 @pytest.mark.parametrize("asked", ["auto", "3", None])
@@ -182,6 +185,19 @@ def test_the_command_that_check_gives(
     assert run.info["config"]["data"]["batch_key"] == "batch"
 
 
+@pytest.mark.parametrize(("cells", "share"), [(49, 0.0), (50, 0.2)])
+def test_check_holds_cells_out_where_there_are_enough(tmp_path: Path, cells: int, share: float) -> None:
+    """By the median condition: two of six have fewer."""
+    adata = small_screen(cells_per_perturbation=cells)
+    few = [np.flatnonzero(adata.obs["perturbation"] == name)[:20] for name in ("g0", "g1")]
+    adata = adata[np.setdiff1d(np.arange(adata.n_obs), np.concatenate(few))].copy()
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    found = json.loads(invoke("check", tmp_path / "screen.h5ad", "--json").out)
+    assert found["hold_out_cells"] == share
+    assert ("--hold-out-cells 0.2" in found["command"]) == (share > 0)
+    assert ("20% of the cells" in invoke("check", tmp_path / "screen.h5ad").out) == (share > 0)
+
+
 def test_an_ensemble_says_what_its_seeds_agree_on(screen_file: Path, tmp_path: Path) -> None:
     words = ["fit", screen_file, "--n-latents", 2, "--ensemble", 3, "--epochs", 2]
     answer = invoke(*words, "--method", "gradient", "--output", tmp_path / "RUN")
@@ -218,7 +234,7 @@ def test_help_says_what_the_configuration_says() -> None:
         ("guide_map", Path, "[default: read from the guide names]"),
         ("genes", Path, "[default: most variable genes]"),
         ("n_top_genes", str, "[at least 2, or all; default: 5000]"),
-        ("hold_out", list[str], None),
+        ("hold_out", list[str], "[default: none]"),
         ("streamed", bool, "[default: by its size]"),
         ("combinations", bool, "[default: --combinations]"),
         ("equations", str, "[auto|linear|nonlinear; default: auto]"),
@@ -229,7 +245,55 @@ def test_an_option_is_made_from_its_field(name: str, kind: type, brackets: str |
     hint, declared = get_args(option(name))
     assert hint == kind | None
     text = Text.from_markup(declared.help).plain
-    assert text.endswith(f" {brackets}") if brackets else "[" not in text
+    assert text.endswith(f" {brackets}")
+
+
+def options_of(command: Any, words: str) -> Iterator[tuple[str, Any]]:
+    """Every option of every command."""
+    for name, own in getattr(command, "commands", {}).items():
+        yield from options_of(own, f"{words} {name}")
+    for each in command.params:
+        if each.param_type_name == "option" and not each.hidden:
+            yield f"{words} {each.opts[0]}", each
+
+
+@pytest.mark.parametrize(("name", "found"), options_of(typer.main.get_command(app), "crlseq"))
+def test_every_option_tells_what_is_taken_without_it(name: str, found: Any) -> None:
+    """A value that nobody needs to give has a default in the help, and a list of words is no list[str]."""
+    told = Text.from_markup(found.help).plain
+    if not found.is_flag and not found.required:
+        assert "[default: " in told or "; default: " in told or found.default not in (None, ()), told
+    assert found.metavar is not None or not found.multiple
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("fit x --device ", {"auto", "cpu", "cuda"}), ("fit x --method l", {"linear"}), ("fit x --preset p", {"paper"}),
+        ("fit x --intervention s", {"shift", "soft"}), ("fit x --n-latents a", {"auto"}), ("fit x --n-top-genes ", {"all"}),
+        ("export RUN --format h5", {"h5ad", "h5mu"}), ("plot RUN da", {"dag"}),
+        ("benchmark --method s", {"sparse", "sparse-vae"}), ("simulate --noise ", {"counts", "gaussian"}),
+    ],
+)  # fmt: skip
+def test_a_shell_completes_values(words: str, completed: set[str]) -> None:
+    asked = {
+        "_CRLSEQ_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"crlseq {words}",
+        "COMP_CWORD": str(words.count(" ") + 1),
+    }
+    assert set(spawn(**asked).stdout.split()) == completed
+
+
+def test_a_run_is_named_after_its_screen_where_nobody_names_it(
+    screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = invoke("fit", screen_file, "--method", "linear", "--n-latents", 2, "--bootstrap", 0)
+    assert answer.code == 0, answer.err
+    assert "Written to screen-run in " in answer.err and "Next: crlseq inspect screen-run" in answer.err
+    assert crlseq.load("screen-run").facts.n_latents == 2
+    again = invoke("fit", screen_file)
+    assert (again.code, "screen-run" in again.err) == (3, True)
 
 
 def test_what_is_typed_is_read_as_the_configuration_has_it(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 from unittest import mock
 
 import anndata as ad
+import numpy as np
+import pandas as pd
 import pytest
 
+from crlseq.prediction.changes import top_changes
 from tests.support import check_refusal, files_below, invoke
 
 
@@ -73,11 +76,45 @@ def test_other_cells(run_folder: Path, screen: ad.AnnData, tmp_path: Path) -> No
     assert ad.read_h5ad(output).n_obs == n
 
 
+def test_the_genes_that_change_most_are_named(run_folder: Path, tmp_path: Path) -> None:
+    """By hand from the file: differences of natural logarithms over log 2, and half widths of intervals over 1.96."""
+    output = tmp_path / "virtual.h5ad"
+    answer = invoke("predict", run_folder, "-p", "g0", "-p", "g3", "--output", output, "--json")
+    virtual = ad.read_h5ad(output)
+    for k, name in enumerate(("g0", "g3")):
+        effect, upper = (virtual.varm[f"crlseq_{of}"][:, k] for of in ("effect", "effect_upper"))
+        order = sorted(range(virtual.n_vars), key=lambda gene: -abs(effect[gene]))[:10]
+        expected = [
+            f"{virtual.var_names[gene]} {effect[gene] / np.log(2):+.2f} ± {(upper - effect)[gene] / 1.96 / np.log(2):.2f}"
+            for gene in order
+        ]
+        said = f"{name} changes these genes most (log2 fold change ± standard error): {', '.join(expected)}."
+        assert said in answer.err.splitlines()
+        rows = json.loads(answer.out)["predictions"][k]["genes"]
+        assert [row["gene"] for row in rows] == [virtual.var_names[gene] for gene in order]
+        assert rows[0]["change"] == pytest.approx(effect[order[0]] / np.log(2))
+
+
+def test_where_nothing_changes_no_gene_is_named() -> None:
+    virtual = ad.AnnData(np.zeros((1, 2)), var=pd.DataFrame({"symbol": ["A", "B"]}, index=["ENSG1", "ENSG2"]))
+    virtual.uns["crlseq_prediction"] = {"perturbations": np.array(["x", "y"])}
+    for name, values in {
+        "effect": [[0, 0], [0, 2]],
+        "effect_lower": [[0, 0], [0, 1]],
+        "effect_upper": [[1, 0], [0, 3]],
+    }.items():
+        virtual.varm[f"crlseq_{name}"] = np.array(values, dtype=float)
+    assert top_changes(virtual, "x", logarithms=True).empty
+    found = top_changes(virtual, "y", logarithms=False)
+    assert found["gene"].tolist() == ["B"] and found["change"].tolist() == [2.0]
+    assert found["error"].tolist() == pytest.approx([2 / (2 * 1.96)], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("label", "says"),
     [
         ("g55", "Did you mean 'g5'?"),
-        ("g7", "Fitted perturbations: 'g0'"),
+        ("g7", "Fitted perturbations are g0"),
         ("g0+g0", "twice"),
         ("control", "is the control"),
         ("g0+ABC", "'ABC' in 'g0+ABC'"),

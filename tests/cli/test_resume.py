@@ -11,8 +11,8 @@ import pytest
 
 import crlseq
 from crlseq.config import DataConfig
-from crlseq.pipeline.fit import Progress
 from crlseq.pipeline.identity import TABLES, Identity
+from crlseq.pipeline.progress import Progress
 from tests.support import Answer, files_below, invoke
 
 OPTIONS = ("--method", "linear", "--bootstrap", 0, "--n-latents", 2)
@@ -34,7 +34,7 @@ def interrupted(source: Path, run: Path, **options: object) -> Path:
     """The folder of a fit that was stopped once effects were tested."""
 
     def stop(text: str) -> None:
-        if text.startswith("finding components"):
+        if text.startswith("finding the programs"):
             raise KeyboardInterrupt
 
     options = {"method": "linear", "bootstrap": 0, "n_latents": 2, **options}

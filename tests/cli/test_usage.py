@@ -63,7 +63,7 @@ def test_wrong_usage(tmp_path: Path, screen_file: Path, words: list[str]) -> Non
     assert not files_below(tmp_path)
 
 
-@pytest.mark.parametrize("words", [["fit"], ["fit", "x.h5ad"], ["wrong"], ["check"], ["inspect", "programs"]])
+@pytest.mark.parametrize("words", [["fit"], ["export", "RUN"], ["wrong"], ["check"], ["inspect", "programs"]])
 def test_missing_arguments(words: list[str]) -> None:
     answer = invoke(*words)
     assert (answer.code, answer.out) == (2, "")

@@ -15,7 +15,8 @@ import pytest
 import crlseq.experiments.benchmark as module
 from crlseq.errors import ConvergenceError, InputError, UsageError
 from crlseq.evaluation.recovery import PAIR_COUNTS, PAIR_SCORES, closure
-from crlseq.experiments.benchmark import COLUMNS, SCENARIOS, benchmark, draw, scenario_screen, summarise, toy_screen
+from crlseq.experiments.benchmark import COLUMNS, benchmark, draw, scenario_screen, summarise, toy_screen
+from crlseq.experiments.scenarios import SCENARIOS
 from tests.paths import shared
 
 TINY: dict[str, Any] = {"cells_per_perturbation": 12, "n_control": 40}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import crlseq
 from crlseq.data.batches import BatchIndex
-from crlseq.pipeline.fit import Progress
+from crlseq.pipeline.progress import Progress
 from crlseq.storage.checkpoint import load_checkpoint
 from crlseq.training.memory import out_of_memory
 from crlseq.training.objective import Objective, Step

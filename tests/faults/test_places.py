@@ -19,7 +19,7 @@ import torch
 
 import crlseq
 from crlseq.errors import ConvergenceError, InputError
-from crlseq.pipeline.fit import Progress
+from crlseq.pipeline.progress import Progress
 from crlseq.storage.checkpoint import load_checkpoint, mend_checkpoint, previous_of, save_checkpoint
 from crlseq.training import trainer
 from crlseq.training.learner import MAX_SLOWER, Learner
@@ -169,13 +169,13 @@ def test_an_input_changed_meanwhile(screen_file: Path, tmp_path: Path, replaced:
             (tmp_path / "other").replace(source)
 
     with pytest.raises(InputError, match="was changed while it was fitted"):
-        crlseq.fit(source, tmp_path / "RUN", progress=at_stage("fitting", change), **GRADIENT)
+        crlseq.fit(source, tmp_path / "RUN", progress=at_stage("training the network", change), **GRADIENT)
     assert not (tmp_path / "RUN").exists()
 
 
 def test_an_input_touched_meanwhile_is_the_same(screen_file: Path, tmp_path: Path) -> None:
     shutil.copy(screen_file, tmp_path / "screen.h5ad")
-    touch = at_stage("fitting", (tmp_path / "screen.h5ad").touch)
+    touch = at_stage("training the network", (tmp_path / "screen.h5ad").touch)
     crlseq.fit(tmp_path / "screen.h5ad", tmp_path / "RUN", progress=touch, **GRADIENT)
 
 
@@ -211,7 +211,7 @@ def test_a_clock_that_is_set_back(screen_file: Path, tmp_path: Path, monkeypatch
     shutil.copy(screen_file, source)
     monkeypatch.setattr(fitting, "datetime", Clock)
     monkeypatch.setattr("time.time", lambda: 1000.0)
-    back = at_stage("fitting", lambda: os.utime(source, (0, 0)))
+    back = at_stage("training the network", lambda: os.utime(source, (0, 0)))
     run = crlseq.fit(source, tmp_path / "RUN", progress=back, **GRADIENT)
     assert run.path is not None
     assert 0 <= run.info["seconds"] < 3600
@@ -283,7 +283,7 @@ def test_signals_at_any_moment_of_a_fit(screen_file: Path, tmp_path: Path) -> No
     words = ["--method", "gradient", "--epochs", 12, "--batch-size", 16, "--n-latents", 2]
     assert invoke("fit", screen_file, "--output", tmp_path / "whole", *words).code == 0
     fit = ["fit", screen_file, "--output", tmp_path / "RUN", *words, "--resume"]
-    for number, line in ((signal.SIGTERM, "• testing"), (signal.SIGKILL, "  epoch 1/")):
+    for number, line in ((signal.SIGTERM, "• stage 2"), (signal.SIGKILL, "• stage 3")):
         with subprocess.Popen(command(*fit), stderr=subprocess.PIPE, text=True, env=environment()) as process:
             assert process.stderr is not None
             for said in process.stderr:

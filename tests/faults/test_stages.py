@@ -21,7 +21,7 @@ from crlseq.discovery.methods import straighten
 from crlseq.discovery.moments import Moments
 from crlseq.discovery.n_latents import LatentChoice
 from crlseq.errors import InputError
-from crlseq.pipeline.fit import Progress
+from crlseq.pipeline.progress import Progress
 from crlseq.storage.checkpoint import save_checkpoint
 from crlseq.storage.stage_cache import CLASSES, StageCache, cached_on_disk, packed, unpacked
 from tests.cli.test_repeat import results
@@ -95,7 +95,7 @@ def interrupted(screen_file: Path, folder: Path, stage: str) -> set[str]:
 @pytest.mark.parametrize(
     ("stage", "done"),
     [
-        ("fitting the interventional", {*BEFORE, "components", "number"}),
+        ("fitting the likelihood", {*BEFORE, "components", "number"}),
         ("bootstrapping", {*BEFORE, "components", "number", "likelihood", "kinds", "straightened", "ordering"}),
         ("reading off", {*BEFORE, *CALLS}),
     ],

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 
 import crlseq
 from crlseq.errors import InputError
-from crlseq.pipeline.fit import Progress
+from crlseq.pipeline.progress import Progress
 from crlseq.run.writable import refuse_unwritable
 from tests.support import FAST, small_screen
 

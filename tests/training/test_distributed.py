@@ -24,7 +24,7 @@ from crlseq.data.batches import ControlPartners, epoch_batches
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import weighted_total
-from crlseq.pipeline.fit import Progress
+from crlseq.pipeline.progress import Progress
 from crlseq.training import trainer
 from crlseq.training.distributed import deal
 from crlseq.training.objective import Objective
@@ -133,7 +133,8 @@ def test_a_killed_rank_ends_the_job_and_one_process_goes_on(screen_file, tmp_pat
     os.kill(rank_process(job.pid, 1), signal.SIGKILL)
     out, err = job.communicate(timeout=60)
     assert job.returncode == 1 and out == ""
-    assert said(err)[-2] == "• fitting on 2 processes"
+    assert said(err)[-2].startswith("• stage 6 of 8: training the network (after ")
+    assert err.count("• stage 6 of 8") == 1 and "2 processes train together." in err
     assert said(err)[-1].startswith("crlseq: Another rank was lost")
     assert "--resume, on any number of ranks." in err
     assert "exitcode  : 130" in err  # as torchrun tells of the survivor
@@ -175,5 +176,5 @@ def test_an_error_is_told_once_and_all_processes_end_with_its_code(run_folder, s
     job = torchrun("fit", screen_file, "--output", run_folder)
     out, err = job.communicate(timeout=60)
     assert job.returncode == 1 and out == ""
-    assert said(err) == [f"crlseq: The output {run_folder} exists."]
+    assert said(err) == ["• stage 1 of 8: reading the screen", f"crlseq: The output {run_folder} exists."]
     assert err.count("exitcode  : 3") == 2

@@ -1,0 +1,41 @@
+"""What a benchmark simulates, and how it fits: names, which the help lists, with their options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What real screens have: cells vary along factors that nobody perturbs, guides work in a part of the cells.
+REAL: dict[str, Any] = {
+    "n_latents": 8, "n_genes": 1000, "cells_per_perturbation": 300, "n_control": 2500, "depth": 4000.0,
+    "expected_parents": 0.75, "edge_size": (0.5, 1.2), "shift_size": (1.5, 5.0), "penetrance": (0.3, 0.95), "guides": 3,
+    "background": 2, "cell_cycle": True, "genewise_dispersion": True,
+    "log_rate_scale": 0.45,  # programs then explain about 0.35 in control cells: shifts are a part of the signal
+}  # fmt: skip
+# Options of `crlseq.data.simulate.simulate` where they are not its own: 10 latents, 4 perturbations a latent,
+# 150 cells a perturbation. `n_perturbations` keeps the first so many; `toy` has a simulator of its own.
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "linear-gaussian": {"noise": "gaussian", "n_genes": 60},
+    "linear-counts": {},
+    "network-gaussian": {"mixing": "network", "noise": "gaussian", "n_genes": 60},
+    "network-counts": {"mixing": "network"},
+    "toy": {},
+    "large": {"n_latents": 30, "perturbations_per_latent": 7, "n_perturbations": 200},
+    "shallow": {"mixing": "network", "cells_per_perturbation": 50, "depth": 2000.0},
+    "linear-shift": {"intervention": "shift"},
+    "linear-soft": {"intervention": "soft"},
+    "sparse-counts": {"loading_density": 0.15},
+    "real-linear": REAL,
+    "real-soft": {**REAL, "intervention": "soft", "retention": (0.5, 0.5)},
+    "real-network": {**REAL, "mixing": "network", "log_rate_scale": 0.55},  # the same 0.35
+    "real-shift": {**REAL, "intervention": "shift"},
+    "real-second": {**REAL, "second_targets": 0.4},
+    "real-null": {**REAL, "penetrance": (0.0, 0.0)},
+    "real-hidden": {**REAL, "hidden": 2},
+    "real-cycle": {**REAL, "cycle": True},
+    "real-relu": {**REAL, "equations": "relu"},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {}, "sparse": {"decoder": "sparse"}, "linear": {"method": "linear"}, "paper": {"preset": "paper"},
+    # Moran et al. 2022, without interventions: labels are permuted before.
+    "sparse-vae": {"decoder": "sparse", "method": "gradient", "causal_layer": False, "mmd_weight": 0.0},
+}  # fmt: skip
