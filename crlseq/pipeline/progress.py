@@ -82,7 +82,8 @@ class _Display:
         self.part_start, self.part_share, self.done, self.total, self.loss = self.start, 0.0, 0, 0, ""
         console = Console(stderr=True, highlight=False, emoji=False)
         self.bar: Bar | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
+        # A line that changes is nothing for a file, whatever colours were asked for.
+        if console.is_terminal and console.file.isatty() and not console.is_dumb_terminal:
             columns = TextColumn("{task.description}", markup=False), BarColumn(None), _Times(self)
             self.bar = Bar(*columns, console=console, expand=True, transient=True, refresh_per_second=2)
             self.bar.add_task("", total=None)

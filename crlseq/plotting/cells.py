@@ -128,6 +128,9 @@ def cells_of(run: Run) -> tuple[np.ndarray, np.ndarray, str]:
     from crlseq.data.files import open_store, readable
 
     path = run.folder / "crlseq.h5ad"
+    if not path.exists():
+        what = f"This picture shows cells, and {run.folder} has no crlseq.h5ad that holds them."
+        raise InputError(what, "Draw another picture, or restore the file.")
     with open_store(path) as store, readable(str(path), "the table of cells"):
         obs, latents = ad.io.read_elem(store["obs"]), np.asarray(store["obsm/X_crlseq"])
     facts = run.facts

@@ -118,3 +118,13 @@ class Full(io.StringIO):
 def test_progress_that_cannot_be_written_fails_no_fit(screen_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Full())
     assert crlseq.fit(screen_file, progress=True, **FAST).program_names == ["P0", "P1"]
+
+
+def test_a_log_stays_a_log_where_colours_are_forced(screen_file: Path) -> None:
+    """As batch systems and continuous integration do."""
+    code = f"import crlseq; crlseq.fit({str(screen_file)!r}, progress=True, method='gradient', n_latents=2, epochs=1)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(FORCE_COLOR="1"), timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stderr and "• stage 4 of 4: reading off the results (after " in done.stderr

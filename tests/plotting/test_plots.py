@@ -349,3 +349,14 @@ def test_plot_refuses(run_folder: Path, tmp_path: Path) -> None:
     assert invoke("plot", run_folder, "portrait", "--output", tmp_path / "x.png").code == 2
     assert files_below(tmp_path) == {"there.png"} and there.read_text() == "mine"
     assert invoke("plot", run_folder, "dag", "--output", there, "--force").code == 0
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "embedding"])
+def test_a_run_of_an_earlier_version_is_drawn_or_refused_in_a_sentence(kind: str, tmp_path: Path) -> None:
+    """Its folder has no pairs, no columns of later versions and no cells."""
+    folder = ROOT / "tests" / "run" / "folder_0202a24"
+    answer = invoke("plot", folder, kind, "--output", tmp_path / "plot.svg")
+    if kind == "embedding":
+        check_refusal(answer.code, answer.out, answer.err, 3, "has no crlseq.h5ad that holds them", "Draw another")
+    else:
+        assert (answer.code, (tmp_path / "plot.svg").exists()) == (0, True), answer.err
