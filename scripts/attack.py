@@ -197,13 +197,13 @@ def attack_words(a: Attack) -> str:
     words = a.draw.choice([["fit", "screen.h5ad", "-o", "NEW", *FIT], ["check", "screen.h5ad"], *map(list, READERS)])
     for _ in range(a.draw.choice([1, 1, 2, 3])):
         kind, word = a.draw.randrange(4), a.draw.choice(WEIRD)
-        if kind == 0:
+        if kind == 0 and len(words) > 1:
             words[a.draw.randrange(1, len(words))] = word
         elif kind == 1:
             words += [a.draw.choice(OPTIONS), word]
-        elif kind == 2:
+        elif kind == 2 and len(words) > 2:
             del words[a.draw.randrange(1, len(words))]
-        else:
+        elif kind == 3:
             words.insert(a.draw.randrange(1, len(words) + 1), word)
     if words and "benchmark" not in words:
         a.command(words)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, read_config, setting, switch, takes_config
-from crlseq.cli.output import say, say_verdict, show_json
+from crlseq.cli.output import say, say_paragraph, say_verdict, show_json
 from crlseq.config import PRESETS
 from crlseq.pipeline.progress import shown
 from crlseq.storage.runfolder import default_output
@@ -81,11 +81,11 @@ def fit(
             run = fit_screen(file, output, config=settings, resume=resume, force=force, progress=progress, ranks=ranks)
     if not quiet:
         for line in told(run):
-            say(f"• {line}")
+            say_paragraph(f"• {line}")
         if not run.facts.without_effect:
             say_verdict(run)
         for doubt in doubts(run):
-            say(f"warning: {doubt}")
+            say_paragraph(f"warning: {doubt}")
         say(f"Written to {output} in {run.facts.seconds:.0f} s. Next: crlseq inspect {output}")
 
 

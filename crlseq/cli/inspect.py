@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from crlseq.cli.options import AsJson, RunFolder, load, setting
-from crlseq.cli.output import say, say_verdict, show_json, show_paragraph, show_table, show_text
+from crlseq.cli.output import say, say_paragraph, say_verdict, show_json, show_paragraph, show_table, show_text
 from crlseq.cli.perturbation import perturbation
 from crlseq.errors import InputError, UsageError, nearest, suggestion
 
@@ -90,11 +90,11 @@ def summary(run: RunFolder, json: AsJson = False) -> None:
     lines += rows.items()
     show_table(pd.DataFrame(lines, columns=["what", "value"]), str(run))
     for note in facts.notes:
-        say(f"note: {note}")
+        say_paragraph(f"note: {note}")
     for warning in (*facts.identification.warnings, *doubts(found)):
-        say(f"warning: {warning}")
+        say_paragraph(f"warning: {warning}")
     for question, step in steps.items():
-        say(f"next: {question} {step}")
+        say_paragraph(f"next: {question} {step}")
 
 
 def _of_the_model(found: Run) -> dict[str, str]:
@@ -308,6 +308,7 @@ def interventions(run: RunFolder, json: AsJson = False) -> None:
 @app.command()
 def dag(run: RunFolder, json: AsJson = False) -> None:
     """The graph of the programs, as text and as a table, and whether the data determine it."""
+    from crlseq.run.graph import dag_text
     from crlseq.run.pairs import told
 
     found = load(run)
@@ -318,7 +319,7 @@ def dag(run: RunFolder, json: AsJson = False) -> None:
         show_json(nx.node_link_data(found.dag, edges="edges") | own)
         return
     if sys.stdout.isatty():
-        show_text(draw_dag(found))
+        show_text(dag_text(found.dag))
     if len(found.edges) or not sys.stdout.isatty():
         show_table(found.edges, "Declared edges (weight: standard deviations of the target per one of the source)")
     else:
@@ -390,16 +391,3 @@ def history(run: RunFolder, json: AsJson = False) -> None:
             show_table(table[["epoch", *validation]], "Over validation cells", decimals=4)
         return
     show_table(table, "", json)
-
-
-def draw_dag(run: Run) -> str:
-    """The DAG as text: every program with the edges that leave it, in topological order."""
-    label = {program.name: program.label for program in run.facts.programs}
-    lines = []
-    for name in run.program_names:
-        targets = sorted(run.dag.successors(name), key=lambda target: int(target[1:]))
-        lines.append(f"{name}  {label[name]}")
-        for target in targets:
-            branch = "└" if target == targets[-1] else "├"
-            lines.append(f"  {branch}─▶ {target}  {label[target]}  ({run.dag.edges[name, target]['weight']:+.2f})")
-    return "\n".join(lines) + "\n"

@@ -30,17 +30,22 @@ messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(text: str) -> None:
-    """One plain line to stderr; names in it are neither markup nor control sequences."""
+    """One plain line to stderr, whole so that it can be copied; names in it are neither markup nor control sequences."""
     messages.print(visible(text), markup=False)
+
+
+def say_paragraph(text: str) -> None:
+    """Sentences to stderr, broken between words where that is a terminal."""
+    messages.print(visible(text), markup=False, soft_wrap=not messages.is_terminal)
 
 
 def say_verdict(run: Run) -> None:
     """Whether the data determine the graph, and why; and which assumptions the screen is seen to break."""
     from crlseq.export.graph import verdict
 
-    say(verdict(run))
+    say_paragraph(verdict(run))
     for warning in run.facts.identification.warnings:
-        say(f"warning: {warning}")
+        say_paragraph(f"warning: {warning}")
 
 
 def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: str = "") -> None:

@@ -36,7 +36,8 @@ from crlseq.discovery.result import Discovery, Judged, claims_of, linear_result
 from crlseq.discovery.robustness import robust_pairs
 from crlseq.discovery.second_targets import SecondTargets, second_targets
 from crlseq.discovery.task import Cells, Start, Task
-from crlseq.discovery.verdict import DECLARED_SUPPORT, PairCounts, judge
+from crlseq.discovery.thresholds import DECLARED_SUPPORT
+from crlseq.discovery.verdict import PairCounts, judge
 from crlseq.errors import InputError
 from crlseq.threads import in_parallel, on_threads
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from crlseq.discovery.likelihood import Solution
-from crlseq.discovery.misfit import DESCRIBED, misfit
+from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import DTYPE
+from crlseq.discovery.thresholds import DESCRIBED
 from crlseq.storage.stage_cache import cached_on_disk
 
 NEAR_STEPS = 6  # from the conditional maximum of the quadratic model: close already

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from crlseq.discovery.likelihood import Solution
 from crlseq.discovery.moments import Moments
+from crlseq.discovery.thresholds import DESCRIBED
 from crlseq.storage.stage_cache import cached_on_disk
 
-DESCRIBED = 1.1  # misfit up to which a model describes its moments; where mixing is linear it is 1.00 to 1.03
 CHANCE = 3.0  # standard deviations of chance that come on top
 
 

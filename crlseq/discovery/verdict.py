@@ -10,12 +10,11 @@ from typing import Literal
 
 from crlseq.config import InterventionKind, ModelConfig
 from crlseq.discovery.misfit import Misfit
+from crlseq.discovery.thresholds import DECISIVE, DECLARED_SUPPORT
 from crlseq.model.interventions import INTERVENTIONS
 from crlseq.storage.stage_cache import cached_on_disk
 
 Answer = Literal["identified", "ancestry only", "partly identified", "not identified"]
-DECISIVE = 2.0  # standard errors of a held-out gain
-DECLARED_SUPPORT = 0.5  # an edge that just passes its likelihood ratio is found in half of the replicates
 GRANTED: dict[str, tuple[Answer, str]] = {  # by what a kind of intervention identifies
     "edges": ("identified", "so single edges are identified"),
     "ancestry": ("ancestry only", "so ancestry is identified; single edges are less certain"),

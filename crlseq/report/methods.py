@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from crlseq.discovery.misfit import DESCRIBED
-from crlseq.discovery.verdict import DECISIVE, DECLARED_SUPPORT
+from crlseq.discovery.thresholds import DECISIVE, DECLARED_SUPPORT, DESCRIBED
 from crlseq.run.findings import GUESS
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from crlseq.discovery.thresholds import DESCRIBED
 from crlseq.run.findings import count, doubts, listed, sure_drivers
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.summary import Answer
-
-DESCRIBES = 1.1  # misfit up to which the model describes the cells: `crlseq.discovery.misfit`
 
 
 def what_next(run: Run, answers: Sequence[Answer]) -> list[str]:
@@ -37,7 +36,7 @@ def _graph(run: Run) -> str:
             return "Add cells of single perturbations: targets are found by their effects."
         return "Fit with the default preset: it finds targets and graph by likelihood, and judges pairs of programs."
     steps = []
-    if facts.discovery.dispersion > DESCRIBES:
+    if facts.discovery.dispersion > DESCRIBED:
         key = "" if facts.config.data.batch_key else "If the screen has batches, name their column with --batch-key. "
         steps.append(f"{key}Leave out cells that their perturbation missed.")
     if more := _more_cells(run):

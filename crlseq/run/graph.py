@@ -87,3 +87,15 @@ def plain_text(value: Any) -> Any:
 def dag_json(graph: nx.DiGraph[str]) -> str:
     """The DAG in networkx's node-link form, with the verdict under ``graph``."""
     return to_json(nx.node_link_data(graph, edges="edges"))
+
+
+def dag_text(graph: nx.DiGraph[str]) -> str:
+    """A DAG as text: every program with the edges that leave it, in topological order."""
+    label, lines = nx.get_node_attributes(graph, "label"), []
+    for name in graph:
+        targets = sorted(graph.successors(name), key=lambda target: int(target[1:]))
+        lines.append(f"{name}  {label[name]}")
+        for target in targets:
+            branch = "└" if target == targets[-1] else "├"
+            lines.append(f"  {branch}─▶ {target}  {label[target]}  ({graph.edges[name, target]['weight']:+.2f})")
+    return "\n".join(lines) + "\n"

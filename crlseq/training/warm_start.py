@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from crlseq.data import splits
 from crlseq.data.dataset import ROWS, PerturbSeqData
 from crlseq.data.projection import Projection
-from crlseq.discovery.misfit import DESCRIBED
 from crlseq.discovery.result import Discovery
+from crlseq.discovery.thresholds import DESCRIBED
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.networks import Encoder, GeneSetLayer
 from crlseq.model.scm import LOG_SCALE_BOUND, NEGATIVE_SLOPE, LatentSCM

@@ -205,7 +205,7 @@ def test_one_perturbation(finished: Run, run_folder: Path) -> None:
     code, text = on_terminal("inspect", "perturbation", run_folder, name, "--top", 3)
     assert code == 0 and "program" in text and own["gene"].iloc[0] in text
     wrong = invoke("inspect", "perturbation", run_folder, "G00")
-    assert wrong.code == 3 and "Did you mean g0" in wrong.err
+    assert wrong.code == 3 and "Did you mean 'g0'" in wrong.err
 
 
 def test_a_run_of_an_older_format_has_no_effects(run_folder: Path, tmp_path: Path) -> None:

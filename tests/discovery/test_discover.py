@@ -19,7 +19,7 @@ from crlseq.discovery.misfit import Misfit
 from crlseq.discovery.pairs import STATUSES
 from crlseq.discovery.result import Discovery
 from crlseq.discovery.task import Task
-from crlseq.discovery.verdict import DECLARED_SUPPORT
+from crlseq.discovery.thresholds import DECLARED_SUPPORT
 from crlseq.errors import InputError
 
 SIZES: dict[str, Any] = {

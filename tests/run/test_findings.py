@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crlseq.discovery.misfit import DESCRIBED
-from crlseq.run.advice import DESCRIBES, limitations, resting_on_one, what_next
+from crlseq.run.advice import limitations, resting_on_one, what_next
 from crlseq.run.findings import (
     DOUBTED,
     FOUND,
@@ -231,11 +230,6 @@ def test_more_cells() -> None:
     discovery = {**run.info["discovery"], "dispersion": 1.5}
     poor = replace(run, info={**run.info, "discovery": discovery})
     assert advice(poor)[0].startswith("If the screen has batches, name their column with --batch-key. Leave out cells")
-
-
-def test_one_threshold_of_the_misfit() -> None:
-    """It is written twice, since the one in discovery would import torch."""
-    assert DESCRIBES == DESCRIBED
 
 
 def test_what_next_for_predictions_and_training() -> None:
