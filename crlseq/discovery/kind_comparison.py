@@ -62,12 +62,16 @@ def compare_kinds(
     models[plain] = _without_edges(models["no edges"], plain, FOLD_STEPS)
     cases = [(model, *fold) for model in models.values() for fold in folds]
     values = torch.stack(list(counted(in_parallel(lambda case: _held_out(*case), cases, threads), len(cases))))
-    losses = dict(zip(models, values.view(len(models), len(folds), -1).sum(1), strict=True))
+    losses = dict(zip(models, values.view(len(models), len(folds), -1).sum(2), strict=True))  # by fold
     cells = sum(float(test.counts.sum()) for _, test in folds)
     # Scales are parameters too: where interventions leave them alone, mere shifts predict better than free scales do.
     rival = min(("no edges", plain), key=lambda name: float(losses[name].sum()))
-    gained = losses[rival] - losses[chosen]
     n_edges, error = int((edges.adjacency != 0).sum()), paired_error(models[chosen], models[rival])
+    # Parameters that are worth nothing cost half a unit each on new cells; a fold that loses twice as much ran away where
+    # an environment has few cells, and says no more than that.
+    own = n_edges + dense.model.k * (int(edges.solution.model.learns_retention) + int(rival == plain))
+    losses[chosen] = torch.minimum(losses[chosen], losses[rival] + own)
+    gained = losses[rival] - losses[chosen]
     evidence = Evidence(chosen, plain if plain == kind else None, n_edges, float(gained.sum()), error)
     if not judge(evidence).grants_graph:
         edges = _no_edges(models[plain])

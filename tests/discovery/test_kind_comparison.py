@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from crlseq.config import InterventionKind
+from crlseq.discovery import kind_comparison
 from crlseq.discovery.kind_comparison import KindComparison, compare_kinds, paired_error, without_graph
-from crlseq.discovery.likelihood import fit_linear
+from crlseq.discovery.likelihood import Solution, fit_linear
 from crlseq.discovery.moments import Moments, environment_moments, fold_moments
 from crlseq.discovery.verdict import Verdict, judge
 from tests.structural import GRAPH, NO_EDGES, TARGETS, P, matched, truth
@@ -108,6 +109,28 @@ def test_held_out_likelihoods_are_per_held_out_cell_and_the_gain_their_differenc
     cells = 200 * (len(TARGETS) + 4)  # each held out once
     difference = found.held_out["no edges"] - found.held_out["hard"]
     assert found.evidence.gain == pytest.approx(difference * cells, rel=1e-9)
+
+
+def test_a_fold_that_runs_away_loses_no_more_than_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, environment = truth("hard").cells(200, 0)
+    dense = fit_linear(environment_moments(values, environment), P, "hard", restarts=2, noise_floor=0.03)
+    folds = fold_moments(values, environment, None, 3, torch.Generator().manual_seed(0))
+    whole = compare_kinds(dense, folds, "hard")
+
+    held_out = kind_comparison._held_out
+
+    def runs_away(solution: Solution, train: Moments, test: Moments) -> torch.Tensor:
+        value = held_out(solution, train, test)
+        return value + 1e5 if bool(solution.mask.any()) and test is folds[0][1] else value
+
+    monkeypatch.setattr(kind_comparison, "_held_out", runs_away)
+    found = compare_kinds(dense, folds, "hard")
+    edges = whole.evidence.n_edges
+    assert edges == 3
+    # The other two folds gain what they did; the first loses an edge's unit each, and a scale's each against shifts.
+    assert 0.4 * whole.evidence.gain < found.evidence.gain < whole.evidence.gain
+    alone = compare_kinds(dense, folds[:1], "hard")
+    assert -(edges + dense.model.k) <= alone.evidence.gain <= -edges
 
 
 def test_a_graph_has_to_beat_the_better_model_without_edges() -> None:
