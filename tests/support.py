@@ -35,6 +35,11 @@ SMALL: dict[str, Any] = {
     "n_control": 100,
     "depth": 800.0,
 }
+# In the order of an evaluation's table.
+PREDICTORS = (
+    *("model", "no_change", "mean", "additive", "shrunk_additive", "matching_mean", "ridge"),
+    *("split_half", "interpolated_duplicate", "dynamic_range", "sampling_floor"),
+)
 RUN_FILES = {
     *("run.json", "model.safetensors", "crlseq.h5ad", "resume.pt", "report.html", "dag.graphml", "dag.json"),
     *("programs.csv", "interventions.csv", "dag.csv", "history.csv", "evaluation.csv", "pairs.csv"),

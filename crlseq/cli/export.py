@@ -105,6 +105,7 @@ def plot(
     suffix = output.suffix.lower()
     if suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"{output} does not end in .png, .svg or .pdf.", "Choose one of these formats.")
+    kind = kind.replace("_", "-")  # as in Python
     if kind not in KINDS:
         raise UsageError(f"There is no plot {kind!r}.", suggestion(kind, KINDS, "Plots are"))
     options = _options(kind, {"top": top, "program": program, "perturbation": perturbation})

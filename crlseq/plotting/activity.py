@@ -97,6 +97,8 @@ def violin(
     >>> [label.get_text() for label in ax.get_xticklabels()]
     ['control', 'g0']
     """
+    if not run.program_names:
+        return note(ax, NOTHING, show)
     if program not in run.program_names:
         raise not_there("program", program, run.program_names)
     chosen = chosen_perturbations(run, [program], perturbations)

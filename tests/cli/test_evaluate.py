@@ -11,8 +11,7 @@ import anndata as ad
 import pandas as pd
 import pytest
 
-from crlseq.evaluation.compare import PREDICTORS
-from tests.support import check_refusal, invoke
+from tests.support import PREDICTORS, check_refusal, invoke
 
 
 def test_a_short_table_and_a_sentence_and_the_rest_in_a_file(run_folder: Path, tmp_path: Path) -> None:

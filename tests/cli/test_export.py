@@ -25,7 +25,7 @@ def test_export_writes_each_part_again(run_folder: Path, tmp_path: Path, part: s
     elif part == "csv":
         for file in path.iterdir():
             assert file.read_bytes() == (run_folder / file.name).read_bytes()
-        assert len(list(path.iterdir())) == 7
+        assert len(list(path.iterdir())) == 8
     else:
         again, first = ad.read_h5ad(path), ad.read_h5ad(run_folder / "crlseq.h5ad")
         np.testing.assert_array_equal(again.obsm["X_crlseq"], first.obsm["X_crlseq"])

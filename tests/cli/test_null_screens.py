@@ -53,7 +53,7 @@ def test_the_fit_says_so_and_claims_nothing(fitted: tuple[Path, Answer]) -> None
     assert answer.code == 0 and SAYS in answer.err and "SD of control cells" in answer.err
     assert not any(words in answer.err for words in NEVER), answer.err
     assert {path.name for path in folder.iterdir()} == {
-        *("run.json", "model.safetensors", "crlseq.h5ad", "report.html", "dag.graphml", "dag.json"),
+        *("run.json", "model.safetensors", "crlseq.h5ad", "report.html", "dag.graphml", "dag.json", "effects.csv"),
         *(f"{name}.csv" for name in COLUMNS),
     }
     tables = {name: pd.read_csv(folder / f"{name}.csv") for name in COLUMNS}
@@ -114,10 +114,12 @@ def test_the_report(fitted: tuple[Path, Answer]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_plots(fitted: tuple[Path, Answer], tmp_path: Path, kind: str) -> None:
-    answer = invoke("plot", fitted[0], kind, "--output", tmp_path / "x.svg")
+    one = {"volcano": ("--perturbation", "g0"), "violin": ("--program", "P0")}.get(kind, ())
+    answer = invoke("plot", fitted[0], kind, *one, "--output", tmp_path / "x.svg")
     assert answer.code == 0, answer.err
     text = (tmp_path / "x.svg").read_text()
-    assert any(word in text for word in ("No perturbation", "No network", "0 of 6 perturbations"))
+    nothing = ("No perturbation", "No network", "0 of 6 perturbations", "No gene surely", "g0: 0 of 40 genes change")
+    assert any(word in text for word in nothing)
 
 
 @pytest.mark.parametrize("name", FORMATS)

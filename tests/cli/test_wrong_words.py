@@ -39,7 +39,7 @@ def test_the_nearest_names_come_first_whatever_their_case() -> None:
         ("inspect program RUN p1", 3, "Did you mean 'P1'"),
         ("inspect programs RUN --program P7", 3, "Programs are P0 to P2."),
         ("plot RUN dgg --output x.png", 2, "Did you mean 'dag'?"),
-        ("plot RUN embedding --perturbation G0 --output x.png", 2, "Did you mean 'g0'"),
+        ("plot RUN embedding --perturbation G0 --output x.png", 3, "Did you mean 'g0'"),
         ("predict RUN --perturbation g00 --output x.h5ad", 3, "Did you mean 'g0'"),
         ("export RUN --format h5ads --output x", 2, "Did you mean 'h5ad'"),
         ("fit screen.h5ad --preset papr", 2, "Did you mean 'paper'?"),

@@ -19,7 +19,6 @@ from crlseq.evaluation.baselines import BASELINES, Indices, TrainingEffects
 from crlseq.evaluation.compare import (
     AXIOMS,
     METRICS,
-    MODEL,
     REGISTERED,
     bootstrap_interval,
     compare,
@@ -30,9 +29,8 @@ from crlseq.evaluation.compare import (
 from crlseq.evaluation.evaluate import Evaluation, evaluate
 from crlseq.evaluation.recovery import known_recovery, score_recovery
 from crlseq.run.run import Run
-from tests.support import dense
+from tests.support import PREDICTORS, dense
 
-PREDICTORS = (MODEL, *BASELINES, "split_half", "interpolated_duplicate", "dynamic_range", "sampling_floor")
 LINEAR = {"method": "linear", "n_latents": 3, "bootstrap": 0}
 
 

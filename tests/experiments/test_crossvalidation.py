@@ -13,11 +13,10 @@ import pytest
 import crlseq
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.errors import InputError, UsageError
-from crlseq.evaluation.compare import PREDICTORS
 from crlseq.experiments import crossvalidation
 from crlseq.experiments.crossvalidation import cross_validate, default_splits, fold_config, make_folds, over_folds
 from crlseq.run.run import Run
-from tests.support import check_refusal, dense, invoke
+from tests.support import PREDICTORS, check_refusal, dense, invoke
 
 LINEAR = {"method": "linear", "n_latents": 2, "bootstrap": 0}
 

@@ -358,5 +358,7 @@ def test_a_run_of_an_earlier_version_is_drawn_or_refused_in_a_sentence(kind: str
     answer = invoke("plot", folder, kind, "--output", tmp_path / "plot.svg")
     if kind == "embedding":
         check_refusal(answer.code, answer.out, answer.err, 3, "has no crlseq.h5ad that holds them", "Draw another")
+    elif kind == "effects_map":
+        check_refusal(answer.code, answer.out, answer.err, 3, "whose runs hold no effects on genes", "Fit again")
     else:
         assert (answer.code, (tmp_path / "plot.svg").exists()) == (0, True), answer.err
