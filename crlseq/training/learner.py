@@ -150,7 +150,8 @@ class Learner:
         """Record an epoch, and keep its weights if they validate best; False, and neither, if a loss is not finite."""
         record = {"epoch": float(epoch), **self._summed(self.terms)}
         if self.validation_terms:
-            found = self._summed(self.validation_terms)
+            # In float32, as in all versions: which epoch is kept goes by these numbers.
+            found = self._summed({name: value.float().double() for name, value in self.validation_terms.items()})
             record |= {f"validation_{name}": value for name, value in found.items()}
             # Weighted as at the end of training, so that epochs compare.
             final = final_weights(self.config.model)
@@ -177,11 +178,13 @@ class Learner:
 
     def _summed(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """Sums over ranks."""
+        if not terms:
+            return {}
         values = list(terms.values())
         self.ranks.add_up(values)
         return dict(
-            zip(terms, torch.stack(values).cpu().tolist() if values else [], strict=True)
-        )  # one wait for the device
+            zip(terms, torch.stack(values).cpu().tolist(), strict=True)
+        )  # one wait for the device, not one each
 
     def exhausted(self, epoch: int, n_epochs: int) -> bool:
         """Whether the patience had run out after `epoch`."""

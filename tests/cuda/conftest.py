@@ -7,9 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import crlseq
+from crlseq.config import make_config
+from crlseq.data import splits
+from crlseq.data.batches import BatchIndex, ControlPartners, epoch_batches
+from crlseq.data.dataset import PerturbSeqData, read_data
+from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.run.run import Run
+from crlseq.training.objective import Objective
+from crlseq.training.trainer import architecture_of
+from crlseq.training.warm_start import Anchor
 from tests.support import small_screen
 
 # Perturbations of several sizes, so that some pieces have rows that only fill up; doubles; two batches.
@@ -43,6 +52,24 @@ def screens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found["sets"] = folder / "sets.gmt"
     found["sets"].write_text("\n".join(lines) + "\n")
     return found
+
+
+@pytest.fixture(scope="session")
+def read(screens: dict[str, Any]) -> dict[str, PerturbSeqData]:
+    """The screens in memory, read."""
+    return {name: read_data(screens[name].copy(), make_config().data, 0) for name in ("sparse", "dense")}
+
+
+def with_escaped_cells(data: PerturbSeqData, device: torch.device) -> tuple[Objective, BatchIndex]:
+    """An objective with an anchor and perturbations that miss some of their cells, and a batch with doubles."""
+    config = make_config().model
+    model = DiscrepancyVAE(**architecture_of(config, data.n_genes, 3, len(data.perturbation_names)))
+    model.penetrance[::2] = 0.6
+    n = len(data.split)
+    anchor = Anchor(np.zeros((n, 3)), np.full(3, 0.5), np.linspace(0, 1, n))
+    cells = data.cells_by_condition(splits.TRAIN)
+    batch = epoch_batches(cells, ControlPartners(cells[0], data.batch), 20, 8, np.random.default_rng(0))[0]
+    return Objective(model.to(device), data, config, 30.0, anchor), batch
 
 
 def fit(screen: Any, device: str, output: Path | None = None, **options: Any) -> Run:

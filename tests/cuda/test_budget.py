@@ -6,21 +6,14 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 
-from crlseq.config import make_config
-from crlseq.data import splits
-from crlseq.data.batches import ControlPartners, epoch_batches
-from crlseq.data.dataset import read_data
-from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.losses import weighted_total
-from crlseq.training import trainer
 from crlseq.training.learner import Learner
 from crlseq.training.objective import Objective
-from crlseq.training.warm_start import Anchor
-from tests.cuda.conftest import fit
+from tests.cuda.conftest import fit, with_escaped_cells
 from tests.cuda.device import CUDA, GIB, Mode, Record, fake_cuda
 
 Count = tuple[int, int, int]
@@ -40,15 +33,18 @@ def counted(owner: type, name: str, record: Record, into: list[Count]) -> Any:
 
 
 def steps_of(screen: Any, memory: int = 100 * GIB, **options: Any) -> tuple[list[Count], list[Count]]:
-    """Of each step of a fit of two epochs: what preparing its cells takes, and what learning does."""
+    """Of each step of a fit of two epochs: what preparing its cells takes, and what learning from them or judging does."""
     prepared: list[Count] = []
     learned: list[Count] = []
+    judged: list[Count] = []
     with (
         fake_cuda(memory) as record,
         counted(Objective, "prepare", record, prepared),
         counted(Learner, "learn", record, learned),
+        counted(Learner, "validate", record, judged),
     ):
         fit(screen, "cuda", **{"epochs": 2, **options})
+    assert judged and all(copies == waits == 0 for _, copies, waits in judged), judged
     return prepared, learned
 
 
@@ -83,20 +79,14 @@ def test_a_screen_without_room_is_sent_without_a_wait(screens: dict[str, Any], p
     assert max(launches for launches, *_ in prepared) <= 80
 
 
-def test_a_step_of_cells_that_may_have_escaped_waits_for_nothing(screens: dict[str, Any]) -> None:
-    data, config = read_data(screens["sparse"].copy(), make_config().data, 0), make_config(device="cuda").model
-    n, p = len(data.split), len(data.perturbation_names)
-    anchor = Anchor(np.zeros((n, 3)), np.full(3, 0.5), np.linspace(0, 1, n))
-    cells = data.cells_by_condition(splits.TRAIN)
-    batch = epoch_batches(cells, ControlPartners(cells[0], data.batch), 20, 8, np.random.default_rng(0))[0]
+def test_a_step_of_cells_that_may_have_escaped_waits_for_nothing(read: dict[str, PerturbSeqData]) -> None:
     with fake_cuda() as record, Mode():
-        model = DiscrepancyVAE(**trainer.architecture_of(config, data.n_genes, 3, p))
-        model.penetrance[::2] = 0.6
-        objective = Objective(model.to(CUDA), data, config, 30.0, anchor)
+        objective, batch = with_escaped_cells(read["sparse"], CUDA)
         assert objective.mixed and objective.table.shape[1] == 2  # doubles, of which each part may hit a cell
         step, generator = objective.prepare(batch), torch.Generator(CUDA).manual_seed(0)
         before = record.totals()
-        weighted_total(terms := objective(step, generator), dict.fromkeys(terms, 1.0)).backward()  # type: ignore[no-untyped-call]
+        terms = objective(step, generator)
+        weighted_total(terms, dict.fromkeys(terms, 1.0)).backward()  # type: ignore[no-untyped-call]
         assert record.totals()[1:] == before[1:]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from crlseq.config import make_config
-from crlseq.data.dataset import read_data
+from crlseq.data.dataset import PerturbSeqData
 from crlseq.run.run import Run
 from crlseq.threads import on_threads
 from crlseq.training import trainer
@@ -76,11 +76,11 @@ def test_a_fit_is_that_of_the_cpu(name: str, screens: dict[str, Any]) -> None:
 
 
 def test_a_stopped_fit_goes_on_on_either_device(
-    screens: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    read: dict[str, PerturbSeqData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
     options = {**FIT, "epochs": 4}
-    data, config = read_data(screens["dense"].copy(), make_config().data, 0), make_config(**options, device="cuda")
+    data, config = read["dense"], make_config(**options, device="cuda")
     whole = trainer.fit_model(data, make_config(**options, device="cpu"), 3)
 
     def stop(record: dict[str, float], n: int) -> None:
@@ -98,7 +98,7 @@ def test_a_stopped_fit_goes_on_on_either_device(
 
 
 def test_a_rank_computes_its_part_and_exchanges_tensors_of_the_device(
-    screens: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    read: dict[str, PerturbSeqData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first of two ranks, alone in its group: sums over ranks are its own part."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -110,7 +110,7 @@ def test_a_rank_computes_its_part_and_exchanges_tensors_of_the_device(
 
     try:
         monkeypatch.setattr(dist, "new_group", gloo)
-        data = read_data(screens["dense"].copy(), make_config().data, 0)
+        data = read["dense"]
         ranks, options = Ranks(0, 2, new_group(), 0, 1), {**FIT, "epochs": 2, "decoder": "sparse"}
         expected = trainer.fit_model(data, make_config(**options, device="cpu"), 3, ranks=ranks)
         assert backends == []
@@ -122,8 +122,8 @@ def test_a_rank_computes_its_part_and_exchanges_tensors_of_the_device(
     check_equal(found, expected)
 
 
-def test_the_next_step_is_prepared_in_another_thread(screens: dict[str, Any]) -> None:
-    data, options = read_data(screens["sparse"].copy(), make_config().data, 0), {**FIT, "epochs": 1}
+def test_the_next_step_is_prepared_in_another_thread(read: dict[str, PerturbSeqData]) -> None:
+    data, options = read["sparse"], {**FIT, "epochs": 1}
     expected = trainer.fit_model(data, make_config(**options, device="cpu"), 3)
     with fake_cuda(), on_threads(2):
         found = trainer.fit_model(data, make_config(**options, device="cuda"), 3)
