@@ -56,6 +56,8 @@ def _why_not(index: int, ranks: Ranks) -> tuple[str, str]:
     error = _error_of(torch.cuda.init)
     if error is None:
         n = torch.cuda.device_count()
+        if n == 0:
+            return ABSENT, "Use --device cpu or auto."
         if n < ranks.on_machine:
             hint = f"Start {n} process{'es' * (n > 1)} on each machine, {CPU_INSTEAD}"
             return f"{ranks.on_machine} processes share a machine with {_devices(n)}", hint

@@ -57,8 +57,9 @@ class SplitSteps:
         size = cells * self.objective.source.data.n_genes * self.objective.dtype.itemsize
         if size > KEPT * torch.cuda.mem_get_info(device)[0]:
             return ahead(self.prepare, batches)
-        self._kept = list(ahead(self.prepare, batches))
-        return iter(self._kept)
+        steps = list(ahead(self.prepare, batches))
+        self._kept = steps if self.n == 1 else None
+        return iter(steps)
 
     def conditions(self, batch: BatchIndex, n: int) -> list[np.ndarray | None]:
         """Those of each part, among those that this rank computes; None for all."""

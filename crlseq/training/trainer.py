@@ -175,7 +175,7 @@ def fit_model(
         if not (isinstance(error, ShortOfMemoryError) or out_of_memory(error)):
             raise
         if asked != "auto" or ranks.size > 1:
-            hint = "Lower --batch-size or --n-top-genes, or use --device cpu; --resume goes on with what is done."
+            hint = "Fit again with a lower --batch-size or --n-top-genes, or with --device cpu."
             raise ShortOfMemoryError(f"{short}.", hint) from error
     on_retry(f"{short}; the fit goes on on the CPU.")
     return fit_on(torch.device("cpu"))
