@@ -73,6 +73,7 @@ class Ranks:
             return self
         import torch.distributed as dist
 
+        os.environ.update(NCCL_ENVIRONMENT)
         return replace(self, devices=dist.new_group(backend="nccl", timeout=STEP_TIMEOUT))
 
     def own(self, mask: np.ndarray) -> np.ndarray | None:
@@ -158,7 +159,6 @@ def joined() -> Iterator[Ranks]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    os.environ.update(NCCL_ENVIRONMENT)
     store, rank, size = next(iter(rendezvous("env://", timeout=STEP_TIMEOUT)))
     attempt = f"crlseq-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # torchrun keeps its store over restarts
     words = PrefixStore(attempt, store)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def fit_model(
 
     ConvergenceError if a loss is still not finite; InputError if the checkpoint is damaged or belongs to another fit, or
     memory does not suffice for one perturbation. A fit that was left to choose (``auto``) a CUDA device whose memory does
-    not suffice goes on on the CPU.
+    not suffice continues on the CPU.
     """
     if not n_latents:
         return _without_programs(data, config)
@@ -177,8 +177,9 @@ def fit_model(
         if asked != "auto" or ranks.size > 1:
             hint = "Fit again with a lower --batch-size or --n-top-genes, or with --device cpu."
             raise ShortOfMemoryError(f"{short}.", hint) from error
-    on_retry(f"{short}; the fit goes on on the CPU.")
-    return fit_on(torch.device("cpu"))
+    on_retry(instead := f"{short}; the fit continues on the CPU.")
+    fitted = fit_on(torch.device("cpu"))
+    return replace(fitted, notes=(instead, *fitted.notes))
 
 
 def _fit_on(

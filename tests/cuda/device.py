@@ -266,12 +266,17 @@ def _count(
 
 @cache
 def _kernels() -> dict[str, str]:
-    """Backends of torch's operations, by name with overload."""
-    import torchgen
-    import yaml
-
+    """Backends of torch's operations, by name with overload; none where torch came without its table."""
+    try:
+        import torchgen
+        import yaml
+    except ImportError:
+        return {}
     path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
-    entries = {each["func"].split("(")[0]: each for each in yaml.load(path.read_text(), yaml.CSafeLoader)}
+    entries = {
+        each["func"].split("(")[0]: each
+        for each in yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    }
     found = {}
     for name, entry in entries.items():
         of = entries.get(entry.get("structured_delegate", ""), entry)

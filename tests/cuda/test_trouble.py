@@ -23,7 +23,7 @@ from tests.cuda.conftest import fit
 from tests.cuda.device import CudaTensor, fake_cuda
 
 FULL: list[Exception] = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
     getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
@@ -164,7 +164,8 @@ def test_memory_of_the_device_that_ends(
         with pytest.raises(ShortOfMemoryError, match="memory"):
             fit(screens["dense"], "cuda", decoder="sparse", epochs=2)
         run = fit(screens["dense"], "auto", decoder="sparse", epochs=2, progress=Progress(note=notes.append))
-    assert "The memory of cuda:0 does not suffice; the fit goes on on the CPU." in notes
+    said = "The memory of cuda:0 does not suffice; the fit continues on the CPU."
+    assert notes.count(said) == 1 and said in run.info["notes"]
     assert run.info["device"] == "cpu"
     assert run.weights is not None and expected.weights is not None
     assert all(torch.equal(value, run.weights[0][key]) for key, value in expected.weights[0].items())
