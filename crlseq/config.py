@@ -8,16 +8,25 @@ stand in the field and nowhere else.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from crlseq.errors import InputError, UsageError, nearest, suggestion
 
-Device = Literal["auto", "cpu", "cuda"]
+
+def _numbered(value: str) -> str:
+    if not re.fullmatch(r"cuda:[0-9]{1,3}", value):
+        raise PydanticCustomError("device", "'cuda:' and a number")
+    return value
+
+
+Device = Literal["auto", "cpu", "cuda"] | Annotated[str, AfterValidator(_numbered)]
 InterventionKind = Literal["shift", "hard", "soft"]  # what each is: `crlseq.model.interventions`
 
 
@@ -163,7 +172,7 @@ class TrainingConfig(_Section):
         1, "Models of consecutive seeds, trained together; ensemble.csv reports what they agree on.", ge=1, le=100
     )
     threads: int | None = _flag(None, "CPU threads.", unset="all", ge=1)
-    device: Device = _flag("auto", "Where to compute.")
+    device: Device = _flag("auto", "Where to compute; cuda:1 is the second CUDA device.")
 
 
 class Config(_Section):

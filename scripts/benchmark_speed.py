@@ -36,7 +36,8 @@ from crlseq.model import losses
 from crlseq.model.expression_rows import DenseRows, SparseRows
 from crlseq.pipeline.fit import fit
 from crlseq.pipeline.progress import EFFECTS, TRAINING, Progress
-from crlseq.training.objective import CellSource, Objective
+from crlseq.training.cell_source import CellSource
+from crlseq.training.objective import Objective
 
 STAGES = ("waiting for cells", "products", "MMD", "other forward", "backward", "optimiser", "rest")
 AHEAD = ("loading", "distances and moments")  # of the next step, in another thread where there is one

@@ -23,6 +23,12 @@ settings.register_profile("crlseq", deadline=None)
 settings.load_profile("crlseq")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests see the devices of CUDA only where they are asked for (-m cuda): on all others `auto` is the CPU."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """One thread in every test, whatever ran before: numba, which scanpy starts, sets the number that torch uses."""

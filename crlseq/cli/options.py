@@ -170,7 +170,7 @@ def _range(field: FieldInfo) -> str:
             found.append("|".join(get_args(each)))
             continue
         if get_origin(each) is Annotated:
-            limits = [limit for inner in get_args(each)[1:] for limit in inner.metadata]
+            limits = [limit for inner in get_args(each)[1:] for limit in getattr(inner, "metadata", ())]
         pairs = [(word, getattr(limit, key)) for limit in limits for key, word in BOUNDS.items() if hasattr(limit, key)]
         found += [", ".join(f"{word} {bound:.12g}" for word, bound in pairs)] if pairs else []
     return ", or ".join(found)

@@ -25,8 +25,10 @@ from crlseq.data.source import digest_of
 from crlseq.errors import InputError
 from crlseq.pipeline.fit import fit
 from crlseq.pipeline.fitted import load
+from crlseq.pipeline.progress import shown
 from crlseq.run.schema import Input, RunInfo
 from crlseq.storage.runfolder import EFFECTS, EMBEDDINGS, ENSEMBLE, PAIRS
+from crlseq.training.device import resolve_device
 
 # Entries of run.json that tell of the circumstances.
 CIRCUMSTANCES = frozenset({
@@ -66,7 +68,8 @@ def rerun(
     """
     run = load(path)
     try:
-        config = Config.model_validate(run.info["config"])
+        training = run.info["config"]["training"] | {"device": run.facts.device}  # where `auto` led
+        config = Config.model_validate(run.info["config"] | {"training": training})
     except ValidationError as error:
         message = f"This version cannot read the configuration in {path / 'run.json'}."
         raise InputError(message, "Fit again with its options.") from error
@@ -76,9 +79,20 @@ def rerun(
     # Sums over threads are rounded in another order with another number of them.
     if 1 <= run.facts.threads <= (os.cpu_count() or 1):
         torch.set_num_threads(run.facts.threads)
-    again = fit(source, output, config=config, progress=progress, force=force)
+    with shown(config, quiet=not progress, written=True) as told:
+        again = fit(source, output, config=_here(config, told.note), progress=told, force=force)
     found = list(differences(path, output))
     return found, list(causes(run.facts, again.facts)) if found else []
+
+
+def _here(config: Config, note: Callable[[str], None]) -> Config:
+    """The configuration, on the CPU if its device cannot be used here."""
+    try:
+        resolve_device(config.training.device)
+    except InputError as error:
+        note(f"The run was fitted on {config.training.device}, and is repeated on the CPU. {error.message}")
+        return config.model_copy(update={"training": config.training.model_copy(update={"device": "cpu"})})
+    return config
 
 
 def _input(path: Path, recorded: Input, data: Path | None) -> Path:
@@ -189,7 +203,9 @@ def _arrays(handle: h5py.File) -> dict[str, h5py.Dataset]:
 
 
 def _info_difference(name: str, first: Path, again: Path) -> Difference | None:
-    infos = (json.loads(path.read_text(encoding="utf-8")) for path in (first, again))
+    infos = [json.loads(path.read_text(encoding="utf-8")) for path in (first, again)]
+    for info in infos:
+        info["config"]["training"].pop("device", None)  # as it was asked for; what it was is among the circumstances
     return _value_difference("", *({key: info[key] for key in info if key not in CIRCUMSTANCES} for info in infos))
 
 

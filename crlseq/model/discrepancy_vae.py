@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from crlseq.config import InterventionKind
 from crlseq.model.combination_law import CombinationLaw, Group
 from crlseq.model.networks import Decoder, Encoder, GeneSetLayer, InterventionEncoder
-from crlseq.model.scm import LatentSCM, Mechanism
+from crlseq.model.scm import LatentSCM, Mechanism, product_over_parts
 from crlseq.model.sparse_decoder import SparseDecoder
 
 LARGE = 40.0  # sigmoid(40) is 1 in float64, sigmoid(-40) is 4e-18
@@ -130,7 +130,7 @@ class DiscrepancyVAE(nn.Module):
             latents: Tensor = self.scm(z, self.scm.mechanism(perturbations, weights))
             return latents
         latents = torch.empty_like(z)
-        for kind in torch.unique(hit.flatten(0, 1), dim=0):
+        for kind in _kinds_of(hit):
             under: Tensor = self.scm(z, self.scm.mechanism(perturbations.where(kind, -1), weights))
             latents = torch.where((hit == kind).all(-1, keepdim=True), under, latents)
         return latents
@@ -248,7 +248,7 @@ class DiscrepancyVAE(nn.Module):
         Of cells whose probability ``hit`` (C, B) is known by that, of others by the penetrance.
         """
         weights = target_weights * (perturbations >= 0).to(target_weights.dtype)[..., None]
-        by_chance = (1 - weights * (1 - self.chance(perturbations))[..., None]).prod(1)[:, None]
+        by_chance = product_over_parts(1 - weights * (1 - self.chance(perturbations))[..., None])[:, None]
         known = 1 - weights.sum(1)[:, None] * (1 - hit.nan_to_num())[..., None]
         return torch.where(hit.isnan()[..., None], by_chance, known)
 
@@ -261,6 +261,18 @@ class DiscrepancyVAE(nn.Module):
         """(..., G) expression to the posterior mean of u, (..., p); for control and perturbed cells alike."""
         latents: Tensor = self.scm(self.encoder(x)[0])
         return latents
+
+
+def _kinds_of(hit: Tensor) -> Tensor:
+    """(n, M) bool: which parts may hit a cell, of hits (C, B, M). All 2^M on CUDA, where the host would wait to see which
+    there are; those there are on the CPU, and of many parts.
+    """
+    n_parts = hit.shape[-1]
+    if hit.is_cuda and 2**n_parts <= MOST_KINDS:
+        which = torch.arange(2**n_parts, device=hit.device)[:, None] >> torch.arange(n_parts, device=hit.device)
+        return (which % 2).bool()
+    found: Tensor = torch.unique(hit.flatten(0, 1), dim=0)
+    return found
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Rows of expression, sparse or dense, as an objective needs them: products, inner products, moments by gene.
 
-Nothing here forms a dense matrix of all cells and genes from sparse rows: a product with a table (G, n) costs
-non-zeros times n, whatever the number of genes. `torch.nn.functional.embedding_bag` is that product on the CPU and on
-CUDA alike, with threads and vector instructions.
+On the CPU nothing forms a dense matrix from sparse rows: a product with a table (G, n) costs non-zeros times n, whatever
+the number of genes. `torch.nn.functional.embedding_bag` is that product, with threads and vector instructions. On CUDA
+the rows of a step are dense, however they are stored: its products take less time than those of scattered reads, and no
+number of the host is needed.
 """
 
 from __future__ import annotations
@@ -40,11 +41,14 @@ class DenseRows:
         """(a, b) inner products of cells."""
         return self.x[a] @ self.x[b].T
 
-    def inner_within(self, first: int, counts: tuple[int, ...], width: int) -> Tensor:
-        """(C, B, B) inner products within sets of at most B = `width` neighbouring cells, from row `first` on; else 0."""
-        bounds = _bounds(first, counts)
-        x = torch.nn.utils.rnn.pad_sequence([self.x[a:b] for a, b in itertools.pairwise(bounds)], batch_first=True)
-        x = F.pad(x, (0, 0, 0, width - x.shape[1]))
+    def inner_within(self, members: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """(C, B, B) inner products within C sets of up to B rows, ``members`` (C, B), which are the last rows in this order.
+
+        Of each set the first of `counts` are rows; where members only fill up, numbers are finite and without a meaning.
+        """
+        full = min(counts) == members.shape[1]
+        x = self.x[len(self.x) - members.numel() :] if full else self.x.index_select(0, members.flatten())
+        x = x.view(*members.shape, -1)
         return x @ x.mT
 
     def moments(self, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,9 +59,9 @@ class DenseRows:
 
 @dataclass(frozen=True)
 class SparseRows:
-    """Rows by their non-zeros (CSR), and the same by gene (CSC), which the gradient of a product reads.
+    """Rows by their non-zeros (CSR), and the same by gene (CSC), which the gradient of a product reads; on the CPU.
 
-    Entries are picked by `index_select`, which on the CPU is five times as fast as an index in brackets.
+    Entries are picked by `index_select`, which is five times as fast as an index in brackets.
     """
 
     start: Tensor  # (N + 1,)
@@ -67,17 +71,6 @@ class SparseRows:
     gene_start: Tensor  # (G + 1,)
     cell: Tensor  # (nnz,), as the next
     gene_value: Tensor
-
-    @classmethod
-    def from_csr(cls, start: Tensor, gene: Tensor, value: Tensor, n_genes: int) -> SparseRows:
-        """The CSC by a stable sort: for devices without a quicker way."""
-        counts = (start[1:] - start[:-1]).long()
-        row = torch.repeat_interleave(torch.arange(len(counts), device=start.device), counts)
-        by_gene, order = torch.sort(gene, stable=True)
-        edges = torch.arange(n_genes + 1, device=gene.device, dtype=gene.dtype)
-        gene_start = torch.searchsorted(by_gene, edges, out_int32=gene.dtype == torch.int32)
-        row = row.to(gene.dtype)
-        return cls(start, row, gene, value, gene_start, row[order], value[order])
 
     def times(self, table: Tensor) -> Tensor:
         """X T: (G, n) to (N, n)."""
@@ -99,10 +92,12 @@ class SparseRows:
         table.view(-1).scatter_(0, place.long(), self.value[entries])
         return self._read(table, a)
 
-    def inner_within(self, first: int, counts: tuple[int, ...], width: int) -> Tensor:
+    def inner_within(self, members: Tensor, counts: tuple[int, ...]) -> Tensor:
         """(C, B, B) inner products within sets; rows and columns beyond a set's size are 0."""
+        width = members.shape[1]
+        first = len(self.start) - 1 - sum(counts)
         found = self.value.new_zeros(len(counts), width, width)
-        column = torch.cat([torch.arange(n, dtype=self.gene.dtype) for n in counts]).to(found.device)  # in its set
+        column = torch.cat([torch.arange(n, dtype=self.gene.dtype) for n in counts])  # in its set
         entries = self._entries(slice(first, first + sum(counts)))
         place = (self.gene[entries] * width).add_(column.index_select(0, self.row[entries] - first)).long()
         table = self._table(width)
@@ -164,10 +159,10 @@ class _Product(torch.autograd.Function):
 def _bags(table: Tensor, index: Tensor, start: Tensor, value: Tensor) -> Tensor:
     """Sums over the entries of each row, ``start[i] <= e < start[i + 1]``, of ``value[e] table[index[e]]``.
 
-    On the CPU `WIDTH` columns at a time: what is read at random stays in a core's cache, four times as fast as 384.
+    `WIDTH` columns at a time: what is read at random stays in a core's cache, four times as fast as 384.
     """
     n = table.shape[1]
-    if n <= WIDTH or table.device.type != "cpu":
+    if n <= WIDTH:
         return _bag(table.contiguous(), index, start, value)
     found = table.new_empty(len(start) - 1, n)
     for first in range(0, n, WIDTH):

@@ -14,6 +14,8 @@ between them it is soft. A combination multiplies retentions and adds shifts and
 With shifts alone and phi the identity this is the causal layer of Zhang et al. 2023 (arXiv 2307.06250).
 """
 
+import functools
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +35,14 @@ class Mechanism:
     retention: Tensor  # multiplies the parents' contribution (1: untouched)
     log_scale: Tensor  # added to the log standard deviation of the noise
     shift: Tensor  # added to the latent
+
+
+def product_over_parts(factors: Tensor) -> Tensor:
+    """Product (C, ...) over the M parts of conditions, of factors (C, M, ...).
+
+    The gradient of `torch.prod` counts zeros, for which the host waits on CUDA.
+    """
+    return functools.reduce(operator.mul, factors.unbind(1))
 
 
 class LatentSCM(nn.Module):
@@ -78,7 +88,7 @@ class LatentSCM(nn.Module):
         """
         index = perturbations.clamp_min(0)
         weight = target_weights * (perturbations >= 0).to(target_weights.dtype)[..., None]  # (C, M, p)
-        retention = (1 - weight * (1 - self.retention()[index][..., None])).prod(1)
+        retention = product_over_parts(1 - weight * (1 - self.retention()[index][..., None]))
         shift = (weight * self.shift[index][..., None]).sum(1)
         if not self.kind.scales:
             return Mechanism(retention, torch.zeros_like(shift), shift)

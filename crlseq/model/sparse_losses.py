@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.expression_rows import Rows, product
@@ -34,64 +35,80 @@ from crlseq.model.losses import Kernel, kl_divergence, mean_over_cells
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Which rows are the cells of each pair, and which pairs a row is in."""
+
+    row: Tensor  # (2, C, B) rows of controls and of perturbed cells; 0 where there is no pair
+    order: Tensor  # (2 n_pairs,) places in `row` of what is there, by their row
+    start: Tensor  # (N + 1,) where those of each row begin in `order`
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(N, n) values of rows to (2, C, B, n) of the cells of pairs, differentiable."""
+        found: Tensor = _Spread.apply(values, self)  # type: ignore[no-untyped-call]
+        return found
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The transpose: (2, C, B, n) values to their sums (N, n) by row, always added in the same order.
+
+        `index_add_`, also as the gradient of `index_select`, would add by atomics on CUDA, and one seed be several models.
+        """
+        return F.embedding_bag(
+            self.order, values.reshape(-1, values.shape[-1]), self.start, mode="sum", include_last_offset=True
+        )
+
+
+@dataclass(frozen=True)
 class StepCells:
     """The cells of a step, and all that the objective asks of them alone, whatever the model."""
 
     rows: Rows  # (N, G): first the controls, then the perturbed cells
-    n_rows: int
     n_controls: int
     n_pairs: int
-    control: Tensor  # (C, B) row of each pair
-    perturbed: Tensor  # (C, B) row of each pair
+    pairs: Pairs
     mask: Tensor | None  # (C, B) pairs that are there, None for all
     moments: tuple[Tensor, Tensor]  # (G,) float64 sums of values and of their squares, over both cells of every pair
     within: Tensor  # (C, B, B) squared distances of control to control
     across: Tensor  # (C, B, B) squared distances of control to perturbed cells
     perturbed_kernel: Tensor  # (C,) mean kernel of pairs of perturbed cells
 
-    def by_pair(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, n) values of rows to (C, B, n) of the controls and of the perturbed cells of each pair."""
-        shape = (*self.control.shape, values.shape[-1])
-        control = values.index_select(0, self.control.flatten()).view(shape)
-        if self.mask is None:  # perturbed cells lie in the order of the pairs
-            return control, values[self.n_controls :].view(shape)
-        return control, values.index_select(0, self.perturbed.flatten()).view(shape)
 
-    def by_row(self, values: Tensor) -> Tensor:
-        """The transpose: (2, C, B, n) values of pairs, 0 where there is none, to their sums (N, n) by row."""
-        control, perturbed = values.flatten(1, 2)
-        sums = values.new_zeros(self.n_rows, values.shape[-1]).index_add_(0, self.control.flatten(), control)
-        if self.mask is None:
-            sums[self.n_controls :] = perturbed
-            return sums
-        return sums.index_add_(0, self.perturbed.flatten(), perturbed)
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        return values.index_select(0, pairs.row.flatten()).view(*pairs.row.shape, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.pairs.gather(gradients[0]), None
 
 
 @torch.no_grad()
 def step_cells(
-    rows: Rows, n_controls: int, control: Tensor, perturbed: Tensor, counts: tuple[int, ...], kernel: Kernel
+    rows: Rows, n_controls: int, pairs: Pairs, counts: tuple[int, ...], mask: Tensor | None, kernel: Kernel
 ) -> StepCells:
     """The cells of a step; ``counts`` are the pairs of each condition, whose perturbed cells are neighbours in `rows`."""
-    n, last = n_controls, n_controls + sum(counts)
-    width = control.shape[1]
-    mask = None
-    if min(counts) < width:
-        mask = torch.arange(width, device=control.device) < torch.tensor(counts, device=control.device)[:, None]
+    n, n_pairs = n_controls, sum(counts)
+    control, perturbed = pairs.row
     controls, norms = slice(0, n), rows.norms()
     within = _distance(rows.inner(controls, controls), norms[:n], norms[:n]).fill_diagonal_(0)
-    across = _distance(rows.inner(slice(n, last), controls), norms[n:last], norms[:n])
+    across = _distance(rows.inner(slice(n, n + n_pairs), controls), norms[n:], norms[:n])
     own = norms.index_select(0, perturbed.flatten()).view_as(perturbed)  # of rows that only fill up: anything
-    between_perturbed = _distance(rows.inner_within(n, counts, width), own, own)
+    between_perturbed = _distance(rows.inner_within(perturbed, counts), own, own)
     row = (perturbed - n).clamp_min(0)
-    there = torch.ones_like(control, dtype=torch.bool) if mask is None else mask
-    count = torch.bincount(torch.stack([control, perturbed])[there.expand(2, -1, -1)], minlength=last)
     return StepCells(
-        rows, last, n, sum(counts), control, perturbed, mask,
-        moments=rows.moments(count),
-        within=torch.stack([within.index_select(0, own).index_select(1, own) for own in control]),
-        across=across.index_select(0, row.flatten()).view(*row.shape, n).gather(2, control[:, None, :].expand(-1, width, -1)).mT,
+        rows, n, n_pairs, pairs, mask,
+        moments=rows.moments(pairs.start.diff()),
+        within=_picked(within, control, control),
+        across=_picked(across, row, control).mT,
         perturbed_kernel=kernel.mean(between_perturbed, mask, mask, within=True),
     )  # fmt: skip
+
+
+def _picked(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(C, B, B) entries of a table: ``table[rows[c, i], columns[c, j]]``."""
+    place = rows[:, :, None] * table.shape[1] + columns[:, None, :]
+    return table.flatten().index_select(0, place.flatten()).view_as(place)
 
 
 def _distance(inner: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -121,7 +138,7 @@ def sparse_loss_terms(
     assert model.log_noise is not None
     mean, variance = encoder.posterior(product(cells.rows, encoder.hidden.weight.T) + encoder.hidden.bias)
     y, gram = _Decoder.apply(weight, cells)  # type: ignore[no-untyped-call]
-    means, variances, noise = (torch.stack(both) for both in (cells.by_pair(mean), cells.by_pair(variance), eps))
+    means, variances, noise = cells.pairs.spread(mean), cells.pairs.spread(variance), torch.stack(eps)
     z = means + variances.sqrt() * noise
     u = scm(z)
     weights = model.target_weights(conditions)
@@ -140,7 +157,7 @@ def sparse_loss_terms(
     reconstruction = 0.5 * (squares / 2 + constant) / n_genes
 
     difference = h_virtual[0] - h[0]
-    y_control, y_perturbed = cells.by_pair(y)
+    y_control, y_perturbed = cells.pairs.spread(y)
     moved = difference @ gram
     s = (difference * (2 * y_control + moved)).sum(-1)  # (C, B)
     m = difference @ (2 * y_control + moved).mT  # (C, B, B)
@@ -190,7 +207,7 @@ class _Explained(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, cells: StepCells) -> Tensor:
         if cells.mask is not None:
             h = h * cells.mask[..., None]
-        flat, rows = h.flatten(0, -2), cells.by_row(h).div_(cells.n_pairs)
+        flat, rows = h.flatten(0, -2), cells.pairs.gather(h).div_(cells.n_pairs)
         total = rows.sum(0)
         cross = cells.rows.transposed_times(rows).addr_(bias, total, alpha=-1)
         u = torch.addmm(cross, weight, flat.T @ flat, beta=-1, alpha=1 / cells.n_pairs)
@@ -204,7 +221,7 @@ class _Explained(torch.autograd.Function):
         cells, g = ctx.cells, gradients[0]
         weighted = g[:, None] * weight
         of_rows = cells.rows.times(weighted).sub_(bias @ weighted)
-        of_h = torch.stack(cells.by_pair(of_rows)).view(-1, h.shape[-1])
+        of_h = cells.pairs.spread(of_rows).view(-1, h.shape[-1])
         of_h = of_h.addmm_(h.flatten(0, -2), weight.T @ weighted, beta=-2 / cells.n_pairs, alpha=2 / cells.n_pairs)
         if cells.mask is not None:
             of_h.view_as(h).mul_(cells.mask[..., None])

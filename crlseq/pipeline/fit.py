@@ -51,10 +51,11 @@ from crlseq.storage.runfolder import (
 )
 from crlseq.storage.stage_cache import StageCache
 from crlseq.threads import on_threads, reporting
+from crlseq.training.device import resolve_device
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.extrapolation import Extrapolation, fit_extrapolation
 from crlseq.training.memory import give_back
-from crlseq.training.trainer import Fit, fit_model, resolve_device
+from crlseq.training.trainer import Fit, fit_model
 from crlseq.training.warm_start import WarmStart
 
 N_COMPONENTS = 50
@@ -125,7 +126,6 @@ def fit(
         raise UsageError("A configuration and single options were both given.", "Give one of them.")
     if resume and output is None:
         raise UsageError("--resume needs an output.", "Give the folder of the unfinished run.")
-    resolve_device(config.training.device)  # fails before anything is read
     if not isinstance(progress, Progress):
         with shown(config, quiet=not progress, written=output is not None) as told:
             return fit(source, output, config=config, resume=resume, force=force, progress=told, ranks=ranks)
@@ -143,6 +143,7 @@ def _fit_to(
     ranks: Ranks,
 ) -> FittedRun:
     """The fit, and its folder's way to where it belongs."""
+    resolve_device(config.training.device, ranks, progress.note)  # fails before anything is read
     if output is None:
         return _fit(Job(source, config, progress, ranks))
     if isinstance(source, ad.AnnData):
@@ -181,7 +182,7 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
 
     Raises what `fit` does, and InputError if the screen is not the first rank's.
     """
-    resolve_device(config.training.device)
+    resolve_device(config.training.device, ranks)
     with on_threads(_threads(config)):
         data, digest = read_cells(source, config, ranks), digest_of(source)
         first = ranks.from_first(None)
@@ -301,7 +302,6 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     """Step 5: tables, and the record of the whole job."""
     progress, data = job.progress, tested.data
     progress.stage(READING_OFF)
-    fitted.model.cpu()
     run = tables_of(fitted, data, job.config, tested.tests, start.warm, screen.sets)
     found = None if screen.vectors is None else _extrapolation(fitted, data, screen.vectors)
     if found is not None:

@@ -43,7 +43,7 @@ from crlseq.run.tables import (
     shown,
 )
 from crlseq.training.combinations import fit_law
-from crlseq.training.trainer import Fit, resolve_device
+from crlseq.training.trainer import Fit
 from crlseq.training.warm_start import WarmStart
 
 TOP_GENES = 10  # of a program in run.json
@@ -97,7 +97,7 @@ def tables_of(
     }
     pairs = None if discovery is None or discovery.ordering is None else _pairs(discovery.ordering, np.sign(read.scale))
     history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"])
-    weights = ({name: value.cpu() for name, value in model.state_dict().items()}, fitted.architecture)
+    weights = (dict(model.state_dict()), fitted.architecture)
     return FittedRun(
         info, programs, interventions, edges, history.astype({"epoch": int, "total": float}), evaluation,
         weights=weights, law=model.law, effect_rows=effects, interactions=interactions, ensemble=_seeds(fitted, data, config, interventions, edges), pathways=pathways, pairs=pairs,
@@ -121,7 +121,7 @@ def _seeds(
         return pd.DataFrame(columns=list(ENSEMBLE_COLUMNS))
     if not fitted.others:
         return None
-    kept, *others = (read_model(each.cpu(), data) for each in (fitted.model, *fitted.others))
+    kept, *others = (read_model(each, data) for each in (fitted.model, *fitted.others))
     return seed_agreement(kept, others, interventions, edges)
 
 
@@ -219,7 +219,7 @@ def _fit_rows(fitted: Fit, data: PerturbSeqData, config: Config) -> dict[str, An
         "version": __version__,
         "config": config.model_dump(mode="json"),
         "seed": config.training.seed,
-        "device": str(resolve_device(config.training.device)),
+        "device": fitted.device,
         "threads": torch.get_num_threads(),
         "packages": package_versions(),
         "var_names_sha256": hashlib.sha256("\n".join(data.genes).encode()).hexdigest(),

@@ -8,7 +8,8 @@ to the others as bytes that are read as checkpoints are: tensors and primitives,
 
 A rank that fails writes so to the store that ``torchrun`` keeps; the first to fail prints why, and the others end with its
 exit code. A rank that is lost without a word closes its connections, which ends the collective operations of the others
-at once; a machine that is lost ends them after `STEP_TIMEOUT`.
+at once; between CUDA devices (NCCL) the signal ends them that torchrun then sends. A machine that is lost ends them after
+`STEP_TIMEOUT`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,12 +32,16 @@ from crlseq.storage.interrupts import INTERRUPTED
 # torch is imported where there are ranks: a wrong option is refused without waiting for it.
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
     from torch.distributed.distributed_c10d import Store
 
 STEP_TIMEOUT = timedelta(minutes=10)  # for what all ranks do at the same time
 WAIT_TIMEOUT = timedelta(days=2)  # for what the first rank does alone: discovery, analysis
+POLL = 1e-4  # seconds between two looks at a sum of devices
+# NCCL would end the process itself once a rank is lost, without a word of ours.
+NCCL_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 
 T = TypeVar("T")
 
@@ -57,6 +63,18 @@ class Ranks:
     rank: int = 0
     size: int = 1
     waiting: ProcessGroup | None = None  # whose operations wait for what the first rank does alone
+    local: int = 0  # its place among the processes of its machine
+    on_machine: int = 1  # how many those are
+    devices: ProcessGroup | None = None  # that CUDA devices exchange tensors in
+
+    def on(self, device: torch.device) -> Ranks:
+        """These ranks, which compute on devices like this one; all call it."""
+        if self.size == 1 or device.type == "cpu":
+            return self
+        import torch.distributed as dist
+
+        os.environ.update(NCCL_ENVIRONMENT)
+        return replace(self, devices=dist.new_group(backend="nccl", timeout=STEP_TIMEOUT))
 
     def own(self, mask: np.ndarray) -> np.ndarray | None:
         """Pieces of a step, (C, B) cells that are there, which this rank computes; None for all of them."""
@@ -89,7 +107,10 @@ class Ranks:
 
         for tensor in tensors:
             with _lost_rank_reported():
-                dist.broadcast(tensor, 0, group=self.waiting)
+                if tensor.is_cuda:
+                    _await(dist.broadcast(tensor, 0, group=self.devices, async_op=True), self.devices)
+                else:
+                    dist.broadcast(tensor, 0, group=self.waiting)
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype by their sums over ranks: laid end to end, in one operation."""
@@ -100,7 +121,10 @@ class Ranks:
 
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with _lost_rank_reported():
-            dist.all_reduce(flat)
+            if flat.is_cuda:
+                _await(dist.all_reduce(flat, group=self.devices, async_op=True), self.devices)
+            else:
+                dist.all_reduce(flat)
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -131,22 +155,18 @@ def joined() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
         return
-    import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(iter(rendezvous("env://", timeout=STEP_TIMEOUT)))
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" then means
-        backend = "cpu:gloo,cuda:nccl"
     attempt = f"crlseq-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # torchrun keeps its store over restarts
     words = PrefixStore(attempt, store)
     own = PrefixStore("group", words)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
+    dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
     try:
-        yield (ranks := Ranks(rank, size, dist.new_group(timeout=WAIT_TIMEOUT)))
+        local, on_machine = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        yield (ranks := Ranks(rank, size, dist.new_group(timeout=WAIT_TIMEOUT), local, on_machine))
         ranks.from_first(None)  # what the first rank still writes may fail as well
     except (Exception, KeyboardInterrupt) as error:
         if threading.current_thread() is threading.main_thread():
@@ -169,6 +189,23 @@ def _exit_code_of_first(error: BaseException, words: Store, rank: int) -> int | 
     except RuntimeError:  # the store is gone with the process that kept it
         return None
     return None if first["rank"] == rank else int(first["exit_code"])
+
+
+def _await(work: Work, group: ProcessGroup | None) -> None:
+    """Wait for devices in Python: a wait inside NCCL hears no signal, such as torchrun's once a rank is lost."""
+    end = time.monotonic() + STEP_TIMEOUT.total_seconds()
+    try:
+        while not work.is_completed():
+            if time.monotonic() > end:
+                raise LostRankError("Another rank was lost.")
+            time.sleep(POLL)
+        work.wait()  # which raises what the operation did
+    except BaseException:
+        if group is not None and hasattr(
+            group, "abort"
+        ):  # torch 2.6 and later; else what is under way would keep the process from ending
+            group.abort()
+        raise
 
 
 @contextmanager

@@ -110,7 +110,7 @@ class Learner:
         # The same in every epoch and of every model, so that validation losses compare.
         self.validation_noise = torch.Generator(device).manual_seed(self.config.training.seed)
         self.terms: dict[str, Tensor] = {}
-        self.validation_terms: dict[str, float] = {}
+        self.validation_terms: dict[str, Tensor] = {}
 
     def learn(self, step: SplitStep, n_steps: int) -> None:
         """One of the epoch's steps of gradient descent."""
@@ -144,13 +144,14 @@ class Learner:
             return self.objective(part, self.validation_noise)
 
         for name, term in step.terms(lambda: None, judge).items():
-            self.validation_terms[name] = self.validation_terms.get(name, 0.0) + share * term.item()
+            self.validation_terms[name] = self.validation_terms.get(name, 0.0) + share * term.double()
 
     def end(self, epoch: int, n_epochs: int) -> bool:
         """Record an epoch, and keep its weights if they validate best; False, and neither, if a loss is not finite."""
         record = {"epoch": float(epoch), **self._summed(self.terms)}
         if self.validation_terms:
-            found = self._summed({name: torch.tensor(value).double() for name, value in self.validation_terms.items()})
+            # In float32, as in all versions: which epoch is kept goes by these numbers.
+            found = self._summed({name: value.float().double() for name, value in self.validation_terms.items()})
             record |= {f"validation_{name}": value for name, value in found.items()}
             # Weighted as at the end of training, so that epochs compare.
             final = final_weights(self.config.model)
@@ -177,9 +178,13 @@ class Learner:
 
     def _summed(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """Sums over ranks."""
+        if not terms:
+            return {}
         values = list(terms.values())
         self.ranks.add_up(values)
-        return {name: value.item() for name, value in zip(terms, values, strict=True)}
+        return dict(
+            zip(terms, torch.stack(values).cpu().tolist(), strict=True)
+        )  # one wait for the device, not one each
 
     def exhausted(self, epoch: int, n_epochs: int) -> bool:
         """Whether the patience had run out after `epoch`."""

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from crlseq.data.batches import BatchIndex
-from crlseq.errors import InputError
+from crlseq.threads import ahead
 from crlseq.training.distributed import Ranks, deal
-from crlseq.training.memory import out_of_memory
+from crlseq.training.memory import ShortOfMemoryError, out_of_memory
 from crlseq.training.objective import Objective, Step
 
 Terms = dict[str, Tensor]
+
+KEPT = 0.1  # of a device's free memory
 
 
 class SplitSteps:
@@ -28,6 +30,7 @@ class SplitSteps:
     def __init__(self, objective: Objective, ranks: Ranks, note: Callable[[str], None]) -> None:
         self.objective, self.ranks, self.note = objective, ranks, note
         self.n = 1
+        self._kept: list[SplitStep] | None = None
         self._lock = threading.Lock()  # models of an ensemble are trained at the same time
 
     def prepare(self, batch: BatchIndex) -> SplitStep:
@@ -43,6 +46,21 @@ class SplitSteps:
                 self.divide(1, batch)
         return SplitStep(self, batch, whole)
 
+    def prepared_once(self, batches: list[BatchIndex]) -> Iterator[SplitStep]:
+        """Steps of the same batches every time: on CUDA they are kept where that takes at most `KEPT` of the free memory."""
+        if self._kept is not None and self.n == 1:
+            return iter(self._kept)
+        self._kept, device = None, self.objective.device
+        if device.type == "cpu" or self.n > 1:
+            return ahead(self.prepare, batches)
+        cells = sum(2 * batch.mask.size for batch in batches)
+        size = cells * self.objective.source.data.n_genes * self.objective.dtype.itemsize
+        if size > KEPT * torch.cuda.mem_get_info(device)[0]:
+            return ahead(self.prepare, batches)
+        steps = list(ahead(self.prepare, batches))
+        self._kept = steps if self.n == 1 else None
+        return iter(steps)
+
     def conditions(self, batch: BatchIndex, n: int) -> list[np.ndarray | None]:
         """Those of each part, among those that this rank computes; None for all."""
         own = self.ranks.own(batch.mask)
@@ -54,17 +72,18 @@ class SplitSteps:
     def divide(self, n: int, batch: BatchIndex) -> None:
         """Twice as many parts as the `n` that memory did not suffice for, unless another thread has done so.
 
-        InputError if a part is a single condition already.
+        ShortOfMemoryError if a part is a single condition already.
         """
         with self._lock:
-            if torch.cuda.is_available():
+            self._kept = None
+            if self.objective.device.type == "cuda":
                 torch.cuda.empty_cache()
             if self.n > n:
                 return
             own = self.ranks.own(batch.mask)
             if n >= len(batch.mask if own is None else own):
                 hint = "Lower --batch-size or --n-top-genes and fit again, or use --resume on a larger machine."
-                raise InputError("There is not enough memory for a step of one perturbation.", hint)
+                raise ShortOfMemoryError("There is not enough memory for a step of one perturbation.", hint)
             self.n = 2 * n
             now = f"from now on each is computed in {self.n} parts, with the same result up to rounding"
             self.note(f"There is not enough memory for a step; {now}.")

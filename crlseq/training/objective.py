@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,58 +11,12 @@ from torch import Tensor
 
 from crlseq.config import ModelConfig
 from crlseq.data.batches import BatchIndex
-from crlseq.data.dataset import PerturbSeqData, StreamedExpression
+from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.expression_rows import DenseRows, Rows, SparseRows
 from crlseq.model.losses import Kernel, anchor_term, interventional_terms, loss_terms
-from crlseq.model.sparse_losses import StepCells, sparse_loss_terms, step_cells
+from crlseq.model.sparse_losses import Pairs, StepCells, sparse_loss_terms, step_cells
+from crlseq.training.cell_source import CellSource, sent
 from crlseq.training.warm_start import Anchor
-
-
-class CellSource:
-    """Cells of the screen as tensors on the device: sparse or dense as they are stored.
-
-    On CUDA all lie there for good when they take at most half of the free memory; else they are sliced and sent.
-    """
-
-    def __init__(self, data: PerturbSeqData, device: torch.device, dtype: torch.dtype) -> None:
-        self.data, self.device, self.dtype = data, device, dtype
-        self.resident: tuple[Tensor, ...] | None = None
-        x = data.x
-        if device.type == "cuda" and not isinstance(x, StreamedExpression):
-            size = x.size * torch.finfo(dtype).bits // 8 if isinstance(x, np.ndarray) else 12 * x.nnz
-            if size < 0.5 * torch.cuda.mem_get_info(device)[0]:
-                self.resident = self._sent(x)
-
-    def dense(self, index: np.ndarray) -> Tensor:
-        """(...) cell indices to (..., G)."""
-        return torch.from_numpy(self.data.dense(index.ravel())).to(self.device, self.dtype).reshape(*index.shape, -1)
-
-    def rows(self, index: np.ndarray) -> Rows:
-        """(N,) cell indices to their rows as they are stored."""
-        if self.resident is None:
-            chosen = self.data.x[index]
-            if isinstance(chosen, np.ndarray):
-                return DenseRows(*self._sent(chosen))
-            start, gene, value = self._sent(chosen)
-            if self.device.type != "cpu":
-                return SparseRows.from_csr(start, gene, value, self.data.n_genes)
-            row = np.repeat(np.arange(len(index), dtype=chosen.indices.dtype), np.diff(chosen.indptr))
-            return SparseRows(start, torch.from_numpy(row), gene, value, *self._sent(chosen.tocsc()))
-        at = torch.from_numpy(index).to(self.device)
-        if len(self.resident) == 1:
-            return DenseRows(self.resident[0][at])
-        start, gene, value = self.resident
-        first, counts = start[at].long(), (start[at + 1] - start[at]).long()
-        own = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        entry = torch.arange(int(own[-1]), device=self.device) + torch.repeat_interleave(first - own[:-1], counts)
-        return SparseRows.from_csr(own.to(gene.dtype), gene[entry], value[entry], self.data.n_genes)
-
-    def _sent(self, x: Any) -> tuple[Tensor, ...]:
-        if isinstance(x, np.ndarray):
-            return (torch.from_numpy(x).to(self.device, self.dtype),)
-        start, gene, value = map(torch.from_numpy, (x.indptr, x.indices, x.data))
-        return start.to(self.device, gene.dtype), gene.to(self.device), value.to(self.device, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -125,21 +78,33 @@ class Objective:
         With ``own`` conditions of the batch the terms are this part's share: those of parts that make up the batch add up
         to its terms.
         """
-        share, hit, whole = None, None, batch.mask.shape
+        share, whole, arrays = None, batch.mask.shape, dict[str, np.ndarray]()
         if own is not None:
             of_conditions, of_cells = len(own) / len(batch.mask), float(batch.mask[own].sum() / batch.mask.sum())
             # A part without conditions computes one for a share of 0: its gradients are there, as those of the others.
-            own = own if len(own) else np.array([0])
+            own = arrays["own"] = own if len(own) else np.array([0])
             batch = BatchIndex(*(field[own] for field in (batch.condition, batch.perturbed, batch.control, batch.mask)))
-            share = StepShare(torch.from_numpy(own).to(self.device), of_conditions, of_cells)
-        mask = None if batch.mask.all() else torch.from_numpy(batch.mask).to(self.device)
-        conditions = self.table[torch.from_numpy(batch.condition).to(self.device)]
-        dense, anchors = self.source.dense, None
-        cells = self._cells(batch) if self.linear_output else (dense(batch.control), dense(batch.perturbed))
-        if self.anchored:
-            pairs = torch.from_numpy(np.stack([batch.control, batch.perturbed])).to(self.device)
-            anchors, hit = self.anchors[pairs], self.hit[pairs[1]]
-        return Step(conditions, mask, cells, anchors, hit, whole, share)
+        arrays |= {"condition": batch.condition, "cells": np.stack([batch.control, batch.perturbed])}
+        if not batch.mask.all():
+            arrays["mask"] = batch.mask
+        if self.linear_output:
+            arrays |= _rows_of(batch)
+        there = sent(self.device, **arrays)
+        if own is not None:
+            share = StepShare(there["own"], of_conditions, of_cells)
+        mask = there["mask"].bool() if "mask" in there else None
+        cells: StepCells | tuple[Tensor, Tensor]
+        if self.linear_output:
+            pairs = Pairs(there["row"], there["order"], there["start"])
+            rows, counts = self.source.rows(arrays["index"], there["index"]), tuple(batch.mask.sum(1).tolist())
+            n_controls = len(arrays["index"]) - sum(counts)
+            cells = step_cells(rows, n_controls, pairs, counts, mask, self.kernel)
+        else:
+            control, perturbed = map(self.source.dense, arrays["cells"], there["cells"])
+            cells = control, perturbed
+        anchors = self.anchors[there["cells"]] if self.anchored else None
+        hit = self.hit[there["cells"][1]] if self.anchored else None
+        return Step(self.table[there["condition"]], mask, cells, anchors, hit, whole, share)
 
     def __call__(self, step: Step, generator: torch.Generator) -> dict[str, Tensor]:
         """Unweighted terms, each a scalar; of a part, its share. Noise is drawn for the whole batch, whoever computes it."""
@@ -191,15 +156,19 @@ class Objective:
             terms[name] = (terms[name] + value) / 2
         return terms, (output.mean, inference.mean)
 
-    def _cells(self, batch: BatchIndex) -> StepCells:
-        """Each control of the batch once, then its perturbed cells."""
-        controls, place = np.unique(batch.control[batch.mask], return_inverse=True)
-        control, perturbed = np.zeros((2, *batch.mask.shape), dtype=np.int64)
-        control[batch.mask] = place
-        perturbed[batch.mask] = len(controls) + np.arange(batch.mask.sum())
-        rows = self.source.rows(np.concatenate([controls, batch.perturbed[batch.mask]]))
-        left, right = (torch.from_numpy(place).to(self.device) for place in (control, perturbed))
-        return step_cells(rows, len(controls), left, right, tuple(batch.mask.sum(1).tolist()), self.kernel)
-
     def _draws(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
+
+
+def _rows_of(batch: BatchIndex) -> dict[str, np.ndarray]:
+    """The cells of a batch as rows, each control once and then the perturbed cells: their ``index`` in the screen, and the
+    fields of `Pairs`.
+    """
+    controls, place = np.unique(batch.control[batch.mask], return_inverse=True)
+    own = np.concatenate([place, len(controls) + np.arange(len(place))])
+    there = np.flatnonzero(np.stack([batch.mask, batch.mask]))
+    row = np.zeros((2, *batch.mask.shape), dtype=np.int64)
+    row.flat[there] = own
+    index = np.concatenate([controls, batch.perturbed[batch.mask]])
+    start = np.concatenate([[0], np.bincount(own, minlength=len(index)).cumsum()])
+    return {"index": index, "row": row, "order": there[np.argsort(own, kind="stable")], "start": start}

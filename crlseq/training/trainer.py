@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from crlseq.config import Config, ModelConfig, TrainingConfig
 from crlseq.data import splits
 from crlseq.data.batches import BatchIndex, ControlPartners, epoch_batches
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.errors import InputError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import median_bandwidth
 from crlseq.model.networks import GeneSetLayer
 from crlseq.storage.checkpoint import Checkpoints, build
 from crlseq.threads import ahead, counted, in_parallel
+from crlseq.training.device import resolve_device
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.learner import Learner
+from crlseq.training.memory import ShortOfMemoryError, out_of_memory
 from crlseq.training.memory_split import SplitSteps
 from crlseq.training.objective import Objective
 from crlseq.training.residuals import measure_errors, measure_missed
@@ -46,7 +47,8 @@ class Fit:
 
     Of an ensemble it is the one that validated best, of ``seed``; ``others`` are those of the other seeds, and
     ``seed_losses`` the lowest validation loss of each seed, None where no cells validated. ``parts_of_steps`` is in how many
-    parts steps were computed at the end (more than one: memory had run out), ``notes`` what had to be done again.
+    parts steps were computed at the end (more than one: memory had run out), ``notes`` what had to be done again. Models are
+    on the CPU; ``device`` is where they were trained.
     """
 
     model: DiscrepancyVAE
@@ -60,13 +62,7 @@ class Fit:
     parts_of_steps: int = 1
     notes: tuple[str, ...] = ()
     seed_losses: tuple[float | None, ...] = ()
-
-
-def resolve_device(asked: str) -> torch.device:
-    """The device to compute on; ``auto`` is CUDA when there is one; InputError if CUDA is asked for and absent."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for, but torch finds no CUDA device.", "Use --device cpu or auto.")
-    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+    device: str = "cpu"
 
 
 def architecture_of(
@@ -146,17 +142,67 @@ def fit_model(
     Without programs (0 latents) nothing is trained: in that model every cell stays as it is.
 
     ConvergenceError if a loss is still not finite; InputError if the checkpoint is damaged or belongs to another fit, or
-    memory does not suffice for one perturbation.
+    memory does not suffice for one perturbation. A fit that was left to choose (``auto``) a CUDA device whose memory does
+    not suffice continues on the CPU.
     """
-    training, first_rank = config.training, ranks.rank == 0
     if not n_latents:
         return _without_programs(data, config)
+    asked = config.training.device
+
+    def fit_on(device: torch.device) -> Fit:
+        return _fit_on(
+            device,
+            data,
+            config,
+            n_latents,
+            checkpoint,
+            identity,
+            on_epoch,
+            start,
+            gene_sets,
+            ranks.on(device),
+            on_retry,
+        )
+
+    device = resolve_device(asked, ranks)
+    if device.type == "cpu":
+        return fit_on(device)
+    torch.cuda.set_device(device)
+    short = f"The memory of {device} does not suffice"
+    try:
+        return fit_on(device)
+    except Exception as error:  # which holds what lies on the device until the block ends
+        if not (isinstance(error, ShortOfMemoryError) or out_of_memory(error)):
+            raise
+        if asked != "auto" or ranks.size > 1:
+            hint = "Fit again with a lower --batch-size or --n-top-genes, or with --device cpu."
+            raise ShortOfMemoryError(f"{short}.", hint) from error
+    on_retry(instead := f"{short}; the fit continues on the CPU.")
+    fitted = fit_on(torch.device("cpu"))
+    return replace(fitted, notes=(instead, *fitted.notes))
+
+
+def _fit_on(
+    device: torch.device,
+    data: PerturbSeqData,
+    config: Config,
+    n_latents: int,
+    checkpoint: Path | None,
+    identity: str,
+    on_epoch: Callable[[dict[str, float], int], None],
+    start: WarmStart | None,
+    gene_sets: np.ndarray | None,
+    ranks: Ranks,
+    on_retry: Callable[[str], None],
+) -> Fit:
+    """`fit_model` on a device."""
+    training, first_rank = config.training, ranks.rank == 0
     n_sets = 0 if gene_sets is None else len(gene_sets)
     architecture = ranks.from_first(
         architecture_of(config.model, data.n_genes, n_latents, len(data.perturbation_names), start, n_sets)
     )
     bandwidth = ranks.from_first(_bandwidth(config.model, data, training.seed))
-    learners = _learners(data, config, architecture, bandwidth, start, gene_sets, ranks)
+    learners = _learners(device, data, config, architecture, bandwidth, start, gene_sets, ranks)
     epochs = _Epochs(learners, on_epoch, on_retry)
     with Checkpoints(checkpoint if first_rank else None, identity) as checkpoints:
         saved = ranks.from_first(checkpoints.last())
@@ -165,6 +211,7 @@ def fit_model(
         epochs.run(checkpoints)
     for learner in learners:
         learner.keep_best()
+        learner.model.cpu()  # what follows is of many small steps
     best = min(learners, key=lambda learner: learner.best_loss)
     if first_rank and best.model.log_noise is not None:
         measure_missed(best.model, data, training.seed)
@@ -178,6 +225,7 @@ def fit_model(
         seed_losses=tuple(
             learner.history[learner.best_epoch].get("validation_total") for learner in learners if learner.history
         ),
+        device=str(device),
     )  # fmt: skip
 
 
@@ -270,7 +318,7 @@ class _Epochs:
         for step in counted(steps, self.n * len(batches), epoch * len(batches)):
             self._each(methodcaller("learn", step, len(batches)), active)
         n_judged = sum(len(batch.condition) for batch in self.validation)
-        for step in ahead(self.steps.prepare, self.validation):
+        for step in self.steps.prepared_once(self.validation):
             self._each(methodcaller("validate", step, len(step.batch.condition) / n_judged), active)
 
     def _each(self, act: Callable[[Learner], None], active: list[Learner]) -> None:
@@ -282,6 +330,7 @@ class _Epochs:
 
 
 def _learners(
+    device: torch.device,
     data: PerturbSeqData,
     config: Config,
     architecture: dict[str, Any],
@@ -292,8 +341,7 @@ def _learners(
 ) -> list[Learner]:
     """Models of consecutive seeds, which share their objective's view of the screen."""
     training, found = config.training, []
-    device, dtype = resolve_device(training.device), getattr(torch, training.dtype)
-    objective = None
+    dtype, objective = getattr(torch, training.dtype), None
     for i in range(training.ensemble):
         torch.manual_seed(training.seed + i)
         # Built in float32 on the CPU whatever the device, so that one seed starts everywhere from one model.

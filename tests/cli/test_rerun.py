@@ -54,6 +54,23 @@ def test_the_same_from_another_folder(fitted: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_of_a_device_that_is_not_here(fitted: Path, tmp_path: Path) -> None:
+    """It claims to be of a GPU; it is repeated on the CPU, which is what it was fitted on, and then with another seed."""
+    shutil.copytree(fitted / "RUN", tmp_path / "RUN")
+    config = json.loads((tmp_path / "RUN" / "run.json").read_text())["config"]
+    config["training"]["device"] = "cuda"
+    edit_info(tmp_path / "RUN", device="cuda:0", config=config)
+    words = ["rerun", tmp_path / "RUN", "--data", fitted / "screen.h5ad"]
+    same = invoke(*words)
+    assert same.code == 0, same.err
+    assert "The run was fitted on cuda:0, and is repeated on the CPU. --device cuda:0 cannot be used: " in same.err
+    config["training"]["seed"] = 1
+    edit_info(tmp_path / "RUN", config=config)
+    other = invoke(*words, "--quiet")
+    assert other.code == 4
+    assert "Probable causes: the device was cuda:0 and is cpu." in other.err
+
+
 def test_another_result_is_told(fitted: Path, tmp_path: Path) -> None:
     """The run claims another seed, version and platform than it was fitted with, and its input has moved."""
     shutil.copytree(fitted / "RUN", tmp_path / "RUN")

@@ -15,11 +15,12 @@ from crlseq.config import ModelConfig
 from crlseq.data import splits
 from crlseq.data.batches import BatchIndex
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.model.expression_rows import SparseRows
 from crlseq.model.losses import weighted_total
 from crlseq.model.networks import GeneSetLayer
 from crlseq.model.sparse_decoder import SparseDecoder
-from crlseq.training.objective import CellSource, Objective
+from crlseq.model.sparse_losses import Pairs
+from crlseq.training.cell_source import CellSource
+from crlseq.training.objective import Objective
 from crlseq.training.warm_start import Anchor
 
 WEIGHTS = {"mmd": 10.0, "reconstruction": 1.0, "kl": 1.0, "graph": 1e-3, "anchor": 1.0}
@@ -169,23 +170,26 @@ def test_squares_about_a_far_bias_keep_float32s_digits() -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_the_order_by_gene_is_that_of_scipy() -> None:
-    x = sp.random(30, 12, density=0.3, format="csr", dtype=np.float32, random_state=0)
-    rows = SparseRows.from_csr(*map(torch.from_numpy, (x.indptr, x.indices, x.data)), 12)
-    by_gene = x.tocsc()
-    for ours, theirs in zip(
-        (rows.gene_start, rows.cell, rows.gene_value), (by_gene.indptr, by_gene.indices, by_gene.data), strict=True
-    ):
-        assert ours.tolist() == theirs.tolist() and ours.dtype == torch.from_numpy(theirs).dtype
+def test_values_of_pairs_are_added_up_by_row() -> None:
+    # Two conditions of two and one pairs: row 0 is the control of both, rows 2 to 4 are perturbed; a place fills up.
+    pairs = Pairs(
+        torch.tensor([[[0, 1], [0, 0]], [[2, 3], [4, 0]]]),
+        torch.tensor([0, 2, 1, 4, 5, 6]),
+        torch.tensor([0, 2, 3, 4, 5, 6]),
+    )
+    values = torch.tensor([[[1.0, 2.0], [4.0, 99.0]], [[8.0, 16.0], [32.0, 99.0]]])[..., None]
+    assert pairs.gather(values)[:, 0].tolist() == [5.0, 2.0, 8.0, 16.0, 32.0]
+    rows = torch.arange(5.0, requires_grad=True)
+    assert pairs.spread(rows[:, None])[..., 0].tolist() == [[[0, 1], [0, 0]], [[2, 3], [4, 0]]]
+    (pairs.spread(rows[:, None]) * values).sum().backward()
+    assert rows.grad is not None and rows.grad.tolist() == [5.0, 2.0, 8.0, 16.0, 32.0]
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-@pytest.mark.parametrize("resident", [True, False])
-def test_cuda_slices_the_same_rows(resident: bool) -> None:
+def test_cuda_slices_the_same_rows() -> None:
     data = screen(np.random.default_rng(0), 40, 3, True)
     index, table = np.array([3, 0, 150, 3]), torch.randn(40, 5)
-    source = CellSource(data, torch.device("cuda"), torch.float32)  # type: ignore[arg-type]
-    source.resident = source.resident if resident else None
+    source = CellSource(data, torch.device("cuda", 0), torch.float32)  # type: ignore[arg-type]
     found = source.rows(index).times(table.cuda()).cpu()
     torch.testing.assert_close(found, torch.from_numpy(data.dense(index)) @ table)

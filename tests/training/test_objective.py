@@ -15,7 +15,8 @@ from crlseq.data.batches import BatchIndex
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import Kernel, loss_terms, mmd_squared
-from crlseq.training.objective import CellSource, Objective
+from crlseq.training.cell_source import CellSource
+from crlseq.training.objective import Objective
 from crlseq.training.warm_start import Anchor
 
 VARIANCE = 0.25  # of the posterior, in both programs

@@ -11,7 +11,8 @@ from crlseq.data.simulate import simulate
 from crlseq.errors import ConvergenceError, InputError
 from crlseq.threads import on_threads
 from crlseq.training import trainer
-from crlseq.training.trainer import fit_model, resolve_device, resolve_epochs, resolve_step
+from crlseq.training.device import resolve_device
+from crlseq.training.trainer import fit_model, resolve_epochs, resolve_step
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,115 @@
+"""Cells of a screen as tensors on the device that trains, and numbers on their way there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crlseq.data.dataset import ROWS, PerturbSeqData, StreamedExpression
+from crlseq.model.expression_rows import DenseRows, Rows, SparseRows
+from crlseq.training.memory import out_of_memory
+
+RESIDENT = 0.5  # of a device's free memory, that a screen may take for good
+
+
+def sent(device: torch.device, **arrays: np.ndarray) -> dict[str, Tensor]:
+    """Arrays of whole numbers as int64 on the device: on CUDA in one copy, which the host does not wait for."""
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    flat = np.concatenate([array.ravel() for array in arrays.values()], dtype=np.int64)
+    parts = torch.split(_sent(flat, device), [array.size for array in arrays.values()])
+    return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
+
+
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    made = torch.from_numpy(array)
+    return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)
+
+
+class CellSource:
+    """Cells of the screen on the device.
+
+    On the CPU rows are sparse or dense as they are stored. On CUDA they are dense, and all lie there for good if that
+    takes at most `RESIDENT` of the free memory, else all their non-zeros if those do; else those of a step are sent.
+    """
+
+    def __init__(self, data: PerturbSeqData, device: torch.device, dtype: torch.dtype) -> None:
+        self.data, self.device, self.dtype = data, device, dtype
+        self.all: Tensor | None = None  # (cells, G)
+        self.non_zeros: tuple[Tensor, Tensor, Tensor] | None = None  # CSR of all: starts, genes, values
+        if device.type == "cuda":
+            try:
+                self._settle()
+            except Exception as error:  # other programs take of the memory as well
+                if not out_of_memory(error):
+                    raise
+                self.all = self.non_zeros = None
+
+    def _settle(self) -> None:
+        """Send the screen, if there is room for it."""
+        n, n_genes = self.data.x.shape
+        room = RESIDENT * torch.cuda.mem_get_info(self.device)[0]
+        if n * n_genes * self.dtype.itemsize < room:
+            self.all = torch.empty(n, n_genes, dtype=self.dtype, device=self.device)
+            for i in range(0, n, ROWS):
+                self.all[i : i + ROWS] = self._of(self.data.x[i : i + ROWS])
+        elif not isinstance(x := self.data.x, StreamedExpression | np.ndarray) and 12 * x.nnz < room:
+            gene, value = _sent(x.indices, self.device), _sent(x.data, self.device)
+            self.non_zeros = _sent(x.indptr.astype(np.int64), self.device), gene, value
+
+    def dense(self, index: np.ndarray, at: Tensor | None = None) -> Tensor:
+        """(...) cell indices to (..., G); ``at`` are the same on the device, if they are there."""
+        if self.device.type == "cpu":
+            rows = torch.from_numpy(self.data.dense(index.ravel())).to(self.dtype)
+        else:
+            rows = self._dense(index.ravel(), None if at is None else at.flatten())
+        return rows.reshape(*index.shape, -1)
+
+    def rows(self, index: np.ndarray, at: Tensor | None = None) -> Rows:
+        """(N,) cell indices to their rows; ``at`` as in `dense`."""
+        if self.device.type != "cpu":
+            return DenseRows(self._dense(index, at))
+        chosen = self.data.x[index]
+        if isinstance(chosen, np.ndarray):
+            return DenseRows(torch.from_numpy(chosen).to(self.dtype))
+        row = np.repeat(np.arange(len(index), dtype=chosen.indices.dtype), np.diff(chosen.indptr))
+        start, gene, value = self._csr(chosen)
+        return SparseRows(start, torch.from_numpy(row), gene, value, *self._csr(chosen.tocsc()))
+
+    def _csr(self, x: Any) -> tuple[Tensor, ...]:
+        start, gene, value = map(torch.from_numpy, (x.indptr, x.indices, x.data))
+        return start.to(gene.dtype), gene, value.to(self.dtype)
+
+    def _dense(self, index: np.ndarray, at: Tensor | None) -> Tensor:
+        """(N, G) rows on CUDA."""
+        if self.all is None and self.non_zeros is None:
+            return self._of(self.data.x[index])
+        at = sent(self.device, index=index)["index"] if at is None else at
+        if self.all is not None:
+            return self.all.index_select(0, at)
+        assert self.non_zeros is not None
+        start, gene, value = self.non_zeros
+        first = start.index_select(0, at)
+        n = start.index_select(0, at + 1) - first
+        before = n.cumsum(0) - n
+        indptr = self.data.x.indptr  # type: ignore[union-attr]
+        size = int((indptr[index + 1] - indptr[index]).sum())  # which the host knows
+        entry = torch.arange(size, device=self.device) + (first - before).repeat_interleave(n, output_size=size)
+        return self._laid_out(n, gene.index_select(0, entry), value.index_select(0, entry), size)
+
+    def _of(self, x: Any) -> Tensor:
+        """Rows of the host's, (N, G) on CUDA."""
+        if isinstance(x, np.ndarray):
+            return _sent(x, self.device).to(self.dtype)
+        gene, value = _sent(x.indices, self.device), _sent(x.data, self.device)
+        return self._laid_out(sent(self.device, n=np.diff(x.indptr))["n"], gene, value, x.nnz)
+
+    def _laid_out(self, n: Tensor, gene: Tensor, value: Tensor, size: int) -> Tensor:
+        """(N, G) rows with `n` non-zeros each, `size` in all."""
+        made = torch.zeros(len(n), self.data.n_genes, dtype=self.dtype, device=self.device)
+        row = torch.arange(len(n), device=self.device).repeat_interleave(n, output_size=size)
+        made.view(-1).scatter_(0, row * self.data.n_genes + gene, value.to(self.dtype))
+        return made

@@ -1,0 +1,97 @@
+"""Where to compute: the device that was asked for, or one sentence on why it cannot be used."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from crlseq.errors import InputError, UsageError
+from crlseq.training.distributed import ALONE, Ranks
+from crlseq.training.memory import out_of_memory
+
+ABSENT = "torch finds no CUDA device"
+CPU_INSTEAD = "or use --device cpu."
+# Why CUDA cannot be used: torch's words in small letters, ours, and what to do.
+REASONS = (
+    ("not compiled with cuda", f"{ABSENT}, since it is a torch for CPUs", "Install a torch with CUDA, " + CPU_INSTEAD),
+    ("found no nvidia driver", f"{ABSENT}, since there is no NVIDIA driver", "Install the driver, " + CPU_INSTEAD),
+    ("no cuda gpus are available", ABSENT, "Use --device cpu or auto."),
+    ("driver on your system is too old", "the NVIDIA driver{} is too old for this torch", "Update it, " + CPU_INSTEAD),
+)
+# Else cuBLAS, called by two threads, adds in another order every time.
+CUBLAS_WORKSPACE = ":4096:8"
+
+
+def resolve_device(asked: str, ranks: Ranks = ALONE, note: Callable[[str], None] = lambda text: None) -> torch.device:
+    """The device that this process computes on, as ``--device`` asks for it; each of several processes has its own.
+
+    ``auto`` is CUDA if it works and has a device for every process of this machine, else the CPU; `note` gets a sentence
+    if there is a device and it cannot be used. InputError if CUDA is asked for and cannot be used; UsageError if one
+    device is named for several processes.
+    """
+    if asked == "cpu":
+        return torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+    named = asked.partition(":")[2]
+    if named and ranks.size > 1:
+        message = f"--device {asked} names one device for {ranks.size} processes."
+        raise UsageError(message, "Use --device cuda: each process takes a device of its own.")
+    index = int(named or ranks.local)
+    why, hint = _why_not(index, ranks)
+    if not why:
+        return torch.device("cuda", index)
+    if asked != "auto":
+        raise InputError(f"--device {asked} cannot be used: {why}.", hint)
+    if not why.startswith(ABSENT):
+        note(f"CUDA is not used: {why}.")
+    return torch.device("cpu")
+
+
+def _why_not(index: int, ranks: Ranks) -> tuple[str, str]:
+    """Why a device cannot be used, and what to do; two empty strings if it can."""
+    error = _error_of(torch.cuda.init)
+    if error is None:
+        n = torch.cuda.device_count()
+        if n == 0:
+            return ABSENT, "Use --device cpu or auto."
+        if n < ranks.on_machine:
+            hint = f"Start {n} process{'es' * (n > 1)} on each machine, {CPU_INSTEAD}"
+            return f"{ranks.on_machine} processes share a machine with {_devices(n)}", hint
+        if index >= n:
+            return f"there {'is' if n == 1 else 'are'} {_devices(n)}{_slice(n)}", "Use --device cuda:0 or cpu."
+        # Devices that are there may be full, busy, or not what torch was compiled for: one number shows it.
+        error = _error_of(lambda: torch.zeros((), device=torch.device("cuda", index)).add_(1).item())
+    if error is None:
+        return "", ""
+    if out_of_memory(error):
+        return f"cuda:{index} has no free memory", "End what else computes on it, " + CPU_INSTEAD
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    for words, why, hint in REASONS:
+        if words in said.casefold():
+            version = re.search(r"found version (\d+)", said)
+            of = f" (for CUDA {int(version[1]) // 1000}.{int(version[1]) % 1000 // 10})" if version else ""
+            return why.format(of), hint
+    return f"CUDA says {said.rstrip('.')!r}", "Check the device with nvidia-smi, " + CPU_INSTEAD
+
+
+def _devices(n: int) -> str:
+    return "one CUDA device, cuda:0" if n == 1 else f"{n} CUDA devices, cuda:0 to cuda:{n - 1}"
+
+
+def _slice(n: int) -> str:
+    """Of a part of a GPU (MIG), of which a process sees one."""
+    return ", a slice of a GPU" if n == 1 and "MIG" in torch.cuda.get_device_name(0) else ""
+
+
+def _error_of(act: Callable[[], object]) -> Exception | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of what is told here
+            act()
+    except Exception as error:  # torch raises AssertionError, RuntimeError and its own
+        return error
+    return None

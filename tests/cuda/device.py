@@ -1,0 +1,346 @@
+"""A CUDA device that is not there: tensors that say ``cuda:0``, hold real values on the CPU, and refuse what CUDA refuses.
+
+Inside ``with fake_cuda() as record:`` torch finds CUDA devices, and a fit with ``device="cuda"`` runs on the first of them,
+on a machine without a GPU and on torch for CPUs. Every operation on a tensor of the device goes through `_run`, which
+raises `DeviceError` where CUDA would (devices or generators mixed, no kernel, rules of kernels that CPUs do not have) and
+where CUDA would add up floats by atomics, thus in another order every time. `Record` counts launches, copies between
+host and device, and waits of the host. Kernels of CUDA do not run: races, rounding, memory and speed stay unseen.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+INNER = torch.device("lazy", 0)  # for torch's C++: autograd asks for streams of CUDA, which torch for CPUs has not
+GIB = 1 << 30
+
+aten = torch.ops.aten
+CROSSING = {aten._to_copy.default, aten.copy_.default}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+NO_LAUNCH = {"detach", "lift_fresh", "_local_scalar_dense", "empty", "empty_like", "new_empty", "empty_strided"}
+# How often the host waits inside an operation.
+WAITS = {
+    "_local_scalar_dense": 1,
+    "nonzero": 1,
+    "masked_select": 1,
+    "equal": 1,
+    "bincount": 2,
+    "_unique2": 1,
+    "unique_dim": 1,
+    "unique_consecutive": 1,
+}
+# These add by atomics: with floats one seed would be several models.
+ATOMIC = {"index_add", "scatter_add", "scatter_reduce", "index_reduce", "put", "histc", "bincount", "cumsum"}
+ATOMIC |= {"embedding_dense_backward", "_embedding_bag_dense_backward", "median", "kthvalue"}
+
+
+class DeviceError(RuntimeError):
+    """What would fail on CUDA, or give another number every time."""
+
+
+@dataclass
+class Record:
+    """What happened on the device; places are lines of the product, where they are asked for."""
+
+    launches: Counter[str] = field(default_factory=Counter)
+    copies: Counter[str] = field(default_factory=Counter)  # "up" and "down"
+    waits: Counter[str] = field(default_factory=Counter)
+    at: Counter[tuple[str, str]] = field(default_factory=Counter)  # (what, file:line)
+    with_places: bool = False
+    lock: Any = field(default_factory=threading.Lock)
+
+    def add(self, counter: Counter[str], what: str, n: int = 1) -> None:
+        """Count something, and where."""
+        if not n:
+            return
+        counter[what] += n
+        if self.with_places:
+            lines = (frame for frame in reversed(traceback.extract_stack()) if "/crlseq/" in frame.filename)
+            place = next((f"{each.filename.split('/crlseq/')[-1]}:{each.lineno}" for each in lines), "torch")
+            self.at[what, place] += n
+
+    def totals(self) -> tuple[int, int, int]:
+        """Launches, copies and waits so far."""
+        return self.launches.total(), self.copies.total(), self.waits.total()
+
+
+RECORD = Record()
+
+
+class CudaTensor(torch.Tensor):
+    """Says ``cuda:0``; its values are `elem`, on the CPU."""
+
+    elem: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, elem: torch.Tensor) -> CudaTensor:
+        shape, stride, offset = elem.size(), elem.stride(), elem.storage_offset()
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, stride, offset, dtype=elem.dtype, device=INNER)
+        made.elem = elem.detach()
+        return made
+
+    device = property(lambda self: CUDA)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"CudaTensor({self.elem})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        copied = CudaTensor(torch.empty_strided(self.size(), self.stride(), dtype=self.dtype).copy_(self.elem))
+        memo[id(self)] = copied.requires_grad_(self.requires_grad)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # as ``map_location="cpu"`` reads it back
+        return self.elem.__reduce_ex__(protocol)
+
+
+_THREAD = threading.local()
+
+
+class Mode(TorchDispatchMode):
+    """Inside it this thread's factories and copies reach the device as well, which have no tensor of it among arguments."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def __enter__(self) -> Mode:
+        self.outermost = not getattr(_THREAD, "inside", False)
+        if self.outermost:
+            _THREAD.inside = True
+            torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is then a copy
+            super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.outermost:
+            super().__exit__(*error)
+            torch._C._set_only_lift_cpu_tensors(False)
+            _THREAD.inside = False
+
+
+_OF: dict[int, torch.device] = {}  # devices of generators by address: torch hands on another object
+
+
+class _Generator(torch.Generator):
+    """Generators of both devices, which draw the same: that of the CPU."""
+
+    def __new__(cls, device: Any = CPU) -> _Generator:
+        made = super().__new__(cls)
+        _OF[made._cdata] = torch.device(device)
+        return made
+
+    def __init__(self, device: Any = CPU) -> None:
+        super().__init__()
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return _OF[self._cdata]
+
+
+REAL_GENERATOR = _Generator.__base__
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """One operation: what CUDA would refuse is refused; else it is done on the CPU, and counted."""
+    flat = tree_flatten((args, kwargs))[0]
+    ours = [x for x in flat if isinstance(x, CudaTensor)]
+    theirs = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, CudaTensor)]
+    generators = {_OF.get(x._cdata, CPU).type for x in flat if isinstance(x, REAL_GENERATOR)}
+    asked = kwargs.get("device")
+    to_cuda = asked is not None and torch.device(asked).type in ("cuda", "lazy")
+    if not ours and not to_cuda:
+        if "cuda" in generators:
+            raise DeviceError(f"{func}: Expected a 'cpu' device type for generator but found 'cuda'")
+        return func(*args, **kwargs)
+    name = func.overloadpacket.__name__
+    if func is aten._to_copy.default and ours and to_cuda and kwargs.get("dtype") in (None, ours[0].dtype):
+        return CudaTensor(ours[0].elem)  # is there already
+    if "cpu" in generators:
+        raise DeviceError(f"{name}: Expected a 'cuda' device type for generator but found 'cpu'")
+    if func not in CROSSING and func.namespace == "aten":
+        _refuse(func, name, args, kwargs, ours, theirs)
+    on_cuda = isinstance(args[0], CudaTensor) if func is aten.copy_.default else to_cuda or asked is None
+    inner_args, inner_kwargs = tree_map_only(CudaTensor, lambda x: x.elem, (args, kwargs))
+    if asked is not None:
+        inner_kwargs["device"] = CPU
+    inner_kwargs.pop("pin_memory", None)
+    found = func(*inner_args, **inner_kwargs)
+    with RECORD.lock:
+        _count(func, name, args, kwargs, ours, theirs, on_cuda, found)
+    if func is aten.copy_.default:
+        return args[0]
+    if not on_cuda:
+        return found
+    same = {id(x.elem): x for x in ours}
+    return tree_map_only(torch.Tensor, lambda x: same[id(x)] if id(x) in same else CudaTensor(x), found)
+
+
+def _refuse(func: Any, name: str, args: Any, kwargs: Any, ours: list[Any], theirs: list[Any]) -> None:
+    if ours and theirs:
+        if func in INDEXING:
+            if not isinstance(args[0], CudaTensor):
+                raise DeviceError(
+                    f"{name}: indices should be either on cpu or on the same device as the indexed tensor"
+                )
+            indices = {id(x) for x in args[1] if x is not None and not isinstance(x, CudaTensor)}
+            RECORD.add(RECORD.copies, "up", len(indices))
+            RECORD.add(RECORD.waits, "index sent", len(indices))
+            theirs = [x for x in theirs if id(x) not in indices]
+        pointwise = torch.Tag.pointwise in func.tags or name.startswith(("_foreach", "index_put", "fill_", "where"))
+        if any(x.dim() > 0 or not pointwise for x in theirs):
+            raise DeviceError(f"{name}: Expected all tensors to be on the same device, but found cuda:0 and cpu!")
+    if not has_kernel(str(func)):
+        raise DeviceError(f"{name}: torch has no kernel for CUDA")
+    if name.rstrip("_") in ATOMIC and any(x.is_floating_point() for x in ours):
+        raise DeviceError(f"{name}: CUDA adds these numbers in another order every time")
+    if name in ("_embedding_bag", "_embedding_bag_forward_only"):
+        _refuse_bags(name, args)
+    if name == "_fused_adam_":
+        _refuse_moments(name, args)
+
+
+def _refuse_bags(name: str, args: Any) -> None:
+    """CUDA ignores the last offset: its bag goes on to the last index."""
+    table, indices, offsets, weights = args[0], args[1], args[2], args[6] if len(args) > 6 else None
+    if len(args) > 7 and args[7] and int(offsets.elem[-1]) != indices.numel():
+        raise DeviceError(f"{name}: the last offset is not the number of indices")
+    if indices.dtype != offsets.dtype or (weights is not None and weights.dtype != table.dtype):
+        raise DeviceError(f"{name}: dtypes differ")
+
+
+def _refuse_moments(name: str, args: Any) -> None:
+    """A fused optimiser needs parameters, gradients and moments of one layout, and its steps on the device."""
+    for group in zip(*args[:4], strict=True):
+        layouts = {(x.dtype, tuple((n, s) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1)) for x in group}
+        if len(layouts) > 1:
+            raise DeviceError(f"{name}: params, grads and moments must have the same dtype, device, and layout")
+    if not all(isinstance(x, CudaTensor) for x in args[5]):
+        raise DeviceError(f"{name}: state_steps must be on the device")
+
+
+def _count(
+    func: Any, name: str, args: Any, kwargs: Any, ours: list[Any], theirs: list[Any], on_cuda: bool, found: Any
+) -> None:
+    record = RECORD
+    outputs = [x for x in tree_flatten(found)[0] if isinstance(x, torch.Tensor)]
+    if func in CROSSING and (bool(theirs) or not on_cuda):
+        if not any(x.numel() for x in outputs):
+            return
+        record.add(record.copies, "up" if on_cuda else "down")
+        asynchronous = kwargs.get("non_blocking", len(args) > 2 and args[2])
+        if not (asynchronous and on_cuda and getattr(theirs[0], "pinned", False)):
+            record.add(record.waits, "copy")
+        return
+    record.add(record.waits, name, WAITS.get(name, 0))
+    if name == "prod" and args[1:] and torch.is_grad_enabled():
+        record.add(record.waits, "prod, backwards")  # it counts the zeros
+    if func in INDEXING:
+        masks = sum(x is not None and x.dtype == torch.bool for x in args[1])
+        record.add(record.waits, "boolean index", masks)
+    if name == "repeat_interleave" and kwargs.get("output_size") is None:
+        record.add(record.waits, name)
+    held = {x.elem.untyped_storage().data_ptr() for x in ours if x.numel()}
+    is_view = not func._schema.is_mutable and any(x.numel() and x.untyped_storage().data_ptr() in held for x in outputs)
+    if not is_view and name not in NO_LAUNCH:
+        record.add(record.launches, name)
+
+
+@cache
+def _kernels() -> dict[str, str]:
+    """Backends of torch's operations, by name with overload; none where torch came without its table."""
+    try:
+        import torchgen
+        import yaml
+    except ImportError:
+        return {}
+    path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    entries = {
+        each["func"].split("(")[0]: each
+        for each in yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    }
+    found = {}
+    for name, entry in entries.items():
+        of = entries.get(entry.get("structured_delegate", ""), entry)
+        found[name] = ",".join(of.get("dispatch") or {"Composite": ""})
+    return found
+
+
+def has_kernel(name: str) -> bool:
+    """Whether CUDA computes ``aten.name.overload``; what torch's table does not know counts as computed."""
+    base, overload = name.split(".")[1:3]
+    backends = _kernels().get(base if overload == "default" else f"{base}.{overload}", "Composite")
+    return "CUDA" in backends or "Composite" in backends
+
+
+def _pinned(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+    copied = tensor.clone()
+    copied.pinned = True  # type: ignore[attr-defined]
+    return copied
+
+
+def _in_mode(inner: Callable[..., Any]) -> Callable[..., Any]:
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with Mode():
+            return inner(*args, **kwargs)
+
+    return inside
+
+
+@contextmanager
+def fake_cuda(memory: int = 100 * GIB, devices: int = 1, places: bool = False) -> Iterator[Record]:
+    """Devices of so much free `memory`; `places` has the record name lines of the product, which is slow."""
+    global RECORD
+    from crlseq import threads
+    from crlseq.pipeline import fit
+    from crlseq.training import device, memory_split, trainer
+
+    make_ahead = threads.ahead
+    before, RECORD = RECORD, Record(with_places=places)
+    of_cuda = {
+        "is_available": lambda: True, "init": lambda: None, "_lazy_init": lambda: None,
+        "device_count": lambda: devices, "current_device": lambda: 0, "set_device": lambda device: None,
+        "empty_cache": lambda: None, "mem_get_info": lambda device=None: (memory, 140 * GIB),
+        "get_device_name": lambda device=None: "NVIDIA H100", "get_device_capability": lambda device=None: (9, 0),
+    }  # fmt: skip
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    with ExitStack() as stack:
+
+        def put(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(owner, name, value))
+
+        for name, value in of_cuda.items():
+            put(torch.cuda, name, value)
+        put(torch, "Generator", _Generator)
+        put(torch.Tensor, "pin_memory", _pinned)
+        for module in (trainer, memory_split):
+            put(module, "ahead", lambda make, items: make_ahead(_in_mode(make), items))
+        for module in (trainer, fit):
+            put(module, "fit_model", _in_mode(module.fit_model))
+        put(device, "_error_of", _in_mode(device._error_of))
+        for module in (torch.utils._foreach_utils, torch.nn.utils.clip_grad):
+            put(module, "_has_foreach_support", lambda tensors, device: True)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # parameters of another type are made anew
+        try:
+            yield RECORD
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+            RECORD = before
