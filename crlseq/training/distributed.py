@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 STEP_TIMEOUT = timedelta(minutes=10)  # for what all ranks do at the same time
 WAIT_TIMEOUT = timedelta(days=2)  # for what the first rank does alone: discovery, analysis
 POLL = 1e-4  # seconds between two looks at a sum of devices
-# NCCL would end the process itself once a rank is lost, without a word of ours.
-NCCL_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+# As torchrun sets it, NCCL would end the process itself once a rank is lost, without a word of ours.
+ASYNC_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+NCCL_ALGORITHMS = "^NVLS"  # all but the one that adds in another order every time
 
 T = TypeVar("T")
 
@@ -73,7 +74,8 @@ class Ranks:
             return self
         import torch.distributed as dist
 
-        os.environ.update(NCCL_ENVIRONMENT)
+        os.environ[ASYNC_ERRORS] = "0"
+        os.environ.setdefault("NCCL_ALGO", NCCL_ALGORITHMS)
         return replace(self, devices=dist.new_group(backend="nccl", timeout=STEP_TIMEOUT))
 
     def own(self, mask: np.ndarray) -> np.ndarray | None:

@@ -103,7 +103,8 @@ def test_a_rank_computes_its_part_and_exchanges_tensors_of_the_device(
 ) -> None:
     """The first of two ranks, alone in its group: sums over ranks are its own part."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun does
+    monkeypatch.delenv("NCCL_ALGO", raising=False)
     new_group, backends = dist.new_group, list[str]()
 
     def gloo(backend: str, **options: Any) -> Any:
@@ -122,6 +123,7 @@ def test_a_rank_computes_its_part_and_exchanges_tensors_of_the_device(
         dist.destroy_process_group()
     assert backends == ["nccl"]
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"  # else NCCL ends the process once a rank is lost
+    assert os.environ["NCCL_ALGO"] == "^NVLS"
     check_equal(found, expected)
 
 
