@@ -38,7 +38,7 @@ COLUMNS, ROWS = 110, 60
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELIDED = "..."
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
-TIME = re.compile(r"\d+(?:\.\d+)? ?(?:s|ms|min|MB|GB)\b")
+TIME = re.compile(r"\d+(?:\.\d+)? ?(?:s|ms|min|MB|GB)\b|\d+(?::\d\d)+")
 STYLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -145,6 +145,8 @@ def executed(notebook: str, folder: Path) -> str:
     import nbformat
 
     read = nbformat.reads(notebook, as_version=4)
+    folder = folder / "notebook"  # its own: pages have runs of the same name
+    folder.mkdir()
     nbclient.NotebookClient(
         read, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, record_timing=False
     ).execute()
