@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -62,6 +63,12 @@ for known in (*app.registered_commands, *inspect.app.registered_commands):
     known.callback = at_the_shell(known.callback, WITH_TORCH if heavy else SMALL)
 app.add_typer(inspect.app, name="inspect")
 
+# What is wrong with a path whoever opens it, and what to do.
+PATHS = {
+    errno.EACCES: "Check its permissions.", errno.EPERM: "Check its permissions.", errno.ENAMETOOLONG: "Give a shorter path.",
+    errno.ELOOP: "Its links lead back to itself.",
+}  # fmt: skip
+LONGEST = 80  # letters of a path that are shown
 FAREWELL = "Interrupted. The same command with --resume continues an unfinished fit."
 
 
@@ -101,8 +108,10 @@ def _run() -> int:
             return interrupts.INTERRUPTED
         if isinstance(error, CrlseqError):
             return _fail(error.message, error.hint, error.exit_code)
-        if isinstance(error, PermissionError) and error.filename:
-            return _fail(f"{error.filename} cannot be used: {error.strerror}.", "Check its permissions.", 3)
+        if isinstance(error, OSError) and error.errno in PATHS and error.filename:
+            name = str(error.filename)
+            told = name if len(name) <= LONGEST else f"{name[:LONGEST]}…"
+            return _fail(f"{told} cannot be used: {error.strerror}.", PATHS[error.errno], 3)
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors, which it formats itself
             said = str(getattr(error, "message", ""))
             if said.endswith(" is not readable."):  # which is about the file and not about how it was given

@@ -167,6 +167,8 @@ def working_folder(target: Path, resume: bool) -> Iterator[Path]:
             empty(partial, of_temporaries=resume)
             yield partial
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # a file that the fit reads
+            raise
         hint = "Check the disk and its permissions."
         raise InputError(f"{partial} cannot be written: {error.strerror or error}.", hint) from error
     finally:

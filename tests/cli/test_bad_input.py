@@ -293,3 +293,16 @@ def test_cuda_absent(folder: Path, screen_file: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     refused(folder, screen_file, "--device", "cuda", says=("CUDA",))
+
+
+@pytest.mark.parametrize(
+    "words", ["inspect LONG", "report LONG", "plot LONG dag -o x.png", "check LONG", "prepare LONG -o s", "rerun RUN --data LONG", "report RUN --gene-sets LONG -o x.html", "fit SCREEN --gene-sets LONG -o x"]
+)  # fmt: skip
+def test_a_path_that_is_too_long_for_the_system(
+    words: str, run_folder: Path, screen_file: Path, tmp_path: Path
+) -> None:
+    """Found by scripts/attack: whoever opens it, and not where the fit writes."""
+    places = {"LONG": "a" * 5000, "RUN": str(run_folder), "SCREEN": str(screen_file), "x": str(tmp_path / "x"), "s": str(tmp_path / "s")}  # fmt: skip
+    answer = invoke(*(places.get(word, word) for word in words.split()))
+    check_refusal(answer.code, answer.out, answer.err, 3, f"{'a' * 80}… cannot be used", "Give a shorter path")
+    assert files_below(tmp_path) == set()

@@ -245,7 +245,7 @@ def explode(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> lis
     def exploding(self: Learner, epoch: int, n_epochs: int) -> bool:
         seen.append(epoch)
         if when(len(seen)):
-            self.validation_terms = dict.fromkeys(self.validation_terms, float("nan"))
+            self.validation_terms = dict.fromkeys(self.validation_terms, torch.tensor(float("nan")))
         return end(self, epoch, n_epochs)
 
     monkeypatch.setattr(Learner, "end", exploding)
