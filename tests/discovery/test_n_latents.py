@@ -190,7 +190,8 @@ def test_collinear_components_change_nothing():
 )
 @pytest.mark.parametrize("constant", [False, True])
 def test_few_cells_give_one(environment, constant):
-    values = torch.ones(len(environment), 3) if constant else torch.randn(len(environment), 3)
+    drawn = torch.randn(len(environment), 3, generator=torch.Generator().manual_seed(0))
+    values = torch.ones_like(drawn) if constant else drawn  # by chance two cells may lie far apart: 9 of 1000 draws
     assert choose_n_latents(values, torch.tensor(environment, dtype=torch.long)).n_latents == 1
 
 
