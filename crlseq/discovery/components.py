@@ -19,6 +19,7 @@ from torch import Tensor
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.discovery.factor_model import CHUNK, chunks_of, fit_factors, low_rank_information, score
+from crlseq.errors import InputError
 from crlseq.threads import in_parallel, on_threads
 
 Floats = NDArray[np.float64]
@@ -58,6 +59,11 @@ def whitened_components(data: PerturbSeqData, most: int, least: int, seed: int) 
     scores = np.zeros((len(data.split), own.shape[1]), dtype=np.float32)
     scores[used] = own
     _centre_on_controls(scores, data, used)
+    if not np.isfinite(scores).all():
+        what = "The values of these cells are too far apart: their components are not finite."
+        raise InputError(
+            what, "Look at the largest value that `crlseq check` tells: a few huge ones may stand for missing ones."
+        )
     deviation = max(_deviation(scores, np.flatnonzero(data.split == splits.TRAIN)), 1e-12)
     scores /= deviation
     return scores, None if noise is None else noise / deviation**2

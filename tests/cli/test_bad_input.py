@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -306,3 +307,25 @@ def test_a_path_that_is_too_long_for_the_system(
     answer = invoke(*(places.get(word, word) for word in words.split()))
     check_refusal(answer.code, answer.out, answer.err, 3, f"{'a' * 80}… cannot be used", "Give a shorter path")
     assert files_below(tmp_path) == set()
+
+
+def test_codes_of_missing_values_among_counts(tmp_path: Path) -> None:
+    """Found by scripts/attack: every seventh count is the largest whole number of 32 bits."""
+    adata = small_screen()
+    x = adata.X.toarray()
+    x.flat[::7] = np.iinfo(np.int32).max
+    adata.X = x
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    answer = invoke("fit", tmp_path / "screen.h5ad", "-o", tmp_path / "RUN", "--method", "linear", "--n-latents", 3, "--quiet")  # fmt: skip
+    check_refusal(answer.code, answer.out, answer.err, 3, "their components are not finite", "largest value")
+    assert files_below(tmp_path) == {"screen.h5ad"}
+
+
+def test_layers_that_are_none(tmp_path: Path) -> None:
+    """Found by scripts/attack: numbers where layers should be."""
+    small_screen().write_h5ad(tmp_path / "screen.h5ad")
+    with h5py.File(tmp_path / "screen.h5ad", "r+") as handle:
+        del handle["layers"]
+        handle["layers"] = np.arange(3)
+    answer = invoke("check", tmp_path / "screen.h5ad", "--json")
+    assert answer.code == 0 and json.loads(answer.out)["layers"] == []
