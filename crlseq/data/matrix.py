@@ -155,8 +155,7 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
                 refuse_claims(store[part], path)
             obs, all_var = ad.io.read_elem(store["obs"]), ad.io.read_elem(store["var"])
         with readable(name, "the list of layers"):
-            known = store.get("layers", ())
-            layers = tuple(sorted(known)) if hasattr(known, "keys") else ()  # anything else holds none
+            layers = tuple(sorted(store["layers"].keys())) if "layers" in store else ()  # an array has none
             of_raw = layer == RAW and RAW not in layers
             layers += (RAW,) if "raw/X" in store and RAW not in layers else ()
         with readable(name, "the matrix"):
