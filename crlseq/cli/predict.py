@@ -61,7 +61,7 @@ def predict(
     with written_whole(output) as beside:
         write_h5ad(virtual, beside)
     about = virtual.uns["crlseq_prediction"]
-    changes = {name: top_changes(virtual, name, _logarithms(found)) for name in about["perturbations"]}
+    changes = {name: top_changes(virtual, name) for name in about["perturbations"]}
     if json:
         rows = about["summary"].reset_index().to_dict("records")
         show_json({
@@ -71,10 +71,6 @@ def predict(
     if not quiet:
         _tell(found, virtual, changes, counterfactual)
         say(f"{virtual.n_obs} cells x {virtual.n_vars} genes: {output}")
-
-
-def _logarithms(run: Run) -> bool:
-    return run.preprocessing.values != "continuous"
 
 
 def _tell(run: Run, virtual: ad.AnnData, changes: dict[str, pd.DataFrame], counterfactual: bool) -> None:
@@ -87,7 +83,7 @@ def _tell(run: Run, virtual: ad.AnnData, changes: dict[str, pd.DataFrame], count
                 f"  composition error {row['composition']:.2g}, effectiveness error {row['effectiveness']:.3f} SD, "
                 f"reversibility error {row['reversibility']:.3f} beside a change of {row['change']:.3f}"
             )
-    unit = "log2 fold change" if _logarithms(run) else "change"
+    unit = "change" if run.preprocessing.values == "continuous" else "change of log expression"
     for name, table in changes.items():
         told = ", ".join(f"{row.gene} {row.change:+.2f} ± {row.error:.2f}" for row in table.itertuples())
         say(

@@ -1,4 +1,4 @@
-"""The genes that a prediction changes most, as log2 fold changes where values are logarithms."""
+"""The genes that a prediction changes most."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ import pandas as pd
 from crlseq.prediction.predict import NORMAL_QUANTILE
 
 
-def top_changes(virtual: ad.AnnData, perturbation: str, logarithms: bool, n: int = 10) -> pd.DataFrame:
+def top_changes(virtual: ad.AnnData, perturbation: str, n: int = 10) -> pd.DataFrame:
     """``gene, change, error`` of at most n genes with the largest absolute effects, the largest first; fewer where fewer change.
 
-    ``virtual`` is what `crlseq.prediction.predict.predict` returned, ``perturbation`` one of its predictions. Values that are
-    natural ``logarithms`` give log2 fold changes, by division by log 2; others change in their own units. ``error`` is the
+    ``virtual`` is what `crlseq.prediction.predict.predict` returned, ``perturbation`` one of its predictions. ``change`` is
+    in the fit's values, as that of ``effects.csv``: of natural logarithms, unless values are continuous. ``error`` is the
     standard error, from the half width of the 95 % interval.
     """
     place = list(virtual.uns["crlseq_prediction"]["perturbations"]).index(perturbation)
-    unit = np.log(2) if logarithms else 1.0
     effect, lower, upper = (
-        np.asarray(virtual.varm[f"crlseq_{name}"])[:, place] / unit
-        for name in ("effect", "effect_lower", "effect_upper")
+        np.asarray(virtual.varm[f"crlseq_{name}"])[:, place] for name in ("effect", "effect_lower", "effect_upper")
     )
     names = virtual.var.get("symbol", virtual.var_names)
     first = np.argsort(-np.abs(effect), kind="stable")[:n]

@@ -40,7 +40,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
     ),
     "sd": (
         "Standard deviation of a program",
-        "The unit of shifts and weights: how much the program varies between control cells.",
+        "The unit of shifts and weights: how much the program varies between control cells, measurement noise taken off.",
     ),
     "shift": (
         "Shift",
