@@ -112,13 +112,17 @@ class DataConfig(_Section):
         return (value,) if isinstance(value, str) else value
 
 
+FACTORS = ("varimax", "squires")  # methods that have neither likelihood nor networks
+
+
 class ModelConfig(_Section):
     """Networks, structural equations and losses (Zhang et al. 2023, arXiv 2307.06250)."""
 
-    method: Literal["straighten", "linear", "gradient"] = _flag(
+    method: Literal["straighten", "linear", "gradient", "varimax", "squires"] = _flag(
         "straighten",
         "How targets and graph are found: by likelihood, then networks (straighten), by likelihood alone in seconds "
-        "(linear), or with the networks (gradient).",
+        "(linear), or with the networks (gradient). "
+        "varimax: rotated principal components, without a graph. squires: precision matrices, one perturbation a program.",
     )
     n_latents: Annotated[int, Field(ge=1)] | Literal["auto"] = _flag("auto", "Number of programs.")
     n_hidden: int = _field(128, "Width of the networks' hidden layers.", ge=1)
@@ -147,6 +151,11 @@ class ModelConfig(_Section):
         "auto", "Bootstrap replicates, which give edges and targets their support; auto: 20, none from 20 programs on."
     )
     max_temperature: float = _field(5.0, "Final sharpness of the soft assignment to programs.", ge=1.0)
+
+    @property
+    def trains(self) -> bool:
+        """Whether networks are trained; else expression is linear in what the method found."""
+        return self.method not in ("linear", *FACTORS)
 
 
 class TrainingConfig(_Section):
@@ -185,9 +194,10 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
-        if self.training.ensemble > 1 and self.model.method == "linear":
-            message = "The linear method trains no network, so there are no seeds to compare."
-            raise UsageError(message, "Drop --ensemble or --method linear.")
+        if self.training.ensemble > 1 and not self.model.trains:
+            method = self.model.method
+            message = f"The {method} method trains no network, so there are no seeds to compare."
+            raise UsageError(message, f"Drop --ensemble or --method {method}.")
         output = (self.model.noise, self.model.output_activation)
         if self.model.decoder == "sparse" and output != ("gaussian", "identity"):
             message = "The sparse decoder needs noise = gaussian and output_activation = identity."

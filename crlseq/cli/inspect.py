@@ -108,6 +108,8 @@ def _of_the_model(found: Run) -> dict[str, str]:
     if not training.epochs_run:
         epochs = "no epochs; the linear model that the likelihood gives"
     likelihood = "not used: targets and graph were learned by gradient"
+    if not facts.by_gradient:
+        likelihood = f"not used: programs and targets are those of the method {facts.config.model.method}"
     if discovery is not None:
         likelihood = f"{discovery.intervention} interventions, {discovery.equations} equations"
         likelihood += ", latents straightened" if discovery.straightened else ""

@@ -46,7 +46,7 @@ class Discovery:
     kind: InterventionKind  # of intervention that fits
     equations: str  # linear or nonlinear
     verdict: Verdict
-    held_out: dict[str, float]  # negative log-likelihood per held-out cell by model
+    held_out: dict[str, float]  # negative log-likelihood per held-out cell by model; empty without a likelihood
     gain: float  # of the graph, in log-likelihood of all held-out cells
     gain_error: float
     misfit: float  # of the model that the verdict is about (1: none)

@@ -19,6 +19,7 @@ GRANTED: dict[str, tuple[Answer, str]] = {  # by what a kind of intervention ide
     "edges": ("identified", "so single edges are identified"),
     "ancestry": ("ancestry only", "so ancestry is identified; single edges are less certain"),
 }
+BEYOND_RANK_ONE = 0.2  # share of a matrix that sampling may leave there
 ANY_GRAPH = "Shifts with linear equations fit equally well with any graph, including the empty one."
 
 
@@ -134,6 +135,35 @@ def judge_nonlinear(gain: float, error: float) -> Verdict:
     return Verdict(
         "ancestry only",
         f"Nonlinear equations predict held-out cells better than linear ones (gain {gain:.0f} ± {error:.0f} log-likelihood units) and explain most of their misfit. If expression is linear in the programs, shifts then identify ancestry.",
+    )
+
+
+def judge_factors(method: str) -> Verdict:
+    """The verdict on a method that looks for programs alone."""
+    return Verdict(
+        "not identified", f"The method {method} finds programs and what perturbations do to them, and no graph."
+    )
+
+
+def judge_squires(left: float, n_edges: int, hard: bool) -> Verdict:
+    """The verdict on precision matrices whose differences leave a share ``left`` beyond one row; ``hard`` if that was said."""
+    if left > BEYOND_RANK_ONE:
+        what = (
+            f"{left:.0%} of a difference of precision matrices is left beyond one row, more than {BEYOND_RANK_ONE:.0%}"
+        )
+        return Verdict(
+            "not identified", f"{what}: a perturbation acts on more than one program, or the model does not hold."
+        )
+    if not n_edges:
+        return Verdict("not identified", "No edge differs from 0 by three standard errors.")
+    said = f"Each perturbation changes one row of the precision matrix ({left:.0%} is left)"
+    if hard:
+        return Verdict(
+            "identified", f"{said}; under hard interventions, which were asked for, single edges are identified."
+        )
+    return Verdict(
+        "ancestry only",
+        f"{said}. This does not tell hard interventions from soft ones: single edges hold if all are hard (--intervention hard).",
     )
 
 

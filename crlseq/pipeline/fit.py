@@ -281,7 +281,7 @@ def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
     """Step 4: the network, on all ranks; goes on from the folder's checkpoint if one is there."""
     folder, progress, ranks, sets = job.folder, job.progress, job.ranks, screen.sets
     if start.n_latents:
-        progress.stage(EFFECTS if job.config.model.method == "linear" else TRAINING)
+        progress.stage(TRAINING if job.config.model.trains else EFFECTS)
         if ranks.size > 1:
             progress.note(f"{ranks.size} processes train together.")
     ranks.from_first({"input": screen.digest, "n_latents": start.n_latents})

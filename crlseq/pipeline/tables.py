@@ -88,7 +88,9 @@ def tables_of(
         "programs": _program_rows(programs, interventions, numbers),
         "adjacency": dag.weights.tolist(),
         "identification": dag.identification.model_dump(mode="json"),
-        "discovery": None if discovery is None else _discovery_row(discovery, data.perturbation_names),
+        "discovery": None
+        if discovery is None or not discovery.held_out
+        else _discovery_row(discovery, data.perturbation_names),
         "sparsity": None if sparse is None else _sparsity_row(sparse, programs),
         "combinations": combined,
         "training": _training_row(fitted),

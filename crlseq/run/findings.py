@@ -302,7 +302,7 @@ def doubts(run: Run) -> list[str]:
     if weak := sorted(str(row["perturbation"]) for row in rows if row["support"] < GUESS):
         which = "The program of 1 perturbation is a guess" if len(weak) == 1 else f"The programs of {len(weak)} perturbations are guesses"  # fmt: skip
         words.append(f"{which}, found in fewer than half of the resamplings: {listed(weak, 'and')}.")
-    if run.facts.n_latents and run.facts.discovery is None:
+    if run.facts.n_latents and run.facts.by_gradient:
         words.append("Targets and programs were learned by gradient: another --seed may give others.")
     elif run.facts.n_latents and run.facts.bootstrap is None:
         words.append("Cells were not resampled, so nothing tells how surely programs would be found again.")

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
 
+from crlseq.config import FACTORS
 from crlseq.storage.text import to_json
 
 FORMAT = 4
@@ -205,7 +206,7 @@ class Sensitivity(_Part):
 
 
 class DiscoverySummary(_Part):
-    """What the likelihood found; see `crlseq.discovery.result.Discovery`."""
+    """What the likelihood found, if it was used; see `crlseq.discovery.result.Discovery`."""
 
     intervention: str
     equations: str
@@ -333,6 +334,11 @@ class RunInfo(_Part):
     def bootstrap(self) -> Bootstrap | None:
         """Of the graph; None without one."""
         return None if self.discovery is None else self.discovery.bootstrap
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether targets and graph were learned with the networks."""
+        return self.discovery is None and self.config.model.method not in FACTORS
 
 
 def run_json(info: Mapping[str, Any], indent: int | None = None) -> str:

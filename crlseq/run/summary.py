@@ -120,7 +120,7 @@ def answers(facts: RunInfo, evaluation: pd.DataFrame, history: pd.DataFrame) -> 
     return [
         Answer("Is the graph identified?", grade, found.verdict, found.reason),
         Answer("Better than baselines?", *_better(evaluation)),
-        Answer("Did the fit converge?", *_converged(facts.training, history, facts.discovery is None)),
+        Answer("Did the fit converge?", *_converged(facts.training, history, facts.by_gradient)),
     ]
 
 
@@ -177,7 +177,7 @@ def _compared(evaluation: pd.DataFrame, metric: str, title: str, larger: float) 
 def _converged(training: Training, history: pd.DataFrame, from_random: bool) -> tuple[str, str, str]:
     n = training.epochs_run
     if not n:
-        return "good", "yes", "No network was trained: the likelihood's optimum is the model."
+        return "good", "yes", "No network was trained: expression is linear in what the method found."
     kept = f"the weights of epoch {training.best_epoch + 1} of {n} were kept"
     if n > 1 and training.best_epoch == 0 and from_random:
         # A fit that starts from the likelihood's solution may well be best at its start.

@@ -252,7 +252,7 @@ class _Epochs:
         self.notes: list[str] = []
         self.steps = SplitSteps(learners[0].objective, ranks, self.note)
         self.train_cells = data.cells_by_condition(splits.TRAIN)
-        self.n = 0 if config.model.method == "linear" else resolve_epochs(config.training, self.train_cells)
+        self.n = resolve_epochs(config.training, self.train_cells) if config.model.trains else 0
         self.first = 0
         self.in_step = resolve_step(config.training, self.train_cells)
         self.partners = ControlPartners(data.control_pool(splits.TRAIN), data.batch)

@@ -1,0 +1,119 @@
+"""Differences of precision matrices: exact on population covariances, near the truth on cells, silent where not hard."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from crlseq.config import ModelConfig
+from crlseq.discovery.methods import method_of
+from crlseq.discovery.methods.squires import jackknife, precisions, recover
+from crlseq.discovery.verdict import judge_squires
+from crlseq.errors import InputError
+from tests.discovery.test_discover import CONFIG, Screen
+
+
+class Model:
+    """Random linear equations of p programs, mixed into p components, with one intervention each."""
+
+    def __init__(self, p: int, seed: int, hard: bool = True) -> None:
+        rng = np.random.default_rng(seed)
+        self.p, self.rng = p, rng
+        order = rng.permutation(p)
+        weights = np.triu(rng.uniform(0.4, 1.2, (p, p)) * rng.choice([-1, 1], (p, p)) * (rng.random((p, p)) < 0.5), 1)
+        self.adjacency = np.zeros((p, p))
+        self.adjacency[np.ix_(order, order)] = weights
+        self.mixing = rng.normal(size=(p, p))
+        self.scale = rng.choice([0.4, 2.5], p)  # of the noise under intervention
+        self.kept = 0.0 if hard else 0.6
+
+    def latents_of_noise(self, target: int) -> np.ndarray:
+        """(p, p) from noise to latents, under the intervention on a program; -1: none."""
+        graph, noise = self.adjacency.copy(), np.ones(self.p)
+        if target >= 0:
+            graph[:, target] *= self.kept
+            noise[target] = self.scale[target]
+        return np.linalg.inv(np.eye(self.p) - graph.T) * noise
+
+    def population(self) -> np.ndarray:
+        roots = [self.mixing @ self.latents_of_noise(k) for k in range(-1, self.p)]
+        return np.array([np.linalg.inv(root @ root.T) for root in roots])
+
+    def cells(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        each = [
+            self.rng.normal(size=(n, self.p)) @ (self.mixing @ self.latents_of_noise(k)).T for k in range(-1, self.p)
+        ]
+        return np.concatenate(each), np.repeat(np.arange(self.p + 1), n)
+
+
+@pytest.mark.parametrize("p", [1, 2, 5, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_population_covariances_give_the_truth(p: int, seed: int) -> None:
+    model = Model(p, seed)
+    found = recover(model.population())
+    assert found.left < 1e-6
+    signs = np.sign(np.diag(found.directions @ model.mixing))
+    np.testing.assert_allclose(found.directions @ model.mixing, np.diag(signs), atol=1e-6)
+    np.testing.assert_allclose(found.adjacency, signs[:, None] * model.adjacency * signs, atol=1e-6)
+
+
+def test_cells_give_edges_or_no_claim() -> None:
+    """Twelve models of 25,000 cells an environment: false edges are rare, and a wrong order is seen by what is left."""
+    accepted = true = false = of = 0
+    for seed in range(12):
+        model = Model(5, seed)
+        y, environment = model.cells(25_000)
+        found = recover(precisions(y, environment, 5, None))
+        edges = np.abs(found.adjacency) > 3 * jackknife(y, environment, None, found)
+        if judge_squires(found.left, int(edges.sum()), True).answer != "identified":
+            continue
+        truth = model.adjacency != 0
+        accepted += 1
+        of, true, false = of + truth.sum(), true + (edges & truth).sum(), false + (edges & ~truth).sum()
+        order = list(found.order)
+        assert all(order.index(a) < order.index(b) for a, b in np.argwhere(truth)), seed
+    assert accepted >= 9 and true >= 0.6 * of and false <= 1, (accepted, true, of, false)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_soft_interventions_look_the_same_so_that_single_edges_are_not_claimed(seed: int) -> None:
+    model = Model(5, seed, hard=False)
+    found = recover(model.population())
+    assert found.left < 1e-6
+    assert not np.allclose(np.abs(found.adjacency), np.abs(model.adjacency), atol=0.05)
+    assert judge_squires(found.left, 3, False).answer == "ancestry only"
+
+
+def test_perturbations_of_two_programs_are_seen() -> None:
+    """Every precision is that of two interventions at once: two rows change."""
+    model = Model(4, 1)
+    theta = model.population()
+    two = np.concatenate([theta[:1], theta[1:] + np.roll(theta[1:], 1, 0) - theta[0]])
+    found = recover(two)
+    assert found.left > 0.2 and judge_squires(found.left, 3, True).answer == "not identified"
+
+
+def test_noise_of_measurement_is_taken_off() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(200_000, 3)) * [1.0, 1.5, 2.0] + 0.5 * rng.normal(size=(200_000, 3))
+    known, unknown = (precisions(y, np.zeros(len(y), dtype=int), 0, noise)[0] for noise in (0.25, None))
+    np.testing.assert_allclose(known, np.diag(1 / np.square([1.0, 1.5, 2.0])), atol=0.01)
+    np.testing.assert_allclose(np.diag(unknown), 1 / (np.square([1.0, 1.5, 2.0]) + 0.25), rtol=0.02)
+
+
+def test_a_screen_with_one_hard_perturbation_for_each_program() -> None:
+    screen = Screen(perturbations_per_latent=1, cells_per_perturbation=3000, n_control=6000)
+    found = method_of("squires").find(screen.task(CONFIG, effect=np.ones(4))).discovery
+    assert found is not None and found.adjacency.shape == (4, 4)
+    assert sorted(found.target) == [0, 1, 2, 3]
+    place = np.array([found.target[np.flatnonzero(screen.target == k)[0]] for k in range(4)])
+    latents = torch.from_numpy(screen.latents)[found.index].numpy()
+    between = np.abs(np.corrcoef(found.latents.T, latents.T)[:4, 4:])
+    assert min(between[place[k], k] for k in range(4)) > 0.8
+
+
+def test_it_asks_for_one_perturbation_for_each_program() -> None:
+    screen = Screen()
+    with pytest.raises(InputError, match="needs one perturbation for each program: 12 have a detectable effect, and 4"):
+        method_of("squires").find(screen.task(ModelConfig(n_latents=4)))
