@@ -17,7 +17,8 @@ from crlseq.data.dataset import PerturbSeqData, StreamedExpression, read_data
 from crlseq.data.embeddings import COEXPRESSION, Embeddings, named_as_labels, read_embeddings
 from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
 from crlseq.data.source import content_of, digest_of, state_of
-from crlseq.errors import UsageError
+from crlseq.data.store import read_manifest
+from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.identity import Identity, digests_of_tables
 from crlseq.pipeline.progress import READING, Progress
 from crlseq.storage.runfolder import GENE_SETS
@@ -51,6 +52,16 @@ class Screen:
     identity: Identity
     sets: GeneSets | None
     vectors: Embeddings | None
+
+
+def refuse_unprepared(source: str | Path | ad.AnnData, config: Config, cluster: str | None) -> None:
+    """Refuse a cluster for what its workers cannot read piece by piece."""
+    if cluster is None:
+        return
+    if config.data.streamed is False:
+        raise UsageError("A cluster reads a store piece by piece.", "Drop --in-memory or --cluster.")
+    if config.data.layer is not None or read_manifest(source) is None:
+        raise InputError("A cluster needs a prepared store.", "Make one: crlseq prepare FILES --output STORE.")
 
 
 def read_screen(job: Job) -> Screen:
