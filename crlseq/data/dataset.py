@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from crlseq.data.names import GeneNames, targets_in_words
 from crlseq.data.perturbations import Perturbations
 from crlseq.data.preprocess import Preprocessing, load, plan_preprocessing
 from crlseq.data.store import Manifest, StoredMatrix, read_manifest
-from crlseq.data.values import scan, values_of
+from crlseq.data.values import Scan, scan, values_of
 from crlseq.errors import few
 
 ROWS = 4096  # cells taken at once where all are gone through
@@ -209,15 +209,23 @@ def _sums(x: Expression, index: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(rows.indices, weight, minlength=x.shape[1]) for weight in weights])
 
 
-def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) -> PerturbSeqData:
-    """Read, check, normalise and split a screen; InputError for anything in it that cannot be used."""
+def read_data(
+    source: str | Path | ad.AnnData,
+    config: DataConfig,
+    seed: int,
+    shared: Callable[[Callable[[], Scan]], Scan] = lambda make: make(),
+) -> PerturbSeqData:
+    """Read, check, normalise and split a screen; InputError for anything in it that cannot be used.
+
+    ``shared`` gives the pass over all values, which it makes itself or has from another process.
+    """
     manifest = read_manifest(source) if config.layer is None else None
     if manifest is not None:
         config = _as_prepared(config, manifest)
     with open_screen(source, config.layer) as screen:
         labels, guides = read_labels(screen, source, config)
         shuffled = manifest is not None and _is_sorted(labels.condition)
-        scanned = scan(screen)
+        scanned = shared(lambda: scan(screen))
         values = values_of(source, screen, scanned, config)
         labels = without_silent_cells(labels, scanned, values)
         selection = select_conditions(labels, config)

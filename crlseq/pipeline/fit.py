@@ -191,13 +191,14 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
     """
     resolve_device(config.training.device, ranks)
     with on_threads(_threads(config)):
-        data, digest = read_cells(source, config, ranks), digest_of(source)
-        first = ranks.from_first(None)
+        digest, first = digest_of(source), ranks.from_first(None)
         if first is None:  # there is nothing to fit
             return
         if first["input"] != digest:
             what = f"Rank {ranks.rank} and rank 0 read different files as {source}."
             raise InputError(what, "Give every machine the same file.")
+        data = read_cells(source, config, ranks)
+        first = ranks.from_first(first)
         with on_threads(_threads(config, data)):
             fit_model(data, config, first["n_latents"], ranks=ranks)
 
@@ -291,7 +292,7 @@ def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
         progress.stage(EFFECTS if job.config.model.method == "linear" else TRAINING)
         if ranks.size > 1:
             progress.note(f"{ranks.size} processes train together.")
-    ranks.from_first({"input": screen.digest, "n_latents": start.n_latents})
+    ranks.from_first({"n_latents": start.n_latents})
     if sets is not None and folder is not None and not (folder / GENE_SETS).exists():
         sets.write(folder / GENE_SETS)
     identity = f"{screen.identity.to_json()}\n{start.n_latents}\n{'' if sets is None else sets.digest()}"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
+import numpy as np
 import torch
+from torch import Tensor
 
 from crlseq.config import Config
 from crlseq.data import splits
@@ -18,6 +23,7 @@ from crlseq.data.embeddings import COEXPRESSION, Embeddings, named_as_labels, re
 from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.data.store import read_manifest
+from crlseq.data.values import Scan
 from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.identity import Identity, digests_of_tables
 from crlseq.pipeline.progress import READING, Progress
@@ -77,6 +83,7 @@ def read_screen(job: Job) -> Screen:
     job.progress.stage(READING)
     # A store is compared with its checksums before anything is made of it.
     state, digest = state_of(source), digest_of(source)
+    job.ranks.from_first({"input": digest})
     data = read_cells(source, config, job.ranks)
     if table == COEXPRESSION:
         vectors = coexpression(data)
@@ -94,7 +101,7 @@ def read_screen(job: Job) -> Screen:
 def read_cells(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) -> PerturbSeqData:
     """The cells, as every rank reads them."""
     threads = torch.get_num_threads()
-    data = read_data(source, config.data, config.training.seed)
+    data = read_data(source, config.data, config.training.seed, partial(_scanned_once, ranks))
     suit_allocator(isinstance(data.x, StreamedExpression))
     torch.set_num_threads(threads)  # numba, which scanpy starts to choose genes, sets its own number
     in_step = resolve_step(config.training, data.cells_by_condition(splits.TRAIN))
@@ -102,3 +109,15 @@ def read_cells(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) ->
         what = f"{ranks.size} processes cannot share steps of {in_step} perturbations."
         raise UsageError(what, "Start fewer processes, or raise perturbations_per_step in the configuration file.")
     return data
+
+
+def _scanned_once(ranks: Ranks, make: Callable[[], Scan]) -> Scan:
+    """The pass over all values, which the first rank makes for all."""
+    if ranks.size == 1:
+        return make()
+    if ranks.rank > 0:
+        told: dict[str, Any] = ranks.from_first({})
+        return Scan(**{name: value.numpy() if isinstance(value, Tensor) else value for name, value in told.items()})
+    found = make()
+    ranks.from_first({name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in vars(found).items()})
+    return found
