@@ -117,7 +117,10 @@ def _scanned_once(ranks: Ranks, make: Callable[[], Scan]) -> Scan:
         return make()
     if ranks.rank > 0:
         told: dict[str, Any] = ranks.from_first({})
-        return Scan(**{name: value.numpy() if isinstance(value, Tensor) else value for name, value in told.items()})
+        values: dict[str, Any] = {
+            name: value.numpy() if isinstance(value, Tensor) else value for name, value in told.items()
+        }
+        return Scan(**values)
     found = make()
     ranks.from_first({name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in vars(found).items()})
     return found
