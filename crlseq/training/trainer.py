@@ -22,7 +22,7 @@ from crlseq.model.losses import median_bandwidth
 from crlseq.model.networks import GeneSetLayer
 from crlseq.storage.checkpoint import Checkpoints, build
 from crlseq.threads import ahead, counted, in_parallel
-from crlseq.training.device import resolve_device
+from crlseq.training.device import reproducible, resolve_device
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.learner import Learner
 from crlseq.training.memory import ShortOfMemoryError, out_of_memory
@@ -167,10 +167,10 @@ def fit_model(
     device = resolve_device(asked, ranks)
     if device.type == "cpu":
         return fit_on(device)
-    torch.cuda.set_device(device)
     short = f"The memory of {device} does not suffice"
     try:
-        return fit_on(device)
+        with reproducible(device):
+            return fit_on(device)
     except Exception as error:  # which holds what lies on the device until the block ends
         if not (isinstance(error, ShortOfMemoryError) or out_of_memory(error)):
             raise
