@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
     are laid out from non-zeros. An operation without an order is warned of, and the fit goes on.
     """
     torch.cuda.set_device(device)
-    filling = torch.utils.deterministic
+    filling: Any = torch.utils.deterministic
     precision, filled = torch.get_float32_matmul_precision(), filling.fill_uninitialized_memory
     ordered, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_float32_matmul_precision("highest")
