@@ -128,7 +128,6 @@ class Learner:
 
         terms = self._by_graph(step, n_steps)
         if terms is None:
-            self.noise.set_state(drawn)
             terms = self._descended(step.terms(self.optimizer.zero_grad, descend), n_steps)
         for name, value in terms.items():  # added up on the device: no step waits for a number
             self.terms[name] = self.terms.get(name, 0.0) + value
