@@ -115,7 +115,7 @@ def _check_order(reads: list[Any], writes: list[Any]) -> None:
             raise DeviceError("memory may be given back while another stream reads it")
     stream.clock += 1
     for address in {x.untyped_storage().data_ptr() for x in writes if x.numel()}:
-        if address not in addresses:
+        if address not in addresses or address not in RECORD.blocks:
             RECORD.blocks[address] = Block(stream, stream.clock, stream, stream.clock)
         RECORD.blocks[address].writer, RECORD.blocks[address].written = stream, stream.clock
 
