@@ -37,14 +37,14 @@ STREAMED_ROWS = 1024  # of a store, read at once: what is in float64 on the way
 class StreamedExpression:
     """Normalised expression (cells, fitted genes) of a store: rows are read when asked for, as in memory to the bit.
 
-    `matrix` has cells as in the store; for `place` see `Preprocessing.places`; rows are CSR if `sparse`; the cells in
-    `held` are asked for again and again and stay in memory.
+    `matrix` has cells as in the store; for `place` see `Preprocessing.places`; rows are CSR if few are not 0; the cells in
+    `held` are asked for again and again and stay in memory. `nnz` is how many values are not 0, None if rows are dense.
     """
 
     def __init__(
-        self, matrix: StoredMatrix, record: Preprocessing, place: np.ndarray, sparse: bool, held: np.ndarray
+        self, matrix: StoredMatrix, record: Preprocessing, place: np.ndarray, nnz: int | None, held: np.ndarray
     ) -> None:
-        self.matrix, self.record, self.place, self.sparse = matrix, record, place, sparse
+        self.matrix, self.record, self.place, self.nnz = matrix, record, place, nnz
         self.shape = (matrix.shape[0], len(record.genes))
         self.slot: np.ndarray | None = np.full(matrix.shape[0], -1, dtype=np.int32)
         self.held = self._read(held)
@@ -59,7 +59,7 @@ class StreamedExpression:
         if isinstance(index, slice):
             index = np.arange(self.shape[0])[index]
         rows = self._rows(index)
-        return rows if self.sparse else rows.toarray()
+        return rows.toarray() if self.nnz is None else rows
 
     def _rows(self, index: np.ndarray) -> sp.csr_matrix:
         slot = np.full(len(index), -1) if self.slot is None else self.slot[index]
@@ -305,8 +305,8 @@ def _stream(
     assert isinstance(screen.matrix, StoredMatrix)
     controls = labels.condition == 0
     pools = [np.flatnonzero(controls & (split == code))[:CONTROL_POOL] for code in range(1, len(splits.SPLITS))]
-    sparse, place = record.is_sparse(n_values, screen.n_cells), record.places(screen.genes)
-    return StreamedExpression(screen.matrix, record, place, sparse, np.sort(np.concatenate(pools)))
+    nnz, place = n_values if record.is_sparse(n_values, screen.n_cells) else None, record.places(screen.genes)
+    return StreamedExpression(screen.matrix, record, place, nnz, np.sort(np.concatenate(pools)))
 
 
 def _renumbered(labels: Perturbations, selection: Selection) -> tuple[np.ndarray, list[int], dict[int, int], list[str]]:

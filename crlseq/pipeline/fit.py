@@ -270,7 +270,8 @@ def _discover(job: Job, tested: Tested) -> Start:
     """Step 3: programs, targets and graph by likelihood, unless they are to be learned by gradient."""
     tests, stages, progress, seed = tested.tests, tested.stages, job.progress, job.config.training.seed
     effect = np.where(tests["fdr"] <= DETECTABLE_FDR, np.maximum(tests["energy"], 1e-12), 0.0)  # NaN counts as none
-    task = Task(tested.data, effect, job.config.model, seed, progress.stage, progress.note, stages)
+    device = resolve_device(job.config.training.device, job.ranks)
+    task = Task(tested.data, effect, job.config.model, seed, progress.stage, progress.note, stages, device=device)
     try:
         programs = find_programs(task)
     except InputError:  # there is nothing to go on with

@@ -31,7 +31,7 @@ from crlseq.storage.runfolder import GENE_SETS
 from crlseq.training.distributed import Ranks
 from crlseq.training.extrapolation import refuse_strangers
 from crlseq.training.memory import suit_allocator
-from crlseq.training.trainer import resolve_step
+from crlseq.training.schedules import resolve_step
 
 
 @dataclass(frozen=True)
