@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -54,12 +56,28 @@ def in_parallel(make: Callable[[Item], Made], items: Iterable[Item], threads: in
 
     A single item is made by the caller, on as many threads as it has.
     """
-    items = list(items)
-    if threads == 1 or len(items) == 1:
+    items = iter(items)
+    first = [*islice(items, 2)]
+    items = chain(first, items)
+    if threads == 1 or len(first) == 1:
         yield from map(make, items)
         return
     with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool, on_threads(1):
-        yield from pool.map(make, items)
+        yield from in_order(lambda item: pool.submit(make, item).result, items, 2 * threads)
+
+
+def in_order(submit: Callable[[Item], Callable[[], Made]], items: Iterable[Item], ahead: int) -> Iterator[Made]:
+    """What is made of the items, in their order: ``submit`` begins one, and what it returns waits for the end.
+
+    At most `ahead` more are begun than were asked for, so that no more items and results than that are held.
+    """
+    waiting = deque[Callable[[], Made]]()
+    for item in items:
+        waiting.append(submit(item))
+        if len(waiting) > ahead:
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from crlseq.data import splits
 from crlseq.data.batches import ControlPartners, epoch_batches
 from crlseq.data.dataset import read_data
 from crlseq.training.distributed import joined
-from crlseq.training.trainer import fit_model, resolve_step
+from crlseq.training.schedules import resolve_step
+from crlseq.training.trainer import fit_model
 
 REPEATS = 20
 

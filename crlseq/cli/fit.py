@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, read_config, setting, switch, takes_config
+from crlseq.cli.options import AsJson, Cluster, Force, Quiet, RunFolder, read_config, setting, switch, takes_config
 from crlseq.cli.output import say, say_paragraph, say_verdict, show_json
 from crlseq.config import PRESETS
 from crlseq.pipeline.progress import shown
@@ -29,6 +29,7 @@ def prepare(
     output: Annotated[Path, setting("Store to write (a folder).", "--output", "-o")],
     resume: Annotated[bool, switch("--resume", "Continue an unfinished store.")] = False,
     force: Force = False,
+    cluster: Cluster = None,
     quiet: Quiet = False,
     **given: Any,
 ) -> None:
@@ -38,7 +39,7 @@ def prepare(
     config = read_config(given)
     tell = (lambda text: None) if quiet else say
     done = write(
-        files, output, config.data, config.training.seed, resume=resume, force=force,
+        files, output, config.data, config.training.seed, resume=resume, force=force, cluster=cluster,
         stage=lambda text: tell(f"• {text}"), note=lambda text: tell(f"  {text}"),
     )  # fmt: skip
     if not quiet:
@@ -61,6 +62,7 @@ def fit(
     ] = None,
     resume: Annotated[bool, switch("--resume", "Continue an unfinished fit of the same input and options.")] = False,
     force: Force = False,
+    cluster: Cluster = None,
     quiet: Quiet = False,
     **given: Any,
 ) -> None:
@@ -78,7 +80,10 @@ def fit(
             if ranks.rank > 0:
                 take_part(file, settings, ranks)
                 return
-            run = fit_screen(file, output, config=settings, resume=resume, force=force, progress=progress, ranks=ranks)
+            run = fit_screen(
+                file, output, config=settings, resume=resume, force=force, progress=progress, ranks=ranks,
+                cluster=cluster,
+            )  # fmt: skip
     if not quiet:
         for line in told(run):
             say_paragraph(f"• {line}")

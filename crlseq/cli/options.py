@@ -74,6 +74,13 @@ def _in_place(context: typer.Context, run: Path) -> Path:
 RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False, callback=_in_place)]
 AsJson = Annotated[bool, switch("--json", "Print JSON to stdout.")]
 Force = Annotated[bool, switch("--force", "Replace what exists at --output.")]
+Cluster = Annotated[
+    str | None,
+    setting(
+        "Compute passes over cells on a Dask cluster: tcp://HOST:8786, or a number of processes to start here.",
+        "--cluster", default="none",
+    ),
+]  # fmt: skip
 Quiet = Annotated[bool, switch("--quiet", "Print errors only.", "-q")]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -15,6 +16,7 @@ import scipy.sparse as sp
 
 from crlseq.config import DataConfig
 from crlseq.data import splits
+from crlseq.data.cluster import mapped, on_one_machine
 from crlseq.data.covariates import covariates, in_words
 from crlseq.data.design import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
 from crlseq.data.guides import Guides, read_labels
@@ -23,7 +25,7 @@ from crlseq.data.names import GeneNames, targets_in_words
 from crlseq.data.perturbations import Perturbations
 from crlseq.data.preprocess import Preprocessing, load, plan_preprocessing
 from crlseq.data.store import Manifest, StoredMatrix, read_manifest
-from crlseq.data.values import scan, values_of
+from crlseq.data.values import Scan, scan, values_of
 from crlseq.errors import few
 
 ROWS = 4096  # cells taken at once where all are gone through
@@ -35,28 +37,32 @@ STREAMED_ROWS = 1024  # of a store, read at once: what is in float64 on the way
 class StreamedExpression:
     """Normalised expression (cells, fitted genes) of a store: rows are read when asked for, as in memory to the bit.
 
-    `matrix` has cells as in the store; for `place` see `Preprocessing.places`; rows are CSR if `sparse`; the cells in
-    `held` are asked for again and again and stay in memory.
+    `matrix` has cells as in the store; for `place` see `Preprocessing.places`; rows are CSR if few are not 0; the cells in
+    `held` are asked for again and again and stay in memory. `nnz` is how many values are not 0, None if rows are dense.
     """
 
     def __init__(
-        self, matrix: StoredMatrix, record: Preprocessing, place: np.ndarray, sparse: bool, held: np.ndarray
+        self, matrix: StoredMatrix, record: Preprocessing, place: np.ndarray, nnz: int | None, held: np.ndarray
     ) -> None:
-        self.matrix, self.record, self.place, self.sparse = matrix, record, place, sparse
+        self.matrix, self.record, self.place, self.nnz = matrix, record, place, nnz
         self.shape = (matrix.shape[0], len(record.genes))
-        self.slot = np.full(matrix.shape[0], -1, dtype=np.int32)
+        self.slot: np.ndarray | None = np.full(matrix.shape[0], -1, dtype=np.int32)
         self.held = self._read(held)
         self.slot[held] = np.arange(len(held))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is held: another process reads every row."""
+        return {**vars(self), "slot": None, "held": None}
 
     def __getitem__(self, index: slice | np.ndarray) -> sp.csr_matrix | np.ndarray:
         """Rows by a slice or by cells in any order, float32."""
         if isinstance(index, slice):
             index = np.arange(self.shape[0])[index]
         rows = self._rows(index)
-        return rows if self.sparse else rows.toarray()
+        return rows.toarray() if self.nnz is None else rows
 
     def _rows(self, index: np.ndarray) -> sp.csr_matrix:
-        slot = self.slot[index]
+        slot = np.full(len(index), -1) if self.slot is None else self.slot[index]
         if len(index) and slot.min() >= 0:
             return sp.csr_matrix(self.held[slot])
         fresh = slot < 0
@@ -76,11 +82,15 @@ class StreamedExpression:
         return parts[0] if len(parts) == 1 else sp.csr_matrix(sp.vstack(parts, format="csr"))
 
 
+Expression = sp.csr_matrix | np.ndarray | StreamedExpression
+Cells = tuple[np.ndarray, np.ndarray]  # indices, and totals of their counts
+
+
 @dataclass(frozen=True)
 class PerturbSeqData:
     """A screen in numbers. Row i of everything is cell i of the file; condition 0 is the control."""
 
-    x: sp.csr_matrix | np.ndarray | StreamedExpression  # (cells, genes) float32, normalised; streamed: from a store
+    x: Expression  # (cells, genes) float32, normalised; streamed: from a store
     cell_names: pd.Index  # unique
     condition: np.ndarray  # (cells,) int64 index into `conditions`; -1 of cells that take no part
     conditions: tuple[tuple[int, ...], ...]  # ascending indices of single perturbations; () of the control
@@ -138,32 +148,32 @@ class PerturbSeqData:
             rows = slice(start, min(start + ROWS, len(index)))
             yield rows, self.x[index[rows]]
 
+    def pieces(self, index: np.ndarray) -> list[np.ndarray]:
+        """`index` in pieces of as many cells as a block of `blocks`."""
+        return [index[start : start + ROWS] for start in range(0, len(index), ROWS)]
+
     def moments(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and mean square (genes,) of cells, in float64."""
         sums = np.zeros((2, self.n_genes))
-        for _, x in self.blocks(index):
-            for total, power in zip(sums, (1, 2), strict=True):
-                if isinstance(x, np.ndarray):
-                    total += (x.astype(np.float64) ** power).sum(0)
-                else:
-                    total += np.bincount(x.indices, x.data.astype(np.float64) ** power, minlength=self.n_genes)
+        for own in mapped(partial(_sums, self.x), self.pieces(index)):
+            sums += own
         sums /= max(len(index), 1)
         return sums[0], sums[1]
 
     def dense(self, index: np.ndarray) -> np.ndarray:
         """(len(index), genes) float32 rows."""
-        rows = self.x[index]
-        return np.asarray(rows) if isinstance(rows, np.ndarray) else rows.toarray()
+        return dense_of(self.x, index)
 
     def counts(self, index: np.ndarray) -> sp.csr_matrix:
         """(len(index), genes) counts, got back from normalised values (exact below 10^5, float32's precision)."""
         if self.totals is None or self.preprocessing.target_sum is None:
             raise ValueError("these values are not counts.")
-        rows = sp.csr_matrix(self.x[index]).astype(np.float64).expm1()
-        counts = sp.csr_matrix(sp.diags_array(self.totals[index] / self.preprocessing.target_sum).tocsr() @ rows)
-        if not self.preprocessing.fractional:
-            counts.data = np.rint(counts.data)
-        return counts
+        return counts_of(self.x, self.preprocessing, self.with_totals(index))
+
+    def with_totals(self, index: np.ndarray) -> Cells:
+        """Cells and what `counts_of` needs of them."""
+        assert self.totals is not None
+        return index, self.totals[index]
 
     def perturbation_table(self) -> np.ndarray:
         """(conditions, M) int64 perturbations of each condition, filled up with -1."""
@@ -173,15 +183,49 @@ class PerturbSeqData:
         return table
 
 
-def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) -> PerturbSeqData:
-    """Read, check, normalise and split a screen; InputError for anything in it that cannot be used."""
+def counts_of(x: Expression, record: Preprocessing, cells: Cells) -> sp.csr_matrix:
+    """(cells, genes) counts from normalised values ``x``, of cells with their totals."""
+    assert record.target_sum is not None
+    index, totals = cells
+    rows = sp.csr_matrix(x[index]).astype(np.float64).expm1()
+    counts = sp.csr_matrix(sp.diags_array(totals / record.target_sum).tocsr() @ rows)
+    if not record.fractional:
+        counts.data = np.rint(counts.data)
+    return counts
+
+
+def dense_of(x: Expression, index: np.ndarray) -> np.ndarray:
+    """(len(index), genes) float32 rows."""
+    rows = x[index]
+    return np.asarray(rows) if isinstance(rows, np.ndarray) else rows.toarray()
+
+
+def _sums(x: Expression, index: np.ndarray) -> np.ndarray:
+    """Sums of values and of their squares (2, genes) over cells, in float64."""
+    rows = x[index]
+    if isinstance(rows, np.ndarray):
+        return np.stack([(rows.astype(np.float64) ** power).sum(0) for power in (1, 2)])
+    weights = [rows.data.astype(np.float64) ** power for power in (1, 2)]
+    return np.stack([np.bincount(rows.indices, weight, minlength=x.shape[1]) for weight in weights])
+
+
+def read_data(
+    source: str | Path | ad.AnnData,
+    config: DataConfig,
+    seed: int,
+    shared: Callable[[Callable[[], Scan]], Scan] = lambda make: make(),
+) -> PerturbSeqData:
+    """Read, check, normalise and split a screen; InputError for anything in it that cannot be used.
+
+    ``shared`` gives the pass over all values, which it makes itself or has from another process.
+    """
     manifest = read_manifest(source) if config.layer is None else None
     if manifest is not None:
         config = _as_prepared(config, manifest)
     with open_screen(source, config.layer) as screen:
         labels, guides = read_labels(screen, source, config)
         shuffled = manifest is not None and _is_sorted(labels.condition)
-        scanned = scan(screen)
+        scanned = shared(lambda: scan(screen))
         values = values_of(source, screen, scanned, config)
         labels = without_silent_cells(labels, scanned, values)
         selection = select_conditions(labels, config)
@@ -194,7 +238,7 @@ def read_data(source: str | Path | ad.AnnData, config: DataConfig, seed: int) ->
         record = plan_preprocessing(screen, scanned, values, split == splits.TRAIN, config, seed)
         n_values = int(scanned.detected[record.columns(screen)].sum())
         if shuffled and _is_streamed(config, n_values):
-            x: sp.csr_matrix | np.ndarray | StreamedExpression = _stream(screen, record, n_values, labels, split)
+            x: Expression = _stream(screen, record, n_values, labels, split)
         else:
             x = load(screen, record, n_values)
         cell_names = screen.obs.index.astype(str)
@@ -248,6 +292,8 @@ def _is_sorted(condition: np.ndarray) -> bool:
 
 
 def _is_streamed(config: DataConfig, n_values: int) -> bool:
+    if not on_one_machine():
+        return True
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 8 * n_values > IN_MEMORY * memory if config.streamed is None else config.streamed
 
@@ -259,8 +305,8 @@ def _stream(
     assert isinstance(screen.matrix, StoredMatrix)
     controls = labels.condition == 0
     pools = [np.flatnonzero(controls & (split == code))[:CONTROL_POOL] for code in range(1, len(splits.SPLITS))]
-    sparse, place = record.is_sparse(n_values, screen.n_cells), record.places(screen.genes)
-    return StreamedExpression(screen.matrix, record, place, sparse, np.sort(np.concatenate(pools)))
+    nnz, place = n_values if record.is_sparse(n_values, screen.n_cells) else None, record.places(screen.genes)
+    return StreamedExpression(screen.matrix, record, place, nnz, np.sort(np.concatenate(pools)))
 
 
 def _renumbered(labels: Perturbations, selection: Selection) -> tuple[np.ndarray, list[int], dict[int, int], list[str]]:

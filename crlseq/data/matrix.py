@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import zarr
 
 from crlseq.data.files import is_cell_ranger, open_store, read_cell_ranger, readable
 from crlseq.data.hdf5 import refuse_claims
-from crlseq.data.store import StoredMatrix, read_manifest
+from crlseq.data.store import SAME_PATH, StoredMatrix, read_manifest
 from crlseq.errors import InputError
 from crlseq.threads import counted
 
@@ -47,6 +48,7 @@ class Screen:
     var_names: pd.Index  # of all variables of the AnnData, unique: genes and what else is measured
     features: dict[str, pd.Series]  # by type of feature, columns of the matrix by name; empty if there are genes alone
     log_base: float | None = None  # of the logarithm, as ``uns`` records it
+    layer: str | None = None  # that the matrix is; None of X
     notes: tuple[str, ...] = ()  # what a user should know of how the file was read
 
     @property
@@ -80,20 +82,30 @@ class Screen:
         """The type of feature that genes are."""
         return next((name for name in self.features if name.casefold() in GENE_EXPRESSION), None)
 
-    def blocks(self, first: int = 0) -> Iterator[tuple[slice, sp.csr_matrix]]:
-        """Consecutive rows, from the `first`, as canonical float64 CSR blocks, with the rows they hold."""
+    @property
+    def reader(self) -> Rows:
+        """What reads the cells' genes."""
+        columns = None if self.expression is None else self.features[self.expression].to_numpy()
+        return Rows(self.matrix, columns, self.source, self.layer)
+
+    def stretches(self, first: int = 0) -> list[slice]:
+        """Consecutive rows, from the `first`, of which a block holds about `BLOCK_VALUES` dense values."""
         step = max(1, BLOCK_VALUES // max(self.n_genes, 1))
-        starts = range(first, self.n_cells, step)
-        for start in counted(starts, len(starts)):
-            rows = slice(start, min(start + step, self.n_cells))
-            yield rows, self._read(rows)
+        return [slice(start, min(start + step, self.n_cells)) for start in range(first, self.n_cells, step)]
+
+    def blocks(self, first: int = 0) -> Iterator[tuple[slice, sp.csr_matrix]]:
+        """The stretches as canonical float64 CSR blocks, with the rows they hold."""
+        reader, stretches = self.reader, self.stretches(first)
+        for rows in counted(stretches, len(stretches)):
+            yield rows, reader[rows]
 
     def rows(self, index: np.ndarray) -> sp.csr_matrix:
         """Cells by ascending index as float64 CSR, read as few contiguous runs."""
         if isinstance(self.matrix, StoredMatrix):
-            return self._read(index)
+            return self.reader[index]
         runs = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1)
-        parts = [self._read(slice(int(run[0]), int(run[-1]) + 1)) for run in runs if len(run)]
+        reader = self.reader
+        parts = [reader[slice(int(run[0]), int(run[-1]) + 1)] for run in runs if len(run)]
         return sp.csr_matrix(sp.vstack(parts, format="csr"))
 
     def sample(self, cells: np.ndarray, most: int) -> tuple[np.ndarray, sp.csr_matrix]:
@@ -107,10 +119,48 @@ class Screen:
                 rows.append(self.rows(np.arange(own[0], own[-1] + 1))[own - own[0]])
         return np.concatenate(chosen), sp.csr_matrix(sp.vstack(rows, format="csr"))
 
-    def _read(self, rows: slice | np.ndarray) -> sp.csr_matrix:
+
+@dataclass(frozen=True)
+class Rows:
+    """Cells of a matrix as canonical float64 CSR; in another process the file is opened again."""
+
+    matrix: Any
+    columns: np.ndarray | None  # those that are genes; None of all
+    source: str
+    layer: str | None
+
+    def __getitem__(self, rows: slice | np.ndarray) -> sp.csr_matrix:
         with readable(self.source, "the matrix"):
             block = as_csr(self.matrix[rows])
-        return block if self.expression is None else sp.csr_matrix(block[:, self.features[self.expression].to_numpy()])
+        return block if self.columns is None else sp.csr_matrix(block[:, self.columns])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if isinstance(self.matrix, StoredMatrix | np.ndarray) or sp.issparse(self.matrix):
+            return Rows, (self.matrix, self.columns, self.source, self.layer)
+        path = Path(self.source).resolve()
+        return _opened, (path, self.layer, _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change, by which a file is the same one in another process."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.", SAME_PATH) from None
+    return (0, 0) if path.is_dir() else (state.st_size, state.st_mtime_ns)
+
+
+def _opened(path: Path, layer: str | None, stamp: tuple[int, int]) -> Rows:
+    """A file that another process has open."""
+    return _kept_open(path, layer, stamp)[0]
+
+
+@lru_cache(maxsize=4)
+def _kept_open(path: Path, layer: str | None, stamp: tuple[int, int]) -> tuple[Rows, ExitStack]:
+    if _stamp(path) != stamp:
+        raise InputError(f"{path} is another file on a worker.", SAME_PATH)
+    opened = ExitStack()
+    return opened.enter_context(open_screen(path, layer)).reader, opened  # which closes the file when it is forgotten
 
 
 def as_csr(block: Any) -> sp.csr_matrix:
@@ -146,7 +196,7 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
             var = source.raw.var if of_raw else source.var
             matrix = source.raw.X if of_raw else source.X if layer is None else source.layers[layer]
             matrix = _row_sliceable(matrix, name)
-        yield _checked(source.obs, var, matrix, layers, name, source.var.index, _log_base(source.uns))
+        yield _checked(source.obs, var, matrix, layers, name, source.var.index, _log_base(source.uns), layer)
         return
     path = Path(source)
     with open_store(path) as store:
@@ -172,7 +222,7 @@ def open_screen(source: str | Path | ad.AnnData, layer: str | None = None) -> It
                 matrix = _row_sliceable(element, name)
         with readable(name, "uns"):
             base = _log_base({"log1p": ad.io.read_elem(store["uns/log1p"])}) if "uns/log1p" in store else None
-        yield _checked(obs, var, matrix, layers, name, getattr(all_var, "index", pd.Index([])), base)
+        yield _checked(obs, var, matrix, layers, name, getattr(all_var, "index", pd.Index([])), base, layer)
 
 
 def _log_base(uns: Any) -> float | None:
@@ -212,7 +262,14 @@ def within(matrix: Any) -> Any:
 
 
 def _checked(
-    obs: Any, var: Any, matrix: Any, layers: tuple[str, ...], source: str, var_names: pd.Index, log_base: float | None
+    obs: Any,
+    var: Any,
+    matrix: Any,
+    layers: tuple[str, ...],
+    source: str,
+    var_names: pd.Index,
+    log_base: float | None,
+    layer: str | None,
 ) -> Screen:
     if not isinstance(obs, pd.DataFrame) or not isinstance(var, pd.DataFrame):
         raise InputError(f"{source}: obs or var is not a table.", "Write the file again with a current anndata.")
@@ -233,7 +290,8 @@ def _checked(
     features = _features(var, genes)
     screen = Screen(
         obs.set_axis(cells, axis=0), var.set_axis(genes, axis=0), genes, matrix, layers, source,
-        unique_names(var_names, "gene")[0], features, log_base, tuple(filter(None, [cell_note, gene_note])),
+        unique_names(var_names, "gene")[0], features, log_base, layer,
+        tuple(filter(None, [cell_note, gene_note])),
     )  # fmt: skip
     if screen.expression is None:
         return screen

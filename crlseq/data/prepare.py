@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,19 @@ import pandas as pd
 
 from crlseq._version import __version__
 from crlseq.config import DataConfig
+from crlseq.data.cluster import mapped, on_cluster
 from crlseq.data.guide_targets import ID_KEY, targets_in_uns
 from crlseq.data.guides import GUIDE_LABELS, labels_of
-from crlseq.data.matrix import open_screen
+from crlseq.data.matrix import Rows, open_screen
 from crlseq.data.names import GeneNames
 from crlseq.data.perturbations import Perturbations
 from crlseq.data.store import MANIFEST, Manifest, files_of, read_manifest, sha256_of
-from crlseq.data.storewriter import Buckets, write_matrix, write_tables
-from crlseq.data.values import Scan, kind_of_values
+from crlseq.data.storewriter import Buckets, Packing, write_matrix, write_tables
+from crlseq.data.values import Part, Scan, kind_of_values, scan_block
 from crlseq.errors import InputError
 from crlseq.storage.files import final_name, refuse_existing, refuse_special, written_beside
 from crlseq.storage.runfolder import locked, move_into_place, partial_of, working_folder
+from crlseq.threads import counted
 
 INPUT_KEY = "crlseq_input"  # column of obs: which of several files a cell is of
 PARTS = frozenset({"lock", "progress.json", "buckets", "store"})
@@ -66,6 +69,7 @@ def prepare(
     *,
     resume: bool = False,
     force: bool = False,
+    cluster: str | None = None,
     stage: Callable[[str], None] = lambda text: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
@@ -85,6 +89,9 @@ def prepare(
         Go on with an unfinished preparation of the same files and options; one that is finished is left as it is.
     force
         Replace a store, finished or not, that lies at `output`.
+    cluster
+        Address of a Dask scheduler, or a number of processes to start on this machine, which read the files; all of its
+        machines need them under the same path. The store has the same bytes.
 
     Returns
     -------
@@ -121,22 +128,23 @@ def prepare(
                 partial.rmdir()
         return done
     _refuse_output(target, resume, force)
-    stage("reading the tables of cells")
-    plan = _plan(paths, options, seed)
-    for text in (*plan.notes, plan.labels.reason):
-        note(text)
-    with working_folder(target, resume=True):
-        if not resume:
+    with on_cluster(cluster):
+        stage("reading the tables of cells")
+        plan = _plan(paths, options, seed)
+        for text in (*plan.notes, plan.labels.reason):
+            note(text)
+        with working_folder(target, resume=True):
+            if not resume:
+                _empty(partial)
+            if (partial / "store" / MANIFEST).exists():  # whole, or after a kill the one that it replaced
+                shutil.rmtree(partial / "store")
+            progress = _Progress(partial / "progress.json", identity)
+            buckets = Buckets(partial / "buckets", len(plan.obs), len(plan.var), plan.dtype, progress.buckets)
+            kind = _distribute(plan, buckets, progress, stage)
+            stage("writing the store")
+            manifest = _write_store(plan, partial / "store", buckets, progress, kind)
+            move_into_place(partial / "store", target)
             _empty(partial)
-        if (partial / "store" / MANIFEST).exists():  # whole, or after a kill the one that it replaced
-            shutil.rmtree(partial / "store")
-        progress = _Progress(partial / "progress.json", identity)
-        buckets = Buckets(partial / "buckets", len(plan.obs), len(plan.var), plan.dtype, progress.buckets)
-        kind = _distribute(plan, buckets, progress, stage)
-        stage("writing the store")
-        manifest = _write_store(plan, partial / "store", buckets, progress, kind)
-        move_into_place(partial / "store", target)
-        _empty(partial)
     return manifest
 
 
@@ -261,11 +269,13 @@ def _distribute(plan: _Plan, buckets: Buckets, progress: _Progress, stage: Calla
             found = Scan.of(screen)
             vars(found).update(done.get("scan", {}))
             position = plan.var.index.get_indexer(screen.genes).astype(np.int32)
-            for rows, block in screen.blocks(done["cells"]):
-                found.add(screen, rows, block)
-                block.indices = position[block.indices]
-                block.sort_indices()
-                buckets.add(block, plan.place[plan.first[number] + np.arange(rows.start, rows.stop)])
+            stretches = screen.stretches(done["cells"])
+            places = [plan.place[plan.first[number] + np.arange(rows.start, rows.stop)] for rows in stretches]
+            make = partial(_packed_block, screen.reader, position, buckets.packing)
+            made = mapped(make, zip(stretches, places, strict=True))
+            for rows, (part, records) in zip(counted(stretches, len(stretches)), made, strict=True):
+                found.add(screen, rows, part)
+                buckets.add(records)
                 done["cells"] = rows.stop
                 done["scan"] = {k: v for k, v in vars(found).items() if not isinstance(v, np.ndarray)}
                 progress.save()
@@ -275,6 +285,18 @@ def _distribute(plan: _Plan, buckets: Buckets, progress: _Progress, stage: Calla
                 what = f"{path} has {last} values, but {plan.paths[0]} has {first} values."
                 raise InputError(what, "Prepare files of one kind together, or name a layer with --layer.")
     return kinds[0]
+
+
+def _packed_block(
+    reader: Rows, position: np.ndarray, packing: Packing, stretch: tuple[slice, np.ndarray]
+) -> tuple[Part, dict[int, bytes]]:
+    """What a stretch of cells, which have places, holds, and its records for the buckets."""
+    rows, place = stretch
+    block = reader[rows]
+    part = scan_block(block)
+    block.indices = position[block.indices]
+    block.sort_indices()
+    return part, packing.records(block, place)
 
 
 def _write_store(plan: _Plan, store: Path, buckets: Buckets, progress: _Progress, kind: str) -> Manifest:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from sklearn.decomposition import PCA
 
 from crlseq.data import splits
-from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.cluster import mapped
+from crlseq.data.dataset import Expression, PerturbSeqData
 
 MAX_CELLS = 10_000  # components are estimated on at most so many cells
 
@@ -33,6 +35,12 @@ def principal_components(data: PerturbSeqData, n_components: int, seed: int) -> 
     else:
         pca = PCA(q, svd_solver="full").fit(data.dense(cells))  # which ARPACK cannot: all components
     scores = np.empty((data.x.shape[0], q), dtype=np.float32)
-    for rows, x in data.blocks(np.arange(len(scores))):
-        scores[rows] = pca.transform(x)
+    start = 0
+    for own in mapped(partial(_scores, data.x, pca), data.pieces(np.arange(len(scores)))):
+        scores[start : start + len(own)] = own
+        start += len(own)
     return Projection(scores, pca.mean_.astype(np.float64), pca.components_.T.astype(np.float64))
+
+
+def _scores(x: Expression, pca: PCA, cells: np.ndarray) -> np.ndarray:
+    return np.asarray(pca.transform(x[cells]), dtype=np.float32)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ FORMAT = 1
 NEVER_WRITTEN = 2**64 - 1  # of a chunk that holds zeros alone
 BLOSC = Blosc()  # what to decode is in the bytes
 RESTORE = "Restore it, or prepare it again."
+SAME_PATH = "Every machine needs the same file under the same path."
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ class StoredMatrix:
     format = "csr"
 
     def __init__(self, store: Path) -> None:
+        self.store = store
         group = zarr.open_group(str(store / "X"), mode="r")
         shape: Any = group.attrs["shape"]
         self.shape = (int(shape[0]), int(shape[1]))
@@ -181,6 +184,9 @@ class StoredMatrix:
             raise InputError(f"The store {store} is damaged: X/indptr does not match its cells.", RESTORE)
         self.values, self.genes = ShardedVector(store / "X" / "data"), ShardedVector(store / "X" / "indices")
         self.dtype = self.values.dtype
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened, (self.store.resolve(), sha256_of(self.store / MANIFEST))
 
     def __getitem__(self, rows: slice | np.ndarray) -> sp.csr_matrix:
         """A slice of cells, or cells by ascending index without repetition."""
@@ -193,3 +199,11 @@ class StoredMatrix:
         start = np.concatenate([[0], counts.cumsum()])
         parts = self.values.read(first, last), self.genes.read(first, last), start
         return sp.csr_matrix(parts, shape=(len(index), self.shape[1]))
+
+
+@lru_cache(maxsize=2)
+def _opened(store: Path, digest: str) -> StoredMatrix:
+    """A store that another process reads, here opened once."""
+    if not (store / MANIFEST).is_file() or sha256_of(store / MANIFEST) != digest:
+        raise InputError(f"A worker finds no store at {store}, or another one.", SAME_PATH)
+    return StoredMatrix(store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,35 @@ EMPTY = ("layers", "obsm", "obsp", "uns", "varm", "varp")
 PACKING = Blosc("lz4", 1, Blosc.SHUFFLE)  # of buckets: quick, and a quarter of the bytes
 
 
-class Buckets:
-    """Cells on their way to the store, in files by stretches of places; a file is a row of records.
+@dataclass(frozen=True)
+class Packing:
+    """How cells are divided among buckets of so many places, and written there; a file of a bucket is a row of records.
 
     A record: how many cells, and bytes of genes and of values; the cells' places and numbers of values; genes; values.
+    """
+
+    cells: int  # of a bucket
+    dtype: np.dtype[Any]  # of values
+
+    def records(self, block: sp.csr_matrix, place: np.ndarray) -> dict[int, bytes]:
+        """The record of each bucket that some of these cells, with their places, go to."""
+        order = np.argsort(place)
+        place, block = place[order], block[order]
+        found = {}
+        for bucket in np.unique(place // self.cells).tolist():
+            rows = slice(*np.searchsorted(place, [bucket * self.cells, (bucket + 1) * self.cells]).tolist())
+            entries = slice(int(block.indptr[rows.start]), int(block.indptr[rows.stop]))
+            counts = np.diff(block.indptr[rows.start : rows.stop + 1]).astype(np.int64)
+            genes = _packed(block.indices[entries].astype(np.int32))
+            values = _packed(block.data[entries].astype(self.dtype))
+            header = np.array([len(counts), len(genes), len(values)], dtype=np.int64)
+            found[bucket] = b"".join((header.tobytes(), place[rows].tobytes(), counts.tobytes(), genes, values))
+        return found
+
+
+class Buckets:
+    """Cells on their way to the store, in files by stretches of places (`Packing`).
+
     `sizes` are the bytes of each bucket that are good, kept up to date: what a file holds beyond is of an interrupted
     block.
     """
@@ -37,28 +63,20 @@ class Buckets:
     def __init__(self, folder: Path, n_cells: int, n_genes: int, dtype: np.dtype[Any], sizes: dict[str, int]) -> None:
         self.folder, self.n_cells, self.dtype, self.sizes = folder, n_cells, dtype, sizes
         self.cells = max(BUCKET_VALUES // n_genes, -(-n_cells // MAX_BUCKETS), 1)
+        self.packing = Packing(self.cells, dtype)
         folder.mkdir(exist_ok=True)
 
     def __len__(self) -> int:
         return -(-self.n_cells // self.cells)
 
-    def add(self, block: sp.csr_matrix, place: np.ndarray) -> None:
-        """Append cells with their places."""
-        order = np.argsort(place)
-        place, block = place[order], block[order]
-        edges = np.searchsorted(place, np.arange(len(self) + 1) * self.cells)
-        for bucket in np.flatnonzero(np.diff(edges)).tolist():
-            rows = slice(int(edges[bucket]), int(edges[bucket + 1]))
-            entries = slice(int(block.indptr[rows.start]), int(block.indptr[rows.stop]))
-            counts = np.diff(block.indptr[rows.start : rows.stop + 1]).astype(np.int64)
-            genes = _packed(block.indices[entries].astype(np.int32))
-            values = _packed(block.data[entries].astype(self.dtype))
-            header = np.array([len(counts), len(genes), len(values)], dtype=np.int64)
+    def add(self, records: dict[int, bytes]) -> None:
+        """Append records to their buckets."""
+        for bucket, record in records.items():
             known = self.sizes.get(str(bucket), 0)
             with (self.folder / str(bucket)).open("r+b" if known else "wb") as handle:
                 handle.truncate(known)
                 handle.seek(known)
-                handle.write(b"".join((header.tobytes(), place[rows].tobytes(), counts.tobytes(), genes, values)))
+                handle.write(record)
                 self.sizes[str(bucket)] = handle.tell()
 
     def counts(self) -> np.ndarray:

@@ -12,18 +12,23 @@ values of some cells:
 
 from __future__ import annotations
 
+import math
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
 from crlseq.config import DataConfig
-from crlseq.data.matrix import Screen, open_screen
+from crlseq.data.cluster import mapped
+from crlseq.data.matrix import Rows, Screen, open_screen
 from crlseq.errors import InputError
+from crlseq.threads import counted
 
 MAX_LOG = 20.0  # base 2 of a million, the largest total that counts are scaled to
 TRANSFORMED_SHARE = 0.05  # share of negative values among the non-zero ones above which they are meant
@@ -55,34 +60,64 @@ class Scan:
         """Of nothing yet."""
         return cls(np.zeros(screen.n_cells), np.zeros(screen.n_genes, dtype=np.int64))
 
-    def add(self, screen: Screen, rows: slice, block: sp.csr_matrix) -> None:
+    def add(self, screen: Screen, rows: slice, part: Part) -> None:
         """Take in the cells `rows`; InputError at the first NaN or infinite value, with its cell and gene."""
-        values = block.data
-        finite = np.isfinite(values)
-        if not finite.all():
-            at = int(np.flatnonzero(~finite)[0])
-            cell = rows.start + int(np.searchsorted(block.indptr, at, side="right")) - 1
-            gene = screen.genes[block.indices[at]]
+        if part.odd is not None:
+            cell, gene, value = part.odd
+            name = str(screen.obs.index[rows.start + cell])
             raise InputError(
-                f"{screen.source}: the value of gene {gene!r} in cell {str(screen.obs.index[cell])!r} is {values[at]}.",
+                f"{screen.source}: the value of gene {screen.genes[gene]!r} in cell {name!r} is {value}.",
                 "Remove or replace NaN and infinite values first.",
             )
-        self.totals[rows] = np.asarray(block.sum(1)).ravel()
-        self.detected += np.bincount(block.indices, minlength=screen.n_genes)
-        self.n_nonzero += len(values)
-        self.n_negative += int((values < 0).sum())
-        self.n_fractional += int((values != np.rint(values)).sum())
-        if len(values):
-            self.minimum = min(self.minimum, float(values.min()))
-            self.maximum = max(self.maximum, float(values.max()))
+        self.totals[rows] = part.totals
+        self.detected += part.detected
+        self.n_nonzero += part.n_nonzero
+        self.n_negative += part.n_negative
+        self.n_fractional += part.n_fractional
+        self.minimum = min(self.minimum, part.minimum)
+        self.maximum = max(self.maximum, part.maximum)
+
+
+class Part(NamedTuple):
+    """What a block of cells adds to a `Scan`; ``odd`` is the cell, gene and value of the first that is not finite."""
+
+    totals: np.ndarray
+    detected: np.ndarray
+    n_nonzero: int
+    n_negative: int
+    n_fractional: int
+    minimum: float
+    maximum: float
+    odd: tuple[int, int, float] | None
+
+
+def scan_block(block: sp.csr_matrix) -> Part:
+    """What canonical cells (n, genes) hold."""
+    values = block.data
+    finite = np.isfinite(values)
+    odd = None
+    if not finite.all():
+        at = int(np.flatnonzero(~finite)[0])
+        cell = int(np.searchsorted(block.indptr, at, side="right")) - 1
+        odd = cell, int(block.indices[at]), float(values[at])
+    return Part(
+        np.asarray(block.sum(1)).ravel(), np.bincount(block.indices, minlength=block.shape[1]), len(values),
+        int((values < 0).sum()), int((values != np.rint(values)).sum()), float(values.min(initial=0.0)),
+        float(values.max(initial=0.0)), odd,
+    )  # fmt: skip
 
 
 def scan(screen: Screen) -> Scan:
     """One pass over the matrix in blocks; InputError at the first NaN or infinite value, with its cell and gene."""
-    found = Scan.of(screen)
-    for rows, block in screen.blocks():
-        found.add(screen, rows, block)
+    found, stretches = Scan.of(screen), screen.stretches()
+    parts = mapped(partial(_scanned, screen.reader), stretches)
+    for rows, part in zip(counted(stretches, len(stretches)), parts, strict=True):
+        found.add(screen, rows, part)
     return found
+
+
+def _scanned(reader: Rows, rows: slice) -> Part:
+    return scan_block(reader[rows])
 
 
 @dataclass(frozen=True)
@@ -92,7 +127,7 @@ class Values:
     kind: str
     reason: str
     fractional: bool = False  # counts that are not whole
-    base: float = np.e  # of logarithms
+    base: float = math.e  # of logarithms
     doubt: str = ""  # a sentence, where they may not be what they look like
 
 
@@ -125,7 +160,7 @@ def kind_of_values(screen: Screen, scanned: Scan, asked: str = "auto") -> Values
 
 def _fractional(screen: Screen, scanned: Scan, asked: str) -> Values:
     rows = screen.sample(np.arange(screen.n_cells), SAMPLE)[1]
-    share, base = scanned.n_fractional / scanned.n_nonzero, _base(rows, screen.log_base or np.e)
+    share, base = scanned.n_fractional / scanned.n_nonzero, _base(rows, screen.log_base or math.e)
     counts = Values(
         "counts", f"{share:.0%} of the non-zero values are fractional, the largest is {scanned.maximum:.4g}: corrected "
         "or shared-out counts", fractional=True,
@@ -142,7 +177,7 @@ def _fractional(screen: Screen, scanned: Scan, asked: str) -> Values:
         raise InputError(
             f"{screen.source}: {what}: normalised, but without the logarithm.", "Run `sc.pp.log1p`. " + HINT
         )
-    if scanned.maximum > MAX_LOG or _variation(totals) <= _variation(_undone(rows, np.e)):
+    if scanned.maximum > MAX_LOG or _variation(totals) <= _variation(_undone(rows, math.e)):
         return counts
     return _log(screen, scanned, rows, None)
 
@@ -152,8 +187,8 @@ def _log(screen: Screen, scanned: Scan, rows: sp.csr_matrix, base: float | None)
     if scanned.maximum > MAX_LOG:
         what = f"values reach {scanned.maximum:.4g}, which no logarithm of a count does"
         raise InputError(f"{screen.source}: {what}.", HINT)
-    used = base or screen.log_base or float(np.e)
-    named = "" if abs(used - np.e) < 1e-6 else f", logarithms to base {used:g}: converted to natural ones"
+    used = base or screen.log_base or math.e
+    named = "" if abs(used - math.e) < 1e-6 else f", logarithms to base {used:g}: converted to natural ones"
     doubt = ""
     if base is None and _variation(_undone(rows, used)) < SAME_TOTAL:
         doubt = (
@@ -169,7 +204,7 @@ def _base(rows: sp.csr_matrix, first: float) -> float | None:
     """The base of logarithms without which cells' values are multiples of a unit."""
     if not rows.nnz or rows.data.max() > MAX_LOG:
         return None
-    bases = dict.fromkeys([float(first), float(np.e), 2.0, 10.0])
+    bases = dict.fromkeys([float(first), math.e, 2.0, 10.0])
     return next((base for base in bases if _are_multiples(rows, np.expm1(rows.data * np.log(base)))), None)
 
 

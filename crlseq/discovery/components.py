@@ -7,7 +7,9 @@ rotated to principal axes. Other values: principal components.
 """
 
 from collections.abc import Callable
+from functools import partial
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -17,10 +19,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crlseq.data import splits
-from crlseq.data.dataset import PerturbSeqData
-from crlseq.discovery.factor_model import CHUNK, chunks_of, fit_factors, low_rank_information, score
+from crlseq.data.cluster import mapped
+from crlseq.data.dataset import Cells, Expression, PerturbSeqData, counts_of, dense_of
+from crlseq.data.preprocess import Preprocessing
+from crlseq.discovery.factor_model import (
+    CHUNK,
+    FactorModel,
+    Information,
+    chunks_of,
+    fit_factors,
+    low_rank_information,
+    score,
+)
 from crlseq.errors import InputError
-from crlseq.threads import in_parallel, on_threads
+from crlseq.threads import on_threads
 
 Floats = NDArray[np.float64]
 Scores = NDArray[np.float32]  # of all cells: what is held of a screen of any size
@@ -31,6 +43,7 @@ SCORE_PRIOR = 0.1
 MAX_LOADING_CELLS = 10_000  # loadings are estimated on at most so many cells
 MAX_GENES = 1_000  # and on the genes that vary most beyond counting noise: the cost grows with genes and not with news
 NULL = 1e-6  # of the leading variance: what a principal component has at least that is no rounding error
+_ONE_READER = Lock()
 ENOUGH_CONTROLS = 20  # in a batch, to centre it on its own
 
 
@@ -53,9 +66,10 @@ def whitened_components(data: PerturbSeqData, most: int, least: int, seed: int) 
         trained = np.sort(rng.choice(trained, MAX_LOADING_CELLS, replace=False))
     noise: float | None = 1.0
     if data.totals is not None:
-        own = count_components(lambda index: data.counts(index)[:, genes], trained, used, most, least)
+        counts = partial(_some_counts, data.x, data.preprocessing, genes)
+        own = count_components(counts, trained, used, most, least, data.with_totals)
     else:
-        own, noise = _principal_components(lambda index: data.dense(index)[:, genes], trained, used, most, least)
+        own, noise = _principal_components(partial(_some_values, data.x, genes), trained, used, most, least)
     scores = np.zeros((len(data.split), own.shape[1]), dtype=np.float32)
     scores[used] = own
     _centre_on_controls(scores, data, used)
@@ -77,8 +91,10 @@ def _principal_components(
     floor = NULL * float(variance[0])
     kept = max(int((variance > floor).sum()), min(least, len(variance)))
     scores = np.empty((len(cells), kept), dtype=np.float32)
-    for rows in chunks_of(len(cells)):
-        scores[rows] = (values(cells[rows]) - center) @ axes[:, :kept]
+    chunks = list(chunks_of(len(cells)))
+    made = mapped(partial(_projected, values, center, axes[:, :kept]), (cells[rows] for rows in chunks))
+    for rows, own in zip(chunks, made, strict=True):
+        scores[rows] = own
     return scores, floor if kept < len(variance) else None
 
 
@@ -104,14 +120,19 @@ def _deviation(scores: Scores, cells: np.ndarray) -> float:
 
 
 def count_components(
-    counts: Callable[[np.ndarray], sp.csr_matrix], fitted: np.ndarray, cells: np.ndarray, most: int, least: int = 1
+    counts: Callable[[Any], sp.csr_matrix],
+    fitted: np.ndarray,
+    cells: np.ndarray,
+    most: int,
+    least: int = 1,
+    of: Callable[[np.ndarray], Any] = lambda index: index,
 ) -> Scores:
     """(len(cells), q) whitened components of counts, loadings estimated on the cells `fitted`, `least` <= q <= `most`.
 
-    ``counts`` gives those (cells, genes) of indices. Measurement noise is about 1 in every direction. Cost: cells x genes
-    (at most `MAX_GENES`) x q^2 a round of the fit.
+    ``counts(of(index))`` gives those (cells, genes) of indices. Measurement noise is about 1 in every direction. Cost:
+    cells x genes (at most `MAX_GENES`) x q^2 a round of the fit.
     """
-    x, genes, axes = _select(counts(fitted), most)
+    x, genes, axes = _select(counts(of(fitted)), most)
     dense = torch.from_numpy(x.toarray()).float()
     threads = torch.get_num_threads()
     with on_threads(1):  # chunks share the threads, and no sum depends on how many there are
@@ -122,18 +143,9 @@ def count_components(
     q = v.shape[1]
     scores = np.empty((len(cells), q), dtype=np.float32)
     weight, sums, products = np.zeros(x.shape[1]), np.zeros(q), np.zeros((q, q))
-    one_reader = Lock()
-
-    def scored(rows: slice) -> tuple[Tensor, Tensor]:
-        with one_reader:
-            own = counts(cells[rows])
-        part = torch.from_numpy(own[:, genes].astype(np.float32).toarray())
-        # Any start leads to the same end, for the likelihood is concave; this one halves the way.
-        v, s, _ = score(part, model.residuals(part) @ guess, model.log_size(part), model, MAX_STEPS, SCORE_PRIOR, rough)
-        return v, model.working(part, v, s)[0].double().sum(0)
-
     chunks = list(chunks_of(len(cells)))
-    for rows, (v, own) in zip(chunks, in_parallel(scored, chunks, threads), strict=True):
+    scored = partial(_scored, counts, genes, model, guess, rough)
+    for rows, (v, own) in zip(chunks, mapped(scored, (of(cells[rows]) for rows in chunks), threads), strict=True):
         scores[rows] = v.numpy()
         sums += v.double().sum(0).numpy()
         products += (v.double().T @ v.double()).numpy()
@@ -144,6 +156,35 @@ def count_components(
     for rows in chunks:
         scores[rows] = scores[rows].astype(np.float64) @ turned
     return scores
+
+
+def _scored(
+    counts: Callable[[Any], sp.csr_matrix],
+    genes: np.ndarray,
+    model: FactorModel,
+    guess: Tensor,
+    rough: Information,
+    cells: Any,
+) -> tuple[Tensor, Tensor]:
+    """Components (n, q) of cells, and the sum of their working weights (genes,)."""
+    with _ONE_READER:
+        own = counts(cells)
+    part = torch.from_numpy(own[:, genes].astype(np.float32).toarray())
+    # Any start leads to the same end, for the likelihood is concave; this one halves the way.
+    v, s, _ = score(part, model.residuals(part) @ guess, model.log_size(part), model, MAX_STEPS, SCORE_PRIOR, rough)
+    return v, model.working(part, v, s)[0].double().sum(0)
+
+
+def _some_counts(x: Expression, record: Preprocessing, genes: np.ndarray, cells: Cells) -> sp.csr_matrix:
+    return counts_of(x, record, cells)[:, genes]
+
+
+def _some_values(x: Expression, genes: np.ndarray, index: np.ndarray) -> Floats:
+    return np.asarray(dense_of(x, index)[:, genes])
+
+
+def _projected(values: Callable[[np.ndarray], Floats], center: Floats, axes: Floats, index: np.ndarray) -> Floats:
+    return (values(index) - center) @ axes
 
 
 def _whitening(information: Floats, spread: Floats) -> Floats:

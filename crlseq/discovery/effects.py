@@ -8,8 +8,12 @@ import numpy as np
 import torch
 
 from crlseq.data import splits
+from crlseq.data.cluster import mapped
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.threads import counted, in_parallel
+from crlseq.threads import counted
+
+# Scores (n, q) of two sets of cells, which of them are perturbed (n,), their batches (n,), and what draws permutations.
+Compared = tuple[np.ndarray, np.ndarray, np.ndarray, np.random.Generator]
 
 MAX_CELLS = 500  # a side, by energy; more cells sharpen the test less than they cost
 CONTROLS_PER_CELL = 4  # by moments; more controls than that hardly lower the error of a difference
@@ -155,32 +159,49 @@ def effect_tests(data: PerturbSeqData, scores: np.ndarray, seed: int) -> dict[st
     of the smaller one of both tests' p-values, 1 - (1 - p)^2 (Šidák 1967, JASA 62).
     """
     cells = data.cells_by_condition(splits.TRAIN, splits.VALIDATION)
-    comparable = data.comparable()
+    comparable, threads = data.comparable(), torch.get_num_threads()
     index = {parts[0]: c for c, parts in enumerate(data.conditions) if len(parts) == 1}
     n = len(data.perturbation_names)
     energy, p_value, n_cells = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64)
-
-    def test(k: int) -> tuple[float, float]:
-        rng = np.random.default_rng([seed, 5, k])
-        own = cells[index[k]]
-        own = own[comparable[own]]
+    sets: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for k in sorted(index):
+        n_cells[k] = len(cells[index[k]])
+        own = cells[index[k]][comparable[cells[index[k]]]]
         # Controls of batches that the perturbation never saw say nothing about it.
         control = cells[0][np.isin(data.batch[cells[0]], data.batch[own])]
-        if min(int((data.split[some] == splits.TRAIN).sum()) for some in (own, control)) < 2:
-            return np.nan, np.nan
-        few = _at_most(own, MAX_CELLS, rng), _at_most(control, MAX_CELLS, rng)
-        found, p = energy_test(*_labelled(data, scores, *few), STAGES, rng)
-        if p > 1 / (1 + sum(STAGES)):  # else the other test cannot give a smaller one
-            enough = _at_most(control, max(MAX_CELLS, CONTROLS_PER_CELL * len(own)), rng)
-            p = min(p, moment_test(*_labelled(data, scores, own, enough), STAGES, rng))
-        return found, 1 - (1 - p) ** 2
+        if min(int((data.split[some] == splits.TRAIN).sum()) for some in (own, control)) >= 2:
+            sets[k] = own, control
 
-    known = sorted(index)
-    results = counted(in_parallel(test, known, torch.get_num_threads()), len(known))
-    for k, found in zip(known, results, strict=True):
-        energy[k], p_value[k] = found
-        n_cells[k] = len(cells[index[k]])
+    def of_energy(k: int) -> Compared:
+        rng = np.random.default_rng([seed, 5, k])
+        own, control = (_at_most(some, MAX_CELLS, rng) for some in sets[k])
+        return _labelled(data, scores, own, control, rng)
+
+    def of_moments(k: int) -> Compared:
+        own, control = sets[k]
+        enough = _at_most(control, max(MAX_CELLS, CONTROLS_PER_CELL * len(own)), generators[k])
+        return _labelled(data, scores[:, :MOMENT_COMPONENTS], own, enough, generators[k])
+
+    generators: dict[int, np.random.Generator] = {}
+    results = mapped(_energy_of, map(of_energy, sets), threads)
+    for k, found in zip(counted(sets, 2 * len(sets)), results, strict=True):
+        energy[k], p_value[k], generators[k] = found
+    # The other test is for those to which it can give a smaller p-value.
+    open_ones = [k for k in sets if p_value[k] > 1 / (1 + sum(STAGES))]
+    others = mapped(_moments_of, map(of_moments, open_ones), threads)
+    for k, p in zip(counted(open_ones, 2 * len(sets), 2 * len(sets) - len(open_ones)), others, strict=True):
+        p_value[k] = min(p_value[k], p)
+    p_value = 1 - (1 - p_value) ** 2
     return {"energy": energy, "p_value": p_value, "fdr": benjamini_hochberg(p_value), "n_cells": n_cells}
+
+
+def _energy_of(compared: Compared) -> tuple[float, float, np.random.Generator]:
+    """Energy distance, its p-value, and the generator as it then is."""
+    return *energy_test(*compared[:3], STAGES, compared[3]), compared[3]
+
+
+def _moments_of(compared: Compared) -> float:
+    return moment_test(*compared[:3], STAGES, compared[3])
 
 
 def _at_most(cells: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
@@ -188,8 +209,8 @@ def _at_most(cells: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarr
 
 
 def _labelled(
-    data: PerturbSeqData, scores: np.ndarray, perturbed: np.ndarray, control: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores (n, q) of both sets of cells, which of them are perturbed (n,), and their batches (n,)."""
+    data: PerturbSeqData, scores: np.ndarray, perturbed: np.ndarray, control: np.ndarray, rng: np.random.Generator
+) -> Compared:
+    """Both sets of cells as tests take them."""
     both = np.concatenate([perturbed, control])
-    return scores[both], np.arange(len(both)) < len(perturbed), data.batch[both]
+    return scores[both], np.arange(len(both)) < len(perturbed), data.batch[both], rng

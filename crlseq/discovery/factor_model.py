@@ -13,6 +13,7 @@ the steps of loadings are small beside their standard errors. A component that n
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -300,7 +301,11 @@ def low_rank_information(loadings: Tensor, weights: Tensor) -> Information:
     rows = torch.cat([center[None], axes.T])  # back from white triangles
     back = (root @ _unpacked(rows / twice, len(design)) @ root.T)[:, one, other]
     project, offset = products @ axes, center @ axes
-    return lambda w: torch.addmm(back[0], torch.addmm(-offset, w, project), back[1:])
+    return partial(_low_rank, project, -offset, back)
+
+
+def _low_rank(project: Tensor, offset: Tensor, back: Tensor, w: Tensor) -> Tensor:
+    return torch.addmm(back[0], torch.addmm(offset, w, project), back[1:])
 
 
 def _root(upper: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:

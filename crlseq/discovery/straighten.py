@@ -14,6 +14,7 @@ aggregated posterior (means plus posterior variances) of the environment's cells
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,10 @@ SHIFTED = 2.0  # mean square of shifts along a direction, in standard errors, fr
 BACKGROUND = 4.0  # variance over that of noise; curvature that no mean shows reaches 3, the weakest of four factors 6
 WIDTH = 128
 BATCH = 256
+CPU = torch.device("cpu")
 CHUNK = 100_000  # cells encoded at a time
 LEARNING_RATE = 3e-3
+AT_THE_END = 100  # steps whose mean loss is that of a phase
 REFIT_EVERY = 200  # steps between prior steps; every FRESH-th tries new targets
 FRESH = 5
 SHRINK = 2  # pseudo-cells per latent that pull a free covariance to the pooled one
@@ -115,28 +118,39 @@ class StraighteningVAE(nn.Module):
 
 
 class Straightener:
-    """Trains one network on whitened components ``y`` (N, q), from encoder ``directions`` (q, p)."""
+    """Trains one network on whitened components ``y`` (N, q), from encoder ``directions`` (q, p).
 
-    def __init__(self, y: Tensor, environment: Tensor, directions: Tensor, seed: int = 0) -> None:
+    Steps are of the `device`, and wait for nothing there; the network starts from the same weights on every device. Priors
+    are fitted on the CPU.
+    """
+
+    def __init__(
+        self, y: Tensor, environment: Tensor, directions: Tensor, seed: int = 0, device: torch.device = CPU
+    ) -> None:
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.p, self.environment = directions.shape[1], environment
-        self.vae = StraighteningVAE(y, environment == 0, directions)
-        self.y = y.float()
-        self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=LEARNING_RATE)
+        self.p, self.environment, self.device = directions.shape[1], environment, device
+        on_cpu = device.type == "cpu"
+        self.draws = self.generator if on_cpu else torch.Generator(device).manual_seed(seed)
+        self.vae = StraighteningVAE(y, environment == 0, directions).to(device)
+        self.y, self.of_cell = y.float().to(device), environment.to(device)
+        self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=LEARNING_RATE, fused=not on_cpu)
         self.solution: Solution | None = None
         self.steps = 0  # taken
-        self.order, self.position = torch.randperm(len(y), generator=self.generator), 0
+        self.order, self.position = self._shuffled(), 0
+
+    def _shuffled(self) -> Tensor:
+        return torch.randperm(len(self.y), generator=self.draws, device=self.device)
 
     @torch.no_grad()
     def encode(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior means and variances (N, p), float64, of components (N, q)."""
-        means, variances = zip(*(self._encode(rows.float()) for rows in torch.split(y, CHUNK)), strict=True)
+        """Posterior means and variances (N, p), float64, on the CPU, of components (N, q)."""
+        means, variances = zip(*map(self._encode, torch.split(y, CHUNK)), strict=True)
         return torch.cat(means), torch.cat(variances)
 
     def _encode(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance = self.vae.encode(y)
-        return mean.to(DTYPE), log_variance.to(DTYPE).exp()
+        mean, log_variance = self.vae.encode(y.to(self.device, torch.float32))
+        return mean.cpu().to(DTYPE), log_variance.cpu().to(DTYPE).exp()
 
     def moments(self) -> Moments:
         """Of the aggregated posterior of the training cells."""
@@ -159,39 +173,45 @@ class Straightener:
 
     def train(self, phase: Phase, kind: InterventionKind | None = None) -> float:
         """Steps of a phase, with a free prior or that of a `kind` of intervention; the mean loss at its end."""
-        losses: list[float] = []
+        losses: deque[Tensor] = deque(maxlen=AT_THE_END)  # read once: a number of the device is waited for
         n = len(self.y)
         for step in counted(range(phase.steps), STEPS, self.steps):
             if step % REFIT_EVERY == 0:
-                mean, covariance = self._prior(kind, fresh=step % (FRESH * REFIT_EVERY) == 0)
-                root = torch.linalg.cholesky(covariance)
-                whiten = torch.linalg.inv(root)
-                diagonal = (whiten**2).sum(1).float()  # of the precision (C, p)
-                offset = root.diagonal(dim1=1, dim2=2).log().sum(1).float()
-                mean, whiten = mean.float(), whiten.float()
+                prior = self._whitened(kind, fresh=step % (FRESH * REFIT_EVERY) == 0)
+                mean, whiten, diagonal, offset = (part.float().to(self.device) for part in prior)
             rate = LEARNING_RATE * min(1.0, (step + 1) / 100)
             if phase.settle:
                 rate *= 0.5 * (1 + math.cos(math.pi * (step + 1) / phase.steps)) + 0.01
             self.optimizer.param_groups[0]["lr"] = rate
             if self.position + BATCH > n:
-                self.order, self.position = torch.randperm(n, generator=self.generator), 0
+                self.order, self.position = self._shuffled(), 0
             i = self.order[self.position : self.position + BATCH]
             self.position += BATCH
-            y, c = self.y[i], self.environment[i]
+            y, c = self.y[i], self.of_cell[i]
             m, log_variance = self.vae.encode(y)
-            v = m + torch.randn(m.shape, generator=self.generator, dtype=m.dtype) * (0.5 * log_variance).exp()
+            eps = torch.randn(m.shape, generator=self.draws, dtype=m.dtype, device=self.device)
+            v = m + eps * (0.5 * log_variance).exp()
             noise = self.vae.log_noise
             reconstruction = 0.5 * ((y - self.vae.decode(v)) ** 2 * torch.exp(-noise) + noise).sum(1)
             z = (whiten[c] @ (m - mean[c])[..., None])[..., 0]
             kl = 0.5 * (z**2 + diagonal[c] * log_variance.exp() - log_variance).sum(1) + offset[c]
             loss = (reconstruction + phase.beta * kl).mean()
             self.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.vae.parameters(), 100.0)
             self.optimizer.step()
-            losses.append(float(loss.detach()))
+            losses.append(loss.detach())
         self.steps += phase.steps
-        return sum(losses[-100:]) / max(1, len(losses[-100:]))
+        return sum(torch.stack([*losses]).cpu().tolist()) / len(losses) if losses else 0.0
+
+    def _whitened(self, kind: InterventionKind | None, fresh: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each environment the mean (C, p), what whitens (C, p, p), the diagonal of the precision (C, p), and half the
+        logarithm of the covariance's determinant (C,).
+        """
+        mean, covariance = self._prior(kind, fresh)
+        root = torch.linalg.cholesky(covariance)
+        whiten = torch.linalg.inv(root)
+        return mean, whiten, (whiten**2).sum(1), root.diagonal(dim1=1, dim2=2).log().sum(1)
 
     def _prior(self, kind: InterventionKind | None, fresh: bool) -> tuple[Tensor, Tensor]:
         if kind is not None:

@@ -47,12 +47,15 @@ class SpikeSlab:
 
     def probability(self, w: Tensor, share: Tensor) -> Tensor:
         """p*(w): that masks w (G, p) are of the slab, for shares eta (p,)."""
-        odds = torch.logit(share) + math.log(self.slab / self.spike) + (self.spike - self.slab) * w.abs()
-        return torch.sigmoid(odds)
+        return torch.sigmoid(self.odds(share) + (self.spike - self.slab) * w.abs())
 
-    def rate(self, w: Tensor, share: Tensor) -> Tensor:
-        """lambda*(w) (G, p): slope of the penalty at w."""
-        p = self.probability(w, share)
+    def odds(self, share: Tensor) -> Tensor:
+        """(p,) logarithm of the odds that a mask of 0 is of the slab, for shares eta (p,)."""
+        return torch.logit(share) + math.log(self.slab / self.spike)
+
+    def rate(self, size: Tensor, odds: Tensor) -> Tensor:
+        """lambda*(w) (G, p): slope of the penalty at masks of this size, for `odds`."""
+        p = torch.sigmoid(odds + (self.spike - self.slab) * size)
         return self.slab * p + self.spike * (1 - p)
 
     def shares(self, w: Tensor, share: Tensor) -> Tensor:
@@ -66,7 +69,7 @@ class SpikeSlab:
         where the spike is steep enough, and elsewhere as far as its slope at 0 (Rockova and George 2018, theorem 3.1).
         """
         at_zero = torch.zeros_like(share)
-        slope, p = self.rate(at_zero, share), self.probability(at_zero, share)
+        slope, p = self.rate(at_zero, self.odds(share)), self.probability(at_zero, share)
         jump = (-2 * curvature * p.log()).sqrt()
         steep = ((slope - self.slab) > jump) & (self.spike - self.slab > 2 * curvature.sqrt())
         return torch.where(steep, jump + self.slab, slope.expand_as(jump))
@@ -92,15 +95,16 @@ def fit_masks(
     weight = w.repeat(1, shape.shape[1] // p) * shape
     for _ in range(SWEEPS):
         before = w.clone()
-        threshold = prior.threshold(curvature, share)
+        threshold, odds = prior.threshold(curvature, share), prior.odds(share)
         for k, units in enumerate(own):
             others = ((weight @ gram[:, units]) * shape[:, units]).sum(1) - w[:, k] * curvature[:, k]
             z = linear[:, k] - others
+            distance = z.abs()
             # The larger mode, from above: at a small mask the spike's slope would keep it where it is.
-            size = (z.abs() - prior.slab).clamp_min(0) / curvature[:, k]
+            size = (distance - prior.slab).clamp_min(0) / curvature[:, k]
             for _ in range(INNER):
-                size = (z.abs() - prior.rate(size, share[k])).clamp_min(0) / curvature[:, k]
-            w[:, k] = torch.where(z.abs() > threshold[:, k], z.sign() * size, torch.zeros_like(z))
+                size = (distance - prior.rate(size, odds[k])).clamp_min(0) / curvature[:, k]
+            w[:, k] = torch.where(distance > threshold[:, k], size.copysign(z), 0.0)
             weight[:, units] = w[:, k, None] * shape[:, units]
         share = prior.shares(w, share)
         if float((w - before).abs().max()) < TOLERANCE / prior.n**0.5:

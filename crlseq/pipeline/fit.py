@@ -20,6 +20,7 @@ import torch
 
 from crlseq.config import Config, make_config
 from crlseq.data import splits
+from crlseq.data.cluster import on_cluster
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.embeddings import Embeddings
 from crlseq.data.projection import Projection, principal_components
@@ -32,7 +33,7 @@ from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.fitted import FittedRun, load
 from crlseq.pipeline.identity import Identity, digests_of_tables, settle
 from crlseq.pipeline.progress import EFFECTS, READING_OFF, TESTING, TRAINING, WRITING, Progress, shown
-from crlseq.pipeline.read import Job, Screen, read_cells, read_screen
+from crlseq.pipeline.read import Job, Screen, read_cells, read_screen, refuse_unprepared
 from crlseq.pipeline.tables import tables_of, with_shift_errors
 from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
@@ -72,6 +73,7 @@ def fit(
     force: bool = False,
     progress: Progress | bool = False,
     ranks: Ranks = ALONE,
+    cluster: str | None = None,
     **options: Any,
 ) -> FittedRun:
     """Fit a Discrepancy-VAE to a Perturb-seq screen.
@@ -94,6 +96,9 @@ def fit(
         True shows the stages on stderr, in a notebook too; or what is to be called while the fit runs.
     ranks
         The processes that fit together; this is the first, and the others call `take_part`.
+    cluster
+        Address of a Dask scheduler (``tcp://HOST:8786``), or a number of processes to start on this machine: passes over
+        the cells of a prepared store are made there, and change no result. All of its machines need the store's path.
     options
         Fields of `crlseq.config.DataConfig`, `ModelConfig` and `TrainingConfig` by name, such as
         ``n_latents=8``, ``perturbation_key="condition"``, ``epochs=50``, ``seed=1``.
@@ -128,8 +133,10 @@ def fit(
         raise UsageError("--resume needs an output.", "Give the folder of the unfinished run.")
     if not isinstance(progress, Progress):
         with shown(config, quiet=not progress, written=output is not None) as told:
-            return fit(source, output, config=config, resume=resume, force=force, progress=told, ranks=ranks)
-    with reporting(progress.within):
+            return fit(source, output, config=config, resume=resume, force=force, progress=told, ranks=ranks,
+                       cluster=cluster)  # fmt: skip
+    refuse_unprepared(source, config, cluster)
+    with on_cluster(cluster), reporting(progress.within):
         return _fit_to(source, output, config, resume, force, progress, ranks)
 
 
@@ -184,13 +191,14 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
     """
     resolve_device(config.training.device, ranks)
     with on_threads(_threads(config)):
-        data, digest = read_cells(source, config, ranks), digest_of(source)
-        first = ranks.from_first(None)
+        digest, first = digest_of(source), ranks.from_first(None)
         if first is None:  # there is nothing to fit
             return
         if first["input"] != digest:
             what = f"Rank {ranks.rank} and rank 0 read different files as {source}."
             raise InputError(what, "Give every machine the same file.")
+        data = read_cells(source, config, ranks)
+        first = ranks.from_first(first)
         with on_threads(_threads(config, data)):
             fit_model(data, config, first["n_latents"], ranks=ranks)
 
@@ -262,7 +270,8 @@ def _discover(job: Job, tested: Tested) -> Start:
     """Step 3: programs, targets and graph by likelihood, unless they are to be learned by gradient."""
     tests, stages, progress, seed = tested.tests, tested.stages, job.progress, job.config.training.seed
     effect = np.where(tests["fdr"] <= DETECTABLE_FDR, np.maximum(tests["energy"], 1e-12), 0.0)  # NaN counts as none
-    task = Task(tested.data, effect, job.config.model, seed, progress.stage, progress.note, stages)
+    device = resolve_device(job.config.training.device, job.ranks)
+    task = Task(tested.data, effect, job.config.model, seed, progress.stage, progress.note, stages, device=device)
     try:
         programs = find_programs(task)
     except InputError:  # there is nothing to go on with
@@ -284,7 +293,7 @@ def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
         progress.stage(TRAINING if job.config.model.trains else EFFECTS)
         if ranks.size > 1:
             progress.note(f"{ranks.size} processes train together.")
-    ranks.from_first({"input": screen.digest, "n_latents": start.n_latents})
+    ranks.from_first({"n_latents": start.n_latents})
     if sets is not None and folder is not None and not (folder / GENE_SETS).exists():
         sets.write(folder / GENE_SETS)
     identity = f"{screen.identity.to_json()}\n{start.n_latents}\n{'' if sets is None else sets.digest()}"

@@ -47,6 +47,7 @@ RUN_FILES = frozenset(
 )
 ELSEWHERE = "Choose another --output."
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of fcntl.h and linux/fs.h
+REMOVED = ".nfs"  # how NFS calls a file that was removed while it was open; it goes when it is closed
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without locks answer
 
 
@@ -114,7 +115,8 @@ def refuse_output(target: Path, resume: bool, force: bool) -> None:
 
 def _is_ours(file: Path) -> bool:
     name = final_name(file.name)
-    return (name in RUN_FILES or fnmatch(name, STAGE.format("*"))) and not file.is_dir() and not file.is_symlink()
+    known = name in RUN_FILES or fnmatch(name, STAGE.format("*")) or name.startswith(REMOVED)
+    return known and not file.is_dir() and not file.is_symlink()
 
 
 def refuse_part_of_run(path: Path) -> None:
@@ -149,7 +151,8 @@ def locked(folder: Path) -> Iterator[None]:
 def empty(partial: Path, of_temporaries: bool = False) -> None:
     """Remove what a fit left in a locked folder, or only what a killed process was writing there."""
     for left in partial.iterdir():
-        if left.name != "lock" and (not of_temporaries or final_name(left.name) != left.name):
+        kept = left.name == "lock" or left.name.startswith(REMOVED)
+        if not kept and (not of_temporaries or final_name(left.name) != left.name):
             left.unlink()
 
 

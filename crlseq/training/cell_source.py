@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crlseq.data.dataset import ROWS, PerturbSeqData, StreamedExpression
+from crlseq.data.dataset import ROWS, PerturbSeqData
 from crlseq.model.expression_rows import DenseRows, Rows, SparseRows
 from crlseq.training.memory import out_of_memory
 
@@ -32,33 +32,51 @@ def _sent(array: np.ndarray, device: torch.device) -> Tensor:
 class CellSource:
     """Cells of the screen on the device.
 
-    On the CPU rows are sparse or dense as they are stored. On CUDA they are dense, and all lie there for good if that
-    takes at most `RESIDENT` of the free memory, else all their non-zeros if those do; else those of a step are sent.
+    On the CPU rows are sparse or dense as they are stored. On CUDA they are dense, and all lie there for good, from the first
+    time that some are asked for, if that takes at most `RESIDENT` of the free memory, else all their non-zeros if those do,
+    in memory or in a store alike; else those of a step are sent.
     """
 
     def __init__(self, data: PerturbSeqData, device: torch.device, dtype: torch.dtype) -> None:
         self.data, self.device, self.dtype = data, device, dtype
         self.all: Tensor | None = None  # (cells, G)
         self.non_zeros: tuple[Tensor, Tensor, Tensor] | None = None  # CSR of all: starts, genes, values
-        if device.type == "cuda":
-            try:
-                self._settle()
-            except Exception as error:  # other programs take of the memory as well
-                if not out_of_memory(error):
-                    raise
-                self.all = self.non_zeros = None
+        self.starts = np.zeros(1, dtype=np.int64)  # the same starts, which the host knows
+        self._looked_for_room = device.type == "cpu"
+
+    def _look_for_room(self) -> None:
+        """Once, and not before cells are asked for: a fit without epochs sends nothing."""
+        self._looked_for_room = True
+        try:
+            self._settle()
+        except Exception as error:  # other programs take of the memory as well
+            if not out_of_memory(error):
+                raise
+            self.all = self.non_zeros = None
+        torch.cuda.synchronize(self.device)  # from here on every stream may read it
 
     def _settle(self) -> None:
         """Send the screen, if there is room for it."""
-        n, n_genes = self.data.x.shape
+        x, (n, n_genes) = self.data.x, self.data.x.shape
+        blocks = [slice(i, i + ROWS) for i in range(0, n, ROWS)]
         room = RESIDENT * torch.cuda.mem_get_info(self.device)[0]
         if n * n_genes * self.dtype.itemsize < room:
             self.all = torch.empty(n, n_genes, dtype=self.dtype, device=self.device)
-            for i in range(0, n, ROWS):
-                self.all[i : i + ROWS] = self._of(self.data.x[i : i + ROWS])
-        elif not isinstance(x := self.data.x, StreamedExpression | np.ndarray) and 12 * x.nnz < room:
-            gene, value = _sent(x.indices, self.device), _sent(x.data, self.device)
-            self.non_zeros = _sent(x.indptr.astype(np.int64), self.device), gene, value
+            for block in blocks:
+                self.all[block] = self._of(x[block])
+        elif not isinstance(x, np.ndarray) and x.nnz is not None and 12 * x.nnz < room:
+            gene = torch.empty(x.nnz, dtype=torch.int32, device=self.device)
+            value = torch.empty(x.nnz, dtype=torch.float32, device=self.device)
+            sizes = [np.zeros(1, dtype=np.int64)]
+            first = 0
+            for block in blocks:
+                rows: Any = x[block]
+                gene[first : first + rows.nnz] = _sent(rows.indices.astype(np.int32), self.device)
+                value[first : first + rows.nnz] = _sent(rows.data, self.device)
+                sizes.append(np.diff(rows.indptr))
+                first += rows.nnz
+            self.starts = np.concatenate(sizes).cumsum()
+            self.non_zeros = _sent(self.starts, self.device), gene, value
 
     def dense(self, index: np.ndarray, at: Tensor | None = None) -> Tensor:
         """(...) cell indices to (..., G); ``at`` are the same on the device, if they are there."""
@@ -85,6 +103,8 @@ class CellSource:
 
     def _dense(self, index: np.ndarray, at: Tensor | None) -> Tensor:
         """(N, G) rows on CUDA."""
+        if not self._looked_for_room:
+            self._look_for_room()
         if self.all is None and self.non_zeros is None:
             return self._of(self.data.x[index])
         at = sent(self.device, index=index)["index"] if at is None else at
@@ -95,8 +115,7 @@ class CellSource:
         first = start.index_select(0, at)
         n = start.index_select(0, at + 1) - first
         before = n.cumsum(0) - n
-        indptr = self.data.x.indptr  # type: ignore[union-attr]
-        size = int((indptr[index + 1] - indptr[index]).sum())  # which the host knows
+        size = int((self.starts[index + 1] - self.starts[index]).sum())
         entry = torch.arange(size, device=self.device) + (first - before).repeat_interleave(n, output_size=size)
         return self._laid_out(n, gene.index_select(0, entry), value.index_select(0, entry), size)
 

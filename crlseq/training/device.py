@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -49,6 +51,29 @@ def resolve_device(asked: str, ranks: Ranks = ALONE, note: Callable[[str], None]
     if not why.startswith(ABSENT):
         note(f"CUDA is not used: {why}.")
     return torch.device("cpu")
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Compute on a CUDA device with products in full precision and one order of every sum, whatever else is set.
+
+    TF32 keeps 10 bits of float32's 23. Distances lose digits as it is, and products with weights gain nothing: the arithmetic
+    of a step (1.7 GFLOP at 5,000 genes) is a hundredth of the time that its launches take. The order costs a sort where rows
+    are laid out from non-zeros. An operation without an order is warned of, and the fit goes on.
+    """
+    torch.cuda.set_device(device)
+    filling: Any = torch.utils.deterministic
+    precision, filled = torch.get_float32_matmul_precision(), filling.fill_uninitialized_memory
+    ordered, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filling.fill_uninitialized_memory = False  # every block would be written once more
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(ordered, warn_only=warns)
+        filling.fill_uninitialized_memory = filled
 
 
 def _why_not(index: int, ranks: Ranks) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Schedules: weights of the loss terms, temperature and learning rate by epoch."""
+"""Schedules: weights of the loss terms, temperature and learning rate by epoch; how many epochs, and how large steps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from crlseq.config import ModelConfig, TrainingConfig
 WARM_UP = 0.1  # share of the epochs over which terms come in ("scaled")
 SHARPEN = 0.2  # share of the epochs after which targets are as sharp as they get ("scaled")
 COOL = 0.5  # share of the epochs after which the learning rate falls ("scaled")
+MIN_IN_STEP, MAX_IN_STEP, ENOUGH_STEPS = 8, 64, 20  # perturbations in a step, and steps per epoch to keep
+MIN_EPOCHS, MIN_STEPS = 100, 2000  # a small screen makes few steps per epoch and needs as many as a large one
 FINAL_RATE = 0.02  # learning rate at the last epoch, as a share of the first
 
 
@@ -66,3 +68,25 @@ def _ramp(epoch: float, start: float, end: float) -> float:
     if end <= start:
         return float(epoch >= start)
     return float(np.clip((epoch - start) / (end - start), 0, 1))
+
+
+def resolve_step(training: TrainingConfig, cells_by_condition: list[np.ndarray]) -> int:
+    """The number of perturbations in a step: as asked, or 8, or as many more as leave `ENOUGH_STEPS` per epoch.
+
+    What a step costs whatever its cells (products of weights with weights, the optimiser) is shared by all of them.
+    """
+    if training.perturbations_per_step is not None:
+        return training.perturbations_per_step
+    return int(np.clip(_pieces(training, cells_by_condition) // ENOUGH_STEPS, MIN_IN_STEP, MAX_IN_STEP))
+
+
+def resolve_epochs(training: TrainingConfig, cells_by_condition: list[np.ndarray]) -> int:
+    """The number of epochs asked for; by default 100, or as many as make 2,000 steps."""
+    if training.epochs is not None:
+        return training.epochs
+    steps = -(-max(_pieces(training, cells_by_condition), 1) // resolve_step(training, cells_by_condition))
+    return max(MIN_EPOCHS, -(-MIN_STEPS // steps))
+
+
+def _pieces(training: TrainingConfig, cells_by_condition: list[np.ndarray]) -> int:
+    return sum(-(-len(cells) // training.batch_size) for cells in cells_by_condition[1:])

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from crlseq.config import Config, ModelConfig, TrainingConfig
+from crlseq.config import Config, ModelConfig
 from crlseq.data import splits
 from crlseq.data.batches import BatchIndex, ControlPartners, epoch_batches
 from crlseq.data.dataset import PerturbSeqData
@@ -22,23 +23,20 @@ from crlseq.model.losses import median_bandwidth
 from crlseq.model.networks import GeneSetLayer
 from crlseq.storage.checkpoint import Checkpoints, build
 from crlseq.threads import ahead, counted, in_parallel
-from crlseq.training.device import resolve_device
+from crlseq.training.device import reproducible, resolve_device
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.learner import Learner
 from crlseq.training.memory import ShortOfMemoryError, out_of_memory
 from crlseq.training.memory_split import SplitSteps
 from crlseq.training.objective import Objective
 from crlseq.training.residuals import measure_errors, measure_missed
-from crlseq.training.schedules import schedule
+from crlseq.training.schedules import resolve_epochs, resolve_step, schedule
 from crlseq.training.sparse_start import least_noise
 from crlseq.training.warm_start import Anchor, WarmStart, warm_start
 
 CHECKPOINT_SECONDS = 5.0  # a checkpoint at most so often; when it is written changes no result
 BANDWIDTH_CELLS = 1000
 VALIDATION_BATCH, VALIDATION_CONDITIONS = 64, 16  # cells of a condition, and conditions, scored at once
-
-MIN_IN_STEP, MAX_IN_STEP, ENOUGH_STEPS = 8, 64, 20  # perturbations in a step, and steps per epoch to keep
-MIN_EPOCHS, MIN_STEPS = 100, 2000  # a small screen makes few steps per epoch and needs as many as a large one
 
 
 @dataclass(frozen=True)
@@ -94,28 +92,6 @@ def architecture_of(
     }
 
 
-def resolve_step(training: TrainingConfig, cells_by_condition: list[np.ndarray]) -> int:
-    """The number of perturbations in a step: as asked, or 8, or as many more as leave `ENOUGH_STEPS` per epoch.
-
-    What a step costs whatever its cells (products of weights with weights, the optimiser) is shared by all of them.
-    """
-    if training.perturbations_per_step is not None:
-        return training.perturbations_per_step
-    return int(np.clip(_pieces(training, cells_by_condition) // ENOUGH_STEPS, MIN_IN_STEP, MAX_IN_STEP))
-
-
-def resolve_epochs(training: TrainingConfig, cells_by_condition: list[np.ndarray]) -> int:
-    """The number of epochs asked for; by default 100, or as many as make 2,000 steps."""
-    if training.epochs is not None:
-        return training.epochs
-    steps = -(-max(_pieces(training, cells_by_condition), 1) // resolve_step(training, cells_by_condition))
-    return max(MIN_EPOCHS, -(-MIN_STEPS // steps))
-
-
-def _pieces(training: TrainingConfig, cells_by_condition: list[np.ndarray]) -> int:
-    return sum(-(-len(cells) // training.batch_size) for cells in cells_by_condition[1:])
-
-
 def fit_model(
     data: PerturbSeqData,
     config: Config,
@@ -167,10 +143,10 @@ def fit_model(
     device = resolve_device(asked, ranks)
     if device.type == "cpu":
         return fit_on(device)
-    torch.cuda.set_device(device)
     short = f"The memory of {device} does not suffice"
     try:
-        return fit_on(device)
+        with reproducible(device):
+            return fit_on(device)
     except Exception as error:  # which holds what lies on the device until the block ends
         if not (isinstance(error, ShortOfMemoryError) or out_of_memory(error)):
             raise
@@ -251,6 +227,8 @@ class _Epochs:
         self.config, self.shuffled = config, data.shuffled
         self.notes: list[str] = []
         self.steps = SplitSteps(learners[0].objective, ranks, self.note)
+        for learner in learners:
+            learner.graphs.note = self.note
         self.train_cells = data.cells_by_condition(splits.TRAIN)
         self.n = resolve_epochs(config.training, self.train_cells) if config.model.trains else 0
         self.first = 0
@@ -314,7 +292,7 @@ class _Epochs:
         for i, learner in enumerate(self.learners):
             learner.begin(epoch, self.n, schedule(epoch, self.n, self.config.model, training), noise + i)
         batches = epoch_batches(self.train_cells, self.partners, training.batch_size, self.in_step, rng, self.shuffled)
-        steps = ahead(self.steps.prepare, batches)
+        steps = ahead(partial(self.steps.prepare, learned=True), batches)
         for step in counted(steps, self.n * len(batches), epoch * len(batches)):
             self._each(methodcaller("learn", step, len(batches)), active)
         n_judged = sum(len(batch.condition) for batch in self.validation)

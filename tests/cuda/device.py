@@ -52,6 +52,125 @@ class DeviceError(RuntimeError):
     """What would fail on CUDA, or give another number every time."""
 
 
+_THREAD = threading.local()
+
+
+class Stream:
+    """Operations of one stream are done in their order, those of two in any: what one reads of another it has to wait for.
+
+    `clock` is how many operations it was given, `done` how many the host knows to be done, and `seen` how many of other
+    streams are done before its next one.
+    """
+
+    def __init__(self, device: Any = None) -> None:
+        self.clock, self.done, self.seen = 0, 0, dict[Stream, int]()
+        RECORD.streams.append(self)
+
+    def wait_event(self, event: Event) -> None:
+        assert event.of is not None
+        stream, clock = event.of
+        self.seen[stream] = max(self.seen.get(stream, 0), clock)
+
+
+class Event:
+    """A place in the order of a stream."""
+
+    of: tuple[Stream, int] | None = None
+
+    def record(self) -> None:
+        self.of = current_stream(), current_stream().clock
+
+
+def current_stream(device: Any = None) -> Stream:
+    """This thread's; all threads start on the first."""
+    if not RECORD.streams:
+        Stream()
+    return getattr(_THREAD, "stream", None) or RECORD.streams[0]
+
+
+@contextmanager
+def on_stream(stream: Stream) -> Iterator[None]:
+    before, _THREAD.stream = getattr(_THREAD, "stream", None), stream
+    try:
+        yield
+    finally:
+        _THREAD.stream = before
+
+
+def synchronize(device: Any = None) -> None:
+    """All that was asked for is done: whichever stream may read it."""
+    RECORD.add(RECORD.waits, "synchronize")
+    for stream in RECORD.streams:
+        stream.done = stream.clock
+
+
+def _check_order(reads: list[Any], writes: list[Any]) -> None:
+    """DeviceError where a stream reads what another may not have written yet, or may give back too early."""
+    stream = current_stream()
+    addresses = {x.elem.untyped_storage().data_ptr() for x in reads if x.numel()}
+    for block in (RECORD.blocks[each] for each in addresses if each in RECORD.blocks):
+        if block.writer is not stream and max(block.writer.done, stream.seen.get(block.writer, 0)) < block.written:
+            raise DeviceError("a stream reads what another may not have written yet")
+        if block.owner is not stream and stream not in block.users and block.owner.done < block.made:
+            raise DeviceError("memory may be given back while another stream reads it")
+    stream.clock += 1
+    for address in {x.untyped_storage().data_ptr() for x in writes if x.numel()}:
+        if address not in addresses or address not in RECORD.blocks:
+            RECORD.blocks[address] = Block(stream, stream.clock, stream, stream.clock)
+        RECORD.blocks[address].writer, RECORD.blocks[address].written = stream, stream.clock
+
+
+@dataclass
+class Tape:
+    """Operations that a graph is written down from, with their numbers and shapes, and the memory that they read."""
+
+    done: list[Any] = field(default_factory=list)
+    made: set[int] = field(default_factory=set)
+    outside: set[int] = field(default_factory=set)
+
+    def add(self, func: Any, args: Any, kwargs: Any, reads: list[Any], writes: list[Any]) -> None:
+        """One operation."""
+        flat = tree_flatten((args, kwargs))[0]
+        self.done.append((str(func), [tuple(x.shape) if isinstance(x, torch.Tensor) else str(x) for x in flat]))
+        self.outside |= {x.elem.untyped_storage().data_ptr() for x in reads if x.numel()} - self.made
+        self.made |= {x.untyped_storage().data_ptr() for x in writes if x.numel()} - self.outside
+
+
+def captured(act: Callable[[], Any], pool: Any) -> Callable[[], Any]:
+    """A graph: it does the operations again, with the numbers and the memory of the first time, or raises DeviceError."""
+    first, found = None, dict[str, Any]()
+
+    def replay() -> Any:
+        nonlocal first
+        RECORD.tape, before, launches = Tape(), RECORD.totals(), RECORD.launches.copy()
+        try:
+            again, tape = act(), RECORD.tape
+        finally:
+            RECORD.tape = None
+        if RECORD.totals()[1:] != before[1:]:
+            raise DeviceError("operation not permitted when stream is capturing")
+        RECORD.launches = launches + Counter({"graph": 1})
+        if first is not None and (tape.done, tape.outside) != (first.done, first.outside):
+            raise DeviceError("what a graph was written down from has changed")
+        first = first or tape
+        for name, value in again.items():
+            found.setdefault(name, value).elem.copy_(value.elem)
+        return found
+
+    return replay
+
+
+@dataclass
+class Block:
+    """Memory: the stream that it is of and since when, the last that wrote to it, and those it was lent to."""
+
+    owner: Stream
+    made: int
+    writer: Stream
+    written: int
+    users: set[Stream] = field(default_factory=set)
+
+
 @dataclass
 class Record:
     """What happened on the device; places are lines of the product, where they are asked for."""
@@ -61,6 +180,9 @@ class Record:
     waits: Counter[str] = field(default_factory=Counter)
     at: Counter[tuple[str, str]] = field(default_factory=Counter)  # (what, file:line)
     with_places: bool = False
+    blocks: dict[int, Block] = field(default_factory=dict)  # by address
+    streams: list[Stream] = field(default_factory=list)
+    tape: Tape | None = None
     lock: Any = field(default_factory=threading.Lock)
 
     def add(self, counter: Counter[str], what: str, n: int = 1) -> None:
@@ -101,19 +223,21 @@ class CudaTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
+    def record_stream(self, stream: Any) -> None:
+        with RECORD.lock:
+            RECORD.blocks[self.elem.untyped_storage().data_ptr()].users.add(stream)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"CudaTensor({self.elem})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         copied = CudaTensor(torch.empty_strided(self.size(), self.stride(), dtype=self.dtype).copy_(self.elem))
+        _check_order([self], [copied.elem])
         memo[id(self)] = copied.requires_grad_(self.requires_grad)
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # as ``map_location="cpu"`` reads it back
         return self.elem.__reduce_ex__(protocol)
-
-
-_THREAD = threading.local()
 
 
 class Mode(TorchDispatchMode):
@@ -186,6 +310,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     found = func(*inner_args, **inner_kwargs)
     with RECORD.lock:
         _count(func, name, args, kwargs, ours, theirs, on_cuda, found)
+        writes = [x for x in tree_flatten(found)[0] if isinstance(x, torch.Tensor)] if on_cuda else []
+        _check_order(ours, writes)
+        if RECORD.tape is not None:
+            RECORD.tape.add(func, args, kwargs, ours, writes)
     if func is aten.copy_.default:
         return args[0]
     if not on_cuda:
@@ -311,7 +439,7 @@ def fake_cuda(memory: int = 100 * GIB, devices: int = 1, places: bool = False) -
     global RECORD
     from crlseq import threads
     from crlseq.pipeline import fit
-    from crlseq.training import device, memory_split, trainer
+    from crlseq.training import cell_source, device, graph, memory_split, trainer
 
     make_ahead = threads.ahead
     before, RECORD = RECORD, Record(with_places=places)
@@ -319,6 +447,7 @@ def fake_cuda(memory: int = 100 * GIB, devices: int = 1, places: bool = False) -
         "is_available": lambda: True, "init": lambda: None, "_lazy_init": lambda: None,
         "device_count": lambda: devices, "current_device": lambda: 0, "set_device": lambda device: None,
         "empty_cache": lambda: None, "mem_get_info": lambda device=None: (memory, 140 * GIB),
+        "MemPool": mock.MagicMock, "Stream": Stream, "Event": Event, "stream": on_stream, "current_stream": current_stream, "synchronize": synchronize,
         "get_device_name": lambda device=None: "NVIDIA H100", "get_device_capability": lambda device=None: (9, 0),
     }  # fmt: skip
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
@@ -330,6 +459,8 @@ def fake_cuda(memory: int = 100 * GIB, devices: int = 1, places: bool = False) -
         for name, value in of_cuda.items():
             put(torch.cuda, name, value)
         put(torch, "Generator", _Generator)
+        put(graph, "captured", captured)
+        put(cell_source, "ROWS", 128)  # small screens are sent in several blocks as well
         put(torch.Tensor, "pin_memory", _pinned)
         for module in (trainer, memory_split):
             put(module, "ahead", lambda make, items: make_ahead(_in_mode(make), items))

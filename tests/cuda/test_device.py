@@ -59,3 +59,28 @@ def test_it_computes_and_counts() -> None:
         launches = record.launches.total()
         x.detach().view(2, 2).T.unsqueeze(0)
         assert record.launches.total() == launches  # of views none
+
+
+def test_streams_wait_for_one_another() -> None:
+    with fake_cuda(), Mode():
+        first, second = torch.cuda.current_stream(), torch.cuda.Stream()
+        with torch.cuda.stream(second):
+            x, there = torch.arange(3.0, device=CUDA), torch.cuda.Event()
+            there.record()
+            x.add_(1)
+        with pytest.raises(DeviceError, match="not have written yet"):
+            x + 1
+        first.wait_event(there)  # which came before the last sum
+        with pytest.raises(DeviceError, match="not have written yet"):
+            x + 1
+        with torch.cuda.stream(second):
+            there.record()
+        first.wait_event(there)
+        with pytest.raises(DeviceError, match="may be given back"):
+            x + 1
+        x.record_stream(first)
+        assert (x + 1).cpu().tolist() == [2.0, 3.0, 4.0]
+        with torch.cuda.stream(second):
+            x = torch.zeros(3, device=CUDA)
+        torch.cuda.synchronize()
+        assert (x + 1).cpu().tolist() == [1.0] * 3

@@ -15,7 +15,7 @@ import torch
 from crlseq.config import make_config
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model import discrepancy_vae, losses, scm, sparse_decoder, sparse_losses, spike_slab
-from crlseq.training import cell_source, learner, objective, trainer
+from crlseq.training import cell_source, learner, objective, streams, trainer
 from tests.cuda.conftest import FIT, with_escaped_cells
 from tests.cuda.device import CUDA, GIB, CudaTensor, Mode, fake_cuda
 from tests.cuda.test_budget import (
@@ -41,6 +41,12 @@ SOURCE, DECODER, ANCHOR = cell_source.CellSource, {"decoder": "sparse"}, {"ancho
 FAULTS = [
     Fault(cell_source, "sent", "_sent(flat, device)", "torch.from_numpy(flat)"),
     Fault(SOURCE, "_settle", "dtype=self.dtype, device=self.device", "dtype=self.dtype"),
+    Fault(SOURCE, "_settle", "dtype=torch.int32, device=self.device", "dtype=torch.int32", options=CSR),
+    Fault(SOURCE, "_settle", "first += rows.nnz", "first = 0", options=CSR),
+    Fault(SOURCE, "_look_for_room", "torch.cuda.synchronize(self.device)", "pass"),
+    Fault(streams, "take", "stream.wait_event(there)", "pass"),
+    Fault(streams, "take", "tensor.record_stream(stream)", "pass"),
+    Fault(streams.SideStream, "made", "there.record()", "there.of = torch.cuda.current_stream(), 0"),
     Fault(SOURCE, "_of", "_sent(x, self.device)", "torch.from_numpy(x)", "dense", SENT),
     Fault(SOURCE, "_of", "_sent(x.data, self.device)", "torch.from_numpy(x.data)", options=SENT),
     Fault(SOURCE, "_laid_out", "torch.arange(len(n), device=self.device)", "torch.arange(len(n))", options=SENT),
@@ -64,7 +70,7 @@ FAULTS = [
     Fault(learner.Sparsity, "begin", ".manual_seed(1)).to(mean)", ".manual_seed(1)).to(mean.dtype)", options=DECODER),
     Fault(learner.Sparsity, "begin", "torch.ones(len(self.cells), device=mean.device)", "torch.ones(len(self.cells))", options=DECODER),
     Fault(sparse_decoder.SparseDecoder, "standardise", "torch.ones_like(deviation)", "torch.ones(deviation.shape, dtype=deviation.dtype)", options=DECODER),
-    Fault(spike_slab, "fit_masks", "torch.zeros_like(z)", "torch.zeros(z.shape, dtype=z.dtype)", options=DECODER),
+    Fault(spike_slab, "fit_masks", "threshold[:, k], size", "threshold[:, k].cpu(), size", options=DECODER),
     Fault(scm.LatentSCM, "forward", ", dtype=z.dtype, device=z.device", ", dtype=z.dtype"),
     Fault(losses.Kernel, "mean", ", device=weight.device", ""),
     Fault(sparse_losses.Pairs, "spread", "_Spread.apply(values, self)", "values.index_select(0, self.row.flatten()).view(*self.row.shape, -1)"),
@@ -77,7 +83,7 @@ FAULTS = [
 WAITS = [
     Fault(scm, "product_over_parts", "functools.reduce(operator.mul, factors.unbind(1))", "factors.prod(1)"),
     Fault(objective.Objective, "prepare", '["mask"].bool()', '["mask"].bool().cpu().to(self.device)'),
-    Fault(learner.Learner, "learn", "value.double() / n_steps", "value.double().item() / n_steps"),
+    Fault(learner.Learner, "_descended", "value.double() / n_steps", "value.double().item() / n_steps"),
     Fault(cell_source, "_sent", "made.pin_memory().to(device, non_blocking=True)", "made.to(device)"),
     Fault(losses.Kernel, "mean", "kernel * weight", "torch.where(weight > 0, kernel, 0.0) * weight[weight > 0].mean()"),
 ]  # fmt: skip

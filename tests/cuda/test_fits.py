@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dense, sent step by step": ("dense", {"memory": 1}),
     "a store": ("store", {"streamed": True}),
     "a store, sent step by step": ("store", {"streamed": True, "memory": 1}),
+    "a store, by its non-zeros": ("store", {"streamed": True, "memory": 300_000}),
     "uneven steps": ("sparse", {"batch_size": 25, "perturbations_per_step": 3}),
     "no combinations": ("sparse", {"combinations": False}),
     "ensemble": ("sparse", {"ensemble": 2}),

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from crlseq.run.run import Run
+from crlseq.training import graph
+from crlseq.training.cell_source import CellSource
 from crlseq.training.learner import Learner
 from crlseq.training.objective import Objective
 from tests.cuda.conftest import fit
@@ -66,6 +68,31 @@ def test_no_step_waits(name: str, screens: dict[str, Any], monkeypatch: pytest.M
 
         return call
 
-    monkeypatch.setattr(Objective, "prepare", strictly(Objective.prepare))
+    settle = CellSource._settle
+    made: list[CellSource] = []
+    monkeypatch.setattr(CellSource, "_settle", lambda source: (made.append(source), settle(source)))
+    strict, plain = strictly(Objective.prepare), Objective.prepare
+    # The first one sends the screen.
+    monkeypatch.setattr(Objective, "prepare", lambda *a, **k: (strict if made else plain)(*a, **k))
     monkeypatch.setattr(Learner, "learn", strictly(Learner.learn))
     of(screens, name, "cuda", epochs=1)
+
+
+@pytest.mark.parametrize("name", ["sparse", "paper", "sparse decoder", "ensemble"])
+def test_steps_by_graphs_are_the_steps(name: str, screens: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = of(screens, name, "cuda", batch_size=12, perturbations_per_step=4)
+    monkeypatch.setattr(graph, "ON", True)
+    found = of(screens, name, "cuda", batch_size=12, perturbations_per_step=4)
+    assert not [note for note in found.info["notes"] if "graphs" in note]
+    check_same(found, expected)
+
+
+@pytest.mark.parametrize("set_before", ["highest", "high"])
+def test_a_caller_with_tf32_gets_the_same_model(set_before: str, screens: dict[str, Any]) -> None:
+    expected = of(screens, "dense", "cuda", dtype="float32")
+    torch.set_float32_matmul_precision(set_before)
+    try:
+        found = of(screens, "dense", "cuda", dtype="float32")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    check_same(found, expected, exact=True)

@@ -109,6 +109,29 @@ def test_sums_of_matrices_are_added_in_one_order(monkeypatch: pytest.MonkeyPatch
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
 
 
+def test_products_are_exact_and_sums_have_an_order_whatever_is_set(screens: dict[str, Any]) -> None:
+    def flags() -> tuple[str, bool, bool, bool]:
+        return (
+            torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+
+    seen: list[tuple[str, bool, bool, bool]] = []
+    progress = Progress(epoch=lambda record, n: seen.append(flags()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = flags()
+        with fake_cuda():
+            fit(screens["dense"], "cuda", epochs=1, progress=progress)
+        assert flags() == before
+        fit(screens["dense"], "cpu", epochs=1, progress=progress)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [("highest", True, True, False), before]
+
+
 @pytest.mark.parametrize("error", FULL, ids=lambda error: str(error)[:24])
 def test_a_step_that_the_device_has_no_memory_for(
     screens: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -28,7 +28,7 @@ def test_probability_and_rate_by_hand() -> None:
     assert PRIOR.probability(masks(0, 0.1, -0.1), SHARE).flatten().tolist() == pytest.approx(
         [at_zero, at_tenth, at_tenth]
     )
-    assert PRIOR.rate(masks(0.1), SHARE).item() == pytest.approx(at_tenth + 50 * (1 - at_tenth))
+    assert PRIOR.rate(masks(0.1), PRIOR.odds(SHARE)).item() == pytest.approx(at_tenth + 50 * (1 - at_tenth))
     assert PRIOR.shares(masks(0, 0.1), SHARE).item() == pytest.approx((at_zero + at_tenth) / 2)
 
 
@@ -47,7 +47,7 @@ def test_without_sparsity_nothing_is_shrunk_to_zero_but_by_the_slab() -> None:
     flat = PRIOR.annealed(0)
     curvature, share = torch.tensor([100.0]), torch.tensor([0.3])
     assert flat.threshold(curvature, share).item() == pytest.approx(1.0)
-    assert flat.rate(masks(-3, 0, 3), SHARE).flatten().tolist() == pytest.approx([1.0] * 3)
+    assert flat.rate(masks(3, 0, 3), flat.odds(SHARE)).flatten().tolist() == pytest.approx([1.0] * 3)
 
 
 @settings(max_examples=60, deadline=None)

@@ -90,9 +90,9 @@ def test_the_parts_of_a_step_add_up_to_it(data, preset, n_ranks, penetrance) -> 
         torch.testing.assert_close(sum(part[1][name] for part in parts), gradient, rtol=1e-9, atol=1e-12)
 
 
-def torchrun(*words: object) -> subprocess.Popen[str]:
-    """``crlseq WORDS`` on two processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "crlseq"]
+def torchrun(*words: object, n: int = 2) -> subprocess.Popen[str]:
+    """``crlseq WORDS`` on so many processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m", "crlseq"]
     return subprocess.Popen(
         [*launch, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
@@ -122,7 +122,11 @@ def said(errors: str) -> list[str]:
     return [line for line in errors.splitlines() if line.startswith(("crlseq:", "•"))]
 
 
-@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="processes are found in /proc")
+NO_CHILDREN = not Path(f"/proc/self/task/{os.getpid()}/children").exists()
+in_proc = pytest.mark.skipif(NO_CHILDREN, reason="processes are found in /proc")
+
+
+@in_proc
 def test_a_killed_rank_ends_the_job_and_one_process_goes_on(screen_file, tmp_path) -> None:
     config = tmp_path / "fit.toml"
     config.write_text(ONE_STEP + LINEAR)
@@ -143,6 +147,33 @@ def test_a_killed_rank_ends_the_job_and_one_process_goes_on(screen_file, tmp_pat
     assert invoke(*words, tmp_path / "one").code == 0
     assert invoke(*words, tmp_path / "two", "--resume").code == 0
     np.testing.assert_allclose(history(tmp_path / "two"), history(tmp_path / "one"), rtol=0, atol=1e-5)
+
+
+@in_proc
+def test_four_processes_share_uneven_conditions_and_end_with_one_that_is_killed(screen, tmp_path) -> None:
+    label = screen.obs["perturbation"].astype(str)
+    most = {"g0": 12, "g1": 15, "g2": 20, "g3": 30}  # of 60; pieces of up to 25 cells, five a step, among four
+    screen[label.groupby(label).cumcount() < label.map(most).fillna(1000)].copy().write_h5ad(tmp_path / "screen.h5ad")
+    config = tmp_path / "fit.toml"
+    text = UNEVEN.replace("perturbations_per_step = 3", "perturbations_per_step = 5").replace("= 4\n", "= 300\n")
+    config.write_text(text + "patience = 1.0\n" + GRADIENT)
+    words = ["fit", tmp_path / "screen.h5ad", "--config", config, "--output"]
+    job = torchrun(*words, tmp_path / "four", n=4)
+    checkpoint = tmp_path / "four.partial" / "resume.pt"
+    wait_for(lambda: checkpoint.exists() or job.poll() is not None)
+    os.kill(rank_process(job.pid, 2), signal.SIGKILL)
+    out, err = job.communicate(timeout=100)
+    assert job.returncode == 1 and out == "" and "4 processes train together." in err
+    lost = [line for line in said(err) if line.startswith("crlseq:")]
+    assert len(lost) == 1 and lost[0].startswith("crlseq: Another rank was lost")
+    assert 0 <= torch.load(checkpoint, weights_only=True)["epoch"] < 299
+
+    words += [tmp_path / "one", "--epochs", 8]
+    assert invoke(*words).code == 0
+    words[-3] = tmp_path / "again"
+    job = torchrun(*words, n=4)
+    assert job.communicate(timeout=400)[0] == "" and job.returncode == 0
+    np.testing.assert_allclose(history(tmp_path / "again"), history(tmp_path / "one"), rtol=0, atol=1e-5)
 
 
 class StopError(Exception):

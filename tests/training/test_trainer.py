@@ -12,7 +12,8 @@ from crlseq.errors import ConvergenceError, InputError
 from crlseq.threads import on_threads
 from crlseq.training import trainer
 from crlseq.training.device import resolve_device
-from crlseq.training.trainer import fit_model, resolve_epochs, resolve_step
+from crlseq.training.schedules import resolve_epochs, resolve_step
+from crlseq.training.trainer import fit_model
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def train_once(
     """One training from the axes of ``targets`` (K,); None if free latents have a misfit of `worst` or more."""
     values, _, own = components.training()
     axes = exogenous_axes(values.numpy(), own.numpy(), targets.numpy(), p)[1]
-    network = Straightener(values, own, torch.from_numpy(axes), seed)
+    network = Straightener(values, own, torch.from_numpy(axes), seed, task.device)
 
     def latents() -> Cells:
         return Cells(*network.encode(components.values), components.environment, components.train)
