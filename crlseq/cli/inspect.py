@@ -106,7 +106,7 @@ def _of_the_model(found: Run) -> dict[str, str]:
     graph, better, converged = answers(facts, found.evaluation, found.history)
     epochs = f"{training.epochs_run} epochs, weights of epoch {training.best_epoch + 1} kept"
     if not training.epochs_run:
-        epochs = "no epochs; the linear model that the likelihood gives"
+        epochs = "no epochs: expression is linear in the programs"
     likelihood = "not used: targets and graph were learned by gradient"
     if not facts.by_gradient:
         likelihood = f"not used: programs and targets are those of the method {facts.config.model.method}"

@@ -81,7 +81,7 @@ def discover(task: Task, refine: Refine | None = None) -> Discovery:
         return replace(found, of_shifts=of_shifts)
 
 
-def find_components(task: Task) -> Start:
+def find_components(task: Task, reason: str = "as asked") -> Start:
     """Whitened components of the cells, environments, and the number of programs."""
     asked, effect = task.config.n_latents, task.effect
     chosen = np.sort(np.argsort(-effect, kind="stable")[: min(int((effect > 0).sum()), MAX_ENVIRONMENTS)])
@@ -93,7 +93,7 @@ def find_components(task: Task) -> Start:
     y, noise = task.cache.get("components", lambda: whitened_components(task.data, n, least, task.seed))
     cells = Cells(torch.from_numpy(y), None, environment, train, noise)
     p, choice = task.cache.get("number", lambda: number_of_programs(task, cells, len(chosen)))
-    task.note(f"{p} programs: {'as asked.' if choice is None else choice.reason}")
+    task.note(f"{p} programs: {f'{reason}.' if choice is None else choice.reason}")
     if p + 10 > n == y.shape[1]:
         y, noise = task.cache.get("more components", lambda: whitened_components(task.data, p + 10, p, task.seed))
         cells = replace(cells, values=torch.from_numpy(y), noise=noise)

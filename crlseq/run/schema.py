@@ -92,12 +92,19 @@ class TrainingOptions(_Part):
     ensemble: int
 
 
+class ModelOptions(_Part):
+    """How programs were looked for."""
+
+    method: str = ""
+
+
 class Options(_Part):
     """The part of the configuration that is needed after the fit."""
 
     preset: str
     data: DataOptions
     training: TrainingOptions
+    model: ModelOptions = ModelOptions()
 
 
 class Machine(_Part):

@@ -31,6 +31,7 @@ from crlseq.errors import InputError
 
 AT_MOST: Answer = "identified"
 GROUPS = 10  # of cells, of which the jackknife leaves one out
+REASON = "one for each perturbation with an effect"
 SURE = 3.0  # standard errors of a weight that is an edge
 
 Floats = NDArray[np.float64]
@@ -57,7 +58,7 @@ def find(task: Task) -> Programs:
             else f"The method squires needs one perturbation for each program: {k} have a detectable effect, and {asked} programs were asked for.",
             "Leave out --n-latents, or take another method.",
         )
-    start = find_components(replace(task, config=task.config.model_copy(update={"n_latents": k})))
+    start = find_components(replace(task, config=task.config.model_copy(update={"n_latents": k})), REASON)
     used = start.cells.train.numpy()
     y, environment = start.cells.values[used, :k].double().numpy(), start.cells.environment[used].numpy()
     found = recover(precisions(y, environment, k, start.cells.noise))
@@ -67,9 +68,8 @@ def find(task: Task) -> Programs:
     target[start.environments] = np.arange(k)
     verdict = judge_squires(found.left, int(edges.sum()), task.kind == "hard")
     graph = found.adjacency * edges * verdict.grants_graph
-    return Programs.of(
-        factor_result(task, start, torch.from_numpy(found.directions.T), verdict, torch.from_numpy(graph), target)
-    )
+    directions = torch.from_numpy(found.directions.T)
+    return Programs(k, REASON, factor_result(task, start, directions, verdict, torch.from_numpy(graph), target))
 
 
 def precisions(y: Floats, environment: NDArray[np.int64], k: int, noise: float | None) -> Floats:
