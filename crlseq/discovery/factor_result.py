@@ -35,8 +35,8 @@ def factor_result(
     noises = u - u @ graph
     u, noises = u - u[own == 0].mean(0), noises - noises[own == 0].mean(0)
     scale = noises[own == 0].std(0)
-    u, noises, graph = u / scale, (noises / scale).numpy(), graph * scale[:, None] / scale
-    shifts, errors = mean_shifts(noises, own, len(with_effect))
+    u, noises, graph = u / scale, noises / scale, graph * scale[:, None] / scale
+    shifts, errors = mean_shifts(noises.numpy(), own, len(with_effect))
     given = np.full(len(task.effect), -1) if target is None else target.copy()
     if target is None:
         given[with_effect] = (np.abs(shifts) / errors).argmax(1)

@@ -90,7 +90,7 @@ def recover(theta: Floats, order: NDArray[np.int64] | None = None) -> Recovered:
     difference = theta[1:] - theta[0]
     half = np.linalg.cholesky(np.linalg.inv(theta[0]))  # in whose coordinates control cells are white
     white = half.T @ difference @ half
-    rows, places = np.zeros((0, p)), []
+    rows, places = np.zeros((0, p)), list[int]()
     for step in range(p):
         outside = np.eye(p) - rows.T @ rows
         left = [k for k in range(p) if k not in places]
@@ -101,8 +101,8 @@ def recover(theta: Floats, order: NDArray[np.int64] | None = None) -> Recovered:
         row = outside @ vectors[best][:, np.abs(values[best]).argmax()]
         rows = np.vstack([rows, row / np.linalg.norm(row)])
         places.append(left[best])
-    places = np.array(places)
     # In white coordinates Theta_0 is 1, and its triangular factor in the basis of `rows` is `rows` itself.
+    found = np.array(places)
     directions, shares = np.empty((p, p)), np.empty(p)
     for step, k in enumerate(places):
         one = white[k] + np.outer(rows[step], rows[step])
@@ -110,13 +110,13 @@ def recover(theta: Floats, order: NDArray[np.int64] | None = None) -> Recovered:
         directions[k] = np.linalg.eigh(known @ one @ known.T)[1][:, -1] @ known
         values = np.linalg.eigvalsh(one)
         shares[k] = np.abs(values[:-1]).max(initial=0.0) / max(values[-1], 1e-300)
-    mixing = rows[np.argsort(places)] @ np.linalg.inv(directions)  # B, up to the scale of its columns
+    mixing = rows[np.argsort(found)] @ np.linalg.inv(directions)  # B, up to the scale of its columns
     scale = np.diag(mixing).copy()
     equations = mixing / scale
     return Recovered(
         directions=(directions * scale[:, None]) @ np.linalg.inv(half),
         adjacency=(np.eye(p) - equations).T,
-        order=places,
+        order=found,
         left=float(shares.max()),
     )
 
@@ -130,4 +130,5 @@ def jackknife(y: Floats, environment: NDArray[np.int64], noise: float | None, fo
     without = np.array([
         recover(precisions(y[group != g], environment[group != g], p, noise), found.order).adjacency for g in range(GROUPS)
     ])  # fmt: skip
-    return np.sqrt((GROUPS - 1) * without.var(0))
+    error: Floats = np.sqrt((GROUPS - 1) * without.var(0))
+    return error
