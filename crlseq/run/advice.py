@@ -34,7 +34,7 @@ def _graph(run: Run) -> str:
     if facts.discovery is None:
         if not facts.metrics.n_detected:
             return "Add cells of single perturbations: targets are found by their effects."
-        return "Fit with the default method: it finds targets and graph by likelihood, and judges pairs of programs."
+        return "Fit with the default preset and method: that finds targets and graph by likelihood, and judges pairs of programs."
     steps = []
     if facts.discovery.dispersion > DESCRIBED:
         key = "" if facts.config.data.batch_key else "If the screen has batches, name their column with --batch-key. "
