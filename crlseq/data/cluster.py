@@ -5,7 +5,6 @@ so that sums over cells do not depend on who made their terms. What a lost worke
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator
@@ -41,18 +40,13 @@ class _Cluster:
     """A connected client, and what its workers have of the functions that they were last given."""
 
     def __init__(self, client: Any) -> None:
-        self.client, self.known = client, dict[str, Any]()
+        self.client, self.known = client, dict[bytes, Any]()
 
-    def shared(self, function: Callable[..., Any]) -> Any:
-        """The function on all workers, as bytes: what fails when they are read fails in a task, and is told."""
-        content = pickle.dumps(function)
-        digest = hashlib.sha256(content).hexdigest()
-        if digest not in self.known:
-            try:
-                self.known = {digest: self.client.scatter(content, broadcast=True, hash=False)}
-            except TimeoutError:
-                raise LostClusterError("The cluster has no worker left.") from None
-        return self.known[digest]
+    def shared(self, content: bytes) -> Any:
+        """A function on all workers, as bytes: what fails when they are read fails in a task, and is told."""
+        if content not in self.known or self.known[content].status != "finished":
+            self.known = {content: self.client.scatter(content, broadcast=True, hash=False)}
+        return self.known[content]
 
 
 _cluster: ContextVar[_Cluster | None] = ContextVar("cluster", default=None)
@@ -75,11 +69,21 @@ def mapped(function: Callable[[Item], Made], items: Iterable[Item], threads: int
     client = cluster.client
 
     def submit(item: Item) -> Callable[[], Made]:
-        made: Callable[[], Made] = client.submit(_made, shared, item, pure=False).result
-        return made
+        future = client.submit(_made, cluster.shared(content), item, pure=False)
 
+        def result() -> Made:
+            try:
+                made: Made = future.result()
+            except CancelledError:  # of a worker that was lost with what no other one had
+                if client.status != "running":
+                    raise
+                made = client.submit(_made, content, item, pure=False).result()
+            return made
+
+        return result
+
+    content = pickle.dumps(function)
     with _told():
-        shared = cluster.shared(function)
         yield from in_order(submit, items, AHEAD * max(sum(client.nthreads().values()), 1))
 
 
@@ -169,12 +173,11 @@ def _version() -> str:
 def _told() -> Iterator[None]:
     """A cluster that is lost is an error of ours."""
     from distributed import KilledWorker
-    from distributed.client import FutureCancelledError
     from distributed.comm import CommClosedError
 
     try:
         yield
     except KilledWorker:
         raise LostClusterError("Worker after worker was lost over the same block of cells.") from None
-    except (CancelledError, FutureCancelledError, CommClosedError) as error:
+    except (CancelledError, CommClosedError, TimeoutError) as error:
         raise LostClusterError("The cluster was lost.") from error
