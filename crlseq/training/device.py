@@ -57,8 +57,8 @@ def resolve_device(asked: str, ranks: Ranks = ALONE, note: Callable[[str], None]
 def reproducible(device: torch.device) -> Iterator[None]:
     """Compute on a CUDA device with products in full precision and one order of every sum, whatever else is set.
 
-    TF32 keeps 10 bits of float32's 23. Distances lose digits as it is, and products with weights gain nothing: the arithmetic
-    of a step (1.7 GFLOP at 5,000 genes) is a hundredth of the time that its launches take. The order costs a sort where rows
+    TF32 keeps 10 bits of float32's 23. Distances lose digits as it is, and products with weights should gain little: by
+    estimate, not measured on a GPU, a step's arithmetic (1.7 GFLOP at 5,000 genes) takes far less time than its launches. The order costs a sort where rows
     are laid out from non-zeros. An operation without an order is warned of, and the fit goes on.
     """
     torch.cuda.set_device(device)

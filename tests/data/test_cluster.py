@@ -147,7 +147,7 @@ def test_workers_need_the_same_store_and_file(workers, store, screen_file, tmp_p
 def test_a_block_that_ends_its_workers_ends_the_work(workers: Any) -> None:
     with (
         on_cluster(workers.scheduler_address),
-        pytest.raises(LostClusterError, match=r"Worker after worker|The cluster was lost"),
+        pytest.raises(LostClusterError, match="Worker after worker"),
     ):
         [*mapped(end, [0])]
     assert LostClusterError("").exit_code == 130
