@@ -18,7 +18,7 @@ from crlseq.cli.export import export, plot, report
 from crlseq.cli.fit import fit, prepare, rerun
 from crlseq.cli.options import at_the_shell
 from crlseq.cli.output import say
-from crlseq.cli.predict import predict
+from crlseq.cli.predict import predict, project
 from crlseq.cli.simulate import benchmark, simulate
 from crlseq.cli.streams import suit_streams
 from crlseq.errors import CrlseqError, InputError, UsageError
@@ -55,11 +55,25 @@ def _main(
 
 # Address space in which libraries can be loaded at all: with torch, and without.
 WITH_TORCH, SMALL = 1280 << 20, 512 << 20
-for command in (check, prepare, fit, predict, evaluate, export, report, rerun, plot, simulate, benchmark, cite):
+for command in (
+    check,
+    prepare,
+    fit,
+    predict,
+    project,
+    evaluate,
+    export,
+    report,
+    rerun,
+    plot,
+    simulate,
+    benchmark,
+    cite,
+):
     app.command()(command)
 for known in (*app.registered_commands, *inspect.app.registered_commands):
     assert known.callback is not None
-    heavy = known.callback in (prepare, fit, predict, evaluate, rerun, benchmark)
+    heavy = known.callback in (prepare, fit, predict, project, evaluate, rerun, benchmark)
     known.callback = at_the_shell(known.callback, WITH_TORCH if heavy else SMALL)
 app.add_typer(inspect.app, name="inspect")
 

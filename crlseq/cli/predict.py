@@ -1,9 +1,11 @@
-"""``crlseq predict``: virtual cells under perturbations and combinations."""
+"""``crlseq predict`` and ``project``: virtual cells under perturbations, and programs of other cells."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from crlseq.cli.options import AsJson, Force, Quiet, RunFolder, load, setting, switch
 from crlseq.cli.output import refuse_output, say, show_json
@@ -71,6 +73,45 @@ def predict(
     if not quiet:
         _tell(found, virtual, changes, counterfactual)
         say(f"{virtual.n_obs} cells x {virtual.n_vars} genes: {output}")
+
+
+def project(
+    run: RunFolder,
+    cells: Annotated[
+        Path, typer.Argument(help="Cells with the genes and the kind of values of the fit.", show_default=False)
+    ],
+    output: Annotated[Path, setting("The h5ad file to write.", "--output", "-o")],
+    force: Force = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write other cells with their activities of a run's programs.
+
+    obsm["X_crlseq"] has the activities, in standard deviations of the run's control cells; obs["crlseq_outside"] tells which
+    cells are unlike any that were fitted, and obs["crlseq_distance"] how far they are (1: a usual cell).
+    """
+    from crlseq.prediction.project import project as project_cells
+    from crlseq.run.anndata import write_annotated
+    from crlseq.storage.files import written_whole
+
+    found = load(run)
+    refuse_output(output, force)
+    if output.resolve() == cells.resolve():
+        raise InputError(f"{output} is the file to read.", "Choose another --output.")
+    tell = (lambda text: None) if quiet else say
+    projected = project_cells(found, cells, lambda text: tell(f"note: {text}"))
+    with written_whole(output) as beside:
+        write_annotated(cells, beside, projected.keys(found))
+    n, p = projected.activities.shape
+    if json:
+        show_json({
+            "output": str(output), "n_cells": n, "programs": found.program_names, "outside": projected.share,
+            "outside_of_run": projected.own_share, "notes": list(projected.notes),
+        })  # fmt: skip
+    tell(
+        f"{projected.share:.1%} of the cells lie outside what the run covers, and {projected.own_share:.1%} of its own."
+    )
+    tell(f"{n} cells x {p} programs: {output}")
 
 
 def _tell(run: Run, virtual: ad.AnnData, changes: dict[str, pd.DataFrame], counterfactual: bool) -> None:

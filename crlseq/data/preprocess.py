@@ -20,6 +20,7 @@ from crlseq.errors import InputError, nearest
 
 MIN_COMMON = 0.5  # share of the fitted genes below which a file is another measurement
 ROWS = 4096  # cells normalised at once
+N_CELLS_FOR_SHARE = 2000  # to tell the share of counts of some genes
 N_CELLS_FOR_GENES = 50_000  # highly variable genes are chosen on at most so many cells
 N_VALUES_FOR_GENES = 25_000_000  # that hold about so many values: scanpy takes them twice, 400 MB
 
@@ -124,15 +125,28 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Alignment:
-    """``present`` indices of fitted genes that a file has, and their ``columns`` there; ``n_fitted`` of all."""
+    """``present`` indices of fitted genes that a file has, and their ``columns`` there; ``n_fitted`` of all.
+
+    ``shared`` columns there of all genes of the fitted file, which had a ``share`` of the counts of its cells; None where the
+    two files have the same genes.
+    """
 
     present: np.ndarray
     columns: np.ndarray
     n_fitted: int
+    shared: np.ndarray | None = None
+    share: float = 1.0
 
-    def take(self, block: sp.csr_matrix) -> sp.csr_matrix:
-        """(cells, present) values of normalised cells (cells, genes of the file)."""
-        return block[:, self.columns]
+    def expression(self, record: Preprocessing, block: sp.csr_matrix) -> sp.csr_matrix:
+        """(cells, present) float32 normalised values of cells (cells, genes of the file).
+
+        Counts are scaled by the totals over the genes that both files have, to the share of the counts that these had in the
+        fitted file: what one file alone measures changes nothing.
+        """
+        if self.shared is None or record.target_sum is None:
+            return record.apply(block)[:, self.columns].astype(np.float32)
+        alike = replace(record, target_sum=record.target_sum * self.share)
+        return alike.apply(block[:, self.shared])[:, np.searchsorted(self.shared, self.columns)].astype(np.float32)
 
     def filled(self, values: np.ndarray, fill: np.ndarray) -> np.ndarray:
         """(cells, fitted genes): `values` (cells, present), and `fill` (fitted genes,) where genes are missing."""
@@ -141,10 +155,11 @@ class Alignment:
         return whole
 
 
-def align(record: Preprocessing, screen: Screen) -> tuple[Alignment, list[str]]:
+def align(record: Preprocessing, screen: Screen, fitted: Screen | None = None) -> tuple[Alignment, list[str]]:
     """Find the fitted genes in a screen by name; sentences on what is missing there and what is dropped.
 
-    InputError if fewer than half of the fitted genes are there.
+    ``fitted`` is the screen of the fit, by which counts are scaled where a file has other genes. InputError if fewer than half
+    of the fitted genes are there.
     """
     places = record.places_in(screen)
     present, source = np.flatnonzero(places >= 0), screen.source
@@ -157,12 +172,29 @@ def align(record: Preprocessing, screen: Screen) -> tuple[Alignment, list[str]]:
     dropped = screen.n_genes - len(present)
     if screen.n_genes > record.n_genes_in_file or (len(missing) and dropped):
         notes.append(f"{source}: {dropped} of its {screen.n_genes} genes were not fitted and are ignored.")
-    if record.values == "counts" and screen.n_genes != record.n_genes_in_file:
-        notes.append(
-            f"{source} has {screen.n_genes} genes, the fitted file {record.n_genes_in_file}: counts are scaled by "
-            "totals over the genes present."
-        )
-    return Alignment(present, places[present], n), notes
+    found = Alignment(present, places[present], n)
+    if record.values == "counts" and fitted is not None:
+        found = _shared(record, screen, fitted, found)
+        if found.shared is not None:
+            notes.append(
+                f"{source} has {len(found.shared)} of the {fitted.n_genes} genes of the fitted file, with {found.share:.0%} of its "
+                "counts: cells are scaled by their totals over these."
+            )
+    return found, notes
+
+
+def _shared(record: Preprocessing, screen: Screen, fitted: Screen, found: Alignment) -> Alignment:
+    """The alignment with the genes that both files have, if these differ."""
+    if screen.n_genes == fitted.n_genes and (screen.genes == fitted.genes).all():
+        return found
+    names = GeneNames.of(fitted.var)
+    places = replace(record, genes=names.index, names=names.columns).places_in(screen)
+    if (places >= 0).all() and len(places) == screen.n_genes:
+        return found
+    cells = fitted.sample(np.arange(fitted.n_cells), N_CELLS_FOR_SHARE)[1]
+    by_gene = np.asarray(cells.sum(0)).ravel()
+    columns = np.unique(np.append(places[places >= 0], found.columns))
+    return replace(found, shared=columns, share=float(by_gene[places >= 0].sum() / by_gene.sum()))
 
 
 def plan_preprocessing(

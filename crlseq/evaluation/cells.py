@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -132,7 +131,7 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
 def _read_own(run: Run) -> _Table:
     """The cells of the fit."""
     record = run.preprocessing
-    with _own_screen(run) as screen:
+    with run.screen() as screen:
         obs = screen.obs
         if run.path is None and run.cells is not None and len(run.cells) == len(obs):
             obs = obs.assign(**{str(name): own.to_numpy() for name, own in run.cells.items()})
@@ -140,12 +139,6 @@ def _read_own(run: Run) -> _Table:
             raise InputError(f"{screen.source} is not the screen that was fitted.", "Restore it, or fit again.")
         alignment, _ = align(record, screen)
         return _Table(screen.source, obs, _expression(screen, record, alignment), alignment, [])
-
-
-def _own_screen(run: Run) -> AbstractContextManager[Screen]:
-    """The fitted cells: of a run that was not written, its source as it is now."""
-    source = run.source if run.path is None and run.source is not None else run.folder / "crlseq.h5ad"
-    return open_screen(source, run.preprocessing.layer)
 
 
 def _read_other(run: Run, data: str | Path | ad.AnnData, notes: list[str]) -> _Table:
@@ -158,7 +151,8 @@ def _read_other(run: Run, data: str | Path | ad.AnnData, notes: list[str]) -> _T
                 f"{screen.source} has no column {key!r}, which holds the perturbations of the fit.",
                 "Give cells with the same labels.",
             )
-        alignment, about = align(record, screen)
+        with run.screen() as fitted:
+            alignment, about = align(record, screen, fitted)
         notes += about
         x, marks = _expression(screen, record, alignment), _fingerprints(screen, alignment.columns)
         if len(alignment.present) < alignment.n_fitted:
@@ -191,7 +185,7 @@ def _held_out(
 def _new(run: Run, other: _Table, took_part: np.ndarray, perturbed: np.ndarray, notes: list[str]) -> np.ndarray:
     """Which perturbed cells of another file are none of those (fitted cells,) that took part in the fit."""
     record = run.preprocessing
-    with _own_screen(run) as screen:
+    with run.screen() as screen:
         columns = record.columns(screen)[other.alignment.present]
         seen_before = set(_fingerprints(screen, columns, took_part))
     new = perturbed & np.array([mark not in seen_before for mark in other.marks], dtype=bool)
@@ -224,7 +218,7 @@ def _expression(screen: Screen, record: Preprocessing, alignment: Alignment) -> 
     parts = []
     for _, block in screen.blocks():
         record.check(block, screen.source)
-        parts.append(alignment.take(record.apply(block)).astype(np.float32))
+        parts.append(alignment.expression(record, block))
     x = sp.csr_matrix(sp.vstack(parts, format="csr"))
     x.sort_indices()
     return x if x.nnz < 0.5 * x.shape[0] * x.shape[1] else x.toarray()

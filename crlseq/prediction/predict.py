@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -213,7 +214,8 @@ def _start(
         raise InputError("This run was never written to a folder.", "Give the cells to start from.")
     source = run.folder / "crlseq.h5ad" if source is None else source
     with open_screen(source, record.layer) as screen:
-        alignment, about = align(record, screen)
+        with nullcontext() if run.path is None and run.source is None else run.screen() as fitted:
+            alignment, about = align(record, screen, fitted)
         if len(alignment.present) < alignment.n_fitted and run.path is None:
             record.columns(screen)  # nothing to fill them with: says which are missing
         notes += about
@@ -232,13 +234,18 @@ def _start(
         index, again = np.unique(draw_controls(controls, batch, wanted, rng), return_inverse=True)
         block = screen.rows(index)
         record.check(block, screen.source)
-        x = alignment.take(record.apply(block)).astype(np.float32).toarray()
+        x = alignment.expression(record, block).toarray()
         if len(alignment.present) < alignment.n_fitted:
-            with open_screen(run.folder / "crlseq.h5ad", record.layer) as fitted:  # their mean over the fit's controls
-                rows = record.apply(fitted.rows(_controls(run, fitted, source, True, [])))
-                means = rows[:, record.columns(fitted)].mean(0)
-            x = alignment.filled(x, np.asarray(means).ravel())
+            x = alignment.filled(x, control_mean(run))
         return x[again], screen.obs.index.astype(str).to_numpy()[index][again]
+
+
+def control_mean(run: Run) -> np.ndarray:
+    """(G,) mean expression over the control cells of the run's folder, in the space of the fit."""
+    record = run.preprocessing
+    with run.screen() as fitted:
+        rows = record.apply(fitted.rows(_controls(run, fitted, run.folder / "crlseq.h5ad", True, [])))
+        return np.asarray(rows[:, record.columns(fitted)].mean(0)).ravel()
 
 
 def _controls(run: Run, screen: Screen, source: str | Path | ad.AnnData, own: bool, notes: list[str]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -45,6 +46,7 @@ from crlseq.storage.runfolder import (
 if TYPE_CHECKING:
     import anndata as ad
 
+    from crlseq.data.matrix import Screen
     from crlseq.data.preprocess import Preprocessing
     from crlseq.model.combination_law import CombinationLaw
     from crlseq.model.discrepancy_vae import DiscrepancyVAE
@@ -239,6 +241,13 @@ class Run:
     def summary(self) -> pd.DataFrame:
         """One row per program: ``program, title, n_drivers, up, down, upstream, downstream`` and what it explains."""
         return summary_table(list(self.described.values()))
+
+    def screen(self) -> AbstractContextManager[Screen]:
+        """The fitted cells: of a run that was not written, its source as it is now."""
+        from crlseq.data.matrix import open_screen
+
+        source = self.source if self.path is None and self.source is not None else self.folder / "crlseq.h5ad"
+        return open_screen(source, self.preprocessing.layer)
 
     def latents(self, source: str | Path | ad.AnnData) -> np.ndarray:
         """(cells, p) float32 activities of programs in any cells with these genes, in the programs' standard deviations.
