@@ -1,4 +1,4 @@
-"""What users hold: a run that also predicts."""
+"""What users hold: a run that also predicts and projects."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from crlseq.run.run import Run
 if TYPE_CHECKING:
     import anndata as ad
 
+    from crlseq.prediction.project import Projection
+
 
 class FittedRun(Run):
-    """What `crlseq.fit` and `crlseq.load` return: a `Run` with a shortcut to predictions, which are made from runs."""
+    """What `crlseq.fit` and `crlseq.load` return: a `Run` with shortcuts to what is made from runs."""
 
     def predict(self, perturbations: str | Sequence[str], **options: Any) -> ad.AnnData:
         """Virtual cells under fitted perturbations and combinations of them; see `crlseq.prediction.predict.predict`.
@@ -28,6 +30,20 @@ class FittedRun(Run):
         from crlseq.prediction.predict import predict  # with torch
 
         return predict(self, perturbations, **options)
+
+    def project(self, source: str | Path | ad.AnnData) -> Projection:
+        """Activities of the programs in other cells, and how far these are from the run's; see `crlseq.prediction.project.project`.
+
+        Examples
+        --------
+        >>> import crlseq
+        >>> cells = crlseq.load("RUN").project("screen.h5ad")
+        >>> cells.activities.shape, cells.outside.shape
+        ((740, 3), (740,))
+        """
+        from crlseq.prediction.project import project  # with torch
+
+        return project(self, source)
 
 
 def load(path: str | Path) -> FittedRun:
