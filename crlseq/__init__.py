@@ -17,6 +17,7 @@ __all__ = [
     "CrlseqError",
     "Run",
     "__version__",
+    "compare_runs",
     "cross_validate",
     "enrich",
     "evaluate",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from crlseq.evaluation.compare import register_metric
     from crlseq.evaluation.evaluate import evaluate
     from crlseq.evaluation.foreign import evaluate_predictions
+    from crlseq.evaluation.replication import compare_runs
     from crlseq.experiments.crossvalidation import cross_validate
     from crlseq.pipeline.fit import fit
     from crlseq.pipeline.fitted import FittedRun as Run
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CrlseqError": "crlseq.errors",
     "Run": "crlseq.pipeline.fitted",
+    "compare_runs": "crlseq.evaluation.replication",
     "cross_validate": "crlseq.experiments.crossvalidation",
     "enrich": "crlseq.readout.enrichment",
     "evaluate": "crlseq.evaluation.evaluate",

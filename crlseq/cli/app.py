@@ -13,6 +13,7 @@ from crlseq._version import __version__
 from crlseq.cli import inspect
 from crlseq.cli.check import check
 from crlseq.cli.cite import cite
+from crlseq.cli.compare import compare
 from crlseq.cli.evaluate import evaluate
 from crlseq.cli.export import export, plot, report
 from crlseq.cli.fit import fit, prepare, rerun
@@ -62,6 +63,7 @@ for command in (
     predict,
     project,
     evaluate,
+    compare,
     export,
     report,
     rerun,
@@ -73,7 +75,7 @@ for command in (
     app.command()(command)
 for known in (*app.registered_commands, *inspect.app.registered_commands):
     assert known.callback is not None
-    heavy = known.callback in (prepare, fit, predict, project, evaluate, rerun, benchmark)
+    heavy = known.callback in (prepare, fit, predict, project, evaluate, compare, rerun, benchmark)
     known.callback = at_the_shell(known.callback, WITH_TORCH if heavy else SMALL)
 app.add_typer(inspect.app, name="inspect")
 

@@ -77,7 +77,7 @@ def cross_validate(
     for name in splits or ():
         if name not in SPLITS:
             raise UsageError(f"There is no split {name!r}.", suggestion(name, SPLITS, "There are"))
-    screen, labels = _read(run)
+    screen, labels = read_screen(run)
     config, controls = fold_config(run, labels), np.flatnonzero(labels.condition == 0)
     chosen = splits or default_splits(run, labels)
     tables, notes = [], [f"{folds} folds; held out: {', '.join(chosen)}."]
@@ -166,7 +166,7 @@ def fold_config(run: Run, labels: Perturbations) -> Config:
     return config.model_copy(update={"data": data})
 
 
-def _read(run: Run) -> tuple[ad.AnnData, Perturbations]:
+def read_screen(run: Run) -> tuple[ad.AnnData, Perturbations]:
     """The screen that a run folder holds, without what the fit added, and its labels."""
     path = run.folder / "crlseq.h5ad"
     try:

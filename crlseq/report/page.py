@@ -65,6 +65,13 @@ SMALLEST, DESK = (
 
 def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> None:
     """Render ``templates/report.html.j2``, names from the data escaped; gene sets are those that `crlseq.enrich` found."""
+    page = render("report.html.j2", _context(run, enriched))
+    with written_whole(path) as file:
+        file.write_text(escaped(page), encoding="utf-8")
+
+
+def render(template: str, context: dict[str, Any]) -> str:
+    """A page of a template in ``templates/``."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("crlseq.report"),
         autoescape=True,
@@ -73,9 +80,12 @@ def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> 
         lstrip_blocks=True,
     )
     environment.filters |= {"fixed": _fixed, "signed": _signed, "brief": _brief}
-    page = environment.get_template("report.html.j2").render(_context(run, enriched))
-    with written_whole(path) as file:
-        file.write_text(escaped(page), encoding="utf-8")
+    return environment.get_template(template).render(context | {"style": Markup(style())})
+
+
+def style() -> str:
+    """The style sheet of all pages."""
+    return files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")
 
 
 def _fixed(value: Any, decimals: int = 2, sign: str = "-") -> str:
@@ -107,7 +117,6 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "info": run.facts,
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "style": Markup(files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")),
         "findings": findings(run, enriched),
         "answers": [*zip(questions, what_next(run, questions), ("identified", "baselines", "converged"), strict=False)],
         "limitations": limitations(run),
