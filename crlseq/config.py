@@ -72,6 +72,9 @@ class DataConfig(_Section):
     guide_min_share: float = _flag(
         0.8, "Smallest share of a cell's guide UMIs that its gene must have.", panel="Guides", gt=0.5, le=1.0
     )
+    drop_outlier_guides: bool = _flag(
+        False, "Leave out guides that do nothing, by what the other guides of their gene do.", panel="Guides"
+    )
     batch_key: str | None = _flag(
         None, "Column of experimental batches; a cell is compared with controls of its own batch."
     )

@@ -22,8 +22,8 @@ from crlseq.data.store import MANIFEST
 from crlseq.experiments.benchmark import COLUMNS
 from crlseq.export.registry import FORMATS
 from crlseq.run.run import Run
-from crlseq.run.schema import CELL_COLUMNS, PATHWAY_COLUMNS
-from crlseq.storage.runfolder import GENE_SETS, PATHWAYS
+from crlseq.run.schema import CELL_COLUMNS, GUIDE_COLUMNS, PATHWAY_COLUMNS
+from crlseq.storage.runfolder import GENE_SETS, GUIDES, PATHWAYS
 from scripts.outputs import differing
 from tests.support import FAST, ROOT
 
@@ -165,8 +165,9 @@ def folders(run_folder: Path, wide_run: Run) -> list[Path]:
 
 def test_every_file_of_a_run_is_described(folders: list[Path]) -> None:
     there = {path.name for folder in folders for path in folder.iterdir()}
-    assert set(table("The run folder")) == there | {PATHWAYS, GENE_SETS}
+    assert set(table("The run folder")) == there | {PATHWAYS, GENE_SETS, GUIDES}
     assert table("pathways.csv") == list(PATHWAY_COLUMNS)
+    assert table("guides.csv") == list(GUIDE_COLUMNS)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``crlseq inspect perturbation``: what one perturbation does."""
+"""``crlseq inspect perturbation`` and ``guides``: what one perturbation does, and what its guides do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from crlseq.cli.options import AsJson, RunFolder, load, setting
 from crlseq.cli.output import show_json, show_paragraph, show_table, show_text
+from crlseq.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,3 +57,11 @@ def _read(genes: pd.DataFrame) -> pd.DataFrame:
     """Columns that are read first, without those that are empty."""
     names = ["symbol" if "symbol" in genes else "gene", "change", "se", "program_part", "log2_fold_change", "fdr"]
     return genes[names].dropna(axis="columns", how="all")
+
+
+def guides(run: RunFolder, json: AsJson = False) -> None:
+    """Guides beside the others of their gene, the weakest first; a weak guide does nothing, though others have an effect."""
+    found = load(run)
+    if found.guides is None:
+        raise InputError(f"No guides were read in {run}.", "Fit with --guide-key or --guide-counts.")
+    show_table(found.guides, "Guides (strength: effect over that of the gene)", json)

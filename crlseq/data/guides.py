@@ -58,6 +58,7 @@ class Guides:
     reason: str  # what was read, and how, in a sentence or two
     record: dict[str, Any]  # the same for run.json: thresholds, the rule, genes by guide, and cells by label
     number: np.ndarray  # (cells,) int64 which guide a cell carries, the most frequent one of several; -1 none
+    names: tuple[str, ...]  # of the guides by that number
 
 
 def read_labels(
@@ -182,7 +183,7 @@ def _from_column(obs: pd.DataFrame, config: DataConfig) -> Guides:
         # "unassigned" stays, and is dropped and counted by it.
         written.append(unsure[0] if unsure else mark.join(targets) or control)
     labels = pd.Categorical(np.append(np.array(written, dtype=object), np.nan)[codes])
-    return _guides(labels, control, genes, rule, f"Guides are named in column {key!r}", {"column": key}, codes)
+    return _guides(labels, control, genes, rule, f"Guides are named in column {key!r}", {"column": key}, codes, texts)
 
 
 def _split(text: str, separator: str | None) -> list[str]:
@@ -220,7 +221,9 @@ def _from_labels(
     table = {piece: control for is_control, piece in pieces if is_control or is_control_name(piece)}
     table |= {name: control if gene == CONTROL else gene for name, gene in genes.items()}
     where = f"Labels in column {key!r} are names of guides and are read as genes; --perturbation-key {shlex.quote(str(key))} keeps them apart"
-    return _guides(pd.Categorical(written), control, dict(sorted(table.items())), rule, where, {"column": key}, codes)
+    return _guides(
+        pd.Categorical(written), control, dict(sorted(table.items())), rule, where, {"column": key}, codes, texts
+    )
 
 
 def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataConfig) -> Guides:
@@ -258,7 +261,7 @@ def _from_counts(screen: Screen, source: str | Path | ad.AnnData, config: DataCo
             f"{doublets if config.combinations else 'and are excluded'}"
         )
     strongest = np.where(counts.getnnz(1) > 0, np.asarray(counts.argmax(1)).ravel(), NONE)
-    return _guides(pd.Categorical(written), control, genes, rule, text, about, strongest)
+    return _guides(pd.Categorical(written), control, genes, rule, text, about, strongest, names)
 
 
 def _several(carried: sp.csr_matrix, first: np.ndarray, second: np.ndarray) -> bool:
@@ -357,6 +360,7 @@ def _guides(
     where: str,
     about: dict[str, Any],
     number: np.ndarray,
+    names: Iterable[str],
 ) -> Guides:
     """With words: the rule, an example, and how many guides are of how many genes and of the control."""
     perturbing = [guide for guide, gene in genes.items() if gene != control and not is_control_name(gene)]
@@ -375,4 +379,4 @@ def _guides(
         **about, "rule": rule, "control_label": control, "genes": genes,
         "cells": {str(label): int(n) for label, n in cells.items() if n} | ({"missing": unnamed} if unnamed else {}),
     }  # fmt: skip
-    return Guides(labels, control, reason, record, number.astype(np.int64))
+    return Guides(labels, control, reason, record, number.astype(np.int64), tuple(map(str, names)))

@@ -26,6 +26,7 @@ from crlseq.data.embeddings import Embeddings
 from crlseq.data.projection import Projection, principal_components
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.discovery.effects import effect_tests
+from crlseq.discovery.guide_agreement import guide_agreement, guides_in_words, weak_guides, without_guides
 from crlseq.discovery.methods import find_programs
 from crlseq.discovery.negative_controls import Found, Sensitivity, sensitivity, undone_effects
 from crlseq.discovery.task import Task
@@ -34,7 +35,7 @@ from crlseq.pipeline.fitted import FittedRun, load
 from crlseq.pipeline.identity import Identity, digests_of_tables, settle
 from crlseq.pipeline.progress import EFFECTS, READING_OFF, TESTING, TRAINING, WRITING, Progress, shown
 from crlseq.pipeline.read import Job, Screen, read_cells, read_screen, refuse_unprepared
-from crlseq.pipeline.tables import tables_of, with_shift_errors
+from crlseq.pipeline.tables import tables_of, with_guides, with_shift_errors
 from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
 from crlseq.run.summary import combinations_in_words, sets_in_words
@@ -200,7 +201,7 @@ def take_part(source: str | Path, config: Config, ranks: Ranks) -> None:
         data = read_cells(source, config, ranks)
         first = ranks.from_first(first)
         with on_threads(_threads(config, data)):
-            fit_model(data, config, first["n_latents"], ranks=ranks)
+            fit_model(without_guides(data, first["dropped_guides"]), config, first["n_latents"], ranks=ranks)
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ class Tested:
     data: PerturbSeqData
     projection: Projection
     tests: dict[str, np.ndarray]
+    guides: pd.DataFrame  # beside the others of their gene; empty where none were read
     undone: Found  # pseudo-perturbations of control cells with an effect
     stages: StageCache
 
@@ -261,9 +263,14 @@ def _test(job: Job, screen: Screen) -> Tested:
     job.progress.stage(TESTING)
     projection = principal_components(data, N_COMPONENTS, seed)
     stages = StageCache(job.folder, hashlib.sha256(screen.identity.to_json().encode()).hexdigest())
+    guides = guide_agreement(data, projection.scores)
+    dropped = weak_guides(guides) if job.config.data.drop_outlier_guides else []
+    if words := guides_in_words(guides, bool(dropped)):
+        job.progress.note(words)
+    data = without_guides(data, dropped)
     tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed))
     undone = stages.get("negative controls", lambda: undone_effects(data, projection.scores, seed))
-    return Tested(data, projection, tests, undone, stages)
+    return Tested(data, projection, tests, guides, undone, stages)
 
 
 def _discover(job: Job, tested: Tested) -> Start:
@@ -293,7 +300,8 @@ def _train(job: Job, screen: Screen, tested: Tested, start: Start) -> Fit:
         progress.stage(TRAINING if job.config.model.trains else EFFECTS)
         if ranks.size > 1:
             progress.note(f"{ranks.size} processes train together.")
-    ranks.from_first({"n_latents": start.n_latents})
+    dropped = weak_guides(tested.guides) if job.config.data.drop_outlier_guides else []
+    ranks.from_first({"n_latents": start.n_latents, "dropped_guides": dropped})
     if sets is not None and folder is not None and not (folder / GENE_SETS).exists():
         sets.write(folder / GENE_SETS)
     identity = f"{screen.identity.to_json()}\n{start.n_latents}\n{'' if sets is None else sets.digest()}"
@@ -312,6 +320,7 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     progress, data = job.progress, tested.data
     progress.stage(READING_OFF)
     run = tables_of(fitted, data, job.config, tested.tests, start.warm, screen.sets)
+    run = with_guides(run, screen.data, tested.guides, start.warm)
     found = None if screen.vectors is None else _extrapolation(fitted, data, screen.vectors)
     if found is not None:
         progress.note(found.in_words())

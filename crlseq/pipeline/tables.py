@@ -16,6 +16,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.genesets import GeneSets
 from crlseq.discovery.bootstrap import Stability
+from crlseq.discovery.guide_agreement import weak_guides
 from crlseq.discovery.ordering import Ordering
 from crlseq.discovery.pairs import GUARDS, SIZE, STATUSES
 from crlseq.discovery.result import Discovery
@@ -29,6 +30,7 @@ from crlseq.readout.agreement import effect_agreement
 from crlseq.readout.effects import effect_table
 from crlseq.readout.ensemble import read_model, seed_agreement
 from crlseq.readout.explained import effect_explained, variance_explained
+from crlseq.readout.guides import guide_table
 from crlseq.readout.interactions import interaction_table
 from crlseq.readout.pathways import explained_by_sets, pathway_table
 from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs, posterior_variance
@@ -113,6 +115,15 @@ def with_shift_errors(run: FittedRun, data: PerturbSeqData) -> FittedRun:
     scale = np.append([abs(program.scale) for program in run.facts.programs], np.nan)[places]
     errors = shift_errors(run, posterior_variance(run.model, data)) / scale
     return replace(run, interventions=run.interventions.assign(shift_se=errors))
+
+
+def with_guides(run: FittedRun, data: PerturbSeqData, guides: pd.DataFrame, start: WarmStart | None) -> FittedRun:
+    """The run with ``guides.csv``, of the screen with all of its guides; as it is where none were read."""
+    if data.guides is None:
+        return run
+    table = guide_table(data, guides, None if start is None else start.discovery.hit)
+    about = {"n_compared": len(table), "weak": weak_guides(table)}
+    return replace(run, guides=table, info=run.info | {"guides": data.guides.record | about})
 
 
 def _seeds(

@@ -54,6 +54,10 @@ MEANINGS: dict[str, tuple[str, str]] = {
         "Support",
         "Share of the resamplings that find the same target, or the same edge. Below 0.5 it is a guess. –: not resampled.",
     ),
+    "strength": (
+        "Strength of a guide",
+        "The guide's mean effect, along that of its gene, divided by the gene's. 1: as the other guides; 0: nothing.",
+    ),
     "fdr": (
         "False discovery rate (FDR)",
         "Of all findings with at most this value, the share that is expected to be false.",

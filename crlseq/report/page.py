@@ -54,6 +54,7 @@ TESTS = {
 METRICS = ("pearson_delta", "l2", "mmd2")
 NUMBERS = {"effects": "explains", "variance": "variance", "stability": "stability"}  # by a word of it, what it is
 AGREED = 0.9  # correlation of loadings from which programs of two seeds count as the same
+GUIDES = 20  # that are shown, the weakest first
 ROWS = 300  # of a table: the page must open, whatever the screen
 FONT = 12.0
 PAGE, PHONE = (1200.0, 1200.0), (340.0, 1200.0)
@@ -135,6 +136,9 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "interventions": interventions[:ROWS].to_dict("records"),
         "second": None if run.second_targets is None else run.second_targets[:ROWS].to_dict("records"),
         "n_second": 0 if run.second_targets is None else len(run.second_targets),
+        "guides": [] if run.guides is None else run.guides[:GUIDES].to_dict("records"),
+        "n_guides": 0 if run.guides is None else len(run.guides),
+        "n_weak": 0 if run.guides is None else int(run.guides["weak"].sum()),
         "combined": combinations_in_words(run.facts),
         "interactions": [] if run.interactions is None else run.interactions[:ROWS].to_dict("records"),
         "n_interactions": 0 if run.interactions is None else len(run.interactions),

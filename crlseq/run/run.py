@@ -25,23 +25,10 @@ from crlseq.run.graph import ancestry, dag_graph, dag_json, declared_order, grap
 from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, short, summary_table
 from crlseq.run.tables import effect_matrix
+from crlseq.storage import runfolder as files
 from crlseq.storage.csv import read_csv, to_csv
 from crlseq.storage.files import refuse_links_outside
-from crlseq.storage.runfolder import (
-    COMBINATIONS,
-    EFFECTS,
-    EMBEDDINGS,
-    ENSEMBLE,
-    INTERACTIONS,
-    PAIRS,
-    PATHWAYS,
-    SECOND_TARGETS,
-    TABLES,
-    is_run,
-    no_run,
-    partial_of,
-    replaced_by,
-)
+from crlseq.storage.runfolder import is_run, no_run, partial_of, replaced_by
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -88,6 +75,8 @@ class Run:
     interactions
         ``perturbations, scope, n, term, error, fdr, similarity, masking, class``: what measured combinations do that their
         parts do not, and perturbations that act in them otherwise than alone; None without measured combinations.
+    guides
+        ``guide, perturbation, n_cells, strength, ...``: beside the others of their gene; None where none were read.
     effect_rows
         `effects`; None: read from the folder when first needed.
     source
@@ -110,6 +99,7 @@ class Run:
     pairs: pd.DataFrame | None = field(default=None, repr=False)
     second_targets: pd.DataFrame | None = field(default=None, repr=False)
     interactions: pd.DataFrame | None = field(default=None, repr=False)
+    guides: pd.DataFrame | None = field(default=None, repr=False)
     effect_rows: pd.DataFrame | None = field(default=None, repr=False)
     source: str | Path | ad.AnnData | None = field(default=None, repr=False)
 
@@ -174,7 +164,7 @@ class Run:
         later = ("penetrance", "control_error")[self.facts.format - 1 :]
         model = load_model(self.folder / "model.safetensors", sizes, later)
         if self.facts.combinations is not None:
-            model.law = load_law(self.folder / COMBINATIONS, *sizes[::2])
+            model.law = load_law(self.folder / files.COMBINATIONS, *sizes[::2])
         return model
 
     @cached_property
@@ -198,7 +188,9 @@ class Run:
         if self.facts.format < schema.WITH_EFFECTS:
             what = f"{self.path} was fitted by crlseq {self.facts.version}, whose runs hold no effects on genes."
             raise InputError(what, "Fit again with this version.")
-        return read_effects(self.folder / EFFECTS, list(self.interventions["perturbation"]), self.preprocessing.genes)
+        return read_effects(
+            self.folder / files.EFFECTS, list(self.interventions["perturbation"]), self.preprocessing.genes
+        )
 
     @cached_property
     def extrapolation(self) -> Extrapolation | None:
@@ -206,7 +198,7 @@ class Run:
         from crlseq.training.extrapolation import load_extrapolation
 
         stored = self.map is None and self.facts.embeddings is not None
-        return load_extrapolation(self.folder / EMBEDDINGS) if stored else self.map
+        return load_extrapolation(self.folder / files.EMBEDDINGS) if stored else self.map
 
     def with_unseen(self, names: Sequence[str]) -> tuple[DiscrepancyVAE, dict[str, tuple[int, ...]]]:
         """The model with perturbations of genes that `extrapolation` knows, and the rows that each is the combination of."""
@@ -304,9 +296,8 @@ class Run:
         known = read_cells(self.folder / "crlseq.h5ad") if self.cells is None else self.cells
         known = known.reindex(cells.astype(str))
         known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(schema.SPLIT)
-        latents = self.latents(source)
-        tables = {"pairs": self.pairs, "second_targets": self.second_targets}
-        keys = anndata_keys(self.info, self.facts, programs, self.interventions, tables, genes, fitted, latents, known)
+        more, latents = {"pairs": self.pairs, "second_targets": self.second_targets}, self.latents(source)
+        keys = anndata_keys(self.info, self.facts, programs, self.interventions, more, genes, fitted, latents, known)
         if effects is not None:
             add_effects(keys, effects.reindex(genes))
         return keys
@@ -330,16 +321,17 @@ class Run:
         """The tables that the run has, by the names of their files."""
         tables = (self.programs, self.interventions, self.edges, self.history, self.evaluation)
         optional = {
-            ENSEMBLE: self.ensemble,
-            PATHWAYS: self.pathways,
-            PAIRS: self.pairs,
-            SECOND_TARGETS: self.second_targets,
-            INTERACTIONS: self.interactions,
+            files.ENSEMBLE: self.ensemble,
+            files.PATHWAYS: self.pathways,
+            files.PAIRS: self.pairs,
+            files.SECOND_TARGETS: self.second_targets,
+            files.INTERACTIONS: self.interactions,
+            files.GUIDES: self.guides,
         }
         if self.facts.format >= schema.WITH_EFFECTS:
-            optional[EFFECTS] = self.effects
+            optional[files.EFFECTS] = self.effects
         own = {name.removesuffix(".csv"): table for name, table in optional.items() if table is not None}
-        return dict(zip(TABLES, tables, strict=True)) | own
+        return dict(zip(files.TABLES, tables, strict=True)) | own
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -369,16 +361,21 @@ class Run:
             facts = RunInfo.read(info)
             later = {"programs": schema.LATER_PROGRAMS, "interventions": schema.HIT | schema.AGREEMENT}
             programs, interventions, edges, history, evaluation = (
-                read_csv(folder / f"{name}.csv", schema.COLUMNS[name], later.get(name, {})) for name in TABLES
+                read_csv(folder / f"{name}.csv", schema.COLUMNS[name], later.get(name, {})) for name in files.TABLES
             )
             several = facts.config.training.ensemble > 1
-            ensemble = read_csv(folder / ENSEMBLE, schema.ENSEMBLE_COLUMNS) if several else None
-            pathways = None if facts.gene_sets is None else read_csv(folder / PATHWAYS, schema.PATHWAY_COLUMNS)
+            ensemble = read_csv(folder / files.ENSEMBLE, schema.ENSEMBLE_COLUMNS) if several else None
+            pathways = None if facts.gene_sets is None else read_csv(folder / files.PATHWAYS, schema.PATHWAY_COLUMNS)
             ordered = facts.discovery is not None and facts.discovery.pairs is not None
-            pairs = read_csv(folder / PAIRS, schema.PAIR_COLUMNS) if ordered else None
-            second = read_csv(folder / SECOND_TARGETS, schema.SECOND_COLUMNS) if ordered else None
-            together = facts.combinations is not None and facts.combinations.n_measured
-            interactions = read_csv(folder / INTERACTIONS, schema.INTERACTION_COLUMNS) if together else None
+            pairs = read_csv(folder / files.PAIRS, schema.PAIR_COLUMNS) if ordered else None
+            second = read_csv(folder / files.SECOND_TARGETS, schema.SECOND_COLUMNS) if ordered else None
+            law = facts.combinations
+            interactions = (
+                read_csv(folder / files.INTERACTIONS, schema.INTERACTION_COLUMNS) if law and law.n_measured else None
+            )
+            guides = (
+                read_csv(folder / files.GUIDES, schema.GUIDE_COLUMNS) if "n_compared" in (facts.guides or {}) else None
+            )
             others = {"pairs": pairs, "second_targets": second, "pathways": pathways}
             tables = {"programs": programs, "interventions": interventions, "dag": edges, **others}
             check_consistency(facts, info["preprocessing"]["genes"], tables)
@@ -392,5 +389,5 @@ class Run:
             raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
         return cls(
             info, programs, interventions, edges, history, evaluation, path=folder, ensemble=ensemble,
-            pathways=pathways, pairs=pairs, second_targets=second, interactions=interactions,
+            pathways=pathways, pairs=pairs, second_targets=second, interactions=interactions, guides=guides,
         )  # fmt: skip

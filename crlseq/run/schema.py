@@ -58,6 +58,10 @@ INTERACTION_COLUMNS: dict[str, type] = {
 # Of programs: with a sparse decoder alone; where the screen has symbols beside identifiers.
 LATER_PROGRAMS: dict[str, type] = {"anchor": bool, "symbol": str}
 ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
+GUIDE_COLUMNS: dict[str, type] = {
+    "guide": str, "perturbation": str, "n_cells": int, "strength": float, "strength_se": float, "fdr": float, "weak": bool,
+    "knock_down": float, "knock_down_se": float, "penetrance": float,
+}  # fmt: skip
 PATHWAY_COLUMNS = {
     "program": str, "gene_set": str, "description": str, "weight": float, "rank": int, "n_genes": int, "same_genes": str,
 }  # fmt: skip

@@ -21,6 +21,7 @@ PAIRS, SECOND_TARGETS = "pairs.csv", "second_targets.csv"  # of fits that find t
 EFFECTS = "effects.csv"  # since format 4
 INTERACTIONS = "interactions.csv"  # of fits with measured combinations
 ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
+GUIDES = "guides.csv"  # of fits that read guides alone
 PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
 IDENTITY = "identity.json"  # of an unfinished fit alone: what it fits
 COMBINATIONS = "combinations.safetensors"  # of fits whose model knows noise
@@ -40,6 +41,7 @@ RUN_FILES = frozenset(
         GENE_SETS,
         INTERACTIONS,
         PAIRS,
+        GUIDES,
         PATHWAYS,
         SECOND_TARGETS,
         *(f"{name}.csv" for name in TABLES),
