@@ -26,7 +26,7 @@ from crlseq.data.embeddings import Embeddings
 from crlseq.data.projection import Projection, principal_components
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.discovery.effects import effect_tests
-from crlseq.discovery.methods import find_programs
+from crlseq.discovery.methods import Programs, find_programs
 from crlseq.discovery.negative_controls import Found, Sensitivity, sensitivity, undone_effects
 from crlseq.discovery.task import Task
 from crlseq.errors import InputError, UsageError
@@ -52,7 +52,7 @@ from crlseq.storage.runfolder import (
 )
 from crlseq.storage.stage_cache import StageCache
 from crlseq.threads import on_threads, reporting
-from crlseq.training.device import resolve_device
+from crlseq.training.device import computed_on, resolve_device
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.extrapolation import Extrapolation, fit_extrapolation
 from crlseq.training.memory import give_back
@@ -270,13 +270,18 @@ def _discover(job: Job, tested: Tested) -> Start:
     """Step 3: programs, targets and graph by likelihood, unless they are to be learned by gradient."""
     tests, stages, progress, seed = tested.tests, tested.stages, job.progress, job.config.training.seed
     effect = np.where(tests["fdr"] <= DETECTABLE_FDR, np.maximum(tests["energy"], 1e-12), 0.0)  # NaN counts as none
-    device = resolve_device(job.config.training.device, job.ranks)
-    task = Task(tested.data, effect, job.config.model, seed, progress.stage, progress.note, stages, device=device)
-    try:
-        programs = find_programs(task)
-    except InputError:  # there is nothing to go on with
-        stages.clear()
-        raise
+    asked = job.config.training.device
+
+    def find_on(device: torch.device) -> Programs:
+        task = Task(tested.data, effect, job.config.model, seed, progress.stage, progress.note, stages, device=device)
+        try:
+            return find_programs(task)
+        except InputError:  # there is nothing to go on with
+            stages.clear()
+            raise
+
+    device = resolve_device(asked, job.ranks)
+    programs = computed_on(device, find_on, asked == "auto", progress.note, "the search for programs")
     found = programs.discovery
     warm = None if found is None else WarmStart(found, ~np.isnan(tests["p_value"]), tested.projection)
     seen = None
