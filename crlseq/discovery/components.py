@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crlseq.data import splits
+from crlseq.data.allocator import give_back
 from crlseq.data.cluster import mapped, on_one_machine
 from crlseq.data.dataset import Cells, Expression, PerturbSeqData, counts_of, dense_of
 from crlseq.data.preprocess import Preprocessing
@@ -140,12 +141,13 @@ def count_components(
     cluster nothing is.
     """
     x, genes, axes = _select(counts(of(fitted)), most)
+    give_back()  # several times the counts: threads have places of their own, and cannot use what this one freed
     if on_one_machine():
         pairs = (axes.shape[1] + 1) * (axes.shape[1] + 2) / 2
         device = device_for(2 * ROUNDS * PRODUCTS * x.shape[0] * x.shape[1] * pairs, device)
     else:
         device = CPU
-    dense = torch.from_numpy(x.toarray()).float().to(device)
+    dense = torch.from_numpy(x.astype(np.float32).toarray()).to(device)
     threads = torch.get_num_threads()
     with on_threads(1):  # chunks share the threads, and no sum depends on how many there are
         model, v = fit_factors(dense, axes, dispersion(x), least, threads)
@@ -250,7 +252,9 @@ def _select(counts: sp.csr_matrix, n_components: int) -> tuple[sp.csr_matrix, np
     residual.data = np.clip((rate.data / mean[rate.indices] - 1) * weight[rate.indices], -6, 6)
     kept = np.sort(np.argsort(-_moments_by_gene(residual, zeros)[1], kind="stable")[:MAX_GENES])
     residual.data -= zeros[residual.indices]
-    axes = _principal_axes(residual[:, kept].toarray() + zeros[kept], min(n_components, len(kept)))[1]
+    values = residual[:, kept].toarray()
+    values += zeros[kept]
+    axes = _principal_axes(values, min(n_components, len(kept)))[1]
     x = x[:, kept]
     return x[x.getnnz(1) > 0], detected[kept], axes
 
@@ -261,9 +265,12 @@ def _residual_weight(rate: Floats, alpha: float) -> Floats:
 
 
 def _principal_axes(values: Floats, n_components: int) -> tuple[Floats, Floats, Floats]:
-    """Mean (features,), first principal axes (features, n_components) and their variances, the largest first."""
+    """Mean (features,), first principal axes (features, n_components) and their variances, the largest first.
+
+    The values are left centred: they may be as large as the screen.
+    """
     center = values.mean(0)
-    centred = values - center
-    n = centred.shape[1]
-    squares, axes = scipy.linalg.eigh(centred.T @ centred, subset_by_index=(max(0, n - n_components), n - 1))
+    values -= center
+    n = values.shape[1]
+    squares, axes = scipy.linalg.eigh(values.T @ values, subset_by_index=(max(0, n - n_components), n - 1))
     return center, axes[:, ::-1], squares[::-1] / len(values)

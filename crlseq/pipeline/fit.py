@@ -20,6 +20,7 @@ import torch
 
 from crlseq.config import Config, make_config
 from crlseq.data import splits
+from crlseq.data.allocator import give_back
 from crlseq.data.cluster import on_cluster
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.embeddings import Embeddings
@@ -55,7 +56,6 @@ from crlseq.threads import on_threads, reporting
 from crlseq.training.device import computed_on, resolve_device
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.extrapolation import Extrapolation, fit_extrapolation
-from crlseq.training.memory import give_back
 from crlseq.training.trainer import Fit, fit_model
 from crlseq.training.warm_start import WarmStart
 
@@ -234,6 +234,7 @@ def _fit(job: Job) -> FittedRun:
             screen = replace(screen, identity=settle(job.folder, screen.identity, job.force, job.progress.note))
         give_back()
         tested = _test(job, screen)
+        give_back()
         start = _discover(job, tested)
         if not start.n_latents:
             screen = replace(screen, sets=None, vectors=None)  # there are no programs to read from them
@@ -243,6 +244,7 @@ def _fit(job: Job) -> FittedRun:
         run = _read_out(job, screen, tested, start, fitted)
         if job.folder is None:
             return replace(run, source=job.source)
+        give_back()
         _write(job, screen, run, job.folder)
         tested.stages.clear()
         return run
