@@ -76,8 +76,8 @@ def train(store: str, streamed: bool, epochs: int, threads: int) -> None:
 
     from crlseq.config import make_config
     from crlseq.data import splits
+    from crlseq.data.allocator import give_back, suit_allocator
     from crlseq.data.dataset import read_data
-    from crlseq.training.memory import give_back, suit_allocator
     from crlseq.training.trainer import fit_model
 
     torch.set_num_threads(threads)

@@ -90,8 +90,10 @@ FAREWELL = "Interrupted. The same command with --resume continues an unfinished 
 
 def main() -> None:
     """Entry point of ``crlseq``, ``scanpy crlseq`` and ``python -m crlseq``."""
-    # Before torch loads: threads that spin while they wait make a fit ten times slower on a busy machine.
+    # Before torch and numpy load: threads that spin while they wait make a fit ten times slower on a busy machine. Those of
+    # OpenBLAS always do; what numpy computes is small, or divided among threads here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     suit_streams()
     with interrupts.watched(FAREWELL):
         sys.exit(_run())

@@ -15,6 +15,7 @@ import zarr
 from crlseq.errors import InputError
 
 HEAP = b"GCOL\1"  # signature and version
+WINDOW = 1 << 26  # bytes that are searched at a time; a multiple of a page
 HEAP_SIZE, OBJECT = struct.Struct("<8xQ"), struct.Struct("<H6xQ")  # index and size of an object
 EXPANSION, SMALL = 1100, 1 << 26  # deflate's limit is 1,032; and bytes that do no harm
 DAMAGED = "It is damaged; copy or download it again."
@@ -80,12 +81,15 @@ def _refuse_endless_heaps(path: Path) -> None:
 
 
 def _heaps(content: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Start and end of what has the signature of a heap, by start."""
-    start = content.find(HEAP)
-    while start >= 0:
-        if start + HEAP_SIZE.size <= len(content):
-            yield start, min(start + HEAP_SIZE.unpack_from(content, start)[0], len(content))
-        start = content.find(HEAP, start + 1)
+    """Start and end of what has the signature of a heap, by start; what was read of the file is not kept in memory."""
+    for begin in range(0, len(content), WINDOW):
+        end = begin + WINDOW + len(HEAP) - 1
+        start = content.find(HEAP, begin, end)
+        while start >= 0:
+            if start + HEAP_SIZE.size <= len(content):
+                yield start, min(start + HEAP_SIZE.unpack_from(content, start)[0], len(content))
+            start = content.find(HEAP, start + 1, end)
+        content.madvise(mmap.MADV_DONTNEED, begin, min(WINDOW, len(content) - begin))
 
 
 def _overlapping(heaps: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

@@ -2,7 +2,8 @@
 
 1. *Labels.* The tables of cells are read and joined, the place of every cell drawn.
 2. *Distribution.* Each matrix is read once in blocks, whose cells are appended to buckets, one for a stretch of the store.
-3. *Shards.* Bucket after bucket is put in order and written as shards of a zarr store (`crlseq.data.store`).
+3. *Shards.* Bucket after bucket is put in order and written as shards of a zarr store (`crlseq.data.store`); on a cluster
+   each worker does so for some of the shards.
 
 Memory holds the tables of cells, a block, a bucket and a shard. What is done is noted after every block and shard, so
 that an interrupted preparation goes on from there and ends in the same bytes.
@@ -90,8 +91,8 @@ def prepare(
     force
         Replace a store, finished or not, that lies at `output`.
     cluster
-        Address of a Dask scheduler, or a number of processes to start on this machine, which read the files; all of its
-        machines need them under the same path. The store has the same bytes.
+        Address of a Dask scheduler, or a number of processes to start on this machine, which read the files and write the
+        store; all of its machines need both under the same path. The store has the same bytes.
 
     Returns
     -------
@@ -302,10 +303,11 @@ def _packed_block(
 def _write_store(plan: _Plan, store: Path, buckets: Buckets, progress: _Progress, kind: str) -> Manifest:
     """Buckets in order into shards, then tables and the manifest."""
     start = np.concatenate([[0], buckets.counts().cumsum()])
-    for name in write_matrix(store, buckets, start, len(plan.var), progress.shards):
-        progress.shards[name] = sha256_of(store / name)
+    for digests in write_matrix(store, buckets, start, len(plan.var), progress.shards):
+        progress.shards.update(digests)
         progress.save()
     write_tables(store, plan.obs.iloc[np.argsort(plan.place)], plan.var)
+    files = {str(file.relative_to(store)): file for file in files_of(store) if file.name != MANIFEST}
     manifest = Manifest(
         version=__version__,
         perturbation_key=plan.labels.key,
@@ -318,7 +320,7 @@ def _write_store(plan: _Plan, store: Path, buckets: Buckets, progress: _Progress
         n_genes=len(plan.var),
         n_nonzero=int(start[-1]),
         inputs=tuple(path.name for path in plan.paths),
-        files={str(file.relative_to(store)): sha256_of(file) for file in files_of(store) if file.name != MANIFEST},
+        files={name: progress.shards.get(name) or sha256_of(file) for name, file in files.items()},
         identity=progress.done["identity"],
     )
     (store / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import zarr
 from numcodecs import Blosc
 from zarr.codecs import BloscCodec
 
+from crlseq.data.cluster import mapped
 from crlseq.data.store import sha256_of
+from crlseq.errors import InputError
 
 BUCKET_VALUES = 100_000_000  # dense values of a bucket: at a density of 10 %, 80 MB
 MAX_BUCKETS = 1024  # what a block is spread over; of very many cells each holds more
@@ -24,6 +27,8 @@ CHUNK = 32_768  # values that are compressed as one: some 40 cells
 SHARD = 256 * CHUNK
 TABLE_CHUNK = 1 << 20
 EMPTY = ("layers", "obsm", "obsp", "uns", "varm", "varp")
+ARRAYS = "indices", "data"
+UNFINISHED = ".partial"  # the end of zarr's names of files that are being written
 PACKING = Blosc("lz4", 1, Blosc.SHUFFLE)  # of buckets: quick, and a quarter of the bytes
 
 
@@ -61,7 +66,7 @@ class Buckets:
     """
 
     def __init__(self, folder: Path, n_cells: int, n_genes: int, dtype: np.dtype[Any], sizes: dict[str, int]) -> None:
-        self.folder, self.n_cells, self.dtype, self.sizes = folder, n_cells, dtype, sizes
+        self.folder, self.n_cells, self.dtype, self.sizes = folder.absolute(), n_cells, dtype, sizes
         self.cells = max(BUCKET_VALUES // n_genes, -(-n_cells // MAX_BUCKETS), 1)
         self.packing = Packing(self.cells, dtype)
         folder.mkdir(exist_ok=True)
@@ -116,39 +121,98 @@ def _packed(values: np.ndarray) -> bytes:
     return bytes(PACKING.encode(np.ascontiguousarray(values)))
 
 
-def write_matrix(store: Path, buckets: Buckets, start: np.ndarray, n_genes: int, done: dict[str, str]) -> Iterator[str]:
-    """``X`` of a store as CSR from buckets and row pointers; yields the name of each shard once its file is there.
+@dataclass(frozen=True)
+class _Shard:
+    """Values `first` to `last` of a store, from `bucket` on, whose own first value is `begin`."""
 
-    What shards are `done` (digests by name) stay as they are.
+    number: int
+    first: int
+    last: int
+    bucket: int
+    begin: int
+
+    def names(self) -> list[str]:
+        """Of its files."""
+        return [f"X/{name}/c/{self.number}" for name in ARRAYS]
+
+
+class _ShardWriter:
+    """Writes shards of a store, in this process or on workers, from the files of its buckets."""
+
+    def __init__(self, store: Path, buckets: Buckets) -> None:
+        self.store, self.buckets = store.absolute(), buckets
+        self.held: tuple[int, tuple[np.ndarray, np.ndarray]] | None = (
+            None  # the last bucket, where the next shard begins
+        )
+
+    def write(self, shards: list[_Shard]) -> dict[str, str]:
+        """Writes shards one after the other; digests of their files by name. InputError where files are not seen."""
+        for shard in shards:
+            self._write(shard)
+        return {name: sha256_of(self.store / name) for shard in shards for name in shard.names()}
+
+    def _write(self, shard: _Shard) -> None:
+        parts, bucket, begin = [], shard.bucket, shard.begin
+        while begin < shard.last:
+            genes, values = self._read(bucket)
+            own = slice(max(shard.first - begin, 0), shard.last - begin)
+            parts.append((genes[own], values[own]))
+            begin, bucket = begin + len(genes), bucket + 1
+        for name, held in zip(ARRAYS, zip(*parts, strict=True), strict=True):
+            with zarr.config.set({"array.write_empty_chunks": True}):  # also values of the first gene alone are a file
+                array = zarr.open_array(str(self.store / "X" / name), mode="r+")
+                array[shard.first : shard.last] = np.concatenate(held)
+
+    def _read(self, bucket: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.held is None or self.held[0] != bucket:
+            path = self.buckets.folder / str(bucket)
+            if not path.is_file() or path.stat().st_size < self.buckets.sizes[str(bucket)]:
+                raise _not_seen(path)
+            self.held = None  # before the next is there
+            self.held = bucket, self.buckets.read(bucket)
+        return self.held[1]
+
+
+def _not_seen(path: Path) -> InputError:
+    """Of a machine that has another disk."""
+    hint = "The machines of a cluster write the store together: give all of them one file system, or prepare without --cluster."
+    return InputError(f"A worker and this machine do not see the same file {path}.", hint)
+
+
+def write_matrix(
+    store: Path, buckets: Buckets, start: np.ndarray, n_genes: int, done: dict[str, str]
+) -> Iterator[dict[str, str]]:
+    """``X`` of a store as CSR from buckets and row pointers; yields digests by name of shards' files once they are there.
+
+    Shards that begin in one bucket are one task of those that are `mapped`: nearly every bucket is read once or twice. What
+    is `done` (digests by name) stays as it is.
     """
     n = int(start[-1])
-    shard = min(SHARD, max(1, -(-n // CHUNK)) * CHUNK)
-    group = zarr.open_group(str(store), mode="a", zarr_format=3).require_group("X")
+    size = min(SHARD, max(1, -(-n // CHUNK)) * CHUNK)
+    group = zarr.open_group(str(store), mode="a", zarr_format=3, use_consolidated=False).require_group("X")
     shape = [buckets.n_cells, n_genes]
     group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": shape})
-    arrays = {
-        name: _sharded(group, name, dtype, n, shard)
-        for name, dtype in (("indices", np.dtype(np.int32)), ("data", buckets.dtype))
-    }
+    for name, dtype in zip(ARRAYS, (np.dtype(np.int32), buckets.dtype), strict=True):
+        _sharded(group, name, dtype, n, size)
     group.create_array("indptr", shape=start.shape, chunks=(TABLE_CHUNK,), dtype=start.dtype, overwrite=True)[:] = start
-    genes, values = np.zeros(0, np.int32), np.zeros(0, buckets.dtype)
-    begin = bucket = 0  # the first value that is held, and the bucket to read next
-    for i, first in enumerate(range(0, n, shard)):
-        names = [f"X/{name}/c/{i}" for name in arrays]
-        if all((store / name).is_file() and done.get(name) == sha256_of(store / name) for name in names):
-            continue
-        last = min(first + shard, n)
-        if first >= begin + len(genes):  # what lies between was written before
-            bucket = (int(np.searchsorted(start, first, side="right")) - 1) // buckets.cells
-            begin, genes, values = int(start[bucket * buckets.cells]), genes[:0], values[:0]
-        while begin + len(genes) < last:
-            more = buckets.read(bucket)
-            genes, values = np.concatenate([genes, more[0]]), np.concatenate([values, more[1]])
-            bucket += 1
-        genes, values, begin = genes[first - begin :], values[first - begin :], first
-        for name, array, held in zip(names, arrays.values(), (genes, values), strict=True):
-            array[first:last] = held[: last - first]
-            yield name
+    for left in store.glob(f"X/*/c/*{UNFINISHED}"):  # of a process that was killed
+        left.unlink()
+    shards = []
+    for i, first in enumerate(range(0, n, size)):
+        bucket = (int(np.searchsorted(start, first, side="right")) - 1) // buckets.cells
+        shard = _Shard(i, first, min(first + size, n), bucket, int(start[bucket * buckets.cells]))
+        if not all(name in done and _is(store / name, done[name]) for name in shard.names()):
+            shards.append(shard)
+    tasks = [[*own] for _, own in groupby(shards, key=lambda shard: shard.bucket)]
+    for made in mapped(_ShardWriter(store, buckets).write, tasks):
+        for name in made:
+            if not (store / name).is_file():
+                raise _not_seen(store / name)
+        yield made
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256_of(path) == digest
 
 
 def _sharded(group: Any, name: str, dtype: np.dtype[Any], n: int, shard: int) -> Any:
@@ -163,7 +227,7 @@ def write_tables(store: Path, obs: pd.DataFrame, var: pd.DataFrame) -> None:
     with warnings.catch_warnings(), ad.settings.override(allow_write_nullable_strings=True):
         # Of anndata and zarr: sharding to come, consolidated metadata, and strings that zarr v3 has yet to settle.
         warnings.simplefilter("ignore")
-        group = zarr.open_group(str(store), mode="a", zarr_format=3)
+        group = zarr.open_group(str(store), mode="a", zarr_format=3, use_consolidated=False)
         for name, elem in {"obs": obs, "var": var, **{n: {} for n in EMPTY}}.items():
             ad.io.write_elem(group, name, elem)
         group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})

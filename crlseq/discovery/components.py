@@ -3,7 +3,7 @@
 Counts: a negative-binomial factor model with a free size per cell (`crlseq.discovery.factor_model`). With the size
 estimated a log-linear mixing stays exactly linear; dividing by totals adds the log-sum-exp of all programs, which is not.
 Components are whitened by the mean information of a cell, so that measurement noise is about 1 in every direction, and
-rotated to principal axes. Other values: principal components.
+rotated to principal axes. Other values: principal components, on the CPU.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crlseq.data import splits
-from crlseq.data.cluster import mapped
+from crlseq.data.allocator import give_back
+from crlseq.data.cluster import mapped, on_one_machine
 from crlseq.data.dataset import Cells, Expression, PerturbSeqData, counts_of, dense_of
 from crlseq.data.preprocess import Preprocessing
+from crlseq.discovery.device import CPU, device_for
 from crlseq.discovery.factor_model import (
     CHUNK,
     FactorModel,
@@ -40,6 +42,8 @@ MAX_STEPS = 20  # scoring steps of a cell once the genes are known; it takes abo
 # Precision of a cell's final components, of which their own would be 1: how far they are drawn towards 0 depends on the
 # cell's counts, so that a shift would make false variance, and silenced genes a false loss of it. Some, for poor cells.
 SCORE_PRIOR = 0.1
+ROUNDS = 15  # of the fit of loadings, about; each makes `PRODUCTS` of cells and genes with pairs of components:
+PRODUCTS = 4
 MAX_LOADING_CELLS = 10_000  # loadings are estimated on at most so many cells
 MAX_GENES = 1_000  # and on the genes that vary most beyond counting noise: the cost grows with genes and not with news
 NULL = 1e-6  # of the leading variance: what a principal component has at least that is no rounding error
@@ -47,13 +51,15 @@ _ONE_READER = Lock()
 ENOUGH_CONTROLS = 20  # in a batch, to centre it on its own
 
 
-def whitened_components(data: PerturbSeqData, most: int, least: int, seed: int) -> tuple[Scores, float | None]:
+def whitened_components(
+    data: PerturbSeqData, most: int, least: int, seed: int, device: torch.device = CPU
+) -> tuple[Scores, float | None]:
     """(cells, q) components of every cell, centred on the control cells of its batch, overall deviation 1; and their
     measurement noise, the same variance in every component, where it is known: in counts, and in values without noise.
 
     Estimated on training cells alone; q is what the data have beyond noise, from `least` to `most` as far as genes and
     cells allow. Cells that take no part are 0. Perturbed genes are left out: that a knock-out lowers its own transcript
-    would give it a direction of its own.
+    would give it a direction of its own. Components of many counts are computed on the `device` of the fit.
     """
     genes = np.setdiff1d(np.arange(data.n_genes), [gene for own in data.own_genes for gene in own])
     if len(genes) < 2:
@@ -67,7 +73,7 @@ def whitened_components(data: PerturbSeqData, most: int, least: int, seed: int) 
     noise: float | None = 1.0
     if data.totals is not None:
         counts = partial(_some_counts, data.x, data.preprocessing, genes)
-        own = count_components(counts, trained, used, most, least, data.with_totals)
+        own = count_components(counts, trained, used, most, least, data.with_totals, device)
     else:
         own, noise = _principal_components(partial(_some_values, data.x, genes), trained, used, most, least)
     scores = np.zeros((len(data.split), own.shape[1]), dtype=np.float32)
@@ -126,20 +132,29 @@ def count_components(
     most: int,
     least: int = 1,
     of: Callable[[np.ndarray], Any] = lambda index: index,
+    device: torch.device = CPU,
 ) -> Scores:
     """(len(cells), q) whitened components of counts, loadings estimated on the cells `fitted`, `least` <= q <= `most`.
 
     ``counts(of(index))`` gives those (cells, genes) of indices. Measurement noise is about 1 in every direction. Cost:
-    cells x genes (at most `MAX_GENES`) x q^2 a round of the fit.
+    cells x genes (at most `MAX_GENES`) x q^2 a round of the fit, which decides whether all is done on the `device`; on a
+    cluster nothing is.
     """
     x, genes, axes = _select(counts(of(fitted)), most)
-    dense = torch.from_numpy(x.toarray()).float()
+    give_back()  # several times the counts: threads have places of their own, and cannot use what this one freed
+    if on_one_machine():
+        pairs = (axes.shape[1] + 1) * (axes.shape[1] + 2) / 2
+        device = device_for(2 * ROUNDS * PRODUCTS * x.shape[0] * x.shape[1] * pairs, device)
+    else:
+        device = CPU
+    dense = torch.from_numpy(x.astype(np.float32).toarray()).to(device)
     threads = torch.get_num_threads()
     with on_threads(1):  # chunks share the threads, and no sum depends on how many there are
         model, v = fit_factors(dense, axes, dispersion(x), least, threads)
         guess = model.regression(dense, v)
         some = dense[:CHUNK]
-        rough = low_rank_information(model.loadings, model.working(some, v[: len(some)], model.log_size(some))[0])
+        weights = model.working(some, v[: len(some)], model.log_size(some))[0]
+        rough = low_rank_information(model.loadings, weights)
     q = v.shape[1]
     scores = np.empty((len(cells), q), dtype=np.float32)
     weight, sums, products = np.zeros(x.shape[1]), np.zeros(q), np.zeros((q, q))
@@ -150,9 +165,8 @@ def count_components(
         sums += v.double().sum(0).numpy()
         products += (v.double().T @ v.double()).numpy()
         weight += own.numpy() / len(cells)
-    turned = _whitening(
-        model.information(torch.from_numpy(weight)).numpy(), products - np.outer(sums, sums) / len(cells)
-    )
+    information = model.information(torch.from_numpy(weight).to(device)).cpu().numpy()
+    turned = _whitening(information, products - np.outer(sums, sums) / len(cells))
     for rows in chunks:
         scores[rows] = scores[rows].astype(np.float64) @ turned
     return scores
@@ -169,10 +183,10 @@ def _scored(
     """Components (n, q) of cells, and the sum of their working weights (genes,)."""
     with _ONE_READER:
         own = counts(cells)
-    part = torch.from_numpy(own[:, genes].astype(np.float32).toarray())
+    part = torch.from_numpy(own[:, genes].astype(np.float32).toarray()).to(model.loadings.device)
     # Any start leads to the same end, for the likelihood is concave; this one halves the way.
     v, s, _ = score(part, model.residuals(part) @ guess, model.log_size(part), model, MAX_STEPS, SCORE_PRIOR, rough)
-    return v, model.working(part, v, s)[0].double().sum(0)
+    return v.cpu(), model.working(part, v, s)[0].double().sum(0).cpu()
 
 
 def _some_counts(x: Expression, record: Preprocessing, genes: np.ndarray, cells: Cells) -> sp.csr_matrix:
@@ -238,7 +252,9 @@ def _select(counts: sp.csr_matrix, n_components: int) -> tuple[sp.csr_matrix, np
     residual.data = np.clip((rate.data / mean[rate.indices] - 1) * weight[rate.indices], -6, 6)
     kept = np.sort(np.argsort(-_moments_by_gene(residual, zeros)[1], kind="stable")[:MAX_GENES])
     residual.data -= zeros[residual.indices]
-    axes = _principal_axes(residual[:, kept].toarray() + zeros[kept], min(n_components, len(kept)))[1]
+    values = residual[:, kept].toarray()
+    values += zeros[kept]
+    axes = _principal_axes(values, min(n_components, len(kept)))[1]
     x = x[:, kept]
     return x[x.getnnz(1) > 0], detected[kept], axes
 
@@ -249,9 +265,12 @@ def _residual_weight(rate: Floats, alpha: float) -> Floats:
 
 
 def _principal_axes(values: Floats, n_components: int) -> tuple[Floats, Floats, Floats]:
-    """Mean (features,), first principal axes (features, n_components) and their variances, the largest first."""
+    """Mean (features,), first principal axes (features, n_components) and their variances, the largest first.
+
+    The values are left centred: they may be as large as the screen.
+    """
     center = values.mean(0)
-    centred = values - center
-    n = centred.shape[1]
-    squares, axes = scipy.linalg.eigh(centred.T @ centred, subset_by_index=(max(0, n - n_components), n - 1))
+    values -= center
+    n = values.shape[1]
+    squares, axes = scipy.linalg.eigh(values.T @ values, subset_by_index=(max(0, n - n_components), n - 1))
     return center, axes[:, ::-1], squares[::-1] / len(values)

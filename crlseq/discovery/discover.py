@@ -90,12 +90,13 @@ def find_components(task: Task, reason: str = "as asked") -> Start:
     task.stage("finding the programs")
     n = COMPONENTS if asked == "auto" else max(COMPONENTS, asked + 10)
     least = FEWEST if asked == "auto" else asked
-    y, noise = task.cache.get("components", lambda: whitened_components(task.data, n, least, task.seed))
+    components = partial(whitened_components, task.data, seed=task.seed, device=task.device)
+    y, noise = task.cache.get("components", lambda: components(most=n, least=least))
     cells = Cells(torch.from_numpy(y), None, environment, train, noise)
     p, choice = task.cache.get("number", lambda: number_of_programs(task, cells, len(chosen)))
     task.note(f"{p} programs: {f'{reason}.' if choice is None else choice.reason}")
     if p + 10 > n == y.shape[1]:
-        y, noise = task.cache.get("more components", lambda: whitened_components(task.data, p + 10, p, task.seed))
+        y, noise = task.cache.get("more components", lambda: components(most=p + 10, least=p))
         cells = replace(cells, values=torch.from_numpy(y), noise=noise)
     return Start(cells, chosen, p, choice)
 

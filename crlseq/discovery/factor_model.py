@@ -71,7 +71,7 @@ class FactorModel:
     def regression(self, x: Tensor, v: Tensor) -> Tensor:
         """(genes, q) from residuals to components, with a ridge of what noise of unit variance would add."""
         z = self.residuals(x)
-        solved: Tensor = torch.linalg.solve(z.T @ z + len(z) * torch.eye(z.shape[1]), z.T @ v)
+        solved: Tensor = torch.linalg.solve(z.T @ z + len(z) * torch.eye(z.shape[1], device=z.device), z.T @ v)
         return solved
 
     def information(self, weight: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def _start(x: Tensor, axes: Floats, alpha: float) -> tuple[FactorModel, Tensor, 
     b = (x / size).mean(0).clamp_min(0.1 / len(x)).log()
     weight = (b.exp() / (1 + alpha * b.exp())).sqrt()
     z = ((x / size / b.exp() - 1) * weight).clamp(-6, 6)
-    directions = torch.from_numpy(axes.copy()).float()
+    directions = torch.from_numpy(axes.copy()).to(x)
     v = (z - z.mean(0)) @ directions
     deviation = v.std(0).clamp_min(1e-6)
     loadings = (directions * deviation / weight[:, None]).T.contiguous()
@@ -170,12 +170,13 @@ def _round(
     assert sums is not None
     design = _design(model.loadings).double()
     gradient = sums.gradient - torch.einsum("gij,jg->gi", _unpacked(sums.uncertain, q + 1), design)
-    h = _unpacked(sums.information, q + 1) + RIDGE_GENES * n * torch.eye(q + 1, dtype=torch.float64)
+    eye = torch.eye(q + 1, dtype=torch.float64, device=x.device)
+    h = _unpacked(sums.information, q + 1) + RIDGE_GENES * n * eye
     step = torch.linalg.solve(h, gradient)
     moved = (step * gradient)[:, :q].mean(0).clamp_min(0).sqrt()
     step = step.clamp(-1, 1)
     mean = sums.total / n
-    root = torch.linalg.cholesky(sums.spread / n - torch.outer(mean, mean) + 1e-9 * torch.eye(q, dtype=torch.float64))
+    root = torch.linalg.cholesky(sums.spread / n - torch.outer(mean, mean) + 1e-9 * eye[:q, :q])
     loadings, b = model.loadings.double() + step[:, :q].T, model.intercept.double() + step[:, q]
     b, loadings = b + mean @ loadings, root.T @ loadings
     signal, turn = torch.linalg.eigh(FactorModel(loadings, b, model.alpha).information(sums.weight / n))
@@ -192,7 +193,7 @@ def _round(
 def _sums(x: Tensor, v: Tensor, s: Tensor, covariance: Tensor, model: FactorModel, dispersions: bool) -> _Sums:
     """Sums over cells with posterior covariances (n, q + 1, q + 1) of components and log size."""
     q = v.shape[1]
-    one, other = torch.triu_indices(q + 1, q + 1)
+    one, other = torch.triu_indices(q + 1, q + 1, device=x.device)
     w, r = model.working(x, v, s)
     design = torch.cat([v, v.new_ones(len(v), 1)], 1)
     packed = covariance[:, one, other]
@@ -217,15 +218,16 @@ def _shrunk(sums: Tensor, intercept: Tensor) -> Tensor:
 
     With V the variance of a count: Var (x - mean)^2 = V^2 (2 + 6 alpha) + V.
     """
-    squares, counting, power = (row.clamp_min(1e-12).numpy() for row in sums)
+    squares, counting, power = (row.clamp_min(1e-12).numpy() for row in sums.cpu())
     each = (squares - counting) / power
     common = float(np.clip((squares - counting).sum() / power.sum(), MIN_DISPERSION, MAX_DISPERSION))
     error = ((2 + 6 * common) * power + counting) / power**2
     weight = 1 / (error + common**2)
-    columns = np.stack([np.ones(len(each)), np.exp(-intercept.clamp_min(LEAST_LOG_MEAN).numpy())], 1)
+    columns = np.stack([np.ones(len(each)), np.exp(-intercept.clamp_min(LEAST_LOG_MEAN).cpu().numpy())], 1)
     trend = columns @ nnls(columns * np.sqrt(weight)[:, None], each * np.sqrt(weight))[0]
     spread = max(float((weight * ((each - trend) ** 2 - error)).sum() / weight.sum()), 1e-4 * common**2)
-    return torch.from_numpy(np.clip((each * spread + trend * error) / (spread + error), MIN_DISPERSION, MAX_DISPERSION))
+    drawn = np.clip((each * spread + trend * error) / (spread + error), MIN_DISPERSION, MAX_DISPERSION)
+    return torch.from_numpy(drawn).to(sums)
 
 
 def score(
@@ -247,7 +249,7 @@ def score(
     penalty = torch.cat([x.new_full((q,), prior), x.new_zeros(1)])
     state = torch.cat([v, s], 1)
     factor = x.new_empty(len(x), q + 1, q + 1)
-    active, stale = torch.arange(len(x)), torch.ones(len(x), dtype=torch.bool)
+    active, stale = torch.arange(len(x), device=x.device), x.new_ones(len(x), dtype=torch.bool)
     for i in range(steps):
         own = x if len(active) == len(x) else x[active]
         w, r = model.working(own, state[active, :q], state[active, q:])
@@ -277,7 +279,7 @@ def _design(loadings: Tensor) -> Tensor:
 def _information(loadings: Tensor) -> Information:
     """Working weights (n, genes) to the upper triangles (n, (q + 1)(q + 2) / 2) of cells' information matrices."""
     design = _design(loadings)
-    one, other = torch.triu_indices(len(design), len(design))
+    one, other = torch.triu_indices(len(design), len(design), device=design.device)
     products = (design[one] * design[other]).T.contiguous()
     return lambda w: w @ products
 
@@ -287,7 +289,7 @@ def low_rank_information(loadings: Tensor, weights: Tensor) -> Information:
     working weights (n, genes), in the metric of their mean, so that an error counts by what it makes of a step.
     """
     design = _design(loadings)
-    one, other = torch.triu_indices(len(design), len(design))
+    one, other = torch.triu_indices(len(design), len(design), device=design.device)
     twice = torch.where(one == other, 1.0, 2.0**0.5)  # of a matrix's norm an entry off the diagonal counts twice
     mean = (design * weights.mean(0)) @ design.T + torch.diag(
         torch.cat([loadings.new_ones(len(loadings)), loadings.new_zeros(1)])
@@ -318,9 +320,9 @@ def _root(upper: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unpacked(upper: Tensor, n: int) -> Tensor:
     """(..., n (n + 1) / 2) upper triangles to symmetric (..., n, n)."""
-    rows, columns = torch.triu_indices(n, n)
-    place = torch.empty(n, n, dtype=torch.int64)
-    place[rows, columns] = place[columns, rows] = torch.arange(len(rows))
+    rows, columns = torch.triu_indices(n, n, device=upper.device)
+    place = torch.empty(n, n, dtype=torch.int64, device=upper.device)
+    place[rows, columns] = place[columns, rows] = torch.arange(len(rows), device=upper.device)
     return upper.index_select(-1, place.flatten()).view(*upper.shape[:-1], n, n)
 
 

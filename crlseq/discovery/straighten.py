@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crlseq.config import InterventionKind
+from crlseq.discovery.device import CPU
 from crlseq.discovery.likelihood import LinearModel, Solution, allowed_edges
 from crlseq.discovery.moments import DTYPE, Moments, environment_moments
 from crlseq.discovery.propose import propose_targets
@@ -30,7 +31,6 @@ SHIFTED = 2.0  # mean square of shifts along a direction, in standard errors, fr
 BACKGROUND = 4.0  # variance over that of noise; curvature that no mean shows reaches 3, the weakest of four factors 6
 WIDTH = 128
 BATCH = 256
-CPU = torch.device("cpu")
 CHUNK = 100_000  # cells encoded at a time
 LEARNING_RATE = 3e-3
 AT_THE_END = 100  # steps whose mean loss is that of a phase
@@ -51,6 +51,7 @@ class Phase:
 FREE = (Phase(3000, 4.0), Phase(3000, settle=True))
 CAUSAL = Phase(5000, settle=True)
 STEPS = sum(phase.steps for phase in (*FREE, CAUSAL))
+OPERATIONS = 6 * BATCH * STEPS * 2 * WIDTH**2  # of one training, in the square layers of both networks
 
 
 def without_background(y: Tensor, moments: Moments, p: int, noise: float) -> Tensor:

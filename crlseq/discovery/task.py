@@ -28,7 +28,9 @@ class Task:
     note: Callable[[str], None] = lambda text: None  # called with what was found
     cache: StageCache = field(default_factory=StageCache)
     threads: int = field(default_factory=torch.get_num_threads)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where networks are trained
+    device: torch.device = field(
+        default_factory=lambda: torch.device("cpu")
+    )  # of the fit, see `crlseq.discovery.device`
 
     @property
     def kind(self) -> InterventionKind | None:

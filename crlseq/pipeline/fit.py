@@ -20,6 +20,7 @@ import torch
 
 from crlseq.config import Config, make_config
 from crlseq.data import splits
+from crlseq.data.allocator import give_back
 from crlseq.data.cluster import on_cluster
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.embeddings import Embeddings
@@ -27,7 +28,7 @@ from crlseq.data.projection import Projection, principal_components
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.discovery.effects import effect_tests
 from crlseq.discovery.guide_agreement import guide_agreement, guides_in_words, weak_guides, without_guides
-from crlseq.discovery.methods import find_programs
+from crlseq.discovery.methods import Programs, find_programs
 from crlseq.discovery.negative_controls import Found, Sensitivity, sensitivity, undone_effects
 from crlseq.discovery.task import Task
 from crlseq.errors import InputError, UsageError
@@ -35,7 +36,7 @@ from crlseq.pipeline.fitted import FittedRun, load
 from crlseq.pipeline.identity import Identity, digests_of_tables, settle
 from crlseq.pipeline.progress import EFFECTS, READING_OFF, TESTING, TRAINING, WRITING, Progress, shown
 from crlseq.pipeline.read import Job, Screen, read_cells, read_screen, refuse_unprepared
-from crlseq.pipeline.tables import tables_of, with_guides, with_shift_errors
+from crlseq.pipeline.tables import negative_controls, tables_of, with_guides, with_shift_errors
 from crlseq.report import write_report
 from crlseq.run.schema import DETECTABLE_FDR, SPLIT
 from crlseq.run.summary import combinations_in_words, sets_in_words
@@ -53,10 +54,9 @@ from crlseq.storage.runfolder import (
 )
 from crlseq.storage.stage_cache import StageCache
 from crlseq.threads import on_threads, reporting
-from crlseq.training.device import resolve_device
+from crlseq.training.device import computed_on, resolve_device
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.extrapolation import Extrapolation, fit_extrapolation
-from crlseq.training.memory import give_back
 from crlseq.training.trainer import Fit, fit_model
 from crlseq.training.warm_start import WarmStart
 
@@ -236,6 +236,7 @@ def _fit(job: Job) -> FittedRun:
             screen = replace(screen, identity=settle(job.folder, screen.identity, job.force, job.progress.note))
         give_back()
         tested = _test(job, screen)
+        give_back()
         start = _discover(job, tested)
         if not start.n_latents:
             screen = replace(screen, sets=None, vectors=None)  # there are no programs to read from them
@@ -245,6 +246,7 @@ def _fit(job: Job) -> FittedRun:
         run = _read_out(job, screen, tested, start, fitted)
         if job.folder is None:
             return replace(run, source=job.source)
+        give_back()
         _write(job, screen, run, job.folder)
         tested.stages.clear()
         return run
@@ -277,13 +279,18 @@ def _discover(job: Job, tested: Tested) -> Start:
     """Step 3: programs, targets and graph by likelihood, unless they are to be learned by gradient."""
     tests, stages, progress, seed = tested.tests, tested.stages, job.progress, job.config.training.seed
     effect = np.where(tests["fdr"] <= DETECTABLE_FDR, np.maximum(tests["energy"], 1e-12), 0.0)  # NaN counts as none
-    device = resolve_device(job.config.training.device, job.ranks)
-    task = Task(tested.data, effect, job.config.model, seed, progress.stage, progress.note, stages, device=device)
-    try:
-        programs = find_programs(task)
-    except InputError:  # there is nothing to go on with
-        stages.clear()
-        raise
+    asked = job.config.training.device
+
+    def find_on(device: torch.device) -> Programs:
+        task = Task(tested.data, effect, job.config.model, seed, progress.stage, progress.note, stages, device=device)
+        try:
+            return find_programs(task)
+        except InputError:  # there is nothing to go on with
+            stages.clear()
+            raise
+
+    device = resolve_device(asked, job.ranks)
+    programs = computed_on(device, find_on, asked == "auto", progress.note, "the search for programs")
     found = programs.discovery
     warm = None if found is None else WarmStart(found, ~np.isnan(tests["p_value"]), tested.projection)
     seen = None
@@ -335,7 +342,7 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
             "n_genes": data.preprocessing.n_genes_in_file,
         },
         "embeddings": None if found is None else found.summary(),
-        "negative_controls": _negative_controls(tested.undone, start.warm),
+        "negative_controls": negative_controls(tested.undone, start.warm),
         "n_latents_reason": start.reason,
         "sensitivity": start.sensitivity and asdict(start.sensitivity),
         "started": job.started.isoformat(timespec="seconds"),
@@ -356,13 +363,6 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     for words in filter(None, (sets_in_words(run.facts), combined)):
         progress.note(words)
     return run
-
-
-def _negative_controls(undone: Found, warm: WarmStart | None) -> dict[str, int]:
-    """What was found where there is nothing, for ``run.json``."""
-    pairs = None if warm is None else warm.discovery.of_shifts
-    row = {"perturbations": undone.of, "detected": undone.found}
-    return row | {"pairs": 0 if pairs is None else pairs.of, "ordered": 0 if pairs is None else pairs.found}
 
 
 def _command() -> str:

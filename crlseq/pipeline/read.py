@@ -17,6 +17,7 @@ from torch import Tensor
 
 from crlseq.config import Config
 from crlseq.data import splits
+from crlseq.data.allocator import suit_allocator
 from crlseq.data.coexpression import coexpression
 from crlseq.data.dataset import PerturbSeqData, StreamedExpression, read_data
 from crlseq.data.embeddings import COEXPRESSION, Embeddings, named_as_labels, read_embeddings
@@ -30,7 +31,6 @@ from crlseq.pipeline.progress import READING, Progress
 from crlseq.storage.runfolder import GENE_SETS
 from crlseq.training.distributed import Ranks
 from crlseq.training.extrapolation import refuse_strangers
-from crlseq.training.memory import suit_allocator
 from crlseq.training.schedules import resolve_step
 
 

@@ -17,6 +17,7 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.genesets import GeneSets
 from crlseq.discovery.bootstrap import Stability
 from crlseq.discovery.guide_agreement import weak_guides
+from crlseq.discovery.negative_controls import Found
 from crlseq.discovery.ordering import Ordering
 from crlseq.discovery.pairs import GUARDS, SIZE, STATUSES
 from crlseq.discovery.result import Discovery
@@ -124,6 +125,13 @@ def with_guides(run: FittedRun, data: PerturbSeqData, guides: pd.DataFrame, star
     table = guide_table(data, guides, None if start is None else start.discovery.hit)
     about = {"n_compared": len(table), "weak": weak_guides(table)}
     return replace(run, guides=table, info=run.info | {"guides": data.guides.record | about})
+
+
+def negative_controls(undone: Found, warm: WarmStart | None) -> dict[str, int]:
+    """What was found where there is nothing, for ``run.json``."""
+    pairs = None if warm is None else warm.discovery.of_shifts
+    row = {"perturbations": undone.of, "detected": undone.found}
+    return row | {"pairs": 0 if pairs is None else pairs.of, "ordered": 0 if pairs is None else pairs.found}
 
 
 def _seeds(

@@ -39,6 +39,7 @@ def effect_agreement(
         for parts, own in zip(data.conditions, cells, strict=True)
         if len(parts) == 1 and len(own) >= MIN_CELLS
     }
+    some_controls = data.x[data.control_pool(splits.TRAIN)]  # read once; of a store those in memory
     strength, target = penetrance * interventions.shift, interventions.target
     product, square, spread = np.zeros((3, *programs.total_effect.shape))
     for k, own in alone.items():
@@ -65,7 +66,8 @@ def effect_agreement(
         error = (spread[target[k]] - weight**2 * noise).clip(0.0) * factor**2  # of what others tell, in its squares too
         length = float(told @ told - error.sum())
         if length > float(error.sum()):
-            along = [float((data.dense(group) @ told).var(ddof=1) / len(group)) for group in (own, cells[0])]
+            groups = (data.x[own], len(own)), (some_controls, len(cells[0]))
+            along = [float((x @ told.astype(np.float32)).var(ddof=1, dtype=np.float64)) / n for x, n in groups]
             along.append(float((change**2 * error).sum()))
             found["agrees"][k], found["agrees_se"][k] = float(change @ told) / length, np.sqrt(sum(along)) / length
     beyond = np.maximum(LEAST - found["agrees"], found["agrees"] - MOST) / found["agrees_se"]

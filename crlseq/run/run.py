@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from crlseq.training.extrapolation import Extrapolation
 
 SHOWN, WIDTH = 8, 80  # programs that a run is shown with, and characters of a line
+AT_ONCE = 1024  # cells that are encoded together
 
 
 @dataclass(frozen=True)
@@ -260,9 +261,11 @@ class Run:
             columns = record.columns(screen)
             for _, block in screen.blocks():
                 record.check(block, screen.source)
-                x = torch.from_numpy(record.apply(block)[:, columns].astype(np.float32).toarray())
-                values = (model.latents(x.to(model.scm.graph.dtype)).double().numpy() - center) / scale
-                parts.append(values.astype(np.float32))  # of a million cells these are few, in float64 they are not
+                rows = record.apply(block)[:, columns].astype(np.float32)
+                for start in range(0, max(rows.shape[0], 1), AT_ONCE):
+                    x = torch.from_numpy(rows[start : start + AT_ONCE].toarray())
+                    values = (model.latents(x.to(model.scm.graph.dtype)).double().numpy() - center) / scale
+                    parts.append(values.astype(np.float32))  # of a million cells these are few, in float64 they are not
         return np.concatenate(parts)
 
     def annotate(self, adata: ad.AnnData) -> ad.AnnData:

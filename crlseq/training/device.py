@@ -7,13 +7,15 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from crlseq.errors import InputError, UsageError
 from crlseq.training.distributed import ALONE, Ranks
-from crlseq.training.memory import out_of_memory
+from crlseq.training.memory import ShortOfMemoryError, out_of_memory
+
+Result = TypeVar("Result")
 
 ABSENT = "torch finds no CUDA device"
 CPU_INSTEAD = "or use --device cpu."
@@ -55,12 +57,16 @@ def resolve_device(asked: str, ranks: Ranks = ALONE, note: Callable[[str], None]
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Compute on a CUDA device with products in full precision and one order of every sum, whatever else is set.
+    """Compute on a CUDA device with products in full precision and one order of every sum, whatever else is set; on the CPU
+    this changes nothing.
 
     TF32 keeps 10 bits of float32's 23. Distances lose digits as it is, and products with weights should gain little: by
     estimate, not measured on a GPU, a step's arithmetic (1.7 GFLOP at 5,000 genes) takes far less time than its launches. The order costs a sort where rows
     are laid out from non-zeros. An operation without an order is warned of, and the fit goes on.
     """
+    if device.type == "cpu":
+        yield
+        return
     torch.cuda.set_device(device)
     filling: Any = torch.utils.deterministic
     precision, filled = torch.get_float32_matmul_precision(), filling.fill_uninitialized_memory
@@ -74,6 +80,26 @@ def reproducible(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(ordered, warn_only=warns)
         filling.fill_uninitialized_memory = filled
+
+
+def computed_on(
+    device: torch.device, act: Callable[[torch.device], Result], may_move: bool, note: Callable[[str], None], what: str
+) -> Result:
+    """``act(device)``; where its memory does not suffice and `may_move`, ``act`` of the CPU, after a note that says `what`
+    continues there. ShortOfMemoryError if it may not.
+    """
+    short = f"The memory of {device} does not suffice"
+    try:
+        with reproducible(device):
+            return act(device)
+    except Exception as error:  # which holds what lies on the device until the block ends
+        if device.type == "cpu" or not (isinstance(error, ShortOfMemoryError) or out_of_memory(error)):
+            raise
+        if not may_move:
+            hint = "Fit again with a lower --batch-size or --n-top-genes, or with --device cpu."
+            raise ShortOfMemoryError(f"{short}.", hint) from error
+    note(f"{short}; {what} continues on the CPU.")
+    return act(torch.device("cpu"))
 
 
 def _why_not(index: int, ranks: Ranks) -> tuple[str, str]:

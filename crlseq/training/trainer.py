@@ -23,10 +23,9 @@ from crlseq.model.losses import median_bandwidth
 from crlseq.model.networks import GeneSetLayer
 from crlseq.storage.checkpoint import Checkpoints, build
 from crlseq.threads import ahead, counted, in_parallel
-from crlseq.training.device import reproducible, resolve_device
+from crlseq.training.device import computed_on, resolve_device
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.learner import Learner
-from crlseq.training.memory import ShortOfMemoryError, out_of_memory
 from crlseq.training.memory_split import SplitSteps
 from crlseq.training.objective import Objective
 from crlseq.training.residuals import measure_errors, measure_missed
@@ -123,7 +122,11 @@ def fit_model(
     """
     if not n_latents:
         return _without_programs(data, config)
-    asked = config.training.device
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        on_retry(text)
 
     def fit_on(device: torch.device) -> Fit:
         return _fit_on(
@@ -140,22 +143,10 @@ def fit_model(
             on_retry,
         )
 
-    device = resolve_device(asked, ranks)
-    if device.type == "cpu":
-        return fit_on(device)
-    short = f"The memory of {device} does not suffice"
-    try:
-        with reproducible(device):
-            return fit_on(device)
-    except Exception as error:  # which holds what lies on the device until the block ends
-        if not (isinstance(error, ShortOfMemoryError) or out_of_memory(error)):
-            raise
-        if asked != "auto" or ranks.size > 1:
-            hint = "Fit again with a lower --batch-size or --n-top-genes, or with --device cpu."
-            raise ShortOfMemoryError(f"{short}.", hint) from error
-    on_retry(instead := f"{short}; the fit continues on the CPU.")
-    fitted = fit_on(torch.device("cpu"))
-    return replace(fitted, notes=(instead, *fitted.notes))
+    asked = config.training.device
+    may_move = asked == "auto" and ranks.size == 1
+    fitted = computed_on(resolve_device(asked, ranks), fit_on, may_move, note, "the fit")
+    return replace(fitted, notes=(*notes, *fitted.notes))
 
 
 def _fit_on(

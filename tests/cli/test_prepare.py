@@ -122,7 +122,7 @@ class _Stop(BaseException):
     """What a kill does to a process, as far as files go."""
 
 
-@pytest.mark.parametrize("where", ["block 3", "block 11", "shard 1", "shard 9"])
+@pytest.mark.parametrize("where", ["block 3", "block 11", "shard 1", "shard 9", "manifest 2"])
 def test_an_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(
     two_files: tuple[ad.AnnData, list[Path]], folder: Path, where: str
 ) -> None:
@@ -130,8 +130,10 @@ def test_an_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(
     prepare(paths, folder / "whole")
     kind, number = where.split()
     owner: Any
-    owner, name = (storewriter.Buckets, "add") if kind == "block" else (storewriter, "sha256_of")
-    owner, name = (owner, name) if kind == "block" else (crlseq.data.prepare, "sha256_of")  # type: ignore[attr-defined]
+    owner, name = {
+        "block": (storewriter.Buckets, "add"), "shard": (storewriter, "sha256_of"),
+        "manifest": (crlseq.data.prepare, "sha256_of"),  # type: ignore[attr-defined]
+    }[kind]  # fmt: skip
     inner, calls = getattr(owner, name), 0
 
     def stopping(*args: Any) -> Any:

@@ -219,3 +219,24 @@ def test_python_without_docstrings() -> None:
         [sys.executable, "-OO", "-m", "crlseq", "--version"], capture_output=True, text=True, env=environment()
     )
     check_refusal(done.returncode, done.stdout, done.stderr, 2, "python -OO")
+
+
+# --- threads
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core has one thread")
+@pytest.mark.parametrize(("asked", "expected"), [(None, {1}), ("2", {2})])
+def test_numpy_computes_on_one_thread_unless_it_is_told_otherwise(asked: str | None, expected: set[int]) -> None:
+    """Threads of OpenBLAS spin: where cores are taken, a linear fit takes twice the time."""
+    what = (
+        "import sys; sys.argv = ['crlseq', '--version']\n"
+        "from crlseq.cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "import numpy, threadpoolctl\n"
+        "print({each['num_threads'] for each in threadpoolctl.threadpool_info() if each['internal_api'] == 'openblas'})"
+    )
+    env = environment(OMP_NUM_THREADS="2", **({} if asked is None else {"OPENBLAS_NUM_THREADS": asked}))
+    if asked is None:
+        env.pop("OPENBLAS_NUM_THREADS", None)
+    done = subprocess.run([sys.executable, "-c", what], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.splitlines()[-1] == str(expected)

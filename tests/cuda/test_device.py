@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.cuda.device import CUDA, CudaTensor, DeviceError, Mode, fake_cuda
+from tests.cuda.device import CUDA, CudaTensor, Mode, fake_cuda
+from tests.cuda.rules import DeviceError
 
 REFUSED: dict[str, Callable[[Tensor], object]] = {
     "a product of devices": lambda x: x @ torch.zeros(3, 3),

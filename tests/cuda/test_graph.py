@@ -11,7 +11,8 @@ from crlseq.run.run import Run
 from crlseq.training import graph
 from crlseq.training.learner import Learner
 from tests.cuda.conftest import fit
-from tests.cuda.device import DeviceError, fake_cuda
+from tests.cuda.device import fake_cuda
+from tests.cuda.rules import DeviceError
 from tests.cuda.test_budget import Count, counted
 from tests.cuda.test_faults import Fault, plant
 from tests.cuda.test_fits import check_same

@@ -7,17 +7,20 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from crlseq.data import cluster, dataset, matrix, storewriter
 from crlseq.data.cluster import LostClusterError, mapped, on_cluster
 from crlseq.data.prepare import prepare
-from crlseq.data.store import StoredMatrix, read_manifest
+from crlseq.data.store import MANIFEST, StoredMatrix, read_manifest, verify
+from crlseq.data.storewriter import _ShardWriter
 from crlseq.discovery import factor_model
 from crlseq.errors import InputError
 from crlseq.threads import in_order
@@ -55,14 +58,14 @@ def store(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def one_is_killed(workers: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One worker is killed in every pass, once two of its blocks are done and others are under way; the killed."""
-    killed = list[int]()
+def killed_in(number: int, workers: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One worker is killed in that pass, once two of its blocks are done and others are under way; the killed."""
+    killed, passes = list[int](), count()
 
     def killing(submit: Callable[[Any], Callable[[], Any]], items: Iterable[Any], ahead: int) -> Iterator[Any]:
+        this = next(passes)
         for i, made in enumerate(in_order(submit, items, ahead)):
-            if i == 1 and not killed:
+            if i == 1 and this == number:
                 killed.append(next(iter(workers.workers.values())).pid)
                 os.kill(killed[0], signal.SIGKILL)
             yield made
@@ -71,8 +74,22 @@ def one_is_killed(workers: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return killed
 
 
+@pytest.fixture
+def one_is_killed(workers: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """In the first pass."""
+    return killed_in(0, workers, monkeypatch)
+
+
 def double(x: float) -> float:
     return 2 * x
+
+
+def _read(writer: _ShardWriter, bucket: int, change: Callable[[Path], object]) -> Any:
+    change(writer.buckets.folder / str(bucket))
+    return READ(writer, bucket)
+
+
+READ = _ShardWriter._read
 
 
 def end(x: float) -> None:
@@ -108,12 +125,65 @@ def test_a_fit_of_a_store_is_that_of_one_process(workers, store, one_is_killed, 
     assert np.array_equal(*latents)
 
 
-def test_a_store_has_the_bytes_that_one_process_writes(workers, screen_file, one_is_killed, tmp_path) -> None:
+@pytest.mark.parametrize("number", [0, 1], ids=["reading", "writing"])
+def test_a_store_has_the_bytes_that_one_process_writes(number, workers, screen_file, tmp_path, monkeypatch) -> None:
     here = prepare([screen_file], tmp_path / "alone")
-    assert not one_is_killed and len([name for name in here.files if name.startswith("X/data/c/")]) > 5
+    assert len([name for name in here.files if name.startswith("X/data/c/")]) > 5
+    killed, read_here = killed_in(number, workers, monkeypatch), list[int]()
+    monkeypatch.setattr(storewriter.Buckets, "read", lambda buckets, bucket: read_here.append(bucket))
     answer = invoke("prepare", screen_file, "--output", tmp_path / "store", "--cluster", workers.scheduler_address)
-    assert answer.code == 0 and one_is_killed, answer.err
+    assert answer.code == 0 and killed and not read_here, answer.err
     assert read_manifest(tmp_path / "store") == here  # with the digests of all files
+    verify(tmp_path / "store")
+    written = {str(file.relative_to(tmp_path / "store")) for file in (tmp_path / "store").rglob("*") if file.is_file()}
+    assert written == {*here.files, MANIFEST}
+
+
+def test_workers_that_see_another_disk_are_told(screen_file, tmp_path, monkeypatch) -> None:
+    """Of what a worker lacks, and of what it wrote where nobody else sees it."""
+    write = _ShardWriter.write
+
+    def elsewhere(writer: _ShardWriter, shards: Any) -> dict[str, str]:
+        made = write(writer, shards)
+        (writer.store / shards[0].names()[0]).unlink()
+        return made
+
+    monkeypatch.setattr(_ShardWriter, "write", elsewhere)
+    with pytest.raises(InputError, match=r"do not see the same file .*X/indices/c/0\. .* or prepare without --cluster"):
+        prepare([screen_file], tmp_path / "store")
+    monkeypatch.setattr(_ShardWriter, "write", write)
+    for change in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])):
+        monkeypatch.setattr(_ShardWriter, "_read", lambda writer, bucket, change=change: _read(writer, bucket, change))
+        with pytest.raises(InputError, match=r"do not see the same file .*buckets/0\."):
+            prepare([screen_file], tmp_path / "store", force=True)
+
+
+def test_what_a_killed_writer_left_is_no_part_of_the_store(screen_file, tmp_path, monkeypatch) -> None:
+    expected = prepare([screen_file], tmp_path / "alone")
+    write = _ShardWriter._write
+
+    def killed(writer: _ShardWriter, shard: Any) -> None:
+        if shard.number == 2:
+            (writer.store / "X/data/c/2.0123456789abcdef.partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        write(writer, shard)
+
+    monkeypatch.setattr(_ShardWriter, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([screen_file], tmp_path / "store")
+    monkeypatch.setattr(_ShardWriter, "_write", write)
+    assert prepare([screen_file], tmp_path / "store", resume=True) == expected
+
+
+def test_a_shard_of_the_first_gene_alone_is_a_file(tmp_path) -> None:
+    adata = small_screen()
+    adata.X = sp.csr_matrix(
+        (1.0 + np.arange(adata.n_obs) % 3, (np.arange(adata.n_obs), np.zeros(adata.n_obs, int))), adata.shape
+    )
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    made = prepare([tmp_path / "screen.h5ad"], tmp_path / "store")
+    assert {"X/indices/c/0", "X/data/c/0"} <= {*made.files}
+    verify(tmp_path / "store")
 
 
 def test_what_is_wrong_with_a_value_is_told_as_without_a_cluster(workers, tmp_path) -> None:

@@ -154,7 +154,7 @@ def test_perturbations_without_effect_have_no_target_and_no_say(hard: Screen) ->
 
 
 def components_of(screen: Screen, y: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "whitened_components", lambda data, most, least, seed: (y, None))
+    monkeypatch.setattr(module, "whitened_components", lambda data, most, least, seed, device: (y, None))
 
 
 def test_doubles_do_not_take_part(hard: Screen, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import warnings
 from collections.abc import Callable
@@ -291,6 +292,21 @@ def test_a_heap_of_texts_that_never_ends(screen_file: Path, tmp_path: Path, inde
         return {"outcome": "refused"}
 
     no_fault(read_it, index)
+
+
+def test_heaps_are_found_wherever_a_file_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once: within what is searched at a time, across its end, and at the end of the file."""
+    monkeypatch.setattr(hdf5, "WINDOW", page := mmap.PAGESIZE)
+    places = [8, page - 21, page - 3, 2 * page, 3 * page - 21, 3 * page + 1]
+    content = bytearray(3 * page + 40)
+    for place in places:
+        content[place : place + 16] = hdf5.HEAP + b"\0\0\0" + (16).to_bytes(8, "little")
+    (tmp_path / "file").write_bytes(content)
+    with (
+        (tmp_path / "file").open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
+        assert [*hdf5._heaps(mapped)] == [(place, place + 16) for place in places]
 
 
 def test_false_heaps_take_no_longer_than_their_bytes(

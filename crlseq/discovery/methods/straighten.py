@@ -21,6 +21,7 @@ from torch import Tensor
 
 from crlseq.data import splits
 from crlseq.discovery.axes import exogenous_axes, shifts_outside
+from crlseq.discovery.device import device_for
 from crlseq.discovery.discover import Refined, compare_on, discover
 from crlseq.discovery.edges import select_edges
 from crlseq.discovery.kind_comparison import KindComparison
@@ -31,7 +32,7 @@ from crlseq.discovery.moments import environment_moments, noise_level
 from crlseq.discovery.nonlinear_test import prefers_nonlinear
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.discovery.result import nonlinear_result
-from crlseq.discovery.straighten import CAUSAL, FREE, Straightener, without_background
+from crlseq.discovery.straighten import CAUSAL, FREE, OPERATIONS, Straightener, without_background
 from crlseq.discovery.task import Cells, Start, Task
 from crlseq.discovery.verdict import Answer
 
@@ -102,7 +103,7 @@ def train_once(
     """One training from the axes of ``targets`` (K,); None if free latents have a misfit of `worst` or more."""
     values, _, own = components.training()
     axes = exogenous_axes(values.numpy(), own.numpy(), targets.numpy(), p)[1]
-    network = Straightener(values, own, torch.from_numpy(axes), seed, task.device)
+    network = Straightener(values, own, torch.from_numpy(axes), seed, device_for(OPERATIONS, task.device))
 
     def latents() -> Cells:
         return Cells(*network.encode(components.values), components.environment, components.train)
