@@ -26,7 +26,7 @@ from crlseq.discovery.verdict import Answer, judge
 from crlseq.errors import InputError
 from tests.discovery.test_discover import CONFIG, Screen
 
-ONE_EACH = ("squires", "score-linear")  # which take as many perturbations as there are programs
+ONE_EACH = ("squires", "score-linear", "contrastive")  # which take as many perturbations as there are programs
 ORDER: tuple[Answer, ...] = ("not identified", "ancestry only", "identified")
 
 

@@ -35,7 +35,7 @@ def test_linear_equations_at_the_papers_size(p: int) -> None:
     model = Latents(p, 20)
     u, environment = model.screen(10_000, model.one_each())
     y = components(u @ model.mixing(20), p)
-    found, error = with_errors(y, environment, 0, hard=True)
+    found, error = with_errors(y, environment, products(y, environment, 0), hard=True)
     edges, against = declared(found, error)
     assert mcc(y @ found.directions.T, u) >= 0.99
     assert judge_scores(found.left, int(edges.sum()), against, True).answer == "identified"
@@ -49,7 +49,7 @@ def test_quadratic_equations_at_the_papers_size() -> None:
         model = Latents(5, seed, linear=False)
         u, environment = model.screen(10_000, model.one_each())
         y = components(u @ model.mixing(20), 5)
-        found, error = with_errors(y, environment, 0, hard=True)
+        found, error = with_errors(y, environment, products(y, environment, 0), hard=True)
         edges, against = declared(found, error)
         assert mcc(y @ found.directions.T, u) >= 0.99 and not against
         wrong, of = wrong + distance(edges, model.edges()), of + model.graph.sum()
@@ -60,7 +60,8 @@ def test_quadratic_equations_at_the_papers_size() -> None:
 def test_under_soft_interventions_no_false_ancestor(seed: int) -> None:
     model = Latents(5, seed)
     u, environment = model.screen(10_000, model.one_each(), kept=0.5)
-    found, error = with_errors(components(u @ model.mixing(20), 5), environment, seed, hard=False)
+    y = components(u @ model.mixing(20), 5)
+    found, error = with_errors(y, environment, products(y, environment, 0), hard=False)
     edges, _ = declared(found, error)
     graph = model.edges()
     upstream = np.linalg.inv(np.eye(5) - 0.01 * graph) > 1e-12
@@ -72,7 +73,8 @@ def test_perturbations_of_two_programs_are_seen(seed: int) -> None:
     model = Latents(5, seed)
     hits = [(int(k), int(other)) for k, other in zip(model.target, np.roll(model.target, 1), strict=True)]
     u, environment = model.screen(10_000, hits)
-    found, error = with_errors(components(u @ model.mixing(20), 5), environment, seed, hard=True)
+    y = components(u @ model.mixing(20), 5)
+    found, error = with_errors(y, environment, products(y, environment, 0), hard=True)
     edges, against = declared(found, error)
     assert judge_scores(found.left, int(edges.sum()), against, True).answer == "not identified"
 

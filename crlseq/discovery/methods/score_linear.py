@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from crlseq.discovery.factor_result import REASON, factor_result, start_with
 from crlseq.discovery.methods import Programs
-from crlseq.discovery.score_differences import GROUPS, groups_of, precisions, products
+from crlseq.discovery.score_differences import GROUPS, Products, groups_of, precisions, products
 from crlseq.discovery.task import Task
 from crlseq.discovery.verdict import Answer, judge_scores
 
@@ -53,7 +53,8 @@ def find(task: Task) -> Programs:
     start = start_with(task, "score-linear")
     p, used, hard = start.n_latents, start.cells.train.numpy(), task.kind != "soft"
     y, environment = start.cells.values[used, :p].double().numpy(), start.cells.environment[used].numpy()
-    found, error = with_errors(y, environment, task.seed, hard, start.cells.noise)
+    of_groups = products(y, environment, task.seed, start.cells.noise)
+    found, error = with_errors(y, environment, of_groups, hard, start.cells.noise)
     edges, against = declared(found, error)
     verdict = judge_scores(found.left, int(edges.sum()), against, task.kind == "hard")
     controls = y[environment == 0] @ found.directions.T
@@ -65,41 +66,49 @@ def find(task: Task) -> Programs:
 
 
 def with_errors(
-    y: Floats, environment: Ints, seed: int, hard: bool, noise: float | None = None
+    y: Floats, environment: Ints, of_groups: Products, hard: bool, noise: float | None = None, mixed: bool = True
 ) -> tuple[Recovered, Floats]:
-    """What cells ``y`` (n, p) of environments (n,) give, and standard errors (p, p) of D by a jackknife over groups."""
-    p, group, of_groups = y.shape[1], groups_of(environment, GROUPS), products(y, environment, seed, noise)
+    """What cells ``y`` (n, p) of environments (n,) give, whose score differences have the second moments ``of_groups``; and
+    standard errors (p, p) of D by a jackknife over groups. Not ``mixed``: y are the programs already.
+    """
+    p, group = y.shape[1], groups_of(environment, GROUPS)
 
     def recovered(without: int | None, order: Ints | None) -> Recovered:
         kept = group != without
         covariances = np.linalg.inv(precisions(y[kept], environment[kept], p, noise)).astype(np.float64)
-        return recover(of_groups.mean(without), covariances, hard, order)
+        return recover(of_groups.mean(without), covariances, hard, order, mixed)
 
     found = recovered(None, None)
     error: Floats = np.sqrt((GROUPS - 1) * np.var([recovered(g, found.order).effects for g in range(GROUPS)], axis=0))
     return found, error
 
 
-def recover(r: Floats, covariances: Floats, hard: bool, order: Ints | None = None) -> Recovered:
+def recover(r: Floats, covariances: Floats, hard: bool, order: Ints | None = None, mixed: bool = True) -> Recovered:
     """Programs of second moments ``r`` (p, p, p) of score differences and ``covariances`` (p + 1, p, p) of the environments,
-    control cells first; in a given order, or in that of `order_of`.
+    control cells first; in a given order, or in that of `order_of`. Not ``mixed``: the coordinates are the programs.
     """
-    root = np.linalg.cholesky(covariances[0])  # in whose coordinates control cells are white
-    h = np.linalg.eigh(root.T @ r @ root)[1][:, :, -1] @ np.linalg.inv(root)
+    h = leading(r, covariances[0]) if mixed else np.eye(len(r))
     if order is None:
         order = order_of(effects(r, h))
-    if hard:
-        mixed = h.copy()
+    if hard and mixed:
+        first = h.copy()
         for step, k in enumerate(order):
             before = order[:step]
-            own = mixed @ covariances[k + 1] @ mixed.T
-            h[k] -= np.linalg.solve(own[np.ix_(before, before)], own[before, k]) @ mixed[before]
+            own = first @ covariances[k + 1] @ first.T
+            h[k] -= np.linalg.solve(own[np.ix_(before, before)], own[before, k]) @ first[before]
     h /= np.sqrt(np.einsum("ki,ij,kj->k", h, covariances[0], h))[:, None]
     d = effects(r, h)
     after = np.argsort(order)[:, None] > np.argsort(order)
     size = np.maximum(d, 0)
     beyond = (size * after).sum(0)
     return Recovered(h, d, order, float((beyond / np.maximum(beyond + np.diag(size), 1e-300)).max()))
+
+
+def leading(r: Floats, covariance: Floats) -> Floats:
+    """(p, q) leading eigenvectors of ``r`` (p, q, q) in coordinates in which control cells, of this covariance, are white."""
+    root = np.linalg.cholesky(covariance)
+    found: Floats = np.linalg.eigh(root.T @ r @ root)[1][:, :, -1] @ np.linalg.inv(root)
+    return found
 
 
 def effects(r: Floats, h: Floats) -> Floats:
