@@ -41,6 +41,13 @@ class Embedding(nn.Module):
         self.linear = nn.Linear(q, p)
         self.network = nn.Sequential(nn.Linear(q, WIDTH), nn.LeakyReLU(0.2), nn.Linear(WIDTH, p))
 
+    @torch.no_grad()
+    def start_linear(self, directions: Tensor) -> None:
+        """u = y W with W' = ``directions`` (p, q)."""
+        self.linear.weight.copy_(directions)
+        for part in (self.linear.bias, *self.network[-1].parameters()):
+            part.zero_()
+
     def forward(self, y: Tensor) -> Tensor:
         """Latents of components."""
         u: Tensor = self.linear(y) + self.network(y)
@@ -101,10 +108,19 @@ class Encoder:
         return torch.from_numpy((y - self.center) / self.scale).float()
 
 
-def train_encoder(y: Floats, environment: Ints, pairs: Ints, dependent: bool, seed: int, noise: float = 0.0) -> Encoder:
+def train_encoder(
+    y: Floats,
+    environment: Ints,
+    pairs: Ints,
+    dependent: bool,
+    seed: int,
+    noise: float = 0.0,
+    start: Floats | None = None,
+) -> Encoder:
     """The encoder of components ``y`` (n, q) of environments (n,), 0 control, that is best on held-out cells.
 
-    ``pairs`` (p, 2) are a_k and b_k; ``noise`` is the variance of measurement in each component.
+    ``pairs`` (p, 2) are a_k and b_k; ``noise`` is the variance of measurement in each component; the encoder starts along
+    directions ``start`` (p, q), at random without.
     """
     center, deviation = y[environment == 0].mean(0), y.std(0)
     scale = np.maximum(deviation, max(FLOOR * float(deviation.max()), math.sqrt(noise)))
@@ -112,7 +128,11 @@ def train_encoder(y: Floats, environment: Ints, pairs: Ints, dependent: bool, se
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         embedding = Embedding(y.shape[1], len(pairs))
+    if start is not None:
+        embedding.start_linear(torch.from_numpy(start * scale).float())
     encoder, head = Encoder(embedding, center, scale), QuadraticHead(len(pairs), dependent)
+    if start is not None:
+        nn.init.zeros_(head.slope)
     x = torch.from_numpy((y - center) / scale).float()
     held = torch.randperm(len(y), generator=generator) % HELD_OUT == 0
     rows = [[torch.from_numpy(np.flatnonzero((environment == e) & (held.numpy() == side))) for e in range(int(environment.max()) + 1)] for side in (False, True)]  # fmt: skip
@@ -128,6 +148,7 @@ def train_encoder(y: Floats, environment: Ints, pairs: Ints, dependent: bool, se
     best, kept = math.inf, modules.state_dict()
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        embedding.requires_grad_(start is None or step >= STEPS // 10)
         k = torch.randint(len(pairs), (BATCH,), generator=generator)
         sides = [_drawn([rows[0][e] for e in pairs[:, side]], k, generator) for side in (0, 1)]
         u = embedding(x[torch.cat(sides)])

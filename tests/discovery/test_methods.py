@@ -26,7 +26,10 @@ from crlseq.discovery.verdict import Answer, judge
 from crlseq.errors import InputError
 from tests.discovery.test_discover import CONFIG, Screen
 
-ONE_EACH = ("squires", "score-linear", "contrastive")  # which take as many perturbations as there are programs
+EXACTLY = {  # perturbations a program, of methods that take no other number
+    **dict.fromkeys(("squires", "score-linear", "contrastive"), (1, factor_result.REASON)),
+    "score": (2, factor_result.REASON_OF_PAIRS),
+}
 ORDER: tuple[Answer, ...] = ("not identified", "ancestry only", "identified")
 
 
@@ -55,9 +58,9 @@ def test_each_method_says_what_it_assumes_and_identifies(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_method_claims_more_than_its_theory(hard: Screen, name: str) -> None:
-    effect = np.arange(12) % 3 == 0 if name in ONE_EACH else np.ones(12)
-    programs = method_of(name).find(hard.task(effect=effect.astype(float)))
-    assert (programs.n, programs.reason) == (4, factor_result.REASON if name in ONE_EACH else "as asked")
+    each, reason = EXACTLY.get(name, (3, "as asked"))
+    programs = method_of(name).find(hard.task(effect=(np.arange(12) % 3 < each).astype(float)))
+    assert (programs.n, programs.reason) == (4, reason)
     if programs.discovery is not None:
         assert programs.discovery.adjacency.shape == (4, 4) and programs.discovery.target.shape == (12,)
         assert ORDER.index(programs.discovery.verdict.answer) <= ORDER.index(method_of(name).AT_MOST)
