@@ -115,17 +115,22 @@ class DataConfig(_Section):
         return (value,) if isinstance(value, str) else value
 
 
-FACTORS = ("varimax", "squires")  # methods that have neither likelihood nor networks
+BY_NETWORK = ("score", "contrastive")  # methods without a likelihood, whose programs are networks of the components
+FACTORS = ("varimax", "squires", "score-linear", *BY_NETWORK)  # methods without a likelihood
 
 
 class ModelConfig(_Section):
     """Networks, structural equations and losses (Zhang et al. 2023, arXiv 2307.06250)."""
 
-    method: Literal["straighten", "linear", "gradient", "varimax", "squires"] = _flag(
+    method: Literal[
+        "straighten", "linear", "gradient", "varimax", "squires", "score-linear", "score", "contrastive"
+    ] = _flag(
         "straighten",
         "How targets and graph are found: by likelihood, then networks (straighten), by likelihood alone in seconds "
         "(linear), or with the networks (gradient). "
-        "varimax: rotated principal components, without a graph. squires: precision matrices, one perturbation a program.",
+        "varimax: rotated principal components, without a graph. squires: precision matrices, one perturbation a program. "
+        "score-linear: score differences, the same; score: two perturbations a program, where the mixing is curved. "
+        "contrastive: a classifier, one perturbation a program, where the mixing is curved.",
     )
     n_latents: Annotated[int, Field(ge=1)] | Literal["auto"] = _flag("auto", "Number of programs.")
     n_hidden: int = _field(128, "Width of the networks' hidden layers.", ge=1)
@@ -158,7 +163,7 @@ class ModelConfig(_Section):
     @property
     def trains(self) -> bool:
         """Whether networks are trained; else expression is linear in what the method found."""
-        return self.method not in ("linear", *FACTORS)
+        return self.method in BY_NETWORK or self.method not in ("linear", *FACTORS)
 
 
 class TrainingConfig(_Section):

@@ -8,7 +8,8 @@ import torch
 
 from crlseq.config import ModelConfig
 from crlseq.discovery.methods import method_of
-from crlseq.discovery.methods.squires import jackknife, precisions, recover
+from crlseq.discovery.methods.squires import jackknife, recover
+from crlseq.discovery.score_differences import precisions
 from crlseq.discovery.verdict import judge_squires
 from crlseq.errors import InputError
 from tests.discovery.test_discover import CONFIG, Screen

@@ -1,6 +1,6 @@
 """Discovery methods, one per file.
 
-To add one, write a file of its name in this folder and add the name to ``method`` in `crlseq.config.ModelConfig`. The
+To add one, write a file of its name in this folder (with _ for -) and add the name to ``method`` in `crlseq.config.ModelConfig`. The
 file fulfils `Method`; its docstring opens with the problem that is solved, its source, what it assumes and what it
 identifies.
 """
@@ -51,7 +51,7 @@ class Method(Protocol):
 
 def method_of(name: str) -> Method:
     """The method of a name."""
-    return cast(Method, import_module(f"{__name__}.{name}"))
+    return cast(Method, import_module(f"{__name__}.{name.replace('-', '_')}"))
 
 
 def find_programs(task: Task) -> Programs:

@@ -16,22 +16,20 @@ another h_k: hard ones have to be asked for, and otherwise ancestry alone is cla
 perturbation acts on several programs, and nothing is claimed.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crlseq.discovery.discover import find_components
-from crlseq.discovery.factor_result import factor_result
+from crlseq.discovery.factor_result import REASON, factor_result, start_with
 from crlseq.discovery.methods import Programs
+from crlseq.discovery.score_differences import groups_of, precisions
 from crlseq.discovery.task import Task
 from crlseq.discovery.verdict import Answer, judge_squires
-from crlseq.errors import InputError
 
 AT_MOST: Answer = "identified"
 GROUPS = 10  # of cells, of which the jackknife leaves one out
-REASON = "one for each perturbation with an effect"
 SURE = 3.0  # standard errors of a weight that is an edge
 
 Floats = NDArray[np.float64]
@@ -49,16 +47,8 @@ class Recovered:
 
 def find(task: Task) -> Programs:
     """Programs and graph of as many programs as there are perturbations with an effect."""
-    acting = np.flatnonzero(task.effect > 0)
-    k, asked = len(acting), task.config.n_latents
-    if asked not in ("auto", k):
-        raise InputError(
-            f"{asked} programs were asked for, but only {k} perturbations have a detectable effect."
-            if isinstance(asked, int) and asked > k
-            else f"The method squires needs one perturbation for each program: {k} have a detectable effect, and {asked} programs were asked for.",
-            "Leave out --n-latents, or take another method.",
-        )
-    start = find_components(replace(task, config=task.config.model_copy(update={"n_latents": k})), REASON)
+    start = start_with(task, "squires")
+    k = start.n_latents
     used = start.cells.train.numpy()
     y, environment = start.cells.values[used, :k].double().numpy(), start.cells.environment[used].numpy()
     found = recover(precisions(y, environment, k, start.cells.noise))
@@ -70,16 +60,6 @@ def find(task: Task) -> Programs:
     graph = found.adjacency * edges * verdict.grants_graph
     directions = torch.from_numpy(found.directions.T)
     return Programs(k, REASON, factor_result(task, start, directions, verdict, torch.from_numpy(graph), target))
-
-
-def precisions(y: Floats, environment: NDArray[np.int64], k: int, noise: float | None) -> Floats:
-    """(k + 1, p, p) inverse covariances of the environments 0 to k, measurement noise taken off as far as they stay positive."""
-    found = []
-    for e in range(k + 1):
-        covariance = np.cov(y[environment == e].T).reshape(y.shape[1], y.shape[1])
-        least = float(np.linalg.eigvalsh(covariance)[0])
-        found.append(np.linalg.inv(covariance - np.eye(y.shape[1]) * min(noise or 0.0, least / 2)))
-    return np.array(found)
 
 
 def recover(theta: Floats, order: NDArray[np.int64] | None = None) -> Recovered:
@@ -123,10 +103,7 @@ def recover(theta: Floats, order: NDArray[np.int64] | None = None) -> Recovered:
 
 def jackknife(y: Floats, environment: NDArray[np.int64], noise: float | None, found: Recovered) -> Floats:
     """Standard errors (p, p) of the weights, in the order that was found."""
-    p, group = y.shape[1], np.empty(len(y), dtype=np.int64)
-    for e in range(p + 1):
-        own = np.flatnonzero(environment == e)
-        group[own] = np.arange(len(own)) % GROUPS
+    p, group = y.shape[1], groups_of(environment, GROUPS)
     without = np.array([
         recover(precisions(y[group != g], environment[group != g], p, noise), found.order).adjacency for g in range(GROUPS)
     ])  # fmt: skip
