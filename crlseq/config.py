@@ -129,8 +129,10 @@ class ModelConfig(_Section):
     intervention: Literal["auto", InterventionKind] = _flag(
         "auto", "What perturbations do to their program; auto: the kind that the data favour."
     )
-    equations: Literal["auto", "linear", "nonlinear"] = _flag(
-        "auto", "Structural equations; auto: linear unless the data contradict them."
+    equations: Literal["auto", "linear", "nonlinear", "flow"] = _flag(
+        "auto",
+        "Structural equations; auto: linear unless the data contradict them. flow: parents move mean and noise through "
+        "networks, with --method gradient or icm-flow.",
     )
     decoder: Literal["dense", "sparse"] = _flag(
         "dense", "sparse: programs are short lists of genes, under a spike-and-slab lasso."
@@ -198,6 +200,9 @@ class Config(_Section):
             method = self.model.method
             message = f"The {method} method trains no network, so there are no seeds to compare."
             raise UsageError(message, f"Drop --ensemble or --method {method}.")
+        if self.model.equations == "flow" and self.model.method not in ("gradient", "icm-flow"):
+            message = f"The method {self.model.method} has no equations of the kind flow."
+            raise UsageError(message, "Take --method gradient or icm-flow, or drop --equations flow.")
         output = (self.model.noise, self.model.output_activation)
         if self.model.decoder == "sparse" and output != ("gaussian", "identity"):
             message = "The sparse decoder needs noise = gaussian and output_activation = identity."
