@@ -101,6 +101,12 @@ class DataConfig(_Section):
         None, "Read a prepared store during training, or load it whole.", unset="by its size",
         switch="--streamed/--in-memory",
     )  # fmt: skip
+    targets: str | None = _flag(
+        None,
+        "Table of perturbations and their programs (CSV), upstream programs first, for --method cauca.",
+        unset="not known",
+        shell="path",
+    )
     combinations: bool = _flag(
         True, "Fit combinations too, or hold all of them out.", switch="--combinations/--no-combinations"
     )
@@ -113,16 +119,18 @@ class DataConfig(_Section):
 
 
 FACTORS = ("varimax", "squires")  # methods that have neither likelihood nor networks
+NETWORKS = ("cauca", "icm-flow")  # methods that train networks of their own on components
 
 
 class ModelConfig(_Section):
     """Networks, structural equations and losses (Zhang et al. 2023, arXiv 2307.06250)."""
 
-    method: Literal["straighten", "linear", "gradient", "varimax", "squires"] = _flag(
+    method: Literal["straighten", "linear", "gradient", "varimax", "squires", "cauca", "icm-flow"] = _flag(
         "straighten",
         "How targets and graph are found: by likelihood, then networks (straighten), by likelihood alone in seconds "
         "(linear), or with the networks (gradient). "
-        "varimax: rotated principal components, without a graph. squires: precision matrices, one perturbation a program.",
+        "varimax: rotated principal components, without a graph. squires: precision matrices, one perturbation a program. "
+        "cauca: a normalizing flow, with --targets. icm-flow: an autoencoder with equations of the kind flow.",
     )
     n_latents: Annotated[int, Field(ge=1)] | Literal["auto"] = _flag("auto", "Number of programs.")
     n_hidden: int = _field(128, "Width of the networks' hidden layers.", ge=1)
@@ -200,6 +208,12 @@ class Config(_Section):
             method = self.model.method
             message = f"The {method} method trains no network, so there are no seeds to compare."
             raise UsageError(message, f"Drop --ensemble or --method {method}.")
+        if self.model.method == "cauca" and self.data.targets is None:
+            hint = "Give a table: --targets FILE, with a perturbation and its program a line, upstream programs first."
+            raise UsageError("The method cauca needs the program of each perturbation.", hint)
+        if self.model.method != "cauca" and self.data.targets is not None:
+            message = f"The method {self.model.method} finds the programs of perturbations, and takes no --targets."
+            raise UsageError(message, "Drop --targets, or take --method cauca.")
         if self.model.equations == "flow" and self.model.method not in ("gradient", "icm-flow"):
             message = f"The method {self.model.method} has no equations of the kind flow."
             raise UsageError(message, "Take --method gradient or icm-flow, or drop --equations flow.")

@@ -140,10 +140,8 @@ class LatentSCM(nn.Module):
 
     def log_density(self, u: Tensor, mechanism: Mechanism) -> Tensor:
         """log p(u) (..., B) of latents u (..., B, p), without constants: a DAG adds no determinant but that of the scales."""
-        z, log_scale = self.abduct(u, mechanism), mechanism.log_scale[..., None, :]
-        if self.mechanisms is not None:
-            log_scale = self._of_parents(u, mechanism)[1]
-        return -(0.5 * z**2 + log_scale).sum(-1)
+        mean, log_scale = self._of_parents(u, mechanism)
+        return -(0.5 * ((u - mean) * torch.exp(-log_scale)) ** 2 + log_scale).sum(-1)
 
     def _by_flow(self, z: Tensor, mechanism: Mechanism | None) -> Tensor:
         """`forward` of location-scale mechanisms: the k-th pass is exact for the first k latents, since order is causal."""
@@ -154,9 +152,12 @@ class LatentSCM(nn.Module):
         return u
 
     def _of_parents(self, u: Tensor, mechanism: Mechanism | None) -> tuple[Tensor, Tensor]:
-        """Mean and log scale (..., B, p) of each latent by location-scale mechanisms, given latents u (..., B, p)."""
-        assert self.mechanisms is not None
-        mean, log_scale = self.mechanisms(u, self.adjacency)
+        """Mean and log scale (..., B, p) of each latent, given latents u (..., B, p)."""
+        if self.mechanisms is None:
+            phi = u if self.equations == "linear" else torch.relu(u)
+            mean, log_scale = phi @ self.adjacency, torch.zeros_like(u)
+        else:
+            mean, log_scale = self.mechanisms(u, self.adjacency)
         if mechanism is None:
             return mean + self.intercept, log_scale
         kept = mechanism.retention[..., None, :]

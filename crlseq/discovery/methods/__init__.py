@@ -51,7 +51,7 @@ class Method(Protocol):
 
 def method_of(name: str) -> Method:
     """The method of a name."""
-    return cast(Method, import_module(f"{__name__}.{name}"))
+    return cast(Method, import_module(f"{__name__}.{name.replace('-', '_')}"))
 
 
 def find_programs(task: Task) -> Programs:
