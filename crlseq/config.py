@@ -119,18 +119,19 @@ class DataConfig(_Section):
 
 
 FACTORS = ("varimax", "squires")  # methods that have neither likelihood nor networks
-NETWORKS = ("cauca", "icm-flow")  # methods that train networks of their own on components
+NETWORKS = ("cauca", "icm-flow", "diffusion")  # methods that train networks of their own on components
 
 
 class ModelConfig(_Section):
     """Networks, structural equations and losses (Zhang et al. 2023, arXiv 2307.06250)."""
 
-    method: Literal["straighten", "linear", "gradient", "varimax", "squires", "cauca", "icm-flow"] = _flag(
+    method: Literal["straighten", "linear", "gradient", "varimax", "squires", "cauca", "icm-flow", "diffusion"] = _flag(
         "straighten",
         "How targets and graph are found: by likelihood, then networks (straighten), by likelihood alone in seconds "
         "(linear), or with the networks (gradient). "
         "varimax: rotated principal components, without a graph. squires: precision matrices, one perturbation a program. "
-        "cauca: a normalizing flow, with --targets. icm-flow: an autoencoder with equations of the kind flow.",
+        "cauca: a normalizing flow, with --targets. icm-flow: an autoencoder with equations of the kind flow. "
+        "diffusion: the same, with a diffusion decoder of counterfactuals.",
     )
     n_latents: Annotated[int, Field(ge=1)] | Literal["auto"] = _flag("auto", "Number of programs.")
     n_hidden: int = _field(128, "Width of the networks' hidden layers.", ge=1)
@@ -140,7 +141,7 @@ class ModelConfig(_Section):
     equations: Literal["auto", "linear", "nonlinear", "flow"] = _flag(
         "auto",
         "Structural equations; auto: linear unless the data contradict them. flow: parents move mean and noise through "
-        "networks, with --method gradient or icm-flow.",
+        "networks, with --method gradient, icm-flow or diffusion.",
     )
     decoder: Literal["dense", "sparse"] = _flag(
         "dense", "sparse: programs are short lists of genes, under a spike-and-slab lasso."
@@ -214,9 +215,9 @@ class Config(_Section):
         if self.model.method != "cauca" and self.data.targets is not None:
             message = f"The method {self.model.method} finds the programs of perturbations, and takes no --targets."
             raise UsageError(message, "Drop --targets, or take --method cauca.")
-        if self.model.equations == "flow" and self.model.method not in ("gradient", "icm-flow"):
+        if self.model.equations == "flow" and self.model.method not in ("gradient", "icm-flow", "diffusion"):
             message = f"The method {self.model.method} has no equations of the kind flow."
-            raise UsageError(message, "Take --method gradient or icm-flow, or drop --equations flow.")
+            raise UsageError(message, "Take --method gradient, icm-flow or diffusion, or drop --equations flow.")
         output = (self.model.noise, self.model.output_activation)
         if self.model.decoder == "sparse" and output != ("gaussian", "identity"):
             message = "The sparse decoder needs noise = gaussian and output_activation = identity."

@@ -1,10 +1,10 @@
 """Location-scale mechanisms: how the parents of a latent move its mean and the size of its noise.
 
-    u_k = sum_j A[j, k] u_j + w_k h_k + exp(s_k) z_k,        h_k = tanh(V_k (A[:, k] * u) + b_k) - tanh(b_k)
+    u_k = sum_j A[j, k] u_j + w_k h_k + exp(s_k) z_k,        h_k = silu(V_k (A[:, k] * u) + b_k) - silu(b_k)
     s_k = S tanh(v_k h_k / S)
 
 V_k (H, p), b_k, w_k, v_k (H,) are a network of each latent; S bounds the log scale. Without parents h_k is 0, so that the noise
-of a latent without parents is standard normal; with w and v at 0, where they start, the equations are linear.
+of a latent without parents is standard normal; with w and v at 0, where they start, the equations are linear. Beyond the cells seen a mean goes on as a line.
 
 Source: affine autoregressive mechanisms of Komanduri et al. 2024, "Learning causally disentangled representations via the
 principle of independent causal mechanisms" (ICM-VAE), IJCAI, arXiv 2306.01213.
@@ -12,6 +12,7 @@ principle of independent causal mechanisms" (ICM-VAE), IJCAI, arXiv 2306.01213.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 SCALE_BOUND = 2.0  # S: an unbounded one lets one outlying cell explode its children
 HIDDEN = 16  # H
@@ -30,6 +31,6 @@ class LocationScale(nn.Module):
     def forward(self, u: Tensor, adjacency: Tensor) -> tuple[Tensor, Tensor]:
         """Latents u (..., B, p) and weights (p, p), row -> column, to the mean and the log scale (..., B, p) of each latent."""
         gated = adjacency[..., None] * self.inner
-        h = torch.tanh(torch.einsum("...j,jkh->...kh", u, gated) + self.bias) - torch.tanh(self.bias)
+        h = silu(torch.einsum("...j,jkh->...kh", u, gated) + self.bias) - silu(self.bias)
         log_scale = SCALE_BOUND * torch.tanh((h * self.scale).sum(-1) / SCALE_BOUND)
         return u @ adjacency + (h * self.location).sum(-1), log_scale

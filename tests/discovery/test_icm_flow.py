@@ -95,7 +95,7 @@ def test_it_starts_as_the_linear_solution() -> None:
 
 
 def test_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(icm_flow, "STEPS", 300)
+    monkeypatch.setattr(icm_flow, "STEPS", 1000)
     screen = Screen(cells_per_perturbation=300, n_control=1000)
     found = method_of("icm-flow").find(screen.task(ModelConfig(method="icm-flow", n_latents=4))).discovery
     assert found is not None

@@ -17,7 +17,7 @@ from crlseq.discovery import methods, ordering
 from crlseq.discovery.discover import compare_on
 from crlseq.discovery.edges import Edges
 from crlseq.discovery.likelihood import Solution, fit_linear
-from crlseq.discovery.methods import NAMES, cauca, find_programs, icm_flow, method_of, squires, straighten
+from crlseq.discovery.methods import NAMES, cauca, diffusion, find_programs, icm_flow, method_of, squires, straighten
 from crlseq.discovery.misfit import DESCRIBED, Misfit, misfit
 from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.result import Discovery
@@ -49,7 +49,7 @@ def test_the_configuration_offers_the_methods_that_there_are() -> None:
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is claimed does not depend on how long networks are trained."""
     monkeypatch.setattr(cauca, "TRIAL", 5)
-    for method in (cauca, icm_flow):
+    for method in (cauca, icm_flow, diffusion):
         monkeypatch.setattr(method, "STEPS", 5)
 
 

@@ -35,7 +35,7 @@ def test_by_hand():
     mean, log_scale = mechanisms(
         torch.tensor([[4.0, 7.0]], dtype=torch.float64), torch.tensor([[0.0, 0.25], [0.0, 0.0]]).double()
     )
-    h = math.tanh(2 * 0.25 * 4 + 0.5) - math.tanh(0.5)
+    h = 2.5 / (1 + math.exp(-2.5)) - 0.5 / (1 + math.exp(-0.5))  # of 2 * 0.25 * 4 + 0.5
     assert mean[0].tolist() == pytest.approx([0, 0.25 * 4 + 3 * h])
     assert log_scale[0].tolist() == pytest.approx([0, 2 * math.tanh(-h / 2)])
 

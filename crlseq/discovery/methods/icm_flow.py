@@ -36,6 +36,11 @@ LEAST_WEIGHT = 0.1  # of an edge at the start: what multiplies a mechanism's inp
 
 def find(task: Task) -> Programs:
     """Programs of the autoencoder, in the order of the linear likelihood."""
+    return programs_of(task, *fit(task))
+
+
+def fit(task: Task) -> tuple[Start, Cells, Tensor, StraighteningVAE, LatentSCM]:
+    """Cells in the components that are read, targets (m,) of perturbations, autoencoder and structural model."""
     start = find_components(task)
     cells = start.cells.first(start.n_latents + MORE)
     targets, kind = order_by_likelihood(task, start, cells)
@@ -44,6 +49,13 @@ def find(task: Task) -> Programs:
     task.stage("training the autoencoder")
     linear = linear_start(values, environment, targets, start.n_latents, kind)
     network, scm = fit_autoencoder(values.float(), environment, targets, linear, equations, task.seed, STEPS)
+    return start, cells, targets, network, scm
+
+
+def programs_of(
+    task: Task, start: Start, cells: Cells, targets: Tensor, network: StraighteningVAE, scm: LatentSCM
+) -> Programs:
+    """What was fitted, in the terms of a screen."""
     with torch.no_grad():
         latents = network.encode(cells.values[task.fitted_cells()].float())[0]
     found = network_result(task, start, latents, scm, start.environments, targets, judge_icm_flow())
