@@ -104,6 +104,12 @@ class DataConfig(_Section):
         None, "Read a prepared store during training, or load it whole.", unset="by its size",
         switch="--streamed/--in-memory",
     )  # fmt: skip
+    targets: str | None = _flag(
+        None,
+        "Table of perturbations and their programs (CSV), upstream programs first, for --method cauca.",
+        unset="not known",
+        shell="path",
+    )
     combinations: bool = _flag(
         True, "Fit combinations too, or hold all of them out.", switch="--combinations/--no-combinations"
     )
@@ -115,30 +121,50 @@ class DataConfig(_Section):
         return (value,) if isinstance(value, str) else value
 
 
-BY_NETWORK = ("score", "contrastive")  # methods without a likelihood, whose programs are networks of the components
-FACTORS = ("varimax", "squires", "score-linear", *BY_NETWORK)  # methods without a likelihood
+FACTORS = ("varimax", "squires", "score-linear")  # methods that have neither likelihood nor networks
+NETWORKS = (
+    "score",
+    "contrastive",
+    "cauca",
+    "icm-flow",
+    "diffusion",
+)  # methods that train networks of their own on components
 
 
 class ModelConfig(_Section):
     """Networks, structural equations and losses (Zhang et al. 2023, arXiv 2307.06250)."""
 
     method: Literal[
-        "straighten", "linear", "gradient", "varimax", "squires", "score-linear", "score", "contrastive"
+        "straighten",
+        "linear",
+        "gradient",
+        "varimax",
+        "squires",
+        "score-linear",
+        "score",
+        "contrastive",
+        "cauca",
+        "icm-flow",
+        "diffusion",
     ] = _flag(
         "straighten",
         "How targets and graph are found: by likelihood, then networks (straighten), by likelihood alone in seconds "
         "(linear), or with the networks (gradient). "
         "varimax: rotated principal components, without a graph. squires: precision matrices, one perturbation a program. "
         "score-linear: score differences, the same; score: two perturbations a program, where the mixing is curved. "
-        "contrastive: a classifier, one perturbation a program, where the mixing is curved.",
+        "contrastive: a classifier, one perturbation a program, where the mixing is curved. "
+        "cauca: a normalizing flow, with --targets. icm-flow: an autoencoder with equations of the kind flow. "
+        "diffusion: the same, with a diffusion decoder of counterfactuals.",
     )
     n_latents: Annotated[int, Field(ge=1)] | Literal["auto"] = _flag("auto", "Number of programs.")
     n_hidden: int = _field(128, "Width of the networks' hidden layers.", ge=1)
     intervention: Literal["auto", InterventionKind] = _flag(
         "auto", "What perturbations do to their program; auto: the kind that the data favour."
     )
-    equations: Literal["auto", "linear", "nonlinear"] = _flag(
-        "auto", "Structural equations; auto: linear unless the data contradict them."
+    equations: Literal["auto", "linear", "nonlinear", "flow"] = _flag(
+        "auto",
+        "Structural equations; auto: linear unless the data contradict them. flow: parents move mean and noise through "
+        "networks, with --method gradient, icm-flow or diffusion.",
     )
     decoder: Literal["dense", "sparse"] = _flag(
         "dense", "sparse: programs are short lists of genes, under a spike-and-slab lasso."
@@ -163,7 +189,7 @@ class ModelConfig(_Section):
     @property
     def trains(self) -> bool:
         """Whether networks are trained; else expression is linear in what the method found."""
-        return self.method in BY_NETWORK or self.method not in ("linear", *FACTORS)
+        return self.method not in ("linear", *FACTORS)
 
 
 class TrainingConfig(_Section):
@@ -206,6 +232,15 @@ class Config(_Section):
             method = self.model.method
             message = f"The {method} method trains no network, so there are no seeds to compare."
             raise UsageError(message, f"Drop --ensemble or --method {method}.")
+        if self.model.method == "cauca" and self.data.targets is None:
+            hint = "Give a table: --targets FILE, with a perturbation and its program a line, upstream programs first."
+            raise UsageError("The method cauca needs the program of each perturbation.", hint)
+        if self.model.method != "cauca" and self.data.targets is not None:
+            message = f"The method {self.model.method} finds the programs of perturbations, and takes no --targets."
+            raise UsageError(message, "Drop --targets, or take --method cauca.")
+        if self.model.equations == "flow" and self.model.method not in ("gradient", "icm-flow", "diffusion"):
+            message = f"The method {self.model.method} has no equations of the kind flow."
+            raise UsageError(message, "Take --method gradient, icm-flow or diffusion, or drop --equations flow.")
         output = (self.model.noise, self.model.output_activation)
         if self.model.decoder == "sparse" and output != ("gaussian", "identity"):
             message = "The sparse decoder needs noise = gaussian and output_activation = identity."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +25,40 @@ TARGET_COLUMNS = (
 
 
 def read_guide_map(path: str | Path) -> dict[str, str]:
-    """Gene by guide from a table with a guide and its gene a line, tabs or commas between; a header is passed over.
+    """Gene by guide, as `read_pairs`."""
+    return read_pairs(path, "guide map", "guide", "gene", ("gene", "target", "target_gene", "gene_name", "symbol"))
 
-    InputError if it cannot be read, a line has not two fields, or a guide is given two genes.
+
+def read_pairs(path: str | Path, table: str, key: str, value: str, heads: Container[str]) -> dict[str, str]:
+    """Values by key from a ``table`` with a key and its value a line, tabs or commas between, in its order. A first line is
+    a header, and passed over, if its second field is one of ``heads``.
+
+    InputError if it cannot be read, a line has not two fields, or a key is given two values.
     """
     try:
         lines = read_text(Path(path)).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise InputError(f"The guide map {path} cannot be read: {why}.", "Give a text file.") from None
-    genes: dict[str, str] = {}
+        raise InputError(f"The {table} {path} cannot be read: {why}.", "Give a text file.") from None
+    found: dict[str, str] = {}
     mark = "\t" if any("\t" in line for line in lines) else ","
     for number, line in enumerate(lines, 1):
         fields = [field.strip().strip('"') for field in line.split(mark)]
         if not line.strip() or line.startswith("#"):
             continue
         if len(fields) < 2 or not all(fields[:2]):
-            raise InputError(f"Line {number} of guide map {path} has no guide and gene.", "Write guide, tab, gene.")
-        guide, gene = fields[:2]
-        if not genes and number == 1 and gene.casefold() in ("gene", "target", "target_gene", "gene_name", "symbol"):
+            raise InputError(
+                f"Line {number} of {table} {path} has no {key} and {value}.", f"Write {key}, tab, {value}."
+            )
+        if not found and number == 1 and fields[1].casefold() in heads:
             continue
-        if genes.setdefault(guide, gene) != gene:
-            raise InputError(f"Line {number} of guide map {path} gives {guide!r} a second gene.", "Give it one gene.")
-    if not genes:
-        raise InputError(f"The guide map {path} is empty.", "Write one guide, a tab and its gene per line.")
-    return genes
+        if found.setdefault(fields[0], fields[1]) != fields[1]:
+            raise InputError(
+                f"Line {number} of {table} {path} gives {fields[0]!r} a second {value}.", f"Give it one {value}."
+            )
+    if not found:
+        raise InputError(f"The {table} {path} is empty.", f"Write one {key}, a tab and its {value} per line.")
+    return found
 
 
 def targets_in_uns(source: str | Path | ad.AnnData) -> dict[str, str]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from crlseq.config import InterventionKind
 from crlseq.data import splits
@@ -37,20 +38,21 @@ class Discovery:
     index: np.ndarray  # (n,) training and validation cells
     latents: np.ndarray  # (n, p)
     noise: np.ndarray  # (p,) variance that a cell's latents are known with
-    adjacency: np.ndarray  # (p, p) weights of the declared edges, row -> column
+    adjacency: np.ndarray  # (p, p) weights of the edges, row -> column; declared if the verdict grants a graph
     intercept: np.ndarray  # (p,) constants of the equations
     target: np.ndarray  # (K,) int64 latent of each perturbation, -1 without a claim
     shift: np.ndarray  # (K,) what each does to its target in hit cells; 0 without a claim
     log_scale: np.ndarray  # (K,) likewise; 0 without a claim
     retention: np.ndarray  # (K,) likewise; 1 without a claim
     kind: InterventionKind  # of intervention that fits
-    equations: str  # linear or nonlinear
+    equations: str  # linear, nonlinear or flow
     verdict: Verdict
     held_out: dict[str, float]  # negative log-likelihood per held-out cell by model; empty without a likelihood
     gain: float  # of the graph, in log-likelihood of all held-out cells
     gain_error: float
     misfit: float  # of the model that the verdict is about (1: none)
     environments: np.ndarray  # (m,) perturbations that shaped the graph
+    mechanisms: dict[str, Tensor] | None = None  # weights of the networks of equations of the kind flow
     straightened: bool = False  # by a network
     stability: Stability | None = None  # programs in order; its K are the perturbations of `environments`
     choice: LatentChoice | None = None  # of the number of latents; None if it was asked for

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,6 +28,7 @@ class Task:
     note: Callable[[str], None] = lambda text: None  # called with what was found
     cache: StageCache = field(default_factory=StageCache)
     threads: int = field(default_factory=torch.get_num_threads)
+    targets: Mapping[str, str] | None = None  # program of each perturbation, upstream ones first, where that is known
     device: torch.device = field(
         default_factory=lambda: torch.device("cpu")
     )  # of the fit, see `crlseq.discovery.device`

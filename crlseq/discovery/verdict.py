@@ -24,6 +24,9 @@ BEYOND_PROGRAM = (
     0.1  # share of a score difference; one program a perturbation leaves up to .05, two at least .11 in 31 of 32 models
 )
 FALSE_EDGES = 0.2  # share of edges that may be false
+UNTOUCHED = (
+    0.25  # shift, in standard deviations of the noise, that may be on programs that are not targets: the least edge
+)
 ANY_GRAPH = "Shifts with linear equations fit equally well with any graph, including the empty one."
 
 
@@ -196,6 +199,41 @@ def judge_scores(left: float, n_edges: int, n_against: int, hard: bool) -> Verdi
     return Verdict(
         "ancestry only",
         f"{said}. This does not tell hard interventions from soft ones: single edges hold if all are hard (--intervention hard).",
+    )
+
+
+def judge_cauca(left: float, n_edges: int, kind: InterventionKind, asked: bool) -> Verdict:
+    """The verdict on a flow with given targets and order: shifts of a size ``left``, in standard deviations of the noise, are
+    on programs that nobody perturbed; the ``kind`` of intervention was ``asked`` for, or taken to be hard.
+    """
+    if kind != "hard":
+        return Verdict(
+            "not identified",
+            f"Targets and order were given, but {kind} interventions leave programs mixed with those upstream.",
+        )
+    if left > UNTOUCHED:
+        return Verdict(
+            "not identified",
+            f"Perturbations shift programs downstream by {left:.2f} standard deviations more than the equations say (at most {UNTOUCHED:g}): targets, order or equations do not hold.",
+        )
+    if not n_edges:
+        return Verdict("not identified", "No program depends on one before it.")
+    if not asked:
+        return Verdict(
+            "not identified",
+            "Targets and order were given. Programs and edges are identified if all interventions are hard: say so (--intervention hard).",
+        )
+    return Verdict(
+        "identified",
+        "Targets and order were given, and under hard interventions, which were asked for, they identify each program up to a function of its own, and so its dependence on those before it.",
+    )
+
+
+def judge_icm_flow() -> Verdict:
+    """The verdict on an autoencoder with flow equations: its theory asks for more than a screen has."""
+    return Verdict(
+        "not identified",
+        "The theory of icm-flow asks for measured values of the causal variables, and a screen has perturbations alone: the order of programs is that of the linear likelihood.",
     )
 
 

@@ -12,6 +12,8 @@ noise scale s and retention r in [0, 1] changes its target's equation alone:
 r = 1, s = 0 is a shift; r = 0 a hard (perfect) intervention that cuts the target from its parents;
 between them it is soft. A combination multiplies retentions and adds shifts and log scales.
 With shifts alone and phi the identity this is the causal layer of Zhang et al. 2023 (arXiv 2307.06250).
+Equations of the kind ``flow`` have mean and log scale of `crlseq.model.mechanisms` in place of the sum over parents; r
+multiplies both.
 """
 
 import functools
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from crlseq.config import InterventionKind
 from crlseq.model.interventions import INTERVENTIONS
+from crlseq.model.mechanisms import LocationScale
 
 NEGATIVE_SLOPE = 0.2  # of the leaky ReLU in the networks, as published
 LOG_SCALE_BOUND = 3.0  # of an intervention: an unbounded one lets one outlying cell explode a condition's variance
@@ -48,7 +51,7 @@ def product_over_parts(factors: Tensor) -> Tensor:
 class LatentSCM(nn.Module):
     """Structural causal model over p programs with K learned interventions, of a kind of `INTERVENTIONS`.
 
-    ``equations`` are ``linear`` or ``nonlinear``: phi is the identity or ReLU. Without ``causal`` the graph stays
+    ``equations`` are ``linear`` or ``nonlinear``: phi is the identity or ReLU; or ``flow``. Without ``causal`` the graph stays
     empty: u = exp(t s) z + t a, the ablation of the paper. Of ``graph`` (p, p) only the strict upper triangle is used,
     so that the latents' order is topological. ``intercept`` (p,) is added to every latent; a buffer, 0 except with
     nonlinear equations, whose kinks have a place. ``shift``, ``log_scale``, ``retention_logit`` (K,): the last two are
@@ -65,6 +68,7 @@ class LatentSCM(nn.Module):
             nn.init.zeros_(self.graph)
         self.intercept: Tensor
         self.register_buffer("intercept", torch.zeros(p))
+        self.mechanisms = LocationScale(p) if equations == "flow" else None
         self.shift = nn.Parameter(torch.ones(k))
         self.log_scale = nn.Parameter(torch.zeros(k), requires_grad=self.kind.scales)
         # sigmoid(2) = 0.88: soft interventions start near a shift and earn their cuts.
@@ -97,6 +101,8 @@ class LatentSCM(nn.Module):
 
     def forward(self, z: Tensor, mechanism: Mechanism | None = None) -> Tensor:
         """Exogenous noise z (..., B, p) to latents u of that shape; a mechanism per batch of B cells, None for controls."""
+        if self.mechanisms is not None:
+            return self._by_flow(z, mechanism)
         adjacency = self.adjacency
         if mechanism is None:
             source = z + self.intercept
@@ -120,6 +126,9 @@ class LatentSCM(nn.Module):
 
     def abduct(self, u: Tensor, mechanism: Mechanism | None = None) -> Tensor:
         """Exogenous noise z that gives latents u: the inverse of `forward`. Shapes as there."""
+        if self.mechanisms is not None:
+            mean, log_scale = self._of_parents(u, mechanism)
+            return (u - mean) * torch.exp(-log_scale)
         adjacency = self.adjacency
         if mechanism is not None:
             adjacency = adjacency * mechanism.retention[..., None, :]
@@ -128,3 +137,29 @@ class LatentSCM(nn.Module):
         if mechanism is None:
             return z
         return (z - mechanism.shift[..., None, :]) * torch.exp(-mechanism.log_scale)[..., None, :]
+
+    def log_density(self, u: Tensor, mechanism: Mechanism) -> Tensor:
+        """log p(u) (..., B) of latents u (..., B, p), without constants: a DAG adds no determinant but that of the scales."""
+        mean, log_scale = self._of_parents(u, mechanism)
+        return -(0.5 * ((u - mean) * torch.exp(-log_scale)) ** 2 + log_scale).sum(-1)
+
+    def _by_flow(self, z: Tensor, mechanism: Mechanism | None) -> Tensor:
+        """`forward` of location-scale mechanisms: the k-th pass is exact for the first k latents, since order is causal."""
+        u = torch.zeros_like(z)
+        for _ in range(z.shape[-1]):
+            mean, log_scale = self._of_parents(u, mechanism)
+            u = mean + log_scale.exp() * z
+        return u
+
+    def _of_parents(self, u: Tensor, mechanism: Mechanism | None) -> tuple[Tensor, Tensor]:
+        """Mean and log scale (..., B, p) of each latent, given latents u (..., B, p)."""
+        if self.mechanisms is None:
+            phi = u if self.equations == "linear" else torch.relu(u)
+            mean, log_scale = phi @ self.adjacency, torch.zeros_like(u)
+        else:
+            mean, log_scale = self.mechanisms(u, self.adjacency)
+        if mechanism is None:
+            return mean + self.intercept, log_scale
+        kept = mechanism.retention[..., None, :]
+        mean = kept * mean + mechanism.shift[..., None, :] + self.intercept
+        return mean, kept * log_scale + mechanism.log_scale[..., None, :]

@@ -237,7 +237,7 @@ def _fit(job: Job) -> FittedRun:
         give_back()
         tested = _test(job, screen)
         give_back()
-        start = _discover(job, tested)
+        start = _discover(job, tested, screen.targets)
         if not start.n_latents:
             screen = replace(screen, sets=None, vectors=None)  # there are no programs to read from them
         give_back()
@@ -275,14 +275,16 @@ def _test(job: Job, screen: Screen) -> Tested:
     return Tested(data, projection, tests, guides, undone, stages)
 
 
-def _discover(job: Job, tested: Tested) -> Start:
+def _discover(job: Job, tested: Tested, targets: dict[str, str] | None) -> Start:
     """Step 3: programs, targets and graph by likelihood, unless they are to be learned by gradient."""
     tests, stages, progress, seed = tested.tests, tested.stages, job.progress, job.config.training.seed
     effect = np.where(tests["fdr"] <= DETECTABLE_FDR, np.maximum(tests["energy"], 1e-12), 0.0)  # NaN counts as none
     asked = job.config.training.device
 
     def find_on(device: torch.device) -> Programs:
-        task = Task(tested.data, effect, job.config.model, seed, progress.stage, progress.note, stages, device=device)
+        task = Task(
+            tested.data, effect, job.config.model, seed, progress.stage, progress.note, stages, targets=targets, device=device,
+        )  # fmt: skip
         try:
             return find_programs(task)
         except InputError:  # there is nothing to go on with

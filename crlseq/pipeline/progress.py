@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 from rich.text import Text
 
-from crlseq.config import FACTORS, Config
+from crlseq.config import FACTORS, NETWORKS, Config
 from crlseq.storage.text import visible
 
 SILENCE = 30.0  # seconds, after which a stage adds a line to a log
@@ -38,7 +38,7 @@ class Progress:
 def stages_of(config: Config, written: bool) -> tuple[str, ...]:
     """The stages of a fit in order, whose run is `written` to a folder or not. A text of `Progress.stage` that is none of them is a part of the one before."""
     of_likelihood = (FINDING, LIKELIHOOD, ORDERING)
-    found = {"gradient": (), **dict.fromkeys(FACTORS, (FINDING,))}.get(config.model.method, of_likelihood)
+    found = {"gradient": (), **dict.fromkeys((*FACTORS, *NETWORKS), (FINDING,))}.get(config.model.method, of_likelihood)
     stages = (READING, TESTING, *found, TRAINING if config.model.trains else EFFECTS, READING_OFF)
     return (*stages, WRITING) if written else stages
 

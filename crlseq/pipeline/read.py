@@ -24,6 +24,7 @@ from crlseq.data.embeddings import COEXPRESSION, Embeddings, named_as_labels, re
 from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
 from crlseq.data.source import content_of, digest_of, state_of
 from crlseq.data.store import read_manifest
+from crlseq.data.targets import read_targets
 from crlseq.data.values import Scan
 from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.identity import Identity, digests_of_tables
@@ -58,6 +59,7 @@ class Screen:
     identity: Identity
     sets: GeneSets | None
     vectors: Embeddings | None
+    targets: dict[str, str] | None  # programs of perturbations, where they are known
 
 
 def refuse_unprepared(source: str | Path | ad.AnnData, config: Config, cluster: str | None) -> None:
@@ -75,6 +77,7 @@ def read_screen(job: Job) -> Screen:
     source, config, folder, note = job.source, job.config, job.folder, job.progress.note
     table = config.data.embeddings
     vectors = None if table in (None, COEXPRESSION) else read_embeddings(str(table))
+    targets = None if config.data.targets is None else read_targets(config.data.targets)
     gmt = None if config.data.gene_sets is None else Path(config.data.gene_sets)
     if gmt is not None:
         if folder is not None and (folder / GENE_SETS).exists() and not gmt.exists():
@@ -95,7 +98,7 @@ def read_screen(job: Job) -> Screen:
     for text in data.notes if sets is None else (*data.notes, sets.in_words()):
         note(text)
     identity = Identity.of(digest or content_of(data), digests_of_tables(config, folder), config)
-    return Screen(data, state, digest, identity, sets, vectors)
+    return Screen(data, state, digest, identity, sets, vectors, targets)
 
 
 def read_cells(source: str | Path | ad.AnnData, config: Config, ranks: Ranks) -> PerturbSeqData:

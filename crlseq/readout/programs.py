@@ -201,7 +201,7 @@ def find_dag(model: DiscrepancyVAE, programs: Programs, config: ModelConfig, dis
         asked = config.method == "gradient" or not config.causal_layer
         verdict, declared = judge_gradient(config), (np.abs(weights) >= DECLARED_WEIGHT) & asked
     else:
-        verdict, declared = discovery.verdict, discovery.adjacency != 0
+        verdict, declared = discovery.verdict, (discovery.adjacency != 0) & discovery.verdict.grants_graph
     ordering = None if discovery is None else discovery.ordering
     warnings = () if ordering is None else ordering.warnings
     return Dag(weights, declared, Identification(verdict=verdict.answer, reason=verdict.reason, warnings=warnings))

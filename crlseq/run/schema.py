@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
 
-from crlseq.config import FACTORS
+from crlseq.config import FACTORS, NETWORKS
 from crlseq.storage.text import to_json
 
 FORMAT = 4
@@ -349,7 +349,7 @@ class RunInfo(_Part):
     @property
     def by_gradient(self) -> bool:
         """Whether targets and graph were learned with the networks."""
-        return self.discovery is None and self.config.model.method not in FACTORS
+        return self.discovery is None and self.config.model.method not in (*FACTORS, *NETWORKS)
 
 
 def run_json(info: Mapping[str, Any], indent: int | None = None) -> str:

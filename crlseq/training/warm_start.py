@@ -105,6 +105,9 @@ def _start_scm(model: DiscrepancyVAE, discovery: Discovery, tested: np.ndarray) 
     _write(scm.graph, discovery.adjacency)
     _write(scm.intercept, discovery.intercept)
     scm.graph.requires_grad_(False)
+    if scm.mechanisms is not None and discovery.mechanisms is not None:
+        scm.mechanisms.load_state_dict(discovery.mechanisms)
+        scm.mechanisms.requires_grad_(False)
     found = discovery.target >= 0
     given = np.zeros((len(found), len(discovery.adjacency)))
     given[found, discovery.target[found]] = 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -50,6 +51,12 @@ class Screen:
 
     def task(self, config: ModelConfig = CONFIG, **changes: Any) -> Task:
         return Task(**{"data": self.data, "effect": np.ones(12), "config": config, "seed": 0, **changes})
+
+    def known_targets(self) -> dict[str, str]:
+        """Programs L0 to L3 of the perturbations, upstream ones first."""
+        order = nx.topological_sort(nx.from_numpy_array(self.adjacency, create_using=nx.DiGraph))
+        names = np.array(self.data.perturbation_names)
+        return {str(name): f"L{k}" for k in order for name in names[self.target == k]}
 
     def place(self, found: Discovery) -> np.ndarray:
         """The program found for each true latent, if every perturbation's target agrees with it."""

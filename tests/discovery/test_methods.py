@@ -17,7 +17,7 @@ from crlseq.discovery import factor_result, methods, ordering
 from crlseq.discovery.discover import compare_on
 from crlseq.discovery.edges import Edges
 from crlseq.discovery.likelihood import Solution, fit_linear
-from crlseq.discovery.methods import NAMES, find_programs, method_of, straighten
+from crlseq.discovery.methods import NAMES, cauca, diffusion, find_programs, icm_flow, method_of, straighten
 from crlseq.discovery.misfit import DESCRIBED, Misfit, misfit
 from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.result import Discovery
@@ -29,6 +29,7 @@ from tests.discovery.test_discover import CONFIG, Screen
 EXACTLY = {  # perturbations a program, of methods that take no other number
     **dict.fromkeys(("squires", "score-linear", "contrastive"), (1, factor_result.REASON)),
     "score": (2, factor_result.REASON_OF_PAIRS),
+    "cauca": (3, cauca.REASON),
 }
 ORDER: tuple[Answer, ...] = ("not identified", "ancestry only", "identified")
 
@@ -49,6 +50,14 @@ def test_the_configuration_offers_the_methods_that_there_are() -> None:
     assert {name.replace("-", "_") for name in NAMES} == files
 
 
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is claimed does not depend on how long networks are trained."""
+    monkeypatch.setattr(cauca, "TRIAL", 5)
+    for method in (cauca, icm_flow, diffusion):
+        monkeypatch.setattr(method, "STEPS", 5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_method_says_what_it_assumes_and_identifies(name: str) -> None:
     document = method_of(name).__doc__ or ""
@@ -56,10 +65,12 @@ def test_each_method_says_what_it_assumes_and_identifies(name: str) -> None:
     assert method_of(name).AT_MOST in get_args(Answer)
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("name", NAMES)
 def test_no_method_claims_more_than_its_theory(hard: Screen, name: str) -> None:
     each, reason = EXACTLY.get(name, (3, "as asked"))
-    programs = method_of(name).find(hard.task(effect=(np.arange(12) % 3 < each).astype(float)))
+    effect = (np.arange(12) % 3 < each).astype(float)
+    programs = method_of(name).find(hard.task(effect=effect, targets=hard.known_targets()))
     assert (programs.n, programs.reason) == (4, reason)
     if programs.discovery is not None:
         assert programs.discovery.adjacency.shape == (4, 4) and programs.discovery.target.shape == (12,)
@@ -69,7 +80,7 @@ def test_no_method_claims_more_than_its_theory(hard: Screen, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_more_programs_than_perturbations_are_refused(hard: Screen, name: str) -> None:
     with pytest.raises(InputError, match="13 programs were asked for, but only 12"):
-        method_of(name).find(hard.task(CONFIG.model_copy(update={"n_latents": 13})))
+        method_of(name).find(hard.task(CONFIG.model_copy(update={"n_latents": 13}), targets=hard.known_targets()))
 
 
 @pytest.mark.parametrize("changes", [{"method": "gradient"}, {"causal_layer": False}])
