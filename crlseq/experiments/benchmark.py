@@ -17,18 +17,25 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy.sparse import issparse
 
 from crlseq._version import __version__
 from crlseq.data.simulate import CONTROL, simulate
 from crlseq.errors import CrlseqError, InputError, UsageError, suggestion
 from crlseq.evaluation import recovery
 from crlseq.evaluation.recovery import calibration, edge_supports
+from crlseq.experiments import peers
+from crlseq.experiments.gene_network import gene_network
 from crlseq.experiments.scenarios import METHODS, SCENARIOS
 from crlseq.pipeline.fit import fit
 from crlseq.storage.csv import EXACT, to_csv
 from crlseq.storage.files import written_whole
 from crlseq.storage.runfolder import locked
 
+GENERATORS: dict[str, Callable[..., ad.AnnData]] = {
+    "simulate": simulate, "toy": peers.toy, "squires": peers.squires, "buchholz": peers.buchholz, "varici": peers.varici,
+    "cauca": peers.cauca, "heavy_tails": peers.heavy_tails, "gene_network": gene_network,
+}  # fmt: skip
 BLIND = ("sparse-vae",)
 BASELINES = ("random", "empty")
 
@@ -131,9 +138,9 @@ def benchmark(
 def scenario_screen(name: str, seed: int, **changes: Any) -> ad.AnnData:
     """A screen of a scenario, with its truth; `changes` replace options of the simulator."""
     wanted = {**SCENARIOS[name], **changes}
-    kept = wanted.pop("n_perturbations", None)
+    kept, generator = wanted.pop("n_perturbations", None), GENERATORS[wanted.pop("generator", "simulate")]
     try:
-        screen = toy_screen(seed=seed, **wanted) if name == "toy" else simulate(seed=seed, **wanted)
+        screen = generator(seed=seed, **wanted)
     except (TypeError, ValueError) as error:
         message = f"The scenario {name} cannot be simulated: {error}"
         raise UsageError(message, "Change the simulator's options.") from None
@@ -145,40 +152,13 @@ def scenario_screen(name: str, seed: int, **changes: Any) -> ad.AnnData:
     return screen[label.isin([CONTROL, *truth["target"].index]).to_numpy()].copy()
 
 
-def toy_screen(seed: int, n_control: int = 10240, cells_per_perturbation: int = 2048) -> ad.AnnData:
-    """The toy simulation of Zhang et al. 2023 (arXiv 2307.06250), single perturbations alone.
-
-    A chain of five latents, ``u_k = max(u_{k-1}, 0) + z_k`` with ``z_k ~ N(0, 1)``; perturbation ``t{k}`` adds 5 to
-    ``u_k``. Features are the latents and five zeros, without noise. ``X`` dense float32 (cells, 10); labels and
-    truth as in `crlseq.data.simulate.simulate`.
-    """
-    rng = np.random.default_rng(seed)
-    p, size = 5, 5.0
-    labels = np.repeat([CONTROL, *(f"t{k}" for k in range(p))], [n_control] + [cells_per_perturbation] * p)
-    latents = rng.standard_normal((len(labels), p))
-    for k in range(p):
-        latents[labels == f"t{k}", k] += size
-        if k:
-            latents[:, k] += np.maximum(latents[:, k - 1], 0)
-    screen = ad.AnnData(
-        np.hstack([latents, np.zeros_like(latents)]).astype(np.float32),
-        obs=pd.DataFrame({"perturbation": pd.Categorical(labels)}, index=[f"c{i}" for i in range(len(labels))]),
-        var=pd.DataFrame(index=[f"gene{i}" for i in range(2 * p)]),
-    )
-    screen.obsm["true_latents"] = latents
-    target = pd.DataFrame({"latent": range(p)}, index=[f"t{k}" for k in range(p)])
-    screen.uns["truth"] = {"adjacency": np.eye(p, k=1), "target": target}
-    return screen
-
-
 def _fitted(row: Mapping[str, Any], screen: ad.AnnData, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Fit and score; an error that users could see is a result too."""
-    scenario, seed, method = (row[name] for name in COLUMNS[:3])
+    seed, method = row["seed"], row["method"]
     truth = screen.uns["truth"]
     told = settings["n_latents"] == "known" or method in ("paper", *BLIND)
-    counts = {**SCENARIOS[scenario], **settings["simulator"]}.get("noise", "counts") == "counts" and scenario != "toy"
     options: dict[str, Any] = {
-        "perturbation_key": "perturbation", "control_label": CONTROL, "values": "counts" if counts else "continuous",
+        "perturbation_key": "perturbation", "control_label": CONTROL, "values": "counts" if issparse(screen.X) else "continuous",
         "n_latents": len(truth["adjacency"]) if told else None, "seed": seed, "threads": settings["threads"],
         **METHODS[method], **settings["options"],
     }  # fmt: skip
