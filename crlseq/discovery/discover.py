@@ -157,7 +157,10 @@ def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Order
     edges, gone = confirmed(comparison.edges, ordering, cells.variances is not None)
     of_graph = misfit(edges.solution)
     left = comparison.evidence.n_edges - gone
-    evidence = replace(comparison.evidence, n_edges=left, n_gone=gone, misfit=of_graph, pairs=counted(ordering))
+    n_open = 0 if task.kind == "hard" else passed_alone(edges)
+    evidence = replace(
+        comparison.evidence, n_edges=left, n_gone=gone, misfit=of_graph, pairs=counted(ordering), n_open=n_open
+    )
     verdict = judge(evidence)
     if not verdict.by_likelihood and edges.solution.model.intervention.graph != "nothing":
         edges = without_graph(edges)
@@ -172,9 +175,20 @@ def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Order
 
 def confirmed(edges: Edges, ordering: Ordering, straightened: bool) -> tuple[Edges, int]:
     """The graph without the edges that what interventions change speaks against, and how many those are."""
-    similar = alike(ordering.axes, SIMILAR)
+    known = np.isfinite(ordering.pairs.error).any(0)  # programs whose means are shifted: the axes of others are arbitrary
+    similar = alike(ordering.axes, SIMILAR) & known & known[:, None]
     gone = unconfirmed(ordering.pairs, (edges.adjacency != 0).numpy(), similar, straightened)
     return _without(edges, torch.from_numpy(gone)), int(gone.sum())
+
+
+def passed_alone(edges: Edges) -> int:
+    """Number of programs between others, by edges j -> k -> i, that have one perturbation alone.
+
+    A soft intervention on k that keeps a share r of its input is a hard one on u_k - r sum_j G[j, k] u_j, with
+    r G[j, k] G[k, i] more from j to i: only a second perturbation of k, which keeps another share, tells the two apart.
+    """
+    graph, count = edges.adjacency != 0, torch.bincount(edges.solution.targets[0], minlength=len(edges.adjacency))
+    return int((graph.any(0) & graph.any(1) & (count == 1)).sum())
 
 
 def counted(ordering: Ordering) -> PairCounts:
