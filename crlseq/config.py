@@ -118,10 +118,11 @@ FACTORS = ("varimax", "squires")  # methods that have neither likelihood nor net
 class ModelConfig(_Section):
     """Networks, structural equations and losses (Zhang et al. 2023, arXiv 2307.06250)."""
 
-    method: Literal["straighten", "linear", "gradient", "varimax", "squires"] = _flag(
+    method: Literal["straighten", "linear", "changes", "gradient", "varimax", "squires"] = _flag(
         "straighten",
         "How targets and graph are found: by likelihood, then networks (straighten), by likelihood alone in seconds "
         "(linear), or with the networks (gradient). "
+        "changes: by likelihood, and the graph by what interventions change alone. "
         "varimax: rotated principal components, without a graph. squires: precision matrices, one perturbation a program.",
     )
     n_latents: Annotated[int, Field(ge=1)] | Literal["auto"] = _flag("auto", "Number of programs.")
@@ -155,7 +156,7 @@ class ModelConfig(_Section):
     @property
     def trains(self) -> bool:
         """Whether networks are trained; else expression is linear in what the method found."""
-        return self.method not in ("linear", *FACTORS)
+        return self.method not in ("linear", "changes", *FACTORS)
 
 
 class TrainingConfig(_Section):

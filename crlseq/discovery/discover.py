@@ -159,8 +159,9 @@ def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Order
     left = comparison.evidence.n_edges - gone
     n_open = 0 if task.kind == "hard" else passed_alone(edges)
     evidence = replace(
-        comparison.evidence, n_edges=left, n_gone=gone, misfit=of_graph, pairs=counted(ordering), n_open=n_open
-    )
+        comparison.evidence, n_edges=left, n_gone=gone, misfit=of_graph, pairs=counted(ordering), n_open=n_open,
+        by_changes=task.config.method == "changes",
+    )  # fmt: skip
     verdict = judge(evidence)
     if not verdict.by_likelihood and edges.solution.model.intervention.graph != "nothing":
         edges = without_graph(edges)

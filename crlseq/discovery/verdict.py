@@ -69,6 +69,7 @@ class Evidence:
     pairs: PairCounts | None = None  # what interventions change; None while unknown
     n_gone: int = 0  # further edges, which it speaks against
     n_open: int = 0  # programs between others whose one perturbation may be soft, unless hard ones were asked for
+    by_changes: bool = False  # whether the graph is to be what interventions change alone
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -94,6 +95,8 @@ def judge(evidence: Evidence) -> Verdict:
 
 def _objection(evidence: Evidence) -> str | None:
     """The first reason not to believe the graph."""
+    if evidence.by_changes:
+        return "The method changes takes no edge from a likelihood."
     gain = f"{evidence.gain:+.0f} ± {evidence.error:.0f} log-likelihood units"
     if evidence.n_gone > evidence.n_edges:
         return f"{evidence.n_gone} of {_of(evidence.n_gone + evidence.n_edges, 'edge')} of the likelihood would have shown a change under intervention, and did not."

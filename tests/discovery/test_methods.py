@@ -26,7 +26,7 @@ from crlseq.discovery.verdict import Answer, judge
 from crlseq.errors import InputError
 from tests.discovery.test_discover import CONFIG, Screen
 
-ORDER: tuple[Answer, ...] = ("not identified", "ancestry only", "identified")
+ORDER: tuple[Answer, ...] = ("not identified", "partly identified", "ancestry only", "identified")
 
 
 @pytest.fixture(scope="module")
