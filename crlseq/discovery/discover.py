@@ -176,8 +176,9 @@ def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Order
 
 def confirmed(edges: Edges, ordering: Ordering, straightened: bool) -> tuple[Edges, int]:
     """The graph without the edges that what interventions change speaks against, and how many those are."""
-    known = np.isfinite(ordering.pairs.error).any(0)  # programs whose means are shifted: the axes of others are arbitrary
-    similar = alike(ordering.axes, SIMILAR) & known & known[:, None]
+    # Of programs whose mean no perturbation shifts the axes are arbitrary.
+    shifted = np.asarray(np.isfinite(ordering.pairs.error).any(0))
+    similar = alike(ordering.axes, SIMILAR) & np.outer(shifted, shifted)
     gone = unconfirmed(ordering.pairs, (edges.adjacency != 0).numpy(), similar, straightened)
     return _without(edges, torch.from_numpy(gone)), int(gone.sum())
 

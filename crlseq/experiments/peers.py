@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 
 from crlseq.data.simulate import CONTROL
-from crlseq.data.simulated_latents import Floats, Rng, draw_graph
+from crlseq.data.simulated_latents import Floats, Rng, Whole, draw_graph
 
 CELLS = 2500  # of each environment, where a paper has from 2,500 to 250,000
 Mixing = Callable[[Floats], Floats]
@@ -39,7 +40,7 @@ class Equations:
 
     weights: Floats
     deviation: Floats
-    order: Sequence[int]
+    order: Whole
     quadratic: Sequence[Floats] | None = None
 
     def latents(self, noise: Floats, retention: Floats) -> Floats:
@@ -69,7 +70,12 @@ def squires(seed: int, soft: bool = False, cells: int = CELLS) -> ad.AnnData:
 
 
 def buchholz(
-    seed: int, n_latents: int = 5, degree: float = 2.0, n_features: int = 20, network: bool = False, noise: float = 0.0,
+    seed: int,
+    n_latents: int = 5,
+    degree: float = 2.0,
+    n_features: int = 20,
+    network: bool = False,
+    noise: float = 0.0,
     cells: int = CELLS,
 ) -> ad.AnnData:
     """Hard interventions that shift: Buchholz et al. 2023, arXiv 2306.02235, section 6.
@@ -87,7 +93,12 @@ def buchholz(
 
 
 def varici(
-    seed: int, quadratic: bool = False, soft: bool = False, many: bool = False, pairs: bool = False, n_latents: int = 5,
+    seed: int,
+    quadratic: bool = False,
+    soft: bool = False,
+    many: bool = False,
+    pairs: bool = False,
+    n_latents: int = 5,
     cells: int = CELLS,
 ) -> ad.AnnData:
     """Score-based settings: Varıcı et al. 2025, JMLR (arXiv 2402.00849), section 7; with `many`, unknown targets of several
@@ -177,7 +188,7 @@ def as_screen(
     ``t{c}`` of the latent ``target[c]``; true latents (cells, p) and adjacency (p, p), row -> column.
     """
     names = [f"t{c}" for c in range(len(target))]
-    labels = pd.Categorical.from_codes(environment, [CONTROL, *names])
+    labels = pd.Categorical.from_codes(environment, pd.Index([CONTROL, *names]))
     screen = ad.AnnData(features, obs=pd.DataFrame({"perturbation": labels}, index=_named("c", len(environment))))
     screen.var_names = _named("gene", screen.n_vars)
     screen.obsm["true_latents"] = latents
@@ -226,8 +237,8 @@ def _hit(
 
 def _layers(widths: Sequence[int], rng: Rng) -> Mixing:
     """Linear layers with weights and, between them, constants U(-1, 1) / sqrt(inputs), and leaky ReLU of slope 0.2."""
-    weights = [rng.uniform(-1, 1, (a, b)) / np.sqrt(a) for a, b in zip(widths, widths[1:], strict=False)]
-    constants = [rng.uniform(-1, 1, b) / np.sqrt(a) for a, b in zip(widths, widths[1:], strict=False)]
+    weights = [rng.uniform(-1, 1, (a, b)) / np.sqrt(a) for a, b in pairwise(widths)]
+    constants = [rng.uniform(-1, 1, b) / np.sqrt(a) for a, b in pairwise(widths)]
 
     def mixing(u: Floats) -> Floats:
         u = u @ weights[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 # What real screens have: cells vary along factors that nobody perturbs, guides work in a part of the cells.
@@ -55,3 +56,51 @@ METHODS: dict[str, dict[str, Any]] = {
     # Moran et al. 2022, without interventions: labels are permuted before.
     "sparse-vae": {"decoder": "sparse", "method": "gradient", "causal_layer": False, "mmd_weight": 0.0},
 }  # fmt: skip
+EXTERNAL = ("cnmf",)  # of other packages, see `crlseq.experiments.external`
+BASELINES = ("random", "empty")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Scenarios by heading, the methods and seeds that are run on them, and options of single methods and of the simulators."""
+
+    scenarios: dict[str, tuple[str, ...]]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    of_methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    simulator: dict[str, Any] = field(default_factory=dict)
+
+
+PEERS = "Settings of other papers"
+OURS = "Settings of this project"
+NO_DAG = "A gene network without a latent DAG"
+FIELD = ("linear", "default", "changes", "squires", "varimax", "paper", "sparse", "sparse-vae", *EXTERNAL)
+# Targets and graphs of methods that train after the discovery do not depend on the epochs.
+FEW_EPOCHS = {name: {"epochs": 20} for name in ("default", "sparse")}
+SUITES = {
+    "field": Suite(
+        {
+            PEERS: (
+                *("squires", "squires-soft", "buchholz", "buchholz-noisy", "buchholz-10", "buchholz-20", "buchholz-network"),
+                *("varici", "varici-soft", "varici-quadratic", "varici-pairs", "varici-many", "cauca", "heavy-tails", "toy"),
+            ),
+            OURS: (
+                *("linear-gaussian", "linear-counts", "linear-soft", "linear-shift", "network-counts"),
+                *("real-linear", "real-network", "real-hidden", "real-null"),
+            ),
+            NO_DAG: ("gene-network",),
+        },
+        FIELD,
+        (0, 1, 2),
+        {**FEW_EPOCHS, "sparse-vae": {"epochs": 40}},
+    )
+}  # fmt: skip
+QUICK = {  # the same, so small that it is done in two minutes
+    "field": Suite(
+        {PEERS: ("squires", "buchholz", "varici-soft", "varici-many"), NO_DAG: ("gene-network",)},
+        FIELD,
+        (0,),
+        {name: {"epochs": 1} for name in ("default", "sparse", "paper", "sparse-vae")},
+        {"cells": 300},
+    )
+}

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import unicodedata
+from collections.abc import Mapping
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +66,11 @@ SMALLEST, DESK = (
 
 def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> None:
     """Render ``templates/report.html.j2``, names from the data escaped; gene sets are those that `crlseq.enrich` found."""
+    write_page("report.html.j2", path, _context(run, enriched))
+
+
+def write_page(template: str, path: Path, context: Mapping[str, Any]) -> None:
+    """Render a template with the ``style`` of all pages, whatever is in the context escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("crlseq.report"),
         autoescape=True,
@@ -73,7 +79,8 @@ def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> 
         lstrip_blocks=True,
     )
     environment.filters |= {"fixed": _fixed, "signed": _signed, "brief": _brief}
-    page = environment.get_template("report.html.j2").render(_context(run, enriched))
+    style = files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")
+    page = environment.get_template(template).render({**context, "style": Markup(style)})
     with written_whole(path) as file:
         file.write_text(escaped(page), encoding="utf-8")
 
@@ -107,7 +114,6 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "info": run.facts,
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "style": Markup(files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")),
         "findings": findings(run, enriched),
         "answers": [*zip(questions, what_next(run, questions), ("identified", "baselines", "converged"), strict=False)],
         "limitations": limitations(run),

@@ -12,10 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import crlseq.experiments.benchmark as module
+import crlseq.experiments.fits as module
 from crlseq.errors import ConvergenceError, InputError, UsageError
 from crlseq.evaluation.recovery import PAIR_COUNTS, PAIR_SCORES, closure
-from crlseq.experiments.benchmark import COLUMNS, benchmark, draw, scenario_screen, summarise, toy_screen
+from crlseq.experiments.benchmark import COLUMNS, benchmark, summarise
+from crlseq.experiments.fits import scenario_screen
+from crlseq.experiments.peers import toy as toy_screen
+from crlseq.experiments.picture import draw
 from crlseq.experiments.scenarios import SCENARIOS
 from tests.paths import shared
 
