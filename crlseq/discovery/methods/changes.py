@@ -22,4 +22,4 @@ AT_MOST: Answer = "partly identified"
 
 def find(task: Task) -> Programs:
     """Targets by likelihood, and the pairs that interventions order."""
-    return Programs.of(discover(task))
+    return Programs.of(discover(task, by_changes=True))
