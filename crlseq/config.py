@@ -137,6 +137,7 @@ class ModelConfig(_Section):
     method: Literal[
         "straighten",
         "linear",
+        "changes",
         "gradient",
         "varimax",
         "squires",
@@ -150,6 +151,7 @@ class ModelConfig(_Section):
         "straighten",
         "How targets and graph are found: by likelihood, then networks (straighten), by likelihood alone in seconds "
         "(linear), or with the networks (gradient). "
+        "changes: by likelihood, and the graph by what interventions change alone. "
         "varimax: rotated principal components, without a graph. squires: precision matrices, one perturbation a program. "
         "score-linear: score differences, the same; score: two perturbations a program, where the mixing is curved. "
         "contrastive: a classifier, one perturbation a program, where the mixing is curved. "
@@ -189,7 +191,7 @@ class ModelConfig(_Section):
     @property
     def trains(self) -> bool:
         """Whether networks are trained; else expression is linear in what the method found."""
-        return self.method not in ("linear", *FACTORS)
+        return self.method not in ("linear", "changes", *FACTORS)
 
 
 class TrainingConfig(_Section):

@@ -11,6 +11,7 @@ import typer
 
 from crlseq._version import __version__
 from crlseq.cli import inspect
+from crlseq.cli.benchmark import benchmark
 from crlseq.cli.check import check
 from crlseq.cli.cite import cite
 from crlseq.cli.compare import compare
@@ -20,7 +21,7 @@ from crlseq.cli.fit import fit, prepare, rerun
 from crlseq.cli.options import at_the_shell
 from crlseq.cli.output import say
 from crlseq.cli.predict import predict, project
-from crlseq.cli.simulate import benchmark, simulate
+from crlseq.cli.simulate import simulate
 from crlseq.cli.streams import suit_streams
 from crlseq.errors import CrlseqError, InputError, UsageError
 from crlseq.storage import interrupts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import resource
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from types import UnionType
@@ -38,11 +38,14 @@ BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 def setting(text: str, *names: str, default: str = "", choices: Iterable[str] = (), **limits: Any) -> Any:
     """An option with a value, one of `choices` if there are any; `default` says in words what is taken where it is not given."""
     words = list(choices)
-    listed = "|".join(words)
-    told = in_brackets(
-        text, listed if len(listed) < LONG else ", ".join(words), f"default: {default}" if default else ""
-    )
+    told = in_brackets(text, _listed(words), f"default: {default}" if default else "")
     return typer.Option(*names, help=told, **{"autocompletion": completing(words), **limits})
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Words to choose from: where they are many, with blanks at which a terminal can break the line."""
+    listed = "|".join(words)
+    return listed if len(listed) < LONG else ", ".join(words)
 
 
 def in_brackets(text: str, *parts: str) -> str:
@@ -174,7 +177,7 @@ def _range(field: FieldInfo) -> str:
     for each in _alternatives(field.annotation):
         limits = field.metadata
         if get_origin(each) is Literal:
-            found.append("|".join(get_args(each)))
+            found.append(_listed(get_args(each)))
             continue
         if get_origin(each) is Annotated:
             limits = [limit for inner in get_args(each)[1:] for limit in getattr(inner, "metadata", ())]

@@ -53,11 +53,11 @@ Refined = tuple[Cells, KindComparison] | Discovery | None
 Refine = Callable[[Task, Start, Cells, Solution, KindComparison], Refined]
 
 
-def discover(task: Task, refine: Refine | None = None) -> Discovery:
+def discover(task: Task, refine: Refine | None = None, by_changes: bool = False) -> Discovery:
     """Targets, interventions and graph of a screen, from its single perturbations with an effect.
 
     Where linear equations do not describe the cells, ``refine`` gives other coordinates with a comparison of models on
-    them, a finished discovery, or None if it does no better.
+    them, a finished discovery, or None if it does no better. ``by_changes``: the graph is what interventions change alone.
     """
     start = find_components(task)
     p, cache = start.n_latents, task.cache
@@ -76,7 +76,7 @@ def discover(task: Task, refine: Refine | None = None) -> Discovery:
             "ordering", lambda: ordered(task, start, cells, comparison.edges.solution)
         )
         found = linear_result(
-            task, start, cells, comparison, judged(task, cells, comparison, ordering), ordering, second
+            task, start, cells, comparison, judged(task, cells, comparison, ordering, by_changes), ordering, second
         )
         return replace(found, of_shifts=of_shifts)
 
@@ -153,12 +153,18 @@ def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple
     return with_support(found, y, own, targets, replicates(task, p), task.seed, task.threads), second, of_shifts
 
 
-def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Ordering) -> Judged:
+def judged(
+    task: Task, cells: Cells, comparison: KindComparison, ordering: Ordering, by_changes: bool = False
+) -> Judged:
     """The verdict on all evidence, and the edges of the likelihood that it leaves: none unless it grants them."""
     edges, gone = confirmed(comparison.edges, ordering, cells.variances is not None)
     of_graph = misfit(edges.solution)
     left = comparison.evidence.n_edges - gone
-    evidence = replace(comparison.evidence, n_edges=left, n_gone=gone, misfit=of_graph, pairs=counted(ordering))
+    n_open = 0 if task.kind == "hard" else passed_alone(edges)
+    evidence = replace(
+        comparison.evidence, n_edges=left, n_gone=gone, misfit=of_graph, pairs=counted(ordering), n_open=n_open,
+        by_changes=by_changes,
+    )  # fmt: skip
     verdict = judge(evidence)
     if not verdict.by_likelihood and edges.solution.model.intervention.graph != "nothing":
         edges = without_graph(edges)
@@ -173,9 +179,21 @@ def judged(task: Task, cells: Cells, comparison: KindComparison, ordering: Order
 
 def confirmed(edges: Edges, ordering: Ordering, straightened: bool) -> tuple[Edges, int]:
     """The graph without the edges that what interventions change speaks against, and how many those are."""
-    similar = alike(ordering.axes, SIMILAR)
+    # Of programs whose mean no perturbation shifts the axes are arbitrary.
+    shifted = np.asarray(np.isfinite(ordering.pairs.error).any(0))
+    similar = alike(ordering.axes, SIMILAR) & np.outer(shifted, shifted)
     gone = unconfirmed(ordering.pairs, (edges.adjacency != 0).numpy(), similar, straightened)
     return _without(edges, torch.from_numpy(gone)), int(gone.sum())
+
+
+def passed_alone(edges: Edges) -> int:
+    """Number of programs between others, by edges j -> k -> i, that have one perturbation alone.
+
+    A soft intervention on k that keeps a share r of its input is a hard one on u_k - r sum_j G[j, k] u_j, with
+    r G[j, k] G[k, i] more from j to i: only a second perturbation of k, which keeps another share, tells the two apart.
+    """
+    graph, count = edges.adjacency != 0, torch.bincount(edges.solution.targets[0], minlength=len(edges.adjacency))
+    return int((graph.any(0) & graph.any(1) & (count == 1)).sum())
 
 
 def counted(ordering: Ordering) -> PairCounts:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crlseq.discovery.likelihood import Solution
-from crlseq.discovery.misfit import misfit
+from crlseq.discovery.misfit import CHANCE, misfit
 from crlseq.discovery.moments import DTYPE
 from crlseq.discovery.thresholds import DESCRIBED
 from crlseq.storage.stage_cache import cached_on_disk
@@ -48,10 +48,11 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
     edge left is worth the threshold and no cycle is left; at most half of the doubtful ones between two refits.
     Forward: the absent edge with the best score test comes back if worth it and it closes no cycle.
     Last: where the model does not describe the moments edges with ``|G| < min_effect`` go, since misfit of the mixing
-    makes small ones that are significant; up to there the limit grows with the dispersion, from 0 at a dispersion of 1.
+    makes small ones that are significant; up to there the limit grows with the misfit beyond chance, from 0 at 1.
     It is the whole one where retentions are learned, since a retention that is off makes small edges too.
     """
-    phi = misfit(solution).dispersion if scale is None else scale
+    of_model = misfit(solution)
+    phi = of_model.dispersion if scale is None else scale
     threshold = math.log(float(solution.model.moments.counts.sum()))
     now = _eliminated(solution, phi, threshold)
     for _ in range(solution.model.p):
@@ -59,7 +60,8 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
         if more is None:
             break
         now = now.refitted(mask=more, steps=NEAR_STEPS)
-    share = 1.0 if now.model.learns_retention else min(1.0, (phi - 1) / (DESCRIBED - 1))
+    beyond = max(0.0, phi - CHANCE * of_model.error - 1)
+    share = 1.0 if now.model.learns_retention else min(1.0, beyond / (DESCRIBED - 1))
     small = (now.adjacency().abs() < share * min_effect) & now.mask[0].bool()
     if bool(small.any()):
         now = now.refitted(mask=now.mask * (~small), steps=NEAR_STEPS)

@@ -75,6 +75,8 @@ class Evidence:
     support: float | None = None  # largest of a selected edge; None without a bootstrap
     pairs: PairCounts | None = None  # what interventions change; None while unknown
     n_gone: int = 0  # further edges, which it speaks against
+    n_open: int = 0  # programs between others whose one perturbation may be soft, unless hard ones were asked for
+    by_changes: bool = False  # whether the graph is to be what interventions change alone
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -89,11 +91,19 @@ def judge(evidence: Evidence) -> Verdict:
     better = f"With edges the model predicts held-out cells better than any model without {gain}"
     kind = INTERVENTIONS[evidence.kind]
     answer, so = GRANTED[kind.graph]
+    if kind.graph == "edges" and evidence.n_open:
+        few = f"{_of(evidence.n_open, 'program')} between others {'has' if evidence.n_open == 1 else 'have'} one perturbation alone"
+        return Verdict(
+            "ancestry only",
+            f"{kind.reason} {better}. But {few}, and a soft intervention looks like a hard one there: ancestry is identified, and single edges if all interventions are hard (--intervention hard).",
+        )
     return Verdict(answer, f"{kind.reason} {better}, {so}.")
 
 
 def _objection(evidence: Evidence) -> str | None:
     """The first reason not to believe the graph."""
+    if evidence.by_changes:
+        return "The method changes takes no edge from a likelihood."
     gain = f"{evidence.gain:+.0f} ± {evidence.error:.0f} log-likelihood units"
     if evidence.n_gone > evidence.n_edges:
         return f"{evidence.n_gone} of {_of(evidence.n_gone + evidence.n_edges, 'edge')} of the likelihood would have shown a change under intervention, and did not."

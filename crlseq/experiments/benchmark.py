@@ -7,30 +7,26 @@ What a row means is in ``settings.json``; other settings need another folder.
 from __future__ import annotations
 
 import json
-import time
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from crlseq._version import __version__
-from crlseq.data.simulate import CONTROL, simulate
-from crlseq.errors import CrlseqError, InputError, UsageError, suggestion
+from crlseq.errors import InputError, UsageError, suggestion
 from crlseq.evaluation import recovery
-from crlseq.evaluation.recovery import calibration, edge_supports
-from crlseq.experiments.scenarios import METHODS, SCENARIOS
-from crlseq.pipeline.fit import fit
+from crlseq.evaluation.recovery import calibration
+from crlseq.experiments.fits import row_of
+from crlseq.experiments.picture import SHOWN, draw
+from crlseq.experiments.scenarios import BASELINES, EXTERNAL, METHODS, SCENARIOS
 from crlseq.storage.csv import EXACT, to_csv
 from crlseq.storage.files import written_whole
 from crlseq.storage.runfolder import locked
-
-BLIND = ("sparse-vae",)
-BASELINES = ("random", "empty")
 
 SCORES = (
     *("target_accuracy", "ari", *recovery.LATENT_SCORES, "ancestor_f1", "ancestor_precision", "ancestor_recall"),
@@ -40,11 +36,6 @@ SCORES = (
 )
 COUNTS = (*recovery.EDGE_COUNTS, *recovery.PAIR_COUNTS)
 COLUMNS = ("scenario", "seed", "method", *SCORES, *COUNTS, "n_edges", "n_latents", "verdict", "seconds", "error")
-SHOWN = {"ancestor_f1": "Ancestor F1", "target_accuracy": "Target accuracy", "shd": "SHD", "mcc": "MCC"}
-MARKS = {  # Okabe and Ito's colours, which colour-blind readers tell apart, and a shape each
-    "default": ("#0072B2", "o"), "sparse": ("#CC79A7", "P"), "linear": ("#009E73", "D"), "paper": ("#D55E00", "s"),
-    "sparse-vae": ("#E69F00", "X"), "random": ("#777777", "^"), "empty": ("#333333", "v"),
-}  # fmt: skip
 
 
 def benchmark(
@@ -57,6 +48,8 @@ def benchmark(
     threads: int | None = None,
     simulator: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    of_methods: Mapping[str, Mapping[str, Any]] | None = None,
+    jobs: int = 1,
     note: Callable[[str], None] = lambda text: None,
 ) -> pd.DataFrame:
     """Simulate, fit and score; write ``benchmark.csv``, ``summary.csv``, ``calibration.csv``, ``benchmark.png`` and ``.svg``.
@@ -71,6 +64,10 @@ def benchmark(
         ``known``: fits are given the true number; ``auto``: they choose it, except ``paper``, which cannot.
     simulator, options
         Options of the simulator and of `crlseq.fit` that replace those of every scenario and method.
+    of_methods
+        Further options of `crlseq.fit` for single methods, by name.
+    jobs
+        Fits at a time, in processes of their own; their results do not depend on it.
     note
         Called with a line about each row.
 
@@ -85,7 +82,41 @@ def benchmark(
     InputError
         If the folder holds something else, was filled with other settings, is in use or cannot be written.
     """
-    for what, names, known in (("scenario", scenarios, SCENARIOS), ("method", methods, METHODS)):
+    _refuse_wrong(scenarios, seeds, methods, n_latents)
+    settings: dict[str, Any] = {
+        "version": __version__, "n_latents": n_latents, "threads": threads,
+        "simulator": dict(simulator or {}), "options": dict(options or {}), "of_methods": dict(of_methods or {}),
+    }  # fmt: skip
+    with _open_folder(Path(folder), settings) as place:
+        rows = read_rows(place / "benchmark.csv")
+        done = {(row["scenario"], row["seed"], row["method"]) for row in rows}
+        wanted = [
+            key for scenario in scenarios for seed in seeds for method in (*BASELINES, *methods)
+            if (key := (scenario, int(seed), method)) not in done
+        ]  # fmt: skip
+        for row in _computed(list(dict.fromkeys(wanted)), settings, jobs):
+            if "supports" in row:  # before the row, which says that all of the fit is there
+                name = f"{row['scenario']}_{row['seed']}_{row['method']}.csv"
+                write_table(place / "supports" / name, row.pop("supports"))
+            rows.append(row)
+            write_table(place / "benchmark.csv", _table(rows))
+            if row["method"] not in BASELINES:
+                note(_in_words(row))
+        table = _table(rows)
+        summary = summarise(table)
+        write_table(place / "summary.csv", summary)
+        supports = [pd.read_csv(path.absolute()) for path in sorted((place / "supports").glob("*.csv"))]
+        if supports:
+            write_table(place / "calibration.csv", calibration(pd.concat(supports)))
+        figure = draw(table)
+        for kind in ("png", "svg"):
+            with written_whole(place / f"benchmark.{kind}") as beside:
+                figure.savefig(beside, format=kind, dpi=150)
+    return summary
+
+
+def _refuse_wrong(scenarios: Sequence[str], seeds: Sequence[int], methods: Sequence[str], n_latents: str) -> None:
+    for what, names, known in (("scenario", scenarios, [*SCENARIOS]), ("method", methods, [*METHODS, *EXTERNAL])):
         for name in names:
             if name not in known:
                 raise UsageError(f"There is no {what} {name!r}.", suggestion(name, known, "There are"))
@@ -95,126 +126,21 @@ def benchmark(
         raise UsageError(f"n_latents is {n_latents!r} instead of known or auto.", "Give one of them.")
     if not seeds or min(seeds) < 0:
         raise UsageError("Seeds must be whole numbers of at least 0, and at least one.", "Give seeds such as 0-7.")
-    settings: dict[str, Any] = {
-        "version": __version__, "n_latents": n_latents, "threads": threads,
-        "simulator": dict(simulator or {}), "options": dict(options or {}),
-    }  # fmt: skip
-    with _open_folder(Path(folder), settings) as place:
-        rows = _read_rows(place / "benchmark.csv")
-        done = {(row["scenario"], row["seed"], row["method"]) for row in rows}
-        for scenario in dict.fromkeys(scenarios):
-            for seed in dict.fromkeys(map(int, seeds)):
-                missing = [name for name in (*BASELINES, *methods) if (scenario, seed, name) not in done]
-                screen = scenario_screen(scenario, seed, **settings["simulator"]) if missing else None
-                for method in dict.fromkeys(missing):
-                    row: dict[str, Any] = {"scenario": scenario, "seed": seed, "method": method}
-                    row |= _baseline(method, screen) if method in BASELINES else _fitted(row, screen, settings)
-                    if "supports" in row:  # before the row, which says that all of the fit is there
-                        _write_table(place / "supports" / f"{scenario}_{seed}_{method}.csv", row.pop("supports"))
-                    rows.append(row)
-                    _write_table(place / "benchmark.csv", _table(rows))
-                    if method not in BASELINES:
-                        note(_in_words(row))
-        table = _table(rows)
-        summary = summarise(table)
-        _write_table(place / "summary.csv", summary)
-        supports = [pd.read_csv(path.absolute()) for path in sorted((place / "supports").glob("*.csv"))]
-        if supports:
-            _write_table(place / "calibration.csv", calibration(pd.concat(supports)))
-        figure = draw(table)
-        for kind in ("png", "svg"):
-            with written_whole(place / f"benchmark.{kind}") as beside:
-                figure.savefig(beside, format=kind, dpi=150)
-    return summary
 
 
-def scenario_screen(name: str, seed: int, **changes: Any) -> ad.AnnData:
-    """A screen of a scenario, with its truth; `changes` replace options of the simulator."""
-    wanted = {**SCENARIOS[name], **changes}
-    kept = wanted.pop("n_perturbations", None)
-    try:
-        screen = toy_screen(seed=seed, **wanted) if name == "toy" else simulate(seed=seed, **wanted)
-    except (TypeError, ValueError) as error:
-        message = f"The scenario {name} cannot be simulated: {error}"
-        raise UsageError(message, "Change the simulator's options.") from None
-    if kept is None:
-        return screen
-    truth = screen.uns["truth"]
-    truth["target"] = truth["target"].iloc[:kept]
-    label = screen.obs["perturbation"].astype(str)
-    return screen[label.isin([CONTROL, *truth["target"].index]).to_numpy()].copy()
-
-
-def toy_screen(seed: int, n_control: int = 10240, cells_per_perturbation: int = 2048) -> ad.AnnData:
-    """The toy simulation of Zhang et al. 2023 (arXiv 2307.06250), single perturbations alone.
-
-    A chain of five latents, ``u_k = max(u_{k-1}, 0) + z_k`` with ``z_k ~ N(0, 1)``; perturbation ``t{k}`` adds 5 to
-    ``u_k``. Features are the latents and five zeros, without noise. ``X`` dense float32 (cells, 10); labels and
-    truth as in `crlseq.data.simulate.simulate`.
-    """
-    rng = np.random.default_rng(seed)
-    p, size = 5, 5.0
-    labels = np.repeat([CONTROL, *(f"t{k}" for k in range(p))], [n_control] + [cells_per_perturbation] * p)
-    latents = rng.standard_normal((len(labels), p))
-    for k in range(p):
-        latents[labels == f"t{k}", k] += size
-        if k:
-            latents[:, k] += np.maximum(latents[:, k - 1], 0)
-    screen = ad.AnnData(
-        np.hstack([latents, np.zeros_like(latents)]).astype(np.float32),
-        obs=pd.DataFrame({"perturbation": pd.Categorical(labels)}, index=[f"c{i}" for i in range(len(labels))]),
-        var=pd.DataFrame(index=[f"gene{i}" for i in range(2 * p)]),
-    )
-    screen.obsm["true_latents"] = latents
-    target = pd.DataFrame({"latent": range(p)}, index=[f"t{k}" for k in range(p)])
-    screen.uns["truth"] = {"adjacency": np.eye(p, k=1), "target": target}
-    return screen
-
-
-def _fitted(row: Mapping[str, Any], screen: ad.AnnData, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fit and score; an error that users could see is a result too."""
-    scenario, seed, method = (row[name] for name in COLUMNS[:3])
-    truth = screen.uns["truth"]
-    told = settings["n_latents"] == "known" or method in ("paper", *BLIND)
-    counts = {**SCENARIOS[scenario], **settings["simulator"]}.get("noise", "counts") == "counts" and scenario != "toy"
-    options: dict[str, Any] = {
-        "perturbation_key": "perturbation", "control_label": CONTROL, "values": "counts" if counts else "continuous",
-        "n_latents": len(truth["adjacency"]) if told else None, "seed": seed, "threads": settings["threads"],
-        **METHODS[method], **settings["options"],
-    }  # fmt: skip
-    if method in BLIND:
-        screen = screen.copy()
-        screen.obs["perturbation"] = np.random.default_rng(seed).permutation(screen.obs["perturbation"].to_numpy())
-    started = time.perf_counter()
-    try:
-        run = fit(screen, **options)
-        seconds = time.perf_counter() - started
-        latents = run.latents(screen)
-    except CrlseqError as error:
-        return {"seconds": round(time.perf_counter() - started, 2), "error": str(error)}
-    true_latents = screen.obsm["true_latents"]
-    scores: dict[str, Any] = recovery.score_recovery(
-        run.interventions, run.edges, truth, latents, true_latents, run.pairs
-    )
-    if method in BLIND:  # it claims no targets, and so no graph
-        scores = {name: scores[name] for name in recovery.LATENT_SCORES}
-    if "loaded" in truth:
-        truth = {**truth, "loaded": pd.DataFrame(truth["loaded"], columns=screen.var_names)}
-    scores |= recovery.gene_list_scores(run.programs, latents, true_latents, truth)
-    if run.facts.bootstrap is not None:
-        scores["supports"] = edge_supports(run.facts.bootstrap.edge, run.interventions, truth)
-    return {
-        **scores, "n_edges": len(run.edges), "n_latents": run.facts.n_latents,
-        "verdict": None if method in BLIND else run.facts.identification.verdict, "seconds": round(seconds, 2),
-    }  # fmt: skip
-
-
-def _baseline(method: str, screen: ad.AnnData) -> dict[str, Any]:
-    """Graph scores without looking at any cell."""
-    true = np.asarray(screen.uns["truth"]["adjacency"]) != 0
-    if method == "empty":
-        return {**recovery.graph_scores(np.zeros_like(true), true), "n_edges": 0}
-    return {**recovery.random_graph_scores(true), "n_edges": int(true.sum())}
+def _computed(keys: Sequence[tuple[str, int, str]], settings: Mapping[str, Any], jobs: int) -> Iterator[dict[str, Any]]:
+    """The rows of scenarios, seeds and methods, as they are finished: in this process, or in ``jobs`` others."""
+    if jobs == 1:
+        yield from (row_of(*key, settings) for key in keys)
+        return
+    settings = {**settings, "threads": settings["threads"] or 1}
+    # spawned: a fork of a process with threads may hang
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        try:
+            for future in as_completed([pool.submit(row_of, *key, settings) for key in keys]):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -239,49 +165,6 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         row |= {name: fitted[name].astype(float).sum(min_count=1) for name in COUNTS}
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def draw(table: pd.DataFrame) -> Figure:
-    """Small multiples: one row per scenario, column per score and mark per seed, a black bar at each method's median."""
-    scenarios = list(dict.fromkeys(table["scenario"]))
-    figure = Figure(figsize=(11, 0.9 + 1.6 * len(scenarios)), layout="constrained")
-    panels = figure.subplots(len(scenarios), len(SHOWN), squeeze=False, sharey="row")
-    for axes, (score, title) in zip(panels[0], SHOWN.items(), strict=True):
-        axes.set_title(title + ("\nlower is better" if score == "shd" else "\nhigher is better"), fontsize=9)
-    for line, scenario in zip(panels, scenarios, strict=True):
-        rows = table[table["scenario"] == scenario]
-        methods = [name for name in MARKS if name in set(rows["method"])]
-        for axes, score in zip(line, SHOWN, strict=True):
-            for at, method in enumerate(methods):
-                values = rows.loc[rows["method"] == method].sort_values("seed")[score].dropna().astype(float)
-                colour, shape = MARKS[method]
-                # Spread over the height, so that seeds with equal scores are all seen.
-                height = at + np.linspace(-0.3, 0.3, len(values)) if len(values) > 1 else np.full(len(values), at)
-                if len(values):
-                    axes.vlines(values.median(), at - 0.42, at + 0.42, colors="black", linewidth=1.8, zorder=4)
-                else:
-                    why = "not applicable" if method in BASELINES else "all fits failed"
-                    across = axes.get_yaxis_transform()
-                    axes.text(0.03, at, why, va="center", fontsize=7, color="#666666", transform=across)
-                axes.scatter(
-                    values, height, s=18, c=colour, marker=shape, alpha=0.7, linewidths=0, clip_on=False, zorder=3,
-                )  # fmt: skip
-            if score == "shd":
-                top = max(1.0, rows[score].astype(float).max())
-                axes.set_xlim(-0.03 * top, 1.03 * top)
-                axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
-            else:
-                axes.set_xlim(-0.02, 1.02)
-                axes.set_xticks([0, 0.5, 1])
-            axes.set_yticks(range(len(methods)), methods)
-            axes.set_ylim(len(methods) - 0.4, -0.6)
-            axes.tick_params(labelsize=8, length=2)
-            axes.grid(axis="x", color="#e2e2e2", linewidth=0.8)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-        name = scenario.replace("-", "\n")
-        line[0].set_ylabel(name, fontsize=9, fontweight="bold", rotation=0, ha="right", va="center")
-    return figure
 
 
 @contextmanager
@@ -318,7 +201,8 @@ def _keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``benchmark.csv``, none if it is not there; an `InputError` if it is something else."""
     if not path.is_file():
         return []
     try:
@@ -333,12 +217,13 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 def _table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows by scenario and method in the order of their tables, then seed."""
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"n_edges": "Int64", "n_latents": "Int64"})
-    order = {name: at for at, name in enumerate((*SCENARIOS, *METHODS, *BASELINES))}
+    order = {name: at for at, name in enumerate((*SCENARIOS, *METHODS, *EXTERNAL, *BASELINES))}
     keys = table["seed"], table["method"].map(order), table["scenario"].map(order)  # the last one comes first
     return table.iloc[np.lexsort(keys)].reset_index(drop=True)
 
 
-def _write_table(path: Path, table: pd.DataFrame) -> None:
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV, whole or not at all."""
     with written_whole(path) as beside:
         beside.write_bytes(to_csv(table))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 # What real screens have: cells vary along factors that nobody perturbs, guides work in a part of the cells.
@@ -12,13 +13,13 @@ REAL: dict[str, Any] = {
     "log_rate_scale": 0.45,  # programs then explain about 0.35 in control cells: shifts are a part of the signal
 }  # fmt: skip
 # Options of `crlseq.data.simulate.simulate` where they are not its own: 10 latents, 4 perturbations a latent,
-# 150 cells a perturbation. `n_perturbations` keeps the first so many; `toy` has a simulator of its own.
+# 150 cells a perturbation. `n_perturbations` keeps the first so many; `generator` is another one, of `GENERATORS`.
 SCENARIOS: dict[str, dict[str, Any]] = {
     "linear-gaussian": {"noise": "gaussian", "n_genes": 60},
     "linear-counts": {},
     "network-gaussian": {"mixing": "network", "noise": "gaussian", "n_genes": 60},
     "network-counts": {"mixing": "network"},
-    "toy": {},
+    "toy": {"generator": "toy"},
     "large": {"n_latents": 30, "perturbations_per_latent": 7, "n_perturbations": 200},
     "shallow": {"mixing": "network", "cells_per_perturbation": 50, "depth": 2000.0},
     "linear-shift": {"intervention": "shift"},
@@ -33,9 +34,73 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "real-hidden": {**REAL, "hidden": 2},
     "real-cycle": {**REAL, "cycle": True},
     "real-relu": {**REAL, "equations": "relu"},
+    "squires": {"generator": "squires"},
+    "squires-soft": {"generator": "squires", "soft": True},
+    "buchholz": {"generator": "buchholz"},
+    "buchholz-noisy": {"generator": "buchholz", "noise": 0.1},
+    "buchholz-10": {"generator": "buchholz", "n_latents": 10, "degree": 4.0},
+    "buchholz-20": {"generator": "buchholz", "n_latents": 20, "n_features": 40, "cells": 1000},
+    "buchholz-network": {"generator": "buchholz", "network": True},
+    "varici": {"generator": "varici"},
+    "varici-soft": {"generator": "varici", "soft": True},
+    "varici-quadratic": {"generator": "varici", "quadratic": True},
+    "varici-pairs": {"generator": "varici", "quadratic": True, "pairs": True},
+    "varici-many": {"generator": "varici", "many": True},
+    "cauca": {"generator": "cauca"},
+    "heavy-tails": {"generator": "heavy_tails"},
+    "gene-network": {"generator": "gene_network"},
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "default": {}, "sparse": {"decoder": "sparse"}, "linear": {"method": "linear"}, "paper": {"preset": "paper"},
+    "default": {}, "sparse": {"decoder": "sparse"}, "linear": {"method": "linear"}, "changes": {"method": "changes"},
+    "varimax": {"method": "varimax"}, "squires": {"method": "squires"}, "paper": {"preset": "paper"},
     # Moran et al. 2022, without interventions: labels are permuted before.
     "sparse-vae": {"decoder": "sparse", "method": "gradient", "causal_layer": False, "mmd_weight": 0.0},
 }  # fmt: skip
+EXTERNAL = ("cnmf",)  # of other packages, see `crlseq.experiments.external`
+BASELINES = ("random", "empty")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Scenarios by heading, the methods and seeds that are run on them, and options of single methods and of the simulators."""
+
+    scenarios: dict[str, tuple[str, ...]]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    of_methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    simulator: dict[str, Any] = field(default_factory=dict)
+
+
+PEERS = "Settings of other papers"
+OURS = "Settings of this project"
+NO_DAG = "A gene network without a latent DAG"
+FIELD = ("linear", "default", "changes", "squires", "varimax", "paper", "sparse", "sparse-vae", *EXTERNAL)
+# Targets and graphs of methods that train after the discovery do not depend on the epochs.
+FEW_EPOCHS = {name: {"epochs": 20} for name in ("default", "sparse")}
+SUITES = {
+    "field": Suite(
+        {
+            PEERS: (
+                *("squires", "squires-soft", "buchholz", "buchholz-noisy", "buchholz-10", "buchholz-20", "buchholz-network"),
+                *("varici", "varici-soft", "varici-quadratic", "varici-pairs", "varici-many", "cauca", "heavy-tails", "toy"),
+            ),
+            OURS: (
+                *("linear-gaussian", "linear-counts", "linear-soft", "linear-shift", "network-counts"),
+                *("real-linear", "real-network", "real-hidden", "real-null"),
+            ),
+            NO_DAG: ("gene-network",),
+        },
+        FIELD,
+        (0, 1, 2),
+        {**FEW_EPOCHS, "sparse-vae": {"epochs": 40}},
+    )
+}  # fmt: skip
+QUICK = {  # the same, so small that it is done in two minutes
+    "field": Suite(
+        {PEERS: ("squires", "buchholz", "varici-soft", "varici-many"), NO_DAG: ("gene-network",)},
+        FIELD,
+        (0,),
+        {name: {"epochs": 1} for name in ("default", "sparse", "paper", "sparse-vae")},
+        {"cells": 300},
+    )
+}

@@ -279,7 +279,6 @@ def _discover(job: Job, tested: Tested, targets: dict[str, str] | None) -> Start
     """Step 3: programs, targets and graph by likelihood, unless they are to be learned by gradient."""
     tests, stages, progress, seed = tested.tests, tested.stages, job.progress, job.config.training.seed
     effect = np.where(tests["fdr"] <= DETECTABLE_FDR, np.maximum(tests["energy"], 1e-12), 0.0)  # NaN counts as none
-    asked = job.config.training.device
 
     def find_on(device: torch.device) -> Programs:
         task = Task(
@@ -291,8 +290,8 @@ def _discover(job: Job, tested: Tested, targets: dict[str, str] | None) -> Start
             stages.clear()
             raise
 
-    device = resolve_device(asked, job.ranks)
-    programs = computed_on(device, find_on, asked == "auto", progress.note, "the search for programs")
+    device, auto = resolve_device(job.config.training.device, job.ranks), job.config.training.device == "auto"
+    programs = computed_on(device, find_on, auto, progress.note, "the search for programs")
     found = programs.discovery
     warm = None if found is None else WarmStart(found, ~np.isnan(tests["p_value"]), tested.projection)
     seen = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from crlseq.evaluation.replication import Comparison
 from crlseq.report.page import ROWS, render
 from crlseq.storage.csv import to_csv
-from crlseq.storage.text import escaped, to_json
+from crlseq.storage.text import to_json
 
 
 def in_sentences(found: Comparison) -> list[str]:
@@ -41,7 +41,7 @@ def comparison_files(found: Comparison, names: tuple[str, str]) -> dict[str, byt
     tables["cosines"] = found.cosines.rename_axis("program").reset_index()
     about = {"a": names[0], "b": names[1], **found.summary, "notes": list(found.notes)}
     return {f"{name}.csv": to_csv(table) for name, table in tables.items()} | {
-        "comparison.json": to_json(about, 1).encode(), "comparison.html": escaped(page(found, names)).encode()
+        "comparison.json": to_json(about, 1).encode(), "comparison.html": page(found, names).encode()
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import unicodedata
+from collections.abc import Mapping
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -66,13 +67,18 @@ SMALLEST, DESK = (
 
 def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> None:
     """Render ``templates/report.html.j2``, names from the data escaped; gene sets are those that `crlseq.enrich` found."""
-    page = render("report.html.j2", _context(run, enriched))
+    write_page("report.html.j2", path, _context(run, enriched))
+
+
+def write_page(template: str, path: Path, context: Mapping[str, Any]) -> None:
+    """Write what `render` gives."""
+    page = render(template, context)
     with written_whole(path) as file:
-        file.write_text(escaped(page), encoding="utf-8")
+        file.write_text(page, encoding="utf-8")
 
 
-def render(template: str, context: dict[str, Any]) -> str:
-    """A page of a template in ``templates/``."""
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """A page of a template, with the ``style`` of all pages; whatever is in the context is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("crlseq.report"),
         autoescape=True,
@@ -81,12 +87,8 @@ def render(template: str, context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"fixed": _fixed, "signed": _signed, "brief": _brief}
-    return environment.get_template(template).render(context | {"style": Markup(style())})
-
-
-def style() -> str:
-    """The style sheet of all pages."""
-    return files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")
+    style = files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")
+    return escaped(environment.get_template(template).render({**context, "style": Markup(style)}))
 
 
 def _fixed(value: Any, decimals: int = 2, sign: str = "-") -> str:

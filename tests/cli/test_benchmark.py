@@ -21,7 +21,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append(options)
         raise ConvergenceError("The loss is not finite.", "Lower the learning rate.")
 
-    monkeypatch.setattr("crlseq.experiments.benchmark.fit", failing)
+    monkeypatch.setattr("crlseq.experiments.fits.fit", failing)
     return calls
 
 
@@ -79,7 +79,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(source: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("crlseq.experiments.benchmark.fit", interrupted)
+    monkeypatch.setattr("crlseq.experiments.fits.fit", interrupted)
     answer = run(tmp_path / "B", "--seeds", "0")
     assert (answer.code, answer.out) == (130, "")
     assert "the same command continues" in answer.err and "--resume" not in answer.err

@@ -272,7 +272,7 @@ def test_every_option_tells_what_is_taken_without_it(name: str, found: Any) -> N
         ("fit x --device ", {"auto", "cpu", "cuda"}), ("fit x --method l", {"linear"}), ("fit x --preset p", {"paper"}),
         ("fit x --intervention s", {"shift", "soft"}), ("fit x --n-latents a", {"auto"}), ("fit x --n-top-genes ", {"all"}),
         ("export RUN --format h5", {"h5ad", "h5mu"}), ("plot RUN da", {"dag"}),
-        ("benchmark --method s", {"sparse", "sparse-vae"}), ("simulate --noise ", {"counts", "gaussian"}),
+        ("benchmark --method s", {"sparse", "sparse-vae", "squires"}), ("simulate --noise ", {"counts", "gaussian"}),
     ],
 )  # fmt: skip
 def test_a_shell_completes_values(words: str, completed: set[str]) -> None:

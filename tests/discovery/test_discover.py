@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import networkx as nx
@@ -15,7 +16,7 @@ from crlseq.data.dataset import read_data
 from crlseq.data.simulate import simulate
 from crlseq.discovery import discover as module
 from crlseq.discovery.bootstrap import Stability
-from crlseq.discovery.discover import discover
+from crlseq.discovery.discover import discover, passed_alone
 from crlseq.discovery.misfit import Misfit
 from crlseq.discovery.pairs import STATUSES
 from crlseq.discovery.result import Discovery
@@ -295,3 +296,13 @@ def test_threads_change_nothing_and_are_given_back(hard: Screen, found: Discover
         torch.set_num_threads(before)
     assert np.array_equal(again.target, found.target)
     assert np.allclose(again.shift, found.shift, rtol=1e-6)  # components are sums over cells, in another order
+
+
+def test_programs_between_others_with_one_perturbation_alone() -> None:
+    chain = torch.zeros(4, 4)
+    chain[0, 1] = chain[1, 2] = chain[2, 3] = 0.7
+    targets = torch.tensor([[0, 1, 2, 2, 3, 3]])
+    edges: Any = SimpleNamespace(adjacency=chain, solution=SimpleNamespace(targets=targets))
+    assert passed_alone(edges) == 1  # of 0 and 1, which have one, the first is no child
+    edges.adjacency = chain * 0
+    assert passed_alone(edges) == 0

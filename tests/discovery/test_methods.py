@@ -31,7 +31,7 @@ EXACTLY = {  # perturbations a program, of methods that take no other number
     "score": (2, factor_result.REASON_OF_PAIRS),
     "cauca": (3, cauca.REASON),
 }
-ORDER: tuple[Answer, ...] = ("not identified", "ancestry only", "identified")
+ORDER: tuple[Answer, ...] = ("not identified", "partly identified", "ancestry only", "identified")
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,17 @@ def test_one_objection_is_enough(kind: Any, change: dict[str, Any], words: list[
         assert word in verdict.reason
 
 
+def test_one_perturbation_of_a_program_between_others_does_not_tell_hard_from_soft() -> None:
+    verdict = judge(replace(GOOD, n_open=2))
+    assert verdict.answer == "ancestry only" and verdict.by_likelihood
+    assert (
+        "2 programs between others have one perturbation alone" in verdict.reason
+        and "--intervention hard" in verdict.reason
+    )
+    assert judge(replace(GOOD, kind="soft", n_open=2)).reason == judge(replace(GOOD, kind="soft")).reason
+    assert judge(replace(GOOD, n_open=1, n_edges=0)).answer == "not identified"
+
+
 def test_a_graph_stays_that_loses_fewer_edges_than_it_keeps() -> None:
     assert judge(replace(GOOD, n_gone=3)).grants_graph
 

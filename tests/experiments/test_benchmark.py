@@ -12,10 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import crlseq.experiments.benchmark as module
+import crlseq.experiments.fits as module
 from crlseq.errors import ConvergenceError, InputError, UsageError
 from crlseq.evaluation.recovery import PAIR_COUNTS, PAIR_SCORES, closure
-from crlseq.experiments.benchmark import COLUMNS, benchmark, draw, scenario_screen, summarise, toy_screen
+from crlseq.experiments.benchmark import COLUMNS, benchmark, summarise
+from crlseq.experiments.fits import scenario_screen
+from crlseq.experiments.peers import toy as toy_screen
+from crlseq.experiments.picture import draw
 from crlseq.experiments.scenarios import SCENARIOS
 from tests.paths import shared
 
@@ -72,7 +75,10 @@ def test_toy_has_the_law_of_the_published_one() -> None:
     assert counts[list(set(labels(own)))].to_dict() == dict(pd.Series(labels(own)).value_counts())
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+OURS = [name for name, options in SCENARIOS.items() if options.get("generator", "toy") == "toy"]
+
+
+@pytest.mark.parametrize("name", OURS)
 def test_every_scenario_can_be_simulated(name: str) -> None:
     screen = scenario_screen(name, 5, **TINY)
     truth = screen.uns["truth"]
@@ -205,12 +211,13 @@ def test_what_a_fit_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "fit", refusing)
     wanted = {"scenarios": ["linear-counts", "toy"], "seeds": [6], "simulator": TINY, "n_latents": "auto"}
     benchmark(tmp_path / "B", **wanted)
-    assert [options["values"] for options in given] == ["counts"] * 5 + ["continuous"] * 5
+    assert [options["values"] for options in given] == ["counts"] * 8 + ["continuous"] * 8
     # The published model and the sparse VAE take no number of latents from the data.
-    assert [options["n_latents"] for options in given] == [None, None, None, 10, 10, None, None, None, 5, 5]
-    assert [options.get("method") for options in given[:5]] == [None, None, "linear", None, "gradient"]
-    assert [options.get("preset") for options in given[:5]] == [None, None, None, "paper", None]
-    assert [options.get("decoder") for options in given[:5]] == [None, "sparse", None, None, "sparse"]
+    assert [options["n_latents"] for options in given] == [*[None] * 6, 10, 10, *[None] * 6, 5, 5]
+    methods = [None, None, "linear", "changes", "varimax", "squires", None, "gradient"]
+    assert [options.get("method") for options in given[:8]] == methods
+    assert [options.get("preset") for options in given[:8]] == [*[None] * 6, "paper", None]
+    assert [options.get("decoder") for options in given[:8]] == [None, "sparse", *[None] * 5, "sparse"]
     assert {options["seed"] for options in given} == {6}
 
 
@@ -328,3 +335,28 @@ def test_without_interventions(tmp_path: Path) -> None:
     assert row[known].astype(float).notna().all() and row["n_latents"] == 4
     assert row[["error", "target_accuracy", "ancestor_f1", "shd", "verdict"]].isna().all()
     assert summary.set_index("method").loc["sparse-vae", "failed"] == 0
+
+
+def test_options_of_single_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def refusing(source: Any, **options: Any) -> Any:
+        given.append(options)
+        raise ConvergenceError("No.")
+
+    monkeypatch.setattr(module, "fit", refusing)
+    wanted = {**SMALL, "methods": ["default", "paper"], "of_methods": {"paper": {"epochs": 7}}}
+    benchmark(tmp_path / "B", **wanted)
+    assert [options["epochs"] for options in given] == [1, 7]
+    with pytest.raises(InputError, match="of_methods"):
+        benchmark(tmp_path / "B", **{**wanted, "of_methods": {}})
+
+
+def test_jobs_give_the_same_rows(tmp_path: Path) -> None:
+    wanted = {**SMALL, "methods": ["linear", "squires"], "seeds": [3, 4], "options": {"bootstrap": 0}}
+    benchmark(tmp_path / "ONE", **wanted)
+    benchmark(tmp_path / "TWO", **wanted, jobs=2)
+    one, two = (pd.read_csv(tmp_path / name / "benchmark.csv").drop(columns="seconds") for name in ("ONE", "TWO"))
+    pd.testing.assert_frame_equal(one, two)
+    refused = one[one["method"] == "squires"]["error"]
+    assert len(refused) == 2 and refused.str.contains("one perturbation for each program").all()
