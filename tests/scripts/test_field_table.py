@@ -41,7 +41,9 @@ def test_rows_by_hand() -> None:
 def test_what_stands_around_stays() -> None:
     page = f"Before.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n"
     new = script.renewed(page, TABLE)
-    assert new.startswith(f"Before.\n\n{BEGIN}\n| setting") and new.endswith(f"|\n{END}\n\nAfter.\n")
+    assert new.startswith(
+        f"Before.\n\n{BEGIN}\nMedians of 9 fits, 3 at most of a method on a setting:\n\n| setting"
+    ) and new.endswith(f"|\n{END}\n\nAfter.\n")
     assert "old" not in new and script.renewed(new, TABLE) == new
 
 
