@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,8 @@ def test_the_setting_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_screen_mixed_by_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cauca, "TRIAL", 50)
-    monkeypatch.setattr(cauca, "STEPS", 400)
+    monkeypatch.setattr(cauca, "TRIAL", 100)
+    monkeypatch.setattr(cauca, "STEPS", 1000)
     screen = Screen(mixing="network", cells_per_perturbation=400, n_control=2000)
     given = screen.known_targets()
     found = method_of("cauca").find(screen.task(HARD, targets=given)).discovery
@@ -151,3 +152,10 @@ def test_what_it_cannot_do_it_says(tmp_path: Any) -> None:
     path.write_text("B,up\nB,down\n")
     with pytest.raises(InputError, match=r"Line 2 of table of targets .* gives 'B' a second program"):
         read_targets(path)
+
+
+def test_it_says_how_to_install_the_flows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zuko.flows.autoregressive", None)
+    with pytest.raises(UsageError, match="The method cauca needs zuko, which is not installed") as error:
+        UnmixingFlow(torch.zeros(2), torch.eye(2))
+    assert "'.[methods]'" in str(error.value.hint)
