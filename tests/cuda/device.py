@@ -345,7 +345,6 @@ def fake_cuda(memory: int = 100 * GIB, devices: int = 1, places: bool = False) -
             put(module, "ahead", lambda make, items: make_ahead(_in_mode(make), items))
         for module in (trainer, fit):
             put(module, "fit_model", _in_mode(module.fit_model))
-        put(fit, "find_programs", _in_mode(fit.find_programs))
         put(device, "_error_of", _in_mode(device._error_of))
         for module in (torch.utils._foreach_utils, torch.nn.utils.clip_grad):
             put(module, "_has_foreach_support", lambda tensors, device: True)

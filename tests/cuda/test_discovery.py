@@ -12,11 +12,12 @@ import torch
 from crlseq.discovery import device, factor_model
 from crlseq.discovery.components import count_components
 from crlseq.discovery.device import CPU, SECOND, device_for
+from crlseq.pipeline import fit as pipeline
 from crlseq.pipeline.fit import Progress
 from crlseq.threads import on_threads
 from crlseq.training.memory import ShortOfMemoryError
 from tests.cuda.conftest import fit
-from tests.cuda.device import CUDA, Mode, fake_cuda
+from tests.cuda.device import CUDA, Mode, _in_mode, fake_cuda
 from tests.cuda.test_trouble import FULL, raising
 from tests.discovery.test_factor_model import counts_of
 
@@ -26,6 +27,8 @@ LINEAR: dict[str, Any] = {"method": "linear", "epochs": None, "n_latents": 3}
 @pytest.fixture
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "SECOND", 0.0)
+    # Not in all tests of the device: inside a mode torch rounds some numbers of the CPU otherwise.
+    monkeypatch.setattr(pipeline, "find_programs", _in_mode(pipeline.find_programs))
 
 
 def components_on(place: torch.device, chunk: int, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
