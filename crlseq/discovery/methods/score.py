@@ -66,7 +66,7 @@ def paired(y: Floats, environment: Ints, p: int, seed: int, noise: float = 0.0) 
         np.cov(controls.T).reshape(p, p),
     )
     root, moments = np.linalg.cholesky(covariance), dict[tuple[int, int], Floats]()
-    graph: nx.Graph = nx.Graph()
+    graph: nx.Graph[int] = nx.Graph()
     for a in range(2 * p):
         for b in range(a + 1, 2 * p):
             apart = scores[a] - scores[b]
