@@ -21,6 +21,7 @@ from crlseq.discovery.likelihood import Solution, allowed_edges
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import propose_targets
 from crlseq.discovery.reassign import reassign_targets
+from crlseq.discovery.scoring import Factor
 from crlseq.storage.stage_cache import cached_on_disk
 from crlseq.threads import counted, in_parallel
 
@@ -65,14 +66,14 @@ def bootstrap(
     if len(counts) != fit.model.k + 1 or not torch.equal(counts.to(DTYPE), fit.model.moments.counts):
         raise ValueError("environment must hold the cells of the fit, no others.")
     draw = _sampler(values, variances, environment)
-    p, k = fit.model.p, fit.model.k
+    p, k, factor = fit.model.p, fit.model.k, fit.factor()
     edge, ancestor, assignment, program = (torch.zeros(shape, dtype=DTYPE) for shape in ((p, p), (p, p), (k, p), (p,)))
     shifts: list[Tensor] = []
     seeds = torch.randint(2**62, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def replicate(own_seed: int) -> Solution | None:
         generator = torch.Generator().manual_seed(own_seed)
-        return _refit(edges, draw(generator), generator)
+        return _refit(edges, factor, draw(generator), generator)
 
     for again in counted(in_parallel(replicate, seeds, threads), n):
         if again is not None:
@@ -140,11 +141,13 @@ def _sampler(values: Tensor, variances: Tensor | None, environment: Tensor) -> C
     return draw
 
 
-def _refit(edges: Edges, moments: Moments, generator: torch.Generator) -> Solution | None:
+def _refit(edges: Edges, factor: Factor, moments: Moments, generator: torch.Generator) -> Solution | None:
     """Targets (from those of the fit or afresh, by likelihood), parameters and edges for other moments; None where the
     likelihood has no maximum.
     """
-    now = reassign_targets(edges.solution.refitted(moments=moments, steps=REPLICATE_STEPS), MOVING_ROUNDS)
+    now = reassign_targets(
+        edges.solution.refitted(moments=moments, steps=REPLICATE_STEPS, factor=factor), MOVING_ROUNDS
+    )
     rival = _afresh(now, generator)
     if now.model.intervention.graph == "nothing":
         now = rival or now

@@ -13,11 +13,12 @@ from torch import Tensor
 from crlseq.discovery.likelihood import Solution
 from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import DTYPE
+from crlseq.discovery.scoring import Factor, positive_root
 from crlseq.discovery.thresholds import DESCRIBED
 from crlseq.storage.stage_cache import cached_on_disk
 
-NEAR_STEPS = 6  # from the conditional maximum of the quadratic model: close already
-FAR_STEPS = 30  # where the quadratic model reached too far
+NEAR_STEPS = 20  # from the conditional maximum of the quadratic model: close already
+FAR_STEPS = 60  # where the quadratic model reached too far
 MIN_EFFECT = (
     0.25  # |G| where the model does not hold: standard deviations of the child's own noise per unit of the parent
 )
@@ -69,21 +70,31 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
 class _Profile:
     """Quadratic model of the profile likelihood of the edges, from which edges can be taken away.
 
-    ``covariance`` (P, p p) of all parameters with the edges, ``value`` (P,) of all parameters, ``on`` (p p) edges.
+    ``value`` and ``variance`` (p p) of the edges given that those taken away are 0, ``on`` (p p) the others. A removal
+    costs a row of ``directions``, what is known of the edges by all removals, and no new covariance.
     """
 
     def __init__(self, now: Solution, dispersion: float) -> None:
         model = now.model
-        basis = torch.eye(model.size, model.p**2, dtype=DTYPE)  # G comes first
-        covariance = torch.cholesky_solve(basis, _root(now.information[0]))
+        score = model.score(now.theta, now.targets, now.mask)
+        edges = score.rows["G"]
+        self.solution, self.places, self.start = (
+            now,
+            score.moving[edges],
+            edges.start,
+        )  # G comes first in theta, last here
+        self.factor = Factor.exact(score)
+        covariance = torch.cholesky_inverse(self.factor.root[self.start :, self.start :])
         self.covariance = covariance / float(model.moments.counts.sum()) * dispersion
-        self.value, self.on = now.theta[0].clone(), now.mask[0].flatten().bool()
+        self.directions = torch.zeros(0, len(self.places), dtype=DTYPE)
+        self.on = now.mask[0].flatten().bool()
+        self.value = torch.where(self.on, now.theta[0, : len(self.on)], 0.0)
+        self.variance = torch.ones_like(self.value)
+        self.variance[self.places] = self.covariance.diagonal()
 
     def wald(self) -> Tensor:
         """Twice the log-likelihood that each edge is worth (p p), over the dispersion; infinite where there is none."""
-        n = len(self.on)
-        variance = self.covariance[:n].diagonal().clamp_min(1e-30)
-        return torch.where(self.on, self.value[:n] ** 2 / variance, torch.inf)
+        return torch.where(self.on, self.value**2 / self.variance.clamp_min(1e-30), torch.inf)
 
     def weakest(self, threshold: float, cycles_too: bool) -> int | None:
         """The edge below the threshold that is worth least, else with ``cycles_too`` that of a cycle."""
@@ -98,10 +109,26 @@ class _Profile:
 
     def remove(self, e: int) -> None:
         """Condition everything on edge ``e`` being 0."""
-        column, row = self.covariance[:, e].clone(), self.covariance[e] / self.covariance[e, e]  # row e of G, G
-        self.value = self.value - self.covariance[:, e] * self.value[e] / self.covariance[e, e]
-        self.covariance.addr_(column, row, alpha=-1)
+        own = int((self.places == e).nonzero())
+        column = self.covariance[own] - self.directions[:, own] @ self.directions
+        direction = column / column[own].clamp_min(1e-30).sqrt()
+        self.value[self.places] -= direction * self.value[e] / direction[own]
+        self.variance[self.places] -= direction**2
+        self.directions = torch.cat([self.directions, direction[None]])
         self.on[e] = False
+
+    def refitted(self) -> Solution:
+        """The maximum without the edges taken away, from where the quadratic model sees it."""
+        root, before, n = self.factor.root, self.solution.theta, len(self.on)
+        theta, moving = before.clone(), self.factor.moving
+        theta[0, :n] = torch.where(self.on, self.value, 0.0)
+        pull = (theta - before)[0, self.places] @ root[self.start :, : self.start]
+        others = torch.linalg.solve_triangular(root[: self.start, : self.start].T, pull[:, None], upper=True)
+        theta[0, moving[: self.start]] -= others[:, 0]
+        gone = torch.zeros(theta.shape[1], dtype=torch.bool)
+        gone[self.places] = ~self.on[self.places]
+        mask = self.on.view_as(self.solution.mask).to(DTYPE)
+        return self.solution.refitted(theta=theta, mask=mask, steps=NEAR_STEPS, factor=self.factor.without(gone))
 
 
 def _eliminated(now: Solution, dispersion: float, threshold: float) -> Solution:
@@ -119,23 +146,11 @@ def _eliminated(now: Solution, dispersion: float, threshold: float) -> Solution:
             gone += 1
         if not gone:
             return now
-        mask = profile.on.view_as(now.mask).to(DTYPE)
-        trial = now.refitted(theta=profile.value[None], mask=mask, steps=NEAR_STEPS)
+        trial = profile.refitted()
         lost = float(trial.nll[0] - now.nll[0]) * 2 * cells / dispersion
         if not lost < cost + threshold:
-            trial = min(trial, now.refitted(mask=mask, steps=FAR_STEPS), key=lambda s: float(s.nll[0]))
+            trial = min(trial, now.refitted(mask=trial.mask, steps=FAR_STEPS), key=lambda s: float(s.nll[0]))
         now = trial
-
-
-def _root(information: Tensor) -> Tensor:
-    """Cholesky factor (P, P) of an information, with as much of its diagonal on top as rounding about 0 takes."""
-    diagonal = torch.diag(information.diagonal())
-    root = diagonal
-    for power in range(-9, 1):
-        root, failed = torch.linalg.cholesky_ex(information + 10.0**power * diagonal)
-        if not failed:
-            break
-    return root
 
 
 def score_absent(now: Solution) -> tuple[Tensor, Tensor]:
@@ -145,15 +160,16 @@ def score_absent(now: Solution) -> tuple[Tensor, Tensor]:
     ``N g^2 / (i_ee - i_eo i_oo^-1 i_oe)``, g and i being gradient and information per cell, o what is there already.
     """
     model, p = now.model, now.model.p
-    full = 1 - torch.eye(p, dtype=DTYPE)[None]
-    _, gradient, information = model.information(now.theta, now.targets, full)
-    on = torch.ones(model.size, dtype=torch.bool)
-    on[: p * p] = now.mask[0].flatten().bool()  # G comes first
-    absent = torch.nonzero(~on[: p * p] & full[0].flatten().bool())[:, 0]
-    cross = information[0][absent][:, on]
-    inside = torch.linalg.solve(information[0][on][:, on], cross.T).T
-    left = (information[0].diagonal()[absent] - (inside * cross).sum(1)).clamp_min(1e-30)
-    return absent, float(model.moments.counts.sum()) * gradient[0][absent] ** 2 / left
+    score = model.score(now.theta, now.targets, 1 - torch.eye(p, dtype=DTYPE)[None])
+    edge, on = score.moving < p * p, torch.zeros(model.size, dtype=torch.bool)  # G comes first
+    on[: p * p] = now.mask[0].flatten().bool()
+    inside = ~edge | on[score.moving]
+    lower = score.information().tril_()
+    information = lower + lower.tril(-1).T
+    absent, cross = score.moving[~inside], information[inside][:, ~inside]
+    half = torch.linalg.solve_triangular(positive_root(information[inside][:, inside]), cross, upper=False)
+    left = (information.diagonal()[~inside] - (half**2).sum(0)).clamp_min(1e-30)
+    return absent, float(model.moments.counts.sum()) * score.gradient[absent] ** 2 / left
 
 
 def _with_absent(now: Solution, threshold: float) -> Tensor | None:

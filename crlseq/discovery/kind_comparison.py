@@ -17,13 +17,14 @@ from crlseq.discovery.edges import Edges, select_edges
 from crlseq.discovery.likelihood import Solution, allowed_edges
 from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import DTYPE, Moments
+from crlseq.discovery.scoring import Factor
 from crlseq.discovery.verdict import Evidence, judge
 from crlseq.model.interventions import INTERVENTIONS
 from crlseq.storage.stage_cache import cached_on_disk
 from crlseq.threads import counted, in_parallel
 
-OTHER_KIND_STEPS, RACE_STEPS = 30, 5
-FOLD_STEPS = 8  # from the fit to all cells
+OTHER_KIND_STEPS, RACE_STEPS = 60, 5
+FOLD_STEPS = 20  # from the fit to all cells
 
 
 @cached_on_disk()
@@ -60,7 +61,7 @@ def compare_kinds(
         edges = select_edges(_under(dense, chosen, allowed_edges(dense.model.p, chosen)))
     models = {chosen: edges.solution, "no edges": _without_edges(hard.solution, dense.model.kind, OTHER_KIND_STEPS)}
     models[plain] = _without_edges(models["no edges"], plain, FOLD_STEPS)
-    cases = [(model, *fold) for model in models.values() for fold in folds]
+    cases = [(model, factor, *fold) for model in models.values() for factor in [model.factor()] for fold in folds]
     values = torch.stack(list(counted(in_parallel(lambda case: _held_out(*case), cases, threads), len(cases))))
     losses = dict(zip(models, values.view(len(models), len(folds), -1).sum(2), strict=True))  # by fold
     cells = sum(float(test.counts.sum()) for _, test in folds)
@@ -133,8 +134,10 @@ def _without_edges(solution: Solution, kind: InterventionKind, steps: int) -> So
     return solution.refitted(kind=kind, mask=torch.zeros_like(solution.mask), steps=steps)
 
 
-def _held_out(solution: Solution, train: Moments, test: Moments) -> Tensor:
-    """Negative log-likelihood (C,) of each environment's cells of a fold, under a fit to the other folds."""
-    fitted = solution.refitted(moments=train, steps=FOLD_STEPS)
+def _held_out(solution: Solution, factor: Factor, train: Moments, test: Moments) -> Tensor:
+    """Negative log-likelihood (C,) of each environment's cells of a fold, under a fit to the other folds; ``factor`` of
+    the fit to all.
+    """
+    fitted = solution.refitted(moments=train, steps=FOLD_STEPS, factor=factor)
     value = fitted.model.per_environment(fitted.theta, fitted.targets, test)[0] * test.counts
     return torch.where(test.counts > 0, value, 0.0)

@@ -8,8 +8,8 @@ over G (p, p), W (p, q), shifts a, log noise scales s, retentions, psi and o. ``
 covariance and count of the cells of environment ``c`` in ``q`` whitened components; environment 0 holds the
 controls, environment ``i + 1`` perturbation ``i``, whose target is one latent. Row vectors; ``G[j, k]``: j -> k.
 
-Given targets (`crlseq.discovery.propose`) the likelihood is maximised by damped Fisher scoring
-(`crlseq.discovery.scoring`), all restarts as one batch. The graph is fitted dense, without an acyclicity term: under
+Given targets (`crlseq.discovery.propose`) the likelihood is maximised by scoring with BFGS updates
+(`crlseq.discovery.scoring`), one restart after the other. The graph is fitted dense, without an acyclicity term: under
 hard interventions it is identified, and `crlseq.discovery.edges` prunes it by likelihood ratio.
 """
 
@@ -20,14 +20,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from crlseq.config import InterventionKind
+from crlseq.discovery.linear_score import Implied, LinearScore
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import leading_changes, propose_targets
-from crlseq.discovery.scoring import Implied, LinearScore, Score, solve
+from crlseq.discovery.scoring import Factor, solve
 from crlseq.model.interventions import INTERVENTIONS
 from crlseq.storage.stage_cache import cached_on_disk
 
@@ -38,6 +41,8 @@ LARGE_SHIFT = 5.0  # a shift's prior deviation: a program that control cells do 
 TURNED_PER_RESTART, TURNED_LEFT = 3, 8  # restarts that differ in loadings: how many, and how many after the race
 MAX_TURN = math.pi / 4  # of a perturbation's leading change in a restart
 RESTART_STEPS = 15  # after which restarts are far enough apart to go on with the best alone
+Floats = NDArray[np.float64]
+NEAR_BOUND, SCALE_STEPS = 0.999, 20  # where the noise scale of a perturbation is looked for, and how long
 FIXED_LOG_NOISE = -20.0
 NEAR_END = 1.5  # |logit| at which a learned retention starts from a fixed one of 0 or 1
 
@@ -137,21 +142,29 @@ class LinearModel:
 
     def implied(self, theta: Tensor, targets: Tensor, mask: Tensor) -> Implied:
         """Means and covariances that parameters imply under targets (R, K) and a mask of edges, and their parts."""
+        return self._implied(theta, self._totals(theta, targets, mask))
+
+    def _totals(self, theta: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What shifts and noise scales leave alone: which programs are hit (R, C, p), graph, column, inverse and total."""
         w, r = self.unpack(theta), len(theta)
-        none = torch.zeros(r, 1, dtype=DTYPE)  # what controls have of an intervention
-        hit = pad(one_hot(targets, self.p).to(DTYPE), (0, 0, 1, 0))  # (R, C, p)
-        retention, log_scale = self.retention(w["retention"]), self.log_scale(w["scale"])
-        bounded = torch.tanh(w["scale"] / MAX_FITTED_LOG_SCALE)
-        column = 1 - hit * (1 - torch.cat([none + 1, retention], 1))[..., None]
-        graph, eye, psi = w["G"] * mask, torch.eye(self.p, dtype=DTYPE), w["psi"].exp()
-        inverse = torch.linalg.inv(eye - graph[:, None] * column[:, :, None])
-        total = inverse @ w["W"][:, None]
-        sd = torch.exp(hit * torch.cat([none, log_scale], 1)[..., None])
+        hit = pad(one_hot(targets, self.p).to(DTYPE), (0, 0, 1, 0))
+        retention = torch.cat([torch.ones(r, 1, dtype=DTYPE), self.retention(w["retention"])], 1)
+        column = 1 - hit * (1 - retention)[..., None]
+        graph = w["G"] * mask
+        inverse = torch.linalg.inv(torch.eye(self.p, dtype=DTYPE) - graph[:, None] * column[:, :, None])
+        return hit, graph, column, inverse, inverse @ w["W"][:, None]
+
+    def _implied(self, theta: Tensor, totals: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> Implied:
+        w, (hit, graph, column, inverse, total) = self.unpack(theta), totals
+        none = torch.zeros(len(theta), 1, dtype=DTYPE)  # what controls have of an intervention
+        log_scale, bounded = self.log_scale(w["scale"]), torch.tanh(w["scale"] / MAX_FITTED_LOG_SCALE)
+        sd, psi = torch.exp(hit * torch.cat([none, log_scale], 1)[..., None]), w["psi"].exp()
         loading = sd[..., None] * total
         shift = (hit * torch.cat([none, w["shift"]], 1)[..., None])[:, :, None]
         mean = (shift @ total)[:, :, 0] + w["offset"][:, None]
         covariance = loading.transpose(2, 3) @ loading + torch.diag_embed(self.floor + psi)[:, None]
         tau, slope = (shift @ inverse)[:, :, 0], (1 - bounded**2) * self.intervention.scales
+        retention = self.retention(w["retention"])
         return Implied(
             mean, covariance, graph, column, inverse, total, sd, loading, tau, retention, log_scale, slope, psi
         )
@@ -171,41 +184,76 @@ class LinearModel:
         value: Tensor = root.diagonal(dim1=2, dim2=3).log().sum(2) + 0.5 * trace
         return value
 
-    def information(self, theta: Tensor, targets: Tensor, mask: Tensor) -> Score:
-        """Objective (R,), gradient (R, P) and expected information (R, P, P), all per cell, with a weak ridge."""
-        score = LinearScore(self.implied(theta, targets, mask), self.moments, targets, self.at)
-        score.edges_and_loadings()
-        score.shifts()
-        score.scales()
-        if self.learns_retention:
-            score.retentions()
-        score.noise()
-        score.offset()
+    def ridge(self) -> Tensor:
+        """Weights (P,) of a weak penalty on the parameters' squares, per cell."""
         ridge = torch.zeros(self.size, dtype=DTYPE)
         ridge[self.at["G"]] = 2 * EDGE_RIDGE
         ridge[self.at["scale"]] = ridge[self.at["retention"]] = PERTURBATION_RIDGE
         ridge[self.at["shift"]] = 1 / (LARGE_SHIFT**2 * self.moments.cells())
-        return score.with_ridge(theta, ridge, self.free(mask))
+        return ridge
 
-    def solve(self, theta: Tensor, targets: Tensor, mask: Tensor, steps: int = 100) -> Solution:
-        """Damped scoring from ``theta`` (R, P), with targets (R, K) and allowed edges (R, p, p) held fixed."""
-        theta, (nll, _, information), converged = solve(
-            lambda there: self.information(there, targets, mask), theta, self.free(mask), self.moments.cells(), steps
-        )
-        return Solution(self, theta, targets, mask, nll, information, converged)
+    def score(self, theta: Tensor, targets: Tensor, mask: Tensor) -> LinearScore:
+        """Objective, gradient and expected information, per cell and with a weak ridge, at one set of parameters (1, P), its
+        shifts and noise scales replaced by the best ones.
+        """
+        ridge, totals = self.ridge(), self._totals(theta, targets, mask)
+        theta = self._with_best_perturbations(theta, targets, totals[-1], ridge)
+        implied = self._implied(theta, totals).first()
+        return LinearScore(implied, self.moments, targets[0], self.at, theta[0], ridge, self.free(mask)[0])
+
+    def _with_best_perturbations(self, theta: Tensor, targets: Tensor, total: Tensor, ridge: Tensor) -> Tensor:
+        """Parameters (1, P) with the shifts and noise scales that are best given the others, of total loadings (1, C, p, q).
+
+        With ``B`` the covariance of an environment of noise scale 1, x the target's row of ``T W``, ``h = x B^-1 x'``,
+        ``g = x B^-1 (y - o)'`` and ``v = x B^-1 C B^-1 x'`` (`crlseq.discovery.reassign`) the shift is ``g / h``, and the
+        noise scale s minimises ``log t + v / (h t)`` for ``t = 1 + (e^2s - 1) h``, both but for the ridge.
+        """
+        weight, scale, own = self.moments.weight()[1:], self.at["scale"], total[0, 1:]
+        x = own[torch.arange(self.k), targets[0]]
+        base = own.transpose(1, 2) @ own + torch.diag(self.floor + theta[0, self.at["psi"]].exp())
+        u = torch.cholesky_solve(x[..., None], torch.linalg.cholesky_ex(base)[0])[..., 0]
+        h = (u * x).sum(1)
+        g = (u * (self.moments.means[1:] - theta[0, self.at["offset"]])).sum(1)
+        v = ((u[:, None] @ self.moments.covariances[1:])[:, 0] * u).sum(1)
+        raw = torch.zeros_like(h)
+        if self.intervention.scales:
+            raw = torch.from_numpy(
+                _best_scales(*(a.numpy() for a in (theta[0, scale], h, v / h, weight, ridge[scale])))
+            )
+        t = 1 + torch.expm1(2 * self.log_scale(raw)) * h
+        theta = theta.clone()
+        theta[0, scale] = raw
+        theta[0, self.at["shift"]] = weight * g / t / (weight * h / t + ridge[self.at["shift"]])
+        return theta
+
+    def solve(
+        self, theta: Tensor, targets: Tensor, mask: Tensor, steps: int = 100, factor: Factor | None = None
+    ) -> Solution:
+        """The maximum from each ``theta`` (R, P), with targets (R, K) and allowed edges (R, p, p) held fixed; ``factor`` of
+        a curvature to begin with.
+        """
+        found = []
+        for r in range(len(theta)):
+            one = slice(r, r + 1)
+
+            def score(there: Tensor, one: slice = one) -> LinearScore:
+                return self.score(there[None], targets[one], mask[one])
+
+            found.append(solve(score, theta[r], float(self.moments.cells()), steps, factor))
+        theta, nll = (torch.stack([getattr(end, name) for end, _ in found]) for name in ("theta", "nll"))
+        return Solution(self, theta, targets, mask, nll, torch.tensor([converged for _, converged in found]))
 
 
 @cached_on_disk()
 @dataclass(frozen=True)
 class Solution:
-    """Maximum of the likelihood from R starts; ``nll`` (R,) per cell, ``information`` (R, P, P) per cell."""
+    """Maximum of the likelihood from R starts; ``nll`` (R,) per cell."""
 
     model: LinearModel
     theta: Tensor
     targets: Tensor
     mask: Tensor
     nll: Tensor
-    information: Tensor
     converged: Tensor
 
     def best(self) -> Solution:
@@ -222,13 +270,18 @@ class Solution:
         moments: Moments | None = None,
         kind: InterventionKind | None = None,
         steps: int = 100,
+        factor: Factor | None = None,
     ) -> Solution:
         """The maximum from here, or from ``theta``, with what is given in place of the solution's; other edges stay 0."""
         mask = self.mask if mask is None else mask
         targets = self.targets if targets is None else targets
         start = replace(self, theta=self.theta if theta is None else theta, mask=mask)
         model = self.model.like(moments, kind)
-        return model.solve(model.adopt(start), targets, mask, steps)
+        return model.solve(model.adopt(start), targets, mask, steps, factor)
+
+    def factor(self) -> Factor:
+        """Of the information here (R = 1): what the maximum for other cells can begin with."""
+        return Factor.exact(self.model.score(self.theta, self.targets, self.mask))
 
     def directions(self) -> Tensor:
         """Read-out of latents (q, p), ``u = (y - offset) @ D``.
@@ -246,6 +299,33 @@ class Solution:
     def adjacency(self) -> Tensor:
         """``G`` (p, p) of the first restart, zero where the mask forbids an edge."""
         return self.model.unpack(self.theta)["G"][0] * self.mask[0]
+
+
+def _best_scales(start: Floats, h: Floats, goal: Floats, weight: Floats, ridge: Floats) -> Floats:
+    """Parameters (K,) of noise scales that minimise ``weight / 2 (log t + goal / t) + ridge raw^2 / 2``, t being
+    ``1 + (e^2s - 1) h`` and ``s = M tanh(raw / M)``: Newton's method from ``start``, between 0 and the minimum without the
+    ridge. In numpy, to which a call costs a fifth.
+    """
+    m = MAX_FITTED_LOG_SCALE
+    s = 0.5 * np.log1p(np.maximum((goal - 1) / h, math.expm1(-2 * m)))  # of t = goal
+    end = m * np.arctanh(np.clip(s / m, -NEAR_BOUND, NEAR_BOUND))
+    low, high = np.minimum(end, 0), np.maximum(end, 0)
+    raw = np.clip(start, low, high)
+    for _ in range(SCALE_STEPS):
+        bend = np.tanh(raw / m)
+        first = 1 - bend**2
+        e = np.exp(2 * m * bend) * h
+        t = 1 - h + e
+        r, more = 2 * e * first / t, 2 * e * (2 * first**2 - 2 * bend * first / m) / t
+        over = 1 - goal / t
+        gradient = 0.5 * weight * r * over + ridge * raw
+        curve = 0.5 * weight * ((more - r**2) * over + r**2 * goal / t) + ridge
+        low, high = np.where(gradient < 0, raw, low), np.where(gradient > 0, raw, high)
+        newton = raw - gradient / curve
+        before, raw = raw, np.where((curve > 0) & (newton >= low) & (newton <= high), newton, (low + high) / 2)
+        if np.abs(raw - before).max() < 1e-9:
+            break
+    return raw
 
 
 def allowed_edges(n_latents: int, kind: InterventionKind) -> Tensor:

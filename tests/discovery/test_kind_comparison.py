@@ -12,6 +12,7 @@ from crlseq.discovery import kind_comparison
 from crlseq.discovery.kind_comparison import KindComparison, compare_kinds, paired_error, without_graph
 from crlseq.discovery.likelihood import Solution, fit_linear
 from crlseq.discovery.moments import Moments, environment_moments, fold_moments
+from crlseq.discovery.scoring import Factor
 from crlseq.discovery.verdict import Verdict, judge
 from tests.structural import GRAPH, NO_EDGES, TARGETS, P, matched, truth
 
@@ -119,8 +120,8 @@ def test_a_fold_that_runs_away_loses_no_more_than_its_parameters(monkeypatch: py
 
     held_out = kind_comparison._held_out
 
-    def runs_away(solution: Solution, train: Moments, test: Moments) -> torch.Tensor:
-        value = held_out(solution, train, test)
+    def runs_away(solution: Solution, factor: Factor, train: Moments, test: Moments) -> torch.Tensor:
+        value = held_out(solution, factor, train, test)
         return value + 1e5 if bool(solution.mask.any()) and test is folds[0][1] else value
 
     monkeypatch.setattr(kind_comparison, "_held_out", runs_away)

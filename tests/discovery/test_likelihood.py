@@ -13,6 +13,7 @@ from torch.distributions import MultivariateNormal
 from crlseq.config import InterventionKind
 from crlseq.discovery import likelihood as linear
 from crlseq.discovery.likelihood import LinearModel, Solution, allowed_edges, fit_linear
+from crlseq.discovery.linear_score import LinearScore
 from crlseq.discovery.moments import DTYPE, Moments, environment_moments
 from crlseq.model.interventions import INTERVENTIONS
 from tests.structural import GRAPH, LOG_SCALES, RETENTIONS, SHIFTS, TARGETS, P, Q, Truth, matched, truth
@@ -49,6 +50,12 @@ def somewhere(
     targets = torch.randint(P, (restarts, K), generator=generator)
     mask = (torch.rand(restarts, P, P, generator=generator) < 0.7).to(DTYPE)
     return model, theta, targets, mask
+
+
+def score_at(model: LinearModel, theta: Tensor, targets: Tensor, mask: Tensor) -> LinearScore:
+    """The score at these very parameters (1, P)."""
+    implied = model.implied(theta, targets, mask).first()
+    return LinearScore(implied, model.moments, targets[0], model.at, theta[0], model.ridge(), model.free(mask)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,7 +96,7 @@ def test_the_objective_is_minus_the_log_likelihood_of_the_cells(kind: Interventi
         for name in ("retention", "scale"):
             free = name == "retention" or INTERVENTIONS[kind].scales
             ridge += 0.5 * linear.PERTURBATION_RIDGE * (named[name][r] ** 2).sum() * free
-        objective = model.information(theta, targets, mask)[0][r]
+        objective = score_at(model, theta[r : r + 1], targets[r : r + 1], mask[r : r + 1]).nll
         torch.testing.assert_close(objective, cell.mean() + ridge)
         each = model.per_environment(model.pack(named), targets, model.moments)[r]
         expected = torch.stack([cell[environment == c].mean() for c in range(K + 1)])
@@ -99,12 +106,12 @@ def test_the_objective_is_minus_the_log_likelihood_of_the_cells(kind: Interventi
 @pytest.mark.parametrize("fit_noise", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_that_of_autograd(kind: InterventionKind, fit_noise: bool) -> None:
-    model, theta, targets, mask = somewhere(kind, fit_noise=fit_noise)
+    model, theta, targets, mask = somewhere(kind, restarts=1, fit_noise=fit_noise)
     theta.requires_grad_()
-    nll, gradient, _ = model.information(theta, targets, mask)
-    (expected,) = torch.autograd.grad(nll.sum(), theta)
-    if not fit_noise:
-        expected[:, model.at["psi"]] = 0
+    score = score_at(model, theta, targets, mask)
+    (expected,) = torch.autograd.grad(score.nll, theta)
+    expected = expected * model.free(mask)
+    gradient = score.gradient[None].detach()
     torch.testing.assert_close(gradient, expected)
     for name in model.at:
         moves = bool(gradient[:, model.at[name]].abs().sum() > 1e-6)
@@ -119,21 +126,55 @@ def test_the_information_is_the_curvature_where_the_moments_are_the_models_own(k
     true = truth(kind)
     model, theta = at_truth(true, kind, true.moments(100))
     mask = torch.ones(1, P, P, dtype=DTYPE)
-    _, gradient, information = model.information(theta, TARGETS[None], mask)
+    score = score_at(model, theta, TARGETS[None], mask)
 
     def objective(t: Tensor) -> Tensor:
-        return model.information(t[None], TARGETS[None], mask)[0][0]
+        return score_at(model, t[None], TARGETS[None], mask).nll
 
     curvature = torch.autograd.functional.hessian(objective, theta[0])
     free = model.free(mask)[0].bool()
-    torch.testing.assert_close(information[0][free][:, free], curvature[free][:, free], rtol=1e-6, atol=1e-7)
-    assert not information[0][free][:, ~free].any()  # what is fixed has no say in a step
+    assert torch.equal(score.moving.sort().values, torch.nonzero(free)[:, 0])
+    own = curvature[score.moving][:, score.moving].tril()
+    torch.testing.assert_close(score.information().tril(), own, rtol=1e-6, atol=1e-7)
     # nothing but the ridge pulls at the truth
     ridge = torch.zeros_like(theta)
     ridge[:, model.at["G"]] = 2 * linear.EDGE_RIDGE
     ridge[:, model.at["shift"]] = 1 / (linear.LARGE_SHIFT**2 * model.moments.counts.sum())
     ridge[:, model.at["scale"]] = ridge[:, model.at["retention"]] = linear.PERTURBATION_RIDGE
-    torch.testing.assert_close(gradient, ridge * theta * free)
+    torch.testing.assert_close(score.gradient[None], ridge * theta * free)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_information_of_some_edges_is_part_of_that_of_all(kind: InterventionKind) -> None:
+    model, theta, targets, mask = somewhere(kind, restarts=1)
+    theta[:, model.at["G"]] *= mask.flatten(1)
+    some, full = (score_at(model, theta, targets, m) for m in (mask, torch.ones_like(mask)))
+    place = torch.searchsorted(full.moving.sort().values, some.moving)
+    order = full.moving.argsort()[place]
+    whole = full.information().tril()
+    whole = whole + whole.tril(-1).T
+    torch.testing.assert_close(some.information().tril(), whole[order][:, order].tril())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shifts_and_noise_scales_are_the_best_ones_given_the_others(kind: InterventionKind) -> None:
+    """In the score: nothing is left of their gradient, and no other value in reach is better."""
+    model, theta, targets, mask = somewhere(kind, restarts=1)
+    score = model.score(theta, targets, mask)
+    for name in ("shift", "scale"):
+        assert (
+            float(score.gradient[model.at[name]].abs().max()) < 1e-6
+        )  # of what is left of a scale by the ridge of shifts
+    others = [name for name in model.at if name not in ("shift", "scale")]
+    for name in others:
+        assert torch.equal(score.theta[model.at[name]], theta[0, model.at[name]])
+    step = torch.zeros_like(theta)
+    for size in (-2.0, -0.3, 0.3, 2.0):
+        for name in ("shift", "scale") if model.intervention.scales else ("shift",):
+            step.zero_()[:, model.at[name]] = size
+            assert score_at(model, score.theta[None] + step, targets, mask).nll > score.nll
+    again = model.score(score.theta[None], targets, mask)
+    torch.testing.assert_close(again.theta, score.theta, atol=1e-8, rtol=0)
 
 
 def test_exact_moments_of_hard_interventions_give_the_graph() -> None:
@@ -239,11 +280,11 @@ def test_converged_says_whether_steps_sufficed() -> None:
     enough = model.solve(start, targets, mask)
     assert enough.converged.tolist() == [True]
     assert model.solve(start, targets, mask, steps=2).converged.tolist() == [False]
-    gradient = model.information(enough.theta, targets, mask)[1]
+    gradient = model.score(enough.theta, targets, mask).gradient
     assert float(gradient.abs().max()) < 1e-3
     # and then it stays where it is
     again = model.solve(enough.theta, targets, mask)
-    assert torch.equal(again.theta, enough.theta)
+    torch.testing.assert_close(again.theta, enough.theta, atol=1e-8, rtol=0)
     assert again.converged.tolist() == [True]
 
 
@@ -271,7 +312,7 @@ def test_order_of_perturbations_does_not_matter() -> None:
     torch.testing.assert_close(shifts[0][order], shifts[1], atol=1e-5, rtol=1e-4)
 
 
-def test_restarts_as_one_batch_are_single_runs() -> None:
+def test_restarts_are_single_runs() -> None:
     moments = environment_moments(*truth().cells(100))
     model = LinearModel(moments, P, "hard", FLOOR)
     targets = torch.stack([TARGETS, TARGETS.roll(1), TARGETS.flip(0)])
@@ -346,7 +387,7 @@ def copies(moments: Moments) -> Moments:
 def test_degenerate_moments_never_give_nan(spoil: object, kind: InterventionKind) -> None:
     assert callable(spoil)
     found = fit_linear(spoil(truth(kind).moments(50)), P, kind, restarts=2, steps=25)
-    for value in (found.theta, found.nll, found.information, found.adjacency(), found.directions()):
+    for value in (found.theta, found.nll, found.factor().root, found.adjacency(), found.directions()):
         assert bool(torch.isfinite(value).all())
 
 
