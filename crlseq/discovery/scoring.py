@@ -156,7 +156,7 @@ def solve(
             promised = -0.5 * float(at.gradient @ step)
             there = score(at.theta + step)
             gained = float(at.nll - there.nll)
-            if not gained > 0 and not fresh:  # as far as a parabola through what is known goes down
+            if not gained > 0:  # as far as a parabola through what is known goes down
                 share = max(SHORT, promised / (2 * promised - gained))
                 step, promised = share * step, share * promised
                 there = score(at.theta + step)
