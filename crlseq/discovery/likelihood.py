@@ -323,7 +323,7 @@ def _best_scales(start: Floats, h: Floats, goal: Floats, weight: Floats, ridge: 
         low, high = np.where(gradient < 0, raw, low), np.where(gradient > 0, raw, high)
         newton = raw - gradient / curve
         before, raw = raw, np.where((curve > 0) & (newton >= low) & (newton <= high), newton, (low + high) / 2)
-        if np.abs(raw - before).max() < 1e-9:
+        if np.abs(raw - before).max() < 1e-6:
             break
     return raw
 

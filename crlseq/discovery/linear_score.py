@@ -60,7 +60,8 @@ class LinearScore:
         self.x = s.total[torch.arange(1, len(s.mean)), targets]  # (K, q)
         self.ds = (2 * s.log_scale).exp() * s.slope
         self.learns_retention = at["retention"].stop > at["retention"].start
-        self.free = free
+        self.free, self.searched = free, torch.ones_like(free, dtype=torch.bool)
+        self.searched[at["shift"]] = self.searched[at["scale"]] = False
         self.nll = self.fit.nll + 0.5 * (ridge * theta**2 * free).sum()
         self.gradient = (self._gradient() + ridge * theta) * free
         if bool(self.fit.failed) or not bool(torch.isfinite(self.nll) & torch.isfinite(self.gradient).all()):

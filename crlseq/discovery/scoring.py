@@ -12,7 +12,6 @@ serves, and limited-memory BFGS updates tell what the curvature is beyond it (No
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,14 +22,12 @@ from torch import Tensor
 from crlseq.discovery.moments import DTYPE, Moments
 
 MAX_STEP = 1.5  # largest change of a parameter in one step
-FAR = 1.0  # log-likelihood units still to gain
-LITTLE = 0.1  # of what was to gain; if more is left after a step, and the end is far, the information is made anew
-MEMORY = 12  # steps after which the information is made anew
-NEAR = 0.9  # share of the promised gain that is within bounds; less, and it is made anew too
-ENOUGH = 0.3  # of the gain that a step promised; less, likewise
+MEMORY = 25  # steps after which the information is made anew
+NEAR = 0.9  # share of a step that is within bounds; less, and it is made anew too
 FIRST_DAMPING, LEAST_DAMPING = 1e-2, 1e-9
-TOLERANCE = 1e-3  # log-likelihood units over all cells: a thousandth of what decides anything
+TOLERANCE = 1e-4  # log-likelihood units over all cells: a ten-thousandth of what decides anything
 SHORT = 0.1  # of a step that led uphill
+EASE, HARDEN = 4, 6  # of the damping by a step of a fresh information that led downhill, and by one that did not
 NO_HOPE = 1e7  # damping at which a search gives up
 
 
@@ -38,6 +35,7 @@ class Score(Protocol):
     """Of one set of P parameters, per cell."""
 
     theta: Tensor  # (P,) where it was asked for, or better: what has a best value given the others may have it
+    searched: Tensor  # (P,) bool: those that have not, and go where a step leads
     nll: Tensor  # (), infinite where it is undefined
     gradient: Tensor  # (P,), 0 for parameters that are held fixed
 
@@ -131,55 +129,50 @@ def solve(
 ) -> tuple[Score, bool]:
     """The score where the way downhill from ``theta`` (P,) ends, and whether it converged.
 
-    A step is that of Levenberg-damped scoring with BFGS updates. The information is made anew where the end is far, where a
-    step gained less than it promised, and after `MEMORY` steps. ``factor``: of a curvature to begin with. The number of
-    ``cells`` turns objective and information per cell into those of the data.
+    A step is that of Levenberg-damped scoring with BFGS updates. The information is made anew where a step led nowhere or
+    was cut short, and after `MEMORY` steps. ``factor``: of a curvature to begin with. The number of ``cells`` turns objective
+    and information per cell into those of the data.
     """
-    at, damping, most = score(theta), FIRST_DAMPING, math.inf
-    curvature, fresh = None if factor is None else _Curvature(factor), False
-    taken = 0
-    while taken < steps:
+    at, damping = score(theta), FIRST_DAMPING
+    curvature = None if factor is None else _Curvature(factor)
+    for _ in range(steps):
+        if damping > NO_HOPE:
+            break
+        fresh = curvature is None
         if curvature is None:
             made = Factor.damped(at, damping)
-            if made is not None:
-                curvature, fresh = _Curvature(made), True
-        if curvature is not None:
-            step = -curvature.solved(at.gradient)
-            before, most = most, -0.5 * float(at.gradient @ step)
-            if not fresh and most > before * (LITTLE if most * cells > FAR else 1):
-                curvature, most = None, math.inf
+            if made is None:
+                damping *= HARDEN
                 continue
-            taken += 1
-            if most * cells < TOLERANCE and bool(torch.isfinite(at.nll)):
-                return at, True
-            step = _bounded(step, at.gradient)
-            promised = -0.5 * float(at.gradient @ step)
-            there = score(at.theta + step)
-            gained = float(at.nll - there.nll)
-            if not gained > 0:  # as far as a parabola through what is known goes down
-                share = max(SHORT, promised / (2 * promised - gained))
-                step, promised = share * step, share * promised
-                there = score(at.theta + step)
-                gained = float(at.nll - there.nll)
-            if gained > 0:
-                curvature.learn(there.theta - at.theta, there.gradient - at.gradient)
-                at, damping, fresh = there, max(damping / 4, LEAST_DAMPING), False
-                if promised < NEAR * most or gained < ENOUGH * promised or len(curvature.pairs) == MEMORY:
-                    curvature = None
-                continue
-        if curvature is None or fresh:
-            taken += curvature is None
-            damping = max(6 * damping, FIRST_DAMPING)
-            if damping > NO_HOPE:
-                break
-        curvature = None
+            curvature = _Curvature(made)
+        step = -curvature.solved(at.gradient)
+        if -0.5 * float(at.gradient @ step) * cells < TOLERANCE and bool(torch.isfinite(at.nll)):
+            return at, True
+        within = min(1.0, MAX_STEP / float(step[at.searched].abs().max().clamp_min(1e-300)))
+        there, whole = _downhill(score, at, within * step)
+        if fresh:
+            damping = max(damping / EASE, LEAST_DAMPING) if whole else max(damping * HARDEN, FIRST_DAMPING)
+        if there is None:
+            curvature = None
+            continue
+        curvature.learn(there.theta - at.theta, there.gradient - at.gradient)
+        at = there
+        if within < NEAR or len(curvature.pairs) == MEMORY:
+            curvature = None
     return at, False
 
 
-def _bounded(step: Tensor, gradient: Tensor) -> Tensor:
-    """A step (P,) that moves no parameter by more than `MAX_STEP`: each by itself where that leads downhill, else all alike."""
-    each = step.clamp(-MAX_STEP, MAX_STEP)
-    return each if bool(gradient @ each < 0) else step * (MAX_STEP / step.abs().max())
+def _downhill(score: Callable[[Tensor], Score], at: Score, step: Tensor) -> tuple[Score | None, bool]:
+    """The score after a step that leads downhill, and whether it is the whole one; else after a part, as far as a parabola
+    through what is known goes down. None if that leads nowhere.
+    """
+    there = score(at.theta + step)
+    gained = float(at.nll - there.nll)
+    if gained > 0:
+        return there, True
+    promised = -0.5 * float(at.gradient @ step)
+    there = score(at.theta + max(SHORT, promised / (2 * promised - gained)) * step)
+    return there if bool(there.nll < at.nll) else None, False
 
 
 class Deviations:

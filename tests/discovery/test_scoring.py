@@ -29,6 +29,10 @@ class OneFactor:
     moving: Tensor
     full: Tensor
 
+    @property
+    def searched(self) -> Tensor:
+        return torch.ones(len(self.theta), dtype=torch.bool)
+
     def information(self) -> Tensor:
         return self.full[self.moving][:, self.moving]
 
