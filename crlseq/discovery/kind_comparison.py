@@ -65,11 +65,12 @@ def compare_kinds(
     values = torch.stack(list(counted(in_parallel(lambda case: _held_out(*case), cases, threads), len(cases))))
     losses = dict(zip(models, values.view(len(models), len(folds), -1).sum(2), strict=True))  # by fold
     cells = sum(float(test.counts.sum()) for _, test in folds)
+    # Parameters that are worth nothing cost half a unit each on new cells; a fold that loses twice as much ran away where
+    # an environment has few cells, and says no more than that: of a graph, and of the free scales that it is compared with.
+    losses["no edges"] = torch.minimum(losses["no edges"], losses[plain] + dense.model.k)
     # Scales are parameters too: where interventions leave them alone, mere shifts predict better than free scales do.
     rival = min(("no edges", plain), key=lambda name: float(losses[name].sum()))
     n_edges, error = int((edges.adjacency != 0).sum()), paired_error(models[chosen], models[rival])
-    # Parameters that are worth nothing cost half a unit each on new cells; a fold that loses twice as much ran away where
-    # an environment has few cells, and says no more than that.
     own = n_edges + dense.model.k * (int(edges.solution.model.learns_retention) + int(rival == plain))
     losses[chosen] = torch.minimum(losses[chosen], losses[rival] + own)
     gained = losses[rival] - losses[chosen]

@@ -134,6 +134,30 @@ def test_a_fold_that_runs_away_loses_no_more_than_its_parameters(monkeypatch: py
     assert -(edges + dense.model.k) <= alone.evidence.gain <= -edges
 
 
+def test_a_rival_that_runs_away_in_a_fold_lends_a_graph_no_more_than_its_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values, environment = truth("hard").cells(200, 0)
+    dense = fit_linear(environment_moments(values, environment), P, "hard", restarts=2, noise_floor=0.03)
+    folds = fold_moments(values, environment, None, 3, torch.Generator().manual_seed(0))
+    whole, first = compare_kinds(dense, folds, "hard"), compare_kinds(dense, folds[:1], "hard")
+
+    held_out = kind_comparison._held_out
+
+    def runs_away(solution: Solution, factor: Factor, train: Moments, test: Moments) -> torch.Tensor:
+        value = held_out(solution, factor, train, test)
+        scaled = solution.model.kind == "hard" and not bool(solution.mask.any())
+        return value + 1e5 if scaled and test is folds[0][1] else value
+
+    monkeypatch.setattr(kind_comparison, "_held_out", runs_away)
+    found = compare_kinds(dense, folds, "hard")
+    # In the first fold free scales count as mere shifts and a unit for each; the other two are compared as before.
+    worse = (first.held_out["shift"] - first.held_out["no edges"]) * float(folds[0][1].counts.sum()) + dense.model.k
+    assert found.evidence.gain == pytest.approx(whole.evidence.gain + worse, abs=1e-6)
+    # Against mere shifts alone, in all folds, the graph would seem to gain more.
+    assert found.evidence.gain < (found.held_out["shift"] - found.held_out["hard"]) * len(values)
+
+
 def test_a_graph_has_to_beat_the_better_model_without_edges() -> None:
     """Under mere shifts free noise scales are needless parameters; beating them alone would be no sign of a graph."""
     found = compared("shift", "hard")
