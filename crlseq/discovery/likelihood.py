@@ -30,7 +30,7 @@ from crlseq.config import InterventionKind
 from crlseq.discovery.linear_score import Implied, LinearScore
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import leading_changes, propose_targets
-from crlseq.discovery.scoring import Factor, solve
+from crlseq.discovery.scoring import MAX_STEPS, Factor, solve
 from crlseq.model.interventions import INTERVENTIONS
 from crlseq.storage.stage_cache import cached_on_disk
 
@@ -227,7 +227,7 @@ class LinearModel:
         return theta
 
     def solve(
-        self, theta: Tensor, targets: Tensor, mask: Tensor, steps: int = 100, factor: Factor | None = None
+        self, theta: Tensor, targets: Tensor, mask: Tensor, steps: int = MAX_STEPS, factor: Factor | None = None
     ) -> Solution:
         """The maximum from each ``theta`` (R, P), with targets (R, K) and allowed edges (R, p, p) held fixed; ``factor`` of
         a curvature to begin with.
@@ -269,7 +269,7 @@ class Solution:
         mask: Tensor | None = None,
         moments: Moments | None = None,
         kind: InterventionKind | None = None,
-        steps: int = 100,
+        steps: int = MAX_STEPS,
         factor: Factor | None = None,
     ) -> Solution:
         """The maximum from here, or from ``theta``, with what is given in place of the solution's; other edges stay 0."""
@@ -343,7 +343,7 @@ def fit_linear(
     noise_floor: float = 1e-4,
     fit_noise: bool = True,
     targets: Tensor | None = None,
-    steps: int = 100,
+    steps: int = MAX_STEPS,
     each: Callable[..., Iterable[Any]] = map,
 ) -> Solution:
     """Best of several restarts, with a dense graph, or with none where the data do not identify it.

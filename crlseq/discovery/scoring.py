@@ -22,6 +22,7 @@ from torch import Tensor
 from crlseq.discovery.moments import DTYPE, Moments
 
 MAX_STEP = 1.5  # largest change of a parameter in one step
+MAX_STEPS = 300  # most cost a gradient alone; where a model does not hold, flat valleys take so many
 MEMORY = 25  # steps after which the information is made anew
 NEAR = 0.9  # share of a step that is within bounds; less, and it is made anew too
 FIRST_DAMPING, LEAST_DAMPING = 1e-2, 1e-9
@@ -125,7 +126,7 @@ class _Curvature:
 
 
 def solve(
-    score: Callable[[Tensor], Score], theta: Tensor, cells: float, steps: int = 100, factor: Factor | None = None
+    score: Callable[[Tensor], Score], theta: Tensor, cells: float, steps: int = MAX_STEPS, factor: Factor | None = None
 ) -> tuple[Score, bool]:
     """The score where the way downhill from ``theta`` (P,) ends, and whether it converged.
 
