@@ -116,6 +116,29 @@ def test_a_good_factor_to_begin_with_saves_the_information() -> None:
     torch.testing.assert_close(end.theta, truth, atol=0.02, rtol=0)
 
 
+def test_the_bound_of_a_step_is_one_of_what_is_searched() -> None:
+    """``f = (y^2 + (x - 10 y)^2) / 2`` with the best x = 10 y set: from y = 1 the step of y is 1 over the Schur complement
+    1.01 x 101 - 100 / 1.01 of the damped information, though x moves by ten times as much, beyond the bound.
+    """
+
+    @dataclass
+    class Settled(OneFactor):
+        @property
+        def searched(self) -> Tensor:
+            return torch.tensor([False, True])
+
+    def score(theta: Tensor) -> Settled:
+        y = theta[1]
+        information = torch.tensor([[1.0, -10.0], [-10.0, 101.0]], dtype=DTYPE)
+        return Settled(
+            torch.stack([10 * y, y]), y**2 / 2, torch.stack([0 * y, y]), torch.arange(2), information.clone()
+        )
+
+    end, _ = solve(score, torch.tensor([0.0, 1.0], dtype=DTYPE), 500.0, steps=1)
+    assert float(end.theta[1]) == pytest.approx(1 - 1 / (1.01 * 101 - 100 / 1.01), abs=1e-6)
+    assert scoring.MAX_STEP < 10 / (1.01 * 101 - 100 / 1.01)
+
+
 def test_what_is_not_free_stays() -> None:
     start = torch.cat([LOADING, NOISE.log()]) + 0.3
     end, converged = solve(lambda t: one_factor(exact(), t, fixed=1), start, 500.0)
