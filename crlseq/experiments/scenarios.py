@@ -52,7 +52,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "default": {}, "sparse": {"decoder": "sparse"}, "linear": {"method": "linear"}, "changes": {"method": "changes"},
-    "varimax": {"method": "varimax"}, "squires": {"method": "squires"}, "paper": {"preset": "paper"},
+    **{name: {"method": name} for name in ("varimax", "squires", "score-linear", "score", "contrastive", "cauca", "icm-flow")},
+    "diffusion": {"method": "diffusion"}, "paper": {"preset": "paper"},
     # Moran et al. 2022, without interventions: labels are permuted before.
     "sparse-vae": {"decoder": "sparse", "method": "gradient", "causal_layer": False, "mmd_weight": 0.0},
 }  # fmt: skip
@@ -74,9 +75,18 @@ class Suite:
 PEERS = "Settings of other papers"
 OURS = "Settings of this project"
 NO_DAG = "A gene network without a latent DAG"
-FIELD = ("linear", "default", "changes", "squires", "varimax", "paper", "sparse", "sparse-vae", *EXTERNAL)
+WITHOUT_NETWORKS = ("linear", "changes", "squires", "score-linear", "varimax")
+WITH_NETWORKS = (
+    "default",
+    "sparse",
+    "contrastive",
+    "score",
+    "cauca",
+    "icm-flow",
+)  # diffusion has the programs of icm-flow
+FIELD = (*WITHOUT_NETWORKS, *WITH_NETWORKS, "paper", "sparse-vae", *EXTERNAL)
 # Targets and graphs of methods that train after the discovery do not depend on the epochs.
-FEW_EPOCHS = {name: {"epochs": 20} for name in ("default", "sparse")}
+FEW_EPOCHS = {name: {"epochs": 20} for name in WITH_NETWORKS}
 SUITES = {
     "field": Suite(
         {
@@ -98,7 +108,7 @@ SUITES = {
 QUICK = {  # the same, so small that it is done in two minutes
     "field": Suite(
         {PEERS: ("squires", "buchholz", "varici-soft", "varici-many"), NO_DAG: ("gene-network",)},
-        FIELD,
+        (*WITHOUT_NETWORKS, "default", "sparse", "paper", "sparse-vae", *EXTERNAL),
         (0,),
         {name: {"epochs": 1} for name in ("default", "sparse", "paper", "sparse-vae")},
         {"cells": 300},

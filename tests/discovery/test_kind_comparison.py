@@ -143,8 +143,8 @@ def test_a_rival_that_runs_away_in_a_fold_lends_a_graph_no_more_than_its_paramet
 
     held_out = kind_comparison._held_out
 
-    def runs_away(solution: Solution, factor: Factor, train: Moments, test: Moments) -> torch.Tensor:
-        value = held_out(solution, factor, train, test)
+    def runs_away(solution: Solution, train: Moments, test: Moments) -> torch.Tensor:
+        value = held_out(solution, train, test)
         scaled = solution.model.kind == "hard" and not bool(solution.mask.any())
         return value + 1e5 if scaled and test is folds[0][1] else value
 
