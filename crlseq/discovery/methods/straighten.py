@@ -29,7 +29,7 @@ from crlseq.discovery.likelihood import Solution
 from crlseq.discovery.methods import Programs
 from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import environment_moments, noise_level
-from crlseq.discovery.nonlinear_test import prefers_nonlinear
+from crlseq.discovery.nonlinear_test import Preference, prefers_nonlinear
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.discovery.result import nonlinear_result
 from crlseq.discovery.straighten import CAUSAL, FREE, OPERATIONS, Straightener, without_background
@@ -50,18 +50,29 @@ def refine(task: Task, start: Start, cells: Cells, dense: Solution, linear: Kind
     """Nonlinear equations under shifts, or straightened latents."""
     model = linear.edges.solution.model
     open_graph = model.intervention.graph == "nothing"
-    if open_graph and task.config.equations != "linear" and task.kind in (None, model.kind):
+    possible = task.config.equations != "linear" and task.kind in (None, "shift")
+    if possible and (open_graph or not misfit(linear.edges.solution).describes):
         task.stage("trying nonlinear equations")
         values, environment = start.cells.values[:, : start.n_latents].double(), cells.environment
         sides = [task.cells_of(split, environment) for split in (splits.TRAIN, splits.VALIDATION)]
         train, test = [(values[side], environment[side]) for side in sides]
         preference = task.cache.get("equations", lambda: prefers_nonlinear(train, test, seed=task.seed))
-        if preference.chosen:
+        if preference.chosen and (open_graph or _beats(preference, linear)):
             return nonlinear_result(task, start, preference)
     if not curved(cells, dense):
         return None
     task.stage("straightening the latents")
     return task.cache.get("straightened", lambda: straightened(task, start.cells, dense, linear))
+
+
+def _beats(preference: Preference, linear: KindComparison) -> bool:
+    """Whether nonlinear equations under shifts are better than linear ones under another kind: by more than two standard errors
+    on held-out cells, and with less than half of the misfit beyond chance.
+    """
+    gained = linear.held_out["shift"] - min(linear.held_out.values())  # per cell, of that kind over linear shifts
+    if preference.misfit is None or preference.gain - 2 * preference.error <= gained:
+        return False
+    return preference.misfit.value - 1 < (misfit(linear.edges.solution).value - 1) / 2
 
 
 def curved(cells: Cells, solution: Solution) -> bool:
