@@ -73,7 +73,10 @@ class DataConfig(_Section):
         0.8, "Smallest share of a cell's guide UMIs that its gene must have.", panel="Guides", gt=0.5, le=1.0
     )
     drop_outlier_guides: bool = _flag(
-        False, "Leave out guides that do nothing, by what the other guides of their gene do.", panel="Guides"
+        False,
+        "Leave out guides that do nothing, by what the other guides of their gene do.",
+        panel="Guides",
+        switch="--drop-outlier-guides/--all-guides",
     )
     batch_key: str | None = _flag(
         None, "Column of experimental batches; a cell is compared with controls of its own batch."

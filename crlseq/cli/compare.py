@@ -21,6 +21,7 @@ def compare(
         setting(
             "In place of another run: fit both halves of this one's screen, which share no guide or batch.",
             choices=("guides", "batches"),
+            default="none",
         ),
     ] = None,
     split_key: Annotated[

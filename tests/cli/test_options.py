@@ -237,7 +237,7 @@ def test_help_says_what_the_configuration_says() -> None:
         ("hold_out", list[str], "[default: none]"),
         ("streamed", bool, "[default: by its size]"),
         ("combinations", bool, "[default: --combinations]"),
-        ("equations", str, "[auto|linear|nonlinear; default: auto]"),
+        ("equations", str, "[auto|linear|nonlinear|flow; default: auto]"),
         ("epochs", int, "[at least 1; default: 100, or more for a small screen]"),
     ],
 )
@@ -272,7 +272,7 @@ def test_every_option_tells_what_is_taken_without_it(name: str, found: Any) -> N
         ("fit x --device ", {"auto", "cpu", "cuda"}), ("fit x --method l", {"linear"}), ("fit x --preset p", {"paper"}),
         ("fit x --intervention s", {"shift", "soft"}), ("fit x --n-latents a", {"auto"}), ("fit x --n-top-genes ", {"all"}),
         ("export RUN --format h5", {"h5ad", "h5mu"}), ("plot RUN da", {"dag"}),
-        ("benchmark --method s", {"sparse", "sparse-vae", "squires"}), ("simulate --noise ", {"counts", "gaussian"}),
+        ("benchmark --method s", {"score", "score-linear", "sparse", "sparse-vae", "squires"}), ("simulate --noise ", {"counts", "gaussian"}),
     ],
 )  # fmt: skip
 def test_a_shell_completes_values(words: str, completed: set[str]) -> None:

@@ -14,13 +14,14 @@ import pytest
 
 import crlseq
 import crlseq.experiments.fits as module
+from crlseq.discovery.methods import NAMES
 from crlseq.errors import ConvergenceError, InputError, UsageError
 from crlseq.evaluation.recovery import PAIR_COUNTS, PAIR_SCORES, closure, score_recovery
 from crlseq.experiments.benchmark import COLUMNS, benchmark, summarise
 from crlseq.experiments.fits import scenario_screen
 from crlseq.experiments.peers import toy as toy_screen
 from crlseq.experiments.picture import draw
-from crlseq.experiments.scenarios import SCENARIOS
+from crlseq.experiments.scenarios import METHODS, SCENARIOS
 from tests.paths import shared
 
 TINY: dict[str, Any] = {"cells_per_perturbation": 12, "n_control": 40}
@@ -212,13 +213,22 @@ def test_what_a_fit_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "fit", refusing)
     wanted = {"scenarios": ["linear-counts", "toy"], "seeds": [6], "simulator": TINY, "n_latents": "auto"}
     benchmark(tmp_path / "B", **wanted)
-    assert [options["values"] for options in given] == ["counts"] * 8 + ["continuous"] * 8
+    assert [options["values"] for options in given] == ["counts"] * len(METHODS) + ["continuous"] * len(METHODS)
     # The published model and the sparse VAE take no number of latents from the data.
-    assert [options["n_latents"] for options in given] == [*[None] * 6, 10, 10, *[None] * 6, 5, 5]
-    methods = [None, None, "linear", "changes", "varimax", "squires", None, "gradient"]
-    assert [options.get("method") for options in given[:8]] == methods
-    assert [options.get("preset") for options in given[:8]] == [*[None] * 6, "paper", None]
-    assert [options.get("decoder") for options in given[:8]] == [None, "sparse", *[None] * 5, "sparse"]
+    by_method = dict(zip(METHODS, given, strict=False))
+    for p, options in ((10, given[: len(METHODS)]), (5, given[len(METHODS) :])):
+        told = {name: each["n_latents"] for name, each in zip(METHODS, options, strict=True)}
+        assert told == {name: p if name in ("paper", "sparse-vae") else None for name in METHODS}
+    own = {name: {"method": name} for name in METHODS if name in NAMES}
+    own |= {"sparse": {"decoder": "sparse"}, "paper": {"preset": "paper"}}
+    own["sparse-vae"] = {"decoder": "sparse", "method": "gradient", "causal_layer": False, "mmd_weight": 0.0}
+    for name, options in by_method.items():
+        said = {
+            key: options[key] for key in ("method", "decoder", "preset", "causal_layer", "mmd_weight") if key in options
+        }
+        assert said == own.get(name, {})
+    # The one method that is told which latent each perturbation acts on.
+    assert [name for name, options in by_method.items() if "targets" in options] == ["cauca"]
     assert {options["seed"] for options in given} == {6}
 
 
