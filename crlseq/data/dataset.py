@@ -23,6 +23,7 @@ from crlseq.data.guides import Guides, read_labels
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.names import GeneNames, targets_in_words
 from crlseq.data.perturbations import Perturbations
+from crlseq.data.positions import Positions, read_positions
 from crlseq.data.preprocess import Preprocessing, load, plan_preprocessing
 from crlseq.data.store import Manifest, StoredMatrix, read_manifest
 from crlseq.data.values import Scan, scan, values_of
@@ -104,6 +105,7 @@ class PerturbSeqData:
     measured: GeneNames  # all genes of the file, fitted or not
     notes: tuple[str, ...]  # sentences about what was left out and why
     guides: Guides | None = None
+    positions: Positions | None = None  # of genes on chromosomes, where they are known
     shuffled: bool = False  # cells of each condition lie together in random order, as in a prepared store
 
     @property
@@ -243,6 +245,7 @@ def read_data(
             x = load(screen, record, n_values)
         cell_names = screen.obs.index.astype(str)
         measured = GeneNames.of(screen.var)
+        positions = read_positions(screen.var, config.gene_positions)
         beside = covariates(screen, labels, values, scanned.totals)
         of_file = [*screen.notes, *filter(None, [values.doubt])]
         of_design = [targets_in_words(measured, labels.targets), *in_words(beside, config.batch_key)]
@@ -271,6 +274,7 @@ def read_data(
             *of_design,
         ),
         guides=guides,
+        positions=positions,
         shuffled=shuffled,
     )
 
