@@ -102,8 +102,8 @@ class DataConfig(_Section):
     )
     gene_positions: str | None = _flag(
         None,
-        "Where genes lie (GTF, BED or a CSV with gene, chromosome, start), to test whether cells lost chromosome arms.",
-        unset="columns of var, if there",
+        "Where genes lie: GTF, BED, or CSV with gene, chromosome and start. Tells whether cells lost chromosome arms.",
+        unset="columns of var",
         shell="path",
     )
     streamed: bool | None = _flag(

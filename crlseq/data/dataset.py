@@ -226,6 +226,7 @@ def read_data(
         config = _as_prepared(config, manifest)
     with open_screen(source, config.layer) as screen:
         labels, guides = read_labels(screen, source, config)
+        positions = read_positions(screen.var, config.gene_positions)
         shuffled = manifest is not None and _is_sorted(labels.condition)
         scanned = shared(lambda: scan(screen))
         values = values_of(source, screen, scanned, config)
@@ -239,20 +240,17 @@ def read_data(
         # Genes are chosen on training cells alone, so that test cells have no say in the model.
         record = plan_preprocessing(screen, scanned, values, split == splits.TRAIN, config, seed)
         n_values = int(scanned.detected[record.columns(screen)].sum())
-        if shuffled and _is_streamed(config, n_values):
-            x: Expression = _stream(screen, record, n_values, labels, split)
-        else:
-            x = load(screen, record, n_values)
+        streamed = shuffled and _is_streamed(config, n_values)
+        stored = _stream(screen, record, n_values, labels, split) if streamed else load(screen, record, n_values)
         cell_names = screen.obs.index.astype(str)
         measured = GeneNames.of(screen.var)
-        positions = read_positions(screen.var, config.gene_positions)
         beside = covariates(screen, labels, values, scanned.totals)
         of_file = [*screen.notes, *filter(None, [values.doubt])]
         of_design = [targets_in_words(measured, labels.targets), *in_words(beside, config.batch_key)]
     condition, known, number, unpredictable = _renumbered(labels, selection)
     silent = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are excluded."
     return PerturbSeqData(
-        x=x,
+        x=stored,
         cell_names=cell_names,
         condition=condition,
         conditions=tuple(tuple(number[part] for part in labels.conditions[c]) for c in known),

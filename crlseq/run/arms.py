@@ -43,11 +43,9 @@ def programs_in_words(arms: pd.DataFrame | None, interventions: pd.DataFrame) ->
     """A sentence for each program with total effects that lower, as its driver does, what a driver's cells lost."""
     if arms is None:
         return []
-    own = arms[arms["lost"] & (arms["program_fdr"] <= DETECTABLE_FDR)].merge(
-        interventions[["perturbation", "program", "fdr"]], on="perturbation", suffixes=("", "_of_effect")
-    )
-    own = own[own["fdr_of_effect"] <= DETECTABLE_FDR]
-    drivers = interventions[interventions["fdr"] <= DETECTABLE_FDR].groupby("program")["perturbation"].size()
+    detected = interventions.loc[interventions["fdr"] <= DETECTABLE_FDR, ["perturbation", "program"]]
+    own = arms[arms["lost"] & (arms["program_fdr"] <= DETECTABLE_FDR)].merge(detected, on="perturbation")
+    drivers = detected["program"].value_counts()
     return [
         f"{program} may in part be a lost piece of a chromosome: its genes there fall, as in the cells of "
         f"{few([*dict.fromkeys(rows['perturbation'])])} ({rows['perturbation'].nunique()} of its {drivers[program]} drivers)."
