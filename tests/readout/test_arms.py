@@ -16,6 +16,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import read_data
 from crlseq.data.names import GeneNames
 from crlseq.data.positions import Positions
+from crlseq.errors import InputError
 from crlseq.readout.arms import Genome, arm_rows, arm_table, beside_windows
 from crlseq.readout.effects import control_sums, measured_effect
 from crlseq.run.arms import losses_in_words, programs_in_words
@@ -144,6 +145,12 @@ def test_a_run_tells_of_lost_arms(tmp_path: Path) -> None:
     driven = [program for program in run.described.values() if lost in [*program.drivers["perturbation"]]]
     assert [program.lost_arms for program in driven] == [(lost,)]
     assert sentence in (tmp_path / "RUN" / "report.html").read_text()
+    written = tmp_path / "RUN" / "arms.csv"
+    whole = written.read_text()
+    written.write_text(whole.replace(lost, "gene1"))
+    with pytest.raises(InputError, match=r"arms\.csv names 'gene1', which is not in the run"):
+        crlseq.load(tmp_path / "RUN")
+    written.write_text(whole)
     table = invoke("inspect", "arms", tmp_path / "RUN")
     assert table.code == 0 and len(table.out.splitlines()) == len(run.arms) + 1
     assert sentence in " ".join(invoke("inspect", "perturbation", tmp_path / "RUN", lost, "--json").out.split())
