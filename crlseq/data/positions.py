@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -134,7 +135,7 @@ def _read(path: Path) -> pd.DataFrame:
             rows = [*_of_bed(_lines(path), path)]
         else:
             return _of_table(_lines(path), path)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         why = getattr(error, "strerror", None) or ("it is no text" if isinstance(error, ValueError) else str(error))
         raise InputError(f"The gene positions {path} cannot be read: {why.rstrip('.')}.", HINT) from None
     if not rows:

@@ -24,13 +24,17 @@ FEWEST_STRETCHES = 5  # as long, that fit on the other chromosomes: fewer do not
 
 @dataclass(frozen=True)
 class Genome:
-    """The fitted genes with positions, in the order of the genome: `gene` their places, `chromosome`, `start` and `arm` (N,)."""
+    """The fitted genes with positions, in the order of the genome: `gene` their places, `chromosome`, `start` and `arm` (N,).
+
+    `target` has chromosome and start of each perturbation's target, None where they are not known.
+    """
 
     positions: Positions
     gene: np.ndarray
     chromosome: np.ndarray
     start: np.ndarray
     arm: np.ndarray
+    target: tuple[tuple[str, float] | None, ...]
 
     @classmethod
     def of(cls, data: PerturbSeqData) -> Genome | None:
@@ -40,9 +44,15 @@ class Genome:
         names, positions = data.preprocessing.gene_names, data.positions
         found = [(j, *at) for j in range(data.n_genes) if (at := positions.find(names.all_of(j)))]
         found.sort(key=lambda row: (row[1], row[2], row[0]))
-        gene = np.array([row[0] for row in found], dtype=np.int64)
-        arm = np.array([positions.arm(row[1], row[2]) for row in found], dtype=object)
-        return cls(positions, gene, np.array([row[1] for row in found], dtype=object), np.array([row[2] for row in found], dtype=float), arm)  # fmt: skip
+        called = dict(zip(data.labels.names, data.labels.targets, strict=True))
+        return cls(
+            positions,
+            gene=np.array([row[0] for row in found], dtype=np.int64),
+            chromosome=np.array([row[1] for row in found], dtype=object),
+            start=np.array([row[2] for row in found], dtype=float),
+            arm=np.array([positions.arm(row[1], row[2]) for row in found], dtype=object),
+            target=tuple(positions.find(names_of(data.measured, called[name])) for name in data.perturbation_names),
+        )
 
     def stretches(self, chromosome: str, start: float) -> dict[tuple[str, str], np.ndarray]:
         """(N,) bool genes of each part of a chromosome that a cut at ``start`` makes, by arm and part.
@@ -70,9 +80,7 @@ def arm_rows(
 
     ``change`` (G,) of log expression with errors ``se``, and ``told`` what its program says of it. Own transcripts are left out.
     """
-    target = dict(zip(data.labels.names, data.labels.targets, strict=True))[data.perturbation_names[k]]
-    at = genome.positions.find(names_of(data.measured, target))
-    if at is None:
+    if (at := genome.target[k]) is None:
         return []
     usable = (se[genome.gene] > 0) & ~np.isin(genome.gene, data.own_genes[k])
     z = np.divide(change, se, out=np.zeros_like(change), where=se > 0)

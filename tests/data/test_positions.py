@@ -90,6 +90,9 @@ def test_arms_are_those_of_man_alone(there: list[int | str], arms: bool) -> None
         ("a.csv", "", "have no columns"),
         ("a.csv", "gene,chromosome,start\nStat2,2,4\n", "none of the screen's genes"),
         ("a.gtf.gz", "\x1f\x8b not", "cannot be read"),
+        ("a.gtf.gz", "\x1f\x8b\x08\0\0\0\0\0\0\xff no deflated stream", "cannot be read: Error"),
+        ("a.gtf.gz", "\x1f\x8b\x08\0\0\0\0\0\0\xff", "cannot be read: Compressed"),
+        ("a.csv", "\xff\xfe", "it is no text"),
     ],
 )
 def test_what_is_no_table_of_positions(tmp_path: Path, name: str, text: str, says: str) -> None:

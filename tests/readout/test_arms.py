@@ -62,7 +62,7 @@ def genome_of(chromosome: list[str], start: list[float]) -> Genome:
     names = GeneNames([f"gene{i}" for i in range(n + 2)], {})
     positions = Positions(names, np.array([*chromosome, "21", "22"], dtype=object), np.array([*start, 1.0, 1.0]), "")
     arms = np.array([positions.arm(c, s) for c, s in zip(chromosome, start, strict=True)], dtype=object)
-    return Genome(positions, np.arange(n), np.array(chromosome, dtype=object), np.array(start), arms)
+    return Genome(positions, np.arange(n), np.array(chromosome, dtype=object), np.array(start), arms, ())
 
 
 def test_stretches_by_hand() -> None:
