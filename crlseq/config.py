@@ -103,6 +103,12 @@ class DataConfig(_Section):
     gene_sets: str | None = _flag(
         None, "A gmt file: the encoder reads its gene sets, and each program is a combination of them.", shell="path"
     )
+    gene_positions: str | None = _flag(
+        None,
+        "Where genes lie: GTF, BED, or CSV with gene, chromosome and start. Tells whether cells lost chromosome arms.",
+        unset="columns of var",
+        shell="path",
+    )
     streamed: bool | None = _flag(
         None, "Read a prepared store during training, or load it whole.", unset="by its size",
         switch="--streamed/--in-memory",

@@ -16,7 +16,7 @@ from crlseq.errors import InputError, few
 
 @takes_config(
     "perturbation_key", "control_label", "separator", "guide_key", "guide_counts", "guide_map", "guide_min_umis",
-    "guide_min_share", "combinations", "batch_key", "layer", "values", "min_cells",
+    "guide_min_share", "combinations", "batch_key", "layer", "values", "min_cells", "gene_positions",
 )  # fmt: skip
 def check(
     file: Annotated[
@@ -83,6 +83,9 @@ def _facts(found: dict[str, Any]) -> dict[str, Any]:
             facts["cells per condition"] = f"{cells[-1][1]} ({cells[-1][0]}) to {cells[0][1]} ({cells[0][0]})"
         facts["dropped cells"] = ", ".join(f"{n} {label!r}" for label, n in found["dropped"].items()) or "none"
         facts["targets measured"] = found["targets_reason"]
+        facts["gene positions"] = found["positions"] or (
+            "none in var; --gene-positions FILE (GTF, BED or CSV) would tell whether cells lost chromosome arms"
+        )
     if "covariates" in found:
         facts |= _beside(found["covariates"])
     if "fitted_conditions" in found:

@@ -1,4 +1,4 @@
-"""``crlseq inspect perturbation`` and ``guides``: what one perturbation does, and what its guides do."""
+"""``crlseq inspect perturbation``, ``guides`` and ``arms``: what one perturbation does, its guides, and what its cells lost."""
 
 from __future__ import annotations
 
@@ -65,3 +65,14 @@ def guides(run: RunFolder, json: AsJson = False) -> None:
     if found.guides is None:
         raise InputError(f"No guides were read in {run}.", "Fit with --guide-key or --guide-counts.")
     show_table(found.guides, "Guides (strength: effect over that of the gene)", json)
+
+
+def arms(run: RunFolder, json: AsJson = False) -> None:
+    """Do the genes beside each perturbation's target fall together, as where cells lost a chromosome arm? The surest first."""
+    found = load(run)
+    if found.arms is None:
+        raise InputError(
+            f"Positions of genes are not known in {run}.",
+            "Fit with --gene-positions, or with chromosome and start in var.",
+        )
+    show_table(found.arms, "Genes beside the targets (change of log expression, beside that of other genes)", json)

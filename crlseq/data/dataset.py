@@ -23,6 +23,7 @@ from crlseq.data.guides import Guides, read_labels
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.names import GeneNames, targets_in_words
 from crlseq.data.perturbations import Perturbations
+from crlseq.data.positions import Positions, read_positions
 from crlseq.data.preprocess import Preprocessing, load, plan_preprocessing
 from crlseq.data.store import Manifest, StoredMatrix, read_manifest
 from crlseq.data.values import Scan, scan, values_of
@@ -104,6 +105,7 @@ class PerturbSeqData:
     measured: GeneNames  # all genes of the file, fitted or not
     notes: tuple[str, ...]  # sentences about what was left out and why
     guides: Guides | None = None
+    positions: Positions | None = None  # of genes on chromosomes, where they are known
     shuffled: bool = False  # cells of each condition lie together in random order, as in a prepared store
 
     @property
@@ -224,6 +226,7 @@ def read_data(
         config = _as_prepared(config, manifest)
     with open_screen(source, config.layer) as screen:
         labels, guides = read_labels(screen, source, config)
+        positions = read_positions(screen.var, config.gene_positions)
         shuffled = manifest is not None and _is_sorted(labels.condition)
         scanned = shared(lambda: scan(screen))
         values = values_of(source, screen, scanned, config)
@@ -237,10 +240,8 @@ def read_data(
         # Genes are chosen on training cells alone, so that test cells have no say in the model.
         record = plan_preprocessing(screen, scanned, values, split == splits.TRAIN, config, seed)
         n_values = int(scanned.detected[record.columns(screen)].sum())
-        if shuffled and _is_streamed(config, n_values):
-            x: Expression = _stream(screen, record, n_values, labels, split)
-        else:
-            x = load(screen, record, n_values)
+        streamed = shuffled and _is_streamed(config, n_values)
+        stored = _stream(screen, record, n_values, labels, split) if streamed else load(screen, record, n_values)
         cell_names = screen.obs.index.astype(str)
         measured = GeneNames.of(screen.var)
         beside = covariates(screen, labels, values, scanned.totals)
@@ -249,7 +250,7 @@ def read_data(
     condition, known, number, unpredictable = _renumbered(labels, selection)
     silent = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are excluded."
     return PerturbSeqData(
-        x=x,
+        x=stored,
         cell_names=cell_names,
         condition=condition,
         conditions=tuple(tuple(number[part] for part in labels.conditions[c]) for c in known),
@@ -271,6 +272,7 @@ def read_data(
             *of_design,
         ),
         guides=guides,
+        positions=positions,
         shuffled=shuffled,
     )
 

@@ -20,6 +20,7 @@ from crlseq.data.guides import GUIDE_LABELS, read_labels
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.names import GeneNames, targets_in_words
 from crlseq.data.perturbations import Perturbations, candidates
+from crlseq.data.positions import read_positions
 from crlseq.data.store import read_manifest, verify
 from crlseq.data.values import Scan, Values, better_layers, scan, values_of
 from crlseq.errors import InputError
@@ -27,7 +28,7 @@ from crlseq.storage.runfolder import default_output
 
 OPTIONS = (  # that say how labels and values are read
     "guide_key", "guide_counts", "guide_map", "guide_min_umis", "guide_min_share", "perturbation_key", "control_label",
-    "separator", "combinations", "layer", "batch_key", "values", "min_cells",
+    "separator", "combinations", "layer", "batch_key", "values", "min_cells", "gene_positions",
 )  # fmt: skip
 
 
@@ -67,6 +68,7 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
         if labels is not None:
             found["guides"] = None if guides is None else guides.record
             found |= _describe_labels(labels, screen)
+            found["positions"] = _attempt(found, lambda: _describe_positions(labels, screen, config))
             selection = _attempt(found, lambda: select_conditions(labels, config))
             if selection is not None:
                 found["fitted_conditions"] = int(selection.fitted[1:].sum())
@@ -125,6 +127,12 @@ def _describe_labels(labels: Perturbations, screen: Screen) -> dict[str, Any]:
         "targets_measured": [name for name in labels.names if name in measured],
         "targets_not_measured": [name for name in labels.names if name not in measured],
     }
+
+
+def _describe_positions(labels: Perturbations, screen: Screen, config: DataConfig) -> str | None:
+    """How many genes have a position on a chromosome, and from where; None without any."""
+    positions = read_positions(screen.var, config.gene_positions)
+    return None if positions is None else positions.in_words(GeneNames.of(screen.var), labels.targets)
 
 
 def _check_batches(

@@ -155,6 +155,7 @@ def fold_config(run: Run, labels: Perturbations) -> Config:
     config = run.config
     data = config.data.model_copy(update={
         "perturbation_key": run.facts.perturbation_key, "guide_key": None, "guide_counts": None, "guide_map": None,
+        "gene_positions": None,
         "control_label": run.facts.controls,
         "separator": labels.separator or "", "min_cells": MIN_HELD_OUT, "hold_out": (), "hold_out_cells": 0.0,
         "combinations": True,

@@ -66,7 +66,7 @@ def tables_of(
     found = find_interventions(model, read, _with_claims(tests, config))
     dag = find_dag(model, read, config.model, discovery)
     penetrance = model.penetrance.double().numpy()
-    effects, knock_down = effect_table(data, read, found, penetrance)
+    effects, knock_down, arms = effect_table(data, read, found, penetrance)
     agreed = effect_agreement(data, read, found, penetrance) | knock_down
     edge_support, target_support, program_support = _support(discovery, len(read.scale), len(found.target))
     sparse = model.decoder if isinstance(model.decoder, SparseDecoder) else None
@@ -99,13 +99,14 @@ def tables_of(
         "training": _training_row(fitted),
         "gene_sets": None if sets is None else _set_row(fitted, data, start, sets),
         "metrics": _metrics(evaluation, interventions, dag),
+        "positions": _positions(data, arms),
     }
     pairs = None if discovery is None or discovery.ordering is None else _pairs(discovery.ordering, np.sign(read.scale))
     history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"])
     weights = (dict(model.state_dict()), fitted.architecture)
     return FittedRun(
         info, programs, interventions, edges, history.astype({"epoch": int, "total": float}), evaluation,
-        weights=weights, law=model.law, effect_rows=effects, interactions=interactions, ensemble=_seeds(fitted, data, config, interventions, edges), pathways=pathways, pairs=pairs,
+        weights=weights, law=model.law, effect_rows=effects, arms=arms, interactions=interactions, ensemble=_seeds(fitted, data, config, interventions, edges), pathways=pathways, pairs=pairs,
         second_targets=None if discovery is None else _second_targets(discovery, data, np.sign(read.scale)),
     )  # fmt: skip
 
@@ -132,6 +133,13 @@ def negative_controls(undone: Found, warm: WarmStart | None) -> dict[str, int]:
     pairs = None if warm is None else warm.discovery.of_shifts
     row = {"perturbations": undone.of, "detected": undone.found}
     return row | {"pairs": 0 if pairs is None else pairs.of, "ordered": 0 if pairs is None else pairs.found}
+
+
+def _positions(data: PerturbSeqData, arms: pd.DataFrame | None) -> dict[str, Any] | None:
+    """From where positions of genes are known, and of how many perturbations arms were tested."""
+    if data.positions is None or arms is None:
+        return None
+    return {"source": data.positions.source, "n_tested": int(arms["perturbation"].nunique())}
 
 
 def _seeds(

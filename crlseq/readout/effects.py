@@ -6,7 +6,7 @@ its cells, hit or not. Its program's part is ``penetrance * shift * total_effect
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.mean_effects import MIN_CELLS, shares_of_controls
 from crlseq.discovery.effects import benjamini_hochberg
+from crlseq.readout.arms import Genome, arm_rows, arm_table
 from crlseq.readout.programs import Interventions, Programs
 from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.tables import significant
@@ -47,9 +48,10 @@ class Effect(NamedTuple):
 
 def effect_table(
     data: PerturbSeqData, programs: Programs, interventions: Interventions, penetrance: np.ndarray
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """`crlseq.run.schema.EFFECT_COLUMNS` of single perturbations with at least two cells, the surest gene of each first; and
-    by perturbation (K,) what the table says of its own transcript: ``knock_down, knock_down_se``. ``penetrance`` (K,).
+) -> tuple[pd.DataFrame, dict[str, np.ndarray], pd.DataFrame | None]:
+    """`crlseq.run.schema.EFFECT_COLUMNS` of single perturbations with at least two cells, the surest gene of each first;
+    by perturbation (K,) what the table says of its own transcript: ``knock_down, knock_down_se``; and `ARM_COLUMNS` where
+    positions of genes are known. ``penetrance`` (K,).
 
     Of training and validation cells. FDR: Benjamini-Hochberg over the genes of a perturbation. Fold changes of values that
     are no logarithms, and of own transcripts that are not fitted, are NaN.
@@ -64,7 +66,7 @@ def effect_table(
     whole = len(alone) * data.n_genes <= MOST_ROWS
     n = len(data.perturbation_names)
     knock_down = {name: np.full(n, np.nan) for name in ("knock_down", "knock_down_se")}
-    parts = []
+    parts, genome, losses = [], Genome.of(data), list[dict[str, Any]]()
     for k, own in alone:
         found, target = measured_effect(data, own, controls), interventions.target[k]
         transcript = own_transcript(data, k, controls)
@@ -75,8 +77,10 @@ def effect_table(
         if target >= 0:
             told = penetrance[k] * interventions.shift[k] * programs.total_effect[target]
         parts.append(_rows(data, k, found, told, whole))
+        if genome is not None:
+            losses += arm_rows(data, genome, k, found.change, found.se, told)
     empty = _rows(data, 0, Effect(*np.full((5, 0), np.nan)), np.zeros(0), whole)
-    return pd.concat(parts or [empty], ignore_index=True), knock_down
+    return pd.concat(parts or [empty], ignore_index=True), knock_down, None if genome is None else arm_table(losses)
 
 
 def _rows(data: PerturbSeqData, k: int, found: Effect, told: np.ndarray, whole: bool) -> pd.DataFrame:

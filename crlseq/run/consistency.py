@@ -17,7 +17,7 @@ from crlseq.storage.csv import read_csv
 NAMED = {"dag": ("source", "target"), "pairs": ("source", "target"), "pathways": ("program",), "second_targets": ("program",)}  # fmt: skip
 
 
-def check_consistency(facts: RunInfo, genes: Sequence[str], tables: Mapping[str, pd.DataFrame | None]) -> None:
+def check_consistency(facts: RunInfo, genes: Sequence[str], tables: Mapping[str, pd.DataFrame]) -> None:
     """ValueError that names the first thing in which ``run.json`` and the tables, by name, contradict one another."""
     programs, p = [row.name for row in facts.programs], facts.n_latents
     _check(len({*programs}) == len(programs) == p, f"run.json has n_latents {p} and {len(programs)} programs")
@@ -26,7 +26,6 @@ def check_consistency(facts: RunInfo, genes: Sequence[str], tables: Mapping[str,
     if facts.bootstrap is not None:
         _check_bootstrap(facts.bootstrap, p)
     loadings, perturbations = tables["programs"], tables["interventions"]
-    assert loadings is not None and perturbations is not None
     expected = {(program, gene) for program in programs for gene in genes}
     own = [*zip(loadings["program"], loadings["gene"], strict=True)]
     _check(len(own) == len({*own}) and {*own} == expected, "programs.csv has other programs or genes than run.json")
@@ -35,12 +34,13 @@ def check_consistency(facts: RunInfo, genes: Sequence[str], tables: Mapping[str,
     _check_names("interventions.csv", perturbations["program"], {*programs, ""})
     _check_names("run.json", (name for one in facts.conditions for name in one.perturbations), known)
     for name, columns in NAMED.items():
-        if (table := tables[name]) is not None:
+        if (table := tables.get(name)) is not None:
             for column in columns:
                 _check_names(f"{name}.csv", table[column], {*programs})
-    if (second := tables["second_targets"]) is not None:
-        _check_names("second_targets.csv", second["perturbation"], known)
-    _check_pairs(tables["dag"], tables["pairs"], programs)
+    for name in ("second_targets", "arms"):
+        if (table := tables.get(name)) is not None:
+            _check_names(f"{name}.csv", table["perturbation"], known)
+    _check_pairs(tables["dag"], tables.get("pairs"), programs)
 
 
 def read_effects(path: Path, perturbations: Sequence[str], genes: Sequence[str]) -> pd.DataFrame:
@@ -80,8 +80,7 @@ def _check_names(where: str, names: Iterable[str], known: set[str]) -> None:
     _check(not unknown, f"{where} names {unknown[0] if unknown else ''!r}, which is not in the run")
 
 
-def _check_pairs(edges: pd.DataFrame | None, pairs: pd.DataFrame | None, programs: Sequence[str]) -> None:
-    assert edges is not None
+def _check_pairs(edges: pd.DataFrame, pairs: pd.DataFrame | None, programs: Sequence[str]) -> None:
     graph: nx.DiGraph[str] = nx.DiGraph([*zip(edges["source"], edges["target"], strict=True)])
     _check(graph.number_of_edges() == len(edges), "dag.csv has an edge twice")
     _check(nx.is_directed_acyclic_graph(graph), "dag.csv has a cycle")

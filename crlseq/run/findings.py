@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from crlseq.errors import few
+from crlseq.run.arms import losses_in_words, programs_in_words
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.summary import Program, no_effect_in_words, sensitivity_in_words
@@ -310,6 +311,7 @@ def doubts(run: Run) -> list[str]:
         f"{a} and {b} move nearly the same genes (cosine {_signed(cosine, 2)} of their total effects): one program may be split in two, or one acts on the other. Fewer programs (--n-latents) would tell the first."
         for a, b, cosine in near_duplicates(run)
     ]
+    words += [*losses_in_words(run.arms), *programs_in_words(run.arms, run.interventions)]
     total = sum(program.effect_explained for program in run.described.values())
     if total > 1 + LEAST_SHARE:
         words.append(

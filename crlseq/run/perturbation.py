@@ -7,6 +7,7 @@ import pandas as pd
 from scipy.stats import norm
 
 from crlseq.errors import not_there
+from crlseq.run.arms import losses_in_words
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 
@@ -49,7 +50,8 @@ def perturbation_in_words(run: Run, name: str) -> list[str]:
             f"It also shifts {other['program']} by {other['shift']:+.2f} ± {other['se']:.2f} SD (FDR {other['fdr']:.2g})."
             for other in second.to_dict("records")
         ]
-    return [*lines, *_of_genes(run, genes)]
+    arms = None if run.arms is None else run.arms[run.arms["perturbation"] == name]
+    return [*lines, *losses_in_words(arms), *_of_genes(run, genes)]
 
 
 def _of_its_program(run: Run, row: pd.Series) -> list[str]:

@@ -78,6 +78,8 @@ class Run:
         parts do not, and perturbations that act in them otherwise than alone; None without measured combinations.
     guides
         ``guide, perturbation, n_cells, strength, ...``: beside the others of their gene; None where none were read.
+    arms
+        ``perturbation, chromosome, arm, part, n_genes, ...``: do genes beside the target fall together? None without positions.
     effect_rows
         `effects`; None: read from the folder when first needed.
     source
@@ -101,6 +103,7 @@ class Run:
     second_targets: pd.DataFrame | None = field(default=None, repr=False)
     interactions: pd.DataFrame | None = field(default=None, repr=False)
     guides: pd.DataFrame | None = field(default=None, repr=False)
+    arms: pd.DataFrame | None = field(default=None, repr=False)
     effect_rows: pd.DataFrame | None = field(default=None, repr=False)
     source: str | Path | ad.AnnData | None = field(default=None, repr=False)
 
@@ -226,8 +229,8 @@ class Run:
     def described(self) -> dict[str, Program]:
         """Every program by its name: drivers, genes, what lies up- and downstream; see `crlseq.run.summary.Program`."""
         found = describe_programs(
-            self.facts, self.programs, self.interventions, self.dag, declared_order(self.dag, self.pairs), self.pathways
-        )
+            self.facts, self.programs, self.interventions, self.dag, declared_order(self.dag, self.pairs), self.pathways, self.arms
+        )  # fmt: skip
         return {program.name: program for program in found}
 
     @property
@@ -330,6 +333,7 @@ class Run:
             files.SECOND_TARGETS: self.second_targets,
             files.INTERACTIONS: self.interactions,
             files.GUIDES: self.guides,
+            files.ARMS: self.arms,
         }
         if self.facts.format >= schema.WITH_EFFECTS:
             optional[files.EFFECTS] = self.effects
@@ -366,21 +370,10 @@ class Run:
             programs, interventions, edges, history, evaluation = (
                 read_csv(folder / f"{name}.csv", schema.COLUMNS[name], later.get(name, {})) for name in files.TABLES
             )
-            several = facts.config.training.ensemble > 1
-            ensemble = read_csv(folder / files.ENSEMBLE, schema.ENSEMBLE_COLUMNS) if several else None
-            pathways = None if facts.gene_sets is None else read_csv(folder / files.PATHWAYS, schema.PATHWAY_COLUMNS)
-            ordered = facts.discovery is not None and facts.discovery.pairs is not None
-            pairs = read_csv(folder / files.PAIRS, schema.PAIR_COLUMNS) if ordered else None
-            second = read_csv(folder / files.SECOND_TARGETS, schema.SECOND_COLUMNS) if ordered else None
-            law = facts.combinations
-            interactions = (
-                read_csv(folder / files.INTERACTIONS, schema.INTERACTION_COLUMNS) if law and law.n_measured else None
-            )
-            guides = (
-                read_csv(folder / files.GUIDES, schema.GUIDE_COLUMNS) if "n_compared" in (facts.guides or {}) else None
-            )
-            others = {"pairs": pairs, "second_targets": second, "pathways": pathways}
-            tables = {"programs": programs, "interventions": interventions, "dag": edges, **others}
+            own: dict[str, Any] = {
+                name: read_csv(folder / f"{name}.csv", columns) for name, columns in schema.own_tables(facts).items()
+            }
+            tables = {"programs": programs, "interventions": interventions, "dag": edges, **own}
             check_consistency(facts, info["preprocessing"]["genes"], tables)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -390,7 +383,4 @@ class Run:
                     "Fit again with the command in its run.json, or read it with that version.",
                 ) from error
             raise InputError(f"The run folder {folder} is damaged: {detail}.", "Restore it, or fit again.") from error
-        return cls(
-            info, programs, interventions, edges, history, evaluation, path=folder, ensemble=ensemble,
-            pathways=pathways, pairs=pairs, second_targets=second, interactions=interactions, guides=guides,
-        )  # fmt: skip
+        return cls(info, programs, interventions, edges, history, evaluation, path=folder, **own)

@@ -62,6 +62,10 @@ GUIDE_COLUMNS: dict[str, type] = {
     "guide": str, "perturbation": str, "n_cells": int, "strength": float, "strength_se": float, "fdr": float, "weak": bool,
     "knock_down": float, "knock_down_se": float, "penetrance": float,
 }  # fmt: skip
+ARM_COLUMNS: dict[str, type] = {
+    "perturbation": str, "chromosome": str, "arm": str, "part": str, "n_genes": int, "change": float, "se": float,
+    "p_value": float, "fdr": float, "lost": bool, "program_part": float, "program_p_value": float, "program_fdr": float,
+}  # fmt: skip
 PATHWAY_COLUMNS = {
     "program": str, "gene_set": str, "description": str, "weight": float, "rank": int, "n_genes": int, "same_genes": str,
 }  # fmt: skip
@@ -246,6 +250,13 @@ class CombinationSummary(_Part):
     by_equations: int  # pairs of perturbations that the structural equations combine
 
 
+class Positions(_Part):
+    """Of genes on chromosomes, for ``arms.csv``."""
+
+    source: str
+    n_tested: int  # perturbations with a stretch of genes beside their target
+
+
 class Training(_Part):
     """How the training ended; see `crlseq.training.trainer.Fit`."""
 
@@ -318,6 +329,7 @@ class RunInfo(_Part):
     training: Training
     metrics: Metrics
     embeddings: dict[str, Any] | None
+    positions: Positions | None = None  # where genes lie, if that is known
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -350,6 +362,21 @@ class RunInfo(_Part):
     def by_gradient(self) -> bool:
         """Whether targets and graph were learned with the networks."""
         return self.discovery is None and self.config.model.method not in (*FACTORS, *NETWORKS)
+
+
+def own_tables(facts: RunInfo) -> dict[str, dict[str, type]]:
+    """The columns of the tables that this run has and others have not, by name."""
+    ordered = facts.discovery is not None and facts.discovery.pairs is not None
+    there: dict[str, tuple[dict[str, type], bool]] = {
+        "ensemble": (ENSEMBLE_COLUMNS, facts.config.training.ensemble > 1),
+        "pathways": (PATHWAY_COLUMNS, facts.gene_sets is not None),
+        "pairs": (PAIR_COLUMNS, ordered),
+        "second_targets": (SECOND_COLUMNS, ordered),
+        "interactions": (INTERACTION_COLUMNS, facts.combinations is not None and facts.combinations.n_measured > 0),
+        "guides": (GUIDE_COLUMNS, "n_compared" in (facts.guides or {})),
+        "arms": (ARM_COLUMNS, facts.positions is not None),
+    }
+    return {name: columns for name, (columns, has) in there.items() if has}
 
 
 def run_json(info: Mapping[str, Any], indent: int | None = None) -> str:

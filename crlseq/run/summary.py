@@ -9,6 +9,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
+from crlseq.errors import few
 from crlseq.run.schema import DETECTABLE_FDR, PROGRAM_NUMBERS, Bootstrap, RunInfo, Training
 from crlseq.run.tables import shown
 
@@ -43,6 +44,7 @@ class Program:
     # ``gene_set, description, weight, n_genes``: what the encoder reads it from, by |weight| (per standard deviation of the
     # set's activity); empty where the encoder reads all genes
     pathways: pd.DataFrame
+    lost_arms: tuple[str, ...]  # drivers with a detectable effect whose cells lost a part of their chromosome
 
 
 def describe_programs(
@@ -52,6 +54,7 @@ def describe_programs(
     dag: nx.DiGraph[str],
     order: nx.DiGraph[str],
     pathways: pd.DataFrame | None,
+    arms: pd.DataFrame | None,
 ) -> list[Program]:
     """Every program of a run, in topological order; the arguments are attributes of `crlseq.run.run.Run`, and its
     `crlseq.run.graph.declared_order`.
@@ -62,6 +65,7 @@ def describe_programs(
     drivers = dict(tuple(interventions.iloc[strongest_first].groupby("program", sort=False)))
     columns = ["gene_set", "description", "weight", "n_genes"]
     sets = {} if pathways is None else dict(tuple(pathways.groupby("program", sort=False)))
+    lost = set() if arms is None else {*arms.loc[arms["lost"], "perturbation"]}
     found = []
     for row in facts.programs:
         own = drivers.get(row.name, interventions.iloc[:0])
@@ -86,6 +90,9 @@ def describe_programs(
                 downstream=_sorted(order.successors(row.name)),
                 parents={a: dag.edges[a, row.name]["weight"] for a in _sorted(dag.predecessors(row.name))},
                 children={b: dag.edges[row.name, b]["weight"] for b in _sorted(dag.successors(row.name))},
+                lost_arms=tuple(
+                    own.loc[(own["fdr"] <= DETECTABLE_FDR) & own["perturbation"].isin(lost), "perturbation"]
+                ),
                 pathways=sets.get(row.name, pd.DataFrame(columns=columns))[columns].reset_index(drop=True),
                 **{name: float("nan") if value is None else value for name, value in numbers.items()},
             )
@@ -289,6 +296,8 @@ def numbers_in_words(program: Program) -> list[str]:
         words.append(f"stability {program.stability:.2f}")
     if program.anchors is not None:
         words.append(f"{len(program.up) + len(program.down)} genes, {len(program.anchors)} of them in no other program")
+    if program.lost_arms:
+        words.append(f"cells of {few(program.lost_arms)} lost chromosome arms")
     return words
 
 

@@ -22,6 +22,7 @@ EFFECTS = "effects.csv"  # since format 4
 INTERACTIONS = "interactions.csv"  # of fits with measured combinations
 ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
 GUIDES = "guides.csv"  # of fits that read guides alone
+ARMS = "arms.csv"  # of fits with positions of genes alone
 PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
 IDENTITY = "identity.json"  # of an unfinished fit alone: what it fits
 COMBINATIONS = "combinations.safetensors"  # of fits whose model knows noise
@@ -33,6 +34,7 @@ RUN_FILES = frozenset(
     | {
         "dag.graphml",
         "dag.json",
+        ARMS,
         COMBINATIONS,
         EFFECTS,
         EMBEDDINGS,

@@ -111,7 +111,7 @@ def test_parts_of_the_program_own_transcripts_and_rows() -> None:
     data = screen({name: np.log1p(own) for name, own in rows.items()}, values="log")
     programs, interventions = found_of(data, [0, -1, 0], [2.0, np.nan, -1.0])
     programs.total_effect[0, 0] = np.nan  # no other perturbation tells of gene A
-    table, knock_down = effect_table(data, programs, interventions, np.array([0.5, 1.0, 1.0]))
+    table, knock_down, _ = effect_table(data, programs, interventions, np.array([0.5, 1.0, 1.0]))
     assert list(table) == list(EFFECT_COLUMNS)
     assert table.groupby("perturbation", sort=False).size().to_dict() == {"A": 3, "B": 3, "D": 3}
     assert table.groupby("perturbation")["p_value"].apply(lambda own: own.is_monotonic_increasing).all()
@@ -135,7 +135,7 @@ def test_of_a_large_screen_the_table_has_what_is_sure(monkeypatch: pytest.Monkey
     data = screen(rows, values="continuous")
     monkeypatch.setattr(effects, "MOST_ROWS", 5)
     programs, interventions = found_of(data, [-1, -1], [np.nan, np.nan])
-    table, _ = effect_table(data, programs, interventions, np.ones(2))
+    table, _, _ = effect_table(data, programs, interventions, np.ones(2))
     assert set(zip(table["perturbation"], table["gene"], strict=True)) == {("A", "A"), ("A", "C"), ("B", "B")}
     assert effect_matrix(table) is None
 
