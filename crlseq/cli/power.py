@@ -37,7 +37,7 @@ Source = Annotated[
 ]
 Effects = Annotated[
     str | None,
-    setting("Sizes of shifts to plant in control cells, in SDs of the program's own noise.", default="0.5,1,2"),
+    setting("Sizes of shifts to plant in control cells, in SDs of the program's own noise.", default="0.25,0.5,1"),
 ]
 Perturbations = Annotated[
     int | None,

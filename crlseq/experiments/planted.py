@@ -27,7 +27,7 @@ from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 
 EXPECTED_PARENTS, EDGE_SIZE = 1.0, (0.6, 1.4)  # as `crlseq simulate`
-PLANNED = "planned"  # a label that `read_data` needs beside the controls
+PLANNED, LABELS = "planned", (CONTROL, "planned-1", "planned-2")  # which `read_data` needs, and no control is told by
 # What a claim about the graph rests on; other verdicts leave its edges open.
 TOLD = ("identified", "partly identified")
 
@@ -74,7 +74,7 @@ def controls_of(source: str | Path, config: DataConfig, seed: int, every_cell: b
     if every_cell:
         with open_screen(source, config.layer) as screen:
             obs = screen.obs.copy()
-            obs[PLANNED] = np.where(np.arange(len(obs)) % 2, PLANNED, CONTROL)
+            obs[PLANNED] = np.array(LABELS, dtype=object)[np.arange(len(obs)) % len(LABELS)]
             given = ad.AnnData(screen.rows(np.arange(screen.n_cells)), obs, screen.var)
         asked = {"perturbation_key": PLANNED, "control_label": (CONTROL,), "separator": "", "layer": None}
         config = config.model_copy(update=asked)
@@ -87,7 +87,7 @@ def controls_of_run(run: Run) -> Controls:
     """The control cells of a run's folder; InputError if its fit found no effect."""
     if run.facts.without_effect:
         what = f"{run.folder} has no perturbation with a detectable effect."
-        raise InputError(what, "Give its screen in place of the run, and the effects to look for: --effect 0.5,1,2.")
+        raise InputError(what, "Give its screen in place of the run, and the effects to look for: --effect 0.25,0.5,1.")
     x, batch = control_cells(run)
     return Controls(x.toarray().astype(np.float32), batch, run.preprocessing.genes)
 

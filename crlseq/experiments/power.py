@@ -28,7 +28,7 @@ from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.threads import on_threads
 
-CELLS, EFFECTS, REPEATS = (25, 50, 100, 200, 400), (0.5, 1.0, 2.0), 3
+CELLS, EFFECTS, REPEATS = (25, 50, 100, 200, 400), (0.25, 0.5, 1.0), 3
 FEWEST = 10  # cells of a perturbation that is tested, as `min_cells` of a fit
 WANTED = 0.9  # the share that a sentence asks for
 # What a share is of, and how it is said.
