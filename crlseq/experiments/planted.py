@@ -28,8 +28,6 @@ from crlseq.run.schema import DETECTABLE_FDR
 
 EXPECTED_PARENTS, EDGE_SIZE = 1.0, (0.6, 1.4)  # as `crlseq simulate`
 PLANNED, LABELS = "planned", (CONTROL, "planned-1", "planned-2")  # which `read_data` needs, and no control is told by
-# What a claim about the graph rests on; other verdicts leave its edges open.
-TOLD = ("identified", "partly identified")
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,11 @@ def plant(
 def plant_run(
     run: Run, controls: Controls, n_cells: int, n_control: int, seed: tuple[int, ...], cell_seed: int
 ) -> Planted:
-    """A screen of a run's perturbations, with the effects, penetrances and graph that it found; those without a detectable
-    effect have none. Virtual cells as `crlseq.prediction.predict.predict` makes them.
+    """A screen of a run's perturbations, with the effects and penetrances that it found; those without a detectable effect have
+    none. Virtual cells as `crlseq.prediction.predict.predict` makes them.
+
+    The graph is left open: these cells have the means of perturbed ones, and too little of how interventions change the
+    covariance of programs, by which edges are told.
     """
     table, names = run.interventions, list(run.interventions["perturbation"].astype(str))
     has = ((table["fdr"] <= DETECTABLE_FDR) & table["program"].notna()).to_numpy()
@@ -148,14 +149,11 @@ def plant_run(
     rng = np.random.default_rng((*seed, cell_seed))
     screen = _screen(controls, names, chance, n_cells, n_control, changed, rng)
     number = {name: i for i, name in enumerate(run.program_names)}
-    adjacency = np.zeros((len(number), len(number)))
-    adjacency[run.edges["source"].map(number), run.edges["target"].map(number)] = 1.0
     latents = table.loc[has, "program"].map(number).to_numpy(dtype=int)
     targets = pd.DataFrame({"latent": latents}, index=[name for name, own in zip(names, has, strict=True) if own])
     without = tuple(name for name, own in zip(names, has, strict=True) if not own)
-    told = run.facts.identification.verdict in TOLD and bool(adjacency.any())
-    truth = {"adjacency": adjacency, "target": targets}
-    return Planted(screen, truth, without, told, batch_key=_batch_key(screen))
+    truth = {"adjacency": np.zeros((len(number), len(number))), "target": targets}
+    return Planted(screen, truth, without, False, batch_key=_batch_key(screen))
 
 
 def _components(controls: Controls, p: int) -> tuple[np.ndarray, np.ndarray]:

@@ -140,7 +140,9 @@ def in_sentences(table: pd.DataFrame, detection_only: bool = False) -> list[str]
                 found.append(_sentence(known, name, of))
     found += _falling(table)
     if not detection_only and table["edges"].isna().all():
-        found.append("Edges could not be judged: the graph of the truth is not identified, or has no edge.")
+        found.append(
+            "Edges could not be judged: a run's own effects do not say how many would be found, and a truth may have none."
+        )
     if table["false"].notna().any():
         found.append(f"{100 * table['false'].mean():.1f} % of the perturbations without effect were called detected.")
     return found
