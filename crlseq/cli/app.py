@@ -20,6 +20,7 @@ from crlseq.cli.export import export, plot, report
 from crlseq.cli.fit import fit, prepare, rerun
 from crlseq.cli.options import at_the_shell
 from crlseq.cli.output import say
+from crlseq.cli.power import power
 from crlseq.cli.predict import predict, project
 from crlseq.cli.simulate import simulate
 from crlseq.cli.streams import suit_streams
@@ -71,12 +72,13 @@ for command in (
     plot,
     simulate,
     benchmark,
+    power,
     cite,
 ):
     app.command()(command)
 for known in (*app.registered_commands, *inspect.app.registered_commands):
     assert known.callback is not None
-    heavy = known.callback in (prepare, fit, predict, project, evaluate, compare, rerun, benchmark)
+    heavy = known.callback in (prepare, fit, predict, project, evaluate, compare, rerun, benchmark, power)
     known.callback = at_the_shell(known.callback, WITH_TORCH if heavy else SMALL)
 app.add_typer(inspect.app, name="inspect")
 

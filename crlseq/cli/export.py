@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from crlseq.cli.options import Force, RunFolder, completing, load, setting
-from crlseq.cli.output import refuse_output, say, say_verdict
+from crlseq.cli.output import refuse_no_figure, refuse_output, say, say_verdict, write_figure
 from crlseq.errors import UsageError, suggestion
 from crlseq.export.registry import FORMATS, check_format, write
 
@@ -102,9 +101,7 @@ def plot(
     force: Force = False,
 ) -> None:
     """Draw a picture of a run: its graph, programs and interventions, effects on genes, cells, or losses."""
-    suffix = output.suffix.lower()
-    if suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"{output} does not end in .png, .svg or .pdf.", "Choose one of these formats.")
+    refuse_no_figure(output)
     kind = kind.replace("_", "-")  # as in Python
     if kind not in KINDS:
         raise UsageError(f"There is no plot {kind!r}.", suggestion(kind, KINDS, "Plots are"))
@@ -115,21 +112,9 @@ def plot(
 
     mpl.use("Agg")
     from crlseq import plotting
-    from crlseq.storage.files import written_whole
-    from crlseq.storage.text import escaped
 
     axes = getattr(plotting, kind.replace("-", "_"))(found, **options)
-    # Text stays text, and equal runs give equal files.
-    stamp: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix, {})
-    with (
-        written_whole(output) as file,
-        mpl.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "crlseq"}),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # shown as a box
-        axes.figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=stamp)
-        if suffix == ".svg":  # whose texts are names
-            file.write_text(escaped(file.read_text(encoding="utf-8")), encoding="utf-8")
+    write_figure(axes.figure, output, dpi)
     say(f"{kind}: {output}")
     if kind in ("dag", "pairs"):
         say_verdict(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crlseq.errors import InputError
+from crlseq.errors import InputError, UsageError
 from crlseq.storage.text import to_json, visible
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 GAP = 2  # blanks between the columns of a table
 DIGITS = 6  # significant ones, in a pipe
 ROWS, AROUND, LAST = 20, 6, 3  # of a table on a terminal: shown of any, lines around it, rows kept at its end
+FIGURES = (".png", ".svg", ".pdf")
 ONES = ("weight", "retention", "noise_scale")  # columns that say nothing where they are 1 throughout
 messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
@@ -67,6 +69,32 @@ def refuse_output(output: Path, force: bool, folder: bool = False, replaceable: 
         refuse_part_of_run(output)
     if exists and not force:
         raise InputError(f"The output {output} exists.", "Choose another --output, or replace it with --force.")
+
+
+def refuse_no_figure(output: Path) -> None:
+    """Refuse, by `UsageError`, a file whose name does not end as a figure's."""
+    if output.suffix.lower() not in FIGURES:
+        raise UsageError(f"{output} does not end in .png, .svg or .pdf.", "Choose one of these formats.")
+
+
+def write_figure(figure: Any, output: Path, dpi: int = 150) -> None:
+    """Write a matplotlib figure in the format that the file's name says: text stays text, and equal figures give equal files."""
+    import matplotlib as mpl
+
+    from crlseq.storage.files import written_whole
+    from crlseq.storage.text import escaped
+
+    suffix = output.suffix.lower()
+    stamp: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix, {})
+    with (
+        written_whole(output) as file,
+        mpl.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "crlseq"}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # shown as a box
+        figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=stamp)
+        if suffix == ".svg":  # whose texts are names
+            file.write_text(escaped(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def show_table(

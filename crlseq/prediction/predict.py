@@ -24,6 +24,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from crlseq.data.controls import is_named
@@ -242,10 +243,17 @@ def _start(
 
 def control_mean(run: Run) -> np.ndarray:
     """(G,) mean expression over the control cells of the run's folder, in the space of the fit."""
-    record = run.preprocessing
+    return np.asarray(control_cells(run)[0].mean(0)).ravel()
+
+
+def control_cells(run: Run) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Expression (n, G) of the control cells of the run's folder, in the space of the fit, and their batches (n,), as text."""
+    record, key = run.preprocessing, run.facts.config.data.batch_key
     with run.screen() as fitted:
-        rows = record.apply(fitted.rows(_controls(run, fitted, run.folder / "crlseq.h5ad", True, [])))
-        return np.asarray(rows[:, record.columns(fitted)].mean(0)).ravel()
+        own = _controls(run, fitted, run.folder / "crlseq.h5ad", True, [])
+        rows = record.apply(fitted.rows(own))[:, record.columns(fitted)]
+        batch = fitted.obs[key].astype(str).to_numpy()[own] if key in fitted.obs else np.zeros(len(own)).astype(str)
+        return sparse.csr_matrix(rows), batch
 
 
 def _controls(run: Run, screen: Screen, source: str | Path | ad.AnnData, own: bool, notes: list[str]) -> np.ndarray:
