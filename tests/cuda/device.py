@@ -251,6 +251,9 @@ class _Generator(torch.Generator):
     def __init__(self, device: Any = CPU) -> None:
         super().__init__()
 
+    def __del__(self) -> None:  # another generator may come to lie at its address
+        _OF.pop(self._cdata, None)
+
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return _OF[self._cdata]
