@@ -162,6 +162,18 @@ def judge_factors(method: str) -> Verdict:
     )
 
 
+def _edges_if_hard(said: str, hard: bool) -> Verdict:
+    """What changes of one row or program a perturbation leave: single edges if interventions are ``hard``, else ancestry."""
+    if hard:
+        return Verdict(
+            "identified", f"{said}; under hard interventions, which were asked for, single edges are identified."
+        )
+    return Verdict(
+        "ancestry only",
+        f"{said}. This does not tell hard interventions from soft ones: single edges hold if all are hard (--intervention hard).",
+    )
+
+
 def judge_squires(left: float, n_edges: int, hard: bool) -> Verdict:
     """The verdict on precision matrices whose differences leave a share ``left`` beyond one row; ``hard`` if that was said."""
     if left > BEYOND_RANK_ONE:
@@ -174,14 +186,7 @@ def judge_squires(left: float, n_edges: int, hard: bool) -> Verdict:
     if not n_edges:
         return Verdict("not identified", "No edge differs from 0 by three standard errors.")
     said = f"Each perturbation changes one row of the precision matrix ({left:.0%} is left)"
-    if hard:
-        return Verdict(
-            "identified", f"{said}; under hard interventions, which were asked for, single edges are identified."
-        )
-    return Verdict(
-        "ancestry only",
-        f"{said}. This does not tell hard interventions from soft ones: single edges hold if all are hard (--intervention hard).",
-    )
+    return _edges_if_hard(said, hard)
 
 
 def judge_scores(left: float, n_edges: int, n_against: int, hard: bool) -> Verdict:
@@ -202,14 +207,7 @@ def judge_scores(left: float, n_edges: int, n_against: int, hard: bool) -> Verdi
             f"Beside {_of(n_edges, 'edge')}, {_of(n_against, 'effect')} as clear as theirs would close a cycle, more than {FALSE_EDGES:.0%}: there are too few cells, or the model does not hold.",
         )
     said = f"Each perturbation's score difference is on its program and what is upstream ({left:.0%} is elsewhere)"
-    if hard:
-        return Verdict(
-            "identified", f"{said}; under hard interventions, which were asked for, single edges are identified."
-        )
-    return Verdict(
-        "ancestry only",
-        f"{said}. This does not tell hard interventions from soft ones: single edges hold if all are hard (--intervention hard).",
-    )
+    return _edges_if_hard(said, hard)
 
 
 def judge_cauca(left: float, n_edges: int, kind: InterventionKind, asked: bool) -> Verdict:
