@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 REFERENCE, ROWS = 10_000, 2048  # cells of the run to compare with, and encoded at once
 QUANTILE = 0.99
+TINY = 1e-12  # deviation, of values without noise
 MIN_SHARE = 0.05  # of cells outside from which activities are warned of, beyond that of the run's own
 
 
@@ -96,7 +97,7 @@ def project(run: Run, source: str | Path | ad.AnnData, note: Callable[[str], Non
         theirs = _measure(run, alignment, fill, (_checked(record, alignment, block, screen.source) for block in blocks))
     ours = _measure(run, alignment, fill, [own[:, alignment.present]])
     by_depth = np.polynomial.Polynomial.fit(
-        np.log1p(ours.detected), np.log(ours.deviation), 1 if np.ptp(ours.detected) else 0
+        np.log1p(ours.detected), np.log(np.maximum(ours.deviation, TINY)), 1 if np.ptp(ours.detected) else 0
     )
 
     def limits(cells: _Measured) -> np.ndarray:
@@ -143,7 +144,7 @@ def _warnings(source: str, share: float, own: float, shallow: float) -> list[str
     found = []
     if share > own + MIN_SHARE:
         found.append(
-            f"{source}: {share:.0%} of the cells lie outside what the run's cells cover, of which {own:.1%} do. "
+            f"{source}: {share:.0%} of the cells lie outside what the run's cells cover; of the run's own {own:.1%} do. "
             "The programs do not describe such cells; see crlseq_outside and crlseq_distance."
         )
     if shallow > MIN_SHARE:
