@@ -16,7 +16,7 @@ from hypothesis import settings
 
 import crlseq
 from crlseq.run.run import Run
-from tests.support import clear_screen, invoke
+from tests.support import clear_screen, succeeds
 
 # How long an example takes says nothing on a machine that others use as well.
 settings.register_profile("crlseq", deadline=None)
@@ -55,8 +55,7 @@ def screen_file(screen: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) ->
 def run_folder(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the screen with the default method, finished through the command line; read it only."""
     folder = tmp_path_factory.mktemp("finished") / "RUN"
-    answer = invoke("fit", screen_file, "--output", folder, "--epochs", 3, "--hold-out-cells", 0.2, "--n-latents", 3)
-    assert answer.code == 0, answer.err
+    succeeds("fit", screen_file, "--output", folder, "--epochs", 3, "--hold-out-cells", 0.2, "--n-latents", 3)
     return folder
 
 
@@ -64,8 +63,7 @@ def run_folder(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def linear_folder(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the screen by the likelihood alone, without a bootstrap and without an epoch; read it only."""
     folder = tmp_path_factory.mktemp("linear") / "RUN"
-    answer = invoke("fit", screen_file, "--output", folder, "--method", "linear", "--n-latents", 3, "--bootstrap", 0)
-    assert answer.code == 0, answer.err
+    succeeds("fit", screen_file, "--output", folder, "--method", "linear", "--n-latents", 3, "--bootstrap", 0)
     return folder
 
 

@@ -145,23 +145,26 @@ def check_refusal(code: int, out: str, err: str, expected: int, *words: str) -> 
         assert word in err, err
 
 
-def refused(folder: Path, source: object, *options: object, code: int = 3, says: tuple[str, ...] = ()) -> Answer:
-    """``crlseq fit SOURCE`` is refused and leaves no file."""
-    parent = folder.parent
-    before = files_below(parent)
-    answer = invoke("fit", source, "--output", parent / "RUN", "--epochs", 1, *options)
-    check_refusal(answer.code, answer.out, answer.err, code, *says)
-    assert files_below(parent) == before
+def succeeds(*words: object) -> Answer:
+    """``crlseq WORDS``, with exit code 0."""
+    answer = invoke(*words)
+    assert answer.code == 0, answer.err
     return answer
+
+
+def refused(folder: Path, source: object, *options: object, code: int = 3, says: tuple[str, ...] = ()) -> None:
+    """``crlseq fit SOURCE`` is refused and leaves no file."""
+    before = files_below(folder.parent)
+    answer = invoke("fit", source, "--output", folder.parent / "RUN", "--epochs", 1, *options)
+    check_refusal(answer.code, answer.out, answer.err, code, *says)
+    assert files_below(folder.parent) == before
 
 
 def fit_file(path: Path, *options: object, method: str = "gradient", bootstrap: int = 0) -> Run:
     """Fit a file through the command line; every file of the run is there, and scanpy's reader opens the result."""
     folder = path.parent / "RUN"
     words = ["--method", method, "--bootstrap", bootstrap, "--epochs", 1, "--n-latents", 2, *options]
-    answer = invoke("fit", path, "--output", folder, *words)
-    assert answer.code == 0, answer.err
-    assert answer.out == ""
+    assert succeeds("fit", path, "--output", folder, *words).out == ""
     assert {file.name for file in folder.iterdir()} == files_of(folder)
     assert not folder.with_name("RUN.partial").exists()
     annotated = ad.read_h5ad(folder / "crlseq.h5ad")

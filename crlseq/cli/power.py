@@ -114,11 +114,9 @@ def power(
 def _write(found: Power, output: Path | None, plot: Path | None) -> None:
     """Table and figure, where they are asked for."""
     if output is not None:
-        from crlseq.storage.csv import to_csv
-        from crlseq.storage.files import written_whole
+        from crlseq.storage.csv import write_csv
 
-        with written_whole(output) as beside:
-            beside.write_bytes(to_csv(found.table))
+        write_csv(output, found.table)
         say(f"table: {output}")
     if plot is not None:
         import matplotlib as mpl

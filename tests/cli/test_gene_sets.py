@@ -19,7 +19,7 @@ from crlseq.errors import InputError
 from crlseq.pipeline.progress import Progress
 from crlseq.run.run import Run
 from tests.report.test_page import Page
-from tests.support import FAST, Answer, check_refusal, files_of, invoke
+from tests.support import FAST, Answer, check_refusal, files_of, invoke, succeeds
 
 LINEAR = ["--method", "linear", "--n-latents", 3, "--bootstrap", 0]
 EVIL = ["<img src=x onerror=alert(1)>", "\x1b[31mred", "=1+1", "'`{{ 7*7 }}", "NA"]
@@ -40,8 +40,7 @@ def folder(screen_file: Path, gmt: Path, tmp_path_factory: pytest.TempPathFactor
     """A run whose encoder reads the sets, and whose gmt file is gone."""
     place = tmp_path_factory.mktemp("read")
     shutil.copy(gmt, place / "mine.gmt")
-    answer = invoke("fit", screen_file, "--output", place / "RUN", "--gene-sets", place / "mine.gmt", *LINEAR)
-    assert answer.code == 0, answer.err
+    answer = succeeds("fit", screen_file, "--output", place / "RUN", "--gene-sets", place / "mine.gmt", *LINEAR)
     assert "The encoder reads 10 gene sets" in answer.err and "1 with fewer than 5 fitted genes" in answer.err
     assert "Share of each program's variance" in answer.err
     (place / "mine.gmt").unlink()
@@ -77,8 +76,7 @@ def test_the_encoder_reads_the_sets_alone(folder: Path, read: Run) -> None:
 
 
 def test_predictions_without_the_file(folder: Path, screen: ad.AnnData, tmp_path: Path) -> None:
-    answer = invoke("predict", folder, "--perturbation", "g0", "--output", tmp_path / "g0.h5ad")
-    assert answer.code == 0, answer.err
+    succeeds("predict", folder, "--perturbation", "g0", "--output", tmp_path / "g0.h5ad")
     assert np.isfinite(ad.read_h5ad(tmp_path / "g0.h5ad").X).all()
     kept = ad.read_h5ad(folder / "crlseq.h5ad").obsm["X_crlseq"]
     assert crlseq.load(folder).latents(screen) == pytest.approx(kept, abs=1e-4)
@@ -106,8 +104,7 @@ def test_report(folder: Path, tmp_path: Path) -> None:
     sets = tmp_path / "sets.gmt"
     shutil.copy(folder / "gene_sets.gmt", sets)
     pytest.importorskip("gseapy")
-    answer = invoke("report", folder, "--gene-sets", sets, "--output", tmp_path / "page.html")
-    assert answer.code == 0, answer.err
+    succeeds("report", folder, "--gene-sets", sets, "--output", tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text())
     assert "img" not in {tag for tag, _ in page.tags} and not page.attributes("onerror")
 

@@ -25,7 +25,7 @@ from crlseq.cli.simulate import RANGES
 from crlseq.cli.simulate import simulate as simulate_command
 from crlseq.run.run import Run
 from crlseq.storage.csv import EXACT
-from tests.support import Answer, command, dense, environment, invoke, small_screen, spawn
+from tests.support import Answer, command, dense, environment, invoke, small_screen, spawn, succeeds
 
 TABLES = ["programs", "interventions", "dag", "history", "pairs"]
 QUICK = ["--n-latents", 3, "--bootstrap", 0]  # the default method at its shortest
@@ -124,7 +124,7 @@ def test_the_matrix_of_pairs_on_a_terminal(ordered_folder: Path) -> None:
 
 def test_a_run_without_pairs_says_why(tmp_path: Path, screen_file: Path) -> None:
     folder = tmp_path / "RUN"
-    assert invoke("fit", screen_file, "--output", folder, "--method", "gradient", "--epochs", 1).code == 0
+    succeeds("fit", screen_file, "--output", folder, "--method", "gradient", "--epochs", 1)
     old = Path(__file__).parents[1] / "run" / "folder_0202a24"
     for path, why in ((folder, "found by likelihood"), (old, "before crlseq judged pairs")):
         answer = invoke("inspect", "pairs", path)
@@ -134,10 +134,10 @@ def test_a_run_without_pairs_says_why(tmp_path: Path, screen_file: Path) -> None
         assert why in table(invoke("inspect", path)).set_index("what")["value"]["pairs"]
         code, text = on_terminal("inspect", "dag", path)
         assert code == 0 and why in " ".join(text.split())
-        assert invoke("inspect", "ancestry", path).code == 0
-        assert invoke("report", path, "--output", tmp_path / "page.html", "--force").code == 0
+        succeeds("inspect", "ancestry", path)
+        succeeds("report", path, "--output", tmp_path / "page.html", "--force")
         assert why in (tmp_path / "page.html").read_text()
-        assert invoke("plot", path, "pairs", "--output", tmp_path / "pairs.svg", "--force").code == 0
+        succeeds("plot", path, "pairs", "--output", tmp_path / "pairs.svg", "--force")
         assert why in " ".join((tmp_path / "pairs.svg").read_text().split())
 
 
@@ -219,7 +219,7 @@ def test_a_run_of_an_older_format_has_no_effects(run_folder: Path, tmp_path: Pat
     for words in (("inspect", "perturbation", old, "g0"), ("plot", old, "effects-map", "-o", tmp_path / "x.png")):
         answer = invoke(*words)
         assert answer.code == 3 and "crlseq 0.0.9, whose runs hold no effects on genes" in answer.err
-    assert invoke("inspect", old).code == 0
+    succeeds("inspect", old)
 
 
 def test_interventions_are_sorted_by_program_and_those_without_a_claim_come_last(run_folder: Path) -> None:
@@ -362,7 +362,7 @@ def test_broken_pipes(run_folder: Path) -> None:
 
 def test_names_that_stdout_cannot_encode(tmp_path: Path, screen_file: Path) -> None:
     folder = tmp_path / "Δ"
-    assert invoke("fit", screen_file, "--output", folder, "--epochs", 1, "--method", "gradient").code == 0
+    succeeds("fit", screen_file, "--output", folder, "--epochs", 1, "--method", "gradient")
     for name, text in (("interventions.csv", "g0"), ("run.json", '"g0"')):
         (folder / name).write_text((folder / name).read_text().replace(text, text.replace("g0", "漢")))
     shown = spawn("inspect", "interventions", folder, PYTHONIOENCODING="ascii")
@@ -416,11 +416,8 @@ def test_check_agrees_with_fit_about_cells_that_are_not_used(tmp_path: Path) -> 
     adata.X = x
     adata.obs["perturbation"] = labels
     adata.write_h5ad(tmp_path / "screen.h5ad")
-    assert invoke("check", tmp_path / "screen.h5ad").code == 0
-    answer = invoke(
-        "fit", tmp_path / "screen.h5ad", "--output", tmp_path / "RUN", "--epochs", 1, "--method", "gradient"
-    )
-    assert answer.code == 0, answer.err
+    succeeds("check", tmp_path / "screen.h5ad")
+    succeeds("fit", tmp_path / "screen.h5ad", "--output", tmp_path / "RUN", "--epochs", 1, "--method", "gradient")
     x[6] = 0
     adata.X = x
     adata.write_h5ad(tmp_path / "screen.h5ad")
@@ -449,9 +446,7 @@ def test_version_and_module() -> None:
     [["--help"], ["-h"], ["fit", "--help"], ["inspect", "--help"], ["inspect", "programs", "--help"], ["check", "-h"]],
 )
 def test_help(words: list[str]) -> None:
-    answer = invoke(*words)
-    assert answer.code == 0
-    assert "Usage" in answer.out
+    assert "Usage" in succeeds(*words).out
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -524,12 +519,12 @@ def test_simulate(tmp_path: Path) -> None:
         20,
     ]
     words += ["--expected-parents", 0.5]
-    assert invoke(*words).code == 0
-    assert invoke("check", path, "--json").code == 0
+    succeeds(*words)
+    succeeds("check", path, "--json")
     again = invoke(*words)
     assert again.code == 3
     assert "--force" in again.err
-    assert invoke(*words, "--force").code == 0
+    succeeds(*words, "--force")
     more = [
         "--penetrance",
         "0.4,0.6",
@@ -542,7 +537,7 @@ def test_simulate(tmp_path: Path) -> None:
         "1,1",
         "--force",
     ]
-    assert invoke(*words, *more).code == 0
+    succeeds(*words, *more)
     screen = ad.read_h5ad(path)
     assert screen.obsm["true_background"].shape[1] == 3 and screen.obs["guide"].nunique() == 2 * 9
     assert screen.uns["truth"]["target"]["penetrance"].between(0, 1, inclusive="neither").any()

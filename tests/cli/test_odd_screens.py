@@ -17,7 +17,7 @@ import scipy.sparse as sp
 import crlseq
 from crlseq.errors import InputError
 from crlseq.run.run import Run
-from tests.support import FAST, SINGLES, dense, fit_file, fit_h5ad, invoke, relabelled, small_screen
+from tests.support import FAST, SINGLES, dense, fit_file, fit_h5ad, invoke, relabelled, small_screen, succeeds
 
 # --- labels
 
@@ -47,10 +47,10 @@ def test_weird_labels(tmp_path: Path, weird: list[str]) -> None:
     assert set(kept.obs["perturbation"]) == {"control", *weird}
     assert set(kept.uns["crlseq"]["interventions"].index) == set(weird)
     for words in (["interventions"], ["dag"], ["programs"], []):
-        assert invoke("inspect", *words, tmp_path / "RUN").code == 0
+        succeeds("inspect", *words, tmp_path / "RUN")
     listed = json.loads(invoke("inspect", "interventions", tmp_path / "RUN", "--json").out)
     assert sorted(row["perturbation"] for row in listed) == sorted(weird)
-    assert invoke("check", tmp_path / "screen.h5ad").code == 0
+    succeeds("check", tmp_path / "screen.h5ad")
 
 
 def test_labels_called_na_are_dropped_and_counted(tmp_path: Path) -> None:

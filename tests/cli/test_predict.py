@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from crlseq.prediction.changes import top_changes
-from tests.support import check_refusal, files_below, invoke
+from tests.support import check_refusal, files_below, invoke, succeeds
 
 
 def test_file(run_folder: Path, tmp_path: Path) -> None:
@@ -29,8 +29,7 @@ def test_file(run_folder: Path, tmp_path: Path) -> None:
         "--output",
         output,
     )
-    answer = invoke(*words)
-    assert answer.code == 0, answer.err
+    answer = succeeds(*words)
     assert answer.out == ""
     assert "'g6' has no detectable effect" in answer.err
     virtual = ad.read_h5ad(output)
@@ -49,14 +48,13 @@ def test_file(run_folder: Path, tmp_path: Path) -> None:
 
 def test_hit_cells(run_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "virtual.h5ad"
-    assert invoke("predict", run_folder, "-p", "g0", "--hit-cells", "-o", output, "--quiet").code == 0
+    succeeds("predict", run_folder, "-p", "g0", "--hit-cells", "-o", output, "--quiet")
     assert ad.read_h5ad(output).obs["hit"].all()
 
 
 def test_summary(run_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "virtual.h5ad"
-    answer = invoke("predict", run_folder, "-p", "g0", "--counterfactual", "--n-cells", 30, "-o", output, "--json")
-    assert answer.code == 0, answer.err
+    answer = succeeds("predict", run_folder, "-p", "g0", "--counterfactual", "--n-cells", 30, "-o", output, "--json")
     said = json.loads(answer.out)
     assert said["n_cells"] == 30 and said["output"] == str(output)
     (row,) = said["predictions"]
@@ -69,8 +67,7 @@ def test_other_cells(run_folder: Path, screen: ad.AnnData, tmp_path: Path) -> No
     others = screen[::3].copy()
     others.write_h5ad(tmp_path / "others.h5ad")
     output = tmp_path / "virtual.h5ad"
-    answer = invoke("predict", run_folder, "-p", "g0", "--from", tmp_path / "others.h5ad", "-o", output)
-    assert answer.code == 0, answer.err
+    answer = succeeds("predict", run_folder, "-p", "g0", "--from", tmp_path / "others.h5ad", "-o", output)
     n = int((others.obs["perturbation"] == "control").sum())
     assert f"{n} of the {others.n_obs} cells" in answer.err
     assert ad.read_h5ad(output).n_obs == n

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import crlseq
 from crlseq.experiments.rerun import causes, differences
-from tests.support import check_refusal, invoke, spawn
+from tests.support import check_refusal, invoke, spawn, succeeds
 
 FIT = ["--method", "gradient", "--epochs", 2, "--n-latents", 2, "--hold-out-cells", 0.2]
 
@@ -61,8 +61,7 @@ def test_a_run_of_a_device_that_is_not_here(fitted: Path, tmp_path: Path) -> Non
     config["training"]["device"] = "cuda"
     edit_info(tmp_path / "RUN", device="cuda:0", config=config)
     words = ["rerun", tmp_path / "RUN", "--data", fitted / "screen.h5ad"]
-    same = invoke(*words)
-    assert same.code == 0, same.err
+    same = succeeds(*words)
     assert "The run was fitted on cuda:0, and is repeated on the CPU. --device cuda:0 cannot be used: " in same.err
     config["training"]["seed"] = 1
     edit_info(tmp_path / "RUN", config=config)
@@ -115,7 +114,7 @@ def test_a_run_of_cells_in_memory(fitted: Path, tmp_path: Path) -> None:
     edit_info(tmp_path / "RUN", input={"path": "in memory", "sha256": "", "n_cells": 740, "n_genes": 40})
     answer = invoke("rerun", tmp_path / "RUN", "--quiet")
     check_refusal(answer.code, answer.out, answer.err, 3, "data in memory", "--data")
-    assert invoke("rerun", tmp_path / "RUN", "--quiet", "--data", fitted / "screen.h5ad").code == 0
+    succeeds("rerun", tmp_path / "RUN", "--quiet", "--data", fitted / "screen.h5ad")
 
 
 def test_a_cell_of_a_table(copies: tuple[Path, Path]) -> None:

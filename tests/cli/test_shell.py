@@ -17,7 +17,7 @@ import pytest
 import crlseq
 from crlseq.storage import files
 from crlseq.training.memory import out_of_memory
-from tests.support import check_refusal, command, environment, invoke
+from tests.support import check_refusal, command, environment, invoke, succeeds
 
 LINEAR: list[object] = ["--method", "linear", "--n-latents", 2, "--bootstrap", 0]
 FULL = Path("/dev/full")
@@ -101,7 +101,7 @@ def test_a_tilde_is_expanded_once_at_the_command_line(
     shutil.copy(screen_file, home / "screen.h5ad")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
-    assert invoke("fit", "~/screen.h5ad", "--output=~/RUN", *LINEAR).code == 0
+    succeeds("fit", "~/screen.h5ad", "--output=~/RUN", *LINEAR)
     for words in (
         ("inspect", "programs", "~/RUN"),
         ("inspect", "~/RUN"),
@@ -109,8 +109,7 @@ def test_a_tilde_is_expanded_once_at_the_command_line(
         ("export", "~/RUN", "--format", "csv", "--output=~/tables"),
         ("report", "~/RUN"),
     ):
-        answer = invoke(*words)
-        assert answer.code == 0, answer.err
+        succeeds(*words)
     assert {path.name for path in home.iterdir()} == {"screen.h5ad", "RUN", "virtual.h5ad", "tables"}
     assert list(here.iterdir()) == []
     shutil.rmtree(home / "RUN")

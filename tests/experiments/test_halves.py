@@ -14,7 +14,7 @@ from crlseq.data.perturbations import read_perturbations
 from crlseq.errors import InputError, UsageError
 from crlseq.experiments.halves import by_guides, divided, fit_halves
 from crlseq.run.run import Run
-from tests.support import check_refusal, invoke
+from tests.support import check_refusal, invoke, succeeds
 
 
 def test_largest_first_to_the_smaller_side() -> None:
@@ -53,8 +53,7 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_guides_replicate(guided: Run, tmp_path: Path) -> None:
     output = tmp_path / "compared"
-    answer = invoke("compare", guided.folder, "--split", "guides", "--output", output, "--json")
-    assert answer.code == 0, answer.err
+    answer = succeeds("compare", guided.folder, "--split", "guides", "--output", output, "--json")
     assert "half 2 of 2" in answer.err
     told = json.loads(answer.out)
     assert told["matched"] == 3

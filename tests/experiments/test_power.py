@@ -18,7 +18,7 @@ from crlseq.config import DataConfig
 from crlseq.experiments.planted import Controls, Plan, controls_of, controls_of_run, plant, plant_run
 from crlseq.experiments.power import in_sentences, power, share
 from crlseq.run.run import Run
-from tests.support import check_refusal, clear_screen, invoke
+from tests.support import check_refusal, clear_screen, invoke, succeeds
 
 GENES = ("a", "b", "c", "d")
 
@@ -187,8 +187,7 @@ def test_the_command(pilot: Run, tmp_path: Path) -> None:
     screen, table, figure = tmp_path / "screen.h5ad", tmp_path / "power.csv", tmp_path / "power.svg"
     crlseq.simulate(n_latents=3, n_genes=60, cells_per_perturbation=20, n_control=500, depth=2000.0).write_h5ad(screen)
     words = ["power", screen, "--cells", "20,150", "--effect", "1", "--perturbations", 6, "--programs", 2]
-    first = invoke(*words, "--repeats", 1, "--threads", 1, "--json", "--output", table, "--plot", figure)
-    assert first.code == 0, first.err
+    first = succeeds(*words, "--repeats", 1, "--threads", 1, "--json", "--output", table, "--plot", figure)
     told = json.loads(first.out)
     assert [row["cells"] for row in told["table"]] == [20, 150]
     assert told["table"][1]["detected"] == 1

@@ -25,7 +25,7 @@ from crlseq.errors import InputError
 from tests.faults.isolated import isolated
 from tests.faults.outcomes import Outcome, fitted, read
 from tests.faults.screens import Damage, Recipe, bases, categories_beside, damage, damages, make, recipes, write
-from tests.support import check_refusal, fit_file, invoke, small_screen
+from tests.support import check_refusal, fit_file, invoke, small_screen, succeeds
 
 SLICE: dict[str, Any] = {
     "deadline": None, "derandomize": True, "database": None, "phases": [Phase.generate],
@@ -329,7 +329,7 @@ def test_false_heaps_take_no_longer_than_their_bytes(
             return unpack.unpack_from(content, place)
 
     monkeypatch.setattr(hdf5, "OBJECT", Counting)
-    assert invoke("check", tmp_path / "screen.h5ad").code == 0
+    succeeds("check", tmp_path / "screen.h5ad")
     assert 0 < looked < 4 * 2 * 4096 * 8  # each place once, whenever the file is opened
 
 

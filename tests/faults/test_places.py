@@ -24,7 +24,7 @@ from crlseq.storage.checkpoint import load_checkpoint, mend_checkpoint, previous
 from crlseq.training import trainer
 from crlseq.training.learner import MAX_SLOWER, Learner
 from tests.cli.test_repeat import results
-from tests.support import check_refusal, command, environment, invoke
+from tests.support import check_refusal, command, environment, invoke, succeeds
 
 GRADIENT: dict[str, Any] = {"method": "gradient", "n_latents": 2, "epochs": 3, "batch_size": 16}
 
@@ -232,7 +232,7 @@ def test_a_full_disk(screen_file: Path, tmp_path: Path, limit: int) -> None:
     lines = [line for line in full.stderr.splitlines() if line.startswith(("crlseq:", "  Check"))]
     check_refusal(full.returncode, full.stdout, "\n".join(lines), 3, "cannot be written", "Check the disk")
     assert not (tmp_path / "RUN").exists()
-    assert invoke(*words, *(["--resume"] if (tmp_path / "RUN.partial").exists() else [])).code == 0
+    succeeds(*words, *(["--resume"] if (tmp_path / "RUN.partial").exists() else []))
 
 
 # --- losses
@@ -281,7 +281,7 @@ def test_a_hopeless_fit_keeps_its_history(screen_file: Path, tmp_path: Path, mon
 def test_signals_at_any_moment_of_a_fit(screen_file: Path, tmp_path: Path) -> None:
     """Two in a row, each later into the fit; then it goes on to the end of an undisturbed one."""
     words = ["--method", "gradient", "--epochs", 12, "--batch-size", 16, "--n-latents", 2]
-    assert invoke("fit", screen_file, "--output", tmp_path / "whole", *words).code == 0
+    succeeds("fit", screen_file, "--output", tmp_path / "whole", *words)
     fit = ["fit", screen_file, "--output", tmp_path / "RUN", *words, "--resume"]
     for number, line in ((signal.SIGTERM, "• stage 2"), (signal.SIGKILL, "• stage 3")):
         with subprocess.Popen(command(*fit), stderr=subprocess.PIPE, text=True, env=environment()) as process:
@@ -294,6 +294,6 @@ def test_signals_at_any_moment_of_a_fit(screen_file: Path, tmp_path: Path) -> No
         assert process.returncode == (-9 if number == signal.SIGKILL else 130), rest
         assert "Traceback" not in rest
         assert not (tmp_path / "RUN").exists()
-    assert invoke(*fit).code == 0
+    succeeds(*fit)
     assert results(tmp_path / "RUN") == results(tmp_path / "whole")
     assert json.loads((tmp_path / "RUN" / "run.json").read_text())["training"]["epochs_run"] == 12

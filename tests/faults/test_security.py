@@ -27,7 +27,7 @@ import crlseq
 from crlseq.cli.output import show_json, show_text
 from crlseq.errors import InputError
 from crlseq.storage.csv import read_csv, to_csv
-from tests.support import RUN_FILES, check_refusal, dense, fit_h5ad, invoke, relabelled, small_screen
+from tests.support import RUN_FILES, check_refusal, dense, fit_h5ad, invoke, relabelled, small_screen, succeeds
 
 
 class Payload:
@@ -105,9 +105,8 @@ def test_pickles_in_a_screen(tmp_path: Path) -> None:
         handle["uns"].attrs["void"] = np.void(content)
         handle["uns/void"].attrs["encoding-type"] = "pickle"
         handle["uns/void"].attrs["encoding-version"] = "0.1.0"
-    answer = invoke("fit", tmp_path / "screen.h5ad", "-o", tmp_path / "RUN", "--method", "gradient", "--epochs", 1)
-    assert answer.code == 0, answer.err
-    assert invoke("report", tmp_path / "RUN").code == 0
+    succeeds("fit", tmp_path / "screen.h5ad", "-o", tmp_path / "RUN", "--method", "gradient", "--epochs", 1)
+    succeeds("report", tmp_path / "RUN")
     assert not (tmp_path / "mark").exists()
 
 
@@ -163,7 +162,7 @@ def test_a_run_folder_with_a_link_out_of_it(run_folder: Path, tmp_path: Path) ->
 def test_a_link_at_an_output_is_replaced_and_not_followed(run_folder: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "out").symlink_to("precious")
-    assert invoke("export", run_folder, "--format", name, "--output", tmp_path / "out", "--force").code == 0
+    succeeds("export", run_folder, "--format", name, "--output", tmp_path / "out", "--force")
     assert not (tmp_path / "out").is_symlink()
     assert (tmp_path / "precious").read_text() == "precious"
     assert {file.name for file in tmp_path.iterdir()} == {"out", "precious"}
@@ -264,8 +263,7 @@ def test_hostile_names(tmp_path: Path) -> None:
     assert list(graph) == ["P0", "P1"]
     assert ad.read_h5ad(folder / "crlseq.h5ad").var_names.tolist() == names
     for words in (["programs"], ["interventions"], ["dag"], []):
-        answer = invoke("inspect", *words, folder)
-        assert answer.code == 0
+        answer = succeeds("inspect", *words, folder)
         assert not set("\x1b\x07\x9b\u202e") & set(answer.out + answer.err)
         listed = invoke("inspect", *words, folder, "--json")
         assert not set("\x1b\x07\x9b\u202e") & set(listed.out)
@@ -279,9 +277,9 @@ def test_hostile_names(tmp_path: Path) -> None:
     steering = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
     out = tmp_path / "out"
     for name in ("csv", "graphml", "json", "cyjs", "dot", "network", "gmt", "rnk", "multiqc"):
-        assert invoke("export", folder, "--format", name, "--output", out / name).code == 0
+        succeeds("export", folder, "--format", name, "--output", out / name)
     for kind in ("programs", "interventions", "dag"):
-        assert invoke("plot", folder, kind, "--output", out / f"{kind}.svg").code == 0
+        succeeds("plot", folder, kind, "--output", out / f"{kind}.svg")
     texts = [path for path in (*folder.iterdir(), *out.rglob("*")) if path.is_file() and path.suffix not in BINARY]
     assert len(texts) > 25
     for path in texts:

@@ -16,7 +16,7 @@ from crlseq.data.preprocess import align
 from crlseq.errors import InputError
 from crlseq.prediction.project import project
 from crlseq.run.run import Run
-from tests.support import check_refusal, invoke
+from tests.support import check_refusal, invoke, succeeds
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +100,7 @@ def test_command(halves: tuple[Run, ad.AnnData], tmp_path: Path) -> None:
     run, cells = halves
     source, output = tmp_path / "cells.h5ad", tmp_path / "with.h5ad"
     cells.write_h5ad(source)
-    answer = invoke("project", run.folder, source, "--output", output, "--json")
-    assert answer.code == 0, answer.err
+    answer = succeeds("project", run.folder, source, "--output", output, "--json")
     told, written = json.loads(answer.out), ad.read_h5ad(output)
     assert told["outside"] == written.obs["crlseq_outside"].mean() == project(run, source).share
     assert written.obsm["X_crlseq"].shape == (cells.n_obs, len(told["programs"]))

@@ -20,7 +20,7 @@ from crlseq.run.advice import limitations, what_next
 from crlseq.run.findings import findings
 from crlseq.run.run import Run
 from crlseq.run.summary import answers
-from tests.support import check_refusal, files_below, invoke
+from tests.support import check_refusal, files_below, invoke, succeeds
 from tests.synthetic import found_by_bootstrap, synthetic_run, with_pairs
 
 # From pandas 3 on no text in a table can hold half of a pair.
@@ -278,10 +278,10 @@ def copied(run_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_tables_of_evaluate_are_in_it(copied: Path) -> None:
-    assert invoke("evaluate", copied, "--output", copied / "baselines.csv").code == 0
+    succeeds("evaluate", copied, "--output", copied / "baselines.csv")
     (copied / "notes.csv").write_text("anything,else\n1,2\n")
     (copied / "broken.csv").write_bytes(b"\xff\xfe\x00condition,group")
-    assert invoke("report", copied).code == 0
+    succeeds("report", copied)
     page = Page((copied / "report.html").read_text())
     text = " ".join(page.text["held-out"].split())
     table = pd.read_csv(copied / "baselines.csv")
@@ -295,7 +295,7 @@ def test_tables_of_evaluate_are_in_it(copied: Path) -> None:
 
 
 def test_report_command(run_folder: Path, copied: Path, tmp_path: Path) -> None:
-    assert invoke("report", run_folder, "--output", tmp_path / "new" / "page.html").code == 0
+    succeeds("report", run_folder, "--output", tmp_path / "new" / "page.html")
     assert (tmp_path / "new" / "page.html").read_bytes() == (run_folder / "report.html").read_bytes()
     (copied / "report.html").write_text("old")
     answer = invoke("report", copied)
@@ -306,7 +306,7 @@ def test_report_command(run_folder: Path, copied: Path, tmp_path: Path) -> None:
         answer = invoke("report", run_folder, "--output", path)
         check_refusal(answer.code, answer.out, answer.err, 3, words)
     assert files_below(tmp_path) == before
-    assert invoke("report", run_folder, "--output", tmp_path / "new" / "page.html", "--force").code == 0
+    succeeds("report", run_folder, "--output", tmp_path / "new" / "page.html", "--force")
 
 
 # --- charts

@@ -21,7 +21,7 @@ from crlseq.data import splits
 from crlseq.errors import InputError
 from crlseq.run.run import Run
 from crlseq.storage.runfolder import TABLES
-from tests.support import FAST, dense, files_of, invoke, small_screen
+from tests.support import FAST, dense, files_of, invoke, small_screen, succeeds
 from tests.synthetic import synthetic_run
 
 
@@ -125,7 +125,7 @@ def test_the_likelihood_alone(linear_folder: Path) -> None:
     page = (linear_folder / "report.html").read_text()
     assert "No network was trained" in page
     assert "<polyline" not in page and "<h2>Loss</h2>" not in page
-    assert invoke("report", linear_folder, "--output", linear_folder.parent / "page.html").code == 0
+    succeeds("report", linear_folder, "--output", linear_folder.parent / "page.html")
 
 
 def test_the_likelihood_alone_in_memory_and_in_its_folder(screen: ad.AnnData, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_no_edges_and_no_evaluation(screen: ad.AnnData, tmp_path: Path) -> None:
     assert "no graph" in run.dag.graph["reason"]
     assert "No edge is declared" in (tmp_path / "RUN" / "report.html").read_text()
     for words in ([], ["dag"], ["history"], ["programs"], ["interventions"]):
-        assert invoke("inspect", *words, tmp_path / "RUN").code == 0
+        succeeds("inspect", *words, tmp_path / "RUN")
 
 
 # --- folders that cannot be loaded
