@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crlseq.cli.options import AsJson, Force, Quiet, load, read_config, setting, switch, takes_config
-from crlseq.cli.output import (
-    refuse_no_figure,
-    refuse_output,
-    say,
-    say_paragraph,
-    show_json,
-    show_table,
-    write_figure,
-)
+from crlseq.cli.output import refuse_no_figure, refuse_output, say, say_paragraph, show_json, show_table
 from crlseq.errors import UsageError
 from crlseq.storage.runfolder import is_run
 
@@ -123,6 +115,7 @@ def _write(found: Power, output: Path | None, plot: Path | None) -> None:
 
         mpl.use("Agg")
         from crlseq.plotting.power import draw_power
+        from crlseq.plotting.style import write_figure
 
         write_figure(draw_power(found.table, f"Power: {found.title}"), plot)
         say(f"figure: {plot}")

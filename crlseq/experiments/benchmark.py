@@ -24,6 +24,7 @@ from crlseq.evaluation.recovery import calibration
 from crlseq.experiments.fits import row_of
 from crlseq.experiments.picture import SHOWN, draw
 from crlseq.experiments.scenarios import BASELINES, EXTERNAL, METHODS, SCENARIOS
+from crlseq.plotting.style import write_figure
 from crlseq.storage.csv import EXACT, write_csv
 from crlseq.storage.files import written_whole
 from crlseq.storage.runfolder import locked
@@ -110,8 +111,7 @@ def benchmark(
             write_csv(place / "calibration.csv", calibration(pd.concat(supports)))
         figure = draw(table)
         for kind in ("png", "svg"):
-            with written_whole(place / f"benchmark.{kind}") as beside:
-                figure.savefig(beside, format=kind, dpi=150)
+            write_figure(figure, place / f"benchmark.{kind}")
     return summary
 
 

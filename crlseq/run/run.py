@@ -259,7 +259,6 @@ class Run:
 
         model, record = self.model, self.preprocessing
         parts = []
-        center, scale = (np.array([getattr(row, name) for row in self.facts.programs]) for name in ("center", "scale"))
         with open_screen(source, record.layer) as screen, torch.no_grad():
             columns = record.columns(screen)
             for _, block in screen.blocks():
@@ -267,7 +266,7 @@ class Run:
                 rows = record.apply(block)[:, columns].astype(np.float32)
                 for start in range(0, max(rows.shape[0], 1), AT_ONCE):
                     x = torch.from_numpy(rows[start : start + AT_ONCE].toarray())
-                    values = (model.latents(x.to(model.scm.graph.dtype)).double().numpy() - center) / scale
+                    values = self.facts.in_units(model.latents(x.to(model.scm.graph.dtype)).double().numpy())
                     parts.append(values.astype(np.float32))  # of a million cells these are few, in float64 they are not
         return np.concatenate(parts)
 
