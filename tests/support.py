@@ -6,20 +6,23 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 
 import crlseq
 from crlseq.data.perturbations import Perturbations
+from crlseq.pipeline.progress import Progress
 from crlseq.run.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +83,7 @@ def dense(adata: ad.AnnData) -> np.ndarray:
     return np.asarray(adata.X.toarray() if hasattr(adata.X, "toarray") else adata.X, dtype=float)
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What a command did."""
 
     code: int
@@ -104,6 +106,37 @@ def invoke(*words: object) -> Answer:
     texts = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
     assert isinstance(code, int | None)
     return Answer(code or 0, *texts)
+
+
+@contextmanager
+def edited(source: Path, path: Path) -> Iterator[h5py.File]:
+    """A copy of an HDF5 file, open to be changed."""
+    shutil.copy(source, path)
+    with h5py.File(path, "r+") as handle:
+        yield handle
+
+
+def edit_info(run: Path, **changes: Any) -> None:
+    """Change entries of ``run.json``; of one that is a mapping the keys that are given."""
+    info = json.loads((run / "run.json").read_text())
+    for name, value in changes.items():
+        info[name] = {**info[name], **value} if isinstance(value, dict) else value
+    (run / "run.json").write_text(json.dumps(info))
+
+
+def at_stage(word: str, action: Callable[[], object]) -> Progress:
+    """Progress that acts when a stage begins."""
+    return Progress(stage=lambda text: action() if text.startswith(word) else None)
+
+
+def after_epoch(number: int, action: Callable[[], object]) -> Progress:
+    """Progress that acts after an epoch."""
+    return Progress(epoch=lambda record, _: action() if record["epoch"] == number else None)
+
+
+def interrupt() -> None:
+    """What Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def environment(**changes: str) -> dict[str, str]:

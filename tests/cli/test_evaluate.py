@@ -34,8 +34,7 @@ def test_a_short_table_and_a_sentence_and_the_rest_in_a_file(run_folder: Path, t
     assert [line.split(":")[0] for line in lines] == ["held-out cells, 9 conditions", "Against the known truth"]
     assert "against the best baseline, the model is" in lines[0]
     assert {file.name for file in path.parent.iterdir()} == {"conditions.csv"}
-    again = invoke("evaluate", run_folder, "--output", path)
-    check_refusal(again.code, again.out, again.err, 3, "exists", "--force")
+    check_refusal(*invoke("evaluate", run_folder, "--output", path), 3, "exists", "--force")
     succeeds("evaluate", run_folder, "--output", path, "--force")
 
 
@@ -52,8 +51,7 @@ def test_other_cells(run_folder: Path, screen: ad.AnnData, tmp_path: Path) -> No
     answer = succeeds("evaluate", run_folder, "--data", tmp_path / "other.h5ad", "--json")
     assert "took part in the fit and are left out" in answer.err
     screen[screen.obs["perturbation"] != "control"].copy().write_h5ad(tmp_path / "lone.h5ad")
-    lone = invoke("evaluate", run_folder, "--data", tmp_path / "lone.h5ad")
-    check_refusal(lone.code, lone.out, lone.err, 3, "lone.h5ad", "control")
+    check_refusal(*invoke("evaluate", run_folder, "--data", tmp_path / "lone.h5ad"), 3, "lone.h5ad", "control")
 
 
 def test_refusals(run_folder: Path, tmp_path: Path) -> None:
@@ -68,8 +66,7 @@ def test_refusals(run_folder: Path, tmp_path: Path) -> None:
             "is a part of the run",
         ),
     ):
-        answer = invoke(*words)
-        check_refusal(answer.code, answer.out, answer.err, 3, said)
+        check_refusal(*invoke(*words), 3, said)
 
 
 def test_predictions_of_another_tool(screen: ad.AnnData, run_folder: Path, tmp_path: Path) -> None:
@@ -85,5 +82,4 @@ def test_predictions_of_another_tool(screen: ad.AnnData, run_folder: Path, tmp_p
         (["evaluate", run_folder, "--control-label", "control"], 2, "is for files of predictions"),
         (["evaluate", means, "--data", data, "--control-label", "nobody"], 3, "nobody"),
     ):
-        answer = invoke(*words)
-        check_refusal(answer.code, answer.out, answer.err, code, said)
+        check_refusal(*invoke(*words), code, said)

@@ -56,8 +56,7 @@ def contents(store: Path) -> dict[str, str]:
 
 def refuse(folder: Path, *words: object, says: tuple[str, ...] = ()) -> None:
     before = files_below(folder.parent)
-    answer = invoke("prepare", *words, "--output", folder.parent / "STORE")
-    check_refusal(answer.code, answer.out, answer.err, 3, *says)
+    check_refusal(*invoke("prepare", *words, "--output", folder.parent / "STORE"), 3, *says)
     assert files_below(folder.parent) == before
 
 
@@ -148,8 +147,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(
         with pytest.raises(_Stop):
             prepare(paths, folder / "STORE")
     assert not (folder / "STORE").exists()
-    answer = invoke("prepare", *paths, "--output", folder / "STORE")
-    check_refusal(answer.code, answer.out, answer.err, 3, "unfinished store", "--resume")
+    check_refusal(*invoke("prepare", *paths, "--output", folder / "STORE"), 3, "unfinished store", "--resume")
     answer = invoke("prepare", *paths, "--output", folder / "STORE", "--seed", 1, "--resume")
     assert answer.code == 3 and "other options" in answer.err
     read: list[int] = []
@@ -178,9 +176,8 @@ def test_resuming_what_is_finished(two_files: tuple[ad.AnnData, list[Path]], fol
     assert "already finished" in succeeds("prepare", *paths, "--output", store, "--resume").err
     assert contents(store) == before and not left.exists()
     answer = invoke("prepare", *paths, "--output", store, "--seed", 1, "--resume")
-    check_refusal(answer.code, answer.out, answer.err, 3, "with other options", "--force")
-    answer = invoke("prepare", paths[0], "--output", store, "--resume")
-    check_refusal(answer.code, answer.out, answer.err, 3, "other files", "--force")
+    check_refusal(*answer, 3, "with other options", "--force")
+    check_refusal(*invoke("prepare", paths[0], "--output", store, "--resume"), 3, "other files", "--force")
     assert contents(store) == before
 
 
@@ -188,8 +185,7 @@ def test_starting_over_and_replacing(two_files: tuple[ad.AnnData, list[Path]], f
     target, paths = folder / "STORE", two_files[1]
     succeeds("prepare", paths[0], "--output", target)
     before = contents(target)
-    refuse_again = invoke("prepare", *paths, "--output", target)
-    check_refusal(refuse_again.code, refuse_again.out, refuse_again.err, 3, "exists", "--force")
+    check_refusal(*invoke("prepare", *paths, "--output", target), 3, "exists", "--force")
     assert contents(target) == before
     assert invoke("prepare", *paths, "--output", target, "--force", "--quiet").err == ""
     manifest = read_manifest(target)
@@ -202,8 +198,7 @@ def test_what_is_no_store_is_left_alone(two_files: tuple[ad.AnnData, list[Path]]
     (folder / "other.partial").mkdir()
     (folder / "other.partial" / "notes.txt").write_text("hello")
     for name in ("mine", "other"):
-        answer = invoke("prepare", *two_files[1], "--output", folder / name, "--force")
-        check_refusal(answer.code, answer.out, answer.err, 3, "left alone")
+        check_refusal(*invoke("prepare", *two_files[1], "--output", folder / name, "--force"), 3, "left alone")
     assert (folder / "mine" / "notes.txt").exists() and (folder / "other.partial" / "notes.txt").exists()
 
 
@@ -291,6 +286,5 @@ def test_damaged_stores_are_refused(store: Path, command: str, damage: str) -> N
         meta["attributes"]["encoding-version"] = "9.0.0"
         (store / "obs" / "zarr.json").write_text(json.dumps(meta))
     words = ["fit", store, "--output", store.parent / "RUN"] if command == "fit" else ["check", store]
-    answer = invoke(*words)
-    check_refusal(answer.code, answer.out, answer.err, 3, "is damaged")
+    check_refusal(*invoke(*words), 3, "is damaged")
     assert not (store.parent / "RUN").exists()

@@ -28,22 +28,19 @@ def sparse_screen() -> ad.AnnData:
 def folder(sparse_screen: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = tmp_path_factory.mktemp("sparse")
     sparse_screen.write_h5ad(inputs / "screen.h5ad")
-    succeeds(
-        "fit",
-        inputs / "screen.h5ad",
-        "--output",
-        inputs / "RUN",
+    words = [
         "--decoder",
         "sparse",
         "--n-latents",
-        3,
+        "3",
         "--bootstrap",
-        0,
+        "0",
         "--method",
         "linear",
         "--hold-out-cells",
-        0.1,
-    )
+        "0.1",
+    ]
+    succeeds("fit", inputs / "screen.h5ad", "--output", inputs / "RUN", *words)
     return inputs / "RUN"
 
 

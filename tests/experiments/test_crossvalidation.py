@@ -163,10 +163,8 @@ def test_command_and_refusals(linear: Run, tmp_path: Path) -> None:
         (["--data", path], "--data names another"),
         (["--splits", "genes"], "There is no split 'genes'"),
     ):
-        refused = invoke(*words, *more)
-        check_refusal(refused.code, refused.out, refused.err, 2, said)
-    refused = invoke("evaluate", linear.path, "--splits", "cells")
-    check_refusal(refused.code, refused.out, refused.err, 2, "--cross-validate")
+        check_refusal(*invoke(*words, *more), 2, said)
+    check_refusal(*invoke("evaluate", linear.path, "--splits", "cells"), 2, "--cross-validate")
 
 
 def test_nothing_to_hold_out_and_damage(linear: Run, screen: ad.AnnData, tmp_path: Path) -> None:

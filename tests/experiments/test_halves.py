@@ -64,7 +64,7 @@ def test_guides_replicate(guided: Run, tmp_path: Path) -> None:
     page = (output / "comparison.html").read_text()
     assert told["sentences"][0] in page
     assert "<script" not in page
-    check_refusal(*_of(invoke("compare", guided.folder, guided.folder, "--output", output)), 3, "exists", "--force")
+    check_refusal(*invoke("compare", guided.folder, guided.folder, "--output", output), 3, "exists", "--force")
 
 
 def test_batches(guided: Run) -> None:
@@ -84,10 +84,6 @@ def test_refusals(guided: Run) -> None:
         fit_halves(guided, "batches")
     with pytest.raises(InputError, match="no column 'lane'"):
         fit_halves(guided, "batches", "lane")
-    check_refusal(*_of(invoke("compare", guided.folder)), 2, "another one", "--split guides")
-    check_refusal(*_of(invoke("compare", guided.folder, guided.folder, "--split", "guides")), 2, "another one")
-    check_refusal(*_of(invoke("compare", guided.folder, guided.folder, "--split-key", "lane")), 2, "belongs to --split")
-
-
-def _of(answer: object) -> tuple[int, str, str]:
-    return answer.code, answer.out, answer.err  # type: ignore[attr-defined]
+    check_refusal(*invoke("compare", guided.folder), 2, "another one", "--split guides")
+    check_refusal(*invoke("compare", guided.folder, guided.folder, "--split", "guides"), 2, "another one")
+    check_refusal(*invoke("compare", guided.folder, guided.folder, "--split-key", "lane"), 2, "belongs to --split")

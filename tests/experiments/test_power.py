@@ -223,24 +223,20 @@ def test_a_scenario() -> None:
     ],
 )
 def test_refusals(screen_file: Path, words: list[str], code: int, says: str) -> None:
-    answer = invoke("power", screen_file, *words)
-    check_refusal(answer.code, answer.out, answer.err, code, says)
+    check_refusal(*invoke("power", screen_file, *words), code, says)
 
 
 def test_options_of_screens_belong_to_screens(pilot: Run, tmp_path: Path) -> None:
     for source, word in ((pilot.folder, "a run"), ("linear-counts", "a scenario")):
-        answer = invoke("power", source, "--effect", "1")
-        check_refusal(answer.code, answer.out, answer.err, 2, "--effect", word)
+        check_refusal(*invoke("power", source, "--effect", "1"), 2, "--effect", word)
     for source, code, says in (("toy", 2, "toy"), (tmp_path / "none.h5ad", 3, "none.h5ad")):
-        answer = invoke("power", source)
-        check_refusal(answer.code, answer.out, answer.err, code, says)
+        check_refusal(*invoke("power", source), code, says)
 
 
 def test_a_run_without_effect(tmp_path: Path) -> None:
     screen = crlseq.simulate(n_latents=3, n_genes=40, cells_per_perturbation=20, n_control=100, penetrance=(0.0, 0.0))
     crlseq.fit(screen, tmp_path / "RUN", method="linear", bootstrap=0, threads=1)
-    answer = invoke("power", tmp_path / "RUN")
-    check_refusal(answer.code, answer.out, answer.err, 3, "no perturbation with a detectable effect")
+    check_refusal(*invoke("power", tmp_path / "RUN"), 3, "no perturbation with a detectable effect")
 
 
 def test_controls_of_a_screen_are_its_control_cells(screen: ad.AnnData, screen_file: Path) -> None:

@@ -144,8 +144,7 @@ def test_cnmf_where_it_is_installed() -> None:
     ],
 )  # fmt: skip
 def test_options_that_contradict_a_suite(tmp_path: Path, options: list[str], says: str) -> None:
-    answer = invoke("benchmark", "--output", tmp_path / "S", *options)
-    check_refusal(answer.code, answer.out, answer.err, 2, says)
+    check_refusal(*invoke("benchmark", "--output", tmp_path / "S", *options), 2, says)
     assert not (tmp_path / "S").exists()
 
 

@@ -225,7 +225,7 @@ def test_mudata(guided_folder: Path, tmp_path: Path) -> None:
 def test_without_mudata_the_extra_is_named(run_folder: Path, tmp_path: Path) -> None:
     with mock.patch("crlseq.export.registry.find_spec", return_value=None):
         answer = invoke("export", run_folder, "--format", "h5mu", "--output", tmp_path / "x.h5mu")
-    check_refusal(answer.code, answer.out, answer.err, 2, "mudata", ".[mudata]")
+    check_refusal(*answer, 2, "mudata", ".[mudata]")
     assert not list(tmp_path.iterdir())
 
 

@@ -117,9 +117,7 @@ def test_memory_for_nothing(screen_file: Path, whole: Path, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         short_of_memory(patch, lambda step: passes.append(step) or len(passes) > 12, MemoryError())  # type: ignore[func-returns-value]
         answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", *WORDS, "--quiet")
-    check_refusal(
-        answer.code, answer.out, answer.err, 3, "not enough memory for a step of one perturbation", "--resume"
-    )
+    check_refusal(*answer, 3, "not enough memory for a step of one perturbation", "--resume")
     saved = load_checkpoint(tmp_path / "RUN.partial" / "resume.pt")
     assert saved["epoch"] == 0 and not (tmp_path / "RUN").exists()
     succeeds("fit", screen_file, "--output", tmp_path / "RUN", *WORDS, "--resume")
@@ -135,5 +133,5 @@ def test_memory_for_no_screen(
 
     monkeypatch.setattr("crlseq.pipeline.fit.principal_components", fails)
     answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", *WORDS, "--quiet")
-    check_refusal(answer.code, answer.out, answer.err, 3, "There is not enough memory", "--n-top-genes")
+    check_refusal(*answer, 3, "There is not enough memory", "--n-top-genes")
     assert out_of_memory(error) and not out_of_memory(RuntimeError("shapes do not match"))

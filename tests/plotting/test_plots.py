@@ -344,8 +344,7 @@ def test_plot_refuses(run_folder: Path, tmp_path: Path) -> None:
         ([tmp_path / "none", "dag", "--output", tmp_path / "x.png"], 3, "not a run folder"),
     ]
     for words, code, word in cases:
-        answer = invoke("plot", *words)
-        check_refusal(answer.code, answer.out, answer.err, code, word)
+        check_refusal(*invoke("plot", *words), code, word)
     assert invoke("plot", run_folder, "portrait", "--output", tmp_path / "x.png").code == 2
     assert files_below(tmp_path) == {"there.png"} and there.read_text() == "mine"
     succeeds("plot", run_folder, "dag", "--output", there, "--force")
@@ -357,8 +356,8 @@ def test_a_run_of_an_earlier_version_is_drawn_or_refused_in_a_sentence(kind: str
     folder = ROOT / "tests" / "run" / "folder_0202a24"
     answer = invoke("plot", folder, kind, "--output", tmp_path / "plot.svg")
     if kind == "embedding":
-        check_refusal(answer.code, answer.out, answer.err, 3, "has no crlseq.h5ad that holds them", "Draw another")
+        check_refusal(*answer, 3, "has no crlseq.h5ad that holds them", "Draw another")
     elif kind == "effects_map":
-        check_refusal(answer.code, answer.out, answer.err, 3, "whose runs hold no effects on genes", "Fit again")
+        check_refusal(*answer, 3, "whose runs hold no effects on genes", "Fit again")
     else:
         assert (answer.code, (tmp_path / "plot.svg").exists()) == (0, True), answer.err

@@ -107,18 +107,14 @@ def test_command(halves: tuple[Run, ad.AnnData], tmp_path: Path) -> None:
     assert written.uns["crlseq_projection"]["program_names"].tolist() == told["programs"]
     assert (written.X != cells.X).nnz == 0
 
-    check_refusal(*_of(invoke("project", run.folder, source, "--output", output)), 3, "exists", "--force")
-    check_refusal(*_of(invoke("project", run.folder, source, "--output", source, "--force")), 3, "the file to read")
+    check_refusal(*invoke("project", run.folder, source, "--output", output), 3, "exists", "--force")
+    check_refusal(*invoke("project", run.folder, source, "--output", source, "--force"), 3, "the file to read")
     few = tmp_path / "few.h5ad"
     cells[:, :100].copy().write_h5ad(few)
     check_refusal(
-        *_of(invoke("project", run.folder, few, "--output", tmp_path / "o.h5ad")), 3, "200 of the 300 fitted genes"
+        *invoke("project", run.folder, few, "--output", tmp_path / "o.h5ad"), 3, "200 of the 300 fitted genes"
     )
     assert not (tmp_path / "o.h5ad").exists()
-
-
-def _of(answer: object) -> tuple[int, str, str]:
-    return answer.code, answer.out, answer.err  # type: ignore[attr-defined]
 
 
 def test_no_programs(tmp_path: Path) -> None:

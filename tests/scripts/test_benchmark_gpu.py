@@ -25,18 +25,12 @@ from scripts import benchmark_gpu as script
 def test_every_part_answers(tmp_path: Path) -> None:
     words = [
         sys.executable,
-        ROOT / "scripts" / "benchmark_gpu.py",
-        "--device",
-        "cpu",
-        "--small",
-        "--epochs",
-        "2",
-        "--slower",
-        "20",
+        script.__file__,
+        *["--device", "cpu", "--small", "--epochs", "2", "--slower", "20", "--output"],
     ]
     done = subprocess.run(
-        [*words, "--output", tmp_path / "gpu.json"], capture_output=True, text=True, env=environment(), check=False, timeout=600
-    )  # fmt: skip
+        [*words, tmp_path / "gpu.json"], capture_output=True, text=True, env=environment(), check=False, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert [name for name, part in found.items() if isinstance(part, dict) and "failed" in part] == []
