@@ -45,8 +45,8 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """Predict the effect of perturbations, alone or in combination, on control cells."""
-    from crlseq.prediction.changes import top_changes
     from crlseq.prediction.predict import predict as predict_cells
+    from crlseq.prediction.predict import top_changes
     from crlseq.storage.files import written_whole
     from crlseq.storage.hdf5 import write_h5ad
 

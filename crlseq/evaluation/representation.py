@@ -20,9 +20,9 @@ N_BINS = 20
 QUANTILE = 0.99  # of deviations that counts as the largest: of Suter et al.'s own code
 
 
-def representation_scores(latents: Floats, true_latents: Floats, seed: int = 0) -> dict[str, float]:
+def representation_scores(latents: Floats, true_latents: Floats) -> dict[str, float]:
     """``dci_disentanglement, dci_completeness, dci_informativeness, irs`` of latents (cells, q) for true ones (cells, p)."""
-    rng = np.random.default_rng([seed, 12])
+    rng = np.random.default_rng([0, 12])
     some = rng.permutation(len(latents))[:MAX_CELLS]
     codes, factors = standardised(latents[some]), standardised(true_latents[some])
     importance, informativeness = _importance(codes, factors)
@@ -71,13 +71,13 @@ def _importance(codes: Floats, factors: Floats) -> tuple[Floats, float]:
     return importance, float(np.mean(explained))
 
 
-def interventional_robustness(codes: Floats, factors: Floats, bins: int = N_BINS) -> float:
+def interventional_robustness(codes: Floats, factors: Floats) -> float:
     """IRS: how little a latent moves under changes of all true latents but the one that it stands for.
 
     Suter, Miladinovic, Schoelkopf, Bauer 2019, "Robustly disentangled causal mechanisms", ICML: for latent l and true
     latent j, held at a value, the largest deviation of l from its mean there (0.99 quantile), averaged over the values
     of j, over the largest deviation at all; 1 minus that, for the best j; mean over latents, weighted by their largest
-    deviations. A true latent with more than `bins` values is held within one of as many quantile bins; the width of
+    deviations. A true latent with more than `N_BINS` values is held within one of as many quantile bins; the width of
     these keeps the truth itself at about 0.9 for normal latents.
     """
     largest = np.quantile(np.abs(codes - codes.mean(0)), QUANTILE, axis=0)
@@ -87,7 +87,7 @@ def interventional_robustness(codes: Floats, factors: Floats, bins: int = N_BINS
     codes, largest = codes[:, moving], largest[moving]
     robustness = np.zeros((factors.shape[1], codes.shape[1]))
     for j, factor in enumerate(factors.T):
-        values = _bins(factor, bins)
+        values = _bins(factor)
         deviations = []
         for value in np.unique(values):
             there = codes[values == value]
@@ -96,12 +96,12 @@ def interventional_robustness(codes: Floats, factors: Floats, bins: int = N_BINS
     return float(np.average(robustness.max(0).clip(0.0), weights=largest))
 
 
-def _bins(values: Floats, bins: int) -> NDArray[np.int64]:
+def _bins(values: Floats) -> NDArray[np.int64]:
     """Codes of the distinct values, or of quantile bins where these are more."""
     distinct, codes = np.unique(values, return_inverse=True)
-    if len(distinct) <= bins:
+    if len(distinct) <= N_BINS:
         return np.asarray(codes, dtype=np.int64)
-    return np.asarray(np.argsort(np.argsort(values, kind="stable")) * bins // len(values), dtype=np.int64)
+    return np.asarray(np.argsort(np.argsort(values, kind="stable")) * N_BINS // len(values), dtype=np.int64)
 
 
 def standardised(values: Floats) -> Floats:

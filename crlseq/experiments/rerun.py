@@ -41,6 +41,7 @@ ORDER = (
     "ensemble.csv", "evaluation.csv", "dag.graphml", "dag.json", "run.json", "crlseq.h5ad",
 )  # fmt: skip
 THERE = ("missing", "there")
+LONGEST = 80  # characters of a value that are shown
 
 
 @dataclass(frozen=True)
@@ -235,9 +236,9 @@ def _largest(a: np.ndarray, b: np.ndarray) -> float | None:
     return float(np.nanmax(apart)) if np.isfinite(apart).any() else None
 
 
-def _short(value: Any, most: int = 80) -> str:
+def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 _COMPARE: dict[str, Callable[[str, Path, Path], Difference | None]] = {

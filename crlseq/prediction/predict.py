@@ -42,6 +42,7 @@ from crlseq.run.run import Run
 
 N_CELLS = 500
 NORMAL_QUANTILE = 1.959964  # of a two-sided interval of 95 %
+TOP = 10  # genes that are named
 
 
 @torch.no_grad()
@@ -147,6 +148,26 @@ def predict(
         "notes": np.array(notes, dtype=object), "version": run.facts.version,
     }  # fmt: skip
     return result
+
+
+def top_changes(virtual: ad.AnnData, perturbation: str) -> pd.DataFrame:
+    """``gene, change, error`` of at most ten genes with the largest absolute effects, the largest first; fewer where fewer change.
+
+    ``virtual`` is what `predict` returned, ``perturbation`` one of its predictions. ``change`` is
+    in the fit's values, as that of ``effects.csv``: of natural logarithms, unless values are continuous. ``error`` is the
+    standard error, from the half width of the 95 % interval.
+    """
+    place = list(virtual.uns["crlseq_prediction"]["perturbations"]).index(perturbation)
+    effect, lower, upper = (
+        np.asarray(virtual.varm[f"crlseq_{name}"])[:, place] for name in ("effect", "effect_lower", "effect_upper")
+    )
+    names = virtual.var.get("symbol", virtual.var_names)
+    first = np.argsort(-np.abs(effect), kind="stable")[:TOP]
+    first = first[effect[first] != 0]
+    error = (upper - lower) / (2 * NORMAL_QUANTILE)
+    return pd.DataFrame({
+        "gene": np.asarray(names, dtype=object)[first], "change": effect[first], "error": error[first],
+    })  # fmt: skip
 
 
 @dataclass(frozen=True)

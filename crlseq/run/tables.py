@@ -11,6 +11,7 @@ from crlseq.data.names import GeneNames
 from crlseq.run.schema import AGREEMENT, DETECTABLE_FDR, HIT
 
 LABEL_DRIVERS = 3
+DIGITS = 6  # of a table that is large
 
 
 def program_names(n: int) -> list[str]:
@@ -81,23 +82,23 @@ def by_program(interventions: pd.DataFrame, shift: pd.Series) -> pd.DataFrame:
     return interventions.iloc[np.lexsort((-shift.to_numpy(), number.to_numpy()))]
 
 
-def significant(values: np.ndarray, digits: int = 6) -> np.ndarray:
-    """Values rounded to so many significant digits: what a table that is large carries."""
+def significant(values: np.ndarray) -> np.ndarray:
+    """Values rounded to six significant digits: what a table that is large carries."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scale = 10.0 ** (digits - 1 - np.floor(np.log10(np.abs(values))))
+        scale = 10.0 ** (DIGITS - 1 - np.floor(np.log10(np.abs(values))))
         rounded = np.round(values * scale) / scale
     exact = (scale > 0) & (scale <= 1e22)  # greater powers of ten are no doubles
     small = np.isfinite(scale) & ~exact
-    rounded[small] = [float(f"{value:.{digits}g}") for value in values[small]]
+    rounded[small] = [float(f"{value:.{DIGITS}g}") for value in values[small]]
     return np.where(exact | small, rounded, values)
 
 
-def effect_matrix(effects: pd.DataFrame, column: str = "change") -> pd.DataFrame | None:
-    """A column of ``effects.csv`` as genes by perturbations; None where the table has the significant genes alone."""
+def effect_matrix(effects: pd.DataFrame) -> pd.DataFrame | None:
+    """Changes of ``effects.csv`` as genes by perturbations; None where the table has the significant genes alone."""
     genes, perturbations = effects["gene"].unique(), effects["perturbation"].unique()
     if len(effects) < len(genes) * len(perturbations):
         return None
-    return effects.pivot(index="gene", columns="perturbation", values=column)[perturbations]
+    return effects.pivot(index="gene", columns="perturbation", values="change")[perturbations]
 
 
 def second_target_table(

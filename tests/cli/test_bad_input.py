@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from tests.support import check_refusal, dense, edited, files_below, invoke, refused, small_screen
+from tests.support import check_refusal, dense, edited, files_below, invoke, refused, relabelled, small_screen
 
 # --- files
 
@@ -84,27 +84,74 @@ def test_odd_matrix(folder: Path, screen_file: Path, change: Callable[[h5py.File
     refused(folder, folder / "odd.h5ad", says=(says, *(["--layer"] if change is no_matrix else [])))
 
 
-def test_empty_screen(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
-    refused(folder, write(small_screen()[:0].copy()), says=("empty",))
+# --- a sound screen and options that do not go with it
 
 
-def test_missing_layer(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
+OPTIONS: list[tuple[list[object], tuple[str, ...]]] = [
+    (["--perturbation-key", "perturbations"], ("no column 'perturbations'", "'perturbation'")),
+    (["--batch-key", "batches"], ("batches", "'batch'")),
+    (["--min-cells", 1000], ("--min-cells",)),
+    *((["--hold-out", label], (label,)) for label in ("g0+g9", "control", "nothing")),
+    (["--no-combinations", *(word for i in range(7) for word in ("--hold-out", f"g{i}"))], ()),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), OPTIONS)
+def test_options_of_another_screen(
+    folder: Path, screen_file: Path, options: list[object], says: tuple[str, ...]
+) -> None:
+    refused(folder, screen_file, *options, says=says)
+
+
+def with_values(change: Callable[[np.ndarray], np.ndarray]) -> ad.AnnData:
+    """A small screen with other values."""
+    adata = small_screen()
+    adata.X = change(dense(adata))
+    return adata
+
+
+def with_one(value: float, x: np.ndarray) -> np.ndarray:
+    x[5, 5] = value
+    return x
+
+
+def with_a_layer() -> ad.AnnData:
     adata = small_screen()
     adata.layers["counts"] = adata.X
-    refused(folder, write(adata), "--layer", "count", says=("no layer 'count'", "'counts'"))
+    return adata
+
+
+SCREENS: dict[str, tuple[Callable[[], ad.AnnData], list[object], tuple[str, ...]]] = {
+    "no cells": (lambda: small_screen()[:0].copy(), [], ("empty",)),
+    "another layer": (with_a_layer, ["--layer", "count"], ("no layer 'count'", "'counts'")),
+    "one perturbation": (
+        lambda: (a := small_screen())[a.obs["perturbation"].isin(["control", "g1"])].copy(), [], ("'g1'", "two")
+    ),
+    "two readings of labels": (
+        lambda: relabelled(g1="g0_promoter"), [],
+        ("combinations at '_' or as single perturbations", "--separator _ or"),
+    ),
+    "a few negative values": (
+        lambda: with_values(lambda x: with_one(-0.5, np.log1p(x))), [],
+        ("has negative values (1, ", "--values continuous"),
+    ),
+    "zeros": (lambda: with_values(np.zeros_like), [], ("zero",)),
+    "logarithms called counts": (
+        lambda: with_values(np.log1p), ["--values", "counts"], ("does not hold counts", "logarithms")
+    ),
+    "no logarithm": (
+        lambda: with_values(lambda x: x / x.sum(1, keepdims=True) * 1e4), [], ("without the logarithm", "sc.pp.log1p")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCREENS)
+def test_screens_that_cannot_be_fitted(folder: Path, write: Callable[[ad.AnnData], Path], kind: str) -> None:
+    make, options, says = SCREENS[kind]
+    refused(folder, write(make()), *options, says=says)
 
 
 # --- labels
-
-
-def test_no_such_column(folder: Path, screen_file: Path) -> None:
-    refused(
-        folder, screen_file, "--perturbation-key", "perturbations", says=("no column 'perturbations'", "'perturbation'")
-    )
-
-
-def test_no_such_batch_column(folder: Path, screen_file: Path) -> None:
-    refused(folder, screen_file, "--batch-key", "batches", says=("batches", "'batch'"))
 
 
 def test_no_control_cells(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
@@ -112,32 +159,6 @@ def test_no_control_cells(folder: Path, write: Callable[[ad.AnnData], Path]) -> 
     adata = adata[adata.obs["perturbation"] != "control"].copy()
     refused(folder, write(adata), says=("perturbation",))
     refused(folder, write(adata), "--perturbation-key", "perturbation", says=("no control cells", "--control-label"))
-
-
-def test_one_perturbation_only(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
-    adata = small_screen()
-    adata = adata[adata.obs["perturbation"].isin(["control", "g1"])].copy()
-    refused(folder, write(adata), says=("'g1'", "two"))
-
-
-def test_two_readings_of_labels(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
-    adata = small_screen()
-    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace({"g1": "g0_promoter"})
-    refused(folder, write(adata), says=("combinations at '_' or as single perturbations", "--separator _ or"))
-
-
-def test_too_few_cells(folder: Path, screen_file: Path) -> None:
-    refused(folder, screen_file, "--min-cells", 1000, says=("--min-cells",))
-
-
-@pytest.mark.parametrize("label", ["g0+g9", "control", "nothing"])
-def test_unknown_hold_out(folder: Path, screen_file: Path, label: str) -> None:
-    refused(folder, screen_file, "--hold-out", label, says=(label,))
-
-
-def test_everything_held_out(folder: Path, screen_file: Path) -> None:
-    labels = [word for i in range(7) for word in ("--hold-out", f"g{i}")]
-    refused(folder, screen_file, "--no-combinations", *labels)
 
 
 # --- values
@@ -155,20 +176,6 @@ def test_values_that_are_no_numbers(
     refused(folder, write(adata), says=("'gene3'", f"{adata.obs_names[17]!r}", "Remove"))
 
 
-def test_a_few_negative_values(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
-    adata = small_screen()
-    x = np.log1p(dense(adata))
-    x[5, 5] = -0.5
-    adata.X = x
-    refused(folder, write(adata), says=("has negative values (1, ", "--values continuous"))
-
-
-def test_all_zero(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
-    adata = small_screen()
-    adata.X = np.zeros(adata.shape)
-    refused(folder, write(adata), says=("zero",))
-
-
 def odd_integers(kind: str, x: np.ndarray) -> np.ndarray:
     """Whole numbers that are neither counts nor logarithms."""
     return {
@@ -184,18 +191,6 @@ def test_integers_that_are_no_counts(folder: Path, write: Callable[[ad.AnnData],
     adata = small_screen()
     adata.X = odd_integers(kind, dense(adata))
     refused(folder, write(adata), says=("log-normalised",))
-
-
-def test_log_values_called_counts(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
-    adata = small_screen()
-    adata.X = np.log1p(dense(adata))
-    refused(folder, write(adata), "--values", "counts", says=("does not hold counts", "logarithms"))
-
-
-def test_normalised_values_without_the_logarithm(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
-    adata = small_screen()
-    adata.X = dense(adata) / dense(adata).sum(1, keepdims=True) * 1e4
-    refused(folder, write(adata), says=("without the logarithm", "sc.pp.log1p"))
 
 
 # --- names and genes

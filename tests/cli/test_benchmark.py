@@ -60,18 +60,6 @@ def test_seeds_that_are_none(tmp_path: Path, seeds: str) -> None:
     assert not files_below(tmp_path)
 
 
-@pytest.mark.parametrize(("option", "value"), [("--scenario", "easy"), ("--method", "best"), ("--n-latents", "7")])
-def test_unknown_names(tmp_path: Path, option: str, value: str) -> None:
-    check_refusal(*run(tmp_path / "B", option, value), 2, value)
-    assert not files_below(tmp_path)
-
-
-def test_other_settings_are_refused(tmp_path: Path, given: list[dict[str, Any]]) -> None:
-    assert run(tmp_path / "B", "--seeds", "0").code == 0
-    check_refusal(*run(tmp_path / "B", "--seeds", "0", "--n-latents", "auto"), 3, "'known' there and 'auto' here")
-    assert len(given) == 1
-
-
 def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(source: Any, **options: Any) -> Any:
         raise KeyboardInterrupt

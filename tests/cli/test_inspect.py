@@ -337,22 +337,6 @@ def test_fit_on_a_terminal_has_a_bar_and_quiet_says_nothing(screen_file: Path, t
     assert quiet == Answer(0, "", "")
 
 
-def test_broken_pipes(run_folder: Path) -> None:
-    for reader in (["head", "-1"], ["true"]):
-        words = command("inspect", "programs", run_folder, "--top", 40)
-        with subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True
-        ) as process:
-            done = subprocess.run(reader, stdin=process.stdout, capture_output=True, text=True, check=True)
-            assert process.stdout is not None
-            process.stdout.close()
-            assert process.stderr is not None
-            assert process.stderr.read() == ""
-            assert process.wait(60) == 0
-        if reader[0] == "head":
-            assert done.stdout == "program\tgene\tloading\ttotal_effect\trank\n"
-
-
 def test_names_that_stdout_cannot_encode(tmp_path: Path, screen_file: Path) -> None:
     folder = tmp_path / "Δ"
     succeeds("fit", screen_file, "--output", folder, "--epochs", 1, "--method", "gradient")

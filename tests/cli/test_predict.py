@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crlseq.prediction.changes import top_changes
+from crlseq.prediction.predict import top_changes
 from tests.support import check_refusal, files_below, invoke, succeeds
 
 

@@ -227,11 +227,3 @@ def test_a_second_process_is_refused(screen_file: Path, tmp_path: Path) -> None:
             assert answer.code == 3
             assert "Another crlseq" in answer.err
     assert os.listdir(partial) == ["lock"]
-
-
-def test_a_fit_that_diverges_says_so(screen_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text("[training]\nlearning_rate = 1e30\ngradient_norm = 1e30\n")
-    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--epochs", 3, "--config", tmp_path / "run.toml")
-    assert answer.code == 4, answer.err
-    assert "not finite" in answer.err
-    assert not (tmp_path / "RUN").exists()

@@ -46,6 +46,7 @@ def test_the_nearest_names_come_first_whatever_their_case() -> None:
         ("fit screen.h5ad --preset papr", 2, "Did you mean 'paper'?"),
         ("benchmark --scenario tooy --output x", 2, "Did you mean 'toy'?"),
         ("benchmark --method linaer --output x", 2, "Did you mean 'linear'?"),
+        ("benchmark --n-latents 7 --output x", 2, "Give one of them."),
     ],
 )
 def test_what_to_write_instead(

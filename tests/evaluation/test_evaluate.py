@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,17 @@ def held_out(finished: Run) -> Evaluation:
     return evaluate(finished, legacy=True)
 
 
+def split_of(run: Run) -> np.ndarray:
+    return ad.read_h5ad(run.path / "crlseq.h5ad", backed="r").obs["crlseq_split"].to_numpy()
+
+
+def normalised_cells(run: Run, screen: ad.AnnData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values of a screen of counts by hand, and the labels and the split of its cells."""
+    x = dense(screen)
+    x = np.log1p(x / x.sum(1, keepdims=True) * run.info["preprocessing"]["target_sum"])
+    return x, screen.obs["perturbation"].to_numpy(), split_of(run)
+
+
 def test_every_condition_has_every_predictor(held_out: Evaluation) -> None:
     table = held_out.conditions
     assert list(table.columns) == ["condition", "group", "predictor", "n_cells", *METRICS, *AXIOMS]
@@ -63,10 +75,7 @@ def test_changes_are_against_controls_of_the_same_batches(
     finished: Run, screen: ad.AnnData, held_out: Evaluation
 ) -> None:
     """No change and additive by hand, of normalised counts."""
-    split = ad.read_h5ad(finished.path / "crlseq.h5ad", backed="r").obs["crlseq_split"].to_numpy()
-    x = dense(screen)
-    x = np.log1p(x / x.sum(1, keepdims=True) * finished.info["preprocessing"]["target_sum"])
-    labels = screen.obs["perturbation"].to_numpy()
+    x, labels, split = normalised_cells(finished, screen)
     control = x[(labels == "control") & (split == "train")].mean(0)
     trained, measured = (x[(labels == "g0") & (split == name)].mean(0) for name in ("train", "test"))
     rows = held_out.conditions[held_out.conditions["condition"] == "g0"].set_index("predictor")
@@ -87,7 +96,7 @@ def test_counterfactuals_are_judged(finished: Run, held_out: Evaluation) -> None
     summary = held_out.summary.set_index(["predictor", "metric"])
     assert summary.loc[("model", "effectiveness"), "mean"] == pytest.approx(rows["effectiveness"].mean())
     assert ("additive", "effectiveness") not in summary.index
-    split = ad.read_h5ad(finished.path / "crlseq.h5ad", backed="r").obs["crlseq_split"].to_numpy()
+    split = split_of(finished)
     own = ad.read_h5ad(finished.path / "crlseq.h5ad")
     controls = own[(own.obs["perturbation"] == "control") & (split == "train")].copy()
     predicted = finished.predict(["g0"], source=controls, n_cells=controls.n_obs, counterfactual=True)
@@ -135,10 +144,7 @@ def test_noise_that_changes_share_is_told(screen: ad.AnnData, tmp_path: Path) ->
 def test_held_out_controls(finished: Run, screen: ad.AnnData, linear_folder: Path) -> None:
     """Every change against test controls, by hand; and what the fit made of the others stays as it is."""
     found = evaluate(finished, held_out_controls=True)
-    split = ad.read_h5ad(finished.path / "crlseq.h5ad", backed="r").obs["crlseq_split"].to_numpy()
-    x = dense(screen)
-    x = np.log1p(x / x.sum(1, keepdims=True) * finished.info["preprocessing"]["target_sum"])
-    labels = screen.obs["perturbation"].to_numpy()
+    x, labels, split = normalised_cells(finished, screen)
     control, other = (x[(labels == "control") & (split == name)].mean(0) for name in ("test", "train"))
     trained, measured = (x[(labels == "g0") & (split == name)].mean(0) for name in ("train", "test"))
     rows = found.conditions[found.conditions["condition"] == "g0"].set_index("predictor")
@@ -221,11 +227,7 @@ def test_measured_cells_change_no_prediction(screen: ad.AnnData, doubles: Run, t
     x = dense(adata)
     x[tested] = np.random.default_rng(0).poisson(3, (tested.sum(), adata.n_vars))
     adata.X = sp.csr_matrix(x)
-    other = tmp_path / "RUN"
-    other.mkdir()
-    for file in doubles.path.iterdir():
-        if file.name != "crlseq.h5ad":
-            (other / file.name).write_bytes(file.read_bytes())
+    other = shutil.copytree(doubles.path, tmp_path / "RUN")
     adata.write_h5ad(other / "crlseq.h5ad")
     before, after = evaluate(doubles), evaluate(crlseq.load(other))
     assert set(before.predicted) == {"model", *BASELINES}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -269,10 +269,7 @@ def test_wrong_usage(tmp_path: Path, changes: dict[str, Any], says: str) -> None
 
 
 def test_other_settings_are_refused(finished: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "B"
-    copy.mkdir()
-    for file in finished.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    copy = shutil.copytree(finished, tmp_path / "B")
     same = {**SMALL, "simulator": TINY}
     for changes, says in [
         ({"n_latents": "auto"}, "'known' there and 'auto' here"),
@@ -294,12 +291,10 @@ def test_foreign_and_damaged_folders_are_left_alone(tmp_path: Path) -> None:
         benchmark(tmp_path / "notes.txt", **SMALL)
     damaged = tmp_path / "damaged"
     damaged.mkdir()
-    (damaged / "settings.json").write_text("{")
-    with pytest.raises(InputError, match="damaged"):
-        benchmark(damaged, **SMALL)
-    (damaged / "settings.json").write_text(json.dumps([1]))
-    with pytest.raises(InputError, match="damaged"):
-        benchmark(damaged, **SMALL)
+    for content in ("{", "[1]"):
+        (damaged / "settings.json").write_text(content)
+        with pytest.raises(InputError, match="damaged"):
+            benchmark(damaged, **SMALL)
 
 
 def test_damaged_rows_are_refused(tmp_path: Path, finished: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import crlseq
-from crlseq.errors import CrlseqError, InputError, UsageError
+from crlseq.errors import InputError, UsageError
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.prediction.predict import draw_controls, predict
 from crlseq.run.run import Run
@@ -429,10 +429,3 @@ def test_notes_are_told() -> None:
     source = many(20)
     predict(hand_run(), ["N"], source=source, n_cells=30, note=told.append)
     assert len(told) == 3  # no labels, too few cells, no effect
-
-
-def test_errors_are_of_the_users(finished: Run) -> None:
-    for label in ("g0+g0", "nobody", "control"):
-        with pytest.raises(CrlseqError) as error:
-            predict(finished, label)
-        assert error.value.exit_code == 3 and error.value.hint
