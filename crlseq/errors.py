@@ -48,6 +48,11 @@ class ConvergenceError(CrlseqError):
     exit_code = 4
 
 
+def in_a_line(error: Exception) -> str:
+    """What another library's exception says first, without a full stop; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def needs_extra(what: str, package: str, extra: str) -> UsageError:
     """That `what` needs a package of one of crlseq's extras, and how to install it."""
     return UsageError(

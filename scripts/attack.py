@@ -311,19 +311,10 @@ KINDS: dict[str, Callable[[Attack], str]] = {
 def prepared(folder: Path) -> tuple[Path, Path]:
     """A small screen and a run of it, which every attack gets copies of."""
     crlseq = [sys.executable, "-m", "crlseq"]
-    small = [
-        "--n-genes",
-        "30",
-        "--perturbations-per-latent",
-        "3",
-        "--n-latents",
-        "3",
-        "--cells-per-perturbation",
-        "30",
-        "--n-control",
-        "80",
-    ]
-    subprocess.run([*crlseq, "simulate", *small, "-o", folder / "screen.h5ad"], check=True, stderr=subprocess.DEVNULL)
+    sizes = "--n-genes 30 --perturbations-per-latent 3 --n-latents 3 --cells-per-perturbation 30 --n-control 80"
+    subprocess.run(
+        [*crlseq, "simulate", *sizes.split(), "-o", folder / "screen.h5ad"], check=True, stderr=subprocess.DEVNULL
+    )
     subprocess.run([*crlseq, "fit", folder / "screen.h5ad", "-o", folder / "RUN", *FIT], check=True)
     return folder / "screen.h5ad", folder / "RUN"
 

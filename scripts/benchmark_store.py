@@ -134,12 +134,8 @@ def main() -> None:
     for name, share in (("whole", 1.0), ("part", args.share)):
         store = args.folder / f"{name}.zarr"
         if ("make" in steps or "prepare" in steps) and not store.exists():
-            sizes = [
-                "--cells",
-                str(round(share * args.cells)),
-                "--perturbations",
-                str(round(share * args.perturbations)),
-            ]
+            sizes = ["--cells", str(round(share * args.cells))]
+            sizes += ["--perturbations", str(round(share * args.perturbations))]
             kind = ["--genes", str(args.genes), "--density", str(args.density)]
             run([__file__, str(args.folder / name), "--child", "make", *sizes, *kind])
             if "prepare" in steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import settings
 
 import crlseq
 from crlseq.run.run import Run
-from tests.support import clear_screen, invoke
+from tests.support import clear_screen, succeeds
 
 # How long an example takes says nothing on a machine that others use as well.
 settings.register_profile("crlseq", deadline=None)
@@ -55,17 +56,21 @@ def screen_file(screen: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) ->
 def run_folder(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the screen with the default method, finished through the command line; read it only."""
     folder = tmp_path_factory.mktemp("finished") / "RUN"
-    answer = invoke("fit", screen_file, "--output", folder, "--epochs", 3, "--hold-out-cells", 0.2, "--n-latents", 3)
-    assert answer.code == 0, answer.err
+    succeeds("fit", screen_file, "--output", folder, "--epochs", 3, "--hold-out-cells", 0.2, "--n-latents", 3)
     return folder
+
+
+@pytest.fixture
+def copied_run(run_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be changed."""
+    return Path(shutil.copytree(run_folder, tmp_path / "RUN"))
 
 
 @pytest.fixture(scope="session")
 def linear_folder(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the screen by the likelihood alone, without a bootstrap and without an epoch; read it only."""
     folder = tmp_path_factory.mktemp("linear") / "RUN"
-    answer = invoke("fit", screen_file, "--output", folder, "--method", "linear", "--n-latents", 3, "--bootstrap", 0)
-    assert answer.code == 0, answer.err
+    succeeds("fit", screen_file, "--output", folder, "--method", "linear", "--n-latents", 3, "--bootstrap", 0)
     return folder
 
 

@@ -6,20 +6,23 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 
 import crlseq
 from crlseq.data.perturbations import Perturbations
+from crlseq.pipeline.progress import Progress
 from crlseq.run.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +83,7 @@ def dense(adata: ad.AnnData) -> np.ndarray:
     return np.asarray(adata.X.toarray() if hasattr(adata.X, "toarray") else adata.X, dtype=float)
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What a command did."""
 
     code: int
@@ -104,6 +106,37 @@ def invoke(*words: object) -> Answer:
     texts = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
     assert isinstance(code, int | None)
     return Answer(code or 0, *texts)
+
+
+@contextmanager
+def edited(source: Path, path: Path) -> Iterator[h5py.File]:
+    """A copy of an HDF5 file, open to be changed."""
+    shutil.copy(source, path)
+    with h5py.File(path, "r+") as handle:
+        yield handle
+
+
+def edit_info(run: Path, **changes: Any) -> None:
+    """Change entries of ``run.json``; of one that is a mapping the keys that are given."""
+    info = json.loads((run / "run.json").read_text())
+    for name, value in changes.items():
+        info[name] = {**info[name], **value} if isinstance(value, dict) else value
+    (run / "run.json").write_text(json.dumps(info))
+
+
+def at_stage(word: str, action: Callable[[], object]) -> Progress:
+    """Progress that acts when a stage begins."""
+    return Progress(stage=lambda text: action() if text.startswith(word) else None)
+
+
+def after_epoch(number: int, action: Callable[[], object]) -> Progress:
+    """Progress that acts after an epoch."""
+    return Progress(epoch=lambda record, _: action() if record["epoch"] == number else None)
+
+
+def interrupt() -> None:
+    """What Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -145,23 +178,26 @@ def check_refusal(code: int, out: str, err: str, expected: int, *words: str) -> 
         assert word in err, err
 
 
-def refused(folder: Path, source: object, *options: object, code: int = 3, says: tuple[str, ...] = ()) -> Answer:
-    """``crlseq fit SOURCE`` is refused and leaves no file."""
-    parent = folder.parent
-    before = files_below(parent)
-    answer = invoke("fit", source, "--output", parent / "RUN", "--epochs", 1, *options)
-    check_refusal(answer.code, answer.out, answer.err, code, *says)
-    assert files_below(parent) == before
+def succeeds(*words: object) -> Answer:
+    """``crlseq WORDS``, with exit code 0."""
+    answer = invoke(*words)
+    assert answer.code == 0, answer.err
     return answer
+
+
+def refused(folder: Path, source: object, *options: object, code: int = 3, says: tuple[str, ...] = ()) -> None:
+    """``crlseq fit SOURCE`` is refused and leaves no file."""
+    before = files_below(folder.parent)
+    answer = invoke("fit", source, "--output", folder.parent / "RUN", "--epochs", 1, *options)
+    check_refusal(answer.code, answer.out, answer.err, code, *says)
+    assert files_below(folder.parent) == before
 
 
 def fit_file(path: Path, *options: object, method: str = "gradient", bootstrap: int = 0) -> Run:
     """Fit a file through the command line; every file of the run is there, and scanpy's reader opens the result."""
     folder = path.parent / "RUN"
     words = ["--method", method, "--bootstrap", bootstrap, "--epochs", 1, "--n-latents", 2, *options]
-    answer = invoke("fit", path, "--output", folder, *words)
-    assert answer.code == 0, answer.err
-    assert answer.out == ""
+    assert succeeds("fit", path, "--output", folder, *words).out == ""
     assert {file.name for file in folder.iterdir()} == files_of(folder)
     assert not folder.with_name("RUN.partial").exists()
     annotated = ad.read_h5ad(folder / "crlseq.h5ad")

@@ -111,6 +111,13 @@ def synthetic_run(
     return Run(info, table, interventions, edge_rows, history, measured, effect_rows=effects)
 
 
+def with_info(run: Run, **changes: Any) -> Run:
+    """The run with other entries of ``run.json``; of one that is a mapping the keys that are given change."""
+    for name, value in changes.items():
+        changes[name] = {**(run.info[name] or {}), **value} if isinstance(value, dict) else value
+    return replace(run, info={**run.info, **changes})
+
+
 def program_row(k: int, label: str, genes: str = "", stability: float | None = None) -> ProgramRow:
     """A program of ``run.json`` by its number."""
     return ProgramRow(

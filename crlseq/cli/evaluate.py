@@ -64,8 +64,7 @@ def evaluate(
     if output is not None:
         refuse_output(output, force)
     from crlseq.evaluation.evaluate import evaluate as judge
-    from crlseq.storage.csv import to_csv
-    from crlseq.storage.files import written_whole
+    from crlseq.storage.csv import write_csv
 
     if foreign and data is not None:
         from crlseq.evaluation.foreign import evaluate_predictions
@@ -81,8 +80,7 @@ def evaluate(
     for note in found.notes:
         say(note)
     if output is not None:
-        with written_whole(output) as beside:
-            beside.write_bytes(to_csv(found.conditions))
+        write_csv(output, found.conditions)
     if json:
         show_json({
             "verdict": list(found.verdict), "notes": list(found.notes), "summary": found.summary.to_dict("records"),

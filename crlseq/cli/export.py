@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from crlseq.cli.options import Force, RunFolder, completing, load, setting
-from crlseq.cli.output import refuse_no_figure, refuse_output, say, say_verdict, write_figure
+from crlseq.cli.output import refuse_no_figure, refuse_output, say, say_verdict
 from crlseq.errors import UsageError, suggestion
 from crlseq.export.registry import FORMATS, check_format, write
 
@@ -112,6 +112,7 @@ def plot(
 
     mpl.use("Agg")
     from crlseq import plotting
+    from crlseq.plotting.style import write_figure
 
     axes = getattr(plotting, kind.replace("-", "_"))(found, **options)
     write_figure(axes.figure, output, dpi)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,26 +74,6 @@ def refuse_no_figure(output: Path) -> None:
     """Refuse, by `UsageError`, a file whose name does not end as a figure's."""
     if output.suffix.lower() not in FIGURES:
         raise UsageError(f"{output} does not end in .png, .svg or .pdf.", "Choose one of these formats.")
-
-
-def write_figure(figure: Any, output: Path, dpi: int = 150) -> None:
-    """Write a matplotlib figure in the format that the file's name says: text stays text, and equal figures give equal files."""
-    import matplotlib as mpl
-
-    from crlseq.storage.files import written_whole
-    from crlseq.storage.text import escaped
-
-    suffix = output.suffix.lower()
-    stamp: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix, {})
-    with (
-        written_whole(output) as file,
-        mpl.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "crlseq"}),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # shown as a box
-        figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=stamp)
-        if suffix == ".svg":  # whose texts are names
-            file.write_text(escaped(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def show_table(

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crlseq.cli.options import AsJson, Force, Quiet, load, read_config, setting, switch, takes_config
-from crlseq.cli.output import (
-    refuse_no_figure,
-    refuse_output,
-    say,
-    say_paragraph,
-    show_json,
-    show_table,
-    write_figure,
-)
+from crlseq.cli.output import refuse_no_figure, refuse_output, say, say_paragraph, show_json, show_table
 from crlseq.errors import UsageError
 from crlseq.storage.runfolder import is_run
 
@@ -114,17 +106,16 @@ def power(
 def _write(found: Power, output: Path | None, plot: Path | None) -> None:
     """Table and figure, where they are asked for."""
     if output is not None:
-        from crlseq.storage.csv import to_csv
-        from crlseq.storage.files import written_whole
+        from crlseq.storage.csv import write_csv
 
-        with written_whole(output) as beside:
-            beside.write_bytes(to_csv(found.table))
+        write_csv(output, found.table)
         say(f"table: {output}")
     if plot is not None:
         import matplotlib as mpl
 
         mpl.use("Agg")
         from crlseq.plotting.power import draw_power
+        from crlseq.plotting.style import write_figure
 
         write_figure(draw_power(found.table, f"Power: {found.title}"), plot)
         say(f"figure: {plot}")

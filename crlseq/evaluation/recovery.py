@@ -21,7 +21,7 @@ from sklearn.metrics import adjusted_rand_score
 from crlseq.data.files import open_store, readable
 from crlseq.discovery.edges import reachable
 from crlseq.errors import InputError
-from crlseq.evaluation.representation import Floats, representation_scores
+from crlseq.evaluation.representation import Floats, representation_scores, standardised
 from crlseq.run.run import Run
 
 Graph = NDArray[np.bool_]
@@ -174,7 +174,7 @@ def _match_latents(
     latents: Floats, true_latents: Floats
 ) -> tuple[Floats, tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]]:
     """|Correlation| (q, p), and the pairs of the matching."""
-    correlation = np.abs(_standardised(latents).T @ _standardised(true_latents))
+    correlation = np.abs(standardised(latents).T @ standardised(true_latents)) / len(latents)
     return correlation, linear_sum_assignment(correlation, maximize=True)
 
 
@@ -216,16 +216,6 @@ def claims_of(interventions: pd.DataFrame, perturbations: pd.Index) -> list[str 
     program = interventions.set_index("perturbation")["program"]
     program.index = program.index.astype(str)
     return [None if pd.isna(name) or name == "" else str(name) for name in program.reindex(perturbations.astype(str))]
-
-
-def _standardised(values: Floats) -> NDArray[np.float64]:
-    """Columns with mean 0 and norm 1; columns that do not vary become 0."""
-    centred = np.asarray(values, dtype=np.float64) - np.mean(values, axis=0, dtype=np.float64)
-    norm = np.linalg.norm(centred, axis=0)
-    # Rounding leaves a constant column a norm of about 1e-16 of its size.
-    flat = norm <= 1e-9 * np.linalg.norm(np.asarray(values, dtype=np.float64), axis=0)
-    unit: NDArray[np.float64] = np.where(flat, 0.0, centred / np.where(flat, 1.0, norm))
-    return unit
 
 
 def edge_supports(

@@ -24,7 +24,7 @@ def representation_scores(latents: Floats, true_latents: Floats, seed: int = 0) 
     """``dci_disentanglement, dci_completeness, dci_informativeness, irs`` of latents (cells, q) for true ones (cells, p)."""
     rng = np.random.default_rng([seed, 12])
     some = rng.permutation(len(latents))[:MAX_CELLS]
-    codes, factors = _standardised(latents[some]), _standardised(true_latents[some])
+    codes, factors = standardised(latents[some]), standardised(true_latents[some])
     importance, informativeness = _importance(codes, factors)
     disentanglement, completeness = dci(importance)
     return {
@@ -104,7 +104,7 @@ def _bins(values: Floats, bins: int) -> NDArray[np.int64]:
     return np.asarray(np.argsort(np.argsort(values, kind="stable")) * bins // len(values), dtype=np.int64)
 
 
-def _standardised(values: Floats) -> Floats:
+def standardised(values: Floats) -> Floats:
     """Columns with mean 0 and variance 1; those that do not vary become 0."""
     centred = np.asarray(values, dtype=np.float64) - np.mean(values, axis=0, dtype=np.float64)
     scale = centred.std(0)

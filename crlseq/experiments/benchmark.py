@@ -24,7 +24,8 @@ from crlseq.evaluation.recovery import calibration
 from crlseq.experiments.fits import row_of
 from crlseq.experiments.picture import SHOWN, draw
 from crlseq.experiments.scenarios import BASELINES, EXTERNAL, METHODS, SCENARIOS
-from crlseq.storage.csv import EXACT, to_csv
+from crlseq.plotting.style import write_figure
+from crlseq.storage.csv import EXACT, write_csv
 from crlseq.storage.files import written_whole
 from crlseq.storage.runfolder import locked
 
@@ -97,21 +98,20 @@ def benchmark(
         for row in _computed(list(dict.fromkeys(wanted)), settings, jobs):
             if "supports" in row:  # before the row, which says that all of the fit is there
                 name = f"{row['scenario']}_{row['seed']}_{row['method']}.csv"
-                write_table(place / "supports" / name, row.pop("supports"))
+                write_csv(place / "supports" / name, row.pop("supports"))
             rows.append(row)
-            write_table(place / "benchmark.csv", _table(rows))
+            write_csv(place / "benchmark.csv", _table(rows))
             if row["method"] not in BASELINES:
                 note(_in_words(row))
         table = _table(rows)
         summary = summarise(table)
-        write_table(place / "summary.csv", summary)
+        write_csv(place / "summary.csv", summary)
         supports = [pd.read_csv(path.absolute()) for path in sorted((place / "supports").glob("*.csv"))]
         if supports:
-            write_table(place / "calibration.csv", calibration(pd.concat(supports)))
+            write_csv(place / "calibration.csv", calibration(pd.concat(supports)))
         figure = draw(table)
         for kind in ("png", "svg"):
-            with written_whole(place / f"benchmark.{kind}") as beside:
-                figure.savefig(beside, format=kind, dpi=150)
+            write_figure(figure, place / f"benchmark.{kind}")
     return summary
 
 
@@ -220,12 +220,6 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     order = {name: at for at, name in enumerate((*SCENARIOS, *METHODS, *EXTERNAL, *BASELINES))}
     keys = table["seed"], table["method"].map(order), table["scenario"].map(order)  # the last one comes first
     return table.iloc[np.lexsort(keys)].reset_index(drop=True)
-
-
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV, whole or not at all."""
-    with written_whole(path) as beside:
-        beside.write_bytes(to_csv(table))
 
 
 def _in_words(row: Mapping[str, Any]) -> str:

@@ -102,17 +102,8 @@ def power(
         for n in sorted(set(cells)):
             counts = np.zeros((len(SHARES) + 1, 2), dtype=np.int64)
             for repeat in range(repeats):
-                made = make(n, repeat)
-                counts += _judged(made, seed + repeat, threads, detection_only)
-            named = zip((*SHARES, "false"), counts, strict=True)
-            shares = {name: share(*pair) for name, pair in named}
-            row = {"effect": effect, "cells": n, "screens": repeats}
-            row |= {
-                part: value
-                for name, both in shares.items()
-                for part, value in zip((name, f"{name}_se"), both, strict=True)
-            }
-            rows.append(row)
+                counts += _judged(make(n, repeat), seed + repeat, threads, detection_only)
+            rows.append([effect, n, repeats, *(value for pair in counts.tolist() for value in share(*pair))])
             size = "" if np.isnan(effect) else f"effect {effect:g}, "
             note(f"{size}{n} cells: {counts[0, 0]} of {counts[0, 1]} effects detected")
     table = pd.DataFrame(rows, columns=COLUMNS)

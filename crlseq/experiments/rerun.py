@@ -27,7 +27,7 @@ from crlseq.pipeline.fit import fit
 from crlseq.pipeline.fitted import load
 from crlseq.pipeline.progress import shown
 from crlseq.run.schema import Input, RunInfo
-from crlseq.storage.runfolder import EFFECTS, EMBEDDINGS, ENSEMBLE, PAIRS
+from crlseq.storage.runfolder import EFFECTS, EMBEDDINGS
 from crlseq.training.device import resolve_device
 
 # Entries of run.json that tell of the circumstances.
@@ -37,8 +37,8 @@ CIRCUMSTANCES = frozenset({
 })  # fmt: skip
 # In the order in which a fit makes them: what comes later follows from what comes first.
 ORDER = (
-    "history.csv", "model.safetensors", EMBEDDINGS, "programs.csv", "interventions.csv", "dag.csv", PAIRS, EFFECTS, ENSEMBLE,
-    "evaluation.csv", "dag.graphml", "dag.json", "run.json", "crlseq.h5ad",
+    "history.csv", "model.safetensors", EMBEDDINGS, "programs.csv", "interventions.csv", "dag.csv", "pairs.csv", EFFECTS,
+    "ensemble.csv", "evaluation.csv", "dag.graphml", "dag.json", "run.json", "crlseq.h5ad",
 )  # fmt: skip
 THERE = ("missing", "there")
 

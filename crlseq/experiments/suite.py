@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 
 from crlseq._version import __version__
-from crlseq.experiments.benchmark import COLUMNS, benchmark, read_rows, write_table
+from crlseq.experiments.benchmark import COLUMNS, benchmark, read_rows
 from crlseq.experiments.scenarios import BASELINES, QUICK, SUITES, Suite
 from crlseq.report.page import write_page
+from crlseq.storage.csv import write_csv
 
 NO_CLAIM = "not identified"
 MEDIANS = ("mcc", "target_accuracy", "ancestor_f1", "shd", "seconds")
@@ -47,7 +48,7 @@ def run_suite(
     finally:  # of what there is, if it is interrupted
         table = summarised(pd.DataFrame(read_rows(place / "benchmark.csv"), columns=COLUMNS), suite)
         if len(table):
-            write_table(place / "suite.csv", table)
+            write_csv(place / "suite.csv", table)
             n_all = len(scenarios) * len(suite.seeds) * len(suite.methods)
             write_page("suite.html.j2", place / "suite.html", page_of(table, suite, name, n_all))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import networkx as nx
@@ -26,34 +27,22 @@ def verdict(run: Run) -> str:
     return f"The graph is {found.verdict}: {found.reason}"
 
 
-def graphml(run: Run, path: Path) -> list[str]:
-    """GraphML, as it lies in the run's folder."""
-    path.write_bytes(to_graphml(run.dag))
-    return [verdict(run)]
+def _format(content: Callable[[Run], bytes]) -> Callable[[Run, Path], list[str]]:
+    """A format that is one file; users are told the verdict."""
+
+    def write(run: Run, path: Path) -> list[str]:
+        path.write_bytes(content(run))
+        return [verdict(run)]
+
+    return write
 
 
-def json(run: Run, path: Path) -> list[str]:
-    """The JSON that `networkx.node_link_graph` reads, as it lies in the run's folder."""
-    path.write_text(dag_json(run.dag), encoding="utf-8")
-    return [verdict(run)]
-
-
-def cyjs(run: Run, path: Path) -> list[str]:
-    """See `to_cyjs`."""
-    path.write_bytes(to_cyjs(run.dag))
-    return [verdict(run)]
-
-
-def dot(run: Run, path: Path) -> list[str]:
-    """See `to_dot`."""
-    path.write_bytes(to_dot(run.dag))
-    return [verdict(run)]
-
-
-def network(run: Run, path: Path) -> list[str]:
-    """See `perturbation_network`."""
-    path.write_bytes(to_cyjs(perturbation_network(run)))
-    return [verdict(run)]
+# GraphML and the JSON that `networkx.node_link_graph` reads are as they lie in the run's folder.
+graphml = _format(lambda run: to_graphml(run.dag))
+json = _format(lambda run: dag_json(run.dag).encode())
+cyjs = _format(lambda run: to_cyjs(run.dag))
+dot = _format(lambda run: to_dot(run.dag))
+network = _format(lambda run: to_cyjs(perturbation_network(run)))
 
 
 def perturbation_network(run: Run) -> nx.DiGraph[str]:

@@ -115,9 +115,7 @@ def violin(
         else:
             ax.scatter(np.full(len(own), place), own, s=10, color=colour)
     ax.axhline(0, color=SOFT, linewidth=0.6, zorder=0)
+    bare(ax, y="activity (SD of control cells)")
     label_ticks(ax, "x", list(groups), fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_ylabel("activity (SD of control cells)", fontsize=8)
-    ax.tick_params(axis="y", labelsize=7)
     ax.tick_params(axis="x", length=0)
-    bare(ax)
     return finish(ax, show, f"{program}  {short(run.described[program].label, 40)}")

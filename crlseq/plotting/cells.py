@@ -11,7 +11,7 @@ from matplotlib.patches import Ellipse
 
 from crlseq.data.perturbations import read_perturbations
 from crlseq.errors import InputError, UsageError, not_there
-from crlseq.plotting.style import DISTINCT, FAINT, INK, MARKS, NOTHING, TEXT, axes_of, bare, finish, note
+from crlseq.plotting.style import DISTINCT, FAINT, INK, MARKS, NOTHING, axes_of, bare, finish, note
 from crlseq.run.run import Run
 from crlseq.run.summary import short
 
@@ -69,13 +69,11 @@ def embedding(
     for text in legend.get_texts():
         text.set_parse_math(False)
     drawn = np.isin(labels, list(looks))
-    for axis, name, values in (("x", pair[0], x[drawn]), ("y", pair[1], y[drawn])):
+    for limit, values in ((ax.set_xlim, x[drawn]), (ax.set_ylim, y[drawn])):
         low, high = np.quantile(values, [SHOWN, 1 - SHOWN])
         edge = 0.05 * (high - low) or 1.0
-        getattr(ax, f"set_{axis}lim")(low - edge, high + edge)
-        getattr(ax, f"set_{axis}label")(f"{name}  {short(run.described[name].label, 40)}", fontsize=8, **TEXT)
-    ax.tick_params(labelsize=7)
-    bare(ax)
+        limit(low - edge, high + edge)
+    bare(ax, *(f"{name}  {short(run.described[name].label, 40)}" for name in pair))
     return finish(ax, show, "Means of cells (SD of control cells); ellipses contain half of the cells")
 
 

@@ -43,15 +43,13 @@ def effects(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bool = F
     small = float(x[found].min()) if found.any() else 1.0
     if x.max() > 20 * small:
         ax.set_xscale("symlog", linthresh=small)
+    bare(ax, "energy distance from control cells")
     label_ticks(ax, "y", list(table["perturbation"]), fontsize=8 if len(table) <= ROWS else 6)
     ax.set_ylim(len(table) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("energy distance from control cells", fontsize=8)
-    ax.tick_params(axis="x", labelsize=7)
     detected = int((tested["fdr"] <= DETECTABLE_FDR).sum())
     shown = f"; the {len(table)} strongest" if len(table) < len(tested) else ""
     ax.legend(fontsize=7, frameon=False, loc="lower right")
-    bare(ax)
     return finish(ax, show, f"{detected} of {len(tested)} perturbations have a detectable effect{shown}")
 
 
@@ -74,12 +72,9 @@ def history(run: Run, *, ax: Axes | None = None, show: bool = False) -> Axes:
             ax.plot(epochs, run.history[name], line, color=colour, label=title, marker=".", markersize=4, linewidth=1.4)
     kept = run.facts.training.best_epoch + 1
     ax.axvline(kept, color=INK, linewidth=0.8, linestyle=":", label=f"kept: epoch {kept}")
-    ax.set_xlabel("epoch", fontsize=8)
-    ax.set_ylabel("loss", fontsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.tick_params(labelsize=7)
     ax.legend(fontsize=7, frameon=False)
-    bare(ax)
+    bare(ax, "epoch", "loss")
     return finish(ax, show, "Loss (validation: with the final weights of the terms)")
 
 

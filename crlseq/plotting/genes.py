@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.transforms import BboxBase
 from scipy.cluster.hierarchy import leaves_list, linkage
@@ -14,7 +13,7 @@ from crlseq.run.perturbation import genes_of
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.summary import short
-from crlseq.run.tables import shown
+from crlseq.run.tables import by_program, shown
 
 LABELS = 12  # genes that a volcano names
 LEAST_P = 1e-300
@@ -36,7 +35,8 @@ def effects_map(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bool
     """
     table = run.effects
     sure = table[table["fdr"] <= DETECTABLE_FDR]
-    names = [name for name in _by_program(run.interventions) if (sure["perturbation"] == name).any()]
+    ordered = by_program(run.interventions, run.interventions["shift"])["perturbation"]
+    names = ordered[ordered.isin(sure["perturbation"])].astype(str).tolist()
     if not names:
         return note(ax, "No gene surely changes under any perturbation.", show)
     first = sure.sort_values("p_value", kind="stable").drop_duplicates("gene")
@@ -67,13 +67,6 @@ def effects_map(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bool
     return finish(ax, show, f"Effects on genes{rest}; squares: own transcripts{blank}")
 
 
-def _by_program(interventions: pd.DataFrame) -> list[str]:
-    """Perturbations by program and shift, those without a program last."""
-    number = pd.to_numeric(interventions["program"].str[1:]).fillna(np.inf)
-    order = np.lexsort((-interventions["shift"].to_numpy(), number.to_numpy()))
-    return [str(name) for name in interventions["perturbation"].iloc[order]]
-
-
 def volcano(run: Run, perturbation: str, *, ax: Axes | None = None, show: bool = False) -> Axes:
     """Log2 fold change of every gene under one perturbation against its p-value; the surest genes are named.
 
@@ -100,11 +93,8 @@ def volcano(run: Run, perturbation: str, *, ax: Axes | None = None, show: bool =
     if sure.any() and not sure.all():
         ax.axhline(y[sure].min(), color=SOFT, linewidth=0.6, linestyle=":")
     ax.axvline(0, color=SOFT, linewidth=0.6)
-    ax.set_xlabel("log2 fold change" if folds else "change of the mean", fontsize=8)
-    ax.set_ylabel("−log10 p", fontsize=8)
-    ax.tick_params(labelsize=7)
     ax.margins(0.08)
-    bare(ax)
+    bare(ax, "log2 fold change" if folds else "change of the mean", "−log10 p")
     n = f"{int(sure.sum())} of {len(run.preprocessing.genes)} genes change (FDR ≤ {DETECTABLE_FDR})"
     finish(ax, False, f"{short(perturbation)}: {n}")
     _name(ax, x[sure][:LABELS], y[sure][:LABELS], [short(gene) for gene in shown(genes)[sure][:LABELS]])

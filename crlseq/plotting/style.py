@@ -5,13 +5,17 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 
 from crlseq.run.summary import short
+from crlseq.storage.files import written_whole
+from crlseq.storage.text import escaped
 
 # The report has the same (report.css). Orange and blue are told apart with every kind of colour vision, and so is each pair of Okabe and Ito's colours.
 UP, DOWN, SOFT, INK = "#b35806", "#2166ac", "#6e7781", "#1b1f24"
@@ -57,12 +61,30 @@ def note(ax: Axes | None, text: str, show: bool) -> Axes:
     return finish(ax, show)
 
 
-def bare(ax: Axes) -> None:
-    """Take away the frame above and to the right."""
+def bare(ax: Axes, x: str = "", y: str = "") -> None:
+    """Take away the frame above and to the right, name the axes, and write small numbers along them."""
     ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xlabel(x, fontsize=8, **TEXT)
+    ax.set_ylabel(y, fontsize=8, **TEXT)
+    ax.tick_params(labelsize=7)
 
 
 def label_ticks(ax: Axes, axis: str, names: Sequence[str], **look: Any) -> None:
     """Names at 0, 1, ... of an axis."""
     getattr(ax, f"set_{axis}ticks")(range(len(names)))
     getattr(ax, f"set_{axis}ticklabels")([short(name) for name in names], **TEXT, **look)
+
+
+def write_figure(figure: Any, output: Path, dpi: int = 150) -> None:
+    """Write a matplotlib figure in the format that the file's name says: text stays text, and equal figures give equal files."""
+    suffix = output.suffix.lower()
+    stamp: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix, {})
+    with (
+        written_whole(output) as file,
+        mpl.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "crlseq"}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # shown as a box
+        figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=stamp)
+        if suffix == ".svg":  # whose texts are names
+            file.write_text(escaped(file.read_text(encoding="utf-8")), encoding="utf-8")

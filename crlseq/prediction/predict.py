@@ -135,8 +135,7 @@ def predict(
         obs=_obs(run, names, cells, counterfactual).assign(hit=np.concatenate(hit)),
         var=pd.DataFrame(called, index=pd.Index(genes.index, dtype=object)),
     )
-    center, scales = (np.array([getattr(row, name) for row in run.facts.programs]) for name in ("center", "scale"))
-    result.obsm["X_crlseq"] = ((np.concatenate(latents) - center) / scales).astype(np.float32)
+    result.obsm["X_crlseq"] = run.facts.in_units(np.concatenate(latents)).astype(np.float32)
     means = np.stack([answer.means for answer in answers], 2)  # (4, G, requests)
     for name, values in zip(("mean", "effect", "effect_lower", "effect_upper"), means, strict=True):
         result.varm[f"crlseq_{name}"] = values

@@ -126,7 +126,6 @@ def _checked(record: Preprocessing, alignment: Alignment, block: sp.csr_matrix, 
 def _measure(run: Run, alignment: Alignment, fill: np.ndarray, blocks: Iterable[sp.csr_matrix]) -> _Measured:
     """Cells of `blocks` (cells, present genes), whose other genes get `fill` (fitted genes,)."""
     model, present = run.model, alignment.present
-    center, scale = (np.array([getattr(row, name) for row in run.facts.programs]) for name in ("center", "scale"))
     parts: list[tuple[np.ndarray, ...]] = []
     for block in blocks:
         for start in range(0, block.shape[0], ROWS):
@@ -135,7 +134,7 @@ def _measure(run: Run, alignment: Alignment, fill: np.ndarray, blocks: Iterable[
             raw = model.latents(x)
             rest = (x - model.decoder(raw))[:, present]
             deviation = rest.square().mean(1).sqrt().double().numpy()
-            parts.append(((raw.double().numpy() - center) / scale, deviation, np.count_nonzero(values, 1)))
+            parts.append((run.facts.in_units(raw.double().numpy()), deviation, np.count_nonzero(values, 1)))
     return _Measured(*(np.concatenate(own) for own in zip(*parts, strict=True)))
 
 

@@ -39,7 +39,7 @@ from crlseq.run.summary import (
     numbers_in_words,
     sets_in_words,
 )
-from crlseq.run.tables import shown
+from crlseq.run.tables import by_program, shown
 from crlseq.storage.files import written_whole
 from crlseq.storage.text import escaped
 
@@ -106,9 +106,7 @@ def _brief(value: Any) -> str:
 
 def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
     script = files("crlseq.report").joinpath("templates/report.js").read_text(encoding="utf-8")
-    number = pd.to_numeric(run.interventions["program"].str[1:]).fillna(np.inf)
-    order = np.lexsort((-run.interventions["shift"].abs().to_numpy(), number))
-    interventions = run.interventions.iloc[order]
+    interventions = by_program(run.interventions, run.interventions["shift"].abs())
     evaluated = evaluation_tables(run)
     questions = answers(run.facts, run.evaluation, run.history)
     if evaluated and len(questions) > 1:  # of all baselines, which a fit does not take the time for

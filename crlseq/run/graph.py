@@ -48,19 +48,9 @@ def ancestry(order: nx.DiGraph[str], pairs: pd.DataFrame | None, bootstrap: Boot
     """
     names = list(order)
     support = np.full((len(names), len(names)), np.nan) if bootstrap is None else np.array(bootstrap.ancestor, float)
-    known = (
-        {}
-        if pairs is None
-        else dict(zip(zip(pairs["source"], pairs["target"], strict=True), pairs["status"], strict=True))
-    )
+    known = {} if pairs is None else pairs.set_index(["source", "target"])["status"].to_dict()
     rows = [
-        {
-            "ancestor": a,
-            "descendant": b,
-            "declared": order.has_edge(a, b),
-            "support": support[i, j],
-            "status": known.get((a, b), ""),
-        }
+        (a, b, order.has_edge(a, b), support[i, j], known.get((a, b), ""))
         for i, a in enumerate(names)
         for j, b in enumerate(names)
         if order.has_edge(a, b) or known.get((a, b)) == "likely" or support[i, j] >= MIN_SUPPORT

@@ -17,7 +17,7 @@ import pandas as pd
 
 from crlseq._version import __version__
 from crlseq.config import Config
-from crlseq.errors import InputError
+from crlseq.errors import InputError, in_a_line
 from crlseq.run import schema
 from crlseq.run.anndata import add_effects, anndata_keys, read_cells, set_keys, write_annotated
 from crlseq.run.consistency import check_consistency, read_effects
@@ -259,7 +259,6 @@ class Run:
 
         model, record = self.model, self.preprocessing
         parts = []
-        center, scale = (np.array([getattr(row, name) for row in self.facts.programs]) for name in ("center", "scale"))
         with open_screen(source, record.layer) as screen, torch.no_grad():
             columns = record.columns(screen)
             for _, block in screen.blocks():
@@ -267,7 +266,7 @@ class Run:
                 rows = record.apply(block)[:, columns].astype(np.float32)
                 for start in range(0, max(rows.shape[0], 1), AT_ONCE):
                     x = torch.from_numpy(rows[start : start + AT_ONCE].toarray())
-                    values = (model.latents(x.to(model.scm.graph.dtype)).double().numpy() - center) / scale
+                    values = self.facts.in_units(model.latents(x.to(model.scm.graph.dtype)).double().numpy())
                     parts.append(values.astype(np.float32))  # of a million cells these are few, in float64 they are not
         return np.concatenate(parts)
 
@@ -326,18 +325,10 @@ class Run:
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables that the run has, by the names of their files."""
         tables = (self.programs, self.interventions, self.edges, self.history, self.evaluation)
-        optional = {
-            files.ENSEMBLE: self.ensemble,
-            files.PATHWAYS: self.pathways,
-            files.PAIRS: self.pairs,
-            files.SECOND_TARGETS: self.second_targets,
-            files.INTERACTIONS: self.interactions,
-            files.GUIDES: self.guides,
-            files.ARMS: self.arms,
-        }
+        optional = {name: getattr(self, name) for name in files.OPTIONAL_TABLES}
         if self.facts.format >= schema.WITH_EFFECTS:
-            optional[files.EFFECTS] = self.effects
-        own = {name.removesuffix(".csv"): table for name, table in optional.items() if table is not None}
+            optional["effects"] = self.effects
+        own = {name: table for name, table in optional.items() if table is not None}
         return dict(zip(files.TABLES, tables, strict=True)) | own
 
     @classmethod
@@ -376,7 +367,7 @@ class Run:
             tables = {"programs": programs, "interventions": interventions, "dag": edges, **own}
             check_consistency(facts, info["preprocessing"]["genes"], tables)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            detail = in_a_line(error)
             if writer != __version__:
                 raise InputError(
                     f"{folder} was written by crlseq {writer[:20]}, which version {__version__} cannot read: {detail}.",

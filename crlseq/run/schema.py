@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
 
@@ -352,6 +353,11 @@ class RunInfo(_Part):
     def without_effect(self) -> bool:
         """Whether no perturbation has a detectable effect: there are no programs, and no network was trained."""
         return self.n_latents == 0
+
+    def in_units(self, raw: np.ndarray) -> np.ndarray:
+        """Raw latents (cells, p) of the model in standard deviations of the programs."""
+        center, scale = (np.array([getattr(row, name) for row in self.programs]) for name in ("center", "scale"))
+        return np.asarray((raw - center) / scale)
 
     @property
     def bootstrap(self) -> Bootstrap | None:

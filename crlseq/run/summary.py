@@ -11,7 +11,7 @@ import pandas as pd
 
 from crlseq.errors import few
 from crlseq.run.schema import DETECTABLE_FDR, PROGRAM_NUMBERS, Bootstrap, RunInfo, Training
-from crlseq.run.tables import shown
+from crlseq.run.tables import by_program, shown
 
 TITLE_GENES = 3
 SETTLED = 0.02  # share of the fall of the validation loss that the last fifth of the epochs may still bring
@@ -305,8 +305,7 @@ def strongest(interventions: pd.DataFrame, top: int) -> tuple[pd.DataFrame, int]
     """Perturbations with a program, by program and then shift: the `top` by \\|shift\\|; and how many more there are."""
     table = interventions[(interventions["program"] != "") & interventions["shift"].notna()]
     kept = table.loc[table["shift"].abs().sort_values(ascending=False, kind="stable").index[:top]]
-    order = np.lexsort((-kept["shift"].to_numpy(), kept["program"].str[1:].astype(int)))
-    return kept.iloc[order].reset_index(drop=True), len(table) - len(kept)
+    return by_program(kept, kept["shift"]).reset_index(drop=True), len(table) - len(kept)
 
 
 def assignment(bootstrap: Bootstrap | None, rows: pd.DataFrame) -> np.ndarray | None:

@@ -75,6 +75,12 @@ def intervention_table(
     })  # fmt: skip
 
 
+def by_program(interventions: pd.DataFrame, shift: pd.Series) -> pd.DataFrame:
+    """Perturbations by the number of their program, those without one last, and within it by falling ``shift``."""
+    number = pd.to_numeric(interventions["program"].str[1:]).fillna(np.inf)
+    return interventions.iloc[np.lexsort((-shift.to_numpy(), number.to_numpy()))]
+
+
 def significant(values: np.ndarray, digits: int = 6) -> np.ndarray:
     """Values rounded to so many significant digits: what a table that is large carries."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

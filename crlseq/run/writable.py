@@ -10,7 +10,7 @@ import anndata as ad
 import h5py
 import pandas as pd
 
-from crlseq.errors import InputError, few
+from crlseq.errors import InputError, few, in_a_line
 
 ARRAYS = ("obsm", "varm", "obsp", "varp", "layers")
 
@@ -85,7 +85,7 @@ def _written(scratch: h5py.File, value: Any) -> str:
     try:
         ad.io.write_elem(scratch, "x", value)
     except Exception as error:  # anndata and h5py raise what they please
-        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        return in_a_line(error)
     finally:
         if "x" in scratch:
             del scratch["x"]

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from crlseq.errors import CrlseqError, InputError
+from crlseq.errors import CrlseqError, InputError, in_a_line
 from crlseq.model.combination_law import CombinationLaw
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.storage.files import written_beside
 
 CHECKSUM = 32  # bytes at the end of a checkpoint
+RESTORE = "Fit again, or restore the run folder."
 
 
 def save_weights(path: Path, state: dict[str, Tensor], architecture: dict[str, Any]) -> None:
@@ -56,15 +58,18 @@ def load_model(path: Path, sizes: tuple[int, int, int] | None = None, later: tup
             raise ValueError(f"{odd[0]} does not have the expected shape")
         if missing := [name for name in expected if name not in state and name not in later]:
             raise ValueError(f"{missing[0]} is missing")
-        if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
-            raise ValueError(f"{broken[0]} has a value that is no number")
+        _refuse_no_numbers(state)
         if sizes not in (None, tuple(architecture[name] for name in ("n_genes", "n_latents", "n_perturbations"))):
             raise ValueError("it is the model of another run")
         return build(state, architecture)
     except Exception as error:  # safetensors raises its own type, torch and JSON many
-        detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        hint = "Fit again, or restore the run folder."
-        raise InputError(f"The weights {path} cannot be read: {detail}.", hint) from error
+        raise InputError(f"The weights {path} cannot be read: {in_a_line(error)}.", RESTORE) from error
+
+
+def _refuse_no_numbers(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has a value that is no number")
 
 
 def save_law(path: Path, law: CombinationLaw) -> None:
@@ -76,15 +81,13 @@ def load_law(path: Path, n_genes: int, n_perturbations: int) -> CombinationLaw:
     """The law from `save_law`; InputError if the file is missing or damaged, or is of another run."""
     try:
         law = CombinationLaw(**load_file(path))
-        if broken := [name for name, tensor in law.tensors().items() if not torch.isfinite(tensor).all()]:
-            raise ValueError(f"{broken[0]} has a value that is no number")
+        _refuse_no_numbers(law.tensors())
         indices = torch.cat([law.measured.flatten(), law.equations.flatten(), law.term_of])
         if len(law.common) != n_genes or not bool((indices < n_perturbations).all()):
             raise ValueError("it is the law of another run")
         return law
     except Exception as error:  # as in `load_model`
-        detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"{path} cannot be read: {detail}.", "Fit again, or restore the run folder.") from error
+        raise InputError(f"{path} cannot be read: {in_a_line(error)}.", RESTORE) from error
 
 
 def build(state: dict[str, Tensor], architecture: dict[str, Any]) -> DiscrepancyVAE:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from crlseq.storage.files import written_whole
 from crlseq.storage.text import reversibly_escaped, unescaped
 
 FORMULA = r"^(?='*[=+@\t\r\n-])"
@@ -33,6 +34,12 @@ def to_csv(table: pd.DataFrame) -> bytes:
     safe = table.assign(**{name: _defused(table[name]) for name in text})
     written: str = safe.to_csv(index=False, lineterminator="\n")
     return written.encode()
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write what `to_csv` gives, whole or not at all."""
+    with written_whole(path) as beside:
+        beside.write_bytes(to_csv(table))
 
 
 def _defused(column: pd.Series) -> pd.Series:

@@ -17,38 +17,21 @@ from crlseq.errors import InputError, few, nearest
 from crlseq.storage.files import final_name, refuse_existing, refuse_special, sync, sync_folder
 
 TABLES = ("programs", "interventions", "dag", "history", "evaluation")  # each a file .csv
-PAIRS, SECOND_TARGETS = "pairs.csv", "second_targets.csv"  # of fits that find targets by likelihood
+# Likewise, of fits with several seeds, gene sets, targets found by likelihood (both), measured combinations, guides, and
+# positions of genes: `crlseq.run.schema.own_tables`.
+OPTIONAL_TABLES = ("ensemble", "pathways", "pairs", "second_targets", "interactions", "guides", "arms")
 EFFECTS = "effects.csv"  # since format 4
-INTERACTIONS = "interactions.csv"  # of fits with measured combinations
-ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
-GUIDES = "guides.csv"  # of fits that read guides alone
-ARMS = "arms.csv"  # of fits with positions of genes alone
-PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
+GENE_SETS = "gene_sets.gmt"  # of fits with gene sets alone
 IDENTITY = "identity.json"  # of an unfinished fit alone: what it fits
 COMBINATIONS = "combinations.safetensors"  # of fits whose model knows noise
 EMBEDDINGS = "embeddings.h5ad"  # of fits with embeddings alone
 STAGE = "stage-{}.pt"  # result of a stage, of an unfinished fit alone
 # What a folder with an unfinished run may hold; it is never emptied of anything else.
-RUN_FILES = frozenset(
-    {"lock", "resume.pt", "resume.previous.pt", "run.json", "model.safetensors", "crlseq.h5ad", "report.html"}
-    | {
-        "dag.graphml",
-        "dag.json",
-        ARMS,
-        COMBINATIONS,
-        EFFECTS,
-        EMBEDDINGS,
-        IDENTITY,
-        ENSEMBLE,
-        GENE_SETS,
-        INTERACTIONS,
-        PAIRS,
-        GUIDES,
-        PATHWAYS,
-        SECOND_TARGETS,
-        *(f"{name}.csv" for name in TABLES),
-    }
-)
+RUN_FILES = frozenset({
+    *("lock", "resume.pt", "resume.previous.pt", "run.json", "model.safetensors", "crlseq.h5ad", "report.html"),
+    *("dag.graphml", "dag.json", COMBINATIONS, EFFECTS, EMBEDDINGS, IDENTITY, GENE_SETS),
+    *(f"{name}.csv" for name in (*TABLES, *OPTIONAL_TABLES)),
+})  # fmt: skip
 ELSEWHERE = "Choose another --output."
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of fcntl.h and linux/fs.h
 REMOVED = ".nfs"  # how NFS calls a file that was removed while it was open; it goes when it is closed

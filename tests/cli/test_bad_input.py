@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from tests.support import check_refusal, dense, files_below, invoke, refused, small_screen
+from tests.support import check_refusal, dense, edited, files_below, invoke, refused, small_screen
 
 # --- files
 
@@ -61,26 +61,27 @@ def test_damaged_matrix(folder: Path, screen: ad.AnnData) -> None:
     refused(folder, path, says=("cannot be read",))
 
 
-def test_matrix_with_indices_beyond_the_genes(folder: Path, screen_file: Path) -> None:
-    shutil.copy(screen_file, folder / "odd.h5ad")
-    with h5py.File(folder / "odd.h5ad", "r+") as handle:
-        handle["X/indices"][5] = 10_000
-    refused(folder, folder / "odd.h5ad", says=("matrix",))
+def indices_beyond_the_genes(handle: h5py.File) -> None:
+    handle["X/indices"][5] = 10_000
 
 
-def test_matrix_of_another_shape(folder: Path, screen_file: Path) -> None:
-    shutil.copy(screen_file, folder / "odd.h5ad")
-    with h5py.File(folder / "odd.h5ad", "r+") as handle:
-        del handle["X"]
-        handle["X"] = np.ones((4, 40))
-    refused(folder, folder / "odd.h5ad", says=("4 x 40",))
+def no_matrix(handle: h5py.File) -> None:
+    del handle["X"]
 
 
-def test_file_without_a_matrix(folder: Path, screen_file: Path) -> None:
-    shutil.copy(screen_file, folder / "odd.h5ad")
-    with h5py.File(folder / "odd.h5ad", "r+") as handle:
-        del handle["X"]
-    refused(folder, folder / "odd.h5ad", says=("no matrix X", "--layer"))
+def matrix_of_another_shape(handle: h5py.File) -> None:
+    del handle["X"]
+    handle["X"] = np.ones((4, 40))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(indices_beyond_the_genes, "matrix"), (matrix_of_another_shape, "4 x 40"), (no_matrix, "no matrix X")],
+)
+def test_odd_matrix(folder: Path, screen_file: Path, change: Callable[[h5py.File], None], says: str) -> None:
+    with edited(screen_file, folder / "odd.h5ad") as handle:
+        change(handle)
+    refused(folder, folder / "odd.h5ad", says=(says, *(["--layer"] if change is no_matrix else [])))
 
 
 def test_empty_screen(folder: Path, write: Callable[[ad.AnnData], Path]) -> None:
@@ -304,7 +305,7 @@ def test_a_path_that_is_too_long_for_the_system(
     """Found by scripts/attack: whoever opens it, and not where the fit writes."""
     places = {"LONG": "a" * 5000, "RUN": str(run_folder), "SCREEN": str(screen_file), "x": str(tmp_path / "x"), "s": str(tmp_path / "s")}  # fmt: skip
     answer = invoke(*(places.get(word, word) for word in words.split()))
-    check_refusal(answer.code, answer.out, answer.err, 3, f"{'a' * 80}… cannot be used", "Give a shorter path")
+    check_refusal(*answer, 3, f"{'a' * 80}… cannot be used", "Give a shorter path")
     assert files_below(tmp_path) == set()
 
 
@@ -316,7 +317,7 @@ def test_codes_of_missing_values_among_counts(tmp_path: Path) -> None:
     adata.X = x
     adata.write_h5ad(tmp_path / "screen.h5ad")
     answer = invoke("fit", tmp_path / "screen.h5ad", "-o", tmp_path / "RUN", "--method", "linear", "--n-latents", 3, "--quiet")  # fmt: skip
-    check_refusal(answer.code, answer.out, answer.err, 3, "their components are not finite", "largest value")
+    check_refusal(*answer, 3, "their components are not finite", "largest value")
     assert files_below(tmp_path) == {"screen.h5ad"}
 
 
@@ -326,5 +327,4 @@ def test_layers_that_are_none(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "screen.h5ad", "r+") as handle:
         del handle["layers"]
         handle["layers"] = np.arange(3)
-    answer = invoke("check", tmp_path / "screen.h5ad")
-    check_refusal(answer.code, answer.out, answer.err, 3, "the list of layers cannot be read")
+    check_refusal(*invoke("check", tmp_path / "screen.h5ad"), 3, "the list of layers cannot be read")

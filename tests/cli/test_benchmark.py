@@ -56,22 +56,19 @@ def test_json_and_quiet(tmp_path: Path, given: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("seeds", ["", "a", "3-1", "1,,2", "-1", "1.5", "0-"])
 def test_seeds_that_are_none(tmp_path: Path, seeds: str) -> None:
-    answer = run(tmp_path / "B", f"--seeds={seeds}")
-    check_refusal(answer.code, answer.out, answer.err, 2, "0-7")
+    check_refusal(*run(tmp_path / "B", f"--seeds={seeds}"), 2, "0-7")
     assert not files_below(tmp_path)
 
 
 @pytest.mark.parametrize(("option", "value"), [("--scenario", "easy"), ("--method", "best"), ("--n-latents", "7")])
 def test_unknown_names(tmp_path: Path, option: str, value: str) -> None:
-    answer = run(tmp_path / "B", option, value)
-    check_refusal(answer.code, answer.out, answer.err, 2, value)
+    check_refusal(*run(tmp_path / "B", option, value), 2, value)
     assert not files_below(tmp_path)
 
 
 def test_other_settings_are_refused(tmp_path: Path, given: list[dict[str, Any]]) -> None:
     assert run(tmp_path / "B", "--seeds", "0").code == 0
-    answer = run(tmp_path / "B", "--seeds", "0", "--n-latents", "auto")
-    check_refusal(answer.code, answer.out, answer.err, 3, "'known' there and 'auto' here")
+    check_refusal(*run(tmp_path / "B", "--seeds", "0", "--n-latents", "auto"), 3, "'known' there and 'auto' here")
     assert len(given) == 1
 
 

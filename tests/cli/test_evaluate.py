@@ -11,13 +11,12 @@ import anndata as ad
 import pandas as pd
 import pytest
 
-from tests.support import PREDICTORS, check_refusal, invoke
+from tests.support import PREDICTORS, check_refusal, invoke, succeeds
 
 
 def test_a_short_table_and_a_sentence_and_the_rest_in_a_file(run_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "tables" / "conditions.csv"
-    answer = invoke("evaluate", run_folder, "--output", path)
-    assert answer.code == 0, answer.err
+    answer = succeeds("evaluate", run_folder, "--output", path)
     shown = pd.read_csv(io.StringIO(answer.out), sep="\t", dtype=str)
     assert list(shown.columns) == [
         "held out", "predictor", "pearson_delta", "l2", "r2_weighted_delta", "de_score", "discrimination", "mae"
@@ -35,15 +34,12 @@ def test_a_short_table_and_a_sentence_and_the_rest_in_a_file(run_folder: Path, t
     assert [line.split(":")[0] for line in lines] == ["held-out cells, 9 conditions", "Against the known truth"]
     assert "against the best baseline, the model is" in lines[0]
     assert {file.name for file in path.parent.iterdir()} == {"conditions.csv"}
-    again = invoke("evaluate", run_folder, "--output", path)
-    check_refusal(again.code, again.out, again.err, 3, "exists", "--force")
-    assert invoke("evaluate", run_folder, "--output", path, "--force").code == 0
+    check_refusal(*invoke("evaluate", run_folder, "--output", path), 3, "exists", "--force")
+    succeeds("evaluate", run_folder, "--output", path, "--force")
 
 
 def test_json_and_legacy(run_folder: Path) -> None:
-    answer = invoke("evaluate", run_folder, "--json", "--legacy")
-    assert answer.code == 0, answer.err
-    found = json.loads(answer.out)
+    found = json.loads(succeeds("evaluate", run_folder, "--json", "--legacy").out)
     assert set(found) == {"verdict", "notes", "summary", "comparisons", "conditions", "recovery"}
     assert {"legacy_r2", "legacy_mmd2", "legacy_rmse"} <= {row["metric"] for row in found["summary"]}
     no_change = [row for row in found["conditions"] if row["predictor"] == "no_change"]
@@ -52,12 +48,10 @@ def test_json_and_legacy(run_folder: Path) -> None:
 
 def test_other_cells(run_folder: Path, screen: ad.AnnData, tmp_path: Path) -> None:
     screen.copy().write_h5ad(tmp_path / "other.h5ad")
-    answer = invoke("evaluate", run_folder, "--data", tmp_path / "other.h5ad", "--json")
-    assert answer.code == 0, answer.err
+    answer = succeeds("evaluate", run_folder, "--data", tmp_path / "other.h5ad", "--json")
     assert "took part in the fit and are left out" in answer.err
     screen[screen.obs["perturbation"] != "control"].copy().write_h5ad(tmp_path / "lone.h5ad")
-    lone = invoke("evaluate", run_folder, "--data", tmp_path / "lone.h5ad")
-    check_refusal(lone.code, lone.out, lone.err, 3, "lone.h5ad", "control")
+    check_refusal(*invoke("evaluate", run_folder, "--data", tmp_path / "lone.h5ad"), 3, "lone.h5ad", "control")
 
 
 def test_refusals(run_folder: Path, tmp_path: Path) -> None:
@@ -72,16 +66,14 @@ def test_refusals(run_folder: Path, tmp_path: Path) -> None:
             "is a part of the run",
         ),
     ):
-        answer = invoke(*words)
-        check_refusal(answer.code, answer.out, answer.err, 3, said)
+        check_refusal(*invoke(*words), 3, said)
 
 
 def test_predictions_of_another_tool(screen: ad.AnnData, run_folder: Path, tmp_path: Path) -> None:
     data, means = tmp_path / "measured.h5ad", tmp_path / "means.h5ad"
     screen.copy().write_h5ad(data)
     screen[screen.obs["perturbation"] != "control"].copy().write_h5ad(means)  # as cells
-    answer = invoke("evaluate", means, "--data", data, "--json")
-    assert answer.code == 0, answer.err
+    answer = succeeds("evaluate", means, "--data", data, "--json")
     l2 = [row for row in json.loads(answer.out)["summary"] if row["predictor"] == "model" and row["metric"] == "l2"]
     assert l2[0]["mean"] == pytest.approx(0, abs=1e-5)
     for words, code, said in (
@@ -90,5 +82,4 @@ def test_predictions_of_another_tool(screen: ad.AnnData, run_folder: Path, tmp_p
         (["evaluate", run_folder, "--control-label", "control"], 2, "is for files of predictions"),
         (["evaluate", means, "--data", data, "--control-label", "nobody"], 3, "nobody"),
     ):
-        answer = invoke(*words)
-        check_refusal(answer.code, answer.out, answer.err, code, said)
+        check_refusal(*invoke(*words), code, said)

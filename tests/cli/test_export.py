@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from crlseq.run.run import Run
-from tests.support import invoke
+from tests.support import invoke, succeeds
 
 
 @pytest.mark.parametrize("part", ["h5ad", "graphml", "json", "csv"])
@@ -34,7 +34,7 @@ def test_export_writes_each_part_again(run_folder: Path, tmp_path: Path, part: s
     refused = invoke(*words)
     assert (refused.code, refused.out) == (3, "")
     assert "--force" in refused.err
-    assert invoke(*words, "--force").code == 0
+    succeeds(*words, "--force")
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 

@@ -16,10 +16,9 @@ import crlseq
 from crlseq.data.genesets import fitted_sets
 from crlseq.data.names import GeneNames
 from crlseq.errors import InputError
-from crlseq.pipeline.progress import Progress
 from crlseq.run.run import Run
 from tests.report.test_page import Page
-from tests.support import FAST, Answer, check_refusal, files_of, invoke
+from tests.support import FAST, Answer, after_epoch, check_refusal, files_of, interrupt, invoke, succeeds
 
 LINEAR = ["--method", "linear", "--n-latents", 3, "--bootstrap", 0]
 EVIL = ["<img src=x onerror=alert(1)>", "\x1b[31mred", "=1+1", "'`{{ 7*7 }}", "NA"]
@@ -40,8 +39,7 @@ def folder(screen_file: Path, gmt: Path, tmp_path_factory: pytest.TempPathFactor
     """A run whose encoder reads the sets, and whose gmt file is gone."""
     place = tmp_path_factory.mktemp("read")
     shutil.copy(gmt, place / "mine.gmt")
-    answer = invoke("fit", screen_file, "--output", place / "RUN", "--gene-sets", place / "mine.gmt", *LINEAR)
-    assert answer.code == 0, answer.err
+    answer = succeeds("fit", screen_file, "--output", place / "RUN", "--gene-sets", place / "mine.gmt", *LINEAR)
     assert "The encoder reads 10 gene sets" in answer.err and "1 with fewer than 5 fitted genes" in answer.err
     assert "Share of each program's variance" in answer.err
     (place / "mine.gmt").unlink()
@@ -77,8 +75,7 @@ def test_the_encoder_reads_the_sets_alone(folder: Path, read: Run) -> None:
 
 
 def test_predictions_without_the_file(folder: Path, screen: ad.AnnData, tmp_path: Path) -> None:
-    answer = invoke("predict", folder, "--perturbation", "g0", "--output", tmp_path / "g0.h5ad")
-    assert answer.code == 0, answer.err
+    succeeds("predict", folder, "--perturbation", "g0", "--output", tmp_path / "g0.h5ad")
     assert np.isfinite(ad.read_h5ad(tmp_path / "g0.h5ad").X).all()
     kept = ad.read_h5ad(folder / "crlseq.h5ad").obsm["X_crlseq"]
     assert crlseq.load(folder).latents(screen) == pytest.approx(kept, abs=1e-4)
@@ -106,8 +103,7 @@ def test_report(folder: Path, tmp_path: Path) -> None:
     sets = tmp_path / "sets.gmt"
     shutil.copy(folder / "gene_sets.gmt", sets)
     pytest.importorskip("gseapy")
-    answer = invoke("report", folder, "--gene-sets", sets, "--output", tmp_path / "page.html")
-    assert answer.code == 0, answer.err
+    succeeds("report", folder, "--gene-sets", sets, "--output", tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text())
     assert "img" not in {tag for tag, _ in page.tags} and not page.attributes("onerror")
 
@@ -124,13 +120,8 @@ def test_it_goes_on_without_the_file_and_not_with_another(screen_file: Path, gmt
     shutil.copy(gmt, mine)
     options = {**FAST, "epochs": 2, "gene_sets": str(mine)}
     whole = crlseq.fit(screen_file, tmp_path / "WHOLE", **options)
-
-    def stop(record: dict[str, float], n_epochs: int) -> None:
-        if record["epoch"] == 0:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        crlseq.fit(screen_file, tmp_path / "RUN", progress=Progress(epoch=stop), **options)
+        crlseq.fit(screen_file, tmp_path / "RUN", progress=after_epoch(0, interrupt), **options)
     mine.write_text(mine.read_text().replace("S0\t", "T0\t"))
     with pytest.raises(InputError, match="another input or other options"):
         crlseq.fit(screen_file, tmp_path / "RUN", resume=True, **options)
@@ -174,8 +165,7 @@ def test_bad_files(command: str, kind: str, screen_file: Path, linear_folder: Pa
         pytest.importorskip("gseapy")
     if content is not None:
         (tmp_path / "sets.gmt").write_bytes(content)
-    answer = asked(command, linear_folder, screen_file, tmp_path / "sets.gmt", tmp_path)
-    check_refusal(answer.code, answer.out, answer.err, 3, said)
+    check_refusal(*asked(command, linear_folder, screen_file, tmp_path / "sets.gmt", tmp_path), 3, said)
     assert {file.name for file in tmp_path.iterdir()} <= {"sets.gmt"}
 
 
@@ -187,7 +177,7 @@ def test_bad_files_are_refused_before_anything_is_read(kind: str, tmp_path: Path
         (tmp_path / "sets.gmt").write_bytes(content)
     for command in ("fit", "inspect", "report"):
         answer = asked(command, tmp_path / "RUN", tmp_path / "screen.h5ad", tmp_path / "sets.gmt", tmp_path)
-        check_refusal(answer.code, answer.out, answer.err, 3, said)
+        check_refusal(*answer, 3, said)
         assert "stage 2" not in answer.err
     assert {file.name for file in tmp_path.iterdir()} <= {"sets.gmt"}
 
@@ -209,5 +199,4 @@ def test_gene_sets_through_a_pipe(
 
 def test_a_missing_library_is_named(linear_folder: Path, gmt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crlseq.readout.enrichment.find_spec", lambda name: None)
-    answer = invoke("inspect", "programs", linear_folder, "--gene-sets", gmt)
-    check_refusal(answer.code, answer.out, answer.err, 2, "gseapy", ".[enrich]")
+    check_refusal(*invoke("inspect", "programs", linear_folder, "--gene-sets", gmt), 2, "gseapy", ".[enrich]")

@@ -25,7 +25,7 @@ from crlseq.cli.simulate import RANGES
 from crlseq.cli.simulate import simulate as simulate_command
 from crlseq.run.run import Run
 from crlseq.storage.csv import EXACT
-from tests.support import Answer, command, dense, environment, invoke, small_screen, spawn
+from tests.support import Answer, command, dense, edit_info, environment, invoke, small_screen, spawn, succeeds
 
 TABLES = ["programs", "interventions", "dag", "history", "pairs"]
 QUICK = ["--n-latents", 3, "--bootstrap", 0]  # the default method at its shortest
@@ -124,7 +124,7 @@ def test_the_matrix_of_pairs_on_a_terminal(ordered_folder: Path) -> None:
 
 def test_a_run_without_pairs_says_why(tmp_path: Path, screen_file: Path) -> None:
     folder = tmp_path / "RUN"
-    assert invoke("fit", screen_file, "--output", folder, "--method", "gradient", "--epochs", 1).code == 0
+    succeeds("fit", screen_file, "--output", folder, "--method", "gradient", "--epochs", 1)
     old = Path(__file__).parents[1] / "run" / "folder_0202a24"
     for path, why in ((folder, "found by likelihood"), (old, "before crlseq judged pairs")):
         answer = invoke("inspect", "pairs", path)
@@ -134,10 +134,10 @@ def test_a_run_without_pairs_says_why(tmp_path: Path, screen_file: Path) -> None
         assert why in table(invoke("inspect", path)).set_index("what")["value"]["pairs"]
         code, text = on_terminal("inspect", "dag", path)
         assert code == 0 and why in " ".join(text.split())
-        assert invoke("inspect", "ancestry", path).code == 0
-        assert invoke("report", path, "--output", tmp_path / "page.html", "--force").code == 0
+        succeeds("inspect", "ancestry", path)
+        succeeds("report", path, "--output", tmp_path / "page.html", "--force")
         assert why in (tmp_path / "page.html").read_text()
-        assert invoke("plot", path, "pairs", "--output", tmp_path / "pairs.svg", "--force").code == 0
+        succeeds("plot", path, "pairs", "--output", tmp_path / "pairs.svg", "--force")
         assert why in " ".join((tmp_path / "pairs.svg").read_text().split())
 
 
@@ -155,9 +155,6 @@ def test_programs_options(finished: Run, run_folder: Path) -> None:
     assert shown["gene"].tolist() == expected["gene"].tolist()
     assert shown["loading"].tolist() == [float(f"{value:.6g}") for value in expected["loading"]]
     assert len(table(invoke("inspect", "programs", run_folder))) == 3 * 20
-    wrong = invoke("inspect", "programs", run_folder, "--program", "P9")
-    assert (wrong.code, wrong.out) == (3, "")
-    assert "P0 to P2" in wrong.err
     assert invoke("inspect", "programs", run_folder, "--top", 0).code == 2
 
 
@@ -186,8 +183,6 @@ def test_one_program_as_json_and_on_a_terminal(finished: Run, run_folder: Path) 
     assert code == 0 and "\t" not in text
     assert f"{told.name}  {told.title}" in text and "of the effects of perturbations" in text
     assert f"downstream: {', '.join(f'{name} ({weight:+.2f})' for name, weight in told.children.items())}" in text
-    wrong = invoke("inspect", "program", run_folder, "P9")
-    assert (wrong.code, wrong.out) == (3, "") and "P0 to P2" in wrong.err
 
 
 def test_one_perturbation(finished: Run, run_folder: Path) -> None:
@@ -208,18 +203,16 @@ def test_one_perturbation(finished: Run, run_folder: Path) -> None:
     assert wrong.code == 3 and "Did you mean 'g0'" in wrong.err
 
 
-def test_a_run_of_an_older_format_has_no_effects(run_folder: Path, tmp_path: Path) -> None:
-    old = tmp_path / "OLD"
-    shutil.copytree(run_folder, old)
-    (old / "effects.csv").unlink()
-    damaged = invoke("inspect", "perturbation", old, "g0")
+def test_a_run_of_an_older_format_has_no_effects(copied_run: Path, tmp_path: Path) -> None:
+    of_g0 = ("inspect", "perturbation", copied_run, "g0")
+    (copied_run / "effects.csv").unlink()
+    damaged = invoke(*of_g0)
     assert damaged.code == 3 and "damaged" in damaged.err
-    info = json.loads((old / "run.json").read_text())
-    (old / "run.json").write_text(json.dumps(info | {"format": 3, "version": "0.0.9"}))
-    for words in (("inspect", "perturbation", old, "g0"), ("plot", old, "effects-map", "-o", tmp_path / "x.png")):
+    edit_info(copied_run, format=3, version="0.0.9")
+    for words in (of_g0, ("plot", copied_run, "effects-map", "-o", tmp_path / "x.png")):
         answer = invoke(*words)
         assert answer.code == 3 and "crlseq 0.0.9, whose runs hold no effects on genes" in answer.err
-    assert invoke("inspect", old).code == 0
+    succeeds("inspect", copied_run)
 
 
 def test_interventions_are_sorted_by_program_and_those_without_a_claim_come_last(run_folder: Path) -> None:
@@ -362,7 +355,7 @@ def test_broken_pipes(run_folder: Path) -> None:
 
 def test_names_that_stdout_cannot_encode(tmp_path: Path, screen_file: Path) -> None:
     folder = tmp_path / "Δ"
-    assert invoke("fit", screen_file, "--output", folder, "--epochs", 1, "--method", "gradient").code == 0
+    succeeds("fit", screen_file, "--output", folder, "--epochs", 1, "--method", "gradient")
     for name, text in (("interventions.csv", "g0"), ("run.json", '"g0"')):
         (folder / name).write_text((folder / name).read_text().replace(text, text.replace("g0", "漢")))
     shown = spawn("inspect", "interventions", folder, PYTHONIOENCODING="ascii")
@@ -416,11 +409,8 @@ def test_check_agrees_with_fit_about_cells_that_are_not_used(tmp_path: Path) -> 
     adata.X = x
     adata.obs["perturbation"] = labels
     adata.write_h5ad(tmp_path / "screen.h5ad")
-    assert invoke("check", tmp_path / "screen.h5ad").code == 0
-    answer = invoke(
-        "fit", tmp_path / "screen.h5ad", "--output", tmp_path / "RUN", "--epochs", 1, "--method", "gradient"
-    )
-    assert answer.code == 0, answer.err
+    succeeds("check", tmp_path / "screen.h5ad")
+    succeeds("fit", tmp_path / "screen.h5ad", "--output", tmp_path / "RUN", "--epochs", 1, "--method", "gradient")
     x[6] = 0
     adata.X = x
     adata.write_h5ad(tmp_path / "screen.h5ad")
@@ -449,41 +439,35 @@ def test_version_and_module() -> None:
     [["--help"], ["-h"], ["fit", "--help"], ["inspect", "--help"], ["inspect", "programs", "--help"], ["check", "-h"]],
 )
 def test_help(words: list[str]) -> None:
-    answer = invoke(*words)
-    assert answer.code == 0
-    assert "Usage" in answer.out
+    assert "Usage" in succeeds(*words).out
+
+
+HEAVY = {"torch", "scanpy", "anndata", "pandas", "numpy", "scipy", "sklearn", "networkx", "h5py", "matplotlib", "zarr"}
+
+
+def imported_by(*words: object) -> set[str]:
+    """Which of the heavy libraries a command has imported in the end."""
+    code = (
+        "import sys\nfrom crlseq.cli.app import main\nsys.argv = ['crlseq', *sys.argv[1:]]\n"
+        "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code\nprint('\\n' + ' '.join(sys.modules))"
+    )
+    run = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(run, capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == 0, done.stderr
+    return HEAVY & set(done.stdout.splitlines()[-1].split())
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys\nfrom crlseq.cli.app import main\nsys.argv = ['crlseq', *sys.argv[1:]]\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'scanpy', 'anndata', 'pandas', 'numpy', 'scipy', 'sklearn', 'networkx', 'h5py', 'matplotlib'}\n"
-        "print('HEAVY', sorted(heavy & sys.modules.keys()))"
-    )
-    for words in (["--help"], ["fit", "--help"], ["--version"]):
-        shown = subprocess.run(
-            [sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment(), timeout=60
-        )
-        assert shown.stdout.splitlines()[-1] == "HEAVY []", shown.stdout[-300:] + shown.stderr
+    for words in ("--help", "fit --help", "--version"):
+        assert imported_by(*words.split()) == set()
 
 
 def test_inspect_and_report_need_no_torch(run_folder: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom crlseq.cli.app import main\nsys.argv = ['crlseq', *sys.argv[1:]]\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\nassert not {'torch', 'scanpy', 'anndata', 'matplotlib', 'zarr'} & sys.modules.keys()"
-    )
-    folder = str(run_folder)
     for words in (
-        ["inspect", folder],
-        ["inspect", "dag", folder],
-        ["inspect", "program", folder, "P0"],
-        ["report", folder, "--output", str(tmp_path / "x.html")],
-    ):
-        shown = subprocess.run(
-            [sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment(), timeout=60
-        )
-        assert shown.returncode == 0, shown.stderr
+        ["inspect", run_folder], ["inspect", "dag", run_folder], ["inspect", "program", run_folder, "P0"],
+        ["report", run_folder, "--output", tmp_path / "x.html"],
+    ):  # fmt: skip
+        assert not {"torch", "scanpy", "anndata", "matplotlib", "zarr"} & imported_by(*words)
 
 
 @pytest.mark.parametrize(
@@ -510,39 +494,27 @@ def test_simulate_has_the_arguments_and_defaults_of_the_function() -> None:
 
 def test_simulate(tmp_path: Path) -> None:
     path = tmp_path / "s.h5ad"
-    words = [
-        "simulate",
-        "--output",
-        path,
-        "--n-latents",
-        2,
-        "--n-genes",
-        20,
-        "--cells-per-perturbation",
-        10,
-        "--n-control",
-        20,
-    ]
-    words += ["--expected-parents", 0.5]
-    assert invoke(*words).code == 0
-    assert invoke("check", path, "--json").code == 0
+    small = "--n-latents 2 --n-genes 20 --cells-per-perturbation 10 --n-control 20 --expected-parents 0.5"
+    words = ["simulate", "--output", path, *small.split()]
+    succeeds(*words)
+    succeeds("check", path, "--json")
     again = invoke(*words)
     assert again.code == 3
     assert "--force" in again.err
-    assert invoke(*words, "--force").code == 0
+    succeeds(*words, "--force")
     more = [
         "--penetrance",
         "0.4,0.6",
         "--guides",
-        2,
+        "2",
         "--background",
-        1,
+        "1",
         "--cell-cycle",
         "--edge-size",
         "1,1",
         "--force",
     ]
-    assert invoke(*words, *more).code == 0
+    succeeds(*words, *more)
     screen = ad.read_h5ad(path)
     assert screen.obsm["true_background"].shape[1] == 3 and screen.obs["guide"].nunique() == 2 * 9
     assert screen.uns["truth"]["target"]["penetrance"].between(0, 1, inclusive="neither").any()

@@ -17,7 +17,7 @@ from crlseq.cli.export import KINDS
 from crlseq.export.registry import FORMATS
 from crlseq.run.run import Run
 from crlseq.run.schema import COLUMNS
-from tests.support import Answer, dense, invoke, small_screen
+from tests.support import Answer, dense, invoke, small_screen, succeeds
 
 SAYS = "None of the 6 perturbations has a detectable effect"
 NEVER = ("learned by gradient", "converged", "0 of 6 perturbations have", "not identified", "NaN", "nan")
@@ -91,8 +91,8 @@ def test_whatever_is_asked_for(options: dict[str, Any], tmp_path: Path) -> None:
 )
 def test_inspect(fitted: tuple[Path, Answer], words: str) -> None:
     name, *more = words.split()
-    answer = invoke("inspect", name, fitted[0], *more)
-    assert answer.code == 0 and "Traceback" not in answer.err
+    answer = succeeds("inspect", name, fitted[0], *more)
+    assert "Traceback" not in answer.err
     never = [text for text in NEVER if text != "not identified" or not more]  # the verdict itself, as a value
     assert not any(text in answer.out + answer.err for text in never)
     if name in ("summary", "programs", "dag", "pairs"):
@@ -115,8 +115,7 @@ def test_the_report(fitted: tuple[Path, Answer]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_plots(fitted: tuple[Path, Answer], tmp_path: Path, kind: str) -> None:
     one = {"volcano": ("--perturbation", "g0"), "violin": ("--program", "P0")}.get(kind, ())
-    answer = invoke("plot", fitted[0], kind, *one, "--output", tmp_path / "x.svg")
-    assert answer.code == 0, answer.err
+    succeeds("plot", fitted[0], kind, *one, "--output", tmp_path / "x.svg")
     text = (tmp_path / "x.svg").read_text()
     nothing = ("No perturbation", "No network", "0 of 6 perturbations", "No gene surely", "g0: 0 of 40 genes change")
     assert any(word in text for word in nothing)
@@ -124,14 +123,13 @@ def test_plots(fitted: tuple[Path, Answer], tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_exports(fitted: tuple[Path, Answer], tmp_path: Path, name: str) -> None:
-    answer = invoke("export", fitted[0], "--format", name, "--output", tmp_path / f"x{FORMATS[name].suffix}")
-    assert answer.code == 0, answer.err
+    succeeds("export", fitted[0], "--format", name, "--output", tmp_path / f"x{FORMATS[name].suffix}")
 
 
 def test_predictions_are_control_cells(fitted: tuple[Path, Answer], run: Run, tmp_path: Path) -> None:
     out = tmp_path / "virtual.h5ad"
-    answer = invoke("predict", fitted[0], "-p", "g0", "-p", "g1+g0", "--counterfactual", "--output", out)
-    assert answer.code == 0 and "the predicted cells are the control cells" in answer.err
+    answer = succeeds("predict", fitted[0], "-p", "g0", "-p", "g1+g0", "--counterfactual", "--output", out)
+    assert "the predicted cells are the control cells" in answer.err
     assert "0 of 40 genes change; total change 0.000" in answer.err and "nan" not in answer.err
     virtual, cells = ad.read_h5ad(out), ad.read_h5ad(fitted[0] / "crlseq.h5ad")
     assert virtual.obs["perturbation"].value_counts().to_dict() == {"control": 100, "g0": 100, "g0+g1": 100}
@@ -149,12 +147,11 @@ def test_predictions_are_control_cells(fitted: tuple[Path, Answer], run: Run, tm
 
 
 def test_evaluate_says_so(fitted: tuple[Path, Answer]) -> None:
-    answer = invoke("evaluate", fitted[0])
-    assert answer.code == 0 and "control cells: no change" in answer.err
+    assert "control cells: no change" in succeeds("evaluate", fitted[0]).err
 
 
 def test_the_run_is_repeated(fitted: tuple[Path, Answer]) -> None:
-    assert invoke("rerun", fitted[0]).code == 0
+    succeeds("rerun", fitted[0])
 
 
 def test_annotated_cells_have_no_programs(fitted: tuple[Path, Answer]) -> None:
@@ -170,7 +167,7 @@ def test_sets_and_vectors_are_of_no_use(source: Path, tmp_path: Path) -> None:
     )
     vectors.write_text("gene,a,b\n" + "".join(f"g{i},{i % 3},{i % 2}\n" for i in range(8)))
     words = ("--gene-sets", gmt, "--embeddings", vectors)
-    assert invoke("fit", source, "--output", tmp_path / "RUN", *words).code == 0
+    succeeds("fit", source, "--output", tmp_path / "RUN", *words)
     run = crlseq.load(tmp_path / "RUN")
     assert run.pathways is None and run.extrapolation is None and crlseq.enrich(run, gmt).empty
 

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 import crlseq
 from crlseq.errors import InputError
 from crlseq.run.run import Run
-from tests.support import FAST, SINGLES, dense, fit_file, fit_h5ad, invoke, relabelled, small_screen
+from tests.support import FAST, SINGLES, dense, fit_file, fit_h5ad, invoke, relabelled, small_screen, succeeds
 
 # --- labels
 
@@ -47,10 +47,10 @@ def test_weird_labels(tmp_path: Path, weird: list[str]) -> None:
     assert set(kept.obs["perturbation"]) == {"control", *weird}
     assert set(kept.uns["crlseq"]["interventions"].index) == set(weird)
     for words in (["interventions"], ["dag"], ["programs"], []):
-        assert invoke("inspect", *words, tmp_path / "RUN").code == 0
+        succeeds("inspect", *words, tmp_path / "RUN")
     listed = json.loads(invoke("inspect", "interventions", tmp_path / "RUN", "--json").out)
     assert sorted(row["perturbation"] for row in listed) == sorted(weird)
-    assert invoke("check", tmp_path / "screen.h5ad").code == 0
+    succeeds("check", tmp_path / "screen.h5ad")
 
 
 def test_labels_called_na_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -59,20 +59,10 @@ def test_labels_called_na_are_dropped_and_counted(tmp_path: Path) -> None:
     assert "Cells labelled 'NA' are excluded (30)." in run.info["notes"]
 
 
-def integers() -> ad.AnnData:
+@pytest.mark.parametrize("kind", [int, "category"])
+def test_integer_labels(tmp_path: Path, kind: Any) -> None:
     adata = relabelled(control="0", **{name: str(i + 1) for i, name in enumerate(SINGLES)})
-    adata.obs["perturbation"] = adata.obs["perturbation"].astype(int)
-    return adata
-
-
-def test_integer_labels(tmp_path: Path) -> None:
-    run = fit_h5ad(integers(), tmp_path, "--perturbation-key", "perturbation", "--control-label", 0)
-    assert sorted(run.interventions["perturbation"]) == ["1", "2", "3", "4", "5", "6"]
-
-
-def test_integer_levels(tmp_path: Path) -> None:
-    adata = integers()
-    adata.obs["perturbation"] = adata.obs["perturbation"].astype("category")
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(int).astype(kind)
     run = fit_h5ad(adata, tmp_path, "--perturbation-key", "perturbation", "--control-label", 0)
     assert sorted(run.interventions["perturbation"]) == ["1", "2", "3", "4", "5", "6"]
 

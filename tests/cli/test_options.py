@@ -18,14 +18,13 @@ from rich.text import Text
 import crlseq
 from crlseq.cli.app import app
 from crlseq.cli.options import FLAGS, option, read_config
-from tests.support import FAST, SINGLES, dense, fit_file, fit_h5ad, invoke, small_screen, spawn
+from tests.support import FAST, SINGLES, dense, fit_file, fit_h5ad, invoke, small_screen, spawn, succeeds
 
 
 @pytest.mark.parametrize("asked", ["auto", "3", None])
 def test_number_of_programs(screen_file: Path, tmp_path: Path, asked: str | None) -> None:
     words = [] if asked is None else ["--n-latents", asked]
-    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--method", "linear", "--bootstrap", 0, *words)
-    assert answer.code == 0, answer.err
+    succeeds("fit", screen_file, "--output", tmp_path / "RUN", "--method", "linear", "--bootstrap", 0, *words)
     run = crlseq.load(tmp_path / "RUN")
     assert run.info["config"]["model"]["n_latents"] == (3 if asked == "3" else "auto")
     assert len(run.program_names) == run.info["n_latents"] == len(run.adjacency)
@@ -42,8 +41,7 @@ def test_number_of_programs(screen_file: Path, tmp_path: Path, asked: str | None
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_dtype(screen_file: Path, tmp_path: Path, preset: str, dtype: str) -> None:
     words = ["--preset", preset, "--dtype", dtype, "--epochs", 1, "--method", "gradient"]
-    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", *words)
-    assert answer.code == 0, answer.err
+    succeeds("fit", screen_file, "--output", tmp_path / "RUN", *words)
     assert str(crlseq.load(tmp_path / "RUN").model.scm.graph.dtype) == f"torch.{dtype}"
 
 
@@ -178,8 +176,7 @@ def test_the_command_that_check_gives(
     found = json.loads(invoke("check", "a screen.h5ad", *options, "--separator", separator, "--json").out)
     words = shlex.split(found["command"])
     assert words[:2] == ["crlseq", "fit"]
-    answer = invoke(*words[1:], "--epochs", 1, "--method", "gradient")
-    assert answer.code == 0, answer.err
+    succeeds(*words[1:], "--epochs", 1, "--method", "gradient")
     run = crlseq.load(tmp_path / "a screen-run")
     assert len(run.interventions) == found["n_singles"] == (7 if separator else 9)
     assert run.info["config"]["data"]["batch_key"] == "batch"
@@ -200,8 +197,7 @@ def test_check_holds_cells_out_where_there_are_enough(tmp_path: Path, cells: int
 
 def test_an_ensemble_says_what_its_seeds_agree_on(screen_file: Path, tmp_path: Path) -> None:
     words = ["fit", screen_file, "--n-latents", 2, "--ensemble", 3, "--epochs", 2]
-    answer = invoke(*words, "--method", "gradient", "--output", tmp_path / "RUN")
-    assert answer.code == 0, answer.err
+    succeeds(*words, "--method", "gradient", "--output", tmp_path / "RUN")
     run = crlseq.load(tmp_path / "RUN")
     assert run.ensemble is not None
     counts = run.ensemble["kind"].value_counts()
@@ -288,8 +284,7 @@ def test_a_run_is_named_after_its_screen_where_nobody_names_it(
     screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    answer = invoke("fit", screen_file, "--method", "linear", "--n-latents", 2, "--bootstrap", 0)
-    assert answer.code == 0, answer.err
+    answer = succeeds("fit", screen_file, "--method", "linear", "--n-latents", 2, "--bootstrap", 0)
     assert "Written to screen-run in " in answer.err and "Next: crlseq inspect screen-run" in answer.err
     assert crlseq.load("screen-run").facts.n_latents == 2
     again = invoke("fit", screen_file)

@@ -12,25 +12,13 @@ import pandas as pd
 import pytest
 
 from crlseq.prediction.changes import top_changes
-from tests.support import check_refusal, files_below, invoke
+from tests.support import check_refusal, files_below, invoke, succeeds
 
 
 def test_file(run_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "virtual.h5ad"
-    words = (
-        "predict",
-        run_folder,
-        "--perturbation",
-        "g1+g0",
-        "--perturbation",
-        "g6",
-        "--n-cells",
-        50,
-        "--output",
-        output,
-    )
-    answer = invoke(*words)
-    assert answer.code == 0, answer.err
+    words = ("predict", run_folder, "-p", "g1+g0", "--perturbation", "g6", "--n-cells", 50, "--output", output)
+    answer = succeeds(*words)
     assert answer.out == ""
     assert "'g6' has no detectable effect" in answer.err
     virtual = ad.read_h5ad(output)
@@ -40,8 +28,7 @@ def test_file(run_folder: Path, tmp_path: Path) -> None:
     assert files_below(tmp_path) == {"new", "new/virtual.h5ad"}
 
     before = output.read_bytes()
-    answer = invoke(*words)
-    check_refusal(answer.code, answer.out, answer.err, 3, "exists", "--force")
+    check_refusal(*invoke(*words), 3, "exists", "--force")
     assert output.read_bytes() == before
     assert invoke(*words, "--force", "--seed", 1, "--quiet").err == ""
     assert output.read_bytes() != before
@@ -49,14 +36,13 @@ def test_file(run_folder: Path, tmp_path: Path) -> None:
 
 def test_hit_cells(run_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "virtual.h5ad"
-    assert invoke("predict", run_folder, "-p", "g0", "--hit-cells", "-o", output, "--quiet").code == 0
+    succeeds("predict", run_folder, "-p", "g0", "--hit-cells", "-o", output, "--quiet")
     assert ad.read_h5ad(output).obs["hit"].all()
 
 
 def test_summary(run_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "virtual.h5ad"
-    answer = invoke("predict", run_folder, "-p", "g0", "--counterfactual", "--n-cells", 30, "-o", output, "--json")
-    assert answer.code == 0, answer.err
+    answer = succeeds("predict", run_folder, "-p", "g0", "--counterfactual", "--n-cells", 30, "-o", output, "--json")
     said = json.loads(answer.out)
     assert said["n_cells"] == 30 and said["output"] == str(output)
     (row,) = said["predictions"]
@@ -69,8 +55,7 @@ def test_other_cells(run_folder: Path, screen: ad.AnnData, tmp_path: Path) -> No
     others = screen[::3].copy()
     others.write_h5ad(tmp_path / "others.h5ad")
     output = tmp_path / "virtual.h5ad"
-    answer = invoke("predict", run_folder, "-p", "g0", "--from", tmp_path / "others.h5ad", "-o", output)
-    assert answer.code == 0, answer.err
+    answer = succeeds("predict", run_folder, "-p", "g0", "--from", tmp_path / "others.h5ad", "-o", output)
     n = int((others.obs["perturbation"] == "control").sum())
     assert f"{n} of the {others.n_obs} cells" in answer.err
     assert ad.read_h5ad(output).n_obs == n
@@ -121,28 +106,24 @@ def test_where_nothing_changes_no_gene_is_named() -> None:
 )
 def test_refusals(run_folder: Path, tmp_path: Path, label: str, says: str) -> None:
     answer = invoke("predict", run_folder, "--perturbation", label, "--output", tmp_path / "virtual.h5ad")
-    check_refusal(answer.code, answer.out, answer.err, 3, says)
+    check_refusal(*answer, 3, says)
     assert files_below(tmp_path) == set()
 
 
 def test_bad_places(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for output in (tmp_path, tmp_path / "file" / "virtual.h5ad"):
-        answer = invoke("predict", run_folder, "-p", "g0", "-o", output)
-        check_refusal(answer.code, answer.out, answer.err, 3)
+        check_refusal(*invoke("predict", run_folder, "-p", "g0", "-o", output), 3)
     for output in (run_folder / "crlseq.h5ad", run_folder / "run.json"):
         before = output.read_bytes()
-        answer = invoke("predict", run_folder, "-p", "g0", "-o", output, "--force")
-        check_refusal(answer.code, answer.out, answer.err, 3, "a part of the run")
+        check_refusal(*invoke("predict", run_folder, "-p", "g0", "-o", output, "--force"), 3, "a part of the run")
         assert output.read_bytes() == before
     answer = invoke("predict", run_folder, "-p", "g0", "-o", tmp_path / "file", "--from", tmp_path / "file", "--force")
-    check_refusal(answer.code, answer.out, answer.err, 3, "an input of the prediction")
-    answer = invoke("predict", run_folder, "-p", "g0", "-o", tmp_path / ("x" * 300))
-    check_refusal(answer.code, answer.out, answer.err, 3, "cannot be written")
-    answer = invoke("predict", tmp_path, "-p", "g0", "-o", tmp_path / "virtual.h5ad")
-    check_refusal(answer.code, answer.out, answer.err, 3, "not a run folder")
+    check_refusal(*answer, 3, "an input of the prediction")
+    check_refusal(*invoke("predict", run_folder, "-p", "g0", "-o", tmp_path / ("x" * 300)), 3, "cannot be written")
+    check_refusal(*invoke("predict", tmp_path, "-p", "g0", "-o", tmp_path / "virtual.h5ad"), 3, "not a run folder")
     answer = invoke("predict", run_folder, "-p", "g0", "-o", tmp_path / "v.h5ad", "--from", tmp_path / "file")
-    check_refusal(answer.code, answer.out, answer.err, 3, "not a file that crlseq reads")
+    check_refusal(*answer, 3, "not a file that crlseq reads")
     assert files_below(tmp_path) == {"file"}
 
 
@@ -157,5 +138,5 @@ def test_nothing_half_written(run_folder: Path, tmp_path: Path) -> None:
 
     with mock.patch("crlseq.storage.hdf5.write_h5ad", full):
         answer = invoke("predict", run_folder, "-p", "g0", "-o", output, "--force", "--quiet")
-    check_refusal(answer.code, answer.out, answer.err, 3, "No space left")
+    check_refusal(*answer, 3, "No space left")
     assert files_below(tmp_path) == {"virtual.h5ad"} and output.read_text() == "before"

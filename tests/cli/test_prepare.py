@@ -20,7 +20,7 @@ import crlseq
 from crlseq.data import matrix, storewriter
 from crlseq.data.prepare import prepare
 from crlseq.data.store import read_manifest
-from tests.support import check_refusal, clear_screen, dense, files_below, fit_file, invoke, small_screen
+from tests.support import check_refusal, clear_screen, dense, files_below, fit_file, invoke, small_screen, succeeds
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +56,7 @@ def contents(store: Path) -> dict[str, str]:
 
 def refuse(folder: Path, *words: object, says: tuple[str, ...] = ()) -> None:
     before = files_below(folder.parent)
-    answer = invoke("prepare", *words, "--output", folder.parent / "STORE")
-    check_refusal(answer.code, answer.out, answer.err, 3, *says)
+    check_refusal(*invoke("prepare", *words, "--output", folder.parent / "STORE"), 3, *says)
     assert files_below(folder.parent) == before
 
 
@@ -77,14 +76,13 @@ def test_several_files_become_one_store(two_files: tuple[ad.AnnData, list[Path]]
     assert list(joined["donor"].dropna()) == ["d1"] * 300
     assert np.array_equal(joined["score"].to_numpy()[300:], np.arange(440.0))
     assert joined["score"][:300].isna().all()
-    found = invoke("check", folder / "STORE", "--json")
-    assert found.code == 0 and json.loads(found.out)["n_cells"] == 740
+    assert json.loads(succeeds("check", folder / "STORE", "--json").out)["n_cells"] == 740
 
 
 def test_names_of_cells_that_several_files_use_are_told_apart(folder: Path) -> None:
     for name, seed in (("a.h5ad", 0), ("b.h5ad", 1)):
         small_screen(seed=seed).write_h5ad(folder / name)
-    assert invoke("prepare", folder / "a.h5ad", folder / "b.h5ad", "--output", folder / "STORE").code == 0
+    succeeds("prepare", folder / "a.h5ad", folder / "b.h5ad", "--output", folder / "STORE")
     read = ad.read_zarr(folder / "STORE")
     assert read.n_obs == 560 and read.obs_names.is_unique
     assert np.array_equal(dense(read["c5-1"]), dense(small_screen(seed=1)["c5"]))
@@ -103,7 +101,7 @@ def test_values_stay_as_they_are(folder: Path, change: Callable[[Any], Any]) -> 
     adata = small_screen()
     adata.X = change(adata.X)
     adata.write_h5ad(folder / "a.h5ad")
-    assert invoke("prepare", folder / "a.h5ad", "--output", folder / "STORE").code == 0
+    succeeds("prepare", folder / "a.h5ad", "--output", folder / "STORE")
     read = ad.read_zarr(folder / "STORE")
     assert read.X.dtype == adata.X.dtype
     assert np.array_equal(dense(read), dense(adata[read.obs_names]))
@@ -113,7 +111,7 @@ def test_a_layer(folder: Path) -> None:
     adata = small_screen()
     adata.layers["raw"], adata.X = adata.X, sp.csr_matrix(np.full(adata.shape, 0.5))
     adata.write_h5ad(folder / "a.h5ad")
-    assert invoke("prepare", folder / "a.h5ad", "--layer", "raw", "--output", folder / "STORE").code == 0
+    succeeds("prepare", folder / "a.h5ad", "--layer", "raw", "--output", folder / "STORE")
     read = ad.read_zarr(folder / "STORE")
     assert np.array_equal(dense(read), adata[read.obs_names].layers["raw"].toarray())
 
@@ -149,8 +147,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(
         with pytest.raises(_Stop):
             prepare(paths, folder / "STORE")
     assert not (folder / "STORE").exists()
-    answer = invoke("prepare", *paths, "--output", folder / "STORE")
-    check_refusal(answer.code, answer.out, answer.err, 3, "unfinished store", "--resume")
+    check_refusal(*invoke("prepare", *paths, "--output", folder / "STORE"), 3, "unfinished store", "--resume")
     answer = invoke("prepare", *paths, "--output", folder / "STORE", "--seed", 1, "--resume")
     assert answer.code == 3 and "other options" in answer.err
     read: list[int] = []
@@ -162,7 +159,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storewriter.Buckets, "add", counted)
-        assert invoke("prepare", *paths, "--output", folder / "STORE", "--resume").code == 0
+        succeeds("prepare", *paths, "--output", folder / "STORE", "--resume")
     assert contents(folder / "STORE") == contents(folder / "whole")
     assert len(read) == (15 - int(number) if kind == "block" else 0)  # 300 and 440 cells in blocks of 50
     assert not (folder / "STORE.partial").exists()
@@ -176,22 +173,19 @@ def test_resuming_what_is_finished(two_files: tuple[ad.AnnData, list[Path]], fol
     left = folder / "STORE.partial"
     left.mkdir()
     (left / "progress.json").write_text("{}")
-    answer = invoke("prepare", *paths, "--output", store, "--resume")
-    assert answer.code == 0 and "already finished" in answer.err
+    assert "already finished" in succeeds("prepare", *paths, "--output", store, "--resume").err
     assert contents(store) == before and not left.exists()
     answer = invoke("prepare", *paths, "--output", store, "--seed", 1, "--resume")
-    check_refusal(answer.code, answer.out, answer.err, 3, "with other options", "--force")
-    answer = invoke("prepare", paths[0], "--output", store, "--resume")
-    check_refusal(answer.code, answer.out, answer.err, 3, "other files", "--force")
+    check_refusal(*answer, 3, "with other options", "--force")
+    check_refusal(*invoke("prepare", paths[0], "--output", store, "--resume"), 3, "other files", "--force")
     assert contents(store) == before
 
 
 def test_starting_over_and_replacing(two_files: tuple[ad.AnnData, list[Path]], folder: Path) -> None:
     target, paths = folder / "STORE", two_files[1]
-    assert invoke("prepare", paths[0], "--output", target).code == 0
+    succeeds("prepare", paths[0], "--output", target)
     before = contents(target)
-    refuse_again = invoke("prepare", *paths, "--output", target)
-    check_refusal(refuse_again.code, refuse_again.out, refuse_again.err, 3, "exists", "--force")
+    check_refusal(*invoke("prepare", *paths, "--output", target), 3, "exists", "--force")
     assert contents(target) == before
     assert invoke("prepare", *paths, "--output", target, "--force", "--quiet").err == ""
     manifest = read_manifest(target)
@@ -204,8 +198,7 @@ def test_what_is_no_store_is_left_alone(two_files: tuple[ad.AnnData, list[Path]]
     (folder / "other.partial").mkdir()
     (folder / "other.partial" / "notes.txt").write_text("hello")
     for name in ("mine", "other"):
-        answer = invoke("prepare", *two_files[1], "--output", folder / name, "--force")
-        check_refusal(answer.code, answer.out, answer.err, 3, "left alone")
+        check_refusal(*invoke("prepare", *two_files[1], "--output", folder / name, "--force"), 3, "left alone")
     assert (folder / "mine" / "notes.txt").exists() and (folder / "other.partial" / "notes.txt").exists()
 
 
@@ -238,7 +231,7 @@ def test_files_without_labels_or_without_a_matrix(folder: Path) -> None:
 
 @pytest.fixture
 def store(folder: Path, screen_file: Path) -> Path:
-    assert invoke("prepare", screen_file, "--output", folder / "store").code == 0
+    succeeds("prepare", screen_file, "--output", folder / "store")
     return folder / "store"
 
 
@@ -269,7 +262,7 @@ def test_labels_are_those_it_was_prepared_with(folder: Path) -> None:
     adata.obs["guide"] = adata.obs.pop("perturbation").cat.rename_categories({"control": "safe"})
     adata.write_h5ad(folder / "a.h5ad")
     words = ("--perturbation-key", "guide", "--control-label", "safe")
-    assert invoke("prepare", folder / "a.h5ad", *words, "--output", folder / "store").code == 0
+    succeeds("prepare", folder / "a.h5ad", *words, "--output", folder / "store")
     run = fit_file(folder / "store")
     assert (run.info["perturbation_key"], run.info["control_label"]) == ("guide", "safe")
 
@@ -293,6 +286,5 @@ def test_damaged_stores_are_refused(store: Path, command: str, damage: str) -> N
         meta["attributes"]["encoding-version"] = "9.0.0"
         (store / "obs" / "zarr.json").write_text(json.dumps(meta))
     words = ["fit", store, "--output", store.parent / "RUN"] if command == "fit" else ["check", store]
-    answer = invoke(*words)
-    check_refusal(answer.code, answer.out, answer.err, 3, "is damaged")
+    check_refusal(*invoke(*words), 3, "is damaged")
     assert not (store.parent / "RUN").exists()

@@ -16,7 +16,7 @@ import pytest
 
 import crlseq
 from crlseq.errors import InputError
-from tests.support import environment, invoke, relabelled, spawn
+from tests.support import environment, invoke, relabelled, spawn, succeeds
 
 SAME = [
     "model.safetensors",
@@ -121,8 +121,7 @@ main()
 def whole(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What the fit ends with when nobody interrupts it."""
     folder = tmp_path_factory.mktemp("whole") / "RUN"
-    answer = invoke("fit", screen_file, "--output", folder, *FIT)
-    assert answer.code == 0, answer.err
+    succeeds("fit", screen_file, "--output", folder, *FIT)
     return results(folder)
 
 
@@ -162,13 +161,10 @@ def test_killed_and_resumed(
     assert other.code == 3
     assert "other options" in other.err
     assert unfinished(folder)
-    resumed = invoke(*words, "--resume")
-    assert resumed.code == 0, resumed.err
+    succeeds(*words, "--resume")
     assert results(folder) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["RUN"]
-    again = invoke(*words, "--resume")
-    assert again.code == 0
-    assert "finished already" in again.err
+    assert "finished already" in succeeds(*words, "--resume").err
 
 
 @pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGINT])
@@ -181,8 +177,7 @@ def test_interrupted(screen_file: Path, whole: dict[str, bytes], tmp_path: Path,
     assert err.splitlines()[-1].startswith("Interrupted.")
     assert "--resume" in err.splitlines()[-1]
     assert unfinished(folder)
-    answer = invoke(*words, "--resume" if with_signal == signal.SIGTERM else "--force")
-    assert answer.code == 0, answer.err
+    succeeds(*words, "--resume" if with_signal == signal.SIGTERM else "--force")
     assert results(folder) == whole
 
 
@@ -210,7 +205,7 @@ def test_damaged_checkpoint(
     answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--resume", *GRADIENT)
     assert answer.code == 3, answer.err
     assert "Traceback" not in answer.err
-    assert invoke("fit", screen_file, "--output", tmp_path / "RUN", "--force", *GRADIENT).code == 0
+    succeeds("fit", screen_file, "--output", tmp_path / "RUN", "--force", *GRADIENT)
 
 
 def test_another_input_is_not_resumed(run_folder: Path, screen_file: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -15,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import crlseq
 from crlseq.experiments.rerun import causes, differences
-from tests.support import check_refusal, invoke, spawn
+from tests.support import check_refusal, edit_info, edited, invoke, spawn, succeeds
 
 FIT = ["--method", "gradient", "--epochs", 2, "--n-latents", 2, "--hold-out-cells", 0.2]
 
@@ -41,11 +40,6 @@ def first_of(folders: tuple[Path, Path]) -> str:
     return str(next(differences(*folders)))
 
 
-def edit_info(folder: Path, **changes: Any) -> None:
-    info = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(info | changes))
-
-
 def test_the_same_from_another_folder(fitted: Path, tmp_path: Path) -> None:
     done = spawn("rerun", fitted / "RUN", "--json", cwd=tmp_path, PYTHONHASHSEED="7")
     assert done.returncode == 0, done.stderr
@@ -61,8 +55,7 @@ def test_a_run_of_a_device_that_is_not_here(fitted: Path, tmp_path: Path) -> Non
     config["training"]["device"] = "cuda"
     edit_info(tmp_path / "RUN", device="cuda:0", config=config)
     words = ["rerun", tmp_path / "RUN", "--data", fitted / "screen.h5ad"]
-    same = invoke(*words)
-    assert same.code == 0, same.err
+    same = succeeds(*words)
     assert "The run was fitted on cuda:0, and is repeated on the CPU. --device cuda:0 cannot be used: " in same.err
     config["training"]["seed"] = 1
     edit_info(tmp_path / "RUN", config=config)
@@ -84,8 +77,7 @@ def test_another_result_is_told(fitted: Path, tmp_path: Path) -> None:
     }
     edit_info(tmp_path / "RUN", config=info["config"], input={**info["input"], "path": "gone.h5ad"}, **changes)
     words = ["rerun", tmp_path / "RUN", "--output", tmp_path / "AGAIN", "--quiet"]
-    missing = invoke(*words)
-    check_refusal(missing.code, missing.out, missing.err, 3, "gone.h5ad does not exist", "--data")
+    check_refusal(*invoke(*words), 3, "gone.h5ad does not exist", "--data")
     answer = invoke(*words, "--data", fitted / "screen.h5ad")
     assert answer.code == 4, answer.err
     first, then, why = answer.err.splitlines()
@@ -96,26 +88,23 @@ def test_another_result_is_told(fitted: Path, tmp_path: Path) -> None:
     for word in ("crlseq was 0.0.1", "torch was 2.4.0", "number of processes was 2 and is 1", "cores was None"):
         assert word in why
     assert crlseq.load(tmp_path / "AGAIN").info["seed"] == 1
-    refused = invoke(*words, "--data", fitted / "screen.h5ad")
-    check_refusal(refused.code, refused.out, refused.err, 3, "exists")
+    check_refusal(*invoke(*words, "--data", fitted / "screen.h5ad"), 3, "exists")
 
 
 def test_another_input_is_refused(fitted: Path, tmp_path: Path) -> None:
-    shutil.copy(fitted / "screen.h5ad", tmp_path / "other.h5ad")
-    with h5py.File(tmp_path / "other.h5ad", "r+") as handle:
+    with edited(fitted / "screen.h5ad", tmp_path / "other.h5ad") as handle:
         handle["X/data"][0] += 1
     answer = invoke("rerun", fitted / "RUN", "--data", tmp_path / "other.h5ad", "--quiet")
-    check_refusal(answer.code, answer.out, answer.err, 3, "not the file that", "SHA-256")
+    check_refusal(*answer, 3, "not the file that", "SHA-256")
     itself = invoke("rerun", fitted / "RUN", "--output", fitted / "RUN", "--force", "--quiet")
-    check_refusal(itself.code, itself.out, itself.err, 3, "is the run itself")
+    check_refusal(*itself, 3, "is the run itself")
 
 
 def test_a_run_of_cells_in_memory(fitted: Path, tmp_path: Path) -> None:
     shutil.copytree(fitted / "RUN", tmp_path / "RUN")
     edit_info(tmp_path / "RUN", input={"path": "in memory", "sha256": "", "n_cells": 740, "n_genes": 40})
-    answer = invoke("rerun", tmp_path / "RUN", "--quiet")
-    check_refusal(answer.code, answer.out, answer.err, 3, "data in memory", "--data")
-    assert invoke("rerun", tmp_path / "RUN", "--quiet", "--data", fitted / "screen.h5ad").code == 0
+    check_refusal(*invoke("rerun", tmp_path / "RUN", "--quiet"), 3, "data in memory", "--data")
+    succeeds("rerun", tmp_path / "RUN", "--quiet", "--data", fitted / "screen.h5ad")
 
 
 def test_a_cell_of_a_table(copies: tuple[Path, Path]) -> None:

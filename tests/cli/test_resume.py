@@ -13,7 +13,7 @@ import crlseq
 from crlseq.config import DataConfig
 from crlseq.pipeline.identity import TABLES, Identity
 from crlseq.pipeline.progress import Progress
-from tests.support import Answer, files_below, invoke
+from tests.support import Answer, edit_info, files_below, invoke
 
 OPTIONS = ("--method", "linear", "--bootstrap", 0, "--n-latents", 2)
 
@@ -72,8 +72,7 @@ def test_a_finished_run_is_of_its_input(screen_file: Path, other: Path, tmp_path
 def test_a_run_of_another_version_is_told(screen_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "RUN"
     assert fit(screen_file, run).code == 0
-    info = json.loads((run / "run.json").read_text()) | {"version": "0.0.9"}
-    (run / "run.json").write_text(json.dumps(info))
+    edit_info(run, version="0.0.9")
     answer = fit(screen_file, run, "--resume")
     assert answer.code == 3 and f"crlseq was 0.0.9 and is {crlseq.__version__}" in answer.err
 

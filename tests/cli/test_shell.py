@@ -17,7 +17,7 @@ import pytest
 import crlseq
 from crlseq.storage import files
 from crlseq.training.memory import out_of_memory
-from tests.support import check_refusal, command, environment, invoke
+from tests.support import check_refusal, command, environment, invoke, succeeds
 
 LINEAR: list[object] = ["--method", "linear", "--n-latents", 2, "--bootstrap", 0]
 FULL = Path("/dev/full")
@@ -101,7 +101,7 @@ def test_a_tilde_is_expanded_once_at_the_command_line(
     shutil.copy(screen_file, home / "screen.h5ad")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
-    assert invoke("fit", "~/screen.h5ad", "--output=~/RUN", *LINEAR).code == 0
+    succeeds("fit", "~/screen.h5ad", "--output=~/RUN", *LINEAR)
     for words in (
         ("inspect", "programs", "~/RUN"),
         ("inspect", "~/RUN"),
@@ -109,8 +109,7 @@ def test_a_tilde_is_expanded_once_at_the_command_line(
         ("export", "~/RUN", "--format", "csv", "--output=~/tables"),
         ("report", "~/RUN"),
     ):
-        answer = invoke(*words)
-        assert answer.code == 0, answer.err
+        succeeds(*words)
     assert {path.name for path in home.iterdir()} == {"screen.h5ad", "RUN", "virtual.h5ad", "tables"}
     assert list(here.iterdir()) == []
     shutil.rmtree(home / "RUN")
@@ -123,8 +122,7 @@ def test_a_tilde_is_expanded_once_at_the_command_line(
 def test_places_without_a_name(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "inner").mkdir()
     monkeypatch.chdir(tmp_path / "inner")
-    answer = invoke("inspect", "programs", place)
-    check_refusal(answer.code, answer.out, answer.err, 3, "is not a run folder")
+    check_refusal(*invoke("inspect", "programs", place), 3, "is not a run folder")
 
 
 def test_a_working_folder_that_was_removed(
@@ -133,8 +131,7 @@ def test_a_working_folder_that_was_removed(
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    answer = invoke("inspect", "programs", linear_folder)
-    check_refusal(answer.code, answer.out, answer.err, 3, "working folder was removed")
+    check_refusal(*invoke("inspect", "programs", linear_folder), 3, "working folder was removed")
 
 
 # --- inputs that never end
@@ -158,8 +155,7 @@ def test_pipes_and_devices_as_input(linear_folder: Path, screen_file: Path, tmp_
     shutil.copytree(linear_folder, tmp_path / "RUN")
     (tmp_path / "RUN" / "programs.csv").unlink()
     os.mkfifo(tmp_path / "RUN" / "programs.csv")
-    answer = invoke("inspect", "programs", tmp_path / "RUN")
-    check_refusal(answer.code, answer.out, answer.err, 3, "is a pipe, not a file")
+    check_refusal(*invoke("inspect", "programs", tmp_path / "RUN"), 3, "is a pipe, not a file")
 
 
 LISTS = (["--config"], ["--gene-sets"], ["--genes"], ["--guide-key", "perturbation", "--guide-map"])

@@ -11,7 +11,7 @@ import pytest
 
 import crlseq
 from crlseq.run.run import Run
-from tests.support import files_of, invoke
+from tests.support import files_of, invoke, succeeds
 
 G = 50
 
@@ -28,11 +28,19 @@ def sparse_screen() -> ad.AnnData:
 def folder(sparse_screen: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = tmp_path_factory.mktemp("sparse")
     sparse_screen.write_h5ad(inputs / "screen.h5ad")
-    answer = invoke(
-        "fit", inputs / "screen.h5ad", "--output", inputs / "RUN", "--decoder", "sparse", "--n-latents", 3,
-        "--bootstrap", 0, "--method", "linear", "--hold-out-cells", 0.1,
-    )  # fmt: skip
-    assert answer.code == 0, answer.err
+    words = [
+        "--decoder",
+        "sparse",
+        "--n-latents",
+        "3",
+        "--bootstrap",
+        "0",
+        "--method",
+        "linear",
+        "--hold-out-cells",
+        "0.1",
+    ]
+    succeeds("fit", inputs / "screen.h5ad", "--output", inputs / "RUN", *words)
     return inputs / "RUN"
 
 
@@ -86,7 +94,7 @@ def test_all_that_flows_from_the_decoder_is_there(run: Run, folder: Path, sparse
     controls = (sparse_screen.obs["perturbation"] == "control").to_numpy()
     assert latents[controls].std(0) == pytest.approx(np.ones(3), abs=0.1)
     assert x.shape[0] == len(latents)
-    assert invoke("inspect", folder).code == 0
+    succeeds("inspect", folder)
 
 
 def test_a_dense_run_has_no_anchors(finished: Run, run_folder: Path) -> None:

@@ -86,6 +86,5 @@ def test_debug_shows_a_traceback(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["check", "inspect", "export", "report"])
 def test_other_commands_refuse_what_is_missing(tmp_path: Path, name: str) -> None:
     options = {"export": ["--format", "csv", "--output", tmp_path / "tables"]}.get(name, [])
-    answer = invoke(name, tmp_path / "none", *options)
-    check_refusal(answer.code, answer.out, answer.err, 3, "none")
+    check_refusal(*invoke(name, tmp_path / "none", *options), 3, "none")
     assert not files_below(tmp_path)

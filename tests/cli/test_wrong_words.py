@@ -38,6 +38,7 @@ def test_the_nearest_names_come_first_whatever_their_case() -> None:
         ("inspect program RUN gene1", 3, "gene1 is a gene with its largest loadings in P"),
         ("inspect program RUN p1", 3, "Did you mean 'P1'"),
         ("inspect programs RUN --program P7", 3, "Programs are P0 to P2."),
+        ("inspect program RUN P9", 3, "Programs are P0 to P2."),
         ("plot RUN dgg --output x.png", 2, "Did you mean 'dag'?"),
         ("plot RUN embedding --perturbation G0 --output x.png", 3, "Did you mean 'g0'"),
         ("predict RUN --perturbation g00 --output x.h5ad", 3, "Did you mean 'g0'"),
@@ -52,8 +53,7 @@ def test_what_to_write_instead(
 ) -> None:
     (tmp_path / "RUN").symlink_to(run_folder)
     monkeypatch.chdir(tmp_path)
-    answer = invoke(*words.split())
-    check_refusal(answer.code, answer.out, answer.err, code, hint)
+    check_refusal(*invoke(*words.split()), code, hint)
     assert [path.name for path in tmp_path.iterdir()] == ["RUN"]
 
 

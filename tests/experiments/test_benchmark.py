@@ -203,14 +203,20 @@ def test_a_failed_fit_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert summary.loc["default", "shd"] == table.loc[("default", 4), "shd"]
 
 
-def test_what_a_fit_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, Any]] = []
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of every fit, none of which comes to an end."""
+    found: list[dict[str, Any]] = []
 
     def refusing(source: Any, **options: Any) -> Any:
-        given.append(options)
+        found.append(options)
         raise ConvergenceError("No.")
 
     monkeypatch.setattr(module, "fit", refusing)
+    return found
+
+
+def test_what_a_fit_is_given(tmp_path: Path, given: list[dict[str, Any]]) -> None:
     wanted = {"scenarios": ["linear-counts", "toy"], "seeds": [6], "simulator": TINY, "n_latents": "auto"}
     benchmark(tmp_path / "B", **wanted)
     assert [options["values"] for options in given] == ["counts"] * len(METHODS) + ["continuous"] * len(METHODS)
@@ -348,14 +354,7 @@ def test_without_interventions(tmp_path: Path) -> None:
     assert summary.set_index("method").loc["sparse-vae", "failed"] == 0
 
 
-def test_options_of_single_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, Any]] = []
-
-    def refusing(source: Any, **options: Any) -> Any:
-        given.append(options)
-        raise ConvergenceError("No.")
-
-    monkeypatch.setattr(module, "fit", refusing)
+def test_options_of_single_methods(tmp_path: Path, given: list[dict[str, Any]]) -> None:
     wanted = {**SMALL, "methods": ["default", "paper"], "of_methods": {"paper": {"epochs": 7}}}
     benchmark(tmp_path / "B", **wanted)
     assert [options["epochs"] for options in given] == [1, 7]

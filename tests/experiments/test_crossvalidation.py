@@ -16,7 +16,7 @@ from crlseq.errors import InputError, UsageError
 from crlseq.experiments import crossvalidation
 from crlseq.experiments.crossvalidation import cross_validate, default_splits, fold_config, make_folds, over_folds
 from crlseq.run.run import Run
-from tests.support import PREDICTORS, check_refusal, dense, invoke
+from tests.support import PREDICTORS, check_refusal, dense, invoke, succeeds
 
 LINEAR = {"method": "linear", "n_latents": 2, "bootstrap": 0}
 
@@ -155,8 +155,7 @@ def test_unseen_singles_and_combinations_of_them(linear: Run, labelled: Perturba
 def test_command_and_refusals(linear: Run, tmp_path: Path) -> None:
     path = tmp_path / "folds.csv"
     words = ["evaluate", linear.path, "--cross-validate", "--folds", 2, "--splits", "cells"]
-    answer = invoke(*words, "--output", path)
-    assert answer.code == 0, answer.err
+    answer = succeeds(*words, "--output", path)
     assert "fold 2 of 2" in answer.err and "against the best baseline, the model is" in answer.err
     assert set(pd.read_csv(path)["fold"]) == {0, 1}
     assert set(pd.read_csv(io.StringIO(answer.out), sep="\t")["held out"]) == {"held-out cells"}
@@ -164,10 +163,8 @@ def test_command_and_refusals(linear: Run, tmp_path: Path) -> None:
         (["--data", path], "--data names another"),
         (["--splits", "genes"], "There is no split 'genes'"),
     ):
-        refused = invoke(*words, *more)
-        check_refusal(refused.code, refused.out, refused.err, 2, said)
-    refused = invoke("evaluate", linear.path, "--splits", "cells")
-    check_refusal(refused.code, refused.out, refused.err, 2, "--cross-validate")
+        check_refusal(*invoke(*words, *more), 2, said)
+    check_refusal(*invoke("evaluate", linear.path, "--splits", "cells"), 2, "--cross-validate")
 
 
 def test_nothing_to_hold_out_and_damage(linear: Run, screen: ad.AnnData, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from crlseq.data.perturbations import read_perturbations
 from crlseq.errors import InputError, UsageError
 from crlseq.experiments.halves import by_guides, divided, fit_halves
 from crlseq.run.run import Run
-from tests.support import check_refusal, invoke
+from tests.support import check_refusal, invoke, succeeds
 
 
 def test_largest_first_to_the_smaller_side() -> None:
@@ -53,8 +53,7 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_guides_replicate(guided: Run, tmp_path: Path) -> None:
     output = tmp_path / "compared"
-    answer = invoke("compare", guided.folder, "--split", "guides", "--output", output, "--json")
-    assert answer.code == 0, answer.err
+    answer = succeeds("compare", guided.folder, "--split", "guides", "--output", output, "--json")
     assert "half 2 of 2" in answer.err
     told = json.loads(answer.out)
     assert told["matched"] == 3
@@ -65,7 +64,7 @@ def test_guides_replicate(guided: Run, tmp_path: Path) -> None:
     page = (output / "comparison.html").read_text()
     assert told["sentences"][0] in page
     assert "<script" not in page
-    check_refusal(*_of(invoke("compare", guided.folder, guided.folder, "--output", output)), 3, "exists", "--force")
+    check_refusal(*invoke("compare", guided.folder, guided.folder, "--output", output), 3, "exists", "--force")
 
 
 def test_batches(guided: Run) -> None:
@@ -85,10 +84,6 @@ def test_refusals(guided: Run) -> None:
         fit_halves(guided, "batches")
     with pytest.raises(InputError, match="no column 'lane'"):
         fit_halves(guided, "batches", "lane")
-    check_refusal(*_of(invoke("compare", guided.folder)), 2, "another one", "--split guides")
-    check_refusal(*_of(invoke("compare", guided.folder, guided.folder, "--split", "guides")), 2, "another one")
-    check_refusal(*_of(invoke("compare", guided.folder, guided.folder, "--split-key", "lane")), 2, "belongs to --split")
-
-
-def _of(answer: object) -> tuple[int, str, str]:
-    return answer.code, answer.out, answer.err  # type: ignore[attr-defined]
+    check_refusal(*invoke("compare", guided.folder), 2, "another one", "--split guides")
+    check_refusal(*invoke("compare", guided.folder, guided.folder, "--split", "guides"), 2, "another one")
+    check_refusal(*invoke("compare", guided.folder, guided.folder, "--split-key", "lane"), 2, "belongs to --split")

@@ -18,7 +18,7 @@ from crlseq.config import DataConfig
 from crlseq.experiments.planted import Controls, Plan, controls_of, controls_of_run, plant, plant_run
 from crlseq.experiments.power import in_sentences, power, share
 from crlseq.run.run import Run
-from tests.support import check_refusal, clear_screen, invoke
+from tests.support import check_refusal, clear_screen, invoke, succeeds
 
 GENES = ("a", "b", "c", "d")
 
@@ -187,8 +187,7 @@ def test_the_command(pilot: Run, tmp_path: Path) -> None:
     screen, table, figure = tmp_path / "screen.h5ad", tmp_path / "power.csv", tmp_path / "power.svg"
     crlseq.simulate(n_latents=3, n_genes=60, cells_per_perturbation=20, n_control=500, depth=2000.0).write_h5ad(screen)
     words = ["power", screen, "--cells", "20,150", "--effect", "1", "--perturbations", 6, "--programs", 2]
-    first = invoke(*words, "--repeats", 1, "--threads", 1, "--json", "--output", table, "--plot", figure)
-    assert first.code == 0, first.err
+    first = succeeds(*words, "--repeats", 1, "--threads", 1, "--json", "--output", table, "--plot", figure)
     told = json.loads(first.out)
     assert [row["cells"] for row in told["table"]] == [20, 150]
     assert told["table"][1]["detected"] == 1
@@ -224,24 +223,20 @@ def test_a_scenario() -> None:
     ],
 )
 def test_refusals(screen_file: Path, words: list[str], code: int, says: str) -> None:
-    answer = invoke("power", screen_file, *words)
-    check_refusal(answer.code, answer.out, answer.err, code, says)
+    check_refusal(*invoke("power", screen_file, *words), code, says)
 
 
 def test_options_of_screens_belong_to_screens(pilot: Run, tmp_path: Path) -> None:
     for source, word in ((pilot.folder, "a run"), ("linear-counts", "a scenario")):
-        answer = invoke("power", source, "--effect", "1")
-        check_refusal(answer.code, answer.out, answer.err, 2, "--effect", word)
+        check_refusal(*invoke("power", source, "--effect", "1"), 2, "--effect", word)
     for source, code, says in (("toy", 2, "toy"), (tmp_path / "none.h5ad", 3, "none.h5ad")):
-        answer = invoke("power", source)
-        check_refusal(answer.code, answer.out, answer.err, code, says)
+        check_refusal(*invoke("power", source), code, says)
 
 
 def test_a_run_without_effect(tmp_path: Path) -> None:
     screen = crlseq.simulate(n_latents=3, n_genes=40, cells_per_perturbation=20, n_control=100, penetrance=(0.0, 0.0))
     crlseq.fit(screen, tmp_path / "RUN", method="linear", bootstrap=0, threads=1)
-    answer = invoke("power", tmp_path / "RUN")
-    check_refusal(answer.code, answer.out, answer.err, 3, "no perturbation with a detectable effect")
+    check_refusal(*invoke("power", tmp_path / "RUN"), 3, "no perturbation with a detectable effect")
 
 
 def test_controls_of_a_screen_are_its_control_cells(screen: ad.AnnData, screen_file: Path) -> None:

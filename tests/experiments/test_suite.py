@@ -18,7 +18,7 @@ from crlseq.experiments.benchmark import COLUMNS
 from crlseq.experiments.fits import known_targets, scenario_screen
 from crlseq.experiments.scenarios import EXTERNAL, METHODS, QUICK, SCENARIOS, SUITES, Suite
 from crlseq.experiments.suite import right, run_suite, summarised
-from tests.support import check_refusal, invoke
+from tests.support import check_refusal, invoke, succeeds
 
 ROW: dict[str, Any] = {
     "verdict": "identified", "edges_true": 3, "edges_right": 2, "edges_wrong": 0, "ancestor_precision": 1.0,
@@ -144,8 +144,7 @@ def test_cnmf_where_it_is_installed() -> None:
     ],
 )  # fmt: skip
 def test_options_that_contradict_a_suite(tmp_path: Path, options: list[str], says: str) -> None:
-    answer = invoke("benchmark", "--output", tmp_path / "S", *options)
-    check_refusal(answer.code, answer.out, answer.err, 2, says)
+    check_refusal(*invoke("benchmark", "--output", tmp_path / "S", *options), 2, says)
     assert not (tmp_path / "S").exists()
 
 
@@ -155,8 +154,7 @@ def test_at_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setitem(suite.QUICK, "field", SMALL)
     monkeypatch.setattr(module, "fit", failing)
-    answer = invoke("benchmark", "--output", tmp_path / "S", "--suite", "field", "--quick", "--threads", 1)
-    assert answer.code == 0, answer.err
+    answer = succeeds("benchmark", "--output", tmp_path / "S", "--suite", "field", "--quick", "--threads", 1)
     header, *rows = (line.split("\t") for line in answer.out.splitlines())
     assert header[:4] == ["scenario", "method", "runs", "refused"] and len(rows) == 10
     assert "suite.html" in answer.err

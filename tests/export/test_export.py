@@ -30,7 +30,7 @@ from crlseq.run.run import Run
 from crlseq.run.schema import Identification
 from crlseq.run.tables import edge_table
 from crlseq.storage.csv import EXACT
-from tests.support import check_refusal, dense, fit_h5ad, invoke, small_screen
+from tests.support import check_refusal, dense, fit_h5ad, invoke, small_screen, succeeds
 from tests.synthetic import program_row, synthetic_run
 
 mpl.use("Agg")
@@ -225,7 +225,7 @@ def test_mudata(guided_folder: Path, tmp_path: Path) -> None:
 def test_without_mudata_the_extra_is_named(run_folder: Path, tmp_path: Path) -> None:
     with mock.patch("crlseq.export.registry.find_spec", return_value=None):
         answer = invoke("export", run_folder, "--format", "h5mu", "--output", tmp_path / "x.h5mu")
-    check_refusal(answer.code, answer.out, answer.err, 2, "mudata", ".[mudata]")
+    check_refusal(*answer, 2, "mudata", ".[mudata]")
     assert not list(tmp_path.iterdir())
 
 
@@ -240,8 +240,7 @@ def test_conventions_of_others(
     guided_folder: Path, tmp_path: Path, name: str, key: str, control: str, style: str, double: str
 ) -> None:
     path = tmp_path / "cells.h5ad"
-    answer = invoke("export", guided_folder, "--format", name, "--output", path)
-    assert answer.code == 0, answer.err
+    answer = succeeds("export", guided_folder, "--format", name, "--output", path)
     adata, fitted = ad.read_h5ad(path), ad.read_h5ad(guided_folder / "crlseq.h5ad")
     labels = fitted.obs["crlseq_perturbation"].astype(str)
     known = ~labels.isin(["unassigned", "multiple"])

@@ -25,7 +25,7 @@ from crlseq.errors import InputError
 from tests.faults.isolated import isolated
 from tests.faults.outcomes import Outcome, fitted, read
 from tests.faults.screens import Damage, Recipe, bases, categories_beside, damage, damages, make, recipes, write
-from tests.support import check_refusal, fit_file, invoke, small_screen
+from tests.support import check_refusal, edited, fit_file, invoke, small_screen, succeeds
 
 SLICE: dict[str, Any] = {
     "deadline": None, "derandomize": True, "database": None, "phases": [Phase.generate],
@@ -110,8 +110,7 @@ def refused(path: Path, words: str) -> None:
 
 
 def test_a_link_to_itself_in_the_place_of_the_matrix(screen_file: Path, tmp_path: Path) -> None:
-    shutil.copy(screen_file, tmp_path / "odd.h5ad")
-    with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
+    with edited(screen_file, tmp_path / "odd.h5ad") as handle:
         del handle["X"]
         handle["X"] = h5py.SoftLink("/X")
     refused(tmp_path / "odd.h5ad", "too many links")
@@ -121,16 +120,14 @@ def test_a_link_to_itself_in_the_place_of_the_matrix(screen_file: Path, tmp_path
 @pytest.mark.parametrize("link", ["/", "."])
 def test_a_group_within_itself(screen_file: Path, tmp_path: Path, place: str, link: str) -> None:
     """Reading went round until Python's stack was full, for up to half a minute."""
-    shutil.copy(screen_file, tmp_path / "odd.h5ad")
-    with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
+    with edited(screen_file, tmp_path / "odd.h5ad") as handle:
         inside = handle.require_group(place.rpartition("/")[0])
         handle[place] = h5py.SoftLink(link) if link == "/" else inside
     refused(tmp_path / "odd.h5ad", f"{place.rpartition('/')[2]}' that lies within itself")
 
 
 def test_links_that_lead_nowhere_or_twice_to_one_group_are_left_alone(screen_file: Path, tmp_path: Path) -> None:
-    shutil.copy(screen_file, tmp_path / "odd.h5ad")
-    with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
+    with edited(screen_file, tmp_path / "odd.h5ad") as handle:
         handle["uns/nowhere"] = h5py.SoftLink("/gone")
         handle["uns/round"] = h5py.SoftLink("/uns/round")
         handle["uns/var"] = handle["var"]
@@ -205,8 +202,7 @@ def test_folds_of_a_run_with_a_damaged_matrix_beside_x(linear_folder: Path, tmp_
         handle[place + "/indptr"][5] = handle[place + "/indptr"][-1]
 
     def cross_validate() -> Outcome:
-        answer = invoke("evaluate", folder, "--cross-validate", "--folds", 2)
-        check_refusal(answer.code, answer.out, answer.err, 3, "crlseq.h5ad cannot be read")
+        check_refusal(*invoke("evaluate", folder, "--cross-validate", "--folds", 2), 3, "crlseq.h5ad cannot be read")
         return {"outcome": "refused"}
 
     no_fault(cross_validate, place)
@@ -214,8 +210,7 @@ def test_folds_of_a_run_with_a_damaged_matrix_beside_x(linear_folder: Path, tmp_
 
 @pytest.mark.parametrize("slot", ["layers", "uns", "obsm"])
 def test_a_number_in_the_place_of_a_group(screen_file: Path, tmp_path: Path, slot: str) -> None:
-    shutil.copy(screen_file, tmp_path / "odd.h5ad")
-    with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
+    with edited(screen_file, tmp_path / "odd.h5ad") as handle:
         del handle[slot]
         handle[slot] = 5
     refused(tmp_path / "odd.h5ad", slot)
@@ -225,8 +220,7 @@ def test_a_number_in_the_place_of_a_group(screen_file: Path, tmp_path: Path, slo
 def test_a_link_that_leads_nowhere_in_the_place_of_a_group(screen_file: Path, tmp_path: Path, slot: str) -> None:
     """Nothing that a fit reads: its results take the place, instead of failing when everything is done."""
     path = tmp_path / "odd.h5ad"
-    shutil.copy(screen_file, path)
-    with h5py.File(path, "r+") as handle:
+    with edited(screen_file, path) as handle:
         del handle[slot]
         handle[slot] = h5py.SoftLink("/gone")
     found = read(path)
@@ -314,8 +308,7 @@ def test_false_heaps_take_no_longer_than_their_bytes(
 ) -> None:
     """130 kB that look like the beginnings of 4,096 heaps, each of which would hold all of the others."""
     unit = b"\1\0\0\0\0\0\0\0" + (16).to_bytes(8, "little") + b"GCOL\1\0\0\0" + (1 << 62).to_bytes(8, "little")
-    shutil.copy(screen_file, tmp_path / "screen.h5ad")
-    with h5py.File(tmp_path / "screen.h5ad", "r+") as handle:
+    with edited(screen_file, tmp_path / "screen.h5ad") as handle:
         handle["uns/blob"] = np.frombuffer(unit * 4096, dtype="u1")
     looked, unpack = 0, hdf5.OBJECT
 
@@ -329,7 +322,7 @@ def test_false_heaps_take_no_longer_than_their_bytes(
             return unpack.unpack_from(content, place)
 
     monkeypatch.setattr(hdf5, "OBJECT", Counting)
-    assert invoke("check", tmp_path / "screen.h5ad").code == 0
+    succeeds("check", tmp_path / "screen.h5ad")
     assert 0 < looked < 4 * 2 * 4096 * 8  # each place once, whenever the file is opened
 
 
@@ -370,8 +363,7 @@ def test_a_heap_that_never_ends_within_a_run(
     monkeypatch.chdir(tmp_path)
 
     def ask() -> Outcome:
-        answer = invoke(*READERS[command])
-        check_refusal(answer.code, answer.out, answer.err, 3, "has a text heap that never ends")
+        check_refusal(*invoke(*READERS[command]), 3, "has a text heap that never ends")
         return {"outcome": "refused"}
 
     no_fault(ask, command)

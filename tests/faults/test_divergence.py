@@ -14,7 +14,7 @@ import crlseq
 from crlseq.storage.checkpoint import load_checkpoint
 from crlseq.training.learner import MAX_SLOWER
 from crlseq.training.objective import Objective, Step
-from tests.support import Answer, clear_screen, invoke
+from tests.support import Answer, clear_screen, invoke, succeeds
 
 AGAIN = "The loss is not finite in epoch {}; it is repeated with a quarter of the learning rate."
 
@@ -129,8 +129,7 @@ def test_a_perturbation_whose_cells_are_all_the_same(tmp_path: Path, method: str
     adata.X = x.tocsr()
     adata.write_h5ad(tmp_path / "screen.h5ad")
     words = ["--method", method, "--n-latents", 3, "--epochs", 2, "--bootstrap", 2]
-    answer = invoke("fit", tmp_path / "screen.h5ad", "--output", tmp_path / "RUN", *words)
-    assert answer.code == 0, answer.err
+    succeeds("fit", tmp_path / "screen.h5ad", "--output", tmp_path / "RUN", *words)
     run = check_finite(tmp_path / "RUN")
     assert (run.interventions["perturbation"] == "g2").sum() == 1
     assert np.isfinite(run.evaluation[["mmd2", "l2", "pearson_delta"]].to_numpy()).all()

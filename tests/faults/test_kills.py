@@ -16,7 +16,7 @@ from crlseq.pipeline import fit as fitting
 from crlseq.storage import runfolder
 from crlseq.storage.files import _HOST, written_whole
 from tests.faults.test_unwritable import in_a_fork
-from tests.support import Answer, files_of, invoke
+from tests.support import Answer, files_of, invoke, succeeds
 
 WORDS = ("--method", "gradient", "--epochs", 1, "--n-latents", 2)
 KILLED = 137
@@ -190,17 +190,16 @@ def test_an_output_is_locked_until_after_the_rename(
 
 def test_a_store_whose_replacement_was_killed(screen_file: Path, tmp_path: Path) -> None:
     store = tmp_path / "place" / "STORE"
-    assert invoke("prepare", screen_file, "--output", store).code == 0
+    succeeds("prepare", screen_file, "--output", store)
     words = ("prepare", screen_file, "--output", store, "--seed", 1, "--force")
     answer = in_a_fork(ends_after_the_exchange, *words)
     if answer.code == 0:
         pytest.skip("this system cannot exchange two names")
     old = store.with_name("STORE.partial") / "store"
     (old / "X" / "data" / "c" / "99").write_bytes(b"of the old one")
-    answer = invoke(*words, "--resume")
-    assert answer.code == 0, answer.err
+    succeeds(*words, "--resume")
     assert beside(store) == ["STORE"] and not (store / "X" / "data" / "c" / "99").exists()
-    assert invoke("check", store).code == 0
+    succeeds("check", store)
 
 
 # --- power cuts
@@ -245,7 +244,7 @@ def test_what_is_said_to_be_written_survives_a_power_cut(
         saved = steps.index(("rename", "resume.pt"))
         assert steps[saved + 1] == ("sync", "RUN.partial")
     steps.clear()
-    assert invoke("prepare", screen_file, "--output", place / "STORE").code == 0
+    succeeds("prepare", screen_file, "--output", place / "STORE")
     moved = steps.index(("rename", "STORE"))
     assert {("sync", "store"), ("sync", "zarr.json"), ("sync", "crlseq.json")} <= {*steps[:moved]}
     assert ("sync", "place") in steps[moved:]

@@ -17,7 +17,7 @@ from crlseq.pipeline.progress import Progress
 from crlseq.storage.checkpoint import load_checkpoint
 from crlseq.training.memory import out_of_memory
 from crlseq.training.objective import Objective, Step
-from tests.support import check_refusal, invoke
+from tests.support import check_refusal, invoke, succeeds
 
 FIT: dict[str, Any] = {
     "method": "gradient", "n_latents": 2, "epochs": 3, "batch_size": 16, "dtype": "float64", "ensemble": 2,
@@ -71,8 +71,7 @@ def test_a_step_in_two_parts(
 ) -> None:
     calls: list[Step] = []
     short_of_memory(monkeypatch, lambda step: calls.append(step) or len(calls) == at, error)  # type: ignore[func-returns-value]
-    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", *WORDS)
-    assert answer.code == 0, answer.err
+    answer = succeeds("fit", screen_file, "--output", tmp_path / "RUN", *WORDS)
     assert answer.err.count("not enough memory") == 1 and SAID.format(2) in answer.err
     check_same(tmp_path / "RUN", whole)
     info = crlseq.load(tmp_path / "RUN").info
@@ -118,13 +117,10 @@ def test_memory_for_nothing(screen_file: Path, whole: Path, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         short_of_memory(patch, lambda step: passes.append(step) or len(passes) > 12, MemoryError())  # type: ignore[func-returns-value]
         answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", *WORDS, "--quiet")
-    check_refusal(
-        answer.code, answer.out, answer.err, 3, "not enough memory for a step of one perturbation", "--resume"
-    )
+    check_refusal(*answer, 3, "not enough memory for a step of one perturbation", "--resume")
     saved = load_checkpoint(tmp_path / "RUN.partial" / "resume.pt")
     assert saved["epoch"] == 0 and not (tmp_path / "RUN").exists()
-    answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", *WORDS, "--resume")
-    assert answer.code == 0, answer.err
+    succeeds("fit", screen_file, "--output", tmp_path / "RUN", *WORDS, "--resume")
     check_same(tmp_path / "RUN", whole)
 
 
@@ -137,5 +133,5 @@ def test_memory_for_no_screen(
 
     monkeypatch.setattr("crlseq.pipeline.fit.principal_components", fails)
     answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", *WORDS, "--quiet")
-    check_refusal(answer.code, answer.out, answer.err, 3, "There is not enough memory", "--n-top-genes")
+    check_refusal(*answer, 3, "There is not enough memory", "--n-top-genes")
     assert out_of_memory(error) and not out_of_memory(RuntimeError("shapes do not match"))

@@ -24,18 +24,17 @@ from crlseq.storage.checkpoint import load_checkpoint, mend_checkpoint, previous
 from crlseq.training import trainer
 from crlseq.training.learner import MAX_SLOWER, Learner
 from tests.cli.test_repeat import results
-from tests.support import check_refusal, command, environment, invoke
+from tests.support import after_epoch, at_stage, check_refusal, command, environment, interrupt, invoke, succeeds
 
 GRADIENT: dict[str, Any] = {"method": "gradient", "n_latents": 2, "epochs": 3, "batch_size": 16}
 
 
 class StopError(Exception):
-    """Stands for a kill."""
+    """Stands for a kill, for which nothing is saved."""
 
 
-def at_stage(word: str, action: Callable[[], Any]) -> Progress:
-    """Progress that acts when a stage begins."""
-    return Progress(stage=lambda text: action() if text.startswith(word) else None)
+def kill() -> None:
+    raise StopError
 
 
 # --- checkpoints
@@ -84,13 +83,8 @@ def test_a_fit_goes_on_from_the_checkpoint_before(
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
     whole = crlseq.fit(screen_file, tmp_path / "whole", **GRADIENT)
     assert whole.path is not None
-
-    def stop(record: dict[str, float], n_epochs: int) -> None:
-        if record["epoch"] == 2:
-            raise StopError
-
     with pytest.raises(StopError):
-        crlseq.fit(screen_file, tmp_path / "RUN", progress=Progress(epoch=stop), **GRADIENT)
+        crlseq.fit(screen_file, tmp_path / "RUN", progress=after_epoch(2, kill), **GRADIENT)
     (tmp_path / "RUN.partial" / "resume.pt").write_bytes(b"cut")
     notes: list[str] = []
     run = crlseq.fit(screen_file, tmp_path / "RUN", resume=True, progress=Progress(note=notes.append), **GRADIENT)
@@ -104,13 +98,8 @@ def test_a_fit_goes_on_from_the_checkpoint_before(
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_an_interrupt_writes_the_last_whole_epoch(screen_file: Path, tmp_path: Path, epoch: int) -> None:
     """Before the first epoch as well; checkpoints on time are five seconds apart, which these epochs do not last."""
-
-    def interrupt(record: dict[str, float], n_epochs: int) -> None:
-        if record["epoch"] == epoch:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        crlseq.fit(screen_file, tmp_path / "RUN", progress=Progress(epoch=interrupt), **GRADIENT)
+        crlseq.fit(screen_file, tmp_path / "RUN", progress=after_epoch(epoch, interrupt), **GRADIENT)
     saved = load_checkpoint(tmp_path / "RUN.partial" / "resume.pt")
     assert saved["epoch"] == epoch - 1
     assert [record["epoch"] for record in saved["learners"][0]["history"]] == list(range(epoch))
@@ -183,13 +172,9 @@ def test_an_output_removed_between_two_checkpoints(
     screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
-
-    def remove(record: dict[str, float], n_epochs: int) -> None:
-        if record["epoch"] == 1:
-            shutil.rmtree(tmp_path / "RUN.partial")
-
+    remove = after_epoch(1, lambda: shutil.rmtree(tmp_path / "RUN.partial"))
     with pytest.raises(InputError, match=r"RUN\.partial cannot be written: No such file"):
-        crlseq.fit(screen_file, tmp_path / "RUN", progress=Progress(epoch=remove), **GRADIENT)
+        crlseq.fit(screen_file, tmp_path / "RUN", progress=remove, **GRADIENT)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -232,7 +217,7 @@ def test_a_full_disk(screen_file: Path, tmp_path: Path, limit: int) -> None:
     lines = [line for line in full.stderr.splitlines() if line.startswith(("crlseq:", "  Check"))]
     check_refusal(full.returncode, full.stdout, "\n".join(lines), 3, "cannot be written", "Check the disk")
     assert not (tmp_path / "RUN").exists()
-    assert invoke(*words, *(["--resume"] if (tmp_path / "RUN.partial").exists() else [])).code == 0
+    succeeds(*words, *(["--resume"] if (tmp_path / "RUN.partial").exists() else []))
 
 
 # --- losses
@@ -281,7 +266,7 @@ def test_a_hopeless_fit_keeps_its_history(screen_file: Path, tmp_path: Path, mon
 def test_signals_at_any_moment_of_a_fit(screen_file: Path, tmp_path: Path) -> None:
     """Two in a row, each later into the fit; then it goes on to the end of an undisturbed one."""
     words = ["--method", "gradient", "--epochs", 12, "--batch-size", 16, "--n-latents", 2]
-    assert invoke("fit", screen_file, "--output", tmp_path / "whole", *words).code == 0
+    succeeds("fit", screen_file, "--output", tmp_path / "whole", *words)
     fit = ["fit", screen_file, "--output", tmp_path / "RUN", *words, "--resume"]
     for number, line in ((signal.SIGTERM, "• stage 2"), (signal.SIGKILL, "• stage 3")):
         with subprocess.Popen(command(*fit), stderr=subprocess.PIPE, text=True, env=environment()) as process:
@@ -294,6 +279,6 @@ def test_signals_at_any_moment_of_a_fit(screen_file: Path, tmp_path: Path) -> No
         assert process.returncode == (-9 if number == signal.SIGKILL else 130), rest
         assert "Traceback" not in rest
         assert not (tmp_path / "RUN").exists()
-    assert invoke(*fit).code == 0
+    succeeds(*fit)
     assert results(tmp_path / "RUN") == results(tmp_path / "whole")
     assert json.loads((tmp_path / "RUN" / "run.json").read_text())["training"]["epochs_run"] == 12

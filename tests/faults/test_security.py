@@ -27,7 +27,7 @@ import crlseq
 from crlseq.cli.output import show_json, show_text
 from crlseq.errors import InputError
 from crlseq.storage.csv import read_csv, to_csv
-from tests.support import RUN_FILES, check_refusal, dense, fit_h5ad, invoke, relabelled, small_screen
+from tests.support import RUN_FILES, check_refusal, dense, edited, fit_h5ad, invoke, relabelled, small_screen, succeeds
 
 
 class Payload:
@@ -105,9 +105,8 @@ def test_pickles_in_a_screen(tmp_path: Path) -> None:
         handle["uns"].attrs["void"] = np.void(content)
         handle["uns/void"].attrs["encoding-type"] = "pickle"
         handle["uns/void"].attrs["encoding-version"] = "0.1.0"
-    answer = invoke("fit", tmp_path / "screen.h5ad", "-o", tmp_path / "RUN", "--method", "gradient", "--epochs", 1)
-    assert answer.code == 0, answer.err
-    assert invoke("report", tmp_path / "RUN").code == 0
+    succeeds("fit", tmp_path / "screen.h5ad", "-o", tmp_path / "RUN", "--method", "gradient", "--epochs", 1)
+    succeeds("report", tmp_path / "RUN")
     assert not (tmp_path / "mark").exists()
 
 
@@ -135,35 +134,32 @@ def test_pickles_in_a_zarr_store(tmp_path: Path, codecs: dict[str, Any]) -> None
     kind = "string-array" if codecs["dtype"] == "|O" else "array"
     (column / ".zattrs").write_text(json.dumps({"encoding-type": kind, "encoding-version": "0.2.0"}))
     (column / "0").write_bytes(as_pickle(tmp_path / "mark"))
-    answer = invoke("check", store)
-    check_refusal(answer.code, answer.out, answer.err, 3)
+    check_refusal(*invoke("check", store), 3)
     assert not (tmp_path / "mark").exists()
 
 
 # --- what lies outside
 
 
-def test_a_run_folder_with_a_link_out_of_it(run_folder: Path, tmp_path: Path) -> None:
+def test_a_run_folder_with_a_link_out_of_it(copied_run: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.html").write_text("precious")
-    shutil.copytree(run_folder, tmp_path / "RUN")
-    (tmp_path / "RUN" / "report.html").unlink()
-    (tmp_path / "RUN" / "report.html").symlink_to("../secret.html")
+    (copied_run / "report.html").unlink()
+    (copied_run / "report.html").symlink_to("../secret.html")
     for words in (["report"], ["inspect"], ["evaluate"]):
-        answer = invoke(*words, tmp_path / "RUN")
-        check_refusal(answer.code, answer.out, answer.err, 3, "report.html", "a link that leads out of")
+        check_refusal(*invoke(*words, copied_run), 3, "report.html", "a link that leads out of")
     assert (tmp_path / "secret.html").read_text() == "precious"
     # Links within are nobody's business, nor is a link to the folder.
-    (tmp_path / "RUN" / "report.html").unlink()
-    (tmp_path / "RUN" / "again.csv").symlink_to("dag.csv")
-    (tmp_path / "link").symlink_to(tmp_path / "RUN")
-    assert crlseq.load(tmp_path / "link").program_names == crlseq.load(run_folder).program_names
+    (copied_run / "report.html").unlink()
+    (copied_run / "again.csv").symlink_to("dag.csv")
+    (tmp_path / "link").symlink_to(copied_run)
+    assert crlseq.load(tmp_path / "link").program_names == ["P0", "P1", "P2"]
 
 
 @pytest.mark.parametrize("name", ["graphml", "json"])
 def test_a_link_at_an_output_is_replaced_and_not_followed(run_folder: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "out").symlink_to("precious")
-    assert invoke("export", run_folder, "--format", name, "--output", tmp_path / "out", "--force").code == 0
+    succeeds("export", run_folder, "--format", name, "--output", tmp_path / "out", "--force")
     assert not (tmp_path / "out").is_symlink()
     assert (tmp_path / "precious").read_text() == "precious"
     assert {file.name for file in tmp_path.iterdir()} == {"out", "precious"}
@@ -223,11 +219,9 @@ def test_an_h5ad_that_takes_data_from_another_file(tmp_path: Path, plant: Callab
     adata.X = dense(adata).astype(np.float32)
     adata.layers["more"] = adata.X
     adata.write_h5ad(tmp_path / "secret.h5ad")
-    shutil.copy(tmp_path / "secret.h5ad", tmp_path / "screen.h5ad")
-    with h5py.File(tmp_path / "screen.h5ad", "r+") as handle:
+    with edited(tmp_path / "secret.h5ad", tmp_path / "screen.h5ad") as handle:
         plant(handle, tmp_path / "secret.h5ad")
-    answer = invoke("check", tmp_path / "screen.h5ad")
-    check_refusal(answer.code, answer.out, answer.err, 3, "from another file")
+    check_refusal(*invoke("check", tmp_path / "screen.h5ad"), 3, "from another file")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -235,8 +229,7 @@ def test_a_zarr_store_with_a_link_out_of_it(tmp_path: Path) -> None:
     small_screen().write_zarr(tmp_path / "screen.zarr")
     shutil.move(tmp_path / "screen.zarr" / "X", tmp_path / "secret")
     (tmp_path / "screen.zarr" / "X").symlink_to("../secret")
-    answer = invoke("check", tmp_path / "screen.zarr")
-    check_refusal(answer.code, answer.out, answer.err, 3, "a link that leads out of")
+    check_refusal(*invoke("check", tmp_path / "screen.zarr"), 3, "a link that leads out of")
 
 
 # --- names
@@ -264,8 +257,7 @@ def test_hostile_names(tmp_path: Path) -> None:
     assert list(graph) == ["P0", "P1"]
     assert ad.read_h5ad(folder / "crlseq.h5ad").var_names.tolist() == names
     for words in (["programs"], ["interventions"], ["dag"], []):
-        answer = invoke("inspect", *words, folder)
-        assert answer.code == 0
+        answer = succeeds("inspect", *words, folder)
         assert not set("\x1b\x07\x9b\u202e") & set(answer.out + answer.err)
         listed = invoke("inspect", *words, folder, "--json")
         assert not set("\x1b\x07\x9b\u202e") & set(listed.out)
@@ -279,9 +271,9 @@ def test_hostile_names(tmp_path: Path) -> None:
     steering = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
     out = tmp_path / "out"
     for name in ("csv", "graphml", "json", "cyjs", "dot", "network", "gmt", "rnk", "multiqc"):
-        assert invoke("export", folder, "--format", name, "--output", out / name).code == 0
+        succeeds("export", folder, "--format", name, "--output", out / name)
     for kind in ("programs", "interventions", "dag"):
-        assert invoke("plot", folder, kind, "--output", out / f"{kind}.svg").code == 0
+        succeeds("plot", folder, kind, "--output", out / f"{kind}.svg")
     texts = [path for path in (*folder.iterdir(), *out.rglob("*")) if path.is_file() and path.suffix not in BINARY]
     assert len(texts) > 25
     for path in texts:
@@ -348,24 +340,20 @@ TOML = {
 def test_deep_or_long_toml(screen_file: Path, tmp_path: Path, kind: str) -> None:
     (tmp_path / "odd.toml").write_text(TOML[kind])
     answer = invoke("fit", screen_file, "--output", tmp_path / "RUN", "--config", tmp_path / "odd.toml")
-    check_refusal(answer.code, answer.out, answer.err, 2 if kind in ("keys", "headers") else 3)
+    check_refusal(*answer, 2 if kind in ("keys", "headers") else 3)
     assert len(answer.err) < 500
 
 
 @pytest.mark.parametrize("content", ["[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, "9" * 100_000])
-def test_deep_or_long_run_json(run_folder: Path, tmp_path: Path, content: str) -> None:
-    shutil.copytree(run_folder, tmp_path / "RUN")
-    (tmp_path / "RUN" / "run.json").write_text(content)
-    answer = invoke("inspect", tmp_path / "RUN")
-    check_refusal(answer.code, answer.out, answer.err, 3, "damaged")
+def test_deep_or_long_run_json(copied_run: Path, content: str) -> None:
+    (copied_run / "run.json").write_text(content)
+    check_refusal(*invoke("inspect", copied_run), 3, "damaged")
 
 
-def test_long_run_json(run_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(run_folder, tmp_path / "RUN")
-    with (tmp_path / "RUN" / "run.json").open("r+") as handle:
+def test_long_run_json(copied_run: Path) -> None:
+    with (copied_run / "run.json").open("r+") as handle:
         handle.truncate(1 << 30)  # a gigabyte that takes no room
-    answer = invoke("inspect", tmp_path / "RUN")
-    check_refusal(answer.code, answer.out, answer.err, 3, "more than 256 MiB")
+    check_refusal(*invoke("inspect", copied_run), 3, "more than 256 MiB")
 
 
 def with_architecture(path: Path, text: str) -> None:
@@ -375,28 +363,23 @@ def with_architecture(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("change", [{"n_genes": 10**11}, {"n_latents": 4}, {"n_hidden": "many"}, {"unknown": 1}])
-def test_weights_that_claim_another_architecture(run_folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_weights_that_claim_another_architecture(copied_run: Path, change: dict[str, Any]) -> None:
     from safetensors import safe_open
 
-    path = tmp_path / "RUN" / "model.safetensors"
-    shutil.copytree(run_folder, tmp_path / "RUN")
+    path = copied_run / "model.safetensors"
     with safe_open(path, framework="pt") as handle:
         architecture = json.loads(handle.metadata()["architecture"])
-    with_architecture(path, json.dumps({**architecture, **change}))
-    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
-        _ = crlseq.load(tmp_path / "RUN").model
-    with_architecture(path, "[" * DEEP + "]" * DEEP)
-    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
-        _ = crlseq.load(tmp_path / "RUN").model
+    for text in (json.dumps({**architecture, **change}), "[" * DEEP + "]" * DEEP):
+        with_architecture(path, text)
+        with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+            _ = crlseq.load(copied_run).model
 
 
 def test_a_file_that_claims_more_than_it_can_hold(screen_file: Path, tmp_path: Path) -> None:
     """Room is not made for it first: 8 TB here."""
-    shutil.copy(screen_file, tmp_path / "odd.h5ad")
-    with h5py.File(tmp_path / "odd.h5ad", "r+") as handle:
+    with edited(screen_file, tmp_path / "odd.h5ad") as handle:
         attributes = dict(handle["obs/perturbation/codes"].attrs)
         del handle["obs/perturbation/codes"]
         codes = handle["obs/perturbation"].create_dataset("codes", (10**12,), dtype="i8", chunks=(1 << 20,))
         codes.attrs.update(attributes)
-    answer = invoke("check", tmp_path / "odd.h5ad")
-    check_refusal(answer.code, answer.out, answer.err, 3, "claims to hold 80000")
+    check_refusal(*invoke("check", tmp_path / "odd.h5ad"), 3, "claims to hold 80000")

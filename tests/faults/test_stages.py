@@ -21,11 +21,10 @@ from crlseq.discovery.methods import straighten
 from crlseq.discovery.moments import Moments
 from crlseq.discovery.n_latents import LatentChoice
 from crlseq.errors import InputError
-from crlseq.pipeline.progress import Progress
 from crlseq.storage.checkpoint import save_checkpoint
 from crlseq.storage.stage_cache import CLASSES, StageCache, cached_on_disk, packed, unpacked
 from tests.cli.test_repeat import results
-from tests.support import files_of
+from tests.support import at_stage, files_of, interrupt
 
 FIT: dict[str, Any] = {"epochs": 1, "bootstrap": 2, "equations": "linear"}
 BEFORE = ("effects", "negative-controls")
@@ -81,13 +80,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def interrupted(screen_file: Path, folder: Path, stage: str) -> set[str]:
     """The stages that are on disk after a fit that was interrupted at the beginning of one."""
-
-    def interrupt(text: str) -> None:
-        if text.startswith(stage):
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        crlseq.fit(screen_file, folder, progress=Progress(stage=interrupt), **FIT)
+        crlseq.fit(screen_file, folder, progress=at_stage(stage, interrupt), **FIT)
     left = folder.with_name(f"{folder.name}.partial").glob("stage-*.pt")
     return {path.stem.removeprefix("stage-") for path in left}
 
@@ -147,7 +141,7 @@ def test_other_cells_in_memory_are_another_fit(tmp_path: Path, screen: Any) -> N
     screen = screen.copy()
     options = {**FIT, "method": "linear"}
     with pytest.raises(KeyboardInterrupt):
-        crlseq.fit(screen, tmp_path / "RUN", progress=Progress(stage=_stop_at_reading_off), **options)
+        crlseq.fit(screen, tmp_path / "RUN", progress=at_stage("reading off", interrupt), **options)
     before = {path.name: path.read_bytes() for path in (tmp_path / "RUN.partial").iterdir()}
     screen.X[0, 0] += 1
     with pytest.raises(InputError, match="the input has other content"):
@@ -159,11 +153,6 @@ def test_other_cells_in_memory_are_another_fit(tmp_path: Path, screen: Any) -> N
     screen.X[0, 0] += 1
     with pytest.raises(InputError, match=r"finished.*the input has other content"):
         crlseq.fit(screen, tmp_path / "RUN", resume=True, **options)
-
-
-def _stop_at_reading_off(text: str) -> None:
-    if text.startswith("reading off"):
-        raise KeyboardInterrupt
 
 
 # --- what is packed

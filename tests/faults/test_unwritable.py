@@ -43,12 +43,7 @@ def writing(screen: Path, run: Path, out: Path) -> list[list[Any]]:
         ["simulate", *SIMULATED, "--output", out / "simulated.h5ad"],
         [
             "benchmark",
-            "--scenario",
-            "linear-gaussian",
-            "--seeds",
-            0,
-            "--method",
-            "linear",
+            *["--scenario", "linear-gaussian", "--seeds", "0", "--method", "linear"],
             "--output",
             out / "BENCHMARK",
         ],
@@ -160,8 +155,7 @@ def test_without_permission(screen_file: Path, linear_folder: Path, tmp_path: Pa
             *(["check", source] for source in (closed, screen)),
             ["inspect", "programs", place / "closed" / "RUN"],
         ]:
-            answer = in_a_fork(without_rights, *words)
-            check_refusal(answer.code, answer.out, answer.err, 3, "Check its permissions")
+            check_refusal(*in_a_fork(without_rights, *words), 3, "Check its permissions")
     finally:
         for path in (place, *guards):
             path.chmod(0o755)

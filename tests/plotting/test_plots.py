@@ -22,7 +22,7 @@ from crlseq.errors import InputError, UsageError
 from crlseq.plotting import style
 from crlseq.plotting.cells import _half
 from crlseq.run.run import Run
-from tests.support import ROOT, check_refusal, files_below, invoke
+from tests.support import ROOT, check_refusal, files_below, invoke, succeeds
 from tests.synthetic import synthetic_run, with_pairs
 
 mpl.use("Agg")
@@ -323,7 +323,7 @@ def test_other_formats_keep_text_and_are_the_same_twice(
     run_folder: Path, tmp_path: Path, suffix: str, start: bytes
 ) -> None:
     for name in ("a", "b"):
-        assert invoke("plot", run_folder, "dag", "--output", tmp_path / f"{name}.{suffix}").code == 0
+        succeeds("plot", run_folder, "dag", "--output", tmp_path / f"{name}.{suffix}")
     content = (tmp_path / f"a.{suffix}").read_bytes()
     assert content.startswith(start)
     assert content == (tmp_path / f"b.{suffix}").read_bytes()
@@ -344,11 +344,10 @@ def test_plot_refuses(run_folder: Path, tmp_path: Path) -> None:
         ([tmp_path / "none", "dag", "--output", tmp_path / "x.png"], 3, "not a run folder"),
     ]
     for words, code, word in cases:
-        answer = invoke("plot", *words)
-        check_refusal(answer.code, answer.out, answer.err, code, word)
+        check_refusal(*invoke("plot", *words), code, word)
     assert invoke("plot", run_folder, "portrait", "--output", tmp_path / "x.png").code == 2
     assert files_below(tmp_path) == {"there.png"} and there.read_text() == "mine"
-    assert invoke("plot", run_folder, "dag", "--output", there, "--force").code == 0
+    succeeds("plot", run_folder, "dag", "--output", there, "--force")
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "embedding"])
@@ -357,8 +356,8 @@ def test_a_run_of_an_earlier_version_is_drawn_or_refused_in_a_sentence(kind: str
     folder = ROOT / "tests" / "run" / "folder_0202a24"
     answer = invoke("plot", folder, kind, "--output", tmp_path / "plot.svg")
     if kind == "embedding":
-        check_refusal(answer.code, answer.out, answer.err, 3, "has no crlseq.h5ad that holds them", "Draw another")
+        check_refusal(*answer, 3, "has no crlseq.h5ad that holds them", "Draw another")
     elif kind == "effects_map":
-        check_refusal(answer.code, answer.out, answer.err, 3, "whose runs hold no effects on genes", "Fit again")
+        check_refusal(*answer, 3, "whose runs hold no effects on genes", "Fit again")
     else:
         assert (answer.code, (tmp_path / "plot.svg").exists()) == (0, True), answer.err

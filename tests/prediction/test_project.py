@@ -16,7 +16,7 @@ from crlseq.data.preprocess import align
 from crlseq.errors import InputError
 from crlseq.prediction.project import project
 from crlseq.run.run import Run
-from tests.support import check_refusal, invoke
+from tests.support import check_refusal, invoke, succeeds
 
 
 @pytest.fixture(scope="module")
@@ -100,26 +100,21 @@ def test_command(halves: tuple[Run, ad.AnnData], tmp_path: Path) -> None:
     run, cells = halves
     source, output = tmp_path / "cells.h5ad", tmp_path / "with.h5ad"
     cells.write_h5ad(source)
-    answer = invoke("project", run.folder, source, "--output", output, "--json")
-    assert answer.code == 0, answer.err
+    answer = succeeds("project", run.folder, source, "--output", output, "--json")
     told, written = json.loads(answer.out), ad.read_h5ad(output)
     assert told["outside"] == written.obs["crlseq_outside"].mean() == project(run, source).share
     assert written.obsm["X_crlseq"].shape == (cells.n_obs, len(told["programs"]))
     assert written.uns["crlseq_projection"]["program_names"].tolist() == told["programs"]
     assert (written.X != cells.X).nnz == 0
 
-    check_refusal(*_of(invoke("project", run.folder, source, "--output", output)), 3, "exists", "--force")
-    check_refusal(*_of(invoke("project", run.folder, source, "--output", source, "--force")), 3, "the file to read")
+    check_refusal(*invoke("project", run.folder, source, "--output", output), 3, "exists", "--force")
+    check_refusal(*invoke("project", run.folder, source, "--output", source, "--force"), 3, "the file to read")
     few = tmp_path / "few.h5ad"
     cells[:, :100].copy().write_h5ad(few)
     check_refusal(
-        *_of(invoke("project", run.folder, few, "--output", tmp_path / "o.h5ad")), 3, "200 of the 300 fitted genes"
+        *invoke("project", run.folder, few, "--output", tmp_path / "o.h5ad"), 3, "200 of the 300 fitted genes"
     )
     assert not (tmp_path / "o.h5ad").exists()
-
-
-def _of(answer: object) -> tuple[int, str, str]:
-    return answer.code, answer.out, answer.err  # type: ignore[attr-defined]
 
 
 def test_no_programs(tmp_path: Path) -> None:

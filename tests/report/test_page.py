@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
 
 import crlseq
 from crlseq.report import write_report
@@ -20,8 +18,8 @@ from crlseq.run.advice import limitations, what_next
 from crlseq.run.findings import findings
 from crlseq.run.run import Run
 from crlseq.run.summary import answers
-from tests.support import check_refusal, files_below, invoke
-from tests.synthetic import found_by_bootstrap, synthetic_run, with_pairs
+from tests.support import check_refusal, files_below, invoke, succeeds
+from tests.synthetic import found_by_bootstrap, synthetic_run, with_info, with_pairs
 
 # From pandas 3 on no text in a table can hold half of a pair.
 SURROGATE = "\ud800" if int(pd.__version__.split(".")[0]) < 3 else ""
@@ -272,41 +270,35 @@ def test_without_edges_effects_epochs_or_evaluation(tmp_path: Path) -> None:
     )
 
 
-@pytest.fixture
-def copied(run_folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run_folder, tmp_path / "RUN"))
-
-
-def test_tables_of_evaluate_are_in_it(copied: Path) -> None:
-    assert invoke("evaluate", copied, "--output", copied / "baselines.csv").code == 0
-    (copied / "notes.csv").write_text("anything,else\n1,2\n")
-    (copied / "broken.csv").write_bytes(b"\xff\xfe\x00condition,group")
-    assert invoke("report", copied).code == 0
-    page = Page((copied / "report.html").read_text())
+def test_tables_of_evaluate_are_in_it(copied_run: Path) -> None:
+    succeeds("evaluate", copied_run, "--output", copied_run / "baselines.csv")
+    (copied_run / "notes.csv").write_text("anything,else\n1,2\n")
+    (copied_run / "broken.csv").write_bytes(b"\xff\xfe\x00condition,group")
+    succeeds("report", copied_run)
+    page = Page((copied_run / "report.html").read_text())
     text = " ".join(page.text["held-out"].split())
-    table = pd.read_csv(copied / "baselines.csv")
+    table = pd.read_csv(copied_run / "baselines.csv")
     means = table[table["group"] == table["group"].iloc[0]].groupby("predictor")["l2"].mean()
     assert "crlseq evaluate: baselines.csv" in text
     for name, title in (("model", "model"), ("ridge", "ridge"), ("additive", "sum of training effects")):
         assert re.search(rf"{title} [-–.0-9]+ [-–.0-9]+ {means[name]:.3g} ", text), title
     assert "By baselines.csv, against the best baseline" in page.text["summary"]
     assert "notes.csv" not in text and "broken.csv" not in text
-    crlseq.load(copied)
+    crlseq.load(copied_run)
 
 
-def test_report_command(run_folder: Path, copied: Path, tmp_path: Path) -> None:
-    assert invoke("report", run_folder, "--output", tmp_path / "new" / "page.html").code == 0
+def test_report_command(run_folder: Path, copied_run: Path, tmp_path: Path) -> None:
+    succeeds("report", run_folder, "--output", tmp_path / "new" / "page.html")
     assert (tmp_path / "new" / "page.html").read_bytes() == (run_folder / "report.html").read_bytes()
-    (copied / "report.html").write_text("old")
-    answer = invoke("report", copied)
+    (copied_run / "report.html").write_text("old")
+    answer = invoke("report", copied_run)
     assert (answer.code, answer.out) == (0, "")
-    assert (copied / "report.html").read_bytes() == (run_folder / "report.html").read_bytes()
+    assert (copied_run / "report.html").read_bytes() == (run_folder / "report.html").read_bytes()
     before = files_below(tmp_path)
-    for path, words in ((tmp_path / "new" / "page.html", "--force"), (tmp_path / "new", "folder"), (copied / "run.json" / "x.html", "cannot be written")):  # fmt: skip
-        answer = invoke("report", run_folder, "--output", path)
-        check_refusal(answer.code, answer.out, answer.err, 3, words)
+    for path, words in ((tmp_path / "new" / "page.html", "--force"), (tmp_path / "new", "folder"), (copied_run / "run.json" / "x.html", "cannot be written")):  # fmt: skip
+        check_refusal(*invoke("report", run_folder, "--output", path), 3, words)
     assert files_below(tmp_path) == before
-    assert invoke("report", run_folder, "--output", tmp_path / "new" / "page.html", "--force").code == 0
+    succeeds("report", run_folder, "--output", tmp_path / "new" / "page.html", "--force")
 
 
 # --- charts
@@ -321,9 +313,9 @@ def test_agreement_of_seeds(tmp_path: Path) -> None:
         ("edge", "P0", "P1", 1.0, -0.7, 0.01),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["kind", "source", "target", "agreement", "mean", "sd"])
-    training = {**run.info["training"], "kept_seed": 1, "seed_losses": [0.25, -0.00004, None]}
-    info = {**run.info, "config": {**run.info["config"], "training": {"ensemble": 3}}, "training": training}
-    text = written(replace(run, info=info, ensemble=table), tmp_path)[1].text["seeds"]
+    training = {"kept_seed": 1, "seed_losses": [0.25, -0.00004, None]}
+    run = with_info(replace(run, ensemble=table), training=training, config={"training": {"ensemble": 3}})
+    text = written(run, tmp_path)[1].text["seeds"]
     assert "3 models with seeds 0 to 2; the model of seed 1 has the lowest validation loss" in text
     assert "between 0.0000 and 0.2500" in text  # not -0.0000
     assert "1 of 2 programs have" in text and "1 of 2 perturbations shift" in text and "1 of 1 edges are" in text
@@ -363,7 +355,7 @@ def test_effects_are_in_order_and_place() -> None:
 def test_the_map_has_a_cell_a_perturbation() -> None:
     run = synthetic_run(3, 20)
     found = found_by_bootstrap(3, {"PERT0": [0.5, 0.5, 0.0]})
-    chart = intervention_map(replace(run, info={**run.info, "discovery": found}))
+    chart = intervention_map(with_info(run, discovery=found))
     assert chart is not None
     assert len(chart["rows"]) == 18
     row = next(row for row in chart["rows"] if row["name"] == "PERT0")

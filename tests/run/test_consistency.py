@@ -78,8 +78,7 @@ def test_files_that_contradict_one_another(run: Path, kind: str) -> None:
     tamper, says = TAMPERED[kind]
     tamper(run)
     for words in (["inspect", "programs"], ["inspect", "dag"], ["report", "--force"]):
-        answer = invoke(*words, run)
-        check_refusal(answer.code, answer.out, answer.err, 3, "is damaged", says)
+        check_refusal(*invoke(*words, run), 3, "is damaged", says)
 
 
 def with_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
@@ -105,7 +104,7 @@ def test_weights_that_are_not_whole(run: Path, tmp_path: Path, kind: str) -> Non
     tamper, says = WEIGHTS[kind]
     tamper(run)
     answer = invoke("predict", run, "-p", "g0", "-o", tmp_path / "virtual.h5ad")
-    check_refusal(answer.code, answer.out, answer.err, 3, "model.safetensors cannot be read", says)
+    check_refusal(*answer, 3, "model.safetensors cannot be read", says)
 
 
 def test_weights_of_another_run(run: Path, screen_file: Path, tmp_path: Path) -> None:
@@ -118,10 +117,9 @@ def test_weights_of_another_run(run: Path, screen_file: Path, tmp_path: Path) ->
 def test_a_record_of_the_preprocessing_that_is_not_whole(run: Path, tmp_path: Path) -> None:
     in_json(lambda i: i["preprocessing"].pop("n_silent_genes"))(run)
     answer = invoke("predict", run, "-p", "g0", "-o", tmp_path / "virtual.h5ad")
-    check_refusal(answer.code, answer.out, answer.err, 3, "preprocessing in run.json cannot be read")
+    check_refusal(*answer, 3, "preprocessing in run.json cannot be read")
 
 
 def test_a_configuration_of_another_version(run: Path, tmp_path: Path) -> None:
     in_json(lambda i: i["config"]["data"].update(values="zzz"))(run)
-    answer = invoke("predict", run, "-p", "g0", "-o", tmp_path / "virtual.h5ad")
-    check_refusal(answer.code, answer.out, answer.err, 3, "is not one of this version")
+    check_refusal(*invoke("predict", run, "-p", "g0", "-o", tmp_path / "virtual.h5ad"), 3, "is not one of this version")

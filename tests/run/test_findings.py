@@ -23,7 +23,7 @@ from crlseq.run.findings import (
 )
 from crlseq.run.run import Run
 from crlseq.run.summary import answers
-from tests.synthetic import found_by_bootstrap, synthetic_run, with_pairs
+from tests.synthetic import found_by_bootstrap, synthetic_run, with_info, with_pairs
 
 GENES = ["A", "B", "C", "D", "OWN"]
 NAMES = ["OWN", "PERT1", "PERT2", "PERT3"]
@@ -94,7 +94,7 @@ def test_little_support_makes_a_guess() -> None:
 def test_little_stability_makes_a_guess() -> None:
     run = screen()
     rows = [row | {"stability": value} for row, value in zip(run.info["programs"], (0.49, 0.51), strict=True)]
-    run = replace(run, info={**run.info, "programs": rows})
+    run = with_info(run, programs=rows)
     assert [one.certainty for one in findings(run)][1:3] == [DOUBTED, FOUND]
     assert "Its genes differ between resamplings (stability 0.49)." in of(run, "P0")
 
@@ -195,8 +195,7 @@ def test_programs_that_move_the_same_genes() -> None:
 def test_shares_beyond_the_whole() -> None:
     run = screen()
     rows = [row | {"effect_explained": 0.7} for row in run.info["programs"]]
-    over = replace(run, info={**run.info, "programs": rows})
-    assert doubts(over) == ["The programs' shares of the effects add up to 140%, more than there is: they contain sampling noise."]  # fmt: skip
+    assert doubts(with_info(run, programs=rows)) == ["The programs' shares of the effects add up to 140%, more than there is: they contain sampling noise."]  # fmt: skip
 
 
 def test_many_programs_are_cut_on_a_terminal() -> None:
@@ -227,19 +226,17 @@ def test_more_cells() -> None:
     run = with_pairs(synthetic_run(3, 12, verdict="not identified"), hidden)
     assert "About 4 times as many cells of each perturbation would show an effect of 0.3 SD in half of the 3 directions that are hidden now." in advice(run)[0]  # fmt: skip
     assert "--batch-key" not in advice(run)[0]
-    discovery = {**run.info["discovery"], "dispersion": 1.5}
-    poor = replace(run, info={**run.info, "discovery": discovery})
-    assert advice(poor)[0].startswith("If the screen has batches, name their column with --batch-key. Leave out cells")
+    assert advice(with_info(run, discovery={"dispersion": 1.5}))[0].startswith(
+        "If the screen has batches, name their column with --batch-key. Leave out cells"
+    )
 
 
 def test_what_next_for_predictions_and_training() -> None:
     run = synthetic_run(2, 4)
     assert "crlseq evaluate RUN" in advice(run)[1]  # on test cells
-    metrics = {**run.info["metrics"], "evaluated_on": "validation"}
-    assert "--hold-out-cells 0.2" in advice(replace(run, info={**run.info, "metrics": metrics}))[1]
+    assert "--hold-out-cells 0.2" in advice(with_info(run, metrics={"evaluated_on": "validation"}))[1]
     falling = pd.DataFrame({"epoch": range(10), "total": range(10, 0, -1), "validation_total": range(10, 0, -1)})
-    training = {**run.info["training"], "epochs_run": 30, "best_epoch": 29}
-    more = replace(run, history=falling, info={**run.info, "training": training})
+    more = with_info(replace(run, history=falling), training={"epochs_run": 30, "best_epoch": 29})
     assert advice(more)[2] == "Fit again with --epochs 60."
 
 
@@ -248,5 +245,4 @@ def test_limitations_start_with_the_run_itself() -> None:
     words = limitations(run)
     assert "About 2 perturbations of the 36 with a detectable effect may be there by chance (FDR 0.05)." in words
     assert words.index(next(w for w in words if "by chance" in w)) < words.index(next(w for w in words if "snapshot" in w))  # fmt: skip
-    info = {**run.info, "identification": {**run.info["identification"], "warnings": ["Beware."]}}
-    assert "Beware." in limitations(replace(run, info=info))
+    assert "Beware." in limitations(with_info(run, identification={"warnings": ["Beware."]}))

@@ -21,14 +21,8 @@ from crlseq.data import splits
 from crlseq.errors import InputError
 from crlseq.run.run import Run
 from crlseq.storage.runfolder import TABLES
-from tests.support import FAST, dense, files_of, invoke, small_screen
+from tests.support import FAST, dense, edit_info, files_of, invoke, small_screen, succeeds
 from tests.synthetic import synthetic_run
-
-
-@pytest.fixture
-def copy(run_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, to be damaged."""
-    return Path(shutil.copytree(run_folder, tmp_path / "RUN"))
 
 
 def test_files(run_folder: Path) -> None:
@@ -125,7 +119,7 @@ def test_the_likelihood_alone(linear_folder: Path) -> None:
     page = (linear_folder / "report.html").read_text()
     assert "No network was trained" in page
     assert "<polyline" not in page and "<h2>Loss</h2>" not in page
-    assert invoke("report", linear_folder, "--output", linear_folder.parent / "page.html").code == 0
+    succeeds("report", linear_folder, "--output", linear_folder.parent / "page.html")
 
 
 def test_the_likelihood_alone_in_memory_and_in_its_folder(screen: ad.AnnData, tmp_path: Path) -> None:
@@ -217,7 +211,7 @@ def test_no_edges_and_no_evaluation(screen: ad.AnnData, tmp_path: Path) -> None:
     assert "no graph" in run.dag.graph["reason"]
     assert "No edge is declared" in (tmp_path / "RUN" / "report.html").read_text()
     for words in ([], ["dag"], ["history"], ["programs"], ["interventions"]):
-        assert invoke("inspect", *words, tmp_path / "RUN").code == 0
+        succeeds("inspect", *words, tmp_path / "RUN")
 
 
 # --- folders that cannot be loaded
@@ -235,51 +229,45 @@ def test_no_run(tmp_path: Path) -> None:
             crlseq.load(path)
 
 
-def test_newer_format(copy: Path) -> None:
-    info = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps({**info, "format": 99, "version": "9.0"}))
+def test_newer_format(copied_run: Path) -> None:
+    edit_info(copied_run, format=99, version="9.0")
     with pytest.raises(InputError, match=r"crlseq 9\.0, which is newer.*Update"):
-        crlseq.load(copy)
+        crlseq.load(copied_run)
 
 
-def test_older_runs(copy: Path) -> None:
+def test_older_runs(copied_run: Path) -> None:
     """What can no longer be read is refused with a hint."""
-    path = copy / "run.json"
-    info = json.loads(path.read_text())
-    path.write_text(json.dumps({**info, "version": "0.0.9"}))
-    assert crlseq.load(copy).info["version"] == "0.0.9"
+    edit_info(copied_run, version="0.0.9")
+    assert crlseq.load(copied_run).info["version"] == "0.0.9"
 
     hint = r"Fit again with the command in its run\.json, or read it with that version\."
-    (copy / "history.csv").write_text("epoch\n0\n")
+    (copied_run / "history.csv").write_text("epoch\n0\n")
     with pytest.raises(
         InputError, match=rf"crlseq 0\.0\.9, which version .* history\.csv has no column 'total'\. {hint}"
     ):
-        crlseq.load(copy)
-    path.write_text(json.dumps({**info, "version": "0.0.1", "format": 0}))
+        crlseq.load(copied_run)
+    edit_info(copied_run, version="0.0.1", format=0)
     with pytest.raises(
         InputError, match=rf"crlseq 0\.0\.1, which version .* its format is 0; this version reads 1 and later\. {hint}"
     ):
-        crlseq.load(copy)
+        crlseq.load(copied_run)
 
 
-def test_keys_of_later_versions_are_kept_and_wrong_ones_named(copy: Path, screen: ad.AnnData) -> None:
-    path = copy / "run.json"
-    info = json.loads(path.read_text())
-    info["training"]["later"] = {"key": 1}
-    path.write_text(json.dumps(info))
-    run = crlseq.load(copy)
+def test_keys_of_later_versions_are_kept_and_wrong_ones_named(copied_run: Path, screen: ad.AnnData) -> None:
+    path = copied_run / "run.json"
+    edit_info(copied_run, training={"later": {"key": 1}})
+    info, run = json.loads(path.read_text()), crlseq.load(copied_run)
     assert run.info == info and run.facts.training.epochs_run == 3
     assert json.loads(run.annotate(screen.copy()).uns["crlseq"]["run_json"]) == info
     del info["training"]["kept_seed"]
     path.write_text(json.dumps(info))
     with pytest.raises(InputError, match=r"is damaged: run\.json lacks 'training\.kept_seed'\."):
-        crlseq.load(copy)
-    info["training"]["kept_seed"] = "two"
-    path.write_text(json.dumps(info))
+        crlseq.load(copied_run)
+    edit_info(copied_run, training={"kept_seed": "two"})
     with pytest.raises(
         InputError, match=r"is damaged: training\.kept_seed in run\.json: Input should be a valid integer"
     ):
-        crlseq.load(copy)
+        crlseq.load(copied_run)
 
 
 def cut(path: Path) -> None:
@@ -304,22 +292,22 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))
-def test_damaged(copy: Path, damage: str) -> None:
-    DAMAGES[damage](copy)
+def test_damaged(copied_run: Path, damage: str) -> None:
+    DAMAGES[damage](copied_run)
     with pytest.raises(InputError, match="is damaged") as caught:
-        crlseq.load(copy)
+        crlseq.load(copied_run)
     assert "\n" not in caught.value.message
-    answer = invoke("inspect", copy)
+    answer = invoke("inspect", copied_run)
     assert (answer.code, answer.out) == (3, "")
 
 
-def test_damaged_weights_and_cells(copy: Path, screen: ad.AnnData) -> None:
-    cut(copy / "model.safetensors")
+def test_damaged_weights_and_cells(copied_run: Path, screen: ad.AnnData) -> None:
+    cut(copied_run / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
-        _ = crlseq.load(copy).model
-    (copy / "crlseq.h5ad").unlink()
+        _ = crlseq.load(copied_run).model
+    (copied_run / "crlseq.h5ad").unlink()
     with pytest.raises(InputError, match=r"crlseq\.h5ad cannot be read"):
-        crlseq.load(copy).annotate(screen.copy())
+        crlseq.load(copied_run).annotate(screen.copy())
 
 
 # --- cells

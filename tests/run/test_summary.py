@@ -11,7 +11,7 @@ import pytest
 
 from crlseq.run.run import Run
 from crlseq.run.summary import Answer, answer_of, answers, assignment, short, strongest
-from tests.synthetic import found_by_bootstrap, synthetic_run, with_pairs
+from tests.synthetic import found_by_bootstrap, synthetic_run, with_info, with_pairs
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_strongest(run: Run) -> None:
     assert rows["program"].tolist() == sorted(rows["program"])
     assert assignment(run.facts.bootstrap, rows) is None
     found = found_by_bootstrap(4, {"PERT1": [0.25, 0.75, 0, 0]})
-    facts = replace(run, info={**run.info, "discovery": found}).facts
+    facts = with_info(run, discovery=found).facts
     known = assignment(facts.bootstrap, strongest(run.interventions, 20)[0])
     assert known is not None
     at = strongest(run.interventions, 20)[0]["perturbation"].tolist().index("PERT1")
@@ -140,20 +140,16 @@ def test_answers_of_several_metrics() -> None:
 )
 def test_converged(run: Run, losses: list[float], stopped: bool, grade: str, word: str) -> None:
     history = pd.DataFrame({"epoch": range(len(losses)), "total": losses, "validation_total": losses})
-    training = {
-        **run.info["training"],
-        "epochs_run": len(losses),
-        "best_epoch": len(losses) - 1,
-        "stopped_early": stopped,
-    }
-    told = answers_of(replace(run, history=history, info={**run.info, "training": training}))[2]
+    training = {"epochs_run": len(losses), "best_epoch": len(losses) - 1, "stopped_early": stopped}
+    told = answers_of(with_info(replace(run, history=history), training=training))[2]
     assert told.grade == grade
     assert word in told.reason
 
 
 def test_a_network_that_is_best_untrained_did_not_converge(run: Run) -> None:
-    training = {**run.info["training"], "epochs_run": 9, "best_epoch": 0, "stopped_early": True}
-    told = answers_of(replace(run, info={**run.info, "training": training}))[2]
+    run = with_info(run, training={"epochs_run": 9, "best_epoch": 0, "stopped_early": True})
+    told = answers_of(run)[2]
     assert (told.grade, told.answer) == ("poor", "no") and "first of 9" in told.reason
-    warm = {**run.info, "training": training, "discovery": found_by_bootstrap(4)}
-    assert answers_of(replace(run, info=warm))[2].grade == "good"  # it starts where the likelihood ended
+    assert (
+        answers_of(with_info(run, discovery=found_by_bootstrap(4)))[2].grade == "good"
+    )  # it starts where the likelihood ended

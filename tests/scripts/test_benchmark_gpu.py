@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,28 +18,19 @@ from crlseq.threads import on_threads
 from tests.cuda.device import GIB, fake_cuda
 from tests.support import ROOT, environment
 
-sys.path.insert(0, str(ROOT / "scripts"))
-spec = importlib.util.spec_from_file_location("crlseq_gpu", ROOT / "scripts" / "benchmark_gpu.py")
-assert spec is not None and spec.loader is not None
-script: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+sys.path.insert(0, str(ROOT / "scripts"))  # as of a script that is run
+from scripts import benchmark_gpu as script
 
 
 def test_every_part_answers(tmp_path: Path) -> None:
     words = [
         sys.executable,
-        ROOT / "scripts" / "benchmark_gpu.py",
-        "--device",
-        "cpu",
-        "--small",
-        "--epochs",
-        "2",
-        "--slower",
-        "20",
+        script.__file__,
+        *["--device", "cpu", "--small", "--epochs", "2", "--slower", "20", "--output"],
     ]
     done = subprocess.run(
-        [*words, "--output", tmp_path / "gpu.json"], capture_output=True, text=True, env=environment(), check=False, timeout=600
-    )  # fmt: skip
+        [*words, tmp_path / "gpu.json"], capture_output=True, text=True, env=environment(), check=False, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert [name for name, part in found.items() if isinstance(part, dict) and "failed" in part] == []

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from crlseq.discovery import changes, direct_edges, pairs
-from tests.support import ROOT
-
-spec = importlib.util.spec_from_file_location("crlseq_pairs", ROOT / "scripts" / "benchmark_pairs.py")
-assert spec is not None and spec.loader is not None
-script: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+from scripts import benchmark_pairs as script
 
 
 def test_true_changes_are_those_that_are_found() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import re
 import subprocess
@@ -19,15 +18,10 @@ import numpy as np
 import pytest
 
 from crlseq.errors import InputError, UsageError
-from tests.support import ROOT, environment
+from tests.support import environment
 
 pytest.importorskip("pooch")
-SCRIPT = ROOT / "scripts" / "download.py"
-spec = importlib.util.spec_from_file_location("crlseq_download", SCRIPT)
-assert spec is not None and spec.loader is not None
-download: Any = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = download
-spec.loader.exec_module(download)
+from scripts import download
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -190,7 +184,7 @@ def test_the_command(server: Server, tmp_path: Path) -> None:
     table.write_text("[good]\n" + row.format("screen.h5ad") + "\n[gone]\n" + row.format("gone"))
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(SCRIPT), "--table", str(table), "--to", str(tmp_path / "to"), *words]
+        command = [sys.executable, download.__file__, "--table", str(table), "--to", str(tmp_path / "to"), *words]
         return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
 
     done = run("good")

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
-
 import pandas as pd
 
 from crlseq.experiments.scenarios import SCENARIOS
-from tests.support import ROOT
-
-spec = importlib.util.spec_from_file_location("crlseq_field_table", ROOT / "scripts" / "field_table.py")
-assert spec is not None and spec.loader is not None
-script: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
-BEGIN, END = script.BEGIN, script.END
+from scripts import field_table as script
+from scripts.field_table import BEGIN, END
 
 SCORES = {"mcc": 0.987, "target_accuracy": 1.0, "ancestor_f1": 0.5, "shd": 2.0, "seconds": 3.25}
 TABLE = pd.DataFrame([

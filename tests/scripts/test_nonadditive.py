@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import matplotlib.image
 import pandas as pd
 
-from tests.support import ROOT
-
-spec = importlib.util.spec_from_file_location("crlseq_nonadditive", ROOT / "scripts" / "benchmark_nonadditive.py")
-assert spec is not None and spec.loader is not None
-script: Any = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = script
-spec.loader.exec_module(script)
+from scripts import benchmark_nonadditive as script
 
 SMALL = {
     "n_latents": 4, "perturbations_per_latent": 3, "n_doubles": 66, "n_genes": 100, "n_control": 800,

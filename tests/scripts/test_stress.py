@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +13,8 @@ import pandas as pd
 import pytest
 
 import crlseq
-from tests.support import ROOT, dense
-
-spec = importlib.util.spec_from_file_location("crlseq_stress", ROOT / "scripts" / "benchmark_stress.py")
-assert spec is not None and spec.loader is not None
-script: Any = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = script
-spec.loader.exec_module(script)
+from scripts import benchmark_stress as script
+from tests.support import dense
 
 SIZES: dict[str, Any] = {"n_latents": 3, "perturbations_per_latent": 2, "n_genes": 5, "cells_per_perturbation": 40}
 
