@@ -26,6 +26,7 @@ from crlseq.run.schema import DETECTABLE_FDR
 Floats = NDArray[np.float64]
 MIN_GENES, FDR = 20, 0.05
 EXCHANGES, STRATA = 999, 10
+SURE = 0.8  # bootstrap support of a target from which a run is sure of it
 CLAIMS = ("upstream", "likely")  # statuses of a pair that say so
 
 
@@ -34,8 +35,8 @@ class Comparison:
     """Tables of two runs, A and B.
 
     ``programs``: ``program_a, label_a, program_b, label_b, cosine, p_value, fdr, match``, those of one run alone at the end.
-    ``perturbations``: of those in both, ``perturbation, fdr_a, fdr_b, program_a, program_b, shift_a, shift_b, same_program,
-    effect_correlation, ceiling``; shifts of B in the sign of A. ``pairs``: ordered pairs of matched programs, ``source_a,
+    ``perturbations``: of those in both, ``perturbation, fdr_a, fdr_b, program_a, program_b, support_a, support_b, shift_a,
+    shift_b, same_program, effect_correlation, ceiling``; shifts of B in the sign of A. ``pairs``: ordered pairs of matched programs, ``source_a,
     target_a, source_b, target_b, status_a, status_b, change_a, change_b, weight_a, weight_b, outcome``. ``summary`` by name,
     and ``notes`` for users.
     """
@@ -166,6 +167,7 @@ def _perturbations(
     table = pd.DataFrame({
         "perturbation": common, "fdr_a": mine["fdr"].to_numpy(), "fdr_b": theirs["fdr"].to_numpy(),
         "program_a": mine["program"].fillna("").to_numpy(), "program_b": theirs["program"].fillna("").to_numpy(),
+        "support_a": mine["support"].to_numpy(), "support_b": theirs["support"].to_numpy(),
         "shift_a": mine["shift"].to_numpy(), "shift_b": (theirs["shift"] * translated.map(sign).fillna(1.0)).to_numpy(),
         "same_program": ((mine["program"] == translated) & (translated != "")).to_numpy(),
         "effect_correlation": correlation, "ceiling": ceiling,
@@ -263,16 +265,22 @@ def _summary(
     """Numbers that the tables come to; None for those of nothing."""
     seen = (perturbations["fdr_a"] <= DETECTABLE_FDR) & (perturbations["fdr_b"] <= DETECTABLE_FDR)
     both = perturbations[seen & (perturbations["program_a"] != "") & (perturbations["program_b"] != "")]
-    ari = float(adjusted_rand_score(both["program_a"], both["program_b"])) if len(both) > 1 else None
+    sure = both[both[["support_a", "support_b"]].min(axis=1, skipna=False) >= SURE]
     told = perturbations[seen & (perturbations["ceiling"] > 0)]
     medians = {name: float(told[name].median()) if len(told) else None for name in ("effect_correlation", "ceiling")}
     outcomes = {name: int((pairs["outcome"] == name).sum()) for name in OUTCOMES}
     return {
         "genes": n_genes, "programs_a": len(names[0]), "programs_b": len(names[1]), "matched": len(matched),
         "median_cosine": float(matched["cosine"].abs().median()) if len(matched) else None,
-        "perturbations": len(perturbations), "with_effect_in_both": int(seen.sum()), "ari": ari,
-        "same_program": int(both["same_program"].sum()), **medians, "pairs": outcomes,
+        "perturbations": len(perturbations), "with_effect_in_both": int(seen.sum()), "ari": _ari(both),
+        "same_program": int(both["same_program"].sum()), "sure_in_both": len(sure), "sure_ari": _ari(sure),
+        "sure_same_program": int(sure["same_program"].sum()), **medians, "pairs": outcomes,
     }  # fmt: skip
+
+
+def _ari(some: pd.DataFrame) -> float | None:
+    """Adjusted Rand index of both runs' partitions of perturbations; None of fewer than two."""
+    return float(adjusted_rand_score(some["program_a"], some["program_b"])) if len(some) > 1 else None
 
 
 OUTCOMES = ("found again", "not found", "could not be seen", "reversed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crlseq.evaluation.replication import Comparison
+from crlseq.evaluation.replication import SURE, Comparison
 from crlseq.report.page import ROWS, render
 from crlseq.storage.csv import to_csv
 from crlseq.storage.text import to_json
@@ -22,6 +22,11 @@ def in_sentences(found: Comparison) -> list[str]:
         )
     else:
         told.append(f"{s['with_effect_in_both']} of {s['perturbations']} perturbations have an effect in both runs.")
+    if s["sure_ari"] is not None:
+        told.append(
+            f"Of the {s['sure_in_both']} whose program both runs are sure of (support {SURE} or more), {s['sure_same_program']} act on "
+            f"the same one (adjusted Rand index {s['sure_ari']:.2f})."
+        )
     if s["effect_correlation"] is not None:
         told.append(
             f"Their effects on genes correlate by {s['effect_correlation']:.2f} (median); their errors alone would let them correlate by {s['ceiling']:.2f}."

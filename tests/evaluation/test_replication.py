@@ -129,6 +129,20 @@ def test_a_reversed_claim_is_told() -> None:
     assert _compared(forth, back).pairs["outcome"].tolist() == ["reversed", "reversed"]
 
 
+def test_partitions_of_targets_that_both_runs_are_sure_of() -> None:
+    """PERT3 moves from P1 to P0, of which run B is not sure: of all four it spoils the partition, of the sure three not."""
+    loading = np.random.default_rng(5).normal(size=(2, 60))
+    a, b = (with_loadings(synthetic_run(2, 4), loading) for _ in range(2))
+    table = a.interventions.sort_values("perturbation").assign(fdr=0.001, support=[1.0, 0.8, 0.9, 0.95])
+    moved = table.assign(program=["P0", "P1", "P0", "P0"], support=[0.9, 0.8, 1.0, 0.7])
+    summary = compare_runs(replace(a, interventions=table), replace(b, interventions=moved)).summary
+    assert (summary["with_effect_in_both"], summary["same_program"]) == (4, 3)
+    assert summary["ari"] == 0  # {0 2 | 1 3} and {0 2 3 | 1}: 1 pair shared, and by chance 2 * 3 / 6 = 1
+    assert (summary["sure_in_both"], summary["sure_same_program"], summary["sure_ari"]) == (3, 3, 1)
+    unknown = table.assign(support=np.nan)
+    assert compare_runs(replace(a, interventions=unknown), b).summary["sure_ari"] is None
+
+
 def _compared(first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
     loading = np.random.default_rng(5).normal(size=(2, 60))
     a, b = (
