@@ -27,7 +27,7 @@ from crlseq.pipeline.fit import fit
 from crlseq.pipeline.fitted import load
 from crlseq.pipeline.progress import shown
 from crlseq.run.schema import Input, RunInfo
-from crlseq.storage.runfolder import EFFECTS, EMBEDDINGS
+from crlseq.storage.runfolder import COMBINATIONS, EFFECTS, EMBEDDINGS, OPTIONAL_TABLES
 from crlseq.training.device import resolve_device
 
 # Entries of run.json that tell of the circumstances.
@@ -37,8 +37,9 @@ CIRCUMSTANCES = frozenset({
 })  # fmt: skip
 # In the order in which a fit makes them: what comes later follows from what comes first.
 ORDER = (
-    "history.csv", "model.safetensors", EMBEDDINGS, "programs.csv", "interventions.csv", "dag.csv", "pairs.csv", EFFECTS,
-    "ensemble.csv", "evaluation.csv", "dag.graphml", "dag.json", "run.json", "crlseq.h5ad",
+    "history.csv", "model.safetensors", COMBINATIONS, EMBEDDINGS, "programs.csv", "interventions.csv", "dag.csv",
+    *(f"{name}.csv" for name in OPTIONAL_TABLES), EFFECTS, "evaluation.csv", "dag.graphml", "dag.json", "run.json",
+    "crlseq.h5ad",
 )  # fmt: skip
 THERE = ("missing", "there")
 LONGEST = 80  # characters of a value that are shown

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import crlseq
-from crlseq.experiments.rerun import causes, differences
+from crlseq.experiments.rerun import ORDER, causes, differences
+from crlseq.storage.runfolder import RUN_FILES
 from tests.support import check_refusal, edit_info, edited, invoke, spawn, succeeds
 
 FIT = ["--method", "gradient", "--epochs", 2, "--n-latents", 2, "--hold-out-cells", 0.2]
@@ -38,6 +39,12 @@ def copies(fitted: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 def first_of(folders: tuple[Path, Path]) -> str:
     return str(next(differences(*folders)))
+
+
+def test_all_that_a_fit_computes_is_compared() -> None:
+    """But for checkpoints, what a fit was given, and the report, which shows times."""
+    others = {"lock", "identity.json", "resume.pt", "resume.previous.pt", "gene_sets.gmt", "report.html"}
+    assert {*ORDER} == RUN_FILES - others
 
 
 def test_the_same_from_another_folder(fitted: Path, tmp_path: Path) -> None:
