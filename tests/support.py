@@ -26,7 +26,6 @@ from crlseq.pipeline.progress import Progress
 from crlseq.run.run import Run
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT.parent / "shared" / "data"
 SINGLES = [f"g{i}" for i in range(6)]
 # For what is about files, labels and matrices: what the fit finds in them is not the point.
 FAST: dict[str, Any] = {"method": "gradient", "epochs": 1, "n_latents": 2, "bootstrap": 0}

@@ -23,7 +23,8 @@ from crlseq.data.guide_names import genes_of_guides
 from crlseq.data.guide_targets import targets_in_uns
 from crlseq.data.guides import assign, labels_of
 from crlseq.errors import InputError, UsageError
-from tests.support import DATA, check_refusal, fit_file, invoke, labels, small_screen
+from tests.paths import shared
+from tests.support import check_refusal, fit_file, invoke, labels, small_screen
 
 
 @pytest.mark.parametrize(
@@ -458,9 +459,7 @@ def test_options_that_contradict(options: dict[str, str]) -> None:
 
 def test_papalexi() -> None:
     """The guides of a real screen: by name exactly its labels, by counts the same wherever a cell is assigned one gene."""
-    path = DATA / "papalexi2021_thp1_20729x299.h5ad"
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
+    path = shared("data/papalexi2021_thp1_20729x299.h5ad")
     was = ad.read_h5ad(path, backed="r").obs["perturbation"].astype(str).to_numpy()
 
     def names(**options: Any) -> np.ndarray:

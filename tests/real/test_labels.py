@@ -6,19 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crlseq.data.perturbations import (
-    candidates,
-    read_perturbations,
-)
-from tests.support import DATA
+from crlseq.data.perturbations import candidates, read_perturbations
+from tests.paths import shared
 
 
 def real(name: str) -> pd.DataFrame:
     anndata = pytest.importorskip("anndata")
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
-    screen = anndata.read_h5ad(path, backed="r")
+    screen = anndata.read_h5ad(shared(f"data/{name}"), backed="r")
     obs: pd.DataFrame = screen.obs
     screen.file.close()
     return obs

@@ -7,22 +7,13 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
-import pytest
 
 import crlseq
 from crlseq.config import DataConfig
 from crlseq.data.inspection import describe
 from crlseq.run.run import Run
+from tests.paths import shared
 from tests.support import files_of, invoke
-
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
-
-
-def path_of(name: str) -> Path:
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
-    return path
 
 
 def check_and_fit(path: Path, folder: Path, *options: object) -> Run:
@@ -48,7 +39,7 @@ def check_and_fit(path: Path, folder: Path, *options: object) -> Run:
 
 
 def test_papalexi(tmp_path: Path) -> None:
-    path = path_of("papalexi2021_thp1_20729x299.h5ad")
+    path = shared("data/papalexi2021_thp1_20729x299.h5ad")
     run = check_and_fit(
         path, tmp_path / "RUN", "--method", "linear", "--bootstrap", 0, "--batch-key", "bio_rep", "--n-latents", 6
     )
@@ -62,7 +53,7 @@ def test_papalexi(tmp_path: Path) -> None:
 
 
 def test_norman(tmp_path: Path) -> None:
-    path = path_of("norman2019_k562_perturbench_3375x500.h5ad")
+    path = shared("data/norman2019_k562_perturbench_3375x500.h5ad")
     run = check_and_fit(path, tmp_path / "RUN", "--epochs", 2, "--n-latents", 5, "--bootstrap", 2)
     names = [row["name"] for row in run.info["conditions"]]
     assert run.info["perturbation_key"] in ("perturbation", "condition")  # the file has both, and they agree
@@ -77,7 +68,7 @@ def test_norman(tmp_path: Path) -> None:
 
 
 def test_norman_counts_and_held_out_doubles(tmp_path: Path) -> None:
-    path = path_of("norman2019_k562_perturbench_3375x500.h5ad")
+    path = shared("data/norman2019_k562_perturbench_3375x500.h5ad")
     run = crlseq.fit(path, layer="counts", combinations=False, epochs=1, n_latents=3, n_top_genes=100, bootstrap=0)
     assert run.info["preprocessing"]["values"] == "counts"
     assert len(run.info["preprocessing"]["genes"]) == 100
@@ -88,7 +79,7 @@ def test_norman_counts_and_held_out_doubles(tmp_path: Path) -> None:
 
 
 def test_adamson(tmp_path: Path) -> None:
-    path = path_of("adamson2016_trishift_320x160.h5ad")
+    path = shared("data/adamson2016_trishift_320x160.h5ad")
     run = check_and_fit(path, tmp_path / "RUN", "--epochs", 2, "--bootstrap", 2)
     assert run.info["control_label"] == "ctrl"
     assert "HSPA5" in set(run.interventions["perturbation"])
@@ -96,7 +87,7 @@ def test_adamson(tmp_path: Path) -> None:
 
 
 def test_gears_tiny(tmp_path: Path) -> None:
-    path = path_of("norman2019_gears_tiny_50x50.h5ad")
+    path = shared("data/norman2019_gears_tiny_50x50.h5ad")
     run = check_and_fit(path, tmp_path / "RUN", "--epochs", 2, "--min-cells", 2)
     assert run.info["control_label"] == "ctrl"
     assert not run.interventions["perturbation"].str.contains("ctrl").any()
@@ -109,8 +100,8 @@ def test_gears_tiny(tmp_path: Path) -> None:
 
 
 def test_targets_are_found_among_symbols_beside_ensembl_identifiers() -> None:
-    found = describe(path_of("adamson2016_trishift_320x160.h5ad"), DataConfig())
-    var = ad.read_h5ad(path_of("adamson2016_trishift_320x160.h5ad"), backed="r").var
+    found = describe(shared("data/adamson2016_trishift_320x160.h5ad"), DataConfig())
+    var = ad.read_h5ad(shared("data/adamson2016_trishift_320x160.h5ad"), backed="r").var
     assert all(name.startswith("ENSG") for name in var.index)
     expected = sorted(set(var["gene_name"].astype(str)) & set(found["cells_per_condition"]))
     assert found["targets_measured"] == expected
