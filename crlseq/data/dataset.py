@@ -189,10 +189,11 @@ def counts_of(x: Expression, record: Preprocessing, cells: Cells) -> sp.csr_matr
     """(cells, genes) counts from normalised values ``x``, of cells with their totals."""
     assert record.target_sum is not None
     index, totals = cells
-    rows = sp.csr_matrix(x[index]).astype(np.float64).expm1()
-    counts = sp.csr_matrix(sp.diags_array(totals / record.target_sum).tocsr() @ rows)
+    counts = sp.csr_matrix(x[index]).astype(np.float64)
+    values = np.expm1(counts.data, out=counts.data)
+    values *= np.repeat(totals / record.target_sum, np.diff(counts.indptr))
     if not record.fractional:
-        counts.data = np.rint(counts.data)
+        np.rint(values, out=values)
     return counts
 
 
@@ -207,8 +208,14 @@ def _sums(x: Expression, index: np.ndarray) -> np.ndarray:
     rows = x[index]
     if isinstance(rows, np.ndarray):
         return np.stack([(rows.astype(np.float64) ** power).sum(0) for power in (1, 2)])
-    weights = [rows.data.astype(np.float64) ** power for power in (1, 2)]
-    return np.stack([np.bincount(rows.indices, weight, minlength=x.shape[1]) for weight in weights])
+    values = rows.data.astype(np.float64)
+    return np.stack([sums_by_gene(rows, values), sums_by_gene(rows, values**2)])
+
+
+def sums_by_gene(rows: sp.csr_matrix, values: np.ndarray) -> np.ndarray:
+    """(genes,) sums over rows of `values` in place of their own."""
+    own = sp.csr_matrix((values, rows.indices, rows.indptr), shape=rows.shape)
+    return np.asarray(own.T @ np.ones(rows.shape[0]))
 
 
 def read_data(

@@ -6,6 +6,7 @@ import mmap
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         raise InputError(f"{path} cannot be opened: {error}.", "It may be cut short; copy it again.") from None
     with handle:
         if handle.id.get_create_plist().get_sizes() == (8, 8):  # as everybody writes them
-            _refuse_endless_heaps(path)
+            _refuse_endless_heaps(path, _state_of(path))
         _refuse_odd_links(handle, path)
         yield handle
 
@@ -58,8 +59,17 @@ def refuse_values_for_groups(screen: Any, path: Path) -> None:
             raise InputError(f"{path} has a value where the group {slot} belongs.", "It is damaged; write it again.")
 
 
-def _refuse_endless_heaps(path: Path) -> None:
-    """HDF5 steps through a global heap, which holds texts, by the sizes of its objects: by 0 it goes on for ever.
+def _state_of(path: Path) -> tuple[int, ...]:
+    """What differs once a file was replaced or written to."""
+    state = path.stat()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+@lru_cache(maxsize=8)
+def _refuse_endless_heaps(path: Path, state: tuple[int, ...]) -> None:
+    """Once for each `state` of a file, for the whole of it is searched: a fit opens its screen several times.
+
+    HDF5 steps through a global heap, which holds texts, by the sizes of its objects: by 0 it goes on for ever.
 
     An object takes its header (16 bytes) and its size in multiples of 8; free space, index 0, its size alone
     (HDF5 File Format Specification, III.E).

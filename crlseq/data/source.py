@@ -13,8 +13,10 @@ from crlseq.data.store import files_of, read_manifest, verify
 from crlseq.errors import InputError
 from crlseq.storage.files import refuse_special
 
+State = list[tuple[str, int, int, int, int]]
 
-def state_of(source: str | Path | ad.AnnData) -> list[tuple[str, int, int, int, int]]:
+
+def state_of(source: str | Path | ad.AnnData) -> State:
     """What differs if a file was written to or replaced; nothing for an AnnData in memory."""
     if isinstance(source, ad.AnnData):
         return []
@@ -62,3 +64,10 @@ def digest_of(source: str | Path | ad.AnnData) -> str:
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror}.", "Check its permissions.") from None
     return digest.hexdigest()
+
+
+def refuse_changed(source: str | Path | ad.AnnData, state: State, digest: str) -> None:
+    """Refuse a source that is no longer what it was when it had this `state_of` and `digest_of`."""
+    if state_of(source) != state and digest_of(source) != digest:
+        what = f"{source} was changed while it was fitted."
+        raise InputError(what, "Fit again while nothing writes to the file.")

@@ -54,9 +54,10 @@ class FactorModel:
 
     def working(self, x: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """Working weights and scores (n, genes) of the log mean of counts."""
-        mean = (s + self.intercept + v @ self.loadings).clamp_(-12, MAX_ETA).exp_()
-        scale = 1 / (1 + self.alpha * mean)
-        return mean * scale, (x - mean) * scale
+        mean = (s + self.intercept).add_(v @ self.loadings).clamp_(-12, MAX_ETA).exp_()
+        scale = (self.alpha * mean).add_(1).reciprocal_()
+        score = (x - mean).mul_(scale)
+        return mean.mul_(scale), score
 
     def log_size(self, x: Tensor) -> Tensor:
         """Log of a cell's total over that of a cell without components (n, 1)."""
@@ -66,7 +67,8 @@ class FactorModel:
         """Clipped relative residuals (n, genes) from a cell of the same size without components."""
         rate = self.intercept.exp()
         weight = (rate / (1 + self.alpha * rate)).sqrt()
-        return ((x / (self.log_size(x) + self.intercept).exp() - 1) * weight).clamp_(-6, 6)
+        z = (self.log_size(x) + self.intercept).exp_()
+        return torch.div(x, z, out=z).sub_(1).mul_(weight).clamp_(-6, 6)
 
     def regression(self, x: Tensor, v: Tensor) -> Tensor:
         """(genes, q) from residuals to components, with a ridge of what noise of unit variance would add."""
@@ -91,7 +93,8 @@ def fit_factors(x: Tensor, axes: Floats, alpha: float, least: int, threads: int)
     for i in range(EARLY_ROUNDS):
         model, v, s, _, _ = _round(few, v, s, model, threads, i > 0)
     if len(few) < len(x):
-        v, s = model.residuals(x) @ model.regression(few, v), model.log_size(x)
+        guess = model.regression(few, v)
+        v, s = torch.cat([model.residuals(x[rows]) @ guess for rows in chunks_of(len(x))]), model.log_size(x)
     real, steady, estimated = v.shape[1], False, 0
     for _ in counted(range(MAX_ROUNDS), MAX_ROUNDS):
         model, v, s, moved, signal = _round(x, v, s, model, threads, estimated < DISPERSION_ROUNDS)

@@ -45,7 +45,7 @@ class Hit:
 
     def posterior(self, s: Floats) -> Floats:
         """Probability (n,) of cells with scores ``s`` (n,) to have been hit."""
-        return _posterior(s, self.share, self.mean, self.width, self.variance)
+        return _posterior(s, 0.5 * s**2 / self.variance, self.share, self.mean, self.width, self.variance)
 
 
 def hit_cells(s: Floats, variance: float) -> Hit:
@@ -54,18 +54,19 @@ def hit_cells(s: Floats, variance: float) -> Hit:
     square = float(s.mean()) ** 2
     share = float(np.clip(square / max(square + excess, 1e-300), 0.15, 0.97))
     mean, width = float(s.mean()) / share, variance
+    escaped = 0.5 * s**2 / variance
     for _ in range(STEPS):
-        r = _posterior(s, share, mean, width, variance)
+        r = _posterior(s, escaped, share, mean, width, variance)
         total = float(r.sum())
         new = (total + ALL_HIT_CELLS) / (len(s) + ALL_HIT_CELLS + 1)
         mean = float(r @ s) / max(total, 1e-12)
         spread = float(r @ (s - mean) ** 2) + WIDTH_CELLS * variance
         width = max(spread / (total + WIDTH_CELLS), MIN_WIDTH * variance)
         done = abs(new - share) < TOLERANCE
-        share = float(np.clip(new, *SHARES))
+        share = min(max(new, SHARES[0]), SHARES[1])
         if done:
             break
-    r = _posterior(s, share, mean, width, variance)
+    r = _posterior(s, escaped, share, mean, width, variance)
     scores = np.stack(
         [r / share - (1 - r) / (1 - share), r * (s - mean) / width, r * ((s - mean) ** 2 / width - 1) / 2]
     )
@@ -74,8 +75,11 @@ def hit_cells(s: Floats, variance: float) -> Hit:
     return Hit(share, error, mean, width, variance)
 
 
-def _posterior(s: Floats, share: float, mean: float, width: float, variance: float) -> Floats:
-    """Probability (n,) to have been hit."""
+def _posterior(s: Floats, escaped: Floats, share: float, mean: float, width: float, variance: float) -> Floats:
+    """Probability (n,) to have been hit; ``escaped`` (n,) are s^2 / 2 v, and are the same in all steps."""
     against = np.log((1 - share) / share) + 0.5 * np.log(width / variance) + 0.5 * (s - mean) ** 2 / width
-    r: Floats = 1 / (1 + np.exp(np.clip(against - 0.5 * s**2 / variance, -50, 50)))
+    against -= escaped
+    # Millions of these are computed: np.clip takes longer than the arithmetic.
+    np.minimum(np.maximum(against, -50, out=against), 50, out=against)
+    r: Floats = 1 / (1 + np.exp(against, out=against))
     return r

@@ -37,15 +37,19 @@ def abducted(
     mean, variance = model.encoder(x)
     z = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     uniform = torch.rand(len(control), generator=generator, device=mean.device)
-    rest = x - model.decoder(model.scm(z))
+    decoded, none = model.decoder(model.scm(z)), torch.full((1, 1), -1, device=weight.device)
+    rest = x - decoded
+    escaped = model.carried(decoded, rest, none)[0]  # the same whatever the perturbation
 
     @torch.no_grad()
     def under(perturbations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         virtual, expected = torch.empty_like(x[0]), torch.zeros_like(x[0])
         for chance, hit, own in model.mixture(torch.from_numpy(perturbations).to(weight.device), uniform):
-            made = model.carried(model.decoder(model.intervene(z, hit)), rest, hit)[0]
-            if model.law is not None:
-                made = made + model.interaction(z, hit)[0]
+            made = escaped
+            if bool((hit >= 0).any()):
+                made = model.carried(model.decoder(model.intervene(z, hit)), rest, hit)[0]
+                if model.law is not None:
+                    made = made + model.interaction(z, hit)[0]
             virtual[own] = made[own]
             expected += chance * made
         return virtual.cpu().numpy().astype(control.dtype), expected.cpu().numpy().astype(control.dtype)

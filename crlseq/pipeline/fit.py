@@ -25,7 +25,7 @@ from crlseq.data.cluster import on_cluster
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.embeddings import Embeddings
 from crlseq.data.projection import Projection, principal_components
-from crlseq.data.source import content_of, digest_of, state_of
+from crlseq.data.source import State, content_of, digest_of, refuse_changed
 from crlseq.discovery.effects import effect_tests
 from crlseq.discovery.guide_agreement import guide_agreement, guides_in_words, weak_guides, without_guides
 from crlseq.discovery.methods import Programs, find_programs
@@ -246,9 +246,11 @@ def _fit(job: Job) -> FittedRun:
         run = _read_out(job, screen, tested, start, fitted)
         if job.folder is None:
             return replace(run, source=job.source)
+        read, stages = (screen.state, screen.digest), tested.stages
+        del screen, tested, start, fitted  # the cells are not written: the file is copied
         give_back()
-        _write(job, screen, run, job.folder)
-        tested.stages.clear()
+        _write(job, read, run, job.folder)
+        stages.clear()
         return run
 
 
@@ -382,8 +384,8 @@ def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings) -> Extr
     return fit_extrapolation(fitted.model, table, data.perturbation_names, own, control)
 
 
-def _write(job: Job, screen: Screen, run: FittedRun, folder: Path) -> None:
-    """Step 6: all files of the run; the folder takes its place after that."""
+def _write(job: Job, read: tuple[State, str], run: FittedRun, folder: Path) -> None:
+    """Step 6: all files of the run, whose input was `read` in that state; the folder takes its place after that."""
     job.progress.stage(WRITING)
     run.write_tables(folder)
     assert run.weights is not None
@@ -391,9 +393,7 @@ def _write(job: Job, screen: Screen, run: FittedRun, folder: Path) -> None:
     if run.law is not None:
         save_law(folder / COMBINATIONS, run.law)
     run.write_h5ad(job.source, folder / "crlseq.h5ad")
-    if state_of(job.source) != screen.state and digest_of(job.source) != screen.digest:
-        what = f"{job.source} was changed while it was fitted."
-        raise InputError(what, "Fit again while nothing writes to the file.")
+    refuse_changed(job.source, *read)
     if run.map is not None:
         write_h5ad(run.map.to_anndata(), folder / EMBEDDINGS, "gzip")
     write_report(run, folder / "report.html")

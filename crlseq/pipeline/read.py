@@ -22,7 +22,7 @@ from crlseq.data.coexpression import coexpression
 from crlseq.data.dataset import PerturbSeqData, StreamedExpression, read_data
 from crlseq.data.embeddings import COEXPRESSION, Embeddings, named_as_labels, read_embeddings
 from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
-from crlseq.data.source import content_of, digest_of, state_of
+from crlseq.data.source import State, content_of, digest_of, state_of
 from crlseq.data.store import read_manifest
 from crlseq.data.targets import read_targets
 from crlseq.data.values import Scan
@@ -54,7 +54,7 @@ class Screen:
     """A screen as read, with the tables beside it; `state` and `digest` are its file's, `identity` that of the fit."""
 
     data: PerturbSeqData
-    state: list[tuple[str, int, int, int, int]]
+    state: State
     digest: str
     identity: Identity
     sets: GeneSets | None

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import t
 
 from crlseq.data import splits
-from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.dataset import PerturbSeqData, sums_by_gene
 from crlseq.data.mean_effects import MIN_CELLS, shares_of_controls
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.readout.arms import Genome, arm_rows, arm_table
@@ -155,7 +155,7 @@ def _sums(data: PerturbSeqData, cells: np.ndarray) -> Sums:
                 sums[2 * place : 2 * place + 2] += values.sum(0), (values**2).sum(0)
             else:  # zeros stay zeros
                 values = transform(x.data.astype(np.float64))
-                for power in (1, 2):
-                    sums[2 * place + power - 1] += np.bincount(x.indices, values**power, minlength=data.n_genes)
+                sums[2 * place] += sums_by_gene(x, values)
+                sums[2 * place + 1] += sums_by_gene(x, values**2)
     mean, square = sums[::2] / len(cells), sums[1::2] / len(cells)
     return Sums(len(cells), mean, np.maximum(square - mean**2, 0.0) * len(cells) / max(len(cells) - 1, 1))

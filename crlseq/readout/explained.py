@@ -34,11 +34,11 @@ def variance_explained(model: DiscrepancyVAE, data: PerturbSeqData) -> np.ndarra
     product, total = np.zeros((v.shape[1], data.n_genes)), 0.0
     for b in np.unique(batch):
         own = np.flatnonzero(batch == b)
-        v[own] -= v[own].mean(0)
-        x = data.dense(some[own]).astype(float)
-        x -= x.mean(0)
-        product += v[own].T @ x
-        total += float((x**2).sum())
+        v[own] -= v[own].mean(0)  # that sum to 0: expression need not be centred
+        for rows, x in data.blocks(some[own]):
+            product += (x.T @ v[own[rows]]).T
+        mean, square = data.moments(some[own])
+        total += len(own) * float((square - mean**2).sum())
     square = (v**2).sum(0) * total
     known = square > 1e-12
     explained: np.ndarray = np.where(known, (product**2).sum(1) / np.where(known, square, 1.0), np.nan)

@@ -40,7 +40,7 @@ def pathway_table(model: DiscrepancyVAE, data: PerturbSeqData, programs: Program
         sums, squares = sums + h.sum(0).cpu().numpy(), squares + h.square().sum(0).cpu().numpy()
     deviation = np.sqrt(np.maximum(squares / n - (sums / n) ** 2, 0.0))
     u = torch.from_numpy(encode(model, data, controls[:ROWS])).to(device, weight.dtype)
-    through = mean_jacobian(model.scm, model.scm.abduct(u).detach())  # (p, p), z -> u
+    through = mean_jacobian(lambda noise: model.scm(noise).mean(0), model.scm.abduct(u).detach())  # (p, p), z -> u
     signed = (weight * weight.abs()).sum(1)
     sign = torch.where(signed < 0, -1.0, 1.0).cpu().double().numpy()
     read = model.encoder.mean.weight.detach().cpu().double().numpy()  # (p, S)

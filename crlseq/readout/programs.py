@@ -77,7 +77,7 @@ def find_programs(model: DiscrepancyVAE, data: PerturbSeqData, known_targets: bo
     some = controls[np.linspace(0, len(controls) - 1, min(JACOBIAN_CELLS, len(controls))).astype(int)]
     u = torch.from_numpy(encode(model, data, some)).to(weight.device, weight.dtype)
     z = model.scm.abduct(u).detach()
-    total = mean_jacobian(lambda noise: model.decoder(model.scm(noise)), z)
+    total = mean_jacobian(lambda noise: model.decoder.mean(model.scm(noise)), z)
     by_effects = known_targets and model.log_noise is not None and not isinstance(model.decoder, SparseDecoder)
     if by_effects:
         scale = _equation_scale(model)
@@ -88,7 +88,7 @@ def find_programs(model: DiscrepancyVAE, data: PerturbSeqData, known_targets: bo
         # A latent that no control cell moves has no unit of its own: it keeps the raw one.
         deviation = raw.std(0)
         scale = np.where(deviation > 1e-12, deviation, 1.0)
-        direct = mean_jacobian(model.decoder, u)
+        direct = mean_jacobian(model.decoder.mean, u)
     # Sign: the greater part of the squared loadings is positive.
     sign = np.where(np.nansum(direct * np.abs(direct), 1) < 0, -1.0, 1.0)
     scale = scale * sign
@@ -128,15 +128,19 @@ def _with_effects(model: DiscrepancyVAE, data: PerturbSeqData, z: Tensor, total:
     return np.where(targeted[:, None], found, total)
 
 
-def mean_jacobian(function: Callable[[Tensor], Tensor], points: Tensor) -> np.ndarray:
-    """Mean over rows of `points` (n, p) of d function / d point, (p, G)."""
-    rows = []
-    for k in range(points.shape[1]):
-        tangent = torch.zeros_like(points)
-        tangent[:, k] = 1
-        moved: Tensor = torch.func.jvp(function, (points,), (tangent,))[1]
-        rows.append(moved.detach().mean(0).cpu().double().numpy())
-    return np.stack(rows)
+def mean_jacobian(mean: Callable[[Tensor], Tensor], points: Tensor) -> np.ndarray:
+    """Derivative (p, G) of the `mean` (G,) of what is made of `points` (n, p), by a shift of all of them.
+
+    One vector-Jacobian product, which is linear in its vector, differentiated by that vector: `torch.func` computes the same,
+    but loads a compiler for it, which takes longer.
+    """
+    with torch.enable_grad():
+        shift = points.new_zeros(points.shape[1], requires_grad=True)
+        found = mean(points + shift)
+        vector = torch.zeros_like(found, requires_grad=True)
+        (products,) = torch.autograd.grad(found @ vector, shift, create_graph=True)  # (p,)
+        rows = [torch.autograd.grad(product, vector, retain_graph=True)[0] for product in products]
+    return torch.stack(rows).cpu().double().numpy()
 
 
 @dataclass(frozen=True)

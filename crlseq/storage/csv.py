@@ -12,7 +12,7 @@ that, or before what looks like that, are doubled. `read_csv` undoes this too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import pandas as pd
 from crlseq.storage.files import written_whole
 from crlseq.storage.text import reversibly_escaped, unescaped
 
+ROWS = 50_000  # written at once
 FORMULA = r"^(?='*[=+@\t\r\n-])"
 DEFUSED = r"^'(?='*[=+@\t\r\n-])"
 # From pandas 3.1 on numbers are read to the last digit without being asked for.
@@ -30,10 +31,21 @@ EXACT: dict[str, Any] = {} if _NEW else {"float_precision": "round_trip"}
 
 def to_csv(table: pd.DataFrame) -> bytes:
     """The table as UTF-8 with a header and without the index; missing numbers are empty fields."""
+    return b"".join(_pieces(table))
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """`to_csv` into a file, some rows at a time: as text a large table takes several times its own room."""
+    with path.open("wb") as file:
+        file.writelines(_pieces(table))
+
+
+def _pieces(table: pd.DataFrame) -> Iterator[bytes]:
     text = table.select_dtypes(exclude="number").columns
-    safe = table.assign(**{name: _defused(table[name]) for name in text})
-    written: str = safe.to_csv(index=False, lineterminator="\n")
-    return written.encode()
+    for start in range(0, max(len(table), 1), ROWS):
+        part = table.iloc[start : start + ROWS]
+        safe = part.assign(**{name: _defused(part[name]) for name in text})
+        yield safe.to_csv(index=False, header=start == 0, lineterminator="\n").encode()
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
