@@ -130,7 +130,7 @@ class DataConfig(_Section):
         return (value,) if isinstance(value, str) else value
 
 
-FACTORS = ("varimax", "squires", "score-linear")  # methods that have neither likelihood nor networks
+FACTORS = ("varimax", "squires", "score-linear", "multi-node")  # methods that have neither likelihood nor networks
 NETWORKS = (
     "score",
     "contrastive",
@@ -151,6 +151,7 @@ class ModelConfig(_Section):
         "varimax",
         "squires",
         "score-linear",
+        "multi-node",
         "score",
         "contrastive",
         "cauca",
@@ -162,7 +163,7 @@ class ModelConfig(_Section):
         "(linear), or with the networks (gradient). "
         "changes: by likelihood, and the graph by what interventions change alone. "
         "varimax: rotated principal components, without a graph. squires: precision matrices, one perturbation a program. "
-        "score-linear: score differences, the same; score: two perturbations a program, where the mixing is curved. "
+        "score-linear: score differences, the same; multi-node: each perturbation on several programs; score: two perturbations a program, where the mixing is curved. "
         "contrastive: a classifier, one perturbation a program, where the mixing is curved. "
         "cauca: a normalizing flow, with --targets. icm-flow: an autoencoder with equations of the kind flow. "
         "diffusion: the same, with a diffusion decoder of counterfactuals.",

@@ -23,6 +23,8 @@ BEYOND_RANK_ONE = 0.2  # share of a matrix that sampling may leave there
 BEYOND_PROGRAM = (
     0.1  # share of a score difference; one program a perturbation leaves up to .05, two at least .11 in 31 of 32 models
 )
+LEAST_P_VALUE = 1e-3  # of covariances under the model
+RIVAL = 20.0  # difference of deviances: a likelihood 20,000 times smaller, where there are a few thousand sets
 FALSE_EDGES = 0.2  # share of edges that may be false
 UNTOUCHED = (
     0.25  # shift, in standard deviations of the noise, that may be on programs that are not targets: the least edge
@@ -207,6 +209,26 @@ def judge_scores(left: float, n_edges: int, n_against: int, hard: bool) -> Verdi
             f"Beside {_of(n_edges, 'edge')}, {_of(n_against, 'effect')} as clear as theirs would close a cycle, more than {FALSE_EDGES:.0%}: there are too few cells, or the model does not hold.",
         )
     said = f"Each perturbation's score difference is on its program and what is upstream ({left:.0%} is elsewhere)"
+    return _edges_if_hard(said, hard)
+
+
+def judge_multi_node(p_value: float, rival: float, n_edges: int, acts_on: float, hard: bool) -> Verdict:
+    """The verdict on sets of programs that perturbations act on, ``acts_on`` on average: the `p_value` of the model's deviance,
+    and by how much that of the best other sets is larger; ``hard`` if such interventions were asked for.
+    """
+    if p_value < LEAST_P_VALUE:
+        return Verdict(
+            "not identified",
+            f"No sets of programs for the perturbations describe the covariances (p = {p_value:.1e}, at least {LEAST_P_VALUE:g} is needed): perturbations of one program differ, or equations or noise are not linear and normal.",
+        )
+    if rival < RIVAL:
+        return Verdict(
+            "not identified",
+            f"Other sets of programs for the perturbations describe the covariances nearly as well (deviance larger by {rival:.0f}, and {RIVAL:.0f} are needed): there are too few cells, or perturbations are too alike.",
+        )
+    if not n_edges:
+        return Verdict("not identified", "No edge differs from 0 by four standard errors.")
+    said = f"Perturbations that act on {acts_on:.1f} programs each, on average, describe all covariances (p = {p_value:.2f})"
     return _edges_if_hard(said, hard)
 
 

@@ -52,7 +52,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "default": {}, "sparse": {"decoder": "sparse"}, "linear": {"method": "linear"}, "changes": {"method": "changes"},
-    **{name: {"method": name} for name in ("varimax", "squires", "score-linear", "score", "contrastive", "cauca", "icm-flow")},
+    **{name: {"method": name} for name in ("varimax", "squires", "score-linear", "multi-node", "score", "contrastive", "cauca", "icm-flow")},
     "diffusion": {"method": "diffusion"}, "paper": {"preset": "paper"},
     # Moran et al. 2022, without interventions: labels are permuted before.
     "sparse-vae": {"decoder": "sparse", "method": "gradient", "causal_layer": False, "mmd_weight": 0.0},
@@ -75,7 +75,7 @@ class Suite:
 PEERS = "Settings of other papers"
 OURS = "Settings of this project"
 NO_DAG = "A gene network without a latent DAG"
-WITHOUT_NETWORKS = ("linear", "changes", "squires", "score-linear", "varimax")
+WITHOUT_NETWORKS = ("linear", "changes", "squires", "score-linear", "multi-node", "varimax")
 WITH_NETWORKS = (
     "default",
     "sparse",

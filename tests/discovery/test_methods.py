@@ -27,7 +27,7 @@ from crlseq.errors import InputError
 from tests.discovery.test_discover import CONFIG, Screen
 
 EXACTLY = {  # perturbations a program, of methods that take no other number
-    **dict.fromkeys(("squires", "score-linear", "contrastive"), (1, factor_result.REASON)),
+    **dict.fromkeys(("squires", "score-linear", "multi-node", "contrastive"), (1, factor_result.REASON)),
     "score": (2, factor_result.REASON_OF_PAIRS),
     "cauca": (3, cauca.REASON),
 }
