@@ -317,7 +317,7 @@ class Run:
     def write_tables(self, folder: Path) -> None:
         """CSV tables, graph files and ``run.json``."""
         for name, table in self.tables().items():
-            write_csv(table, folder / f"{name}.csv")
+            write_csv(folder / f"{name}.csv", table)
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
         (folder / "run.json").write_text(run_json(self.info, 1), encoding="utf-8", newline="\n")

@@ -34,9 +34,9 @@ def to_csv(table: pd.DataFrame) -> bytes:
     return b"".join(_pieces(table))
 
 
-def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """`to_csv` into a file, some rows at a time: as text a large table takes several times its own room."""
-    with path.open("wb") as file:
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write what `to_csv` gives, whole or not at all; some rows at a time: as text a table takes several times its room."""
+    with written_whole(path) as beside, beside.open("wb") as file:
         file.writelines(_pieces(table))
 
 
@@ -46,12 +46,6 @@ def _pieces(table: pd.DataFrame) -> Iterator[bytes]:
         part = table.iloc[start : start + ROWS]
         safe = part.assign(**{name: _defused(part[name]) for name in text})
         yield safe.to_csv(index=False, header=start == 0, lineterminator="\n").encode()
-
-
-def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write what `to_csv` gives, whole or not at all."""
-    with written_whole(path) as beside:
-        beside.write_bytes(to_csv(table))
 
 
 def _defused(column: pd.Series) -> pd.Series:
