@@ -244,10 +244,13 @@ def _select(counts: sp.csr_matrix, n_components: int) -> tuple[sp.csr_matrix, np
     """Counts of the genes that vary most, those genes, and principal axes of their residuals."""
     detected = np.flatnonzero(counts.getnnz(0) > 0)
     x = sp.csr_matrix(counts[:, detected], dtype=np.float64)
-    x = x[x.getnnz(1) > 0]  # a cell without any of these genes has no size, and says nothing about loadings
+    del counts  # each copy is as large as the cells
+    if (x.getnnz(1) == 0).any():  # a cell without any of these genes has no size, and says nothing about loadings
+        x = x[x.getnnz(1) > 0]
+    alpha = dispersion(x)
     _, rate = _relative(x)
     mean = np.asarray(rate.mean(0)).ravel()
-    weight = _residual_weight(mean, dispersion(x))
+    weight = _residual_weight(mean, alpha)
     residual, zeros = rate, np.clip(-weight, -6, 6)
     residual.data = np.clip((rate.data / mean[rate.indices] - 1) * weight[rate.indices], -6, 6)
     kept = np.sort(np.argsort(-_moments_by_gene(residual, zeros)[1], kind="stable")[:MAX_GENES])

@@ -20,10 +20,13 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
     Centred at b's mean: the cancellation in float32 grows with the rows' squared norm.
     """
-    center = b.mean(-2, keepdim=True)
-    a, b = a - center, b - center
+    center, one_set = b.mean(-2, keepdim=True), a is b
+    b = b - center
+    a = b if one_set else a - center
+    of_b = (b * b).sum(-1)
+    of_a = of_b if one_set else (a * a).sum(-1)
     inner = a @ b.transpose(-1, -2)
-    return ((a * a).sum(-1)[..., :, None] + (b * b).sum(-1)[..., None, :] - 2 * inner).clamp_min(0)
+    return (of_a[..., :, None] + of_b[..., None, :] - 2 * inner).clamp_min(0)
 
 
 def multi_kernel(distance: Tensor, bandwidth: float | Tensor, n_kernels: int) -> Tensor:

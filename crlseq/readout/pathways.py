@@ -13,9 +13,11 @@ from crlseq.data.genesets import GeneSets
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.networks import GeneSetLayer
 from crlseq.model.scm import NEGATIVE_SLOPE
-from crlseq.readout.programs import ROWS, Programs, encode, mean_jacobian
+from crlseq.readout.programs import Programs, encode, mean_jacobian
 from crlseq.run.tables import program_names
 from crlseq.training.warm_start import WarmStart, regress
+
+ROWS = 4096  # cells read at once, and controls whose latents show what acts on what
 
 
 @torch.no_grad()

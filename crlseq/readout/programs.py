@@ -23,7 +23,7 @@ from crlseq.run.schema import Identification
 
 JACOBIAN_CELLS, SCALE_DRAWS = 500, 100_000
 MIN_CELLS = 2
-ROWS = 4096  # cells encoded at once
+ROWS = 1024  # cells encoded at once
 DECLARED_WEIGHT = 0.1  # one standard deviation of the source moves the target by at least a tenth of its own
 
 
