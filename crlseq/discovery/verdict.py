@@ -212,14 +212,19 @@ def judge_scores(left: float, n_edges: int, n_against: int, hard: bool) -> Verdi
     return _edges_if_hard(said, hard)
 
 
-def judge_multi_node(p_value: float, rival: float, n_edges: int, acts_on: float, hard: bool) -> Verdict:
-    """The verdict on sets of programs that perturbations act on, ``acts_on`` on average: the `p_value` of the model's deviance,
-    and by how much that of the best other sets is larger; ``hard`` if such interventions were asked for.
+def judge_multi_node(p_value: float, linear: float, rival: float, n_edges: int, acts_on: float, hard: bool) -> Verdict:
+    """The verdict on sets of programs that perturbations act on, ``acts_on`` on average: p-values of the model's deviance and of
+    ``linear`` equations, and by how much the deviance of the best other sets is larger; ``hard`` if that was asked for.
     """
     if p_value < LEAST_P_VALUE:
         return Verdict(
             "not identified",
             f"No sets of programs for the perturbations describe the covariances (p = {p_value:.1e}, at least {LEAST_P_VALUE:g} is needed): perturbations of one program differ, or equations or noise are not linear and normal.",
+        )
+    if linear < LEAST_P_VALUE:
+        return Verdict(
+            "not identified",
+            f"Programs depend on products of others (p = {linear:.1e}; linear equations need {LEAST_P_VALUE:g}): equations are not linear.",
         )
     if rival < RIVAL:
         return Verdict(

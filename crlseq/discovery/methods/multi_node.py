@@ -10,7 +10,8 @@ order. The last program has an axis x on which no other equation depends, so tha
 1. For all sets S of environments, the axis x of greatest likelihood; the axes and sets that leave the smallest deviance
    n_e log x' Theta_e x - N_0 log x' T_0 x - N_1 log x' T_1 x, T the inverse of the pooled covariance without and with S.
 2. The same in what is orthogonal to x, up to the first program. The best of these are refined by the likelihood of all.
-3. The deviance of all from unrestricted covariances is chi-squared if the model holds. The graph is B = A V^-1.
+3. The deviance of all from unrestricted covariances is chi-squared if the model holds, and products of programs before another one
+   say nothing of its noise. The graph is B = A V^-1.
 
 Source: Varici, Acarturk, Shanmugam and Tajer 2024, "Linear causal representation learning from unknown multi-node interventions",
 NeurIPS, arXiv 2406.05937 (UMNI-CRL). There integer combinations of score differences are searched for one of rank one from the
@@ -22,8 +23,9 @@ ancestry. The two cannot be told apart: hard ones have to be asked for. Nothing 
 covariances, or where other sets describe them nearly as well.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -86,9 +88,8 @@ def find(task: Task) -> Programs:
     y, environment = start.cells.values[used, :p].double().numpy(), start.cells.environment[used].numpy()
     found, rival = recover(covariances(y, environment, p, start.cells.noise), np.bincount(environment).astype(float))
     edges = np.abs(found.adjacency) > SURE * jackknife(y, environment, start.cells.noise, found)
-    verdict = judge_multi_node(
-        p_value(found), rival, int(edges.sum()), float(found.sets.sum(1).mean()), task.kind == "hard"
-    )
+    acts_on, hard = float(found.sets.sum(1).mean()), task.kind == "hard"
+    verdict = judge_multi_node(p_value(found), curved(y, environment, found), rival, int(edges.sum()), acts_on, hard)
     weight = np.where(found.sets, found.gain, -1e9)
     target = np.full(len(task.effect), -1)
     perturbation, program = linear_sum_assignment(-weight)
@@ -100,7 +101,7 @@ def find(task: Task) -> Programs:
 
 def covariances(y: Floats, environment: NDArray[np.int64], k: int, noise: float | None) -> Floats:
     """(k + 1, p, p) of the environments 0 to k, without measurement noise."""
-    found: Floats = np.linalg.inv(precisions(y, environment, k, noise))
+    found: Floats = np.linalg.inv(precisions(y, environment, k, noise)).astype(np.float64)
     return found
 
 
@@ -110,7 +111,7 @@ def recover(s: Floats, n: Floats) -> tuple[Recovered, float]:
     """
     p = s.shape[1]
     white = np.linalg.inv(np.linalg.cholesky(s[0]))
-    inner = white @ s @ white.T
+    inner: Floats = white @ s @ white.T
     chains = [Chain(0.0, np.eye(p), np.zeros((0, p)), np.zeros((p, 0), dtype=bool))]
     for _ in range(p):
         longer = sorted((c for chain in chains for c in with_last(chain, inner, n)), key=lambda c: c.deviance)
@@ -140,14 +141,14 @@ def neighbours(found: Recovered, n: Floats) -> list[Bools]:
 def with_last(chain: Chain, s: Floats, n: Floats) -> list[Chain]:
     """The chain with one program more before it: the `TRIED` sets of smallest deviance."""
     s = chain.rest @ s @ chain.rest.T
-    theta, k = np.linalg.inv(s), s.shape[1]
+    theta, k = np.linalg.inv(s).astype(np.float64), s.shape[1]
     sets = (np.arange(1, 2 ** (len(s) - 1))[:, None] >> np.arange(len(s) - 1) & 1).astype(bool)
     hit = np.column_stack([np.zeros(len(sets), dtype=bool), sets])
     weights = np.stack([~hit, hit]) * n  # (2, sets, environments)
     sizes = weights.sum(-1)
 
     def pooled(matrices: Floats) -> Floats:  # (2, sets, k, k)
-        flat = weights @ matrices.reshape(len(matrices), -1) / sizes[..., None]
+        flat: Floats = weights @ matrices.reshape(len(matrices), -1) / sizes[..., None]
         return flat.reshape(*sizes.shape, k, k)
 
     mean, inverse = pooled(theta), np.linalg.inv(pooled(s))
@@ -159,7 +160,7 @@ def with_last(chain: Chain, s: Floats, n: Floats) -> list[Chain]:
     found = []
     for t in np.argsort(deviance)[:TRIED]:
         matrices, signed = np.concatenate([theta, inverse[:, t]]), np.concatenate([n, -sizes[:, t]])
-        left, x = _minimum(lambda x, m=matrices, w=signed: _log_forms(x, m, w), axes[t], float(n.sum()))
+        left, x = _minimum(partial(_log_forms, matrices=matrices, weights=signed), axes[t], float(n.sum()))
         x /= np.linalg.norm(x)
         rest = np.linalg.svd(x[None])[2][1:] @ chain.rest
         own = np.vstack([x @ chain.rest, chain.axes]), np.column_stack([sets[t], chain.sets])
@@ -174,7 +175,7 @@ def _log_forms(x: Floats, matrices: Floats, weights: Floats) -> tuple[float, Flo
     return float(weights @ np.log(form)), 2 * (weights / form) @ along
 
 
-def _minimum(objective: Any, start: Floats, scale: float) -> tuple[float, Floats]:
+def _minimum(objective: Callable[[Floats], tuple[float, Floats]], start: Floats, scale: float) -> tuple[float, Floats]:
     """Smallest value of an objective with a gradient, and where it is."""
 
     def scaled(x: Floats) -> tuple[float, Floats]:
@@ -213,11 +214,13 @@ def refined(flag: Floats, sets: Bools, s: Floats, n: Floats) -> Recovered:
     def rotated(x: Tensor) -> Tensor:
         skew = torch.zeros(p, p, dtype=torch.float64)
         skew[lower] = x
-        return torch.linalg.matrix_exp(skew - skew.T) @ first
+        turned: Tensor = torch.linalg.matrix_exp(skew - skew.T) @ first
+        return turned
 
     def roots(q: Tensor) -> Tensor:  # row k of the inverse of the k-th is the standardised equation of program k
         pooled = torch.einsum("gek,eij->gkij", weights, q @ matrices @ q.T) / sizes[..., None, None]
-        return torch.linalg.cholesky(pooled)
+        found: Tensor = torch.linalg.cholesky(pooled)
+        return found
 
     def deviance(x: Floats) -> tuple[float, Floats]:
         angles = torch.from_numpy(x).requires_grad_()
@@ -243,6 +246,28 @@ def p_value(found: Recovered) -> float:
     k, p = found.sets.shape
     freedom = (k - 1) * p * (p + 1) // 2 - p * (p - 1) // 2
     return float(chi2.sf(found.deviance, freedom)) if freedom > 0 else 1.0
+
+
+def curved(y: Floats, environment: NDArray[np.int64], found: Recovered) -> float:
+    """The p-value of linear equations: by n R^2 of products of the programs before another one for its noise, chi-squared."""
+    u, (k, p) = y @ found.directions.T, found.sets.shape
+    for e in range(k + 1):
+        u[environment == e] -= u[environment == e].mean(0)
+    hit = np.vstack([np.zeros(p, dtype=bool), found.sets])[environment]
+    statistic, freedom = 0.0, 0
+    for program in range(1, p):
+        i, j = np.triu_indices(program)
+        products = u[:, i] * u[:, j]
+        for e in range(k + 1):
+            products[environment == e] -= products[environment == e].mean(0)
+        for cells in (hit[:, program], ~hit[:, program]):
+            before, own = u[cells, :program], u[cells, program]
+            noise = own - before @ np.linalg.lstsq(before, own, rcond=None)[0]
+            both = np.column_stack([before, products[cells]])
+            left = noise - both @ np.linalg.lstsq(both, noise, rcond=None)[0]
+            statistic += len(noise) * (1 - (left @ left) / (noise @ noise))
+            freedom += len(i)
+    return float(chi2.sf(statistic, freedom)) if freedom else 1.0
 
 
 def jackknife(y: Floats, environment: NDArray[np.int64], noise: float | None, found: Recovered) -> Floats:
