@@ -16,7 +16,9 @@ import scipy.sparse as sp
 
 from crlseq.config import DataConfig
 from crlseq.data import splits
+from crlseq.data.adjustment import Adjustment
 from crlseq.data.cluster import mapped, on_one_machine
+from crlseq.data.covariate_columns import Column, read_columns
 from crlseq.data.covariates import covariates, in_words
 from crlseq.data.design import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
 from crlseq.data.guides import Guides, read_labels
@@ -106,6 +108,8 @@ class PerturbSeqData:
     notes: tuple[str, ...]  # sentences about what was left out and why
     guides: Guides | None = None
     positions: Positions | None = None  # of genes on chromosomes, where they are known
+    covariates: tuple[Column, ...] = ()
+    without_covariate_effects: bool = False  # what perturbations do to covariates is taken off, too
     shuffled: bool = False  # cells of each condition lie together in random order, as in a prepared store
 
     @property
@@ -123,6 +127,27 @@ class PerturbSeqData:
         """Of each perturbation, the fitted genes that it targets, under whatever name; none if they are not fitted."""
         target = dict(zip(self.labels.names, self.labels.targets, strict=True))
         return tuple(self.preprocessing.gene_names.find(target.get(name, name)) for name in self.perturbation_names)
+
+    @cached_property
+    def adjustment(self) -> Adjustment | None:
+        """What covariates do to cells; None without any."""
+        if not self.covariates:
+            return None
+        return Adjustment.of(
+            self.covariates, self.without_covariate_effects, self.condition, len(self.conditions), self.split, self.batch
+        )
+
+    @cached_property
+    def covariate_slopes(self) -> np.ndarray:
+        """(d, G) of expression on covariates, by training controls."""
+        assert self.adjustment is not None
+        cells = self.control_pool(splits.TRAIN)
+        return self.adjustment.slopes(cells, self.blocks(cells))
+
+    @cached_property
+    def comparison(self) -> np.ndarray:
+        """(cells,) groups within which cells are compared: batches, divided by what covariates do to expression."""
+        return self.batch if self.adjustment is None else self.adjustment.groups(self.covariate_slopes)
 
     def cells(self, condition: int, *codes: int) -> np.ndarray:
         """Ascending indices of a condition's cells in the given splits."""
@@ -245,8 +270,9 @@ def read_data(
         cell_names = screen.obs.index.astype(str)
         measured = GeneNames.of(screen.var)
         beside = covariates(screen, labels, values, scanned.totals)
+        columns = read_columns(screen, config, labels, record, scanned.totals)
         of_file = [*screen.notes, *filter(None, [values.doubt])]
-        of_design = [targets_in_words(measured, labels.targets), *in_words(beside, config.batch_key)]
+        of_design = [targets_in_words(measured, labels.targets), *in_words(beside, config.batch_key, [column.name for column in columns])]
     condition, known, number, unpredictable = _renumbered(labels, selection)
     silent = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are excluded."
     return PerturbSeqData(
@@ -273,6 +299,8 @@ def read_data(
         ),
         guides=guides,
         positions=positions,
+        covariates=columns,
+        without_covariate_effects=config.remove_covariate_effects,
         shuffled=shuffled,
     )
 

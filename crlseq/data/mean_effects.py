@@ -51,4 +51,7 @@ def shares_of_controls(batch: np.ndarray, controls: Container[int]) -> dict[int,
 def _moments(data: PerturbSeqData, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and unbiased variance (G,) of cells."""
     mean, square = data.moments(cells)
-    return mean, np.maximum(square - mean**2, 0.0) * len(cells) / max(len(cells) - 1, 1)
+    variance = np.maximum(square - mean**2, 0.0) * len(cells) / max(len(cells) - 1, 1)
+    if data.adjustment is not None:
+        mean = mean - data.adjustment.removed(cells).mean(0) @ data.covariate_slopes
+    return mean, variance

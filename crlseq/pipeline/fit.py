@@ -265,13 +265,13 @@ def _test(job: Job, screen: Screen) -> Tested:
     job.progress.stage(TESTING)
     projection = principal_components(data, N_COMPONENTS, seed)
     stages = StageCache(job.folder, hashlib.sha256(screen.identity.to_json().encode()).hexdigest())
-    guides = guide_agreement(data, projection.scores)
+    guides = guide_agreement(data, projection.adjusted)
     dropped = weak_guides(guides) if job.config.data.drop_outlier_guides else []
     if words := guides_in_words(guides, bool(dropped)):
         job.progress.note(words)
     data = without_guides(data, dropped)
-    tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed))
-    undone = stages.get("negative controls", lambda: undone_effects(data, projection.scores, seed))
+    tests = stages.get("effects", lambda: effect_tests(data, projection.adjusted, seed))
+    undone = stages.get("negative controls", lambda: undone_effects(data, projection.adjusted, seed))
     return Tested(data, projection, tests, guides, undone, stages)
 
 
@@ -297,7 +297,7 @@ def _discover(job: Job, tested: Tested, targets: dict[str, str] | None) -> Start
     seen = None
     if not programs.n:
         progress.stage("testing detectable effects")
-        seen = stages.get("sensitivity", lambda: sensitivity(tested.data, tested.projection.scores, seed))
+        seen = stages.get("sensitivity", lambda: sensitivity(tested.data, tested.projection.adjusted, seed))
     return Start(warm, programs.n, programs.reason, seen)
 
 

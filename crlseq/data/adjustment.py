@@ -1,0 +1,230 @@
+"""What covariates do to cells, taken off: one owner for tests, components, means of genes and partners in training.
+
+With z (cells, d) the covariates as deviations from the controls of a cell's batch, in standard deviations of controls, a level of
+a category being a 0/1 number, and y (cells, q) scores or genes,
+
+    y' = y - (z - k_c) B,      B = (Z' Z)^- Z' Y  over training controls, within batches (least squares of smallest norm).
+
+Controls alone tell B: in perturbed cells a covariate goes along with having been hit. There is no ridge: columns are few beside
+controls (`crlseq.data.covariate_columns`). k_c is what a perturbation c does to a covariate that it can change, such as a phase
+of the cell cycle: its cells' mean z where that differs from controls (FDR 5 %), so that an arrest stays an effect, else 0. What
+was there before (donor, lane, depth) is taken off wholly, k = 0, and comparisons are made within `N_STRATA` strata of the
+combination of such covariates that tells the perturbed cells from controls best (Cochran 1968, Biometrics 24): the error of B,
+what is not linear, and variances that differ are then alike on both sides of a permutation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from crlseq.data import splits
+from crlseq.data.covariate_columns import Column
+
+FDR = 0.05
+N_STRATA = 5
+MIN_CONTROLS = 2  # of a batch, to centre it on its own
+ROWS = 65_536  # cells at a time
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """The covariates of a screen, in d columns: one of a number, one a level of a category."""
+
+    columns: tuple[Column, ...]
+    owner: np.ndarray  # (d,) the place of each column's covariate
+    levels: tuple[str, ...]  # (d,) empty of numbers
+    wholly: np.ndarray  # (d,) bool: taken off wholly
+    z: NDArray[np.float32]  # (cells, d)
+    condition: np.ndarray  # (cells,) -1 of cells that take no part
+    kept: Floats  # (conditions, d): k
+    precision: Floats  # (d, d): (Z' Z)^- over training controls
+    changes: pd.DataFrame  # what conditions do to covariates: `condition`, `column` of the d, and `_changes`
+    batch: np.ndarray  # (cells,)
+    controls: np.ndarray  # training controls
+
+    @classmethod
+    def of(
+        cls,
+        columns: tuple[Column, ...],
+        wholly: bool,
+        condition: np.ndarray,
+        n_conditions: int,
+        split: np.ndarray,
+        batch: np.ndarray,
+    ) -> Adjustment:
+        """From what was read; ``wholly``: what perturbations do to covariates is taken off as well."""
+        owner, levels, raw = _raw(columns)
+        controls = np.flatnonzero((condition == 0) & (split == splits.TRAIN))
+        z, scale = _deviations(raw, controls, batch)
+        used = np.flatnonzero((condition >= 0) & np.isin(split, (splits.TRAIN, splits.VALIDATION)))
+        is_level = np.array([level != "" for level in levels])
+        changes = _changes(raw[used], condition[used], batch[used], is_level)
+        changes["covariate"] = owner[changes["column"]]
+        changes["fdr"] = _fdr(changes)
+        all_of = np.array([wholly or not columns[place].outcome for place in owner])
+        kept = np.zeros((n_conditions, len(owner)))
+        surely = changes[(changes["fdr"] <= FDR) & ~all_of[changes["column"]]]
+        for c, place in surely[["condition", "covariate"]].drop_duplicates().itertuples(index=False):
+            own = used[condition[used] == c]
+            kept[c] = np.where(owner == place, z[own].mean(0, dtype=np.float64), kept[c])
+        changes["difference"] /= np.where(is_level, 1.0, scale)[changes["column"]]
+        changes["se"] /= np.where(is_level, 1.0, scale)[changes["column"]]
+        centred = _within(z[controls].astype(np.float64), batch[controls])
+        precision = np.linalg.pinv(centred.T @ centred, rcond=1e-9, hermitian=True)
+        return cls(columns, owner, levels, all_of, z, condition, kept, precision, changes, batch, controls)
+
+    def slopes(self, cells: np.ndarray, blocks: Iterable[tuple[slice, Any]]) -> Floats:
+        """B (d, q) from these training controls and blocks of their values, with places among them."""
+        z = _within(self.z[cells].astype(np.float64), self.batch[cells])
+        cross = sum((values.T @ z[rows] for rows, values in blocks), 0.0)
+        return np.asarray(np.linalg.pinv(z.T @ z, rcond=1e-9, hermitian=True) @ np.asarray(cross).T)
+
+    def removed(self, cells: np.ndarray) -> Floats:
+        """(len(cells), d): z - k."""
+        kept = np.concatenate([self.kept, np.zeros((1, self.kept.shape[1]))])  # the last row serves condition -1
+        return self.z[cells] - kept[self.condition[cells]]
+
+    def take_off(self, scores: NDArray[np.float32], cells: np.ndarray) -> None:
+        """Adjust the scores (cells of the screen, q) of these cells in place."""
+        slopes = self.slopes(self.controls, [(slice(None), scores[self.controls].astype(np.float64))])
+        for start in range(0, len(cells), ROWS):
+            own = cells[start : start + ROWS]
+            scores[own] -= self.removed(own) @ slopes
+
+    def variance(self, cells: np.ndarray) -> float:
+        """Squared error of what is taken off the mean of cells, over the variance of controls: v' (Z' Z)^- v."""
+        mean = self.removed(cells).mean(0)
+        return float(mean @ self.precision @ mean)
+
+    def strata(self, cells: np.ndarray, is_perturbed: np.ndarray) -> np.ndarray:
+        """(n,) strata of cells of both sets: batches, divided by the discriminant of what is taken off wholly (Fisher 1936)."""
+        batch, z = self.batch[cells], self.z[cells][:, self.wholly].astype(np.float64)
+        if not z.shape[1]:
+            return batch
+        one, other = z[is_perturbed], z[~is_perturbed]
+        spread = (len(one) * np.cov(one.T, bias=True) + len(other) * np.cov(other.T, bias=True)).reshape(2 * z.shape[1:])
+        direction = np.linalg.pinv(spread, rcond=1e-9, hermitian=True) @ (one.mean(0) - other.mean(0))
+        score = z @ direction
+        return batch * N_STRATA + _bins(score, score[is_perturbed])
+
+    def groups(self, slopes: Floats) -> np.ndarray:
+        """(cells,) batches, divided by what covariates do to expression, along its leading direction in controls.
+
+        ``slopes`` (d, G). Each group has controls, if its batch has: the score is that of Hansen 2008, Biometrika 95.
+        """
+        root = np.linalg.cholesky(np.cov(self.z[self.controls].T.astype(np.float64)).reshape(2 * (len(self.owner),)) + 1e-9 * np.eye(len(self.owner)))
+        leading = np.linalg.svd(root.T @ slopes, full_matrices=False)[2][0]
+        score, group = self.removed(np.arange(len(self.z))) @ (slopes @ leading), np.zeros(len(self.z), dtype=np.int64)
+        for b in np.unique(self.batch[self.controls]):
+            own = np.flatnonzero(self.batch == b)
+            group[own] = _bins(score[own], score[self.controls[self.batch[self.controls] == b]])
+        return self.batch * N_STRATA + group
+
+
+def _raw(columns: tuple[Column, ...]) -> tuple[np.ndarray, tuple[str, ...], Floats]:
+    """The covariate and the level of each of d columns, and their values (cells, d)."""
+    owner, levels, values = list[int](), list[str](), list[np.ndarray]()
+    for place, column in enumerate(columns):
+        for code, level in enumerate(column.levels or ("",)):
+            owner.append(place)
+            levels.append(level)
+            values.append(column.values == code if column.levels else np.nan_to_num(column.values))
+    return np.array(owner), tuple(levels), np.stack(values, axis=1).astype(np.float64)
+
+
+def _deviations(raw: Floats, controls: np.ndarray, batch: np.ndarray) -> tuple[NDArray[np.float32], Floats]:
+    """z (cells, d), and the standard deviations (d,) of controls within batches, 1 where they do not vary."""
+    scale = np.sqrt((_within(raw[controls], batch[controls]) ** 2).mean(0))
+    scale = np.where(scale > 1e-12 * np.maximum(np.abs(raw[controls]).max(0), 1e-300), scale, np.inf)
+    z = np.empty(raw.shape, dtype=np.float32)
+    overall = raw[controls].mean(0)
+    for b in np.unique(batch):
+        own = controls[batch[controls] == b]
+        center = raw[own].mean(0) if len(own) >= MIN_CONTROLS else overall
+        cells = batch == b
+        z[cells] = (raw[cells] - center) / scale
+    return z, np.where(np.isfinite(scale), scale, 1.0)
+
+
+def _within(values: Floats, batch: np.ndarray) -> Floats:
+    """Values (n, d) less the means of their batches."""
+    number = np.unique(batch, return_inverse=True)[1]
+    counts = np.bincount(number)
+    means = np.stack([np.bincount(number, column) / counts for column in values.T], axis=1)
+    return values - means[number]
+
+
+def _bins(score: Floats, reference: Floats) -> np.ndarray:
+    """The value of each score where there are few, else which of `N_STRATA` equal parts of ``reference`` it falls into."""
+    values = np.unique(np.round(reference, 9))
+    if len(values) <= N_STRATA:
+        edges = (values[1:] + values[:-1]) / 2
+    else:
+        edges = np.unique(np.quantile(reference, np.arange(1, N_STRATA) / N_STRATA))
+    return np.searchsorted(edges, score, side="right")
+
+
+def _changes(raw: Floats, condition: np.ndarray, batch: np.ndarray, is_level: np.ndarray) -> pd.DataFrame:
+    """``condition, column, n_cells, mean, control, difference, se, p_value``: each condition against controls of its batches.
+
+    p-values are those of a permutation within batches of the sum over a condition's cells, by its first three moments (Pearson
+    type III: Mielke and Berry 2007); of levels that is the test of Cochran, Mantel and Haenszel with its correction.
+    """
+    center = raw.mean(0)
+    x = raw - center
+    batch = np.unique(batch, return_inverse=True)[1]
+    n_batches, n_conditions = int(batch.max()) + 1, int(condition.max()) + 1
+    pair = condition * n_batches + batch
+    n = np.bincount(pair, minlength=n_conditions * n_batches).reshape(n_conditions, n_batches).astype(float)
+    m, rows = n[0], []
+    comparable = (n[1:] > 0) & (m > 0)
+    own = np.where(comparable, n[1:], 0.0)
+    total, both = own.sum(1), np.maximum(own + m, 3.0)
+    share = own / np.maximum(total, 1.0)[:, None]
+    for j, values in enumerate(x.T):
+        sums = [np.bincount(pair, values**k, minlength=n.size).reshape(n.shape) for k in (1, 2, 3)]
+        s, ss, sss = (np.where(comparable, a[1:], 0.0) for a in sums)
+        s0, ss0, sss0 = (a[0] for a in sums)
+        mean = (s + s0) / both
+        second = np.maximum((ss + ss0) - both * mean**2, 0.0)
+        third = (sss + sss0) - 3 * mean * (ss + ss0) + 2 * both * mean**3
+        excess = np.where(comparable, s - own * mean, 0.0).sum(1)
+        variance = np.where(comparable, own * m / (both * (both - 1)) * second, 0.0).sum(1)
+        skew = np.where(comparable, own * m * (m - own) / (both * (both - 1) * np.maximum(both - 2, 1.0)) * third, 0.0).sum(1)
+        deviation = np.sqrt(variance)
+        told = deviation > 1e-9 * max(float(np.abs(values).max()), 1e-300)
+        size = np.maximum(np.abs(excess) - 0.5 * is_level[j], 0.0) / np.where(told, deviation, 1.0)
+        side = np.sign(excess) * skew / np.where(told, deviation, 1.0) ** 3  # of the tail that the sum lies in
+        p = np.where(told, np.minimum(1.0, 2 * stats.pearson3.sf(size, side)), np.nan)
+        at_controls = s0 / np.maximum(m, 1.0)
+        control = (share * at_controls).sum(1)
+        average = s.sum(1) / np.maximum(total, 1.0)
+        spread = (ss.sum(1) - (np.divide(s**2, own, out=np.zeros_like(s), where=own > 0)).sum(1)).clip(0)
+        of_controls = (ss0 - m * at_controls**2).clip(0) / np.maximum(m - 1, 1.0) / np.maximum(m, 1.0)
+        error = spread / np.maximum(total - comparable.sum(1), 1.0) / np.maximum(total, 1.0)
+        se = np.sqrt(error + (share**2 * of_controls).sum(1))
+        rows.append(pd.DataFrame({
+            "condition": np.arange(1, n_conditions), "column": j, "n_cells": total.astype(np.int64),
+            "mean": average + center[j], "control": control + center[j], "difference": average - control, "se": se,
+            "p_value": p,
+        })[total > 0])  # fmt: skip
+    return pd.concat(rows, ignore_index=True)
+
+
+def _fdr(changes: pd.DataFrame) -> Floats:
+    """Benjamini and Hochberg's, over conditions and levels of each covariate."""
+    fdr = np.full(len(changes), np.nan)
+    for place in changes["covariate"].unique():
+        rows = np.flatnonzero((changes["covariate"] == place) & changes["p_value"].notna())
+        if len(rows):
+            fdr[rows] = stats.false_discovery_control(changes["p_value"].to_numpy()[rows])
+    return fdr
