@@ -6,11 +6,14 @@ a category being a 0/1 number, and y (cells, q) scores or genes,
     y' = y - (z - k_c) B,      B = (Z' Z)^- Z' Y  over training controls, within batches (least squares of smallest norm).
 
 Controls alone tell B: in perturbed cells a covariate goes along with having been hit. There is no ridge: columns are few beside
-controls (`crlseq.data.covariate_columns`). k_c is what a perturbation c does to a covariate that it can change, such as a phase
-of the cell cycle: its cells' mean z where that differs from controls (FDR 5 %), so that an arrest stays an effect, else 0. What
-was there before (donor, lane, depth) is taken off wholly, k = 0, and comparisons are made within `N_STRATA` strata of the
-combination of such covariates that tells the perturbed cells from controls best (Cochran 1968, Biometrics 24): the error of B,
-what is not linear, and variances that differ are then alike on both sides of a permutation.
+controls (`crlseq.data.covariate_columns`). What was there before a perturbation (donor, lane, depth) is taken off wholly, k = 0,
+everywhere. What a perturbation can change, such as a phase of the cell cycle, stays in the cells, so that an arrest is an effect
+like any other; from the scores that effects are tested on its variation is taken off as noise, k_c being the mean z of cells of a
+perturbation c that changes it (FDR 5 %), else 0.
+
+Tests compare within strata of the combination of covariates taken off wholly that tells the perturbed cells from controls best
+(Cochran 1968, Biometrics 24): the error of B, what is not linear, and variances that differ are then alike on both sides of a
+permutation.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from crlseq.data import splits
 from crlseq.data.covariate_columns import Column
 
 FDR = 0.05
-N_STRATA = 5
+N_STRATA, CELLS_PER_STRATUM = 10, 5  # at most, and perturbed cells of each
 MIN_CONTROLS = 2  # of a batch, to centre it on its own
 ROWS = 65_536  # cells at a time
 
@@ -78,31 +81,66 @@ class Adjustment:
             kept[c] = np.where(owner == place, z[own].mean(0, dtype=np.float64), kept[c])
         changes["difference"] /= np.where(is_level, 1.0, scale)[changes["column"]]
         changes["se"] /= np.where(is_level, 1.0, scale)[changes["column"]]
-        centred = _within(z[controls].astype(np.float64), batch[controls])
+        centred = _within(z[controls] * all_of, batch[controls])
         precision = np.linalg.pinv(centred.T @ centred, rcond=1e-9, hermitian=True)
         return cls(columns, owner, levels, all_of, z, condition, kept, precision, changes, batch, controls)
 
-    def slopes(self, cells: np.ndarray, blocks: Iterable[tuple[slice, Any]]) -> Floats:
-        """B (d, q) from these training controls and blocks of their values, with places among them."""
-        z = _within(self.z[cells].astype(np.float64), self.batch[cells])
+    def slopes(self, cells: np.ndarray, blocks: Iterable[tuple[slice, Any]], every: bool = False) -> Floats:
+        """B (d, q) from these training controls and blocks of their values, with places among them; 0 of columns that are not
+        taken off wholly, unless ``every`` counts.
+        """
+        z = _within(self.z[cells] * (self.wholly | every), self.batch[cells])
         cross = sum((values.T @ z[rows] for rows, values in blocks), 0.0)
         return np.asarray(np.linalg.pinv(z.T @ z, rcond=1e-9, hermitian=True) @ np.asarray(cross).T)
 
-    def removed(self, cells: np.ndarray) -> Floats:
-        """(len(cells), d): z - k."""
+    def for_tests(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores (cells of the screen, q) without what covariates do, but for what perturbations change."""
+        slopes = self.slopes(self.controls, [(slice(None), scores[self.controls].astype(np.float64))], every=True)
         kept = np.concatenate([self.kept, np.zeros((1, self.kept.shape[1]))])  # the last row serves condition -1
-        return self.z[cells] - kept[self.condition[cells]]
+        adjusted = np.empty_like(scores)
+        for start in range(0, len(scores), ROWS):
+            own = slice(start, start + ROWS)
+            adjusted[own] = scores[own] - (self.z[own] - kept[self.condition[own]]) @ slopes
+        return adjusted
+
+    def mean(self, cells: np.ndarray) -> Floats:
+        """(d,) mean of what is taken off wholly, over cells."""
+        return np.asarray(self.z[cells].mean(0, dtype=np.float64) * self.wholly)
 
     def take_off(self, scores: NDArray[np.float32], cells: np.ndarray) -> None:
-        """Adjust the scores (cells of the screen, q) of these cells in place."""
-        slopes = self.slopes(self.controls, [(slice(None), scores[self.controls].astype(np.float64))])
+        """Take what goes wholly off the scores (cells of the screen, q) of these cells in place, and leave measurement noise.
+
+        A covariate that is computed from expression, such as a score of the cell cycle, takes the noise of its genes along. Where
+        z explains a share rho of the canonical variate w'y of controls (of variance 1; Hotelling 1936), more than leaves
+        n = |w|^2 times the least variance of y, a share g of it stays, g^2 rho = n - (1 - rho), in the cells' deviations from the
+        mean of their condition; means are adjusted wholly.
+        """
+        y = _within(scores[self.controls].astype(np.float64), self.batch[self.controls])
+        slopes = self.slopes(self.controls, [(slice(None), y)])
+        gone = _within(self.z[self.controls] * self.wholly, self.batch[self.controls]) @ slopes
+        value, axes = np.linalg.eigh(y.T @ y / len(y))
+        value = np.maximum(value, 1e-12 * max(float(value[-1]), 1e-300))
+        white = (gone @ axes) / np.sqrt(value)
+        rho, turn = np.linalg.eigh(white.T @ white / len(y))
+        noise = value[0] * (turn**2 / value[:, None]).sum(0)
+        share = np.sqrt(np.clip((noise - (1 - rho)) / np.maximum(rho, 1e-9), 0.0, 1.0)) * (rho > 1e-9)
+        left = slopes @ (axes / np.sqrt(value) @ turn * share) @ turn.T @ (axes * np.sqrt(value)).T
+        mean = self._means()
         for start in range(0, len(cells), ROWS):
             own = cells[start : start + ROWS]
-            scores[own] -= self.removed(own) @ slopes
+            scores[own] -= self.z[own] @ slopes - (self.z[own] - mean[self.condition[own]]) @ left
+
+    def _means(self) -> Floats:
+        """(conditions + 1, d) mean z of each; the last row, 0, serves condition -1."""
+        number = np.where(self.condition < 0, len(self.kept), self.condition)
+        counts = np.maximum(np.bincount(number, minlength=len(self.kept) + 1), 1)
+        means = np.stack([np.bincount(number, column, len(counts)) / counts for column in self.z.T], axis=1)
+        means[-1] = 0.0
+        return means
 
     def variance(self, cells: np.ndarray) -> float:
         """Squared error of what is taken off the mean of cells, over the variance of controls: v' (Z' Z)^- v."""
-        mean = self.removed(cells).mean(0)
+        mean = self.mean(cells)
         return float(mean @ self.precision @ mean)
 
     def strata(self, cells: np.ndarray, is_perturbed: np.ndarray) -> np.ndarray:
@@ -111,19 +149,24 @@ class Adjustment:
         if not z.shape[1]:
             return batch
         one, other = z[is_perturbed], z[~is_perturbed]
-        spread = (len(one) * np.cov(one.T, bias=True) + len(other) * np.cov(other.T, bias=True)).reshape(2 * z.shape[1:])
+        spread = (len(one) * np.cov(one.T, bias=True) + len(other) * np.cov(other.T, bias=True)).reshape(
+            2 * z.shape[1:]
+        )
         direction = np.linalg.pinv(spread, rcond=1e-9, hermitian=True) @ (one.mean(0) - other.mean(0))
         score = z @ direction
-        return batch * N_STRATA + _bins(score, score[is_perturbed])
+        return batch * N_STRATA + _bins(score, score[is_perturbed], len(one) // CELLS_PER_STRATUM)
 
     def groups(self, slopes: Floats) -> np.ndarray:
         """(cells,) batches, divided by what covariates do to expression, along its leading direction in controls.
 
         ``slopes`` (d, G). Each group has controls, if its batch has: the score is that of Hansen 2008, Biometrika 95.
         """
-        root = np.linalg.cholesky(np.cov(self.z[self.controls].T.astype(np.float64)).reshape(2 * (len(self.owner),)) + 1e-9 * np.eye(len(self.owner)))
+        root = np.linalg.cholesky(
+            np.cov(self.z[self.controls].T.astype(np.float64)).reshape(2 * (len(self.owner),))
+            + 1e-9 * np.eye(len(self.owner))
+        )
         leading = np.linalg.svd(root.T @ slopes, full_matrices=False)[2][0]
-        score, group = self.removed(np.arange(len(self.z))) @ (slopes @ leading), np.zeros(len(self.z), dtype=np.int64)
+        score, group = self.z @ (slopes @ leading), np.zeros(len(self.z), dtype=np.int64)
         for b in np.unique(self.batch[self.controls]):
             own = np.flatnonzero(self.batch == b)
             group[own] = _bins(score[own], score[self.controls[self.batch[self.controls] == b]])
@@ -163,13 +206,14 @@ def _within(values: Floats, batch: np.ndarray) -> Floats:
     return values - means[number]
 
 
-def _bins(score: Floats, reference: Floats) -> np.ndarray:
-    """The value of each score where there are few, else which of `N_STRATA` equal parts of ``reference`` it falls into."""
+def _bins(score: Floats, reference: Floats, most: int = N_STRATA) -> np.ndarray:
+    """The value of each score where there are few, else which of equal parts of ``reference`` it falls into, at most so many."""
+    most = min(max(most, 2), N_STRATA)
     values = np.unique(np.round(reference, 9))
     if len(values) <= N_STRATA:
         edges = (values[1:] + values[:-1]) / 2
     else:
-        edges = np.unique(np.quantile(reference, np.arange(1, N_STRATA) / N_STRATA))
+        edges = np.unique(np.quantile(reference, np.arange(1, most) / most))
     return np.searchsorted(edges, score, side="right")
 
 
@@ -199,7 +243,9 @@ def _changes(raw: Floats, condition: np.ndarray, batch: np.ndarray, is_level: np
         third = (sss + sss0) - 3 * mean * (ss + ss0) + 2 * both * mean**3
         excess = np.where(comparable, s - own * mean, 0.0).sum(1)
         variance = np.where(comparable, own * m / (both * (both - 1)) * second, 0.0).sum(1)
-        skew = np.where(comparable, own * m * (m - own) / (both * (both - 1) * np.maximum(both - 2, 1.0)) * third, 0.0).sum(1)
+        skew = np.where(
+            comparable, own * m * (m - own) / (both * (both - 1) * np.maximum(both - 2, 1.0)) * third, 0.0
+        ).sum(1)
         deviation = np.sqrt(variance)
         told = deviation > 1e-9 * max(float(np.abs(values).max()), 1e-300)
         size = np.maximum(np.abs(excess) - 0.5 * is_level[j], 0.0) / np.where(told, deviation, 1.0)
@@ -208,13 +254,16 @@ def _changes(raw: Floats, condition: np.ndarray, batch: np.ndarray, is_level: np
         at_controls = s0 / np.maximum(m, 1.0)
         control = (share * at_controls).sum(1)
         average = s.sum(1) / np.maximum(total, 1.0)
+        shares = (
+            np.clip(value + center[j], 0.0, 1.0) if is_level[j] else value + center[j] for value in (average, control)
+        )
         spread = (ss.sum(1) - (np.divide(s**2, own, out=np.zeros_like(s), where=own > 0)).sum(1)).clip(0)
         of_controls = (ss0 - m * at_controls**2).clip(0) / np.maximum(m - 1, 1.0) / np.maximum(m, 1.0)
         error = spread / np.maximum(total - comparable.sum(1), 1.0) / np.maximum(total, 1.0)
         se = np.sqrt(error + (share**2 * of_controls).sum(1))
         rows.append(pd.DataFrame({
             "condition": np.arange(1, n_conditions), "column": j, "n_cells": total.astype(np.int64),
-            "mean": average + center[j], "control": control + center[j], "difference": average - control, "se": se,
+            **dict(zip(("mean", "control"), shares, strict=True)), "difference": average - control, "se": se,
             "p_value": p,
         })[total > 0])  # fmt: skip
     return pd.concat(rows, ignore_index=True)

@@ -60,6 +60,11 @@ def cell_cycle_scores(
     return dict(zip(genes, scores.T, strict=True))
 
 
+def phases(s: np.ndarray, g2m: np.ndarray) -> np.ndarray:
+    """(cells,) the phase that scores tell, as ``scanpy.tl.score_genes_cell_cycle`` does: that of the higher score, G1 below 0."""
+    return np.where((s < 0) & (g2m < 0), "G1", np.where(g2m > s, "G2M", "S"))
+
+
 def _places(names: GeneNames, symbols: Sequence[str]) -> np.ndarray:
     found = (names.find(symbol) or names.find(RENAMED.get(symbol, symbol)) for symbol in symbols)
     return np.unique([place for places in found for place in places]).astype(int)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from crlseq.config import DataConfig
-from crlseq.data.cell_cycle import cell_cycle_scores
+from crlseq.data.cell_cycle import cell_cycle_scores, phases
 from crlseq.data.covariates import BATCH, CONTEXT, DEPTH, MAX_NUMBERS, OUTCOME, SMALLEST_LEVEL, role_of, same
 from crlseq.data.matrix import Screen
 from crlseq.data.perturbations import Perturbations, refuse_missing_column
@@ -51,6 +51,9 @@ def read_columns(
         elif name == CELL_CYCLE:
             scores = cell_cycle_scores(screen, record, used, labels.targets)
             columns += [Column(phase, (), values, True) for phase, values in scores.items()]
+            phase = pd.Series(phases(*scores.values()))
+            if (phase[labels.condition == 0].value_counts() >= SMALLEST_LEVEL).sum() == phase.iloc[used].nunique() > 1:
+                columns.append(_of_column(phase, "phase", used))
         else:
             refuse_missing_column(screen.obs, name, f"--covariates (which also takes {CELL_CYCLE} and {DEPTH})")
     for name in (column.name for column in columns):
@@ -114,8 +117,12 @@ def _refuse(column: Column, screen: Screen, config: DataConfig, labels: Perturba
         counts = np.bincount(controls, minlength=len(column.levels))
         few_controls = [level for level, n in zip(column.levels, counts, strict=True) if n < SMALLEST_LEVEL]
         if few_controls:
-            what = f"Levels of the covariate {name!r} with fewer than {SMALLEST_LEVEL} control cells: {few(few_controls)}."
-            raise InputError(what, f"What they do cannot be told from perturbations: join levels or drop the cells. {DROP}")
+            what = (
+                f"Levels of the covariate {name!r} with fewer than {SMALLEST_LEVEL} control cells: {few(few_controls)}."
+            )
+            raise InputError(
+                what, f"What they do cannot be told from perturbations: join levels or drop the cells. {DROP}"
+            )
     elif np.ptp(controls) == 0:
         raise InputError(f"The covariate {name!r} is the same in every control cell.", DROP)
     elif own[condition > 0].min() > controls.max() or own[condition > 0].max() < controls.min():

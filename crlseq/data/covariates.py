@@ -230,7 +230,7 @@ def in_words(found: Sequence[Covariate], batch_key: str | None, asked: Collectio
     """What a fit says of these columns: batches and covariates that are left alone, contexts that are pooled, an outcome for a
     batch; ``asked`` are the covariates that are taken off.
     """
-    batches = [each for each in found if each.looks_like_batch]
+    batches = [each for each in found if each.looks_like_batch and each.column not in asked]
     contexts = [each for each in found if each.role == CONTEXT and each.matters]
     left = sorted((each for each in found if each.confounds), key=lambda each: -each.explained)
     shown = batches if batch_key is None else []

@@ -134,7 +134,12 @@ class PerturbSeqData:
         if not self.covariates:
             return None
         return Adjustment.of(
-            self.covariates, self.without_covariate_effects, self.condition, len(self.conditions), self.split, self.batch
+            self.covariates,
+            self.without_covariate_effects,
+            self.condition,
+            len(self.conditions),
+            self.split,
+            self.batch,
         )
 
     @cached_property
@@ -147,7 +152,9 @@ class PerturbSeqData:
     @cached_property
     def comparison(self) -> np.ndarray:
         """(cells,) groups within which cells are compared: batches, divided by what covariates do to expression."""
-        return self.batch if self.adjustment is None else self.adjustment.groups(self.covariate_slopes)
+        if self.adjustment is None or not self.adjustment.wholly.any():
+            return self.batch
+        return self.adjustment.groups(self.covariate_slopes)
 
     def cells(self, condition: int, *codes: int) -> np.ndarray:
         """Ascending indices of a condition's cells in the given splits."""
@@ -272,7 +279,10 @@ def read_data(
         beside = covariates(screen, labels, values, scanned.totals)
         columns = read_columns(screen, config, labels, record, scanned.totals)
         of_file = [*screen.notes, *filter(None, [values.doubt])]
-        of_design = [targets_in_words(measured, labels.targets), *in_words(beside, config.batch_key, [column.name for column in columns])]
+        of_design = [
+            targets_in_words(measured, labels.targets),
+            *in_words(beside, config.batch_key, [column.name for column in columns]),
+        ]
     condition, known, number, unpredictable = _renumbered(labels, selection)
     silent = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are excluded."
     return PerturbSeqData(

@@ -33,6 +33,8 @@ def mean_effect(
         center, spread, n = controls[place]
         effect -= share * center
         squared = squared + share**2 * spread / n
+    if data.adjustment is not None:
+        squared = squared + data.adjustment.variance(cells) * controls[-1][1]
     return effect, variance / len(cells), squared
 
 
@@ -53,5 +55,5 @@ def _moments(data: PerturbSeqData, cells: np.ndarray) -> tuple[np.ndarray, np.nd
     mean, square = data.moments(cells)
     variance = np.maximum(square - mean**2, 0.0) * len(cells) / max(len(cells) - 1, 1)
     if data.adjustment is not None:
-        mean = mean - data.adjustment.removed(cells).mean(0) @ data.covariate_slopes
+        mean = mean - data.adjustment.mean(cells) @ data.covariate_slopes
     return mean, variance

@@ -40,10 +40,7 @@ def principal_components(data: PerturbSeqData, n_components: int, seed: int) -> 
     for own in mapped(partial(_scores, data.x, pca), data.pieces(np.arange(len(scores)))):
         scores[start : start + len(own)] = own
         start += len(own)
-    adjusted = scores
-    if data.adjustment is not None:
-        adjusted = scores.copy()
-        data.adjustment.take_off(adjusted, np.arange(len(scores)))
+    adjusted = scores if data.adjustment is None else data.adjustment.for_tests(scores)
     return Projection(scores, pca.mean_.astype(np.float64), pca.components_.T.astype(np.float64), adjusted)
 
 

@@ -23,6 +23,7 @@ INTERACTIONS = "interactions.csv"  # of fits with measured combinations
 ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
 GUIDES = "guides.csv"  # of fits that read guides alone
 ARMS = "arms.csv"  # of fits with positions of genes alone
+COVARIATES = "covariates.csv"  # of fits with covariates alone
 PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
 IDENTITY = "identity.json"  # of an unfinished fit alone: what it fits
 COMBINATIONS = "combinations.safetensors"  # of fits whose model knows noise
@@ -35,6 +36,7 @@ RUN_FILES = frozenset(
         "dag.graphml",
         "dag.json",
         ARMS,
+        COVARIATES,
         COMBINATIONS,
         EFFECTS,
         EMBEDDINGS,
