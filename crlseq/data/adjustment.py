@@ -82,7 +82,7 @@ class Adjustment:
         changes["difference"] /= np.where(is_level, 1.0, scale)[changes["column"]]
         changes["se"] /= np.where(is_level, 1.0, scale)[changes["column"]]
         centred = _within(z[controls] * all_of, batch[controls])
-        precision = np.linalg.pinv(centred.T @ centred, rcond=1e-9, hermitian=True)
+        precision = np.asarray(np.linalg.pinv(centred.T @ centred, rcond=1e-9, hermitian=True), dtype=np.float64)
         return cls(columns, owner, levels, all_of, z, condition, kept, precision, changes, batch, controls)
 
     def slopes(self, cells: np.ndarray, blocks: Iterable[tuple[slice, Any]], every: bool = False) -> Floats:
@@ -136,7 +136,7 @@ class Adjustment:
         counts = np.maximum(np.bincount(number, minlength=len(self.kept) + 1), 1)
         means = np.stack([np.bincount(number, column, len(counts)) / counts for column in self.z.T], axis=1)
         means[-1] = 0.0
-        return means
+        return np.asarray(means)
 
     def variance(self, cells: np.ndarray) -> float:
         """Squared error of what is taken off the mean of cells, over the variance of controls: v' (Z' Z)^- v."""
@@ -147,14 +147,14 @@ class Adjustment:
         """(n,) strata of cells of both sets: batches, divided by the discriminant of what is taken off wholly (Fisher 1936)."""
         batch, z = self.batch[cells], self.z[cells][:, self.wholly].astype(np.float64)
         if not z.shape[1]:
-            return batch
+            return np.asarray(batch)
         one, other = z[is_perturbed], z[~is_perturbed]
         spread = (len(one) * np.cov(one.T, bias=True) + len(other) * np.cov(other.T, bias=True)).reshape(
             2 * z.shape[1:]
         )
         direction = np.linalg.pinv(spread, rcond=1e-9, hermitian=True) @ (one.mean(0) - other.mean(0))
         score = z @ direction
-        return batch * N_STRATA + _bins(score, score[is_perturbed], len(one) // CELLS_PER_STRATUM)
+        return np.asarray(batch * N_STRATA + _bins(score, score[is_perturbed], len(one) // CELLS_PER_STRATUM))
 
     def groups(self, slopes: Floats) -> np.ndarray:
         """(cells,) batches, divided by what covariates do to expression, along its leading direction in controls.
@@ -170,7 +170,7 @@ class Adjustment:
         for b in np.unique(self.batch[self.controls]):
             own = np.flatnonzero(self.batch == b)
             group[own] = _bins(score[own], score[self.controls[self.batch[self.controls] == b]])
-        return self.batch * N_STRATA + group
+        return np.asarray(self.batch * N_STRATA + group)
 
 
 def _raw(columns: tuple[Column, ...]) -> tuple[np.ndarray, tuple[str, ...], Floats]:
@@ -266,7 +266,8 @@ def _changes(raw: Floats, condition: np.ndarray, batch: np.ndarray, is_level: np
             **dict(zip(("mean", "control"), shares, strict=True)), "difference": average - control, "se": se,
             "p_value": p,
         })[total > 0])  # fmt: skip
-    return pd.concat(rows, ignore_index=True)
+    found: pd.DataFrame = pd.concat(rows, ignore_index=True)
+    return found
 
 
 def _fdr(changes: pd.DataFrame) -> Floats:

@@ -17,15 +17,18 @@ from crlseq.data.preprocess import Preprocessing
 from crlseq.errors import InputError
 
 S_GENES = (
-    "MCM5 PCNA TYMS FEN1 MCM2 MCM4 RRM1 UNG GINS2 MCM6 CDCA7 DTL PRIM1 UHRF1 MLF1IP HELLS RFC2 RPA2 NASP RAD51AP1 GMNN "
-    "WDR76 SLBP CCNE2 UBR7 POLD3 MSH2 ATAD2 RAD51 RRM2 CDC45 CDC6 EXO1 TIPIN DSCC1 BLM CASP8AP2 USP1 CLSPN POLA1 CHAF1B "
-    "BRIP1 E2F8"
-).split()
+    "MCM5", "PCNA", "TYMS", "FEN1", "MCM2", "MCM4", "RRM1", "UNG", "GINS2", "MCM6", "CDCA7", "DTL", "PRIM1", "UHRF1",
+    "MLF1IP", "HELLS", "RFC2", "RPA2", "NASP", "RAD51AP1", "GMNN", "WDR76", "SLBP", "CCNE2", "UBR7", "POLD3", "MSH2",
+    "ATAD2", "RAD51", "RRM2", "CDC45", "CDC6", "EXO1", "TIPIN", "DSCC1", "BLM", "CASP8AP2", "USP1", "CLSPN", "POLA1",
+    "CHAF1B", "BRIP1", "E2F8",
+)  # fmt: skip
 G2M_GENES = (
-    "HMGB2 CDK1 NUSAP1 UBE2C BIRC5 TPX2 TOP2A NDC80 CKS2 NUF2 CKS1B MKI67 TMPO CENPF TACC3 FAM64A SMC4 CCNB2 CKAP2L CKAP2 "
-    "AURKB BUB1 KIF11 ANP32E TUBB4B GTSE1 KIF20B HJURP CDCA3 HN1 CDC20 TTK CDC25C KIF2C RANGAP1 NCAPD2 DLGAP5 CDCA2 CDCA8 "
-    "ECT2 KIF23 HMMR AURKA PSRC1 ANLN LBR CKAP5 CENPE CTCF NEK2 G2E3 GAS2L3 CBX5 CENPA"
-).split()
+    "HMGB2", "CDK1", "NUSAP1", "UBE2C", "BIRC5", "TPX2", "TOP2A", "NDC80", "CKS2", "NUF2", "CKS1B", "MKI67", "TMPO",
+    "CENPF", "TACC3", "FAM64A", "SMC4", "CCNB2", "CKAP2L", "CKAP2", "AURKB", "BUB1", "KIF11", "ANP32E", "TUBB4B", "GTSE1",
+    "KIF20B", "HJURP", "CDCA3", "HN1", "CDC20", "TTK", "CDC25C", "KIF2C", "RANGAP1", "NCAPD2", "DLGAP5", "CDCA2", "CDCA8",
+    "ECT2", "KIF23", "HMMR", "AURKA", "PSRC1", "ANLN", "LBR", "CKAP5", "CENPE", "CTCF", "NEK2", "G2E3", "GAS2L3", "CBX5",
+    "CENPA",
+)  # fmt: skip
 PHASES = {"S_score": S_GENES, "G2M_score": G2M_GENES}
 RENAMED = {"MLF1IP": "CENPU", "FAM64A": "PIMREG", "HN1": "JPT1"}  # since
 FEWEST = 10  # genes of a phase
@@ -51,7 +54,7 @@ def cell_cycle_scores(
         if names.symbol_column is None and any(ENSEMBL.fullmatch(name) for name in names.index[:FEWEST]):
             raise InputError(what, "Add the genes' symbols as a column of var: these are Ensembl identifiers.")
         raise InputError(what, "Name columns of obs with scores of the cell cycle instead.")
-    some, rows = screen.sample(cells, SAMPLED)
+    rows = screen.sample(cells, SAMPLED)[1]
     mean = np.asarray(record.apply(rows).mean(0)).ravel()
     weights = sp.csc_matrix(np.stack([_weights(mean, own) for own in genes.values()], axis=1))
     scores = np.zeros((screen.n_cells, len(genes)))

@@ -59,12 +59,14 @@ def read_columns(
     for name in (column.name for column in columns):
         if sum(column.name == name for column in columns) > 1:
             raise UsageError(f"--covariates names {name!r} twice.", "Name it once.")
+    for column in columns:
+        _refuse(column, screen, config, labels, used)
     n, n_controls = sum(max(len(column.levels) - 1, 1) for column in columns), int((labels.condition == 0).sum())
     if n * CONTROLS_PER_SLOPE > n_controls:
         what = f"The covariates have {n} numbers and levels to compare, too many for {n_controls} control cells."
         raise InputError(what, f"Name fewer, or join levels: each needs {CONTROLS_PER_SLOPE} control cells.")
     for column in columns:
-        _refuse(column, screen, config, labels, used)
+        _refuse_without_controls(column, labels, used)
     return tuple(columns)
 
 
@@ -99,9 +101,8 @@ def _of_column(column: pd.Series, name: str, used: np.ndarray) -> Column:
 
 
 def _refuse(column: Column, screen: Screen, config: DataConfig, labels: Perturbations, used: np.ndarray) -> None:
-    """InputError for a covariate that is constant, or that batches, labels or the lack of controls say all of."""
+    """InputError for a covariate that is constant, or that batches or labels say all of."""
     name, own, condition = column.name, column.values[used], labels.condition[used]
-    controls = own[condition == 0]
     if np.ptp(own) == 0:
         raise InputError(f"The covariate {name!r} is the same in every cell.", DROP)
     if name == labels.key:
@@ -113,6 +114,12 @@ def _refuse(column: Column, screen: Screen, config: DataConfig, labels: Perturba
     told = f"The covariate {name!r} and the perturbation tell each other: no effect can be told from it."
     if _follows(own, condition) or (column.levels and same(own, condition)):
         raise InputError(told, DROP)
+
+
+def _refuse_without_controls(column: Column, labels: Perturbations, used: np.ndarray) -> None:
+    """InputError for a covariate whose effect control cells do not tell."""
+    name, own, condition = column.name, column.values[used], labels.condition[used]
+    controls = own[condition == 0]
     if column.levels:
         counts = np.bincount(controls, minlength=len(column.levels))
         few_controls = [level for level, n in zip(column.levels, counts, strict=True) if n < SMALLEST_LEVEL]

@@ -33,7 +33,14 @@ def _chart(run: Run, name: str, rows: pd.DataFrame) -> dict[str, Any]:
     state = {row["perturbation"]: row for row in run.interventions.to_dict("records")}
     levels = [str(level) for level in rows["level"].unique() if level]
     lines = [_line(one, rows[rows["perturbation"] == one], state.get(one)) for one in named]
-    chart = {"name": name, "levels": [], "left": NAMES, "width": NAMES + BAR + STATE, "row": ROW, "bar": BAR}
+    chart: dict[str, Any] = {
+        "name": name,
+        "levels": [],
+        "left": NAMES,
+        "width": NAMES + BAR + STATE,
+        "row": ROW,
+        "bar": BAR,
+    }
     if levels:
         chart["levels"] = sorted(levels)[:LEVELS]
         for line in lines:
@@ -50,7 +57,7 @@ def _chart(run: Run, name: str, rows: pd.DataFrame) -> dict[str, Any]:
     return chart | {"rows": [line | {"y": i * ROW} for i, line in enumerate(lines)], "height": ROW * len(lines)}
 
 
-def _line(name: str, rows: pd.DataFrame, state: dict[str, Any] | None) -> dict[str, Any]:
+def _line(name: str, rows: pd.DataFrame, state: dict[Any, Any] | None) -> dict[str, Any]:
     moved = "" if state is None or not state["program"] else f"{state['program']} {state['shift']:+.1f} SD"
     return {
         "name": name, "shown": short(name, 16), "rows": rows.to_dict("records"), "state": moved.replace("-", "−"),

@@ -55,7 +55,7 @@ def _told(rows: pd.DataFrame, perturbation: str) -> str:
     return f"{perturbation} ({_size(rows[rows['perturbation'] == perturbation].iloc[0].to_dict())})"
 
 
-def _size(row: dict[str, Any]) -> str:
+def _size(row: dict[Any, Any]) -> str:
     share = f"{100 * row['difference']:+.0f} % of cells {row['level']}"
     return (share if row["level"] else f"{row['difference']:+.2f} SD").replace("-", "−", 1)
 
@@ -65,7 +65,9 @@ def composition(table: pd.DataFrame, covariate: str, most: int) -> pd.DataFrame:
     rows = table[table["covariate"] == covariate]
     surest = rows.groupby("perturbation", sort=False).agg(fdr=("fdr", "min"), size=("difference", _largest))
     order = surest.sort_values(["fdr", "size"], ascending=[True, False], kind="stable").index[:most]
-    return rows[rows["perturbation"].isin(order)].assign(where=lambda part: order.get_indexer(part["perturbation"]))
+    return rows[rows["perturbation"].isin(order)].assign(
+        where=lambda part: order.get_indexer(pd.Index(part["perturbation"]))
+    )
 
 
 def _largest(values: pd.Series) -> float:
