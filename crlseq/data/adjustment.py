@@ -218,56 +218,68 @@ def _bins(score: Floats, reference: Floats, most: int = N_STRATA) -> np.ndarray:
 
 
 def _changes(raw: Floats, condition: np.ndarray, batch: np.ndarray, is_level: np.ndarray) -> pd.DataFrame:
-    """``condition, column, n_cells, mean, control, difference, se, p_value``: each condition against controls of its batches.
-
-    p-values are those of a permutation within batches of the sum over a condition's cells, by its first three moments (Pearson
-    type III: Mielke and Berry 2007); of levels that is the test of Cochran, Mantel and Haenszel with its correction.
-    """
-    center = raw.mean(0)
-    x = raw - center
+    """``condition, column, n_cells, mean, control, difference, se, p_value``: each condition against controls of its batches."""
     batch = np.unique(batch, return_inverse=True)[1]
-    n_batches, n_conditions = int(batch.max()) + 1, int(condition.max()) + 1
-    pair = condition * n_batches + batch
-    n = np.bincount(pair, minlength=n_conditions * n_batches).reshape(n_conditions, n_batches).astype(float)
-    m, rows = n[0], []
-    comparable = (n[1:] > 0) & (m > 0)
-    own = np.where(comparable, n[1:], 0.0)
-    total, both = own.sum(1), np.maximum(own + m, 3.0)
+    shape = int(condition.max()) + 1, int(batch.max()) + 1
+    n = _sums(np.ones(len(raw)), condition, batch, shape)
+    own, m = np.where(n[0] > 0, n[1:], 0.0), n[0]  # of batches without controls nothing is told
+    total, there = own.sum(1), own > 0
     share = own / np.maximum(total, 1.0)[:, None]
-    for j, values in enumerate(x.T):
-        sums = [np.bincount(pair, values**k, minlength=n.size).reshape(n.shape) for k in (1, 2, 3)]
-        s, ss, sss = (np.where(comparable, a[1:], 0.0) for a in sums)
-        s0, ss0, sss0 = (a[0] for a in sums)
-        mean = (s + s0) / both
-        second = np.maximum((ss + ss0) - both * mean**2, 0.0)
-        third = (sss + sss0) - 3 * mean * (ss + ss0) + 2 * both * mean**3
-        excess = np.where(comparable, s - own * mean, 0.0).sum(1)
-        variance = np.where(comparable, own * m / (both * (both - 1)) * second, 0.0).sum(1)
-        skew = np.where(
-            comparable, own * m * (m - own) / (both * (both - 1) * np.maximum(both - 2, 1.0)) * third, 0.0
-        ).sum(1)
-        deviation = np.sqrt(variance)
-        told = deviation > 1e-9 * max(float(np.abs(values).max()), 1e-300)
-        size = np.maximum(np.abs(excess) - 0.5 * is_level[j], 0.0) / np.where(told, deviation, 1.0)
-        side = np.sign(excess) * skew / np.where(told, deviation, 1.0) ** 3  # of the tail that the sum lies in
-        p = np.where(told, np.minimum(1.0, 2 * stats.pearson3.sf(size, side)), np.nan)
-        at_controls = s0 / np.maximum(m, 1.0)
-        control = (share * at_controls).sum(1)
-        average = s.sum(1) / np.maximum(total, 1.0)
-        shares = (
-            np.clip(value + center[j], 0.0, 1.0) if is_level[j] else value + center[j] for value in (average, control)
-        )
-        spread = (ss.sum(1) - (np.divide(s**2, own, out=np.zeros_like(s), where=own > 0)).sum(1)).clip(0)
-        of_controls = (ss0 - m * at_controls**2).clip(0) / np.maximum(m - 1, 1.0) / np.maximum(m, 1.0)
-        error = spread / np.maximum(total - comparable.sum(1), 1.0) / np.maximum(total, 1.0)
-        se = np.sqrt(error + (share**2 * of_controls).sum(1))
+    rows = []
+    for j, column in enumerate(raw.T):
+        center = column.mean()
+        s, squares = (_sums((column - center) ** k, condition, batch, shape) for k in (1, 2))
+        at_controls, of_own = s[0] / np.maximum(m, 1.0), np.where(there, s[1:], 0.0)
+        mean, control = of_own.sum(1) / np.maximum(total, 1.0), (share * at_controls).sum(1)
+        spread = (np.where(there, squares[1:], 0.0) - of_own**2 / np.maximum(own, 1.0)).clip(0).sum(1)
+        of_controls = (squares[0] - m * at_controls**2).clip(0) / np.maximum((m - 1) * m, 1.0)
+        variance = spread / np.maximum((total - there.sum(1)) * total, 1.0) + (share**2 * of_controls).sum(1)
+        tested = column if is_level[j] else _ranks(column, batch)
+        told = {"mean": mean + center, "control": control + center}
         rows.append(pd.DataFrame({
-            "condition": np.arange(1, n_conditions), "column": j, "n_cells": total.astype(np.int64),
-            **dict(zip(("mean", "control"), shares, strict=True)), "difference": average - control, "se": se,
-            "p_value": p,
+            "condition": np.arange(1, shape[0]), "column": j, "n_cells": total.astype(np.int64),
+            **{name: np.clip(value, 0.0, 1.0) if is_level[j] else value for name, value in told.items()},
+            "difference": mean - control, "se": np.sqrt(variance),
+            "p_value": _permutation_p(tested, condition, batch, own, m, 0.5 * is_level[j]),
         })[total > 0])  # fmt: skip
     found: pd.DataFrame = pd.concat(rows, ignore_index=True)
     return found
+
+
+def _sums(values: Floats, condition: np.ndarray, batch: np.ndarray, shape: tuple[int, int]) -> Floats:
+    """(conditions, batches) sums of values of cells."""
+    sums = np.bincount(condition * shape[1] + batch, values, shape[0] * shape[1])
+    return np.asarray(sums.reshape(shape), dtype=np.float64)
+
+
+def _ranks(values: Floats, batch: np.ndarray) -> Floats:
+    """Ranks within batches, from 0 to 1."""
+    ranks = pd.Series(values).groupby(batch).rank(pct=True)
+    return np.asarray(ranks, dtype=np.float64)
+
+
+def _permutation_p(
+    values: Floats, condition: np.ndarray, batch: np.ndarray, own: Floats, m: Floats, correction: float
+) -> Floats:
+    """(conditions - 1,) two-sided p-values of a permutation, within batches, of the sum of values over a condition's cells.
+
+    By its first three moments (Pearson type III: Mielke and Berry 2007): of ranks that is a stratified Wilcoxon test (van Elteren
+    1960), of levels with a correction of a half that of Cochran, Mantel and Haenszel. ``own`` cells of each condition and ``m``
+    controls by batch.
+    """
+    x, there, both = values - values.mean(), own > 0, np.maximum(own + m, 3.0)
+    s, ss, sss = (_sums(x**k, condition, batch, (len(own) + 1, len(m))) for k in (1, 2, 3))
+    mean = (s[1:] + s[0]) / both
+    second = np.maximum(ss[1:] + ss[0] - both * mean**2, 0.0)
+    third = sss[1:] + sss[0] - 3 * mean * (ss[1:] + ss[0]) + 2 * both * mean**3
+    excess = np.where(there, s[1:] - own * mean, 0.0).sum(1)
+    variance = np.where(there, own * m / (both * (both - 1)) * second, 0.0).sum(1)
+    skew = np.where(there, own * m * (m - own) / (both * (both - 1) * np.maximum(both - 2, 1.0)) * third, 0.0).sum(1)
+    told = variance > 1e-18 * max(float((x**2).max()), 1e-300)
+    deviation = np.sqrt(np.where(told, variance, 1.0))
+    size = np.maximum(np.abs(excess) - correction, 0.0) / deviation
+    tail = stats.pearson3.sf(size, np.sign(excess) * skew / deviation**3)
+    return np.where(told, np.clip(2 * tail, 1e-300, 1.0), np.nan)
 
 
 def _fdr(changes: pd.DataFrame) -> Floats:

@@ -46,8 +46,6 @@ def cell_cycle_scores(
     names = GeneNames.of(screen.var)
     genes = {phase: _places(names, symbols) for phase, symbols in PHASES.items()}
     hit = _places(names, targets)
-    others = {phase: np.setdiff1d(own, hit) for phase, own in genes.items()}
-    genes |= {phase: own for phase, own in others.items() if len(own) >= FEWEST}
     if any(len(own) < FEWEST for own in genes.values()):
         counts = [f"{len(own)} of {len(PHASES[phase])} genes of {phase}" for phase, own in genes.items()]
         what = f"cell-cycle needs {FEWEST} genes of each phase, and this screen has {' and '.join(counts)}."
@@ -56,7 +54,7 @@ def cell_cycle_scores(
         raise InputError(what, "Name columns of obs with scores of the cell cycle instead.")
     rows = screen.sample(cells, SAMPLED)[1]
     mean = np.asarray(record.apply(rows).mean(0)).ravel()
-    weights = sp.csc_matrix(np.stack([_weights(mean, own) for own in genes.values()], axis=1))
+    weights = sp.csc_matrix(np.stack([_weights(mean, own, hit) for own in genes.values()], axis=1))
     scores = np.zeros((screen.n_cells, len(genes)))
     for at, block in screen.blocks():
         scores[at] = (record.apply(block) @ weights).toarray()
@@ -73,12 +71,14 @@ def _places(names: GeneNames, symbols: Sequence[str]) -> np.ndarray:
     return np.unique([place for places in found for place in places]).astype(int)
 
 
-def _weights(mean: np.ndarray, genes: np.ndarray) -> np.ndarray:
+def _weights(mean: np.ndarray, genes: np.ndarray, hit: np.ndarray) -> np.ndarray:
     """(all genes,) of a score: the mean of ``genes`` less that of the others in their bins of expression, by rank of ``mean``."""
+    own = np.setdiff1d(genes, hit)
+    own = own if len(own) >= FEWEST else genes
     rank = np.argsort(np.argsort(mean, kind="stable"), kind="stable")
     bins = rank * BINS // len(mean)
-    reference = np.setdiff1d(np.flatnonzero(np.isin(bins, bins[genes])), genes)
+    reference = np.setdiff1d(np.flatnonzero(np.isin(bins, bins[own])), genes)
     weights = np.zeros(len(mean))
-    weights[genes] = 1 / len(genes)
+    weights[own] = 1 / len(own)
     weights[reference] = -1 / max(len(reference), 1)
     return weights

@@ -66,7 +66,7 @@ def test_what_columns_are(screen: ad.AnnData) -> None:
     ],
 )
 def test_what_tells_nothing_is_refused(screen: ad.AnnData, names: str, batch_key: str | None, says: str) -> None:
-    with pytest.raises(InputError, match="^") as refusal:
+    with pytest.raises(InputError) as refusal:
         read_data(screen, DataConfig(covariates=(names,), batch_key=batch_key), 0)
     assert says in str(refusal.value) and refusal.value.hint
 
