@@ -34,7 +34,7 @@ def confounded(kind: str, covariate: str, seed: int, strength: float = 1.0) -> a
     if covariate == "donor":
         z = (rng.random(n) < 1 / (1 + np.exp(-1.8 * differs))).astype(float)
     x = rng.normal(size=(n, 3)) @ rng.normal(0, 0.25, (3, n_genes)) + np.outer(z, rng.normal(0, 0.3, n_genes))
-    for k, name in enumerate(ACTING):
+    for name in ACTING:
         x[label == name] += rng.normal(0, 0.3, n_genes)
     column = np.where(z > 0, "d2", "d1") if covariate == "donor" else z
     obs = pd.DataFrame({"perturbation": label, covariate: column}, index=[f"c{i}" for i in range(n)])
@@ -96,7 +96,7 @@ def test_files_and_what_is_said(tmp_path: Path) -> None:
         ("--method", "linear", "--bootstrap", 0, "--n-top-genes", "all", "--covariates", "cell-cycle,donor"),
     )
     answer = invoke("fit", tmp_path / "screen.h5ad", "--output", run, *words)
-    assert answer.code == 0 and set(path.name for path in run.iterdir()) == files_of(run)
+    assert answer.code == 0 and {path.name for path in run.iterdir()} == files_of(run)
     assert "of 8 perturbations changes G2M_score (FDR 5%): arrests (+1." in answer.err
     assert "arrests changes G2M_score, phase" in answer.err and "and no effect beyond that is detectable" in answer.err
     table = crlseq.load(run).covariates
