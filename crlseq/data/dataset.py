@@ -274,20 +274,14 @@ def read_data(
         n_values = int(scanned.detected[record.columns(screen)].sum())
         streamed = shuffled and _is_streamed(config, n_values)
         stored = _stream(screen, record, n_values, labels, split) if streamed else load(screen, record, n_values)
-        cell_names = screen.obs.index.astype(str)
         measured = GeneNames.of(screen.var)
-        beside = covariates(screen, labels, values, scanned.totals)
-        columns = read_columns(screen, config, labels, record, scanned.totals)
-        of_file = [*screen.notes, *filter(None, [values.doubt])]
-        of_design = [
-            targets_in_words(measured, labels.targets),
-            *in_words(beside, config.batch_key, [column.name for column in columns]),
-        ]
+        asked = read_columns(screen, config, labels, record, scanned.totals)
+        told = in_words(covariates(screen, labels, values, scanned.totals), config.batch_key, {c.name for c in asked})
+        of_design = [targets_in_words(measured, labels.targets), *told]
     condition, known, number, unpredictable = _renumbered(labels, selection)
-    silent = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are excluded."
     return PerturbSeqData(
         x=stored,
-        cell_names=cell_names,
+        cell_names=screen.obs.index.astype(str),
         condition=condition,
         conditions=tuple(tuple(number[part] for part in labels.conditions[c]) for c in known),
         condition_names=tuple(labels.condition_names[c] for c in known),
@@ -299,20 +293,26 @@ def read_data(
         labels=labels,
         measured=measured,
         notes=(
-            *of_file,
+            *filter(None, [*screen.notes, values.doubt]),
             *([] if guides is None else [guides.reason]),
             *selection.notes,
-            *([silent] if record.n_silent_genes else []),
+            *_silent(record),
             *lonely_batches(batch, batch_names, labels, split),
             *unpredictable,
             *of_design,
         ),
         guides=guides,
         positions=positions,
-        covariates=columns,
+        covariates=asked,
         without_covariate_effects=config.remove_covariate_effects,
         shuffled=shuffled,
     )
+
+
+def _silent(record: Preprocessing) -> list[str]:
+    """A sentence on genes that are left out because no cell has them, if there are any."""
+    text = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are excluded."
+    return [text] if record.n_silent_genes else []
 
 
 def _as_prepared(config: DataConfig, manifest: Manifest) -> DataConfig:

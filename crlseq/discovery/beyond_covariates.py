@@ -11,7 +11,7 @@ from crlseq.data.projection import Projection
 from crlseq.discovery.effects import effect_tests
 
 
-def tests_of_effects(data: PerturbSeqData, projection: Projection, seed: int) -> dict[str, np.ndarray]:
+def effects_and_beyond(data: PerturbSeqData, projection: Projection, seed: int) -> dict[str, np.ndarray]:
     """`effect_tests` of adjusted scores, and under ``beyond`` (K,) the false discovery rates of the effects of those perturbations
     that change a covariate once all that covariates explain is taken off; NaN of the others.
     """

@@ -26,7 +26,7 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.embeddings import Embeddings
 from crlseq.data.projection import Projection, principal_components
 from crlseq.data.source import content_of, digest_of, state_of
-from crlseq.discovery.beyond_covariates import tests_of_effects
+from crlseq.discovery.beyond_covariates import effects_and_beyond
 from crlseq.discovery.guide_agreement import guide_agreement, guides_in_words, weak_guides, without_guides
 from crlseq.discovery.methods import Programs, find_programs
 from crlseq.discovery.negative_controls import Found, Sensitivity, sensitivity, undone_effects
@@ -270,7 +270,7 @@ def _test(job: Job, screen: Screen) -> Tested:
     if words := guides_in_words(guides, bool(dropped)):
         job.progress.note(words)
     data = without_guides(data, dropped)
-    tests = stages.get("effects", lambda: tests_of_effects(data, projection, seed))
+    tests = stages.get("effects", lambda: effects_and_beyond(data, projection, seed))
     undone = stages.get("negative controls", lambda: undone_effects(data, projection.adjusted, seed))
     return Tested(data, projection, tests, guides, undone, stages)
 
