@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import crlseq
 from crlseq.config import make_config
 from crlseq.data.dataset import read_data
 from crlseq.data.projection import principal_components
+from crlseq.data.source import content_of
 from crlseq.discovery.beyond_covariates import effects_and_beyond
 from crlseq.discovery.components import whitened_components
 from tests.data.test_cell_cycle import cycle_screen
@@ -98,7 +100,7 @@ def test_files_and_what_is_said(tmp_path: Path) -> None:
     answer = invoke("fit", tmp_path / "screen.h5ad", "--output", run, *words)
     assert answer.code == 0 and {path.name for path in run.iterdir()} == files_of(run) - {"resume.pt"}
     assert "of 8 perturbations changes G2M_score (FDR 5%): arrests (+1." in answer.err
-    assert "arrests changes G2M_score, phase" in answer.err and "and no effect beyond that is detectable" in answer.err
+    assert re.search(r"arrests changes [A-Za-z2_, ]+, and no effect beyond that is detectable", answer.err)
     table = crlseq.load(run).covariates
     assert set(table["covariate"]) == {"S_score", "G2M_score", "phase", "donor"} and len(table) == 8 * (1 + 1 + 3 + 2)
     phases = table[(table["perturbation"] == "arrests") & (table["covariate"] == "phase")].set_index("level")
@@ -142,7 +144,7 @@ def test_a_prepared_store_has_its_columns(tmp_path: Path) -> None:
 
 def test_cells_in_memory_are_known_by_their_covariates() -> None:
     adata = confounded("continuous", "age", 0)
-    one = crlseq.fit(adata, covariates=("age",), **LINEAR)
+    config = make_config(None, covariates=("age",)).data
+    one = content_of(read_data(adata, config, 0))
     adata.obs["age"] = adata.obs["age"].to_numpy()[::-1].copy()
-    other = crlseq.fit(adata, covariates=("age",), **LINEAR)
-    assert one.facts.input.cells_sha256 != other.facts.input.cells_sha256
+    assert content_of(read_data(adata, config, 0)) != one
