@@ -81,6 +81,16 @@ class DataConfig(_Section):
     batch_key: str | None = _flag(
         None, "Column of experimental batches; a cell is compared with controls of its own batch."
     )
+    covariates: tuple[str, ...] = _flag(
+        (),
+        "Columns of obs whose effects are taken off, such as donor,age; cell-cycle and log-depth are computed. "
+        "May be repeated.",
+    )
+    remove_covariate_effects: bool = _flag(
+        False,
+        "Take off what perturbations do to covariates, such as an arrest of the cell cycle, or keep and report it.",
+        switch="--remove-covariate-effects/--keep-covariate-effects",
+    )
     layer: str | None = _flag(None, "Layer with the expression values, or raw for .raw.", unset="X")
     values: Literal["auto", "counts", "log", "continuous"] = _flag("auto", "Kind of expression values.")
     n_top_genes: Annotated[int, Field(ge=2)] | Literal["all"] = _flag(5000, "Number of most variable genes to fit.")

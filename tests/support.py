@@ -60,6 +60,7 @@ def files_of(folder: Path) -> set[str]:
     measured = {"interactions.csv"} if law and law["n_measured"] else set()
     measured |= {"guides.csv"} if info["guides"] else set()
     measured |= {"arms.csv"} if info["positions"] else set()
+    measured |= {"covariates.csv"} if info["config"]["data"]["covariates"] else set()
     return (RUN_FILES | measured) - unfitted - (set() if info["discovery"] else {"pairs.csv", "second_targets.csv"})
 
 

@@ -21,7 +21,7 @@ from crlseq.data.store import MANIFEST
 from crlseq.experiments.benchmark import COLUMNS
 from crlseq.export.registry import FORMATS
 from crlseq.run.run import Run
-from crlseq.run.schema import ARM_COLUMNS, CELL_COLUMNS, GUIDE_COLUMNS, PATHWAY_COLUMNS
+from crlseq.run.schema import ARM_COLUMNS, CELL_COLUMNS, COVARIATE_COLUMNS, GUIDE_COLUMNS, PATHWAY_COLUMNS
 from crlseq.storage.runfolder import GENE_SETS
 from scripts.outputs import differing
 from scripts.reference import reference
@@ -161,10 +161,12 @@ def folders(run_folder: Path, wide_run: Run) -> list[Path]:
 
 def test_every_file_of_a_run_is_described(folders: list[Path]) -> None:
     there = {path.name for folder in folders for path in folder.iterdir()}
-    assert set(table("The run folder")) == there | {GENE_SETS, "pathways.csv", "guides.csv", "arms.csv"}
+    optional = {"pathways.csv", "guides.csv", "arms.csv", "covariates.csv"}
+    assert set(table("The run folder")) == there | {GENE_SETS, *optional}
     assert table("pathways.csv") == list(PATHWAY_COLUMNS)
     assert table("guides.csv") == list(GUIDE_COLUMNS)
     assert table("arms.csv") == list(ARM_COLUMNS)
+    assert table("covariates.csv") == list(COVARIATE_COLUMNS)
 
 
 @pytest.mark.parametrize(

@@ -102,13 +102,15 @@ def _beside(covariates: list[dict[str, Any]]) -> dict[str, str]:
     from crlseq.data.covariates import CERTAIN, CONTEXT, OUTCOME, UNKNOWN, Covariate
 
     found = [Covariate(**{f.name: row[f.name] for f in fields(Covariate)}) for row in covariates]
+    numbers = [each for each in found if not each.levels and each.role == UNKNOWN]
     groups = {
         "batches": [each for each in found if each.looks_like_batch],
         "contexts": [each for each in found if each.role == CONTEXT],
         "outcomes": [each for each in found if each.role == OUTCOME],
+        "numbers": [each for each in numbers if each.matters],
     }
     facts = {what: "; ".join(each.in_words() for each in own) for what, own in groups.items() if own}
-    others = [each for each in found if each.role == UNKNOWN and not each.looks_like_batch]
+    others = [each for each in found if each.role == UNKNOWN and each.levels and not each.looks_like_batch]
     telling = [each for each in others if each.matters]
     if telling:
         named = "; ".join(each.in_words() for each in telling)

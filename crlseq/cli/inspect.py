@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from crlseq.cli.options import AsJson, RunFolder, load, setting
 from crlseq.cli.output import say, say_paragraph, say_verdict, show_json, show_paragraph, show_table, show_text
-from crlseq.cli.perturbation import arms, guides, perturbation
+from crlseq.cli.perturbation import arms, covariates, guides, perturbation
 from crlseq.errors import InputError, UsageError, nearest, suggestion
 
 if TYPE_CHECKING:
@@ -286,6 +286,7 @@ def _heading(program: Program) -> list[str]:
 app.command()(perturbation)
 app.command()(guides)
 app.command()(arms)
+app.command()(covariates)
 
 
 # Columns of interventions on a terminal; those that are empty or 1 throughout are left out.

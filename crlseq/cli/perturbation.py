@@ -1,4 +1,6 @@
-"""``crlseq inspect perturbation``, ``guides`` and ``arms``: what one perturbation does, its guides, and what its cells lost."""
+"""``crlseq inspect perturbation``, ``guides``, ``arms`` and ``covariates``: what one perturbation does, its guides, what its cells
+lost, and how they differ in covariates.
+"""
 
 from __future__ import annotations
 
@@ -76,3 +78,11 @@ def arms(run: RunFolder, json: AsJson = False) -> None:
             "Fit with --gene-positions, or with chromosome and start in var.",
         )
     show_table(found.arms, "Genes beside the targets (change of log expression, beside that of other genes)", json)
+
+
+def covariates(run: RunFolder, json: AsJson = False) -> None:
+    """What perturbations do to covariates, such as phases of the cell cycle; those that surely differ from controls first."""
+    found = load(run)
+    if found.covariates is None:
+        raise InputError(f"No covariates were taken off in {run}.", "Fit with --covariates, such as cell-cycle.")
+    show_table(found.covariates, "Covariates (differences: numbers in SD of controls, levels in shares of cells)", json)

@@ -4,15 +4,15 @@
 - A *context* is what cells are or were given before (cell line, stimulation, time): effects may differ between them.
 - An *outcome* is computed from expression (cluster, phase): a perturbation can change it, so it is no batch.
 
-Of every column with few levels it is tested whether its levels differ in the expression of control cells (F tests of
-principal components), and whether it is tied to the labels (chi-square). Columns that are functions of the labels, or of
-which the labels are a function (guides), are the labels over again.
+Of every column with few levels, and of every number, it is tested whether it goes along with the expression of control cells
+(F tests of principal components), and whether it is tied to the labels (chi-square; Kruskal-Wallis of numbers). Columns that are
+functions of the labels, or of which the labels are a function (guides), are the labels over again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -31,7 +31,8 @@ BATCH, CONTEXT, OUTCOME, UNKNOWN = "batch", "context", "outcome", "unknown"
 WORDS = {
     OUTCOME: (
         "cluster", "leiden", "louvain", "phase", "mixscape", "predicted", "prediction", "celltypist", "majority voting",
-        "annotation", "doublet", "state", "pseudotime", "subtype", "snn", "cell cycle",
+        "annotation", "doublet", "state", "pseudotime", "subtype", "snn", "cell cycle", "score", "mt", "mito", "mitochondrial",
+        "ribo", "ribosomal",
     ),
     CONTEXT: (
         "cell line", "cellline", "cell type", "celltype", "line", "stimulation", "stimulus", "stim", "treatment", "time",
@@ -45,13 +46,17 @@ WORDS = {
 }  # fmt: skip
 MAX_LEVELS, MAX_NUMBERS, MAX_NAMED = 100, 20, 1000  # of a column; of whole numbers; of one that is named like a batch
 N_CONTROLS, N_GENES, N_COMPONENTS = 1000, 1000, 20  # that are looked at
+N_RANKED = 20_000  # cells whose numbers are compared between labels
+DEPTH = "log-depth"  # the logarithm of a cell's counts, a covariate that is no column
 SMALLEST_LEVEL = 3  # control cells of a level that is compared
 CERTAIN = 1e-3  # p-value below which a column differs in expression, or is tied to labels, beyond chance
 
 
 @dataclass(frozen=True)
 class Covariate:
-    """A column of cells with few levels, and what was tested on it; shares and p-values are NaN where nothing could be."""
+    """A column of cells with few levels or with numbers (0 levels), and what was tested on it; shares and p-values are NaN where
+    nothing could be.
+    """
 
     column: str
     role: str  # by its name
@@ -64,20 +69,27 @@ class Covariate:
 
     @property
     def matters(self) -> bool:
-        """Whether its levels differ in the expression of control cells."""
+        """Whether it goes along with the expression of control cells."""
         return self.p_expression < CERTAIN
 
     @property
     def looks_like_batch(self) -> bool:
         """By its name; or, where the name says nothing, by expression, unless labels go with it as with an outcome."""
-        return self.role == BATCH or (self.role == UNKNOWN and self.matters and not self.p_labels < CERTAIN)
+        of_cells = self.role == UNKNOWN and self.matters and not self.p_labels < CERTAIN
+        return self.levels > 0 and (self.role == BATCH or of_cells)
+
+    @property
+    def confounds(self) -> bool:
+        """Whether cells of different labels differ in it, and by it in expression, though no perturbation made it."""
+        return self.role not in (OUTCOME, CONTEXT) and self.matters and self.p_labels < CERTAIN
 
     def in_words(self) -> str:
         """``lane (2 levels; 3.1 % of the controls' variance, 0.4 % by chance)``."""
+        levels = f"{self.levels} levels" if self.levels else "numbers"
         if np.isnan(self.explained):
-            return f"{self.column} ({self.levels} levels; not testable on the control cells)"
+            return f"{self.column} ({levels}; not testable on the control cells)"
         share = f"{100 * self.explained:.1f} % of the controls' variance, {100 * self.by_chance:.1f} % by chance"
-        return f"{self.column} ({self.levels} levels; {share})"
+        return f"{self.column} ({levels}; {share})"
 
 
 def role_of(name: str) -> str:
@@ -89,7 +101,7 @@ def role_of(name: str) -> str:
 
 
 def covariates(screen: Screen, labels: Perturbations, values: Values, totals: np.ndarray) -> list[Covariate]:
-    """Columns with few levels that are not the labels over again; `totals` (cells,) of all values."""
+    """Columns with few levels or numbers that are not the labels over again, and `DEPTH`; `totals` (cells,) of all values."""
     used = np.flatnonzero(labels.condition >= 0)
     condition = labels.condition[used]
     found = [
@@ -97,8 +109,15 @@ def covariates(screen: Screen, labels: Perturbations, values: Values, totals: np
         for key in screen.obs.columns
         if (codes := _levels(screen.obs[key], str(key), used)) is not None
     ]
-    found = [(key, codes) for key, codes in found if key != labels.key and not _same(codes, condition)]
-    if not found:
+    found = [(key, codes) for key, codes in found if key != labels.key and not same(codes, condition)]
+    numbers = [
+        (str(key), number)
+        for key in screen.obs.columns
+        if str(key) not in dict(found) and (number := _numbers(screen.obs[key], used)) is not None
+    ]
+    if values.kind == "counts" and DEPTH not in screen.obs and np.ptp(totals[used]) > 0:
+        numbers.append((DEPTH, np.log(np.maximum(totals[used], 1.0))))
+    if not found and not numbers:
         return []
     some, rows = screen.sample(used[condition == 0], N_CONTROLS)
     scores = _scores(rows, values, totals[some])
@@ -109,6 +128,9 @@ def covariates(screen: Screen, labels: Perturbations, values: Values, totals: np
             *_explained(scores, codes[place]), _tied(codes, condition),
         )
         for key, codes in found
+    ] + [
+        Covariate(key, role_of(key), 0, 0, *_explained_by_number(scores, number[place]), _ranked(number, condition))
+        for key, number in numbers
     ]  # fmt: skip
 
 
@@ -123,7 +145,18 @@ def _levels(column: pd.Series, key: str, used: np.ndarray) -> np.ndarray | None:
     return np.asarray(codes) if 2 <= len(names) <= min(most, len(used) // 2) else None
 
 
-def _same(codes: np.ndarray, condition: np.ndarray) -> bool:
+def _numbers(column: pd.Series, used: np.ndarray) -> np.ndarray | None:
+    """(used,) numbers; None if the column has others, some are missing or infinite, or all are the same."""
+    if not pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_bool_dtype(column.dtype):
+        return None
+    part = column.iloc[used]
+    if part.isna().any():
+        return None
+    values = part.to_numpy(float)
+    return values if np.isfinite(values).all() and np.ptp(values) > 0 else None
+
+
+def same(codes: np.ndarray, condition: np.ndarray) -> bool:
     """Whether the perturbed cells' levels are a function of the labels, or the labels of the levels."""
     known = codes >= 0
     pairs = np.unique(np.stack([codes[known], condition[known]]), axis=1)
@@ -164,6 +197,28 @@ def _explained(scores: np.ndarray, codes: np.ndarray) -> tuple[float, float, flo
     return float(between.sum() / max(total.sum(), 1e-300)), (k - 1) / (n - 1), float(min(1.0, p.min() * x.shape[1]))
 
 
+def _explained_by_number(scores: np.ndarray, number: np.ndarray) -> tuple[float, float, float]:
+    """`_explained` of a straight line."""
+    n = len(scores)
+    x, z = scores - scores.mean(0), number - number.mean()
+    square = float(z @ z)
+    if n < 3 or square <= 1e-18 * float(number @ number):
+        return (float("nan"),) * 3
+    line, total = (z @ x) ** 2 / square, (x**2).sum(0)
+    left = np.maximum(total - line, 1e-12 * np.maximum(total, 1e-300))
+    p = stats.f.sf(line / (left / (n - 2)), 1, n - 2)
+    return float(line.sum() / max(total.sum(), 1e-300)), 1 / (n - 1), float(min(1.0, p.min() * x.shape[1]))
+
+
+def _ranked(number: np.ndarray, condition: np.ndarray) -> float:
+    """p-value of a Kruskal-Wallis test of numbers between labels."""
+    some = np.linspace(0, len(number) - 1, min(N_RANKED, len(number))).astype(int)
+    number, condition = number[some], condition[some]
+    groups = [number[condition == c] for c in np.unique(condition)]
+    varied = len(groups) > 1 and np.ptp(number) > 0
+    return float(stats.kruskal(*groups).pvalue) if varied else float("nan")
+
+
 def _tied(codes: np.ndarray, condition: np.ndarray) -> float:
     """p-value of a chi-square test of levels and labels."""
     known = codes >= 0
@@ -171,15 +226,25 @@ def _tied(codes: np.ndarray, condition: np.ndarray) -> float:
     return float(stats.chi2_contingency(table).pvalue) if min(table.shape) > 1 else float("nan")
 
 
-def in_words(found: Sequence[Covariate], batch_key: str | None) -> list[str]:
-    """What a fit says of these columns: batches that are left alone, contexts that are pooled, an outcome for a batch."""
-    batches = [each for each in found if each.looks_like_batch]
+def in_words(found: Sequence[Covariate], batch_key: str | None, asked: Collection[str] = ()) -> list[str]:
+    """What a fit says of these columns: batches and covariates that are left alone, contexts that are pooled, an outcome for a
+    batch; ``asked`` are the covariates that are taken off.
+    """
+    batches = [each for each in found if each.looks_like_batch and each.column not in asked]
     contexts = [each for each in found if each.role == CONTEXT and each.matters]
+    left = sorted((each for each in found if each.confounds), key=lambda each: -each.explained)
+    shown = batches if batch_key is None else []
+    left = [each for each in left if each not in shown and each.column not in (batch_key, *asked)]
     notes = []
     if batches and batch_key is None:
         notes.append(
             f"No --batch-key was given. Columns that may be batches: {few([each.in_words() for each in batches], 4)}. "
             "Without it, differences between batches count as effects or as noise."
+        )
+    if left:
+        notes.append(
+            f"Cells of different perturbations differ in {few([each.in_words() for each in left], 4)}. Such a difference counts "
+            f"as an effect, unless it is taken off: --covariates {left[0].column}."
         )
     if any(each.column == batch_key and each.role == OUTCOME for each in found):
         notes.append(

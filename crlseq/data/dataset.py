@@ -16,7 +16,9 @@ import scipy.sparse as sp
 
 from crlseq.config import DataConfig
 from crlseq.data import splits
+from crlseq.data.adjustment import Adjustment
 from crlseq.data.cluster import mapped, on_one_machine
+from crlseq.data.covariate_columns import Column, read_columns
 from crlseq.data.covariates import covariates, in_words
 from crlseq.data.design import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
 from crlseq.data.guides import Guides, read_labels
@@ -106,6 +108,8 @@ class PerturbSeqData:
     notes: tuple[str, ...]  # sentences about what was left out and why
     guides: Guides | None = None
     positions: Positions | None = None  # of genes on chromosomes, where they are known
+    covariates: tuple[Column, ...] = ()
+    without_covariate_effects: bool = False  # what perturbations do to covariates is taken off, too
     shuffled: bool = False  # cells of each condition lie together in random order, as in a prepared store
 
     @property
@@ -123,6 +127,34 @@ class PerturbSeqData:
         """Of each perturbation, the fitted genes that it targets, under whatever name; none if they are not fitted."""
         target = dict(zip(self.labels.names, self.labels.targets, strict=True))
         return tuple(self.preprocessing.gene_names.find(target.get(name, name)) for name in self.perturbation_names)
+
+    @cached_property
+    def adjustment(self) -> Adjustment | None:
+        """What covariates do to cells; None without any."""
+        if not self.covariates:
+            return None
+        return Adjustment.of(
+            self.covariates,
+            self.without_covariate_effects,
+            self.condition,
+            len(self.conditions),
+            self.split,
+            self.batch,
+        )
+
+    @cached_property
+    def covariate_slopes(self) -> np.ndarray:
+        """(d, G) of expression on covariates, by training controls."""
+        assert self.adjustment is not None
+        cells = self.control_pool(splits.TRAIN)
+        return self.adjustment.slopes(cells, self.blocks(cells))
+
+    @cached_property
+    def comparison(self) -> np.ndarray:
+        """(cells,) groups within which cells are compared: batches, divided by what covariates do to expression."""
+        if self.adjustment is None or not self.adjustment.wholly.any():
+            return self.batch
+        return self.adjustment.groups(self.covariate_slopes)
 
     def cells(self, condition: int, *codes: int) -> np.ndarray:
         """Ascending indices of a condition's cells in the given splits."""
@@ -249,16 +281,14 @@ def read_data(
         n_values = int(scanned.detected[record.columns(screen)].sum())
         streamed = shuffled and _is_streamed(config, n_values)
         stored = _stream(screen, record, n_values, labels, split) if streamed else load(screen, record, n_values)
-        cell_names = screen.obs.index.astype(str)
         measured = GeneNames.of(screen.var)
-        beside = covariates(screen, labels, values, scanned.totals)
-        of_file = [*screen.notes, *filter(None, [values.doubt])]
-        of_design = [targets_in_words(measured, labels.targets), *in_words(beside, config.batch_key)]
+        asked = read_columns(screen, config, labels, record, scanned.totals)
+        told = in_words(covariates(screen, labels, values, scanned.totals), config.batch_key, {c.name for c in asked})
+        of_design = [targets_in_words(measured, labels.targets), *told]
     condition, known, number, unpredictable = _renumbered(labels, selection)
-    silent = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are excluded."
     return PerturbSeqData(
         x=stored,
-        cell_names=cell_names,
+        cell_names=screen.obs.index.astype(str),
         condition=condition,
         conditions=tuple(tuple(number[part] for part in labels.conditions[c]) for c in known),
         condition_names=tuple(labels.condition_names[c] for c in known),
@@ -270,18 +300,26 @@ def read_data(
         labels=labels,
         measured=measured,
         notes=(
-            *of_file,
+            *filter(None, [*screen.notes, values.doubt]),
             *([] if guides is None else [guides.reason]),
             *selection.notes,
-            *([silent] if record.n_silent_genes else []),
+            *_silent(record),
             *lonely_batches(batch, batch_names, labels, split),
             *unpredictable,
             *of_design,
         ),
         guides=guides,
         positions=positions,
+        covariates=asked,
+        without_covariate_effects=config.remove_covariate_effects,
         shuffled=shuffled,
     )
+
+
+def _silent(record: Preprocessing) -> list[str]:
+    """A sentence on genes that are left out because no cell has them, if there are any."""
+    text = f"{record.n_silent_genes} of {record.n_genes_in_file} genes are zero in every cell and are excluded."
+    return [text] if record.n_silent_genes else []
 
 
 def _as_prepared(config: DataConfig, manifest: Manifest) -> DataConfig:

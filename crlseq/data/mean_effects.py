@@ -33,6 +33,8 @@ def mean_effect(
         center, spread, n = controls[place]
         effect -= share * center
         squared = squared + share**2 * spread / n
+    if data.adjustment is not None:
+        squared = squared + data.adjustment.variance(cells) * controls[-1][1]
     return effect, variance / len(cells), squared
 
 
@@ -51,4 +53,7 @@ def shares_of_controls(batch: np.ndarray, controls: Container[int]) -> dict[int,
 def _moments(data: PerturbSeqData, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and unbiased variance (G,) of cells."""
     mean, square = data.moments(cells)
-    return mean, np.maximum(square - mean**2, 0.0) * len(cells) / max(len(cells) - 1, 1)
+    variance = np.maximum(square - mean**2, 0.0) * len(cells) / max(len(cells) - 1, 1)
+    if data.adjustment is not None:
+        mean = mean - data.adjustment.mean(cells) @ data.covariate_slopes
+    return mean, variance

@@ -17,11 +17,12 @@ MAX_CELLS = 10_000  # components are estimated on at most so many cells
 
 @dataclass(frozen=True)
 class Projection:
-    """Scores (cells, q) = (x - center) @ axes; center (genes,), axes (genes, q)."""
+    """Scores (cells, q) = (x - center) @ axes; center (genes,), axes (genes, q); and scores without what covariates do."""
 
     scores: np.ndarray
     center: np.ndarray
     axes: np.ndarray
+    adjusted: np.ndarray
 
 
 def principal_components(data: PerturbSeqData, n_components: int, seed: int) -> Projection:
@@ -39,7 +40,8 @@ def principal_components(data: PerturbSeqData, n_components: int, seed: int) -> 
     for own in mapped(partial(_scores, data.x, pca), data.pieces(np.arange(len(scores)))):
         scores[start : start + len(own)] = own
         start += len(own)
-    return Projection(scores, pca.mean_.astype(np.float64), pca.components_.T.astype(np.float64))
+    adjusted = scores if data.adjustment is None else data.adjustment.for_tests(scores)
+    return Projection(scores, pca.mean_.astype(np.float64), pca.components_.T.astype(np.float64), adjusted)
 
 
 def _scores(x: Expression, pca: PCA, cells: np.ndarray) -> np.ndarray:

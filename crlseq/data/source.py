@@ -36,7 +36,7 @@ def content_of(data: PerturbSeqData) -> str:
     digest = hashlib.sha256(
         "\n".join([*data.genes, *data.condition_names, *data.cell_names]).encode(errors="surrogatepass")
     )
-    for part in (*parts, data.condition, data.split, data.batch):
+    for part in (*parts, data.condition, data.split, data.batch, *(column.values for column in data.covariates)):
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
     return digest.hexdigest()
 

@@ -54,8 +54,8 @@ ENOUGH_CONTROLS = 20  # in a batch, to centre it on its own
 def whitened_components(
     data: PerturbSeqData, most: int, least: int, seed: int, device: torch.device = CPU
 ) -> tuple[Scores, float | None]:
-    """(cells, q) components of every cell, centred on the control cells of its batch, overall deviation 1; and their
-    measurement noise, the same variance in every component, where it is known: in counts, and in values without noise.
+    """(cells, q) components of every cell, centred on the control cells of its batch, without what covariates do,
+    overall deviation 1; and their measurement noise, the same variance in every component, where it is known: in counts, and in values without noise.
 
     Estimated on training cells alone; q is what the data have beyond noise, from `least` to `most` as far as genes and
     cells allow. Cells that take no part are 0. Perturbed genes are left out: that a knock-out lowers its own transcript
@@ -79,6 +79,8 @@ def whitened_components(
     scores = np.zeros((len(data.split), own.shape[1]), dtype=np.float32)
     scores[used] = own
     _centre_on_controls(scores, data, used)
+    if data.adjustment is not None:
+        data.adjustment.take_off(scores, used)
     if not np.isfinite(scores).all():
         what = "The values of these cells are too far apart: their components are not finite."
         raise InputError(

@@ -12,7 +12,7 @@ from crlseq.data.cluster import mapped
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.threads import counted
 
-# Scores (n, q) of two sets of cells, which of them are perturbed (n,), their batches (n,), and what draws permutations.
+# Scores (n, q) of two sets of cells, which of them are perturbed (n,), their strata (n,), and what draws permutations.
 Compared = tuple[np.ndarray, np.ndarray, np.ndarray, np.random.Generator]
 
 MAX_CELLS = 500  # a side, by energy; more cells sharpen the test less than they cost
@@ -213,4 +213,6 @@ def _labelled(
 ) -> Compared:
     """Both sets of cells as tests take them."""
     both = np.concatenate([perturbed, control])
-    return scores[both], np.arange(len(both)) < len(perturbed), data.batch[both], rng
+    is_perturbed = np.arange(len(both)) < len(perturbed)
+    strata = data.batch[both] if data.adjustment is None else data.adjustment.strata(both, is_perturbed)
+    return scores[both], is_perturbed, strata, rng

@@ -259,5 +259,5 @@ def _tested(made: Planted, config: Config) -> pd.Series:
     seed = config.training.seed
     with on_threads(config.training.threads or torch.get_num_threads()):
         data = read_data(made.screen, config.data, seed)
-        scores = principal_components(data, N_COMPONENTS, seed).scores
+        scores = principal_components(data, N_COMPONENTS, seed).adjusted
         return pd.Series(effect_tests(data, scores, seed)["fdr"], index=list(data.perturbation_names))

@@ -26,7 +26,7 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.embeddings import Embeddings
 from crlseq.data.projection import Projection, principal_components
 from crlseq.data.source import State, content_of, digest_of, refuse_changed
-from crlseq.discovery.effects import effect_tests
+from crlseq.discovery.beyond_covariates import effects_and_beyond
 from crlseq.discovery.guide_agreement import guide_agreement, guides_in_words, weak_guides, without_guides
 from crlseq.discovery.methods import Programs, find_programs
 from crlseq.discovery.negative_controls import Found, Sensitivity, sensitivity, undone_effects
@@ -44,14 +44,7 @@ from crlseq.run.writable import refuse_unwritable
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_law, save_weights
 from crlseq.storage.files import refuse_existing
 from crlseq.storage.hdf5 import write_h5ad
-from crlseq.storage.runfolder import (
-    COMBINATIONS,
-    EMBEDDINGS,
-    GENE_SETS,
-    move_into_place,
-    refuse_output,
-    working_folder,
-)
+from crlseq.storage.runfolder import COMBINATIONS, EMBEDDINGS, GENE_SETS, move_into_place, refuse_output, working_folder
 from crlseq.storage.stage_cache import StageCache
 from crlseq.threads import on_threads, reporting
 from crlseq.training.device import computed_on, resolve_device
@@ -267,13 +260,13 @@ def _test(job: Job, screen: Screen) -> Tested:
     job.progress.stage(TESTING)
     projection = principal_components(data, N_COMPONENTS, seed)
     stages = StageCache(job.folder, hashlib.sha256(screen.identity.to_json().encode()).hexdigest())
-    guides = guide_agreement(data, projection.scores)
+    guides = guide_agreement(data, projection.adjusted)
     dropped = weak_guides(guides) if job.config.data.drop_outlier_guides else []
     if words := guides_in_words(guides, bool(dropped)):
         job.progress.note(words)
     data = without_guides(data, dropped)
-    tests = stages.get("effects", lambda: effect_tests(data, projection.scores, seed))
-    undone = stages.get("negative controls", lambda: undone_effects(data, projection.scores, seed))
+    tests = stages.get("effects", lambda: effects_and_beyond(data, projection, seed))
+    undone = stages.get("negative controls", lambda: undone_effects(data, projection.adjusted, seed))
     return Tested(data, projection, tests, guides, undone, stages)
 
 
@@ -299,7 +292,7 @@ def _discover(job: Job, tested: Tested, targets: dict[str, str] | None) -> Start
     seen = None
     if not programs.n:
         progress.stage("testing detectable effects")
-        seen = stages.get("sensitivity", lambda: sensitivity(tested.data, tested.projection.scores, seed))
+        seen = stages.get("sensitivity", lambda: sensitivity(tested.data, tested.projection.adjusted, seed))
     return Start(warm, programs.n, programs.reason, seen)
 
 

@@ -28,6 +28,7 @@ from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.pipeline.fitted import FittedRun
 from crlseq.prediction.intervals import shift_errors
 from crlseq.readout.agreement import effect_agreement
+from crlseq.readout.covariates import covariate_table
 from crlseq.readout.effects import effect_table
 from crlseq.readout.ensemble import read_model, seed_agreement
 from crlseq.readout.explained import effect_explained, variance_explained
@@ -106,7 +107,7 @@ def tables_of(
     weights = (dict(model.state_dict()), fitted.architecture)
     return FittedRun(
         info, programs, interventions, edges, history.astype({"epoch": int, "total": float}), evaluation,
-        weights=weights, law=model.law, effect_rows=effects, arms=arms, interactions=interactions, ensemble=_seeds(fitted, data, config, interventions, edges), pathways=pathways, pairs=pairs,
+        weights=weights, law=model.law, effect_rows=effects, arms=arms, covariates=covariate_table(data, tests["beyond"]), interactions=interactions, ensemble=_seeds(fitted, data, config, interventions, edges), pathways=pathways, pairs=pairs,
         second_targets=None if discovery is None else _second_targets(discovery, data, np.sign(read.scale)),
     )  # fmt: skip
 

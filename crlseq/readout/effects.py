@@ -126,6 +126,8 @@ def measured_effect(data: PerturbSeqData, cells: np.ndarray, controls: dict[int,
     freedom = PRIOR_CELLS + own.n - 1
     of_cells = (PRIOR_CELLS * variance + (own.n - 1) * own.variance) / freedom / own.n
     total = of_cells + error
+    if data.adjustment is not None:
+        total[0] += data.adjustment.variance(cells) * controls[-1].variance[0]
     se = np.sqrt(total[0])
     change = own.mean[0] - mean[0]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -158,4 +160,7 @@ def _sums(data: PerturbSeqData, cells: np.ndarray) -> Sums:
                 sums[2 * place] += sums_by_gene(x, values)
                 sums[2 * place + 1] += sums_by_gene(x, values**2)
     mean, square = sums[::2] / len(cells), sums[1::2] / len(cells)
-    return Sums(len(cells), mean, np.maximum(square - mean**2, 0.0) * len(cells) / max(len(cells) - 1, 1))
+    variance = np.maximum(square - mean**2, 0.0) * len(cells) / max(len(cells) - 1, 1)
+    if data.adjustment is not None:
+        mean[0] -= data.adjustment.mean(cells) @ data.covariate_slopes
+    return Sums(len(cells), mean, variance)

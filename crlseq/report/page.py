@@ -22,6 +22,7 @@ from crlseq.readout import enrichment
 from crlseq.readout.drawing import HEAD, Drawing, draw, edge_width, heading, legend, limit_of
 from crlseq.readout.layout import Point
 from crlseq.report import charts
+from crlseq.report.covariates import covariate_charts
 from crlseq.report.evaluations import evaluation_tables
 from crlseq.report.meanings import MEANINGS
 from crlseq.report.methods import methods
@@ -142,6 +143,7 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "arms": [] if run.arms is None else run.arms[:GUIDES].to_dict("records"),
         "n_arms": 0 if run.arms is None else len(run.arms),
         "n_lost": 0 if run.arms is None else int(run.arms["lost"].sum()),
+        "covariates": covariate_charts(run),
         "combined": combinations_in_words(run.facts),
         "interactions": [] if run.interactions is None else run.interactions[:ROWS].to_dict("records"),
         "n_interactions": 0 if run.interactions is None else len(run.interactions),

@@ -40,6 +40,8 @@ def check_consistency(facts: RunInfo, genes: Sequence[str], tables: Mapping[str,
     for name in ("second_targets", "arms"):
         if (table := tables.get(name)) is not None:
             _check_names(f"{name}.csv", table["perturbation"], known)
+    if (table := tables.get("covariates")) is not None:
+        _check_names("covariates.csv", table["perturbation"], {one.name for one in facts.conditions})
     _check_pairs(tables["dag"], tables.get("pairs"), programs)
 
 

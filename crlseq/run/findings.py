@@ -10,6 +10,7 @@ import pandas as pd
 
 from crlseq.errors import few
 from crlseq.run.arms import losses_in_words, programs_in_words
+from crlseq.run.covariates import covariates_in_words
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.summary import Program, no_effect_in_words, sensitivity_in_words
@@ -27,7 +28,7 @@ FOUND, DOUBTED, UNTESTED = "found", "guess", "not resampled"
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding: what it is about (a program, or ``effects``, ``unseen``, ``graph``), how sure it is, and in words."""
+    """One finding: what it is about (a program, or ``effects``, ``unseen``, ``covariates``, ``graph``), how sure it is, and in words."""
 
     about: str
     certainty: str  # `FOUND`, `DOUBTED` or `UNTESTED`
@@ -37,10 +38,12 @@ class Finding:
 def findings(run: Run, enriched: pd.DataFrame | None = None) -> list[Finding]:
     """Everything found, most important first; ``enriched`` is what `crlseq.enrich` found of the programs."""
     facts, n = run.facts, len(run.interventions)
+    of_covariates = [Finding("covariates", FOUND, words) for words in covariates_in_words(run.covariates)]
     if facts.without_effect:
         power = sensitivity_in_words(facts)
         found = [Finding("effects", FOUND, no_effect_in_words(n))]
-        return [*found, Finding("unseen", FOUND, power)] if power else found
+        found += [Finding("unseen", FOUND, power)] if power else []
+        return [*found, *of_covariates]
     detected, programs = facts.metrics.n_detected, facts.n_latents
     headline = f"{detected} of {n} perturbations {'has' if detected == 1 else 'have'} a detectable effect (FDR ≤ {DETECTABLE_FDR}); {count(programs, 'program')} {'describes' if programs == 1 else 'describe'} the effects."
     found = [Finding("effects", FOUND, headline)]
@@ -48,7 +51,7 @@ def findings(run: Run, enriched: pd.DataFrame | None = None) -> list[Finding]:
     found += [of_program(run, program, verb, enriched) for program in run.described.values()]
     if unseen := not_seen(run.interventions):
         found.append(Finding("unseen", FOUND, unseen))
-    return [*found, Finding("graph", FOUND, of_graph(run))]
+    return [*found, *of_covariates, Finding("graph", FOUND, of_graph(run))]
 
 
 def told(run: Run, programs: int = 12) -> list[str]:

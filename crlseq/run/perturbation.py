@@ -8,6 +8,7 @@ from scipy.stats import norm
 
 from crlseq.errors import not_there
 from crlseq.run.arms import losses_in_words
+from crlseq.run.covariates import changes_in_words
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 
@@ -51,7 +52,7 @@ def perturbation_in_words(run: Run, name: str) -> list[str]:
             for other in second.to_dict("records")
         ]
     arms = None if run.arms is None else run.arms[run.arms["perturbation"] == name]
-    return [*lines, *losses_in_words(arms), *_of_genes(run, genes)]
+    return [*lines, *changes_in_words(run.covariates, name), *losses_in_words(arms), *_of_genes(run, genes)]
 
 
 def _of_its_program(run: Run, row: pd.Series) -> list[str]:

@@ -80,6 +80,8 @@ class Run:
         ``guide, perturbation, n_cells, strength, ...``: beside the others of their gene; None where none were read.
     arms
         ``perturbation, chromosome, arm, part, n_genes, ...``: do genes beside the target fall together? None without positions.
+    covariates
+        ``perturbation, covariate, level, n_cells, mean, ...``: what perturbations do to covariates; None without any.
     effect_rows
         `effects`; None: read from the folder when first needed.
     source
@@ -104,6 +106,7 @@ class Run:
     interactions: pd.DataFrame | None = field(default=None, repr=False)
     guides: pd.DataFrame | None = field(default=None, repr=False)
     arms: pd.DataFrame | None = field(default=None, repr=False)
+    covariates: pd.DataFrame | None = field(default=None, repr=False)
     effect_rows: pd.DataFrame | None = field(default=None, repr=False)
     source: str | Path | ad.AnnData | None = field(default=None, repr=False)
 

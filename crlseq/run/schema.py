@@ -67,6 +67,10 @@ ARM_COLUMNS: dict[str, type] = {
     "perturbation": str, "chromosome": str, "arm": str, "part": str, "n_genes": int, "change": float, "se": float,
     "p_value": float, "fdr": float, "lost": bool, "program_part": float, "program_p_value": float, "program_fdr": float,
 }  # fmt: skip
+COVARIATE_COLUMNS: dict[str, type] = {
+    "perturbation": str, "covariate": str, "level": str, "n_cells": int, "mean": float, "control": float, "difference": float,
+    "se": float, "p_value": float, "fdr": float, "kept": bool, "beyond": float,
+}  # fmt: skip
 PATHWAY_COLUMNS = {
     "program": str, "gene_set": str, "description": str, "weight": float, "rank": int, "n_genes": int, "same_genes": str,
 }  # fmt: skip
@@ -93,6 +97,7 @@ class DataOptions(_Part):
     batch_key: str | None
     hold_out: tuple[str, ...]
     gene_sets: str | None
+    covariates: tuple[str, ...] = ()
 
 
 class TrainingOptions(_Part):
@@ -381,6 +386,7 @@ def own_tables(facts: RunInfo) -> dict[str, dict[str, type]]:
         "interactions": (INTERACTION_COLUMNS, facts.combinations is not None and facts.combinations.n_measured > 0),
         "guides": (GUIDE_COLUMNS, "n_compared" in (facts.guides or {})),
         "arms": (ARM_COLUMNS, facts.positions is not None),
+        "covariates": (COVARIATE_COLUMNS, bool(facts.config.data.covariates)),
     }
     return {name: columns for name, (columns, has) in there.items() if has}
 

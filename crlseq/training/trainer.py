@@ -224,7 +224,7 @@ class _Epochs:
         self.n = resolve_epochs(config.training, self.train_cells) if config.model.trains else 0
         self.first = 0
         self.in_step = resolve_step(config.training, self.train_cells)
-        self.partners = ControlPartners(data.control_pool(splits.TRAIN), data.batch)
+        self.partners = ControlPartners(data.control_pool(splits.TRAIN), data.comparison)
         self.validation = _validation_batches(data, config.training.seed)
         # Several models share what a step asks of the screen, and the threads: each is computed on one.
         alone = len(learners) == 1 or ranks.size > 1 or self.steps.objective.device.type != "cpu"
@@ -343,7 +343,7 @@ def _validation_batches(data: PerturbSeqData, seed: int) -> list[BatchIndex]:
     """The same pairs of cells in every epoch; none if no condition has validation cells."""
     cells = data.cells_by_condition(splits.VALIDATION)
     controls = data.control_pool(splits.VALIDATION if len(cells[0]) else splits.TRAIN)
-    partners, rng = ControlPartners(controls, data.batch), np.random.default_rng([seed, 3])
+    partners, rng = ControlPartners(controls, data.comparison), np.random.default_rng([seed, 3])
     return epoch_batches(cells, partners, VALIDATION_BATCH, VALIDATION_CONDITIONS, rng, data.shuffled)
 
 

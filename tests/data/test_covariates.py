@@ -18,6 +18,7 @@ from crlseq.data.covariates import (
     UNKNOWN,
     Covariate,
     _explained,
+    _explained_by_number,
     covariates,
     in_words,
     role_of,
@@ -41,7 +42,8 @@ from tests.support import invoke
         ),
         ("cell_line cell_type CellType stimulation Stim time_point hours dose treatment Sex tissue", CONTEXT),
         (
-            "leiden louvain seurat_clusters Phase phase predicted_celltype RNA_snn_res.0.8 mixscape_class cell_cycle",
+            "leiden louvain seurat_clusters Phase phase predicted_celltype RNA_snn_res.0.8 mixscape_class cell_cycle "
+            "S_score G2M.Score S.Score pct_counts_mt percent.mt percent_mito",
             OUTCOME,
         ),
         ("report representative planet explained libel x condition disease", UNKNOWN),
@@ -77,8 +79,10 @@ def found(adata: ad.AnnData) -> dict[str, Covariate]:
 
 def test_what_cells_say_of_columns() -> None:
     got = found(screen())
-    # Labels, what is a function of them or they of it, numbers and names are no covariates.
-    assert set(got) == {"when", "lane", "state_of", "group"}
+    # Labels, what is a function of them or they of it, and names are no covariates.
+    assert set(got) == {"when", "lane", "state_of", "group", "size", "id", "log-depth"}
+    assert got["size"].levels == 0 and not got["size"].matters and not got["size"].looks_like_batch
+    assert "(numbers; " in got["size"].in_words()
     assert got["when"].role == UNKNOWN and got["when"].matters and got["when"].looks_like_batch
     assert got["when"].explained > 3 * got["when"].by_chance and got["when"].levels == 2
     assert got["lane"].looks_like_batch and not got["lane"].matters
@@ -100,6 +104,26 @@ def test_levels_by_hand() -> None:
     share, chance, p = _explained(scores, codes)
     assert share == pytest.approx(37.5 / 41.5) and chance == 1 / 5
     assert p == pytest.approx(stats.f.sf(37.5, 1, 4))
+
+
+def test_a_number_by_hand() -> None:
+    """y = 1, 2, 3, 6 on z = 0, 1, 2, 3: slope 1.6, explained 5 * 1.6^2 = 12.8 of 14; F = 12.8 / (1.2 / 2)."""
+    share, chance, p = _explained_by_number(np.array([[1.0], [2.0], [3.0], [6.0]]), np.arange(4.0))
+    assert share == pytest.approx(12.8 / 14) and chance == 1 / 3
+    assert p == pytest.approx(stats.f.sf(12.8 / 0.6, 1, 2))
+
+
+def test_numbers_that_go_with_the_labels_are_told_unless_they_are_taken_off() -> None:
+    adata = screen(effect=0.0)
+    rng = np.random.default_rng(3)
+    age = rng.normal(size=len(adata)) + adata.obs["perturbation"].eq("B")
+    adata.X[:, 50:70] = rng.poisson(np.asarray(adata.X[:, 50:70]) * np.exp(0.5 * age.to_numpy()[:, None]))
+    adata.obs = adata.obs[["perturbation"]].assign(age=age)
+    told = "Cells of different perturbations differ in "
+    note = next(note for note in read_data(adata, DataConfig(), 0).notes if note.startswith(told))
+    assert "age (numbers; " in note and note.endswith("unless it is taken off: --covariates age.")
+    assert not any("age (" in note for note in read_data(adata, DataConfig(covariates=("age",)), 0).notes)
+    assert note in describe(adata, DataConfig())["notes"]
 
 
 def test_a_fit_says_what_it_leaves_alone() -> None:
