@@ -53,7 +53,7 @@ from crlseq.storage.runfolder import (
     working_folder,
 )
 from crlseq.storage.stage_cache import StageCache
-from crlseq.threads import on_threads, reporting
+from crlseq.threads import on_threads, one_blas_thread, reporting
 from crlseq.training.device import computed_on, resolve_device
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.extrapolation import Extrapolation, fit_extrapolation
@@ -137,7 +137,7 @@ def fit(
             return fit(source, output, config=config, resume=resume, force=force, progress=told, ranks=ranks,
                        cluster=cluster)  # fmt: skip
     refuse_unprepared(source, config, cluster)
-    with on_cluster(cluster), reporting(progress.within):
+    with on_cluster(cluster), reporting(progress.within), one_blas_thread():
         return _fit_to(source, output, config, resume, force, progress, ranks)
 
 
