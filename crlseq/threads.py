@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from itertools import chain, islice
 from typing import TypeVar
 
 import torch
+from threadpoolctl import ThreadpoolController
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -27,6 +29,19 @@ def on_threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """OpenBLAS on one thread, unless ``OPENBLAS_NUM_THREADS`` says otherwise: its threads spin where cores are taken.
+
+    What numpy computes here is small, or divided among threads. Commands say so before numpy loads; a notebook cannot.
+    """
+    if "OPENBLAS_NUM_THREADS" in os.environ:
+        yield
+        return
+    with ThreadpoolController().select(internal_api="openblas").limit(limits=1):
+        yield
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

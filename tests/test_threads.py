@@ -4,8 +4,9 @@ import threading
 
 import pytest
 import torch
+from threadpoolctl import ThreadpoolController
 
-from crlseq.threads import ahead, counted, in_parallel, on_threads, reporting
+from crlseq.threads import ahead, counted, in_parallel, on_threads, one_blas_thread, reporting
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -78,3 +79,24 @@ def test_a_loop_of_several_threads_is_reported_as_one(threads: int) -> None:
     with reporting(lambda done, total: said.append((done, total))):
         made = [*counted(in_parallel(lambda i: sum(counted(range(i), i)), range(5), threads), 5)]
     assert made == [0, 0, 1, 3, 6] and said == [(i, 5) for i in range(1, 6)]
+
+
+def threads_of_openblas() -> set[int]:
+    return {library["num_threads"] for library in ThreadpoolController().select(internal_api="openblas").info()}
+
+
+@pytest.mark.parametrize(("asked", "within"), [(None, 1), ("2", 2)])
+def test_openblas_computes_on_one_thread_unless_it_was_asked_for_more(
+    asked: str | None, within: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if asked is None:
+        monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", asked)
+    controller = ThreadpoolController().select(internal_api="openblas")
+    if not controller.info():
+        pytest.skip("numpy has no OpenBLAS here")
+    with controller.limit(limits=2):
+        with one_blas_thread():
+            assert threads_of_openblas() == {within}
+        assert threads_of_openblas() == {2}

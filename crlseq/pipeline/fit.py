@@ -46,7 +46,7 @@ from crlseq.storage.files import refuse_existing
 from crlseq.storage.hdf5 import write_h5ad
 from crlseq.storage.runfolder import COMBINATIONS, EMBEDDINGS, GENE_SETS, move_into_place, refuse_output, working_folder
 from crlseq.storage.stage_cache import StageCache
-from crlseq.threads import on_threads, reporting
+from crlseq.threads import on_threads, one_blas_thread, reporting
 from crlseq.training.device import computed_on, resolve_device
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.extrapolation import Extrapolation, fit_extrapolation
@@ -130,7 +130,7 @@ def fit(
             return fit(source, output, config=config, resume=resume, force=force, progress=told, ranks=ranks,
                        cluster=cluster)  # fmt: skip
     refuse_unprepared(source, config, cluster)
-    with on_cluster(cluster), reporting(progress.within):
+    with on_cluster(cluster), reporting(progress.within), one_blas_thread():
         return _fit_to(source, output, config, resume, force, progress, ranks)
 
 
