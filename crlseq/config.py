@@ -81,6 +81,9 @@ class DataConfig(_Section):
     batch_key: str | None = _flag(
         None, "Column of experimental batches; a cell is compared with controls of its own batch."
     )
+    context_key: str | None = _flag(
+        None, "Column of contexts (stimulation, drug, time, cell line), each with its own controls."
+    )
     layer: str | None = _flag(None, "Layer with the expression values, or raw for .raw.", unset="X")
     values: Literal["auto", "counts", "log", "continuous"] = _flag("auto", "Kind of expression values.")
     n_top_genes: Annotated[int, Field(ge=2)] | Literal["all"] = _flag(5000, "Number of most variable genes to fit.")

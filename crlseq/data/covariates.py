@@ -97,7 +97,8 @@ def covariates(screen: Screen, labels: Perturbations, values: Values, totals: np
         for key in screen.obs.columns
         if (codes := _levels(screen.obs[key], str(key), used)) is not None
     ]
-    found = [(key, codes) for key, codes in found if key != labels.key and not _same(codes, condition)]
+    known = {labels.key, None if labels.contexts is None else labels.contexts.key}
+    found = [(key, codes) for key, codes in found if key not in known and not _same(codes, condition)]
     if not found:
         return []
     some, rows = screen.sample(used[condition == 0], N_CONTROLS)
@@ -189,6 +190,6 @@ def in_words(found: Sequence[Covariate], batch_key: str | None) -> list[str]:
     if contexts:
         notes.append(
             f"Cells of different contexts are fitted together: {few([each.in_words() for each in contexts], 4)}. "
-            "Perturbations may act differently in each."
+            "Perturbations may act differently in each; --context-key COLUMN tells whether they do."
         )
     return notes

@@ -17,6 +17,7 @@ import scipy.sparse as sp
 from crlseq.config import DataConfig
 from crlseq.data import splits
 from crlseq.data.cluster import mapped, on_one_machine
+from crlseq.data.contexts import by_context, gene_and_context, in_contexts
 from crlseq.data.covariates import covariates, in_words
 from crlseq.data.design import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
 from crlseq.data.guides import Guides, read_labels
@@ -97,7 +98,7 @@ class PerturbSeqData:
     conditions: tuple[tuple[int, ...], ...]  # ascending indices of single perturbations; () of the control
     condition_names: tuple[str, ...]
     perturbation_names: tuple[str, ...]  # of perturbations in fitted conditions and no others
-    batch: np.ndarray  # (cells,) int64, the number of a cell's batch; one batch without a batch key
+    batch: np.ndarray  # (cells,) int64, the number of a cell's batch, within its context; one batch without either
     split: np.ndarray  # (cells,) int8 code of `splits.SPLITS`
     totals: np.ndarray | None  # (cells,) counts over all genes of the file; None for values that are no counts
     preprocessing: Preprocessing
@@ -123,6 +124,30 @@ class PerturbSeqData:
         """Of each perturbation, the fitted genes that it targets, under whatever name; none if they are not fitted."""
         target = dict(zip(self.labels.names, self.labels.targets, strict=True))
         return tuple(self.preprocessing.gene_names.find(target.get(name, name)) for name in self.perturbation_names)
+
+    @property
+    def context(self) -> np.ndarray:
+        """(cells,) int64 context of each cell; 0 of all without contexts, -1 of cells that take no part."""
+        contexts = self.labels.contexts
+        return np.zeros(len(self.condition), dtype=np.int64) if contexts is None else contexts.number
+
+    @property
+    def context_names(self) -> tuple[str, ...]:
+        """Of the contexts; none without."""
+        return () if self.labels.contexts is None else self.labels.contexts.names
+
+    @cached_property
+    def gene(self) -> np.ndarray:
+        """(perturbations,) int64, the same for a perturbation in all its contexts."""
+        names = self.perturbation_names
+        return np.unique([gene_and_context(name)[0] if self.context_names else name for name in names], return_inverse=True)[1]
+
+    @property
+    def own_labels(self) -> pd.Categorical | None:
+        """(cells,) labels that the file does not have: genes of guides, and perturbations by context; else None."""
+        if self.labels.contexts is not None:
+            return self.labels.written()
+        return None if self.guides is None else self.guides.labels
 
     def cells(self, condition: int, *codes: int) -> np.ndarray:
         """Ascending indices of a condition's cells in the given splits."""
@@ -226,13 +251,15 @@ def read_data(
         config = _as_prepared(config, manifest)
     with open_screen(source, config.layer) as screen:
         labels, guides = read_labels(screen, source, config)
+        labels = in_contexts(labels, screen.obs, config)
         positions = read_positions(screen.var, config.gene_positions)
         shuffled = manifest is not None and _is_sorted(labels.condition)
         scanned = shared(lambda: scan(screen))
         values = values_of(source, screen, scanned, config)
         labels = without_silent_cells(labels, scanned, values)
+        batches = read_batches(screen, config.batch_key, labels)
+        labels, batch, batch_names = by_context(labels, *batches)
         selection = select_conditions(labels, config)
-        batch, batch_names = read_batches(screen, config.batch_key, labels)
         split = splits.split_cells(
             labels.condition, selection.fitted, selection.held_out,
             config.validation_cells, config.hold_out_cells, np.random.default_rng([seed, 0]), shuffled,
@@ -265,6 +292,7 @@ def read_data(
         notes=(
             *of_file,
             *([] if guides is None else [guides.reason]),
+            *([] if labels.contexts is None else labels.contexts.notes),
             *selection.notes,
             *([silent] if record.n_silent_genes else []),
             *lonely_batches(batch, batch_names, labels, split),
@@ -282,7 +310,8 @@ def _as_prepared(config: DataConfig, manifest: Manifest) -> DataConfig:
     asked = (config.perturbation_key, config.guide_key, config.guide_counts, config.control_label, config.separator)
     if any(value is not None for value in asked):
         return config
-    labels = {"control_label": manifest.control_labels or (manifest.control_label,)}
+    labels: dict[str, Any] = {"control_label": manifest.control_labels or (manifest.control_label,)}
+    labels |= {"context_key": config.context_key or manifest.context_key}
     names = ("perturbation_key", "separator")
     return config.model_copy(update=labels | {name: getattr(manifest, name) for name in names})
 

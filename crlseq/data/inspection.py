@@ -13,6 +13,7 @@ import numpy as np
 
 from crlseq.config import DataConfig
 from crlseq.data import splits
+from crlseq.data.contexts import by_context, in_contexts
 from crlseq.data.covariates import covariates, in_words
 from crlseq.data.design import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
 from crlseq.data.guide_names import recognised
@@ -28,7 +29,7 @@ from crlseq.storage.runfolder import default_output
 
 OPTIONS = (  # that say how labels and values are read
     "guide_key", "guide_counts", "guide_map", "guide_min_umis", "guide_min_share", "perturbation_key", "control_label",
-    "separator", "combinations", "layer", "batch_key", "values", "min_cells", "gene_positions",
+    "separator", "combinations", "layer", "batch_key", "context_key", "values", "min_cells", "gene_positions",
 )  # fmt: skip
 
 
@@ -59,6 +60,8 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             for c in candidates(screen.obs)
         ]  # fmt: skip
         labels, guides = _attempt(found, lambda: read_labels(screen, source, config)) or (None, None)
+        if labels is not None:
+            labels = _attempt(found, lambda: in_contexts(labels, screen.obs, config))
         if labels is not None and values is not None and scanned is not None:
             labels = without_silent_cells(labels, scanned, values)
             beside = covariates(screen, labels, values, scanned.totals)
@@ -69,6 +72,9 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             found["guides"] = None if guides is None else guides.record
             found |= _describe_labels(labels, screen)
             found["positions"] = _attempt(found, lambda: _describe_positions(labels, screen, config))
+            batches = _attempt(found, lambda: by_context(labels, *read_batches(screen, config.batch_key, labels)))
+            labels = labels if batches is None else batches[0]
+            found["notes"] += [] if labels.contexts is None else labels.contexts.notes
             selection = _attempt(found, lambda: select_conditions(labels, config))
             if selection is not None:
                 found["fitted_conditions"] = int(selection.fitted[1:].sum())
@@ -76,7 +82,8 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
                 enough = np.median(sizes[1:][selection.fitted[1:]]) >= ENOUGH_CELLS
                 found["hold_out_cells"] = HELD_OUT if enough else 0.0
                 found["notes"] += selection.notes
-                _attempt(found, lambda: _check_batches(found, screen, labels, config, selection))
+                if batches is not None:
+                    found["notes"] += _lonely_batches(*batches, config, selection)
             if not found["problems"]:
                 found["command"] = _command(screen, labels, config, found)
         return found
@@ -135,16 +142,15 @@ def _describe_positions(labels: Perturbations, screen: Screen, config: DataConfi
     return None if positions is None else positions.in_words(GeneNames.of(screen.var), labels.targets)
 
 
-def _check_batches(
-    found: dict[str, Any], screen: Screen, labels: Perturbations, config: DataConfig, selection: Selection
-) -> None:
-    """The same checks of the batch column as a fit makes, with the split of its first seed."""
-    batch, names = read_batches(screen, config.batch_key, labels)
+def _lonely_batches(
+    labels: Perturbations, batch: np.ndarray, names: tuple[str, ...], config: DataConfig, selection: Selection
+) -> list[str]:
+    """What a fit says of batches without controls, with the split of its first seed."""
     split = splits.split_cells(
         labels.condition, selection.fitted, selection.held_out, config.validation_cells, config.hold_out_cells,
         np.random.default_rng([0, 0]),
     )  # fmt: skip
-    found["notes"] += lonely_batches(batch, names, labels, split)
+    return lonely_batches(batch, names, labels, split)
 
 
 def _command(screen: Screen, labels: Perturbations, config: DataConfig, found: dict[str, Any]) -> str:

@@ -354,8 +354,8 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     }
     split = pd.Categorical(np.array(splits.SPLITS)[data.split], dtype=SPLIT)
     cells = pd.DataFrame({"crlseq_split": split}, index=data.cell_names)
-    if data.guides is not None:
-        cells["crlseq_perturbation"] = data.guides.labels
+    if data.own_labels is not None:
+        cells["crlseq_perturbation"] = data.own_labels
     if start.warm is not None and start.warm.discovery.hit is not None:
         cells["crlseq_hit"] = start.warm.discovery.hit
     run = with_shift_errors(replace(run, info=info, cells=cells, map=found), data)
