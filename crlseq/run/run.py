@@ -80,6 +80,8 @@ class Run:
         ``guide, perturbation, n_cells, strength, ...``: beside the others of their gene; None where none were read.
     arms
         ``perturbation, chromosome, arm, part, n_genes, ...``: do genes beside the target fall together? None without positions.
+    contexts
+        ``perturbation, program, context, other, shift, ...``: do contexts differ in its effect? None without contexts.
     effect_rows
         `effects`; None: read from the folder when first needed.
     source
@@ -104,6 +106,7 @@ class Run:
     interactions: pd.DataFrame | None = field(default=None, repr=False)
     guides: pd.DataFrame | None = field(default=None, repr=False)
     arms: pd.DataFrame | None = field(default=None, repr=False)
+    contexts: pd.DataFrame | None = field(default=None, repr=False)
     effect_rows: pd.DataFrame | None = field(default=None, repr=False)
     source: str | Path | ad.AnnData | None = field(default=None, repr=False)
 
@@ -334,6 +337,7 @@ class Run:
             files.INTERACTIONS: self.interactions,
             files.GUIDES: self.guides,
             files.ARMS: self.arms,
+            files.CONTEXTS: self.contexts,
         }
         if self.facts.format >= schema.WITH_EFFECTS:
             optional[files.EFFECTS] = self.effects
@@ -366,7 +370,7 @@ class Run:
             if info["format"] not in schema.READABLE:
                 raise ValueError(f"its format is {info['format']}; this version reads {min(schema.READABLE)} and later")
             facts = RunInfo.read(info)
-            later = {"programs": schema.LATER_PROGRAMS, "interventions": schema.HIT | schema.AGREEMENT}
+            later = {"programs": schema.LATER_PROGRAMS, "interventions": schema.HIT | schema.AGREEMENT | schema.CONTEXT, "dag": schema.CONTEXT}
             programs, interventions, edges, history, evaluation = (
                 read_csv(folder / f"{name}.csv", schema.COLUMNS[name], later.get(name, {})) for name in files.TABLES
             )

@@ -33,13 +33,11 @@ COLUMNS: dict[str, dict[str, type]] = {
         "pearson_delta_mean": float, "l2_training": float, "l2_mean": float,
     },
 }  # fmt: skip
-HIT: dict[str, type] = {  # of interventions, since format 2
-    "penetrance": float, "penetrance_error": float, "retained": float, "retained_error": float,
-}  # fmt: skip
-AGREEMENT: dict[str, type] = {  # of interventions with the cells: `crlseq.readout.agreement`, since format 3
-    "shift_se": float, "knock_down": float, "knock_down_se": float, "explained": float, "agrees": float,
-    "agrees_se": float, "disagrees": float,
-}  # fmt: skip
+HIT: dict[str, type] = dict.fromkeys(("penetrance", "penetrance_error", "retained", "retained_error"), float)  # of interventions
+# Of interventions with the cells: `crlseq.readout.agreement`, since format 3
+AGREEMENT: dict[str, type] = dict.fromkeys(
+    ("shift_se", "knock_down", "knock_down_se", "explained", "agrees", "agrees_se", "disagrees"), float
+)
 PAIR_COLUMNS: dict[str, type] = {
     "source": str, "target": str, "change": float, "se": float, "z": float, "z_reversed": float, "fdr": float,
     "status": str, "guards": str, "detectable": float, "robust": bool,
@@ -51,6 +49,13 @@ EFFECT_COLUMNS: dict[str, type] = {
     "perturbation": str, "gene": str, "change": float, "se": float, "log2_fold_change": float,
     "log2_fold_change_se": float, "p_value": float, "fdr": float, "program_part": float, "residual": float,
 }  # fmt: skip
+CONTEXT_COLUMNS: dict[str, type] = {
+    "perturbation": str, "program": str, "context": str, "other": str, "shift": float, "se": float, "shift_other": float,
+    "se_other": float, "difference": float, "difference_se": float, "p_value": float, "fdr": float, "n_cells": int,
+    "n_cells_other": int,
+}  # fmt: skip
+# Of interventions, effects, pairs and edges, in runs with contexts alone; of pairs and edges empty where all share it.
+CONTEXT: dict[str, type] = {"context": str}
 INTERACTION_COLUMNS: dict[str, type] = {
     "perturbations": str, "scope": str, "n": int, "term": float, "error": float, "fdr": float, "similarity": float,
     "masking": float, "class": str,
@@ -250,6 +255,15 @@ class CombinationSummary(_Part):
     by_equations: int  # pairs of perturbations that the structural equations combine
 
 
+class ContextSummary(_Part):
+    """Contexts of cells, and of how many pairs of programs it was tested, and seen, that they differ."""
+
+    key: str
+    names: list[str]
+    pairs_tested: int
+    pairs_differ: int
+
+
 class Positions(_Part):
     """Of genes on chromosomes, for ``arms.csv``."""
 
@@ -330,6 +344,7 @@ class RunInfo(_Part):
     metrics: Metrics
     embeddings: dict[str, Any] | None
     positions: Positions | None = None  # where genes lie, if that is known
+    contexts: ContextSummary | None = None  # where cells are in several
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -370,11 +385,12 @@ def own_tables(facts: RunInfo) -> dict[str, dict[str, type]]:
     there: dict[str, tuple[dict[str, type], bool]] = {
         "ensemble": (ENSEMBLE_COLUMNS, facts.config.training.ensemble > 1),
         "pathways": (PATHWAY_COLUMNS, facts.gene_sets is not None),
-        "pairs": (PAIR_COLUMNS, ordered),
+        "pairs": (PAIR_COLUMNS if facts.contexts is None else PAIR_COLUMNS | CONTEXT, ordered),
         "second_targets": (SECOND_COLUMNS, ordered),
         "interactions": (INTERACTION_COLUMNS, facts.combinations is not None and facts.combinations.n_measured > 0),
         "guides": (GUIDE_COLUMNS, "n_compared" in (facts.guides or {})),
         "arms": (ARM_COLUMNS, facts.positions is not None),
+        "contexts": (CONTEXT_COLUMNS, facts.contexts is not None),
     }
     return {name: columns for name, (columns, has) in there.items() if has}
 

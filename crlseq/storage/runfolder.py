@@ -23,6 +23,7 @@ INTERACTIONS = "interactions.csv"  # of fits with measured combinations
 ENSEMBLE = "ensemble.csv"  # of fits with several seeds alone
 GUIDES = "guides.csv"  # of fits that read guides alone
 ARMS = "arms.csv"  # of fits with positions of genes alone
+CONTEXTS = "contexts.csv"  # of fits with contexts alone
 PATHWAYS, GENE_SETS = "pathways.csv", "gene_sets.gmt"  # of fits with gene sets alone
 IDENTITY = "identity.json"  # of an unfinished fit alone: what it fits
 COMBINATIONS = "combinations.safetensors"  # of fits whose model knows noise
@@ -36,6 +37,7 @@ RUN_FILES = frozenset(
         "dag.json",
         ARMS,
         COMBINATIONS,
+        CONTEXTS,
         EFFECTS,
         EMBEDDINGS,
         IDENTITY,
