@@ -79,9 +79,6 @@ class Changes:
     beside: Floats  # (p, p, p) z of D[j, k] under do(i) at [i, j, k]; 0 where j or k is i
     outliers: float  # share of second targets among slopes of shifts
     by_target: list[list[Perturbed]]
-    contexts: tuple[Changes, ...] = ()  # the same in each context, where there are several
-    chi_square: Floats | None = None  # (p, p) of differences between contexts, and its degrees of freedom
-    freedom: Floats | None = None
     contexts: tuple[Changes, ...] = ()  # the same of each context, where there are several
     chi_square: Floats | None = None  # (p, p) of differences between contexts, and their number of degrees of freedom
     freedom: Floats | None = None
@@ -114,8 +111,7 @@ class _Part:
     by_target: list[list[Perturbed]]
     correlation: Floats
     slopes: tuple[Floats, Floats, NDArray[np.int64]]  # mean shifts (m, p), their variances (m,), and whose they are (m,)
-    level: Floats  # (p,) Var(x_k) over controls, and its relative squared error
-    level_error: Floats
+    level: Floats  # (p,) Var(x_k) over controls
     n_control: int
 
 
@@ -128,14 +124,11 @@ def measure_changes(
     if context is None:
         part = _in_context(x, environment, targets)
         return _with_turns(part, *_turned([part], targets, x.shape[1]), targets)
-    own = [context == c for c in range(int(context.max()) + 1)]
-    parts = [_in_context(x[rows], environment[rows], targets) for rows in own]
-    turned, outliers = _turned(parts, targets, x.shape[1])
-    parts = [_levelled(part) for part in parts]
-    pooled, chi_square, freedom = _over_contexts(parts, turned)
-    contexts = tuple(_with_turns(part, turned, outliers, targets) for part in parts)
-    whole = _with_turns(pooled, turned, outliers, targets)
-    return replace(whole, contexts=contexts, chi_square=chi_square, freedom=freedom)
+    rows = [context == c for c in np.unique(context)]
+    parts = [_in_context(x[own], environment[own], targets) for own in rows]
+    return _with_turns(
+        _pooled_over(list(map(_levelled, parts))), *_turned(parts, targets, x.shape[1]), targets
+    )
 
 
 def _in_context(x: Floats, environment: NDArray[np.int64], targets: NDArray[np.int64]) -> _Part:
@@ -158,11 +151,8 @@ def _in_context(x: Floats, environment: NDArray[np.int64], targets: NDArray[np.i
     np.fill_diagonal(e, 0)
     some = np.array([c for c in range(len(targets)) if count[c + 1] > 1], dtype=np.int64)
     mean = np.array([cells[c + 1].mean(0) - base for c in some]).reshape(-1, p)
-    level = np.diag(c0)
-    return _Part(
-        e, variance, cut, beside, by_target, c0 * (1 - np.eye(p)), (mean, 1 / count[some + 1] + 1 / count[0], some),
-        level, (control**2).var(0) / len(control) / np.maximum(level, 1e-300) ** 2, len(control),
-    )  # fmt: skip
+    slopes = mean, 1 / count[some + 1] + 1 / count[0], some
+    return _Part(e, variance, cut, beside, by_target, c0 * (1 - np.eye(p)), slopes, np.diag(c0), len(control))
 
 
 def _levelled(part: _Part) -> _Part:
@@ -179,39 +169,25 @@ def _levelled(part: _Part) -> _Part:
     )  # fmt: skip
 
 
-def _over_contexts(parts: list[_Part], turned: Floats) -> tuple[_Part, Floats, Floats]:
-    """E pooled by inverse variance, wider where contexts differ beyond their errors; chi-square and degrees of freedom (p, p)
-    of their differences, to whose errors those of Var(x_k) and of turned axes belong.
-    """
-    e, variance = np.stack([part.e for part in parts]), np.stack([part.variance for part in parts])
-    n_control = np.array([part.n_control for part in parts])
-    cuts = np.stack([part.cut for part in parts])
-    known = np.isfinite(cuts)
-    cut = np.where(known.any(0), np.where(known, cuts, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
-    apart = np.where(known, cuts - cut, 0.0)[:, None, :] ** 2
-    wider = variance + e**2 * np.stack([part.level_error for part in parts])[:, :, None] + turned.T * apart
-    there = np.isfinite(variance)
-    freedom = np.maximum(there.sum(0) - 1.0, 0.0) * (1 - np.eye(len(turned)))
-    square = (np.where(there, (e - _mean(e, wider)) ** 2 / wider, 0.0)).sum(0)
-    scatter = np.maximum(1.0, (square + PRIOR_DEGREES) / (freedom + PRIOR_DEGREES))
-    beside = np.stack([part.beside for part in parts])
-    with np.errstate(divide="ignore"):
-        total = scatter / (1 / variance).sum(0)
-    by_target = [sum((part.by_target[i] for part in parts), []) for i in range(len(turned))]
+def _pooled_over(parts: list[_Part]) -> _Part:
+    """E of several contexts by inverse variance, wider where they differ beyond their errors."""
+    e, variance, beside = (np.stack([getattr(part, name) for part in parts]) for name in ("e", "variance", "beside"))
+    n_control, weight = np.array([part.n_control for part in parts]), 1 / variance
+    total = weight.sum(0)
+    mean = (weight * e).sum(0) / np.maximum(total, 1e-300)
+    freedom = np.maximum(np.isfinite(variance).sum(0) - 1.0, 0.0)
+    scatter = np.maximum(1.0, ((weight * (e - mean) ** 2).sum(0) + PRIOR_DEGREES) / (freedom + PRIOR_DEGREES))
+    cut = np.stack([part.cut for part in parts])
+    known = np.isfinite(cut).sum(0)
     share = (n_control / n_control.sum())[:, None, None]
-    pooled = replace(
-        parts[0], e=_mean(e, variance), variance=total, cut=cut, by_target=by_target,
-        beside=beside.sum(0) / np.sqrt(np.maximum((beside != 0).sum(0), 1)),
-        correlation=(share * np.stack([part.correlation for part in parts])).sum(0), n_control=int(n_control.sum()),
-    )  # fmt: skip
-    return pooled, square, freedom
-
-
-def _mean(values: Floats, variance: Floats) -> Floats:
-    """Mean over the first axis by inverse variance; 0 where all are infinite."""
-    weight = 1 / variance
-    mean: Floats = (weight * values).sum(0) / np.maximum(weight.sum(0), 1e-300)
-    return mean
+    with np.errstate(divide="ignore"):
+        return replace(
+            parts[0], e=mean, variance=scatter / total, n_control=int(n_control.sum()),
+            cut=np.where(known > 0, np.nan_to_num(cut).sum(0) / np.maximum(known, 1), np.nan),
+            by_target=[[one for part in parts for one in part.by_target[i]] for i in range(len(mean))],
+            beside=beside.sum(0) / np.sqrt(np.maximum((beside != 0).sum(0), 1)),
+            correlation=(share * np.stack([part.correlation for part in parts])).sum(0),
+        )  # fmt: skip
 
 
 def _with_turns(part: _Part, turned: Floats, outliers: float, targets: NDArray[np.int64]) -> Changes:
@@ -259,11 +235,7 @@ def widened(found: Changes, bend: float | None) -> Changes:
     """
     if bend is None:
         return found
-    return replace(
-        found, e_error=np.hypot(bend * found.e_error, REVERSED * np.abs(found.e.T)),
-        contexts=tuple(widened(one, bend) for one in found.contexts),
-        chi_square=None if found.chi_square is None else found.chi_square / bend**2,
-    )  # fmt: skip
+    return replace(found, e_error=np.hypot(bend * found.e_error, REVERSED * np.abs(found.e.T)))
 
 
 def _sample(cells: Floats, c0: Floats, inverse: Floats, i: int) -> _Sample | None:

@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import chi2
 
 from crlseq.discovery.assumptions import broken_assumptions
 from crlseq.discovery.axes import SAME, alike, exogenous_axes, shifts_outside
 from crlseq.discovery.changes import Changes, bend_of, measure_changes, retained, widened
+from crlseq.discovery.context_changes import changes_by_context, differences
 from crlseq.discovery.direct_edges import Direct, beside_mediators, direct_edges, through_silent
-from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.discovery.hits import Floats, Hit
 from crlseq.discovery.pairs import SEEN, Bools, Pairs, judge_pairs
 from crlseq.storage.stage_cache import cached_on_disk
@@ -120,28 +119,25 @@ def order_programs(
     warnings = broken_assumptions(found, pairs, shifts_outside(y, x, environment), n_control, same)
     unknown = np.full((p, p), np.nan)
     kept = retained(found)
-    differ = _differences(found)
-    contexts = ()
-    if differ is not None and (differ <= DIFFER_FDR).any():
-        contexts = tuple(_in_context(one) for one in found.contexts)
+    contexts, differ = _by_context(y, environment, targets, axes, context, bend)
     return Ordering(
         center, axes, pairs, direct, declared, hits, along, kept, robust, unknown, unknown, warnings, bend, contexts, differ
     )  # fmt: skip
 
 
-def _differences(found: Changes) -> Floats | None:
-    """FDR (p, p) that E differs between contexts, NaN where two of them cannot tell; None without contexts."""
-    if found.chi_square is None or found.freedom is None:
-        return None
-    fdr = np.full(found.e.shape, np.nan)
-    told = found.freedom > 0
-    fdr[told] = benjamini_hochberg(chi2.sf(found.chi_square[told], found.freedom[told]))
-    return fdr
-
-
-def _in_context(found: Changes) -> InContext:
-    pairs = judge_pairs(found)
-    return InContext(pairs, *_direct(found, pairs))
+def _by_context(
+    y: Floats, environment: Ints, targets: Ints, axes: Floats, context: Ints | None, bend: float | None
+) -> tuple[tuple[InContext, ...], Floats | None]:
+    """What each context says by itself, where some pair differs, and the FDR (p, p) of the differences; else nothing."""
+    if context is None:
+        return (), None
+    found, level_error = changes_by_context(y, environment, targets, axes, context)
+    found = [widened(one, bend) for one in found]
+    differ = differences(found, level_error)
+    if not (differ <= DIFFER_FDR).any():
+        return (), differ
+    judged = [(one, judge_pairs(one)) for one in found]
+    return tuple(InContext(pairs, *_direct(one, pairs)) for one, pairs in judged), differ
 
 
 def with_support(
