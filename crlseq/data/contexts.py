@@ -52,7 +52,9 @@ def in_contexts(labels: Perturbations, obs: pd.DataFrame, config: DataConfig) ->
             what = f"The context column {key!r} has the same groups of cells as the batch column {config.batch_key!r}."
             raise InputError(what, "Leave out --batch-key: each context has controls of its own.")
     mark = config.separator or JOINED
-    for name, torn in ((name, own) for own in (MARK, mark) for name in (names if own == MARK else [*names, *labels.names])):
+    for name, torn in (
+        (name, own) for own in (MARK, mark) for name in (names if own == MARK else [*names, *labels.names])
+    ):
         if torn in name:
             what = f"The name {name!r} contains {torn!r}, which separates perturbations and contexts."
             raise InputError(what, "Rename it.")

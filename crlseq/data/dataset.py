@@ -140,7 +140,9 @@ class PerturbSeqData:
     def gene(self) -> np.ndarray:
         """(perturbations,) int64, the same for a perturbation in all its contexts."""
         names = self.perturbation_names
-        return np.unique([gene_and_context(name)[0] if self.context_names else name for name in names], return_inverse=True)[1]
+        return np.unique(
+            [gene_and_context(name)[0] if self.context_names else name for name in names], return_inverse=True
+        )[1]
 
     @property
     def own_labels(self) -> pd.Categorical | None:

@@ -58,10 +58,10 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
         if labels.contexts is not None:  # without its context, in all of them
             lookup.setdefault(frozenset(gene_and_context(name)[0] for name in own), []).append(c)
     by_name = {name: [c] for c, name in enumerate(labels.condition_names) if c}
-    names = {name for own in lookup for name in own}
+    known = {name for own in lookup for name in own}
     for label in config.hold_out:
         # "A+ctrl" is "A", as in the column.
-        targets = cut_label(label, labels.separator, names, is_control) if labels.separator else [label]
+        targets = cut_label(label, labels.separator, known, is_control) if labels.separator else [label]
         found = by_name.get(label, lookup.get(frozenset(targets)))
         if found is None:
             hint = f"Labels there are written like {labels.condition_names[-1]!r}."

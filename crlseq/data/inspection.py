@@ -17,7 +17,7 @@ from crlseq.data.contexts import by_context, in_contexts
 from crlseq.data.covariates import covariates, in_words
 from crlseq.data.design import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
 from crlseq.data.guide_names import recognised
-from crlseq.data.guides import GUIDE_LABELS, read_labels
+from crlseq.data.guides import GUIDE_LABELS, Guides, read_labels
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.names import GeneNames, targets_in_words
 from crlseq.data.perturbations import Perturbations, candidates
@@ -32,6 +32,7 @@ OPTIONS = (  # that say how labels and values are read
     "separator", "combinations", "layer", "batch_key", "context_key", "values", "min_cells", "gene_positions",
 )  # fmt: skip
 
+Batches = tuple[Perturbations, np.ndarray, tuple[str, ...]]  # labels, and batches of the cells within contexts
 
 # A share of cells to judge the fit by, where so many cells a condition (median) are left to fit and to compare with.
 HELD_OUT, ENOUGH_CELLS = 0.2, 50
@@ -59,9 +60,7 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             }
             for c in candidates(screen.obs)
         ]  # fmt: skip
-        labels, guides = _attempt(found, lambda: read_labels(screen, source, config)) or (None, None)
-        if labels is not None:
-            labels = _attempt(found, lambda: in_contexts(labels, screen.obs, config))
+        labels, guides = _attempt(found, lambda: _read_labels(screen, source, config)) or (None, None)
         if labels is not None and values is not None and scanned is not None:
             labels = without_silent_cells(labels, scanned, values)
             beside = covariates(screen, labels, values, scanned.totals)
@@ -72,7 +71,7 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             found["guides"] = None if guides is None else guides.record
             found |= _describe_labels(labels, screen)
             found["positions"] = _attempt(found, lambda: _describe_positions(labels, screen, config))
-            batches = _attempt(found, lambda: by_context(labels, *read_batches(screen, config.batch_key, labels)))
+            batches: Batches | None = _attempt(found, lambda: _read_batches(screen, labels, config))
             labels = labels if batches is None else batches[0]
             found["notes"] += [] if labels.contexts is None else labels.contexts.notes
             selection = _attempt(found, lambda: select_conditions(labels, config))
@@ -83,7 +82,7 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
                 found["hold_out_cells"] = HELD_OUT if enough else 0.0
                 found["notes"] += selection.notes
                 if batches is not None:
-                    found["notes"] += _lonely_batches(*batches, config, selection)
+                    found["notes"] += _lonely_batches(batches, config, selection)
             if not found["problems"]:
                 found["command"] = _command(screen, labels, config, found)
         return found
@@ -142,10 +141,20 @@ def _describe_positions(labels: Perturbations, screen: Screen, config: DataConfi
     return None if positions is None else positions.in_words(GeneNames.of(screen.var), labels.targets)
 
 
-def _lonely_batches(
-    labels: Perturbations, batch: np.ndarray, names: tuple[str, ...], config: DataConfig, selection: Selection
-) -> list[str]:
+def _read_labels(
+    screen: Screen, source: str | Path | ad.AnnData, config: DataConfig
+) -> tuple[Perturbations, Guides | None]:
+    labels, guides = read_labels(screen, source, config)
+    return in_contexts(labels, screen.obs, config), guides
+
+
+def _read_batches(screen: Screen, labels: Perturbations, config: DataConfig) -> Batches:
+    return by_context(labels, *read_batches(screen, config.batch_key, labels))
+
+
+def _lonely_batches(batches: Batches, config: DataConfig, selection: Selection) -> list[str]:
     """What a fit says of batches without controls, with the split of its first seed."""
+    labels, batch, names = batches
     split = splits.split_cells(
         labels.condition, selection.fitted, selection.held_out, config.validation_cells, config.hold_out_cells,
         np.random.default_rng([0, 0]),

@@ -202,9 +202,8 @@ def simulate(
     conditions: list[tuple[int, ...]] = [(), *((i,) for i in range(n_single)), *draw_pairs(n_single, n_doubles, rng)]
     sizes = [n_control] + [cells_per_perturbation] * (len(conditions) - 1)
     hits = _draw_hits(conditions, sizes, draw_penetrance(n_single, guides, penetrance, own["hits"]), own["hits"])
-    worlds, context = draw_worlds(system, effects, given, own["contexts"]), np.zeros(sum(sizes), dtype=np.int64)
-    if contexts > 1:
-        context = own["contexts"].integers(contexts, size=sum(sizes))
+    worlds = draw_worlds(system, effects, given, own["contexts"])
+    context = own["contexts"].integers(contexts, size=sum(sizes))
     latents = latents_in_contexts(worlds, conditions, hits, context, equations, (rng, own["hidden"]))
     signal, factors, loadings = _draw_signal(latents, given, rng, own["background"])
     obs = _columns(conditions, hits, given)
@@ -386,7 +385,13 @@ def _refuse_numbers(given: Mapping[str, Any]) -> None:
 
 
 def _refuse_ranges(given: Mapping[str, Any]) -> None:
-    for name, top in {"edge_size": np.inf, "shift_size": np.inf, "retention": 1.0, "penetrance": 1.0, "context_noise": np.inf}.items():
+    for name, top in {
+        "edge_size": np.inf,
+        "shift_size": np.inf,
+        "retention": 1.0,
+        "penetrance": 1.0,
+        "context_noise": np.inf,
+    }.items():
         bounds = tuple(given[name])
         if len(bounds) != 2 or not np.isfinite(bounds).all() or not 0 <= bounds[0] <= bounds[1] <= top:
             least = "0 <= LOW <= HIGH" + (f" <= {top:g}" if top < np.inf else "")

@@ -29,7 +29,8 @@ def draw_worlds(system: System, effects: Effects, given: Mapping[str, Any], rng:
             adjacency[j, i] = rng.uniform(*given["edge_size"]) * rng.choice([-1.0, 1.0])
         own = rng.permutation(k)[: round(given["own_shifts"] * k)]
         shift[own] *= rng.choice(OWN_SHIFTS, len(own))
-        noise = rng.uniform(*given["context_noise"], p)
+        low, high = given["context_noise"]
+        noise = rng.uniform(low, high, p)
         worlds.append((replace(system, adjacency=adjacency, noise=noise), replace(effects, shift=shift)))
     return worlds
 

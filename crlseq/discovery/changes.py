@@ -110,7 +110,9 @@ class _Part:
     beside: Floats
     by_target: list[list[Perturbed]]
     correlation: Floats
-    slopes: tuple[Floats, Floats, NDArray[np.int64]]  # mean shifts (m, p), their variances (m,), and whose they are (m,)
+    slopes: tuple[
+        Floats, Floats, NDArray[np.int64]
+    ]  # mean shifts (m, p), their variances (m,), and whose they are (m,)
     level: Floats  # (p,) Var(x_k) over controls
     n_control: int
 
@@ -126,9 +128,7 @@ def measure_changes(
         return _with_turns(part, *_turned([part], targets, x.shape[1]), targets)
     rows = [context == c for c in np.unique(context)]
     parts = [_in_context(x[own], environment[own], targets) for own in rows]
-    return _with_turns(
-        _pooled_over(list(map(_levelled, parts))), *_turned(parts, targets, x.shape[1]), targets
-    )
+    return _with_turns(_pooled_over(list(map(_levelled, parts))), *_turned(parts, targets, x.shape[1]), targets)
 
 
 def _in_context(x: Floats, environment: NDArray[np.int64], targets: NDArray[np.int64]) -> _Part:

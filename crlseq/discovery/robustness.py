@@ -55,9 +55,7 @@ def robust_pairs(
     return robust
 
 
-def _variants(
-    y: Floats, q: int, screen: tuple[Ints, Ints, Ints | None], guide: Ints | None
-) -> Iterator[Variant]:
+def _variants(y: Floats, q: int, screen: tuple[Ints, Ints, Ints | None], guide: Ints | None) -> Iterator[Variant]:
     """The screen with other components, and without some of its cells."""
     environment, targets, context = screen
     p = len(np.unique(targets))

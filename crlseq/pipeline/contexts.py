@@ -29,7 +29,10 @@ def with_contexts(run: FittedRun, data: PerturbSeqData, found: Discovery | None,
     pairs, edges = run.pairs, run.edges.assign(context="")
     ordering = None if found is None else found.ordering
     if ordering is not None and ordering.differ is not None and pairs is not None:
-        own = [pairs_of(one.pairs, ordering.robust & False, np.sign(scale)).assign(context=name) for name, one in zip(contexts.names, ordering.contexts, strict=False)]
+        own = [
+            pairs_of(one.pairs, ordering.robust & False, np.sign(scale)).assign(context=name)
+            for name, one in zip(contexts.names, ordering.contexts, strict=False)
+        ]
         differ = ordering.differ <= DIFFER_FDR
         about |= {"pairs_tested": int(np.isfinite(ordering.differ).sum()), "pairs_differ": int(differ.sum())}
         pairs = _by_context(pairs, own, differ)
@@ -69,7 +72,9 @@ def _by_context(pairs: pd.DataFrame, own: list[pd.DataFrame], differ: np.ndarray
     return pd.concat(parts).sort_index(kind="stable").reset_index(drop=True) if apart.any() else parts[0]
 
 
-def _edges_by_context(edges: pd.DataFrame, ordering: Ordering, names: tuple[str, ...], sign: np.ndarray) -> pd.DataFrame:
+def _edges_by_context(
+    edges: pd.DataFrame, ordering: Ordering, names: tuple[str, ...], sign: np.ndarray
+) -> pd.DataFrame:
     """Edges of pairs that differ as each context declares them, in standard deviations of programs over all controls; the
     strongest first, none that closes a cycle.
     """
@@ -78,7 +83,9 @@ def _edges_by_context(edges: pd.DataFrame, ordering: Ordering, names: tuple[str,
     total = np.linalg.inv(np.eye(len(sign)) - ordering.direct.effect * ordering.declared)
     deviation = np.sqrt((total**2).sum(0))
     place = {name: i for i, name in enumerate(programs)}
-    shared = np.array([differ[place[a], place[b]] for a, b in zip(edges["source"], edges["target"], strict=True)], dtype=bool)
+    shared = np.array(
+        [differ[place[a], place[b]] for a, b in zip(edges["source"], edges["target"], strict=True)], dtype=bool
+    )
     kept, rows = edges[~shared], list[dict[str, object]]()
     verdict = edges["identified"].iloc[0] if len(edges) else "partly identified"
     for context, one in zip(names, ordering.contexts, strict=True):

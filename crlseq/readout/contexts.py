@@ -39,7 +39,10 @@ def context_table(data: PerturbSeqData, latents: np.ndarray, target: np.ndarray)
         there = [context for context, k in own.items() if k >= 0 and len(own_cells.get(k, ())) >= MIN_CELLS]
         programs = {int(target[own[context]]) for context in there} - {-1}
         for program in sorted(programs):  # one, where targets are tied
-            shifts = {context: _shift(data, latents[:, program], own_cells[own[context]], program, controls) for context in there}
+            shifts = {
+                context: _shift(data, latents[:, program], own_cells[own[context]], program, controls)
+                for context in there
+            }
             for a, b in combinations(there, 2):
                 (first, se), (second, other_se) = shifts[a], shifts[b]
                 error = float(np.hypot(se, other_se))
@@ -55,7 +58,11 @@ def context_table(data: PerturbSeqData, latents: np.ndarray, target: np.ndarray)
 
 
 def _shift(
-    data: PerturbSeqData, latent: np.ndarray, own: np.ndarray, program: int, controls: dict[int, tuple[np.ndarray, np.ndarray]]
+    data: PerturbSeqData,
+    latent: np.ndarray,
+    own: np.ndarray,
+    program: int,
+    controls: dict[int, tuple[np.ndarray, np.ndarray]],
 ) -> tuple[float, float]:
     """Mean shift of cells and its standard error, of cells in batches with controls."""
     own = own[np.isin(data.batch[own], list(controls))]

@@ -37,18 +37,29 @@ def _compared(a: str, b: str, rows: pd.DataFrame, fdr: dict[str, float]) -> list
     """
     differ = rows["fdr"] <= DETECTABLE_FDR
     n, many = int(differ.sum()), len(rows) != 1
-    words = [f"{n} of {len(rows)} perturbation{'s' * many} act{'' if many else 's'} differently in {a} and {b} (FDR ≤ {DETECTABLE_FDR})."]
+    words = [
+        f"{n} of {len(rows)} perturbation{'s' * many} act{'' if many else 's'} differently in {a} and {b} (FDR ≤ {DETECTABLE_FDR})."
+    ]
     if not differ.all():
         least = POWER * rows.loc[~differ, "difference_se"].median()
-        words[0] = f"{words[0][:-1]}; in half of the others a difference of {least:.2g} SD would have been seen (80 % power)."
-    seen = {one: rows["perturbation"].map(lambda gene, one=one: fdr.get(f"{gene}@{one}", 1.0) <= DETECTABLE_FDR) for one in (a, b)}
+        words[0] = (
+            f"{words[0][:-1]}; in half of the others a difference of {least:.2g} SD would have been seen (80 % power)."
+        )
+    seen = {
+        one: rows["perturbation"].map(lambda gene, one=one: fdr.get(f"{gene}@{one}", 1.0) <= DETECTABLE_FDR)
+        for one in (a, b)
+    }
     for one, other, error in ((a, b, "se_other"), (b, a, "se")):
         alone = seen[one] & ~seen[other]
         if sure := int((alone & differ).sum()):
             least = POWER * rows.loc[alone & differ, error].median()
-            words.append(f"{sure} {'has' if sure == 1 else 'have'} a visible effect in {one} alone: one of {least:.2g} SD would have been seen in {other}.")
+            words.append(
+                f"{sure} {'has' if sure == 1 else 'have'} a visible effect in {one} alone: one of {least:.2g} SD would have been seen in {other}."
+            )
         if open_ := int((alone & ~differ).sum()):
-            words.append(f"{open_} more {'is' if open_ == 1 else 'are'} seen in {one} and not in {other}, but the two may be alike: cells are too few to tell.")
+            words.append(
+                f"{open_} more {'is' if open_ == 1 else 'are'} seen in {one} and not in {other}, but the two may be alike: cells are too few to tell."
+            )
     return words
 
 

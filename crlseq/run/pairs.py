@@ -122,7 +122,9 @@ def told(pairs: pd.DataFrame, facts: RunInfo) -> pd.DataFrame:
     """``pairs.csv`` of a run with a column ``sentence``."""
     assert facts.discovery is not None and facts.discovery.pairs is not None
     size, rows = facts.discovery.pairs.size, _rows(pairs)
-    told_ = [f"In {row['context']}: {sentence(row, size)}" if row.get("context") else sentence(row, size) for row in rows]
+    told_ = [
+        f"In {row['context']}: {sentence(row, size)}" if row.get("context") else sentence(row, size) for row in rows
+    ]
     return pairs.assign(sentence=pd.Series(told_, pairs.index, dtype=object))
 
 

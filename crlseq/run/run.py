@@ -370,7 +370,11 @@ class Run:
             if info["format"] not in schema.READABLE:
                 raise ValueError(f"its format is {info['format']}; this version reads {min(schema.READABLE)} and later")
             facts = RunInfo.read(info)
-            later = {"programs": schema.LATER_PROGRAMS, "interventions": schema.HIT | schema.AGREEMENT | schema.CONTEXT, "dag": schema.CONTEXT}
+            later = {
+                "programs": schema.LATER_PROGRAMS,
+                "interventions": schema.HIT | schema.AGREEMENT | schema.CONTEXT,
+                "dag": schema.CONTEXT,
+            }
             programs, interventions, edges, history, evaluation = (
                 read_csv(folder / f"{name}.csv", schema.COLUMNS[name], later.get(name, {})) for name in files.TABLES
             )

@@ -33,8 +33,8 @@ COLUMNS: dict[str, dict[str, type]] = {
         "pearson_delta_mean": float, "l2_training": float, "l2_mean": float,
     },
 }  # fmt: skip
-HIT: dict[str, type] = dict.fromkeys(("penetrance", "penetrance_error", "retained", "retained_error"), float)  # of interventions
-# Of interventions with the cells: `crlseq.readout.agreement`, since format 3
+# Of interventions, and of these with the cells: `crlseq.readout.agreement`, since format 3
+HIT: dict[str, type] = dict.fromkeys(("penetrance", "penetrance_error", "retained", "retained_error"), float)
 AGREEMENT: dict[str, type] = dict.fromkeys(
     ("shift_se", "knock_down", "knock_down_se", "explained", "agrees", "agrees_se", "disagrees"), float
 )
