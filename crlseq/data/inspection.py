@@ -72,12 +72,12 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             found |= _describe_labels(labels, screen)
             found["positions"] = _attempt(found, lambda: _describe_positions(labels, screen, config))
             batches: Batches | None = _attempt(found, lambda: _read_batches(screen, labels, config))
-            labels = labels if batches is None else batches[0]
-            found["notes"] += [] if labels.contexts is None else labels.contexts.notes
-            selection = _attempt(found, lambda: select_conditions(labels, config))
+            own = labels if batches is None else batches[0]
+            found["notes"] += [] if own.contexts is None else own.contexts.notes
+            selection = _attempt(found, lambda: select_conditions(own, config))
             if selection is not None:
                 found["fitted_conditions"] = int(selection.fitted[1:].sum())
-                sizes = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
+                sizes = np.bincount(own.condition[own.condition >= 0], minlength=len(own.conditions))
                 enough = np.median(sizes[1:][selection.fitted[1:]]) >= ENOUGH_CELLS
                 found["hold_out_cells"] = HELD_OUT if enough else 0.0
                 found["notes"] += selection.notes

@@ -36,7 +36,7 @@ def with_contexts(run: FittedRun, data: PerturbSeqData, found: Discovery | None,
         differ = ordering.differ <= DIFFER_FDR
         about |= {"pairs_tested": int(np.isfinite(ordering.differ).sum()), "pairs_differ": int(differ.sum())}
         pairs = _by_context(pairs, own, differ)
-        if run.info["identification"]["verdict"] != "not identified":
+        if ordering.contexts and run.info["identification"]["verdict"] != "not identified":
             edges = _edges_by_context(edges, ordering, contexts.names, np.sign(scale))
     target = run.interventions["program"].map({name: i for i, name in enumerate(program_names(len(scale)))})
     table = context_table(data, _latents(run, data, found, scale), target.fillna(-1).to_numpy(int))

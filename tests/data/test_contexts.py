@@ -76,7 +76,9 @@ def test_cells_are_compared_within_their_context_and_small_batches_of_one_count_
     assert names == ("small batches, rest", "small batches, stim")
     batch = np.where((obs["perturbation"] == "A") & (obs["state"] == "rest"), 1, 0)  # without any control
     labels, own, names = by_context(found, batch, ("b0", "b1"))
-    assert (labels.condition[batch == 1] == -1).all() and (labels.condition[batch == 0] == found.condition[batch == 0]).all()
+    assert (labels.condition[batch == 1] == -1).all() and (
+        labels.condition[batch == 0] == found.condition[batch == 0]
+    ).all()
     assert "b1, rest" in labels.contexts.notes[0]
 
 
@@ -86,7 +88,9 @@ def test_a_context_with_too_few_controls_is_named_and_left_out() -> None:
     obs = pd.concat([table(state=state), table().iloc[:2]], ignore_index=True)
     found = crossed(obs)
     assert found.contexts.names == ("rest", "stim")
-    assert found.contexts.notes == ("Contexts with fewer than 23 control cells are left out: drug (2 control and 1 perturbed cells).",)
+    assert found.contexts.notes == (
+        "Contexts with fewer than 23 control cells are left out: drug (2 control and 1 perturbed cells).",
+    )
     assert (found.condition[[0, 1, CONTROLS]] == -1).all()
 
 
