@@ -22,8 +22,8 @@ from crlseq.data.store import MANIFEST
 from crlseq.experiments.benchmark import COLUMNS
 from crlseq.export.registry import FORMATS
 from crlseq.run.run import Run
-from crlseq.run.schema import ARM_COLUMNS, CELL_COLUMNS, GUIDE_COLUMNS, PATHWAY_COLUMNS
-from crlseq.storage.runfolder import ARMS, GENE_SETS, GUIDES, PATHWAYS
+from crlseq.run.schema import ARM_COLUMNS, CELL_COLUMNS, CONTEXT_COLUMNS, GUIDE_COLUMNS, PATHWAY_COLUMNS
+from crlseq.storage.runfolder import ARMS, CONTEXTS, GENE_SETS, GUIDES, PATHWAYS
 from scripts.outputs import differing
 from tests.support import FAST, ROOT
 
@@ -165,10 +165,11 @@ def folders(run_folder: Path, wide_run: Run) -> list[Path]:
 
 def test_every_file_of_a_run_is_described(folders: list[Path]) -> None:
     there = {path.name for folder in folders for path in folder.iterdir()}
-    assert set(table("The run folder")) == there | {PATHWAYS, GENE_SETS, GUIDES, ARMS}
+    assert set(table("The run folder")) == there | {PATHWAYS, GENE_SETS, GUIDES, ARMS, CONTEXTS}
     assert table("pathways.csv") == list(PATHWAY_COLUMNS)
     assert table("guides.csv") == list(GUIDE_COLUMNS)
     assert table("arms.csv") == list(ARM_COLUMNS)
+    assert table("contexts.csv") == list(CONTEXT_COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_every_column_is_described(folders: list[Path], name: str) -> None:
 
 # Described as a whole: what is within has names from the data, or a page of its own.
 WHOLE = {
-    *("config", "packages", "guides", "gene_sets", "positions", "conditions[].cells"),
+    *("config", "packages", "guides", "gene_sets", "positions", "contexts", "conditions[].cells"),
     *("discovery.held_out", "discovery.n_latents_curve", "discovery.pairs.counts"),
 }
 

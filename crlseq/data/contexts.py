@@ -39,7 +39,7 @@ def in_contexts(labels: Perturbations, obs: pd.DataFrame, config: DataConfig) ->
         hint = "Batches are removed and contexts compared: name it with one of the two options."
         raise UsageError(f"The column {key!r} was given for batches and for contexts.", hint)
     refuse_missing_column(obs, key, "--context-key")
-    names, code = _levels(obs[key])
+    names, code = levels_of(obs[key])
     code = np.where(labels.condition >= 0, code, -1)
     if missing := int(((code < 0) & (labels.condition >= 0)).sum()):
         what = f"Cells without a value in the context column {key!r}: {missing}."
@@ -103,7 +103,7 @@ def by_context(
     return labels, number.astype(np.int64), tuple("none" if i < 0 else titles[i] for i in kept)
 
 
-def _levels(column: pd.Series) -> tuple[list[str], Ints]:
+def levels_of(column: pd.Series) -> tuple[list[str], Ints]:
     """Levels as text, categories in their order, numbers by size and others sorted; each cell's level, -1 missing."""
     if isinstance(column.dtype, pd.CategoricalDtype):
         levels, code = list(column.cat.categories), column.cat.codes.to_numpy()

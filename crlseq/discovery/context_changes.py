@@ -6,7 +6,9 @@ shared programs. With E over Var(x_k) in each context (`crlseq.discovery.changes
 
     Q[k, i] = sum_c (E_c[k, i] - mean)^2 / (error_c[k, i]^2 + E_c[k, i]^2 V_c[k]),
 
-V_c being the relative squared error of Var(x_k), tells whether contexts differ (Cochran 1954, Biometrics 10:101).
+V_c being the relative squared error of Var(x_k), tells whether contexts differ (Cochran 1954, Biometrics 10:101). A part
+of Var(x_k), measurement noise and background, does not follow the program's own noise: as large as `LEVEL` leaves, it is a
+part of V_c where Var(x_k) is not what it is over all controls.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from scipy.stats import chi2
 
 from crlseq.discovery.axes import exogenous_axes
 from crlseq.discovery.changes import Changes, measure_changes
+from crlseq.discovery.direct_edges import LEVEL
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.discovery.hits import Floats
 
@@ -37,7 +40,8 @@ def changes_by_context(
         x = (some - some[there == 0].mean(0)) @ _own_axes(some, there, targets, axes)
         found.append(measure_changes(x, there, targets, np.zeros(len(x), dtype=np.int64)))
         square = x[there == 0] ** 2
-        errors.append(square.var(0) / len(square) / square.mean(0) ** 2)
+        level = square.mean(0)
+        errors.append(square.var(0) / len(square) / level**2 + ((1 - LEVEL) * (1 - 1 / level)) ** 2)
     return found, np.stack(errors)
 
 
@@ -57,9 +61,11 @@ def _own_axes(y: Floats, environment: Ints, targets: Ints, axes: Floats) -> Floa
     """Axes (q, p) of one context in the units of the shared ones, whose lines programs without a perturbation here keep."""
     p = axes.shape[1]
     count = np.bincount(environment, minlength=len(targets) + 1)[1:]
-    known = np.bincount(targets[count > 1], minlength=p) > 0
+    acting = count > 1  # in this context
+    known = np.bincount(targets[acting], minlength=p) > 0
+    number = np.concatenate([[0], np.where(acting, np.cumsum(acting), -1)])[environment]
     spread = np.cov(y[environment == 0].T).reshape(y.shape[1], -1)
-    lines = _lines(exogenous_axes(y, environment, targets, p)[1], spread)
+    lines = _lines(exogenous_axes(y[number >= 0], number[number >= 0], targets[acting], p)[1], spread)
     lines /= np.diag(lines @ axes)[:, None]
     lines[~known] = _lines(axes, spread)[~known]
     precision = np.linalg.pinv(spread)

@@ -100,6 +100,7 @@ def tables_of(
         "gene_sets": None if sets is None else _set_row(fitted, data, start, sets),
         "metrics": _metrics(evaluation, interventions, dag),
         "positions": _positions(data, arms),
+        "contexts": None,
     }
     ordering = None if discovery is None else discovery.ordering
     pairs = None if ordering is None else pairs_of(ordering.pairs, ordering.robust, np.sign(read.scale))

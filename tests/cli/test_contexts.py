@@ -91,6 +91,8 @@ def test_without_a_context_key_there_is_no_table(run: Path, tmp_path: Path, scre
     assert checked.code == 0 and "--context-key context" in json.loads(checked.out)["command"]
 
 
-def test_what_is_no_context_is_refused(screen: Path) -> None:
-    refused(screen, screen, "--context-key", "stim", says=("no column 'stim' for --context-key",))
-    refused(screen, screen, "--context-key", "perturbation", code=2, says=("holds the perturbations",))
+def test_what_is_no_context_is_refused(screen: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "screen.h5ad"
+    alone.symlink_to(screen)
+    refused(alone, alone, "--context-key", "stim", says=("no column 'stim' for --context-key",))
+    refused(alone, alone, "--context-key", "perturbation", code=2, says=("holds the perturbations",))

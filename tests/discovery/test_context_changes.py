@@ -35,8 +35,8 @@ def screen(own: float = 0.0, noise: float = 1.0, seed: int = 0, absent: int | No
     environment = np.concatenate([np.full(len(u), e) for u, e, _ in parts])
     context = np.concatenate([np.full(len(u), c) for u, _, c in parts])
     y = u @ mixing + 0.2 * rng.normal(size=(len(u), 6))
-    for c in (0, 1):
-        y[context == c] -= y[(context == c) & (environment == 0)].mean(0)
+    for c in (0, 1):  # but for what cells that were held out of it move the mean
+        y[context == c] -= y[(context == c) & (environment == 0)].mean(0) + 0.02
     return y, environment, np.array(targets), context
 
 
