@@ -288,6 +288,8 @@ def power_of_pairs(run: Run) -> list[str]:
     if open_:
         one = open_ == 1
         words.append(f"{open_} of {all_} directions {'shows' if one else 'show'} a change that something else may explain, or nearly one.")  # fmt: skip
+    if words and len(run.pairs) > run.facts.n_latents * (run.facts.n_latents - 1):
+        words.append("Directions in which contexts differ are counted in each.")
     return words
 
 

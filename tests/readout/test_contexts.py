@@ -39,6 +39,10 @@ def test_shifts_errors_and_difference_are_those_of_the_cells() -> None:
     assert first["se_other"] == pytest.approx(
         np.hypot(other.std(ddof=1) / N**0.5, control[1].std(ddof=1) / CONTROLS**0.5)
     )
+    least = min(abs(first["shift"]), abs(first["shift_other"]))
+    assert first["difference_se"] == pytest.approx(
+        np.sqrt(first["se"] ** 2 + first["se_other"] ** 2 + (0.1 * least) ** 2)
+    )
     z = first["difference"] / first["difference_se"]
     assert first["difference"] == pytest.approx(first["shift"] - first["shift_other"])
     assert first["p_value"] == pytest.approx(2 * norm.sf(abs(z))) and z > 6
