@@ -52,13 +52,12 @@ def in_contexts(labels: Perturbations, obs: pd.DataFrame, config: DataConfig) ->
             what = f"The context column {key!r} has the same groups of cells as the batch column {config.batch_key!r}."
             raise InputError(what, "Leave out --batch-key: each context has controls of its own.")
     mark = config.separator or JOINED
-    for name, torn in (
-        (name, own) for own in (MARK, mark) for name in (names if own == MARK else [*names, *labels.names])
-    ):
-        if torn in name:
+    for torn, texts in ((MARK, names), (mark, [*names, *labels.names])):
+        if name := next((text for text in texts if torn in text), None):
             what = f"The name {name!r} contains {torn!r}, which separates perturbations and contexts."
             raise InputError(what, "Rename it.")
-    least = math.ceil(ENOUGH_CONTROLS / (1 - config.validation_cells - config.hold_out_cells))
+    trained = max(1 - config.validation_cells - config.hold_out_cells, 0.05)
+    least = math.ceil(ENOUGH_CONTROLS / trained)
     return _crossed(labels, key, names, code, mark, least)
 
 
