@@ -17,10 +17,10 @@ import scipy.sparse as sp
 from crlseq.config import DataConfig
 from crlseq.data import splits
 from crlseq.data.cluster import mapped, on_one_machine
-from crlseq.data.contexts import by_context, gene_and_context, in_contexts
+from crlseq.data.contexts import by_context, gene_and_context
 from crlseq.data.covariates import covariates, in_words
 from crlseq.data.design import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
-from crlseq.data.guides import Guides, read_labels
+from crlseq.data.guides import Guides, read_conditions
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.names import GeneNames, targets_in_words
 from crlseq.data.perturbations import Perturbations
@@ -252,15 +252,13 @@ def read_data(
     if manifest is not None:
         config = _as_prepared(config, manifest)
     with open_screen(source, config.layer) as screen:
-        labels, guides = read_labels(screen, source, config)
-        labels = in_contexts(labels, screen.obs, config)
+        labels, guides = read_conditions(screen, source, config)
         positions = read_positions(screen.var, config.gene_positions)
         shuffled = manifest is not None and _is_sorted(labels.condition)
         scanned = shared(lambda: scan(screen))
         values = values_of(source, screen, scanned, config)
         labels = without_silent_cells(labels, scanned, values)
-        batches = read_batches(screen, config.batch_key, labels)
-        labels, batch, batch_names = by_context(labels, *batches)
+        labels, batch, batch_names = by_context(labels, *read_batches(screen, config.batch_key, labels))
         selection = select_conditions(labels, config)
         split = splits.split_cells(
             labels.condition, selection.fitted, selection.held_out,
@@ -294,7 +292,6 @@ def read_data(
         notes=(
             *of_file,
             *([] if guides is None else [guides.reason]),
-            *([] if labels.contexts is None else labels.contexts.notes),
             *selection.notes,
             *([silent] if record.n_silent_genes else []),
             *lonely_batches(batch, batch_names, labels, split),

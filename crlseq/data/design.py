@@ -70,7 +70,8 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     if not config.combinations:
         held_out |= np.array([len(parts) > 1 for parts in labels.conditions])
     silent = labels.dropped.get(WITHOUT_COUNTS, 0)
-    notes = [f"Cells {WITHOUT_COUNTS} are excluded ({silent})."] if silent else []
+    notes = [] if labels.contexts is None else [*labels.contexts.notes]
+    notes += [f"Cells {WITHOUT_COUNTS} are excluded ({silent})."] if silent else []
     dropped = sorted(item for item in labels.dropped.items() if item[0] != WITHOUT_COUNTS)
     notes += [f"Cells labelled {label!r} are excluded ({n})." for label, n in dropped]
     if len(labels.control_labels) > 1:

@@ -90,6 +90,14 @@ def read_labels(
         raise InputError(error.message, hint) from None
 
 
+def read_conditions(
+    screen: Screen, source: str | Path | ad.AnnData, config: DataConfig
+) -> tuple[Perturbations, Guides | None]:
+    """What `read_labels` gives, perturbations by context where the configuration names a column of contexts."""
+    labels, guides = read_labels(screen, source, config)
+    return in_contexts(labels, screen.obs, config), guides
+
+
 def with_guide_labels(
     screen: Screen, source: str | Path | ad.AnnData, config: DataConfig, key: str, control: str
 ) -> pd.DataFrame:
@@ -97,8 +105,7 @@ def with_guide_labels(
     if key != GUIDE_LABELS or key in screen.obs:
         return screen.obs
     try:
-        labels, guides = read_labels(screen, source, config)
-        labels = in_contexts(labels, screen.obs, config)
+        labels, guides = read_conditions(screen, source, config)
     except InputError:  # a file of controls alone
         return screen.obs
     if labels.contexts is not None:

@@ -13,11 +13,11 @@ import numpy as np
 
 from crlseq.config import DataConfig
 from crlseq.data import splits
-from crlseq.data.contexts import by_context, in_contexts
+from crlseq.data.contexts import by_context
 from crlseq.data.covariates import covariates, in_words
 from crlseq.data.design import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
 from crlseq.data.guide_names import recognised
-from crlseq.data.guides import GUIDE_LABELS, Guides, read_labels
+from crlseq.data.guides import GUIDE_LABELS, read_conditions
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.names import GeneNames, targets_in_words
 from crlseq.data.perturbations import Perturbations, candidates
@@ -60,7 +60,7 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             }
             for c in candidates(screen.obs)
         ]  # fmt: skip
-        labels, guides = _attempt(found, lambda: _read_labels(screen, source, config)) or (None, None)
+        labels, guides = _attempt(found, lambda: read_conditions(screen, source, config)) or (None, None)
         if labels is not None and values is not None and scanned is not None:
             labels = without_silent_cells(labels, scanned, values)
             beside = covariates(screen, labels, values, scanned.totals)
@@ -73,7 +73,6 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             found["positions"] = _attempt(found, lambda: _describe_positions(labels, screen, config))
             batches: Batches | None = _attempt(found, lambda: _read_batches(screen, labels, config))
             own = labels if batches is None else batches[0]
-            found["notes"] += [] if own.contexts is None else own.contexts.notes
             selection = _attempt(found, lambda: select_conditions(own, config))
             if selection is not None:
                 found["fitted_conditions"] = int(selection.fitted[1:].sum())
@@ -139,13 +138,6 @@ def _describe_positions(labels: Perturbations, screen: Screen, config: DataConfi
     """How many genes have a position on a chromosome, and from where; None without any."""
     positions = read_positions(screen.var, config.gene_positions)
     return None if positions is None else positions.in_words(GeneNames.of(screen.var), labels.targets)
-
-
-def _read_labels(
-    screen: Screen, source: str | Path | ad.AnnData, config: DataConfig
-) -> tuple[Perturbations, Guides | None]:
-    labels, guides = read_labels(screen, source, config)
-    return in_contexts(labels, screen.obs, config), guides
 
 
 def _read_batches(screen: Screen, labels: Perturbations, config: DataConfig) -> Batches:

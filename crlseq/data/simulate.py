@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from crlseq.config import InterventionKind
-from crlseq.data.simulated_contexts import draw_worlds, latents_in_contexts, truth_of
+from crlseq.data.simulated_contexts import draw_worlds, latents_in_contexts, set_apart, truth_of
 from crlseq.data.simulated_expression import (
     DISPERSION,
     LOG_RATE_SCALE,
@@ -211,12 +211,9 @@ def simulate(
         batch = rng.integers(n_batches, size=len(latents))
         signal += (batch_scale * rng.standard_normal((n_batches, n_genes)))[batch]
         obs["batch"] = pd.Categorical([f"b{i}" for i in batch], categories=[f"b{i}" for i in range(n_batches)])
-    if contexts > 1:
-        signal += (context_scale * own["contexts"].standard_normal((contexts, n_genes)))[context]
-        obs["context"] = pd.Categorical([f"context{c}" for c in context])
+    obs |= set_apart(signal, context, given, own["contexts"])
     values, made = _measured(signal, conditions, sizes, given, rng, own)
-    truth = _truth(system, effects, hits) | loadings | made | {"note": _note(given)}
-    truth |= truth_of(worlds, _names("g", n_single)) if contexts > 1 else {}
+    truth = _truth(system, effects, hits) | loadings | made | truth_of(worlds) | {"note": _note(given)}
     cells, genes = pd.DataFrame(obs, index=_names("c", len(latents))), pd.DataFrame(index=_names("gene", n_genes))
     return anndata.AnnData(values, cells, genes, uns={"truth": truth}, obsm={"true_latents": latents} | factors)
 

@@ -55,8 +55,22 @@ def latents_in_contexts(
     return np.concatenate(parts)
 
 
-def truth_of(worlds: Sequence[World], names: pd.Index) -> dict[str, Any]:
-    """``adjacency_by_context`` (contexts, p, p) and ``shift_by_context``, a table of perturbations by context."""
+def set_apart(signal: Floats, context: NDArray[np.int64], given: Mapping[str, Any], rng: Rng) -> dict[str, Any]:
+    """Adds what contexts themselves do to the signal (n, genes); the column of obs that tells them, if there are several."""
+    n = given["contexts"]
+    if n == 1:
+        return {}
+    signal += (given["context_scale"] * rng.standard_normal((n, signal.shape[1])))[context]
+    return {"context": pd.Categorical([f"context{c}" for c in context])}
+
+
+def truth_of(worlds: Sequence[World]) -> dict[str, Any]:
+    """``adjacency_by_context`` (contexts, p, p) and ``shift_by_context``, a table of perturbations by context, if there are
+    several.
+    """
+    if len(worlds) == 1:
+        return {}
+    names = pd.Index([f"g{i}" for i in range(len(worlds[0][1].shift))], dtype=object)
     shifts = {f"context{c}": effects.shift for c, (_, effects) in enumerate(worlds)}
     own = np.stack([system.adjacency for system, _ in worlds])
     return {"adjacency_by_context": own, "shift_by_context": pd.DataFrame(shifts, index=names)}
