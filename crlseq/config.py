@@ -81,6 +81,9 @@ class DataConfig(_Section):
     batch_key: str | None = _flag(
         None, "Column of experimental batches; a cell is compared with controls of its own batch."
     )
+    context_key: str | None = _flag(
+        None, "Column of contexts (stimulation, drug, time, cell line), each with its own controls."
+    )
     covariates: tuple[str, ...] = _flag(
         (),
         "Columns of obs whose effects are taken off, such as donor,age; cell-cycle and log-depth are computed. "

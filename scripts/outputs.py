@@ -41,7 +41,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/tutorial.md", "docs/compare.md", "docs/notebook.ipynb")
+PAGES = ("README.md", "docs/tutorial.md", "docs/compare.md", "docs/contexts.md", "docs/notebook.ipynb")
 ARITHMETIC = ROOT / "docs" / "arithmetic.txt"
 ELSEWHERE = 0.02  # share of lines; of two processors, one with fewer instructions too, three of 327 lines differed
 COLUMNS, ROWS = 110, 60

@@ -61,6 +61,7 @@ def files_of(folder: Path) -> set[str]:
     measured |= {"guides.csv"} if info["guides"] else set()
     measured |= {"arms.csv"} if info["positions"] else set()
     measured |= {"covariates.csv"} if info["config"]["data"]["covariates"] else set()
+    measured |= {"contexts.csv"} if info.get("contexts") else set()
     return (RUN_FILES | measured) - unfitted - (set() if info["discovery"] else {"pairs.csv", "second_targets.csv"})
 
 

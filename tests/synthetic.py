@@ -12,8 +12,9 @@ from scipy.stats import norm
 
 from crlseq.data.names import GeneNames
 from crlseq.discovery.effects import benjamini_hochberg
+from crlseq.run.columns import PAIR_COLUMNS
 from crlseq.run.run import Run
-from crlseq.run.schema import PAIR_COLUMNS, ProgramRow
+from crlseq.run.schema import ProgramRow
 from crlseq.run.tables import edge_table, program_labels, program_table
 
 

@@ -20,8 +20,15 @@ import crlseq
 from crlseq.data.store import MANIFEST
 from crlseq.experiments.benchmark import COLUMNS
 from crlseq.export.registry import FORMATS
+from crlseq.run.columns import (
+    ARM_COLUMNS,
+    CELL_COLUMNS,
+    CONTEXT_COLUMNS,
+    COVARIATE_COLUMNS,
+    GUIDE_COLUMNS,
+    PATHWAY_COLUMNS,
+)
 from crlseq.run.run import Run
-from crlseq.run.schema import ARM_COLUMNS, CELL_COLUMNS, COVARIATE_COLUMNS, GUIDE_COLUMNS, PATHWAY_COLUMNS
 from crlseq.storage.runfolder import GENE_SETS
 from scripts.outputs import differing
 from scripts.reference import reference
@@ -161,12 +168,13 @@ def folders(run_folder: Path, wide_run: Run) -> list[Path]:
 
 def test_every_file_of_a_run_is_described(folders: list[Path]) -> None:
     there = {path.name for folder in folders for path in folder.iterdir()}
-    optional = {"pathways.csv", "guides.csv", "arms.csv", "covariates.csv"}
+    optional = {"pathways.csv", "guides.csv", "arms.csv", "covariates.csv", "contexts.csv"}
     assert set(table("The run folder")) == there | {GENE_SETS, *optional}
     assert table("pathways.csv") == list(PATHWAY_COLUMNS)
     assert table("guides.csv") == list(GUIDE_COLUMNS)
     assert table("arms.csv") == list(ARM_COLUMNS)
     assert table("covariates.csv") == list(COVARIATE_COLUMNS)
+    assert table("contexts.csv") == list(CONTEXT_COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +198,7 @@ def test_every_column_is_described(folders: list[Path], name: str) -> None:
 
 # Described as a whole: what is within has names from the data, or a page of its own.
 WHOLE = {
-    *("config", "packages", "guides", "gene_sets", "positions", "conditions[].cells"),
+    *("config", "packages", "guides", "gene_sets", "positions", "contexts", "conditions[].cells"),
     *("discovery.held_out", "discovery.n_latents_curve", "discovery.pairs.counts"),
 }
 

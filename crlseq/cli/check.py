@@ -16,7 +16,7 @@ from crlseq.errors import InputError, few
 
 @takes_config(
     "perturbation_key", "control_label", "separator", "guide_key", "guide_counts", "guide_map", "guide_min_umis",
-    "guide_min_share", "combinations", "batch_key", "layer", "values", "min_cells", "gene_positions",
+    "guide_min_share", "combinations", "batch_key", "context_key", "layer", "values", "min_cells", "gene_positions",
 )  # fmt: skip
 def check(
     file: Annotated[

@@ -20,7 +20,7 @@ SCREEN = (
 )
 
 
-@takes_config("perturbation_key", "control_label", "separator", "layer", "values", "seed")
+@takes_config("perturbation_key", "control_label", "separator", "context_key", "layer", "values", "seed")
 def prepare(
     files: Annotated[
         list[Path],

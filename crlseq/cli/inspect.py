@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from crlseq.cli.options import AsJson, RunFolder, load, setting
 from crlseq.cli.output import say, say_paragraph, say_verdict, show_json, show_paragraph, show_table, show_text
-from crlseq.cli.perturbation import arms, covariates, guides, perturbation
+from crlseq.cli.perturbation import arms, contexts, covariates, guides, interventions, perturbation
 from crlseq.errors import InputError, UsageError, nearest, suggestion
 
 if TYPE_CHECKING:
@@ -287,27 +287,10 @@ app.command()(perturbation)
 app.command()(guides)
 app.command()(arms)
 app.command()(covariates)
+app.command()(contexts)
 
 
-# Columns of interventions on a terminal; those that are empty or 1 throughout are left out.
-READ = ("perturbation", "program", "support", "shift", "shift_se", "explained", "knock_down", "n_cells", "fdr")
-
-
-@app.command()
-def interventions(run: RunFolder, json: AsJson = False) -> None:
-    """The program that each perturbation targets, and its effect on that program."""
-    found = load(run).interventions
-    program = found["program"].where(found["program"] != "")  # perturbations without a claim come last
-    order = program.str[1:].astype(float).sort_values(kind="stable").index
-    table = found.loc[order]
-    if sys.stdout.isatty() and not json:  # what is read first; a pipe has all columns
-        kept = table[[name for name in READ if name in table]]
-        told = kept.notna() & (kept != 1)
-        table = kept.loc[:, told.any() | kept.columns.isin(("perturbation", "program", "support", "shift"))]
-    show_table(table, "Interventions (shift of hit cells, in standard deviations of the program)", json)
-    if not json and "disagrees" in found:
-        for row in found[found["disagrees"] == 1].to_dict("records"):
-            say(f"The cells of {row['perturbation']} contradict the other perturbations of {row['program']}.")
+app.command()(interventions)
 
 
 @app.command()
@@ -354,8 +337,8 @@ def pairs(run: RunFolder, json: AsJson = False) -> None:
     """Every ordered pair of programs: whether the source is upstream of the target, and how surely."""
     import pandas as pd
 
+    from crlseq.run.columns import PAIR_COLUMNS
     from crlseq.run.pairs import STATUSES, by_status, told, why_no_pairs
-    from crlseq.run.schema import PAIR_COLUMNS
 
     found = load(run)
     if found.pairs is None:
@@ -365,7 +348,7 @@ def pairs(run: RunFolder, json: AsJson = False) -> None:
         show_table(table, "", json)
         return
     if not sys.stdout.isatty():
-        show_table(table[list(PAIR_COLUMNS)], "")
+        show_table(table.drop(columns="sentence"), "")
         return
     for status, part in by_status(table).items():
         about = STATUSES[status]

@@ -1,6 +1,4 @@
-"""``crlseq inspect perturbation``, ``guides``, ``arms`` and ``covariates``: what one perturbation does, its guides, what its cells
-lost, and how they differ in covariates.
-"""
+"""``crlseq inspect perturbation`` and its like: what perturbations do, to covariates and in contexts, their guides, and what cells lost."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crlseq.cli.options import AsJson, RunFolder, load, setting
-from crlseq.cli.output import show_json, show_paragraph, show_table, show_text
+from crlseq.cli.output import say, show_json, show_paragraph, show_table, show_text
 from crlseq.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,6 +65,47 @@ def guides(run: RunFolder, json: AsJson = False) -> None:
     if found.guides is None:
         raise InputError(f"No guides were read in {run}.", "Fit with --guide-key or --guide-counts.")
     show_table(found.guides, "Guides (strength: effect over that of the gene)", json)
+
+
+# Columns of interventions on a terminal; those that are empty or 1 throughout are left out.
+READ = (
+    "perturbation", "program", "support", "shift", "shift_se", "explained", "knock_down", "n_cells", "fdr", "contexts_differ",
+)  # fmt: skip
+
+
+def interventions(run: RunFolder, json: AsJson = False) -> None:
+    """The program that each perturbation targets, and its effect on that program."""
+    from crlseq.run.contexts import contexts_in_words, differences
+
+    of_run = load(run)
+    found = of_run.interventions
+    if of_run.contexts is not None:
+        found = found.assign(contexts_differ=differences(of_run))
+    program = found["program"].where(found["program"] != "")  # perturbations without a claim come last
+    order = program.str[1:].astype(float).sort_values(kind="stable").index
+    table = found.loc[order]
+    if sys.stdout.isatty() and not json:  # what is read first; a pipe has all columns
+        kept = table[[name for name in READ if name in table]]
+        told = kept.notna() & (kept != 1)
+        table = kept.loc[:, told.any() | kept.columns.isin(("perturbation", "program", "support", "shift"))]
+    show_table(table, "Interventions (shift of hit cells, in standard deviations of the program)", json)
+    if not json and "disagrees" in found:
+        for row in found[found["disagrees"] == 1].to_dict("records"):
+            say(f"The cells of {row['perturbation']} contradict the other perturbations of {row['program']}.")
+    for sentence in [] if json else contexts_in_words(of_run):
+        say(sentence)
+
+
+def contexts(run: RunFolder, json: AsJson = False) -> None:
+    """Does a perturbation shift its program otherwise in another context? The surest difference first."""
+    from crlseq.run.contexts import contexts_in_words
+
+    found = load(run)
+    if found.contexts is None:
+        raise InputError(f"No contexts were told apart in {run}.", "Fit with --context-key.")
+    show_table(found.contexts, "Shifts of all cells, in standard deviations of the program", json)
+    for sentence in [] if json else contexts_in_words(found):
+        say(sentence)
 
 
 def arms(run: RunFolder, json: AsJson = False) -> None:

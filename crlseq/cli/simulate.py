@@ -9,7 +9,7 @@ from crlseq.cli.options import Force, setting, switch
 from crlseq.cli.output import refuse_output, say
 from crlseq.errors import UsageError
 
-RANGES = ("edge_size", "shift_size", "retention", "penetrance")
+RANGES = ("edge_size", "shift_size", "retention", "penetrance", "context_noise")
 
 
 def simulate(
@@ -45,6 +45,11 @@ def simulate(
     n_doubles: Annotated[int, setting("Number of pairs of perturbations.")] = 0,
     n_batches: Annotated[int, setting("Number of experimental batches.")] = 1,
     batch_scale: Annotated[float, setting("Size of batch effects.")] = 0.0,
+    contexts: Annotated[int, setting("Number of contexts, such as rest and stimulation.")] = 1,
+    own_shifts: Annotated[float, setting("Share of shifts that differ in each further context.")] = 0.0,
+    own_edges: Annotated[int, setting("Number of edges of its own in each further context.")] = 0,
+    context_noise: Annotated[str, setting("LOW,HIGH: SDs of the latents' own noise there.")] = "1,1",
+    context_scale: Annotated[float, setting("Size of what contexts themselves do to genes.")] = 0.0,
     loading_density: Annotated[float, setting("Share of the genes that each latent affects.")] = 1.0,
     seed: Annotated[int, setting("Seed of all random numbers.")] = 0,
     force: Force = False,

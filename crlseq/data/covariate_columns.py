@@ -107,7 +107,7 @@ def _refuse(column: Column, screen: Screen, config: DataConfig, labels: Perturba
         raise InputError(f"The covariate {name!r} is the same in every cell.", DROP)
     if name == labels.key:
         raise InputError(f"The covariate {name!r} is the column of perturbations.", DROP)
-    for option, key in (("--batch-key", config.batch_key), ("--context-key", getattr(config, "context_key", None))):
+    for option, key in (("--batch-key", config.batch_key), ("--context-key", config.context_key)):
         if key is not None and key in screen.obs and _follows(own, screen.obs[key].astype(str).to_numpy()[used]):
             what = f"The covariate {name!r} is the same in all cells of one {key!r}, whose cells are compared apart."
             raise InputError(what, f"{DROP} {option} {key} takes it off.")

@@ -109,11 +109,12 @@ def covariates(screen: Screen, labels: Perturbations, values: Values, totals: np
         for key in screen.obs.columns
         if (codes := _levels(screen.obs[key], str(key), used)) is not None
     ]
-    found = [(key, codes) for key, codes in found if key != labels.key and not same(codes, condition)]
+    known = {labels.key, None if labels.contexts is None else labels.contexts.key}
+    found = [(key, codes) for key, codes in found if key not in known and not same(codes, condition)]
     numbers = [
         (str(key), number)
         for key in screen.obs.columns
-        if str(key) not in dict(found) and (number := _numbers(screen.obs[key], used)) is not None
+        if str(key) not in {*known, *dict(found)} and (number := _numbers(screen.obs[key], used)) is not None
     ]
     if values.kind == "counts" and DEPTH not in screen.obs and np.ptp(totals[used]) > 0:
         numbers.append((DEPTH, np.log(np.maximum(totals[used], 1.0))))
@@ -254,6 +255,6 @@ def in_words(found: Sequence[Covariate], batch_key: str | None, asked: Collectio
     if contexts:
         notes.append(
             f"Cells of different contexts are fitted together: {few([each.in_words() for each in contexts], 4)}. "
-            "Perturbations may act differently in each."
+            "Perturbations may act differently in each; --context-key COLUMN tells whether they do."
         )
     return notes

@@ -18,72 +18,24 @@ from crlseq.config import DataConfig
 from crlseq.data import splits
 from crlseq.data.adjustment import Adjustment
 from crlseq.data.cluster import mapped, on_one_machine
+from crlseq.data.contexts import by_context, gene_and_context
 from crlseq.data.covariate_columns import Column, read_columns
 from crlseq.data.covariates import covariates, in_words
 from crlseq.data.design import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
-from crlseq.data.guides import Guides, read_labels
+from crlseq.data.guides import Guides, read_conditions
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.names import GeneNames, targets_in_words
 from crlseq.data.perturbations import Perturbations
 from crlseq.data.positions import Positions, read_positions
 from crlseq.data.preprocess import Preprocessing, load, plan_preprocessing
 from crlseq.data.store import Manifest, StoredMatrix, read_manifest
+from crlseq.data.streamed import StreamedExpression
 from crlseq.data.values import Scan, scan, values_of
 from crlseq.errors import few
 
 ROWS = 4096  # cells taken at once where all are gone through
 CONTROL_POOL = 16_384  # which stay in memory: at 500 values a cell, 65 MB
 IN_MEMORY = 0.25  # share of the machine's memory up to which a store is loaded whole
-STREAMED_ROWS = 1024  # of a store, read at once: what is in float64 on the way
-
-
-class StreamedExpression:
-    """Normalised expression (cells, fitted genes) of a store: rows are read when asked for, as in memory to the bit.
-
-    `matrix` has cells as in the store; for `place` see `Preprocessing.places`; rows are CSR if few are not 0; the cells in
-    `held` are asked for again and again and stay in memory. `nnz` is how many values are not 0, None if rows are dense.
-    """
-
-    def __init__(
-        self, matrix: StoredMatrix, record: Preprocessing, place: np.ndarray, nnz: int | None, held: np.ndarray
-    ) -> None:
-        self.matrix, self.record, self.place, self.nnz = matrix, record, place, nnz
-        self.shape = (matrix.shape[0], len(record.genes))
-        self.slot: np.ndarray | None = np.full(matrix.shape[0], -1, dtype=np.int32)
-        self.held = self._read(held)
-        self.slot[held] = np.arange(len(held))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is held: another process reads every row."""
-        return {**vars(self), "slot": None, "held": None}
-
-    def __getitem__(self, index: slice | np.ndarray) -> sp.csr_matrix | np.ndarray:
-        """Rows by a slice or by cells in any order, float32."""
-        if isinstance(index, slice):
-            index = np.arange(self.shape[0])[index]
-        rows = self._rows(index)
-        return rows.toarray() if self.nnz is None else rows
-
-    def _rows(self, index: np.ndarray) -> sp.csr_matrix:
-        slot = np.full(len(index), -1) if self.slot is None else self.slot[index]
-        if len(index) and slot.min() >= 0:
-            return sp.csr_matrix(self.held[slot])
-        fresh = slot < 0
-        cells, where = np.unique(index[fresh], return_inverse=True)
-        read = self._read(cells)
-        if fresh.all():
-            return read if len(cells) == len(index) and (np.diff(where) == 1).all() else read[where]
-        kept = np.flatnonzero(~fresh)
-        position = np.empty(len(index), dtype=np.int64)
-        position[kept] = np.arange(len(kept))
-        position[fresh] = len(kept) + where
-        return sp.csr_matrix(sp.vstack([self.held[slot[kept]], read], format="csr"))[position]
-
-    def _read(self, cells: np.ndarray) -> sp.csr_matrix:
-        starts = range(0, max(len(cells), 1), STREAMED_ROWS)
-        parts = [self.record.expression(self.matrix[cells[i : i + STREAMED_ROWS]], self.place) for i in starts]
-        return parts[0] if len(parts) == 1 else sp.csr_matrix(sp.vstack(parts, format="csr"))
-
 
 Expression = sp.csr_matrix | np.ndarray | StreamedExpression
 Cells = tuple[np.ndarray, np.ndarray]  # indices, and totals of their counts
@@ -99,7 +51,7 @@ class PerturbSeqData:
     conditions: tuple[tuple[int, ...], ...]  # ascending indices of single perturbations; () of the control
     condition_names: tuple[str, ...]
     perturbation_names: tuple[str, ...]  # of perturbations in fitted conditions and no others
-    batch: np.ndarray  # (cells,) int64, the number of a cell's batch; one batch without a batch key
+    batch: np.ndarray  # (cells,) int64, the number of a cell's batch, within its context; one batch without either
     split: np.ndarray  # (cells,) int8 code of `splits.SPLITS`
     totals: np.ndarray | None  # (cells,) counts over all genes of the file; None for values that are no counts
     preprocessing: Preprocessing
@@ -127,6 +79,32 @@ class PerturbSeqData:
         """Of each perturbation, the fitted genes that it targets, under whatever name; none if they are not fitted."""
         target = dict(zip(self.labels.names, self.labels.targets, strict=True))
         return tuple(self.preprocessing.gene_names.find(target.get(name, name)) for name in self.perturbation_names)
+
+    @property
+    def context(self) -> np.ndarray:
+        """(cells,) int64 context of each cell; 0 of all without contexts, -1 of cells that take no part."""
+        contexts = self.labels.contexts
+        return np.zeros(len(self.condition), dtype=np.int64) if contexts is None else contexts.number
+
+    @property
+    def context_names(self) -> tuple[str, ...]:
+        """Of the contexts; none without."""
+        return () if self.labels.contexts is None else self.labels.contexts.names
+
+    @cached_property
+    def gene(self) -> np.ndarray:
+        """(perturbations,) int64, the same for a perturbation in all its contexts."""
+        names = self.perturbation_names
+        return np.unique(
+            [gene_and_context(name)[0] if self.context_names else name for name in names], return_inverse=True
+        )[1]
+
+    @property
+    def own_labels(self) -> pd.Categorical | None:
+        """(cells,) labels that the file does not have: genes of guides, and perturbations by context; else None."""
+        if self.labels.contexts is not None:
+            return self.labels.written()
+        return None if self.guides is None else self.guides.labels
 
     @cached_property
     def adjustment(self) -> Adjustment | None:
@@ -264,14 +242,14 @@ def read_data(
     if manifest is not None:
         config = _as_prepared(config, manifest)
     with open_screen(source, config.layer) as screen:
-        labels, guides = read_labels(screen, source, config)
+        labels, guides = read_conditions(screen, source, config)
         positions = read_positions(screen.var, config.gene_positions)
         shuffled = manifest is not None and _is_sorted(labels.condition)
         scanned = shared(lambda: scan(screen))
         values = values_of(source, screen, scanned, config)
         labels = without_silent_cells(labels, scanned, values)
+        labels, batch, batch_names = by_context(labels, *read_batches(screen, config.batch_key, labels))
         selection = select_conditions(labels, config)
-        batch, batch_names = read_batches(screen, config.batch_key, labels)
         split = splits.split_cells(
             labels.condition, selection.fitted, selection.held_out,
             config.validation_cells, config.hold_out_cells, np.random.default_rng([seed, 0]), shuffled,
@@ -327,7 +305,8 @@ def _as_prepared(config: DataConfig, manifest: Manifest) -> DataConfig:
     asked = (config.perturbation_key, config.guide_key, config.guide_counts, config.control_label, config.separator)
     if any(value is not None for value in asked):
         return config
-    labels = {"control_label": manifest.control_labels or (manifest.control_label,)}
+    labels: dict[str, Any] = {"control_label": manifest.control_labels or (manifest.control_label,)}
+    labels |= {"context_key": config.context_key or manifest.context_key}
     names = ("perturbation_key", "separator")
     return config.model_copy(update=labels | {name: getattr(manifest, name) for name in names})
 

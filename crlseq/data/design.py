@@ -10,6 +10,7 @@ import pandas as pd
 from crlseq.config import DataConfig
 from crlseq.data import splits
 from crlseq.data.combinations import cut_label
+from crlseq.data.contexts import gene_and_context
 from crlseq.data.controls import is_control_name, is_named
 from crlseq.data.label_rules import Perturbations
 from crlseq.data.matrix import Screen
@@ -50,20 +51,27 @@ def select_conditions(labels: Perturbations, config: DataConfig) -> Selection:
     def is_control(part: str) -> bool:
         return part not in labels.names and (is_named(part, labels.control_labels) or is_control_name(part))
 
-    lookup = {frozenset(labels.names[i] for i in parts): c for c, parts in enumerate(labels.conditions)}
-    by_name = {name: c for c, name in enumerate(labels.condition_names)}
+    lookup: dict[frozenset[str], list[int]] = {}
+    for c, parts in enumerate(labels.conditions[1:], 1):
+        own = {labels.names[i] for i in parts}
+        lookup[frozenset(own)] = [c]
+        if labels.contexts is not None:  # without its context, in all of them
+            lookup.setdefault(frozenset(gene_and_context(name)[0] for name in own), []).append(c)
+    by_name = {name: [c] for c, name in enumerate(labels.condition_names) if c}
+    known = {name for own in lookup for name in own}
     for label in config.hold_out:
         # "A+ctrl" is "A", as in the column.
-        targets = cut_label(label, labels.separator, labels.names, is_control) if labels.separator else [label]
+        targets = cut_label(label, labels.separator, known, is_control) if labels.separator else [label]
         found = by_name.get(label, lookup.get(frozenset(targets)))
-        if found is None or found == 0:
+        if found is None:
             hint = f"Labels there are written like {labels.condition_names[-1]!r}."
             raise InputError(f"--hold-out {label!r} is not a perturbation in {labels.key!r}.", hint)
         held_out[found] = True
     if not config.combinations:
         held_out |= np.array([len(parts) > 1 for parts in labels.conditions])
     silent = labels.dropped.get(WITHOUT_COUNTS, 0)
-    notes = [f"Cells {WITHOUT_COUNTS} are excluded ({silent})."] if silent else []
+    notes = [] if labels.contexts is None else [*labels.contexts.notes]
+    notes += [f"Cells {WITHOUT_COUNTS} are excluded ({silent})."] if silent else []
     dropped = sorted(item for item in labels.dropped.items() if item[0] != WITHOUT_COUNTS)
     notes += [f"Cells labelled {label!r} are excluded ({n})." for label, n in dropped]
     if len(labels.control_labels) > 1:

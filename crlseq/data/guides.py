@@ -33,6 +33,7 @@ import scipy.sparse as sp
 
 from crlseq.config import DataConfig
 from crlseq.data.combinations import MARKS, Cutter
+from crlseq.data.contexts import in_contexts
 from crlseq.data.controls import is_control_name, is_never
 from crlseq.data.files import is_cell_ranger, open_store, readable
 from crlseq.data.guide_names import CONTROL, genes_of_guides, recognised
@@ -89,16 +90,26 @@ def read_labels(
         raise InputError(error.message, hint) from None
 
 
+def read_conditions(
+    screen: Screen, source: str | Path | ad.AnnData, config: DataConfig
+) -> tuple[Perturbations, Guides | None]:
+    """What `read_labels` gives, perturbations by context where the configuration names a column of contexts."""
+    labels, guides = read_labels(screen, source, config)
+    return in_contexts(labels, screen.obs, config), guides
+
+
 def with_guide_labels(
     screen: Screen, source: str | Path | ad.AnnData, config: DataConfig, key: str, control: str
 ) -> pd.DataFrame:
-    """Cells of another file than the fit's, with its column ``key`` if that is what guides were read as and they are there."""
+    """Cells of another file than the fit's, with its column ``key`` if that is what guides or contexts were read as and they are there."""
     if key != GUIDE_LABELS or key in screen.obs:
         return screen.obs
     try:
-        _, guides = read_labels(screen, source, config)
+        labels, guides = read_conditions(screen, source, config)
     except InputError:  # a file of controls alone
         return screen.obs
+    if labels.contexts is not None:
+        return screen.obs.assign(**{key: labels.written().rename_categories({labels.control_label: control})})
     if guides is None:
         return screen.obs
     return screen.obs.assign(**{key: guides.labels.rename_categories({guides.control_label: control})})

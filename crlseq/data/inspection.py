@@ -13,10 +13,11 @@ import numpy as np
 
 from crlseq.config import DataConfig
 from crlseq.data import splits
+from crlseq.data.contexts import by_context
 from crlseq.data.covariates import covariates, in_words
 from crlseq.data.design import Selection, lonely_batches, read_batches, select_conditions, without_silent_cells
 from crlseq.data.guide_names import recognised
-from crlseq.data.guides import GUIDE_LABELS, read_labels
+from crlseq.data.guides import GUIDE_LABELS, read_conditions
 from crlseq.data.matrix import Screen, open_screen
 from crlseq.data.names import GeneNames, targets_in_words
 from crlseq.data.perturbations import Perturbations, candidates
@@ -28,9 +29,10 @@ from crlseq.storage.runfolder import default_output
 
 OPTIONS = (  # that say how labels and values are read
     "guide_key", "guide_counts", "guide_map", "guide_min_umis", "guide_min_share", "perturbation_key", "control_label",
-    "separator", "combinations", "layer", "batch_key", "values", "min_cells", "gene_positions",
+    "separator", "combinations", "layer", "batch_key", "context_key", "values", "min_cells", "gene_positions",
 )  # fmt: skip
 
+Batches = tuple[Perturbations, np.ndarray, tuple[str, ...]]  # labels, and batches of the cells within contexts
 
 # A share of cells to judge the fit by, where so many cells a condition (median) are left to fit and to compare with.
 HELD_OUT, ENOUGH_CELLS = 0.2, 50
@@ -58,7 +60,7 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             }
             for c in candidates(screen.obs)
         ]  # fmt: skip
-        labels, guides = _attempt(found, lambda: read_labels(screen, source, config)) or (None, None)
+        labels, guides = _attempt(found, lambda: read_conditions(screen, source, config)) or (None, None)
         if labels is not None and values is not None and scanned is not None:
             labels = without_silent_cells(labels, scanned, values)
             beside = covariates(screen, labels, values, scanned.totals)
@@ -69,14 +71,17 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             found["guides"] = None if guides is None else guides.record
             found |= _describe_labels(labels, screen)
             found["positions"] = _attempt(found, lambda: _describe_positions(labels, screen, config))
-            selection = _attempt(found, lambda: select_conditions(labels, config))
+            batches: Batches | None = _attempt(found, lambda: _read_batches(screen, labels, config))
+            own = labels if batches is None else batches[0]
+            selection = _attempt(found, lambda: select_conditions(own, config))
             if selection is not None:
                 found["fitted_conditions"] = int(selection.fitted[1:].sum())
-                sizes = np.bincount(labels.condition[labels.condition >= 0], minlength=len(labels.conditions))
+                sizes = np.bincount(own.condition[own.condition >= 0], minlength=len(own.conditions))
                 enough = np.median(sizes[1:][selection.fitted[1:]]) >= ENOUGH_CELLS
                 found["hold_out_cells"] = HELD_OUT if enough else 0.0
                 found["notes"] += selection.notes
-                _attempt(found, lambda: _check_batches(found, screen, labels, config, selection))
+                if batches is not None:
+                    found["notes"] += _lonely_batches(batches, config, selection)
             if not found["problems"]:
                 found["command"] = _command(screen, labels, config, found)
         return found
@@ -135,16 +140,18 @@ def _describe_positions(labels: Perturbations, screen: Screen, config: DataConfi
     return None if positions is None else positions.in_words(GeneNames.of(screen.var), labels.targets)
 
 
-def _check_batches(
-    found: dict[str, Any], screen: Screen, labels: Perturbations, config: DataConfig, selection: Selection
-) -> None:
-    """The same checks of the batch column as a fit makes, with the split of its first seed."""
-    batch, names = read_batches(screen, config.batch_key, labels)
+def _read_batches(screen: Screen, labels: Perturbations, config: DataConfig) -> Batches:
+    return by_context(labels, *read_batches(screen, config.batch_key, labels))
+
+
+def _lonely_batches(batches: Batches, config: DataConfig, selection: Selection) -> list[str]:
+    """What a fit says of batches without controls, with the split of its first seed."""
+    labels, batch, names = batches
     split = splits.split_cells(
         labels.condition, selection.fitted, selection.held_out, config.validation_cells, config.hold_out_cells,
         np.random.default_rng([0, 0]),
     )  # fmt: skip
-    found["notes"] += lonely_batches(batch, names, labels, split)
+    return lonely_batches(batch, names, labels, split)
 
 
 def _command(screen: Screen, labels: Perturbations, config: DataConfig, found: dict[str, Any]) -> str:

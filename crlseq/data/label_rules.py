@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from crlseq.data.combinations import SEPARATORS, STRONG_SEPARATORS, Cuts, Cutter
@@ -44,6 +45,17 @@ PLAIN = Style("plain", (), frozenset())
 
 
 @dataclass(frozen=True, eq=False)
+class Contexts:
+    """In which context each cell is; see `crlseq.data.contexts`."""
+
+    key: str  # column of obs
+    names: tuple[str, ...]  # of contexts that take part
+    number: Ints  # (cells,) place in `names`; -1 of cells that take no part
+    least: int  # control cells that a context, and a batch in it, needs
+    notes: tuple[str, ...]  # what was left out, and why
+
+
+@dataclass(frozen=True, eq=False)
 class Perturbations:
     """Which perturbations every cell carries."""
 
@@ -59,6 +71,11 @@ class Perturbations:
     condition_names: tuple[str, ...]  # `control_label`, "A", "A+B" (with `separator`)
     condition: Ints  # (cells,) index into `conditions`; -1 where the cell is dropped
     dropped: dict[str, int]  # cells by a label that names no perturbation; "missing" where there is none
+    contexts: Contexts | None = None  # where a perturbation in another context is another one
+
+    def written(self) -> pd.Categorical:
+        """Labels (cells,) that are read as these conditions; missing where a cell is dropped."""
+        return pd.Categorical(np.array([*self.condition_names, None], dtype=object)[self.condition])
 
     @property
     def is_control(self) -> NDArray[np.bool_]:

@@ -29,6 +29,7 @@ import pandas as pd
 from crlseq._version import __version__
 from crlseq.config import DataConfig
 from crlseq.data.cluster import mapped, on_cluster
+from crlseq.data.contexts import in_contexts
 from crlseq.data.guide_targets import ID_KEY, targets_in_uns
 from crlseq.data.guides import GUIDE_LABELS, labels_of
 from crlseq.data.matrix import Rows, open_screen
@@ -210,7 +211,8 @@ def _plan(paths: list[Path], options: DataConfig, seed: int) -> _Plan:
     if guides is not None:
         obs = obs.assign(**{GUIDE_LABELS: guides.labels})
     # Cells that carry no perturbation come last.
-    condition = np.where(labels.condition < 0, len(labels.conditions), labels.condition)
+    sorted_by = in_contexts(labels, obs, options)
+    condition = np.where(sorted_by.condition < 0, len(sorted_by.conditions), sorted_by.condition)
     order = np.lexsort((np.random.default_rng(seed).random(len(obs)), condition))
     place = np.empty(len(obs), dtype=np.int64)
     place[order] = np.arange(len(obs))
@@ -322,6 +324,7 @@ def _write_store(plan: _Plan, store: Path, buckets: Buckets, progress: _Progress
         inputs=tuple(path.name for path in plan.paths),
         files={name: progress.shards.get(name) or sha256_of(file) for name, file in files.items()},
         identity=progress.done["identity"],
+        context_key=plan.options.context_key,
     )
     (store / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from crlseq.config import InterventionKind
+from crlseq.data.simulated_contexts import draw_worlds, latents_in_contexts, set_apart, truth_of
 from crlseq.data.simulated_expression import (
     DISPERSION,
     LOG_RATE_SCALE,
@@ -36,7 +37,6 @@ from crlseq.data.simulated_latents import (
     draw_effects,
     draw_graph,
     draw_hidden,
-    draw_latents,
     draw_pairs,
     draw_penetrance,
     with_loop,
@@ -46,8 +46,9 @@ from crlseq.data.simulated_latents import (
 CONTROL = "control"
 GAUSSIAN_NOISE = 0.3  # measurement noise, in standard deviations of the signal
 ALL_HIT = (1.0, 1.0)  # penetrance
+SAME_NOISE = (1.0, 1.0)
 # What has a generator of its own: an option draws from there and leaves the rest of the screen as it was.
-STREAMS = ("cycle", "hidden", "second_targets", "hits", "background", "dispersion", "depth")
+STREAMS = ("cycle", "hidden", "second_targets", "hits", "background", "dispersion", "depth", "contexts")
 Hits = list[tuple[NDArray[np.int64], NDArray[np.bool_]]]
 
 
@@ -80,6 +81,11 @@ def simulate(
     n_doubles: int = 0,
     n_batches: int = 1,
     batch_scale: float = 0.0,
+    contexts: int = 1,
+    own_shifts: float = 0.0,
+    own_edges: int = 0,
+    context_noise: tuple[float, float] = SAME_NOISE,
+    context_scale: float = 0.0,
     loading_density: float = 1.0,
     seed: int = 0,
 ) -> anndata.AnnData:
@@ -149,6 +155,10 @@ def simulate(
     n_batches, batch_scale
         Cells fall into batches at random; ``batch_scale`` is the standard deviation of the batches' effects on
         genes, in units of the signal's.
+    contexts, own_shifts, own_edges, context_noise, context_scale
+        Cells fall into contexts at random. In each further one that share of the perturbations shifts its latent by none,
+        half or the opposite of its shift in the first, so many more edges join latents, the latents' own noise has
+        standard deviations in that range, and genes lie apart by the last, as between batches.
     loading_density
         Share of the genes that a latent moves, in (0, 1].
     seed
@@ -158,14 +168,15 @@ def simulate(
     -------
     anndata.AnnData
         Cells x genes: ``X`` CSR float32 counts or dense float32 values; ``obs["perturbation"]`` (categorical,
-        ``control`` among them), ``obs["batch"]`` and ``obs["guide"]`` if there are several, ``obs["hit"]`` (bool, whether
+        ``control`` among them), ``obs["batch"]``, ``obs["context"]`` and ``obs["guide"]`` if there are several, ``obs["hit"]`` (bool, whether
         any perturbation of the label hit the cell) if not all cells are hit; ``obsm["true_latents"]`` (cells, p) and
         ``obsm["true_background"]`` (cells, factors);
         ``uns["truth"]`` with ``adjacency`` (p, p) and ``target``, a table of the single perturbations with ``latent``,
         ``shift``, ``retention``, ``penetrance`` (share of its cells that are hit), ``second_latent`` (-1: none) and
         ``second_shift``; where they were asked for ``loaded`` (p, n_genes) bool, ``hidden`` (hidden causes, p) the weights,
-        ``background`` (factors, n_genes) the loadings, ``dispersion`` (n_genes,) and ``log_depth``, a table of
-        the conditions; ``orientation`` and ``note``.
+        ``background`` (factors, n_genes) the loadings, ``dispersion`` (n_genes,), ``log_depth``, a table of
+        the conditions, ``adjacency_by_context`` (contexts, p, p) and ``shift_by_context``, a table of the single
+        perturbations; ``orientation`` and ``note``.
 
     Raises
     ------
@@ -191,18 +202,18 @@ def simulate(
     conditions: list[tuple[int, ...]] = [(), *((i,) for i in range(n_single)), *draw_pairs(n_single, n_doubles, rng)]
     sizes = [n_control] + [cells_per_perturbation] * (len(conditions) - 1)
     hits = _draw_hits(conditions, sizes, draw_penetrance(n_single, guides, penetrance, own["hits"]), own["hits"])
-    latents = np.concatenate([
-        draw_latents(system, effects, members, hit, equations, rng, own["hidden"])
-        for members, (_, hit) in zip(conditions, hits, strict=True)
-    ])  # fmt: skip
+    worlds = draw_worlds(system, effects, given, own["contexts"])
+    context = own["contexts"].integers(contexts, size=sum(sizes))
+    latents = latents_in_contexts(worlds, conditions, hits, context, equations, (rng, own["hidden"]))
     signal, factors, loadings = _draw_signal(latents, given, rng, own["background"])
     obs = _columns(conditions, hits, given)
     if n_batches > 1:
         batch = rng.integers(n_batches, size=len(latents))
         signal += (batch_scale * rng.standard_normal((n_batches, n_genes)))[batch]
         obs["batch"] = pd.Categorical([f"b{i}" for i in batch], categories=[f"b{i}" for i in range(n_batches)])
+    obs |= set_apart(signal, context, given, own["contexts"])
     values, made = _measured(signal, conditions, sizes, given, rng, own)
-    truth = _truth(system, effects, hits) | loadings | made | {"note": _note(given)}
+    truth = _truth(system, effects, hits) | loadings | made | truth_of(worlds) | {"note": _note(given)}
     cells, genes = pd.DataFrame(obs, index=_names("c", len(latents))), pd.DataFrame(index=_names("gene", n_genes))
     return anndata.AnnData(values, cells, genes, uns={"truth": truth}, obsm={"true_latents": latents} | factors)
 
@@ -340,6 +351,9 @@ def _refuse_impossible(given: Mapping[str, Any]) -> None:
     for name, needed in {"cycle": 2, "second_targets": 2, "hidden": CAUSED}.items():
         if given[name] and p < needed:
             raise ValueError(f"{name} needs at least {needed} latents, not {p}.")
+    for name in ("own_shifts", "own_edges", "context_scale"):
+        if given[name] and given["contexts"] < 2:
+            raise ValueError(f"{name} needs at least two contexts.")
     for name in ("depth_by_condition", "genewise_dispersion"):
         if given[name] and given["noise"] != "counts":
             raise ValueError(f"{name} needs counts, not {given['noise']} noise.")
@@ -347,11 +361,12 @@ def _refuse_impossible(given: Mapping[str, Any]) -> None:
 
 def _refuse_numbers(given: Mapping[str, Any]) -> None:
     positive = ("n_latents", "perturbations_per_latent", "n_genes", "cells_per_perturbation", "n_control", "n_batches")
-    for name in (*positive, "guides"):
+    for name in (*positive, "guides", "contexts"):
         if given[name] < 1 or given[name] != int(given[name]):
             raise ValueError(f"{name} must be a whole number of at least 1, not {given[name]}.")
-    whole = ("n_doubles", "background", "hidden", "seed")
-    for name in (*whole, "expected_parents", "second_targets", "batch_scale", "depth_by_condition"):
+    whole = ("n_doubles", "background", "hidden", "seed", "own_edges")
+    free = ("expected_parents", "second_targets", "batch_scale", "depth_by_condition", "own_shifts", "context_scale")
+    for name in (*whole, *free):
         if not (np.isfinite(given[name]) and given[name] >= 0):
             raise ValueError(f"{name} must be a finite number of at least 0, not {given[name]}.")
         if name in whole and given[name] != int(given[name]):
@@ -361,12 +376,19 @@ def _refuse_numbers(given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a positive number, not {given[name]}.")
     if not 0 < given["loading_density"] <= 1:
         raise ValueError(f"loading_density must be above 0 and at most 1, not {given['loading_density']}.")
-    if given["second_targets"] > 1:
-        raise ValueError(f"second_targets is a share of the perturbations, not {given['second_targets']:g}.")
+    for name in ("second_targets", "own_shifts"):
+        if given[name] > 1:
+            raise ValueError(f"{name} is a share of the perturbations, not {given[name]:g}.")
 
 
 def _refuse_ranges(given: Mapping[str, Any]) -> None:
-    for name, top in {"edge_size": np.inf, "shift_size": np.inf, "retention": 1.0, "penetrance": 1.0}.items():
+    for name, top in {
+        "edge_size": np.inf,
+        "shift_size": np.inf,
+        "retention": 1.0,
+        "penetrance": 1.0,
+        "context_noise": np.inf,
+    }.items():
         bounds = tuple(given[name])
         if len(bounds) != 2 or not np.isfinite(bounds).all() or not 0 <= bounds[0] <= bounds[1] <= top:
             least = "0 <= LOW <= HIGH" + (f" <= {top:g}" if top < np.inf else "")

@@ -32,12 +32,13 @@ TOLERANCE = 1e-12  # change of a latent in the last round of a fixed point, in s
 @dataclass(frozen=True)
 class System:
     """Structural equations: ``adjacency`` (p, p), row -> column; ``order`` (p,), causal but for a feedback edge; ``hidden``
-    (H, p), weights of hidden common causes.
+    (H, p), weights of hidden common causes; ``noise`` (p,) standard deviations of the latents' own.
     """
 
     adjacency: Floats
     order: Whole
     hidden: Floats
+    noise: Floats | float = 1.0
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def draw_latents(
         retention[struck, k] *= effects.retention[i]
         if second >= 0:
             shift[struck, second] += effects.second_shift[i]
-    own = rng.standard_normal(shape) * np.exp(log_scale) + shift
+    own = rng.standard_normal(shape) * system.noise * np.exp(log_scale) + shift
     own += retention * (hidden_rng.standard_normal((shape[0], len(system.hidden))) @ system.hidden)
     return solve(system, own, retention, equations)
 

@@ -52,10 +52,12 @@ class Manifest:
     files: dict[str, str]  # SHA-256 of every file by its path within the store
     identity: str  # digest of what was prepared: inputs by name, size and time of change, options, seed
     control_labels: tuple[str, ...] = ()  # of several labels of control cells
+    context_key: str | None = None  # column of contexts by which its cells are sorted as well
 
     def to_json(self) -> str:
         """As it lies at the root of the store."""
-        return to_json({"format": FORMAT, **vars(self)}) + "\n"
+        own = {name: value for name, value in vars(self).items() if value is not None}
+        return to_json({"format": FORMAT, **own}) + "\n"
 
 
 def read_manifest(source: Any) -> Manifest | None:

@@ -64,7 +64,7 @@ def bootstrap(
     counts = torch.bincount(environment, minlength=fit.model.k + 1)
     if len(counts) != fit.model.k + 1 or not torch.equal(counts.to(DTYPE), fit.model.moments.counts):
         raise ValueError("environment must hold the cells of the fit, no others.")
-    draw = _sampler(values, variances, environment)
+    draw = _sampler(values, variances, environment, fit.model.moments.tied)
     p, k = fit.model.p, fit.model.k
     edge, ancestor, assignment, program = (torch.zeros(shape, dtype=DTYPE) for shape in ((p, p), (p, p), (k, p), (p,)))
     shifts: list[Tensor] = []
@@ -114,7 +114,9 @@ def match_programs(fit: Solution, other: Solution) -> tuple[Tensor, Tensor, Tens
     return order, matched.sign(), matched.abs()
 
 
-def _sampler(values: Tensor, variances: Tensor | None, environment: Tensor) -> Callable[[torch.Generator], Moments]:
+def _sampler(
+    values: Tensor, variances: Tensor | None, environment: Tensor, tied: Tensor | None = None
+) -> Callable[[torch.Generator], Moments]:
     """Draws moments of resampled cells: counts of how often each cell is drawn weigh it, no cell is copied."""
     cells: list[tuple[Tensor, Tensor, Tensor | None]] = []
     for c in range(int(environment.max()) + 1):
@@ -135,7 +137,7 @@ def _sampler(values: Tensor, variances: Tensor | None, environment: Tensor) -> C
                 covariance = covariance + torch.diag(weight @ variance)
             means.append(center + mean)
             covariances.append(covariance)
-        return Moments(torch.stack(means), torch.stack(covariances), counts)
+        return Moments(torch.stack(means), torch.stack(covariances), counts, tied)
 
     return draw
 

@@ -18,7 +18,13 @@ E shares, so that it is taken off (control variates; b are the slopes of x_i on 
 
 Standard errors know of cells (influence values), of perturbations of one target that differ beyond them, and of axes that
 are turned: a turn d of axis i towards k adds -d (Var(x_i | hit) - Var(x_i | controls)) to E[k, i], and one of axis j
--d E[j, i]. Source: this project; that covariances of interventional data identify a linear latent graph is due to Squires
+-d E[j, i].
+
+Where cells lie in several contexts, each perturbation is compared with controls of its own. E of a context is divided by
+what Var(x_k) is there, over all controls 1: noise of programs may differ between contexts, effects in -E[k, i] / Var(x_k) do
+then not. Contexts are pooled by inverse variance, and whether they differ is told by chi-square about the pooled value.
+
+Source: this project; that covariances of interventional data identify a linear latent graph is due to Squires
 et al. 2023, ICML.
 """
 
@@ -73,6 +79,9 @@ class Changes:
     beside: Floats  # (p, p, p) z of D[j, k] under do(i) at [i, j, k]; 0 where j or k is i
     outliers: float  # share of second targets among slopes of shifts
     by_target: list[list[Perturbed]]
+    contexts: tuple[Changes, ...] = ()  # the same of each context, where there are several
+    chi_square: Floats | None = None  # (p, p) of differences between contexts, and their number of degrees of freedom
+    freedom: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -91,10 +100,39 @@ class _Sample:
     n_escaped: float
 
 
-def measure_changes(x: Floats, environment: NDArray[np.int64], targets: NDArray[np.int64]) -> Changes:
+@dataclass(frozen=True)
+class _Part:
+    """What perturbations change in one context, before axes are known to be turned."""
+
+    e: Floats
+    variance: Floats  # (p, p) infinite where no perturbation can tell
+    cut: Floats
+    beside: Floats
+    by_target: list[list[Perturbed]]
+    correlation: Floats
+    slopes: tuple[
+        Floats, Floats, NDArray[np.int64]
+    ]  # mean shifts (m, p), their variances (m,), and whose they are (m,)
+    level: Floats  # (p,) Var(x_k) over controls
+    n_control: int
+
+
+def measure_changes(
+    x: Floats, environment: NDArray[np.int64], targets: NDArray[np.int64], context: NDArray[np.int64] | None = None
+) -> Changes:
     """E of exogenous coordinates ``x`` (n, p); ``environment`` (n,) 0 for control and c + 1 for perturbation c, ``targets``
-    (K,).
+    (K,). Where there are several, ``context`` (n,) of each cell; a perturbation lies in one.
     """
+    if context is None:
+        part = _in_context(x, environment, targets)
+        return _with_turns(part, *_turned([part], targets, x.shape[1]), targets)
+    rows = [context == c for c in np.unique(context)]
+    parts = [_in_context(x[own], environment[own], targets) for own in rows]
+    return _with_turns(_pooled_over(list(map(_levelled, parts))), *_turned(parts, targets, x.shape[1]), targets)
+
+
+def _in_context(x: Floats, environment: NDArray[np.int64], targets: NDArray[np.int64]) -> _Part:
+    """Of cells that are compared with the controls among them."""
     p, count = x.shape[1], np.bincount(environment, minlength=len(targets) + 1)
     cells = np.split(x[np.argsort(environment, kind="stable")], np.cumsum(count)[:-1])
     base = cells[0].mean(0)
@@ -111,12 +149,55 @@ def measure_changes(x: Floats, environment: NDArray[np.int64], targets: NDArray[
             e[:, i], variance[:, i], cut[i] = _pooled(by_target[i], control, i)
             beside[i] = _beside(list(found.values()), c0, len(control), i)
     np.fill_diagonal(e, 0)
-    turned, outliers = _turned(cells, base, targets, p)
+    some = np.array([c for c in range(len(targets)) if count[c + 1] > 1], dtype=np.int64)
+    mean = np.array([cells[c + 1].mean(0) - base for c in some]).reshape(-1, p)
+    slopes = mean, 1 / count[some + 1] + 1 / count[0], some
+    return _Part(e, variance, cut, beside, by_target, c0 * (1 - np.eye(p)), slopes, np.diag(c0), len(control))
+
+
+def _levelled(part: _Part) -> _Part:
+    """Rows over Var(x_k): what a perturbation takes from its target of each unit of x_k."""
+    level = np.maximum(part.level, 1e-300)[:, None]
+    by_target = [
+        [replace(one, value=one.value / level[:, 0], variance=one.variance / level[:, 0] ** 2) for one in group]
+        for group in part.by_target
+    ]
+    root = np.sqrt(level * level.T)
+    return replace(
+        part, e=part.e / level, variance=part.variance / level**2, cut=part.cut / level[:, 0], by_target=by_target,
+        correlation=part.correlation / root,
+    )  # fmt: skip
+
+
+def _pooled_over(parts: list[_Part]) -> _Part:
+    """E of several contexts by inverse variance, wider where they differ beyond their errors."""
+    e, variance, beside = (np.stack([getattr(part, name) for part in parts]) for name in ("e", "variance", "beside"))
+    n_control, weight = np.array([part.n_control for part in parts]), 1 / variance
+    total = weight.sum(0)
+    mean = (weight * e).sum(0) / np.maximum(total, 1e-300)
+    freedom = np.maximum(np.isfinite(variance).sum(0) - 1.0, 0.0)
+    scatter = np.maximum(1.0, ((weight * (e - mean) ** 2).sum(0) + PRIOR_DEGREES) / (freedom + PRIOR_DEGREES))
+    cut = np.stack([part.cut for part in parts])
+    known = np.isfinite(cut).sum(0)
+    share = (n_control / n_control.sum())[:, None, None]
+    with np.errstate(divide="ignore"):
+        return replace(
+            parts[0], e=mean, variance=scatter / total, n_control=int(n_control.sum()),
+            cut=np.where(known > 0, np.nan_to_num(cut).sum(0) / np.maximum(known, 1), np.nan),
+            by_target=[[one for part in parts for one in part.by_target[i]] for i in range(len(mean))],
+            beside=beside.sum(0) / np.sqrt(np.maximum((beside != 0).sum(0), 1)),
+            correlation=(share * np.stack([part.correlation for part in parts])).sum(0),
+        )  # fmt: skip
+
+
+def _with_turns(part: _Part, turned: Floats, outliers: float, targets: NDArray[np.int64]) -> Changes:
+    """With the errors that turned axes make."""
+    e, variance, cut = part.e, part.variance, part.cut
     seen = np.where(np.abs(e) > SEEN * np.sqrt(variance), e**2, 0)
     own_cut = np.where(np.isfinite(cut), cut**2, UNKNOWN_CUT**2)
     error = np.sqrt(variance + turned.T * own_cut + turned.T @ seen - np.diag(turned)[:, None] * seen)
-    error[np.bincount(targets, minlength=p) == 0] = np.inf  # their axes are arbitrary
-    return Changes(e, error, cut, c0 * (1 - np.eye(p)), beside, outliers, by_target)
+    error[np.bincount(targets, minlength=len(e)) == 0] = np.inf  # their axes are arbitrary
+    return Changes(e, error, cut, part.correlation, part.beside, outliers, part.by_target)
 
 
 def retained(found: Changes) -> dict[int, tuple[float, float]]:
@@ -262,12 +343,10 @@ def _beside(samples: list[_Sample], c0: Floats, n_control: int, i: int) -> Float
     return z_score
 
 
-def _turned(cells: list[Floats], base: Floats, targets: NDArray[np.int64], p: int) -> tuple[Floats, float]:
+def _turned(parts: list[_Part], targets: NDArray[np.int64], p: int) -> tuple[Floats, float]:
     """Variance (p, p) of the angle by which each axis (row) may be turned towards another; share of outlying slopes."""
-    some = np.array([c for c in range(len(targets)) if len(cells[c + 1]) > 1])
-    mean = np.stack([cells[c + 1].mean(0) - base for c in some])
+    mean, sampling, some = (np.concatenate([part.slopes[j] for part in parts]) for j in range(3))
     own = mean[np.arange(len(some)), targets[some]]
     own = np.where(np.abs(own) < 1e-6, 1e-6, own)[:, None]
-    sampling = np.array([1 / len(cells[c + 1]) + 1 / len(cells[0]) for c in some])[:, None]
-    agreed = consensus(mean / own, np.broadcast_to(sampling / own**2, mean.shape), targets[some], p)
+    agreed = consensus(mean / own, np.broadcast_to(sampling[:, None] / own**2, mean.shape), targets[some], p)
     return agreed.variance, agreed.outliers

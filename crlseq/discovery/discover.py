@@ -92,7 +92,7 @@ def find_components(task: Task, reason: str = "as asked") -> Start:
     least = FEWEST if asked == "auto" else asked
     components = partial(whitened_components, task.data, seed=task.seed, device=task.device)
     y, noise = task.cache.get("components", lambda: components(most=n, least=least))
-    cells = Cells(torch.from_numpy(y), None, environment, train, noise)
+    cells = Cells(torch.from_numpy(y), None, environment, train, noise, task.tied(chosen))
     p, choice = task.cache.get("number", lambda: number_of_programs(task, cells, len(chosen)))
     task.note(f"{p} programs: {f'{reason}.' if choice is None else choice.reason}")
     if p + 10 > n == y.shape[1]:
@@ -118,7 +118,7 @@ def number_of_programs(task: Task, cells: Cells, n_environments: int) -> tuple[i
 def fit_likelihood(task: Task, cells: Cells, p: int) -> Solution:
     """Hard interventions with a dense graph."""
     values, _, environment = cells.training()
-    moments = environment_moments(values, environment)
+    moments = environment_moments(values, environment, tied=cells.tied)
     restarts = RESTARTS if p < MANY_LATENTS else FEW_RESTARTS
     noise = noise_level(moments) if cells.noise is None else cells.noise
     floor, each = MIN_NOISE * noise, partial(in_parallel, threads=task.threads)
@@ -143,14 +143,17 @@ def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple
     known = task.cells_of(splits.TRAIN, environment) | task.cells_of(splits.VALIDATION, environment)
     y, own, targets = cells.values[known].double().numpy(), environment[known].numpy(), targets[acting]
     p, guides = solution.model.p, task.data.guides
-    found = order_programs(y, own, targets, p, cells.variances is not None, solution.directions().numpy())
+    context = task.data.context[known.numpy()] if task.data.context_names else None
+    directions = solution.directions().numpy()
+    found = order_programs(y, own, targets, p, cells.variances is not None, directions, context)
     if p < MANY_LATENTS:  # as with the bootstrap: of 50 programs and 10,000 perturbations it takes minutes
         more = y if cells.variances is not None else start.cells.values[known].double().numpy()
         guide = None if guides is None else guides.number[known.numpy()]
-        found = replace(found, robust=robust_pairs(found, more, own, targets, guide, task.threads))
+        found = replace(found, robust=robust_pairs(found, more, own, targets, guide, task.threads, context))
     of_shifts = ordered_shifts(y, own, targets, p, found, task.seed)
     second = second_targets((y - found.center) @ found.axes, own, targets)
-    return with_support(found, y, own, targets, replicates(task, p), task.seed, task.threads), second, of_shifts
+    n = replicates(task, p)
+    return with_support(found, y, own, targets, n, task.seed, task.threads, context), second, of_shifts
 
 
 def judged(

@@ -13,11 +13,21 @@ DTYPE = torch.float64
 @cached_on_disk()
 @dataclass(frozen=True)
 class Moments:
-    """Sufficient statistics: means (C, q), covariances (C, q, q), counts (C,); environment 0 is control."""
+    """Sufficient statistics: means (C, q), covariances (C, q, q), counts (C,); environment 0 is control. Perturbations of
+    the same number in ``tied`` (C - 1,), one gene in several contexts, share their target.
+    """
 
     means: Tensor
     covariances: Tensor
     counts: Tensor
+    tied: Tensor | None = None
+
+    def together(self, values: Tensor) -> Tensor:
+        """Values (..., C - 1, p), of perturbations and targets, summed over perturbations that share theirs."""
+        if self.tied is None:
+            return values
+        sums = values.new_zeros((*values.shape[:-2], int(self.tied.max()) + 1, values.shape[-1]))
+        return sums.index_add(-2, self.tied, values).index_select(-2, self.tied)
 
     def cells(self) -> Tensor:
         """Number of cells."""
@@ -33,7 +43,11 @@ class Moments:
 
 
 def environment_moments(
-    values: Tensor, environment: Tensor, variances: Tensor | None = None, n_environments: int | None = None
+    values: Tensor,
+    environment: Tensor,
+    variances: Tensor | None = None,
+    n_environments: int | None = None,
+    tied: Tensor | None = None,
 ) -> Moments:
     """Moments of cells (N, q) by environment (N,), 0 for control; covariances divide by the number of cells.
 
@@ -54,7 +68,7 @@ def environment_moments(
         covariances[c] = centred.T @ centred / at_least_one[c]
         if variances is not None and len(cells):
             covariances[c] += torch.diag(variances[cells].to(DTYPE).mean(0))
-    return Moments(means, covariances, counts)
+    return Moments(means, covariances, counts, tied)
 
 
 def fold_moments(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from crlseq.discovery.assumptions import broken_assumptions
 from crlseq.discovery.axes import SAME, alike, exogenous_axes, shifts_outside
 from crlseq.discovery.changes import Changes, bend_of, measure_changes, retained, widened
+from crlseq.discovery.context_changes import changes_by_context, differences
 from crlseq.discovery.direct_edges import Direct, beside_mediators, direct_edges, through_silent
 from crlseq.discovery.hits import Floats, Hit
 from crlseq.discovery.pairs import SEEN, Bools, Pairs, judge_pairs
@@ -18,7 +19,22 @@ from crlseq.threads import counted, in_parallel
 
 Ints = NDArray[np.int64]
 MAYBE = 1.5  # standard errors from which a pair may be a link of a chain
+DIFFER_FDR = 0.05  # of pairs that differ between contexts
 BEFORE = 1e6  # likely pairs are ordered before those
+
+
+@cached_on_disk()
+@dataclass(frozen=True)
+class InContext:
+    """What cells of one context say by themselves."""
+
+    pairs: Pairs
+    direct: Direct
+    declared: Bools
+
+    def reordered(self, order: Ints) -> InContext:
+        """The same with programs in another order (p,)."""
+        return InContext(self.pairs.reordered(order), self.direct.reordered(order), self.declared[np.ix_(order, order)])
 
 
 @cached_on_disk()
@@ -39,6 +55,8 @@ class Ordering:
     ancestor: Floats  # (p, p) likewise the pair to be upstream
     warnings: tuple[str, ...] = ()  # of assumptions that the screen breaks
     bend: float | None = None  # of coordinates that a network straightened, see `crlseq.discovery.changes.bend_of`
+    contexts: tuple[InContext, ...] = ()  # where some pair differs between contexts
+    differ: Floats | None = None  # (p, p) FDR that what interventions change differs between contexts, NaN untested
 
     def directions(self) -> Floats:
         """Read-out (q, p) of the programs, u = (y - center) @ directions = x (I - G)^-1 with the declared G."""
@@ -64,22 +82,30 @@ class Ordering:
             robust=self.robust[both],
             support=self.support[both],
             ancestor=self.ancestor[both],
+            contexts=tuple(one.reordered(order) for one in self.contexts),
+            differ=None if self.differ is None else self.differ[both],
         )
 
 
 def order_programs(
-    y: Floats, environment: Ints, targets: Ints, p: int, straightened: bool = False, readout: Floats | None = None
+    y: Floats,
+    environment: Ints,
+    targets: Ints,
+    p: int,
+    straightened: bool = False,
+    readout: Floats | None = None,
+    context: Ints | None = None,
 ) -> Ordering:
     """The order from cells ``y`` (n, q), ``environment`` (n,) 0 for control and c + 1 for perturbation c, and the program
     that each perturbation targets, ``targets`` (K,). Errors are widened by what bends a network left where it straightened.
-    Programs have the signs of the ``readout`` (q, p) where there is one.
+    Programs have the signs of the ``readout`` (q, p) where there is one. ``context`` (n,) of each cell if there are several.
     """
     center, axes = exogenous_axes(y, environment, targets, p)
     x = (y - center) @ axes
     if readout is not None:
         sign = np.where(((y - center) @ readout * x).mean(0) < 0, -1.0, 1.0)
         axes, x = axes * sign, x * sign
-    found = measure_changes(x, environment, targets)
+    found = measure_changes(x, environment, targets, context)
     bend = bend_of(found) if straightened else None
     found = widened(found, bend)
     pairs = judge_pairs(found)
@@ -93,11 +119,36 @@ def order_programs(
     warnings = broken_assumptions(found, pairs, shifts_outside(y, x, environment), n_control, same)
     unknown = np.full((p, p), np.nan)
     kept = retained(found)
-    return Ordering(center, axes, pairs, direct, declared, hits, along, kept, robust, unknown, unknown, warnings, bend)
+    contexts, differ = _by_context(y, environment, targets, axes, context, bend)
+    return Ordering(
+        center, axes, pairs, direct, declared, hits, along, kept, robust, unknown, unknown, warnings, bend, contexts, differ
+    )  # fmt: skip
+
+
+def _by_context(
+    y: Floats, environment: Ints, targets: Ints, axes: Floats, context: Ints | None, bend: float | None
+) -> tuple[tuple[InContext, ...], Floats | None]:
+    """What each context says by itself, where some pair differs, and the FDR (p, p) of the differences; else nothing."""
+    if context is None:
+        return (), None
+    found, level_error = changes_by_context(y, environment, targets, axes, context)
+    found = [widened(one, bend) for one in found]
+    differ = differences(found, level_error)
+    if not (differ <= DIFFER_FDR).any():
+        return (), differ
+    judged = [(one, judge_pairs(one)) for one in found]
+    return tuple(InContext(pairs, *_direct(one, pairs)) for one, pairs in judged), differ
 
 
 def with_support(
-    ordering: Ordering, y: Floats, environment: Ints, targets: Ints, n: int, seed: int, threads: int
+    ordering: Ordering,
+    y: Floats,
+    environment: Ints,
+    targets: Ints,
+    n: int,
+    seed: int,
+    threads: int,
+    context: Ints | None = None,
 ) -> Ordering:
     """With the support of edges and of pairs over ``n`` replicates, which draw the cells of each environment again."""
     order = np.argsort(environment, kind="stable")
@@ -108,7 +159,8 @@ def with_support(
         rng = np.random.default_rng([seed, 11, i])
         drawn = np.concatenate([rng.integers(end - m, end, m) for m, end in zip(sizes, start, strict=True)])
         rows = order[drawn]
-        found = measure_changes((y[rows] - ordering.center) @ ordering.axes, environment[rows], targets)
+        own = None if context is None else context[rows]
+        found = measure_changes((y[rows] - ordering.center) @ ordering.axes, environment[rows], targets, own)
         found = widened(found, ordering.bend)
         pairs = judge_pairs(found)
         return np.stack([_direct(found, pairs)[1], pairs.have("upstream")])

@@ -6,6 +6,7 @@ controls lies on the same line, and b of the intervention in one direction for a
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -92,9 +93,10 @@ def propose_targets(
         i = torch.multinomial(left, 1, generator=generator)[:, 0]
         lines[:, j] = shifts[i] / length[i, None].sqrt().clamp_min(1e-9)
         left = torch.minimum(left, (length - (lines[:, j] @ shifts.T) ** 2).clamp_min(1e-9))
-    lines, labels, cost = _k_lines(shifts, lines, RACE_ROUNDS)
+    together = moments.together
+    lines, labels, cost = _k_lines(shifts, lines, RACE_ROUNDS, together)
     ahead = cost.argsort(stable=True)[: max(n, -(-tries // LEFT_OF_RACE))]
-    lines, labels, cost = _k_lines(shifts, lines[ahead], rounds)
+    lines, labels, cost = _k_lines(shifts, lines[ahead], rounds, together)
     failed = 0
     for _ in range(4 * n_latents):  # two lines on one latent and one line on two: move a line, keep what is better
         best = int(cost.argmin())
@@ -103,7 +105,7 @@ def propose_targets(
         for j in range(n_latents):
             i = torch.multinomial(torch.where(labels[best] == j, 0.0, left).clamp_min(1e-9), 1, generator=generator)
             moved[j, j] = shifts[i[0]] / length[i[0]].sqrt().clamp_min(1e-9)
-        further = _k_lines(shifts, moved, 8)
+        further = _k_lines(shifts, moved, 8, together)
         failed = 0 if bool(further[2].min() < cost.min() - 1e-6) else failed + 1
         lines, labels, cost = (torch.cat(both) for both in zip((lines, labels, cost), further, strict=True))
         if failed == 3:
@@ -119,12 +121,16 @@ def propose_targets(
     return torch.stack((chosen + [chosen[-1]] * n)[:n])
 
 
-def _k_lines(shifts: Tensor, lines: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lines (T, p, q), labels (T, K) and cost (T,) after rounds of assigning and refitting lines (T, p, q)."""
+def _k_lines(
+    shifts: Tensor, lines: Tensor, rounds: int, together: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines (T, p, q), labels (T, K) and cost (T,) after rounds of assigning and refitting lines (T, p, q); ``together``
+    sums what is explained over perturbations that share their line.
+    """
     projection = (shifts @ lines.transpose(1, 2)) ** 2  # (T, K, p)
     length = (shifts**2).sum(1)
     for _ in range(rounds):
-        assigned = torch.nn.functional.one_hot(projection.argmax(2), lines.shape[1]).to(DTYPE)
+        assigned = torch.nn.functional.one_hot(together(projection).argmax(2), lines.shape[1]).to(DTYPE)
         for _ in range(3):  # power steps towards each line's leading direction, from where it was
             new = (assigned * (shifts @ lines.transpose(1, 2))).transpose(1, 2) @ shifts
             new = new / new.norm(dim=2, keepdim=True).clamp_min(1e-9)
@@ -136,4 +142,5 @@ def _k_lines(shifts: Tensor, lines: Tensor, rounds: int) -> tuple[Tensor, Tensor
         projection = (shifts @ lines.transpose(1, 2)) ** 2
         if change < 1e-9:
             break
-    return lines, projection.argmax(2), length.sum() - projection.max(2).values.sum(1)
+    labels = together(projection).argmax(2)
+    return lines, labels, length.sum() - projection.gather(2, labels[..., None])[..., 0].sum(1)

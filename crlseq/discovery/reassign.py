@@ -65,7 +65,7 @@ def assign_targets(model: LinearModel, theta: Tensor, moments: Moments) -> Assig
     log_determinant = 2 * root.diagonal(dim1=2, dim2=3).log().sum(2)[..., None] + t.log()
     nll = 0.5 * (log_determinant + trace - g**2 / h - (1 - 1 / t) * v / h)
     nll, level = nll.min(0)  # (p, K)
-    targets = nll.argmin(0)
+    targets = moments.together(nll.T * moments.counts[1:, None]).argmin(1)
     at = level.gather(0, targets[None])[0], targets, torch.arange(len(targets))
     log_scale = 0.5 * torch.log1p((t - 1) / h)
     return Assignment(targets, (g / h)[at], log_scale[at], retention[at[0]], nll.T)
@@ -90,7 +90,7 @@ def reassign_targets(solution: Solution, rounds: int = 10) -> Solution:
     model, now = solution.model, solution
     for _ in range(rounds):
         found = assign_targets(model, now.theta, model.moments)
-        targets = _kept(found, now.targets[0], model.moments.counts[1:])
+        targets = _kept(found, now.targets[0], model.moments)
         moved = targets != now.targets[0]
         if not bool(moved.any()):
             break
@@ -102,13 +102,15 @@ def reassign_targets(solution: Solution, rounds: int = 10) -> Solution:
     return now
 
 
-def _kept(found: Assignment, before: Tensor, counts: Tensor) -> Tensor:
+def _kept(found: Assignment, before: Tensor, moments: Moments) -> Tensor:
     """The targets found (K,), but no program that had a perturbation is left without."""
     targets = found.targets.clone()
     each = torch.arange(len(targets))
-    loss = (found.nll[each, before] - found.nll[each, targets]) * counts
+    loss = (found.nll[each, before] - found.nll[each, targets]) * moments.counts[1:]
+    loss = moments.together(loss[:, None])[:, 0]
     for program in set(before.tolist()):
         if not bool((targets == program).any()):
             own = torch.nonzero(before == program)[:, 0]
-            targets[own[loss[own].argmin()]] = program
+            stays = own[loss[own].argmin()]
+            targets[stays if moments.tied is None else moments.tied == moments.tied[stays]] = program
     return targets

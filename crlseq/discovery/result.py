@@ -98,7 +98,7 @@ def claims_of(task: Task, start: Start, cells: Cells, solution: Solution) -> Cla
     if len(others):
         environment = task.environments(others)
         known = task.cells_of(splits.TRAIN, environment)
-        moments = environment_moments(cells.values[known], environment[known], None, len(others) + 1)
+        moments = environment_moments(cells.values[known], environment[known], None, len(others) + 1, task.tied(others))
         found = assign_targets(model, solution.theta, moments)
         target[others], shift[others] = found.targets.numpy(), found.shift.numpy()
         log_scale[others], retention[others] = found.log_scale.numpy(), found.retention.numpy()

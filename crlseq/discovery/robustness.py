@@ -19,11 +19,18 @@ COMPONENTS = (0.75, 1.25)  # times those of the fit
 MAX_LEFT_OUT = 10  # perturbations of a program that are left out, one at a time, at most
 CALLED = ("upstream", "likely")
 
-Variant = tuple[Floats, Ints, Ints]  # cells, environments and targets, as `order_programs` takes them
+# Cells, environments and targets, as `order_programs` takes them, and contexts of the cells
+Variant = tuple[Floats, Ints, Ints, Ints | None]
 
 
 def robust_pairs(
-    ordering: Ordering, y: Floats, environment: Ints, targets: Ints, guide: Ints | None, threads: int
+    ordering: Ordering,
+    y: Floats,
+    environment: Ints,
+    targets: Ints,
+    guide: Ints | None,
+    threads: int,
+    context: Ints | None = None,
 ) -> Bools:
     """Robust pairs (p, p) among those called in ``ordering``, which was made of the first ``len(center)`` components.
 
@@ -35,32 +42,33 @@ def robust_pairs(
         return robust
 
     def called_again(variant: Variant) -> Bools:
-        again = order_programs(*variant, p)
+        again = order_programs(*variant[:3], p, context=variant[3])
         n = min(q, len(again.axes))
         turned = np.sign((again.axes[:n] * ordering.axes[:n]).sum(0))  # an axis has no sign of its own
         same = np.sign(again.pairs.change) * np.outer(turned, turned) == np.sign(ordering.pairs.change)
         called: Bools = again.pairs.have(*CALLED) & same
         return called
 
-    variants = list(_variants(y, q, environment, targets, guide))
+    variants = list(_variants(y, q, (environment, targets, context), guide))
     for again in counted(in_parallel(called_again, variants, threads), len(variants)):
         robust &= again
     return robust
 
 
-def _variants(y: Floats, q: int, environment: Ints, targets: Ints, guide: Ints | None) -> Iterator[Variant]:
+def _variants(y: Floats, q: int, screen: tuple[Ints, Ints, Ints | None], guide: Ints | None) -> Iterator[Variant]:
     """The screen with other components, and without some of its cells."""
+    environment, targets, context = screen
     p = len(np.unique(targets))
     for share in COMPONENTS:
         n = round(share * q)
         if p < n <= y.shape[1] and n != q:
-            yield y[:, :n], environment, targets
+            yield y[:, :n], environment, targets, context
     y = y[:, :q]
     sizes = np.bincount(targets)
     place = np.array([int((targets[:c] == target).sum()) for c, target in enumerate(targets)])  # within its program
     for left_out in range(min(MAX_LEFT_OUT, int(sizes.max()))):
         kept = (place != left_out) | (sizes[targets] == 1)
-        yield _without(y, environment, targets, kept)
+        yield _without(y, environment, targets, context, kept)
     if guide is not None:
         half = np.zeros(len(guide), dtype=np.int64)
         for c in range(1, len(targets) + 1):  # of the guides of one perturbation every other one
@@ -70,10 +78,11 @@ def _variants(y: Floats, q: int, environment: Ints, targets: Ints, guide: Ints |
             own = (environment == 0) | (half == side)
             there = np.bincount(environment[own], minlength=len(targets) + 1)[1:] > 1
             if len(np.unique(targets[there])) == p:
-                yield _without(y[own], environment[own], targets, there)
+                yield _without(y[own], environment[own], targets, None if context is None else context[own], there)
 
 
-def _without(y: Floats, environment: Ints, targets: Ints, kept: Bools) -> Variant:
+def _without(y: Floats, environment: Ints, targets: Ints, context: Ints | None, kept: Bools) -> Variant:
     """The perturbations ``kept`` (K,) alone, numbered again."""
     number = np.concatenate([[0], np.where(kept, np.cumsum(kept), -1)])[environment]
-    return y[number >= 0], number[number >= 0], targets[kept]
+    own = number >= 0
+    return y[own], number[own], targets[kept], None if context is None else context[own]

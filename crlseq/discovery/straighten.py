@@ -126,11 +126,17 @@ class Straightener:
     """
 
     def __init__(
-        self, y: Tensor, environment: Tensor, directions: Tensor, seed: int = 0, device: torch.device = CPU
+        self,
+        y: Tensor,
+        environment: Tensor,
+        directions: Tensor,
+        seed: int = 0,
+        device: torch.device = CPU,
+        tied: Tensor | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.p, self.environment, self.device = directions.shape[1], environment, device
+        self.p, self.environment, self.device, self.tied = directions.shape[1], environment, device, tied
         on_cpu = device.type == "cpu"
         self.draws = self.generator if on_cpu else torch.Generator(device).manual_seed(seed)
         self.vae = StraighteningVAE(y, environment == 0, directions).to(device)
@@ -156,7 +162,7 @@ class Straightener:
     def moments(self) -> Moments:
         """Of the aggregated posterior of the training cells."""
         mean, variance = self.encode(self.y)
-        return environment_moments(mean, self.environment, variance)
+        return environment_moments(mean, self.environment, variance, tied=self.tied)
 
     def fit_prior(self, kind: InterventionKind, fresh: bool) -> Solution:
         """The structural model on the present latents: from where it was, and from fresh targets if that is better."""

@@ -54,6 +54,12 @@ class Task:
         of_condition = np.array([*(number.get(parts, -1) for parts in data.conditions), -1])
         return torch.from_numpy(np.where(data.comparable(), of_condition[data.condition], -1))
 
+    def tied(self, perturbations: np.ndarray) -> Tensor | None:
+        """Numbers (m,) that perturbations of one gene in several contexts share; None without contexts."""
+        if not self.data.context_names:
+            return None
+        return torch.from_numpy(np.unique(self.data.gene[perturbations], return_inverse=True)[1])
+
     def cells_of(self, split: int, environment: Tensor) -> Tensor:
         """(cells,) bool: the cells of a split that belong to an environment."""
         return torch.from_numpy(self.data.split == split) & (environment >= 0)
@@ -74,6 +80,7 @@ class Cells:
     environment: Tensor  # (N,)
     train: Tensor  # (N,) bool
     noise: float | None = None  # variance that measurement noise has in every component, if known
+    tied: Tensor | None = None  # see `crlseq.discovery.moments.Moments`
 
     def training(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Values (n, q) in float64, variances and environments of the training cells."""

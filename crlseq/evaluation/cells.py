@@ -90,7 +90,7 @@ def read_cells(run: Run, data: str | Path | ad.AnnData | None, held_out_controls
     notes: list[str] = []
     other = None if data is None else _read_other(run, data, notes)
     tables = [own.obs] if other is None else [own.obs, other.obs]
-    labels, batch = _labels(tables, run.facts), _batches(tables, run.facts.config.data.batch_key)
+    labels, batch = _labels(tables, run.facts), _batches(tables, run.facts)
     split, n = own.obs["crlseq_split"].astype(str).to_numpy(), len(own.obs)
     cells = Cells(own.x, labels.condition[:n], batch[:n])
     train = cells[(split == "train") & (cells.condition >= 0)]
@@ -237,13 +237,17 @@ def _labels(tables: list[pd.DataFrame], facts: RunInfo) -> Perturbations:
     return read_perturbations(pd.DataFrame(columns), key, control, separator)
 
 
-def _batches(tables: list[pd.DataFrame], key: str | None) -> np.ndarray:
-    """(cells,) batch of every cell of all tables; a table without the column is one batch of its own."""
-    values = [
-        table[key].astype(str).to_numpy(dtype=object) if key in table else np.full(len(table), f"table {i}", object)
-        for i, table in enumerate(tables)
-    ]
-    return np.asarray(pd.factorize(np.concatenate(values), sort=True)[0], dtype=np.int64)
+def _batches(tables: list[pd.DataFrame], facts: RunInfo) -> np.ndarray:
+    """(cells,) batch, within its context, of every cell of all tables; a table without a column has one value of its own."""
+    keys = [facts.config.data.batch_key, None if facts.contexts is None else facts.contexts.key]
+    values = pd.DataFrame({
+        str(key): np.concatenate([
+            table[key].astype(str).to_numpy(dtype=object) if key in table else np.full(len(table), f"table {i}", object)
+            for i, table in enumerate(tables)
+        ])
+        for key in (keys[:1] if keys[1] is None else keys)
+    })  # fmt: skip
+    return np.asarray(values.groupby(list(values.columns), sort=True).ngroup(), dtype=np.int64)
 
 
 def _fingerprints(screen: Screen, columns: np.ndarray, chosen: np.ndarray | None = None) -> list[bytes]:

@@ -16,7 +16,7 @@ from crlseq.data.mean_effects import controls_by_batch, mean_effect
 from crlseq.evaluation.metrics import MMD_KERNELS, l2_distance, pearson_delta
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.losses import Kernel, mmd_of_distances, squared_distances
-from crlseq.run.schema import COLUMNS
+from crlseq.run.columns import COLUMNS
 from crlseq.threads import counted
 
 SOURCE_CELLS = 500  # controls of a condition's batches that virtual cells are made of

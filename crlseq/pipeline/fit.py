@@ -38,7 +38,8 @@ from crlseq.pipeline.progress import EFFECTS, READING_OFF, TESTING, TRAINING, WR
 from crlseq.pipeline.read import Job, Screen, read_cells, read_screen, refuse_unprepared
 from crlseq.pipeline.tables import negative_controls, tables_of, with_guides, with_shift_errors
 from crlseq.report import write_report
-from crlseq.run.schema import DETECTABLE_FDR, SPLIT
+from crlseq.run.columns import SPLIT
+from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.summary import combinations_in_words, sets_in_words
 from crlseq.run.writable import refuse_unwritable
 from crlseq.storage.checkpoint import mend_checkpoint, previous_of, save_law, save_weights
@@ -349,8 +350,8 @@ def _read_out(job: Job, screen: Screen, tested: Tested, start: Start, fitted: Fi
     }
     split = pd.Categorical(np.array(splits.SPLITS)[data.split], dtype=SPLIT)
     cells = pd.DataFrame({"crlseq_split": split}, index=data.cell_names)
-    if data.guides is not None:
-        cells["crlseq_perturbation"] = data.guides.labels
+    if data.own_labels is not None:
+        cells["crlseq_perturbation"] = data.own_labels
     if start.warm is not None and start.warm.discovery.hit is not None:
         cells["crlseq_hit"] = start.warm.discovery.hit
     run = with_shift_errors(replace(run, info=info, cells=cells, map=found), data)

@@ -18,14 +18,15 @@ from crlseq.data.genesets import GeneSets
 from crlseq.discovery.bootstrap import Stability
 from crlseq.discovery.guide_agreement import weak_guides
 from crlseq.discovery.negative_controls import Found
-from crlseq.discovery.ordering import Ordering
-from crlseq.discovery.pairs import GUARDS, SIZE, STATUSES
+from crlseq.discovery.pairs import SIZE, STATUSES
 from crlseq.discovery.result import Discovery
 from crlseq.evaluation.held_out import evaluate_held_out
 from crlseq.evaluation.recovery import closure
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.sparse_decoder import SparseDecoder
+from crlseq.pipeline.contexts import with_contexts
 from crlseq.pipeline.fitted import FittedRun
+from crlseq.pipeline.pairs import pairs_of
 from crlseq.prediction.intervals import shift_errors
 from crlseq.readout.agreement import effect_agreement
 from crlseq.readout.covariates import covariate_table
@@ -36,11 +37,11 @@ from crlseq.readout.guides import guide_table
 from crlseq.readout.interactions import interaction_table
 from crlseq.readout.pathways import explained_by_sets, pathway_table
 from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs, posterior_variance
-from crlseq.run.schema import DETECTABLE_FDR, ENSEMBLE_COLUMNS, FORMAT, HIT
+from crlseq.run.columns import ENSEMBLE_COLUMNS, HIT
+from crlseq.run.schema import DETECTABLE_FDR, FORMAT
 from crlseq.run.tables import (
     edge_table,
     intervention_table,
-    pair_table,
     program_labels,
     program_table,
     second_target_table,
@@ -101,15 +102,18 @@ def tables_of(
         "gene_sets": None if sets is None else _set_row(fitted, data, start, sets),
         "metrics": _metrics(evaluation, interventions, dag),
         "positions": _positions(data, arms),
+        "contexts": None,
     }
-    pairs = None if discovery is None or discovery.ordering is None else _pairs(discovery.ordering, np.sign(read.scale))
+    ordering = None if discovery is None else discovery.ordering
+    pairs = None if ordering is None else pairs_of(ordering.pairs, ordering.robust, np.sign(read.scale))
     history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"])
     weights = (dict(model.state_dict()), fitted.architecture)
-    return FittedRun(
+    run = FittedRun(
         info, programs, interventions, edges, history.astype({"epoch": int, "total": float}), evaluation,
         weights=weights, law=model.law, effect_rows=effects, arms=arms, covariates=covariate_table(data, tests["beyond"]), interactions=interactions, ensemble=_seeds(fitted, data, config, interventions, edges), pathways=pathways, pairs=pairs,
         second_targets=None if discovery is None else _second_targets(discovery, data, np.sign(read.scale)),
     )  # fmt: skip
+    return with_contexts(run, data, discovery, read.scale)
 
 
 def with_shift_errors(run: FittedRun, data: PerturbSeqData) -> FittedRun:
@@ -217,17 +221,6 @@ def _hit(discovery: Discovery | None, n: int) -> dict[str, np.ndarray]:
         for c, (share, error) in discovery.ordering.retained.items():
             found["retained"][discovery.acting[c]], found["retained_error"][discovery.acting[c]] = share, error
     return found
-
-
-def _pairs(ordering: Ordering, sign: np.ndarray) -> pd.DataFrame:
-    """``pairs.csv``; ``sign`` (p,) of the latents' programs."""
-    pairs, p = ordering.pairs, len(sign)
-    passed = np.full((p, p), "", dtype=object)
-    for k, i in np.argwhere(pairs.guards.any(0)):
-        passed[k, i] = ", ".join(name for name, on in zip(GUARDS, pairs.guards[:, k, i], strict=True) if on)
-    status = np.asarray(STATUSES, dtype=object)[pairs.status]
-    change = pairs.change * np.outer(sign, sign)
-    return pair_table(change, pairs.error, pairs.fdr, status, passed, pairs.detectable, ordering.robust)
 
 
 def _second_targets(discovery: Discovery, data: PerturbSeqData, sign: np.ndarray) -> pd.DataFrame | None:

@@ -27,6 +27,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from crlseq.data.contexts import levels_of
 from crlseq.data.controls import is_named
 from crlseq.data.guides import with_guide_labels
 from crlseq.data.matrix import Screen, open_screen
@@ -103,7 +104,7 @@ def predict(
     requests, notes = understand(run, [perturbations] if isinstance(perturbations, str) else list(perturbations))
     if n_cells is not None and n_cells < 1:
         raise UsageError(f"{n_cells} cells were requested.", "Request at least one.")
-    x, cells = _start(run, source, n_cells, counterfactual, seed, notes)
+    x, cells = _start(run, source, n_cells, counterfactual, seed, notes, requests)
     for text in notes:
         note(text)
     unseen = sorted({name for request in requests for name in request.unseen})
@@ -227,7 +228,13 @@ def _generator(seed: int, purpose: int) -> torch.Generator:
 
 
 def _start(
-    run: Run, source: str | Path | ad.AnnData | None, n_cells: int | None, paired: bool, seed: int, notes: list[str]
+    run: Run,
+    source: str | Path | ad.AnnData | None,
+    n_cells: int | None,
+    paired: bool,
+    seed: int,
+    notes: list[str],
+    requests: Sequence[Request],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Control cells to start from, (n, G) float32 in the space of the fit, and their names (n,); adds to `notes`."""
     record, own = run.preprocessing, source is None
@@ -240,7 +247,7 @@ def _start(
         if len(alignment.present) < alignment.n_fitted and run.path is None:
             record.columns(screen)  # nothing to fill them with: says which are missing
         notes += about
-        controls = _controls(run, screen, source, own, notes)
+        controls = _of_context(run, screen, requests, _controls(run, screen, source, own, notes), notes)
         wanted = min(N_CELLS, len(controls)) if n_cells is None else n_cells
         if wanted > len(controls):
             if paired:
@@ -259,6 +266,27 @@ def _start(
         if len(alignment.present) < alignment.n_fitted:
             x = alignment.filled(x, control_mean(run))
         return x[again], screen.obs.index.astype(str).to_numpy()[index][again]
+
+
+def _of_context(
+    run: Run, screen: Screen, requests: Sequence[Request], controls: np.ndarray, notes: list[str]
+) -> np.ndarray:
+    """The controls of the context that is asked for, or all where several are."""
+    about, asked = run.facts.contexts, run.interventions
+    contexts = {asked["context"].iloc[part] for request in requests for part in request.parts} if about else set()
+    if about is None or about.key not in screen.obs or not contexts:
+        return controls
+    if len(contexts) > 1:
+        notes.append("Cells start from controls of all contexts; ask for perturbations of one to start from its own.")
+        return controls
+    names, code = levels_of(screen.obs[about.key])
+    own = controls[code[controls] == names.index(context)] if (context := contexts.pop()) in names else controls[:0]
+    if not len(own):
+        raise InputError(
+            f"{screen.source} has no control cells in context {context!r}.",
+            "Give cells of the context that you ask for.",
+        )
+    return own
 
 
 def control_mean(run: Run) -> np.ndarray:

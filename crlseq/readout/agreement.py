@@ -16,7 +16,8 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.mean_effects import MIN_CELLS, controls_by_batch, mean_effect
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.readout.programs import Interventions, Programs
-from crlseq.run.schema import AGREEMENT, DETECTABLE_FDR
+from crlseq.run.columns import AGREEMENT
+from crlseq.run.schema import DETECTABLE_FDR
 
 LEAST, MOST = 0.5, 2.0  # measured over told effect, along it: beyond, the program is not what the perturbation does
 

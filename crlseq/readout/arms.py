@@ -16,7 +16,8 @@ from scipy.stats import rankdata, t
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.positions import Positions, names_of
 from crlseq.discovery.effects import benjamini_hochberg
-from crlseq.run.schema import ARM_COLUMNS, DETECTABLE_FDR
+from crlseq.run.columns import ARM_COLUMNS
+from crlseq.run.schema import DETECTABLE_FDR
 
 FEWEST_GENES = 5  # of a stretch: fewer can fall together for one reason of their own
 FEWEST_STRETCHES = 5  # as long, that fit on the other chromosomes: fewer do not tell their spread

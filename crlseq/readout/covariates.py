@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.run.schema import COVARIATE_COLUMNS
+from crlseq.run.columns import COVARIATE_COLUMNS
 from crlseq.run.tables import significant
 
 

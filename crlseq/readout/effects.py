@@ -49,7 +49,7 @@ class Effect(NamedTuple):
 def effect_table(
     data: PerturbSeqData, programs: Programs, interventions: Interventions, penetrance: np.ndarray
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray], pd.DataFrame | None]:
-    """`crlseq.run.schema.EFFECT_COLUMNS` of single perturbations with at least two cells, the surest gene of each first;
+    """`crlseq.run.columns.EFFECT_COLUMNS` of single perturbations with at least two cells, the surest gene of each first;
     by perturbation (K,) what the table says of its own transcript: ``knock_down, knock_down_se``; and `ARM_COLUMNS` where
     positions of genes are known. ``penetrance`` (K,).
 

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.readout.programs import DECLARED_WEIGHT, find_programs
-from crlseq.run.schema import ENSEMBLE_COLUMNS
+from crlseq.run.columns import ENSEMBLE_COLUMNS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pandas as pd
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.readout.effects import control_sums, measured_effect, own_transcript
-from crlseq.run.schema import GUIDE_COLUMNS
+from crlseq.run.columns import GUIDE_COLUMNS
 
 
 def guide_table(data: PerturbSeqData, guides: pd.DataFrame, hit: np.ndarray | None) -> pd.DataFrame:

@@ -29,7 +29,7 @@ import torch
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.discovery.effects import benjamini_hochberg
-from crlseq.run.schema import INTERACTION_COLUMNS
+from crlseq.run.columns import INTERACTION_COLUMNS
 from crlseq.threads import counted
 from crlseq.training.combinations import FittedLaw, Measured
 
@@ -39,7 +39,7 @@ N_EXCHANGES = 2000
 
 
 def interaction_table(data: PerturbSeqData, fitted: FittedLaw, seed: int) -> pd.DataFrame:
-    """`crlseq.run.schema.INTERACTION_COLUMNS`, a row a measured combination, then one a perturbation of enough of them."""
+    """`crlseq.run.columns.INTERACTION_COLUMNS`, a row a measured combination, then one a perturbation of enough of them."""
     rng = np.random.default_rng([seed, 14])
     rows = [*_combinations(data, fitted.measured, rng), *_perturbations(data, fitted, rng)]
     table = pd.DataFrame(rows, columns=[name for name in INTERACTION_COLUMNS if name not in ("fdr", "class")] + ["p"])

@@ -144,6 +144,8 @@ def _context(run: Run, enriched: pd.DataFrame | None) -> dict[str, Any]:
         "n_arms": 0 if run.arms is None else len(run.arms),
         "n_lost": 0 if run.arms is None else int(run.arms["lost"].sum()),
         "covariates": covariate_charts(run),
+        "contexts": [] if run.contexts is None else run.contexts[:ROWS].to_dict("records"),
+        "n_contexts": 0 if run.contexts is None else len(run.contexts),
         "combined": combinations_in_words(run.facts),
         "interactions": [] if run.interactions is None else run.interactions[:ROWS].to_dict("records"),
         "n_interactions": 0 if run.interactions is None else len(run.interactions),

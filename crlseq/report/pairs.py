@@ -18,12 +18,14 @@ def pair_matrix(run: Run) -> dict[str, Any] | None:
     names, table = run.program_names, told(run.pairs, run.facts)
     labels = {program.name: program.label for program in run.facts.programs}
     marks = matrix(run.pairs, names)
-    about = {
-        (k, i): {"look": _look(status, change), "about": f"{k} ({labels[k]}) → {i} ({labels[i]})\n{sentence}"}
-        for k, i, status, change, sentence in zip(
-            table["source"], table["target"], table["status"], table["change"], table["sentence"], strict=True
+    about: dict[tuple[str, str], dict[str, str]] = {}
+    for row in table.to_dict("records"):
+        k, i = row["source"], row["target"]
+        own = about.setdefault(
+            (k, i),
+            {"look": _look(row["status"], row["change"]), "about": f"{k} ({labels[k]}) → {i} ({labels[i]})"},
         )
-    }
+        own["about"] += f"\n{row['sentence']}"
     rows = [{"name": k, "cells": [about.get((k, i), {}) | {"mark": marks.loc[k, i]} for i in names]} for k in names]
     groups: list[dict[str, Any]] = []
     left = ROWS

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from crlseq.errors import InputError
-from crlseq.run.schema import CELL_COLUMNS, RunInfo, run_json
+from crlseq.run.columns import CELL_COLUMNS
+from crlseq.run.schema import RunInfo, run_json
 from crlseq.storage.hdf5 import hdf5_target, write_h5ad
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 
 from crlseq.errors import InputError
-from crlseq.run.schema import EFFECT_COLUMNS, Bootstrap, RunInfo
+from crlseq.run.columns import CONTEXT, EFFECT_COLUMNS
+from crlseq.run.schema import Bootstrap, RunInfo
 from crlseq.storage.csv import read_csv
 
 # Columns of programs, by table.
-NAMED = {"dag": ("source", "target"), "pairs": ("source", "target"), "pathways": ("program",), "second_targets": ("program",)}  # fmt: skip
+NAMED = {"dag": ("source", "target"), "pairs": ("source", "target"), "pathways": ("program",), "contexts": ("program",), "second_targets": ("program",)}  # fmt: skip
 
 
 def check_consistency(facts: RunInfo, genes: Sequence[str], tables: Mapping[str, pd.DataFrame]) -> None:
@@ -48,7 +49,7 @@ def check_consistency(facts: RunInfo, genes: Sequence[str], tables: Mapping[str,
 def read_effects(path: Path, perturbations: Sequence[str], genes: Sequence[str]) -> pd.DataFrame:
     """``effects.csv`` of a run with these perturbations and genes; InputError if it is damaged or of another run."""
     try:
-        table = read_csv(path, EFFECT_COLUMNS, {"symbol": str})
+        table = read_csv(path, EFFECT_COLUMNS, {"symbol": str} | CONTEXT)
         _check_names(path.name, table["perturbation"].unique(), {*perturbations})
         _check_names(path.name, table["gene"].unique(), {*genes})
         _check(not table.duplicated(["perturbation", "gene"]).any(), f"{path.name} has a perturbation and gene twice")
@@ -83,10 +84,15 @@ def _check_names(where: str, names: Iterable[str], known: set[str]) -> None:
 
 
 def _check_pairs(edges: pd.DataFrame, pairs: pd.DataFrame | None, programs: Sequence[str]) -> None:
-    graph: nx.DiGraph[str] = nx.DiGraph([*zip(edges["source"], edges["target"], strict=True)])
-    _check(graph.number_of_edges() == len(edges), "dag.csv has an edge twice")
-    _check(nx.is_directed_acyclic_graph(graph), "dag.csv has a cycle")
+    by = ["source", "target", *(["context"] if "context" in edges else [])]
+    _check(not edges.duplicated(by).any(), "dag.csv has an edge twice")
+    contexts = {"", *edges.get("context", ())}
+    for context in sorted(contexts):  # each with what all share
+        own = edges[edges["context"].isin(["", context])] if "context" in edges else edges
+        graph: nx.DiGraph[str] = nx.DiGraph([*zip(own["source"], own["target"], strict=True)])
+        _check(nx.is_directed_acyclic_graph(graph), "dag.csv has a cycle")
     if pairs is not None:
         of = {*zip(pairs["source"], pairs["target"], strict=True)}
         every = {(a, b) for a in programs for b in programs if a != b}
-        _check(len(pairs) == len(of) and of == every, "pairs.csv does not have every pair of programs once")
+        twice = pairs.duplicated(["source", "target", *(["context"] if "context" in pairs else [])]).any()
+        _check(not twice and of == every, "pairs.csv does not have every pair of programs once")

@@ -10,6 +10,7 @@ import pandas as pd
 
 from crlseq.errors import few
 from crlseq.run.arms import losses_in_words, programs_in_words
+from crlseq.run.contexts import contexts_in_words
 from crlseq.run.covariates import covariates_in_words
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
@@ -28,7 +29,9 @@ FOUND, DOUBTED, UNTESTED = "found", "guess", "not resampled"
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding: what it is about (a program, or ``effects``, ``unseen``, ``covariates``, ``graph``), how sure it is, and in words."""
+    """One finding: what it is about (a program, or ``effects``, ``unseen``, ``contexts``, ``covariates``, ``graph``), how sure it is,
+    and in words.
+    """
 
     about: str
     certainty: str  # `FOUND`, `DOUBTED` or `UNTESTED`
@@ -51,6 +54,8 @@ def findings(run: Run, enriched: pd.DataFrame | None = None) -> list[Finding]:
     found += [of_program(run, program, verb, enriched) for program in run.described.values()]
     if unseen := not_seen(run.interventions):
         found.append(Finding("unseen", FOUND, unseen))
+    if differ := contexts_in_words(run):
+        found.append(Finding("contexts", FOUND, " ".join(differ)))
     return [*found, *of_covariates, Finding("graph", FOUND, of_graph(run))]
 
 
@@ -253,6 +258,7 @@ def of_graph(run: Run) -> str:
         called = {name: f"{name} ({program.drivers['perturbation'].iloc[0]})" if len(program.drivers) else name for name, program in run.described.items()}  # fmt: skip
         acts = [
             f"{called[row['source']]} {'raises' if row['weight'] > 0 else 'lowers'} {called[row['target']]}"
+            + (f" in {row['context']}" if row.get("context") else "")
             + (", a guess" if row["support"] < GUESS else "")
             for row in strongest.to_dict("records")
         ]
@@ -287,6 +293,8 @@ def power_of_pairs(run: Run) -> list[str]:
     if open_:
         one = open_ == 1
         words.append(f"{open_} of {all_} directions {'shows' if one else 'show'} a change that something else may explain, or nearly one.")  # fmt: skip
+    if words and len(run.pairs) > run.facts.n_latents * (run.facts.n_latents - 1):
+        words.append("Directions in which contexts differ are counted in each.")
     return words
 
 

@@ -27,6 +27,11 @@ def dag_graph(programs: Sequence[ProgramRow], edges: pd.DataFrame, identificatio
         attributes = {"weight": float(row["weight"]), "identified": str(row["identified"])}
         if not np.isnan(row["support"]):
             attributes["support"] = float(row["support"])
+        if row.get("context"):  # of several the strongest has the weight
+            before = graph.get_edge_data(row["source"], row["target"], {"weight": 0.0})
+            if abs(before["weight"]) > abs(attributes["weight"]):
+                attributes["weight"] = before["weight"]
+            attributes["context"] = ", ".join(filter(None, [before.get("context"), row["context"]]))
         graph.add_edge(row["source"], row["target"], **attributes)
     return graph
 
@@ -87,5 +92,7 @@ def dag_text(graph: nx.DiGraph[str]) -> str:
         lines.append(f"{name}  {label[name]}")
         for target in targets:
             branch = "└" if target == targets[-1] else "├"
-            lines.append(f"  {branch}─▶ {target}  {label[target]}  ({graph.edges[name, target]['weight']:+.2f})")
+            edge = graph.edges[name, target]
+            where = f" in {edge['context']}" if "context" in edge else ""
+            lines.append(f"  {branch}─▶ {target}  {label[target]}  ({edge['weight']:+.2f}{where})")
     return "\n".join(lines) + "\n"

@@ -122,7 +122,10 @@ def told(pairs: pd.DataFrame, facts: RunInfo) -> pd.DataFrame:
     """``pairs.csv`` of a run with a column ``sentence``."""
     assert facts.discovery is not None and facts.discovery.pairs is not None
     size, rows = facts.discovery.pairs.size, _rows(pairs)
-    return pairs.assign(sentence=pd.Series([sentence(row, size) for row in rows], pairs.index, dtype=object))
+    told_ = [
+        f"In {row['context']}: {sentence(row, size)}" if row.get("context") else sentence(row, size) for row in rows
+    ]
+    return pairs.assign(sentence=pd.Series(told_, pairs.index, dtype=object))
 
 
 def _rows(pairs: pd.DataFrame) -> list[dict[str, Any]]:
@@ -136,9 +139,11 @@ def mark(pair: Mapping[str, Any]) -> str:
 
 
 def matrix(pairs: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Marks of all pairs, sources by targets, both in the order of ``names``; the diagonal is empty."""
+    """Marks of all pairs, sources by targets, both in the order of ``names``; the diagonal is empty. Where contexts differ,
+    theirs are joined by "/".
+    """
     marks = pairs.assign(mark=pd.Series([mark(pair) for pair in _rows(pairs)], pairs.index, dtype=object))
-    wide = marks.pivot(index="source", columns="target", values="mark")
+    wide = marks.groupby(["source", "target"])["mark"].agg("/".join).unstack()
     return wide.reindex(index=list(names), columns=list(names)).fillna("")
 
 
@@ -157,7 +162,9 @@ def counts(pairs: pd.DataFrame) -> str:
     for status, part in by_status(pairs).items():
         twice = f" ({len(part) // 2} seen from either side)" if status == "both ways" else ""
         parts.append(f"{len(part)} {status}{twice}")
-    return f"{len(pairs)} ordered pairs: {', '.join(parts)}" if parts else "one program, so no pair"
+    n = len(pairs.drop_duplicates(["source", "target"]))
+    apart = f", with a status by context in {n - int((pairs['context'] == '').sum())}" if "context" in pairs else ""
+    return f"{n} ordered pairs{apart}: {', '.join(parts)}" if parts else "one program, so no pair"
 
 
 def legend(pairs: pd.DataFrame) -> list[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ import pandas as pd
 from crlseq._version import __version__
 from crlseq.config import Config
 from crlseq.errors import InputError, in_a_line
-from crlseq.run import schema
+from crlseq.run import columns, schema
 from crlseq.run.anndata import add_effects, anndata_keys, read_cells, set_keys, write_annotated
 from crlseq.run.consistency import check_consistency, read_effects
 from crlseq.run.graph import ancestry, dag_graph, dag_json, declared_order, graphml
@@ -62,7 +62,7 @@ class Run:
     path
         The folder, None for a run that was not written.
     weights, law, cells, map
-        State and architecture of the model, and its law of combination; `crlseq.run.schema.CELL_COLUMNS` by the name of the cell; from gene vectors
+        State and architecture of the model, and its law of combination; `crlseq.run.columns.CELL_COLUMNS` by the name of the cell; from gene vectors
         to perturbations never seen, where the fit was given embeddings. None: read from the folder when first needed.
     ensemble
         ``kind, source, target, agreement, mean, sd``: what models of other seeds agree on; None for one seed.
@@ -82,6 +82,8 @@ class Run:
         ``perturbation, chromosome, arm, part, n_genes, ...``: do genes beside the target fall together? None without positions.
     covariates
         ``perturbation, covariate, level, n_cells, mean, ...``: what perturbations do to covariates; None without any.
+    contexts
+        ``perturbation, program, context, other, shift, ...``: do contexts differ in its effect? None without contexts.
     effect_rows
         `effects`; None: read from the folder when first needed.
     source
@@ -107,6 +109,7 @@ class Run:
     guides: pd.DataFrame | None = field(default=None, repr=False)
     arms: pd.DataFrame | None = field(default=None, repr=False)
     covariates: pd.DataFrame | None = field(default=None, repr=False)
+    contexts: pd.DataFrame | None = field(default=None, repr=False)
     effect_rows: pd.DataFrame | None = field(default=None, repr=False)
     source: str | Path | ad.AnnData | None = field(default=None, repr=False)
 
@@ -303,7 +306,7 @@ class Run:
             effects = None if effects is None else effects.rename(index=called)
         known = read_cells(self.folder / "crlseq.h5ad") if self.cells is None else self.cells
         known = known.reindex(cells.astype(str))
-        known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(schema.SPLIT)
+        known["crlseq_split"] = known["crlseq_split"].astype(object).fillna("unused").astype(columns.SPLIT)
         more, latents = {"pairs": self.pairs, "second_targets": self.second_targets}, self.latents(source)
         keys = anndata_keys(self.info, self.facts, programs, self.interventions, more, genes, fitted, latents, known)
         if effects is not None:
@@ -360,12 +363,16 @@ class Run:
             if info["format"] not in schema.READABLE:
                 raise ValueError(f"its format is {info['format']}; this version reads {min(schema.READABLE)} and later")
             facts = RunInfo.read(info)
-            later = {"programs": schema.LATER_PROGRAMS, "interventions": schema.HIT | schema.AGREEMENT}
+            later = {
+                "programs": columns.LATER_PROGRAMS,
+                "interventions": columns.HIT | columns.AGREEMENT | columns.CONTEXT,
+                "dag": columns.CONTEXT,
+            }
             programs, interventions, edges, history, evaluation = (
-                read_csv(folder / f"{name}.csv", schema.COLUMNS[name], later.get(name, {})) for name in files.TABLES
+                read_csv(folder / f"{name}.csv", columns.COLUMNS[name], later.get(name, {})) for name in files.TABLES
             )
             own: dict[str, Any] = {
-                name: read_csv(folder / f"{name}.csv", columns) for name, columns in schema.own_tables(facts).items()
+                name: read_csv(folder / f"{name}.csv", kinds) for name, kinds in schema.own_tables(facts).items()
             }
             tables = {"programs": programs, "interventions": interventions, "dag": edges, **own}
             check_consistency(facts, info["preprocessing"]["genes"], tables)

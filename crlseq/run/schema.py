@@ -1,4 +1,4 @@
-"""What a run folder holds: the columns of its tables, and ``run.json`` with types."""
+"""What a run folder holds: ``run.json`` with types, and which tables."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
 
 from crlseq.config import FACTORS, NETWORKS
+from crlseq.run.columns import (
+    ARM_COLUMNS,
+    CONTEXT,
+    CONTEXT_COLUMNS,
+    COVARIATE_COLUMNS,
+    ENSEMBLE_COLUMNS,
+    GUIDE_COLUMNS,
+    INTERACTION_COLUMNS,
+    PAIR_COLUMNS,
+    PATHWAY_COLUMNS,
+    SECOND_COLUMNS,
+)
 from crlseq.storage.text import to_json
 
 FORMAT = 4
@@ -18,66 +29,6 @@ WITH_EFFECTS = 4  # the format from which on runs have effects on genes
 MAX_JSON = 256 << 20  # bytes; that of a genome-wide screen has some 10 MiB
 DETECTABLE_FDR = 0.05
 PROGRAM_NUMBERS = ("variance_explained", "effect_explained", "stability")
-
-# Columns that each table has at least; more may follow in later versions.
-COLUMNS: dict[str, dict[str, type]] = {
-    "programs": {"program": str, "gene": str, "loading": float, "total_effect": float, "rank": int},
-    "interventions": {
-        "perturbation": str, "program": str, "weight": float, "shift": float, "retention": float,
-        "n_cells": int, "p_value": float, "fdr": float, "energy_distance": float, "noise_scale": float, "support": float,
-    },
-    "dag": {"source": str, "target": str, "weight": float, "support": float, "identified": str},
-    "history": {"epoch": int, "total": float},
-    "evaluation": {
-        "condition": str, "split": str, "n_cells": int, "mmd2": float, "mmd2_no_change": float,
-        "pearson_delta": float, "l2": float, "l2_no_change": float, "pearson_delta_training": float,
-        "pearson_delta_mean": float, "l2_training": float, "l2_mean": float,
-    },
-}  # fmt: skip
-HIT: dict[str, type] = {  # of interventions, since format 2
-    "penetrance": float, "penetrance_error": float, "retained": float, "retained_error": float,
-}  # fmt: skip
-AGREEMENT: dict[str, type] = {  # of interventions with the cells: `crlseq.readout.agreement`, since format 3
-    "shift_se": float, "knock_down": float, "knock_down_se": float, "explained": float, "agrees": float,
-    "agrees_se": float, "disagrees": float,
-}  # fmt: skip
-PAIR_COLUMNS: dict[str, type] = {
-    "source": str, "target": str, "change": float, "se": float, "z": float, "z_reversed": float, "fdr": float,
-    "status": str, "guards": str, "detectable": float, "robust": bool,
-}  # fmt: skip
-SECOND_COLUMNS: dict[str, type] = {
-    "perturbation": str, "program": str, "shift": float, "se": float, "z": float, "fdr": float
-}  # fmt: skip
-EFFECT_COLUMNS: dict[str, type] = {
-    "perturbation": str, "gene": str, "change": float, "se": float, "log2_fold_change": float,
-    "log2_fold_change_se": float, "p_value": float, "fdr": float, "program_part": float, "residual": float,
-}  # fmt: skip
-INTERACTION_COLUMNS: dict[str, type] = {
-    "perturbations": str, "scope": str, "n": int, "term": float, "error": float, "fdr": float, "similarity": float,
-    "masking": float, "class": str,
-}  # fmt: skip
-# Of programs: with a sparse decoder alone; where the screen has symbols beside identifiers.
-LATER_PROGRAMS: dict[str, type] = {"anchor": bool, "symbol": str}
-ENSEMBLE_COLUMNS = {"kind": str, "source": str, "target": str, "agreement": float, "mean": float, "sd": float}
-GUIDE_COLUMNS: dict[str, type] = {
-    "guide": str, "perturbation": str, "n_cells": int, "strength": float, "strength_se": float, "fdr": float, "weak": bool,
-    "knock_down": float, "knock_down_se": float, "penetrance": float,
-}  # fmt: skip
-ARM_COLUMNS: dict[str, type] = {
-    "perturbation": str, "chromosome": str, "arm": str, "part": str, "n_genes": int, "change": float, "se": float,
-    "p_value": float, "fdr": float, "lost": bool, "program_part": float, "program_p_value": float, "program_fdr": float,
-}  # fmt: skip
-COVARIATE_COLUMNS: dict[str, type] = {
-    "perturbation": str, "covariate": str, "level": str, "n_cells": int, "mean": float, "control": float, "difference": float,
-    "se": float, "p_value": float, "fdr": float, "kept": bool, "beyond": float,
-}  # fmt: skip
-PATHWAY_COLUMNS = {
-    "program": str, "gene_set": str, "description": str, "weight": float, "rank": int, "n_genes": int, "same_genes": str,
-}  # fmt: skip
-# Columns of obs: the split; what guides were read as, where a fit was asked for them; and of fits that find targets by
-# likelihood, the probability that a cell was hit by its perturbation.
-CELL_COLUMNS = ("crlseq_split", "crlseq_perturbation", "crlseq_hit")
-SPLIT = pd.CategoricalDtype(["train", "validation", "test", "unused"])
 
 # A path, and what quotes one, may hold undecodable bytes, which pydantic refuses in a string.
 Text = SkipValidation[str]
@@ -256,6 +207,15 @@ class CombinationSummary(_Part):
     by_equations: int  # pairs of perturbations that the structural equations combine
 
 
+class ContextSummary(_Part):
+    """Contexts of cells, and of how many pairs of programs it was tested, and seen, that they differ."""
+
+    key: str
+    names: list[str]
+    pairs_tested: int
+    pairs_differ: int
+
+
 class Positions(_Part):
     """Of genes on chromosomes, for ``arms.csv``."""
 
@@ -336,6 +296,7 @@ class RunInfo(_Part):
     metrics: Metrics
     embeddings: dict[str, Any] | None
     positions: Positions | None = None  # where genes lie, if that is known
+    contexts: ContextSummary | None = None  # where cells are in several
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -381,12 +342,13 @@ def own_tables(facts: RunInfo) -> dict[str, dict[str, type]]:
     there: dict[str, tuple[dict[str, type], bool]] = {
         "ensemble": (ENSEMBLE_COLUMNS, facts.config.training.ensemble > 1),
         "pathways": (PATHWAY_COLUMNS, facts.gene_sets is not None),
-        "pairs": (PAIR_COLUMNS, ordered),
+        "pairs": (PAIR_COLUMNS if facts.contexts is None else PAIR_COLUMNS | CONTEXT, ordered),
         "second_targets": (SECOND_COLUMNS, ordered),
         "interactions": (INTERACTION_COLUMNS, facts.combinations is not None and facts.combinations.n_measured > 0),
         "guides": (GUIDE_COLUMNS, "n_compared" in (facts.guides or {})),
         "arms": (ARM_COLUMNS, facts.positions is not None),
         "covariates": (COVARIATE_COLUMNS, bool(facts.config.data.covariates)),
+        "contexts": (CONTEXT_COLUMNS, facts.contexts is not None),
     }
     return {name: columns for name, (columns, has) in there.items() if has}
 

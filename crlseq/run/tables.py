@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from crlseq.data.names import GeneNames
-from crlseq.run.schema import AGREEMENT, DETECTABLE_FDR, HIT
+from crlseq.run.columns import AGREEMENT, HIT
+from crlseq.run.schema import DETECTABLE_FDR
 
 LABEL_DRIVERS = 3
 DIGITS = 6  # of a table that is large
@@ -109,7 +110,7 @@ def second_target_table(
     z: np.ndarray,
     fdr: np.ndarray,
 ) -> pd.DataFrame:
-    """`crlseq.run.schema.SECOND_COLUMNS` of the second targets that are seen: ``perturbations`` and their ``target`` (K,),
+    """`crlseq.run.columns.SECOND_COLUMNS` of the second targets that are seen: ``perturbations`` and their ``target`` (K,),
     and what each does to every program (K, p).
     """
     seen = (fdr <= DETECTABLE_FDR) & (np.arange(fdr.shape[1]) != target[:, None])
@@ -131,7 +132,7 @@ def pair_table(
     detectable: np.ndarray,
     robust: np.ndarray,
 ) -> pd.DataFrame:
-    """`crlseq.run.schema.PAIR_COLUMNS` of every ordered pair, all arguments (p, p), ``status`` and ``guards`` in words."""
+    """`crlseq.run.columns.PAIR_COLUMNS` of every ordered pair, all arguments (p, p), ``status`` and ``guards`` in words."""
     p = len(change)
     names, off = np.asarray(program_names(p), dtype=object), ~np.eye(p, dtype=bool)
     source, target = np.nonzero(off)

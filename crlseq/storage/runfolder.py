@@ -18,8 +18,10 @@ from crlseq.storage.files import final_name, refuse_existing, refuse_special, sy
 
 TABLES = ("programs", "interventions", "dag", "history", "evaluation")  # each a file .csv
 # Likewise, of fits with several seeds, gene sets, targets found by likelihood (both), measured combinations, guides,
-# positions of genes, and covariates: `crlseq.run.schema.own_tables`.
-OPTIONAL_TABLES = ("ensemble", "pathways", "pairs", "second_targets", "interactions", "guides", "arms", "covariates")
+# positions of genes, covariates, and contexts: `crlseq.run.schema.own_tables`.
+OPTIONAL_TABLES = (
+    *("ensemble", "pathways", "pairs", "second_targets", "interactions", "guides", "arms", "covariates", "contexts"),
+)
 EFFECTS = "effects.csv"  # since format 4
 GENE_SETS = "gene_sets.gmt"  # of fits with gene sets alone
 IDENTITY = "identity.json"  # of an unfinished fit alone: what it fits

@@ -15,8 +15,8 @@ import pytest
 import crlseq
 from crlseq.cli.export import KINDS
 from crlseq.export.registry import FORMATS
+from crlseq.run.columns import COLUMNS
 from crlseq.run.run import Run
-from crlseq.run.schema import COLUMNS
 from tests.support import Answer, dense, invoke, small_screen, succeeds
 
 SAYS = "None of the 6 perturbations has a detectable effect"

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from crlseq.config import DataConfig
 from crlseq.data import dataset, splits, storewriter
 from crlseq.data.batches import ControlPartners, epoch_batches
-from crlseq.data.dataset import PerturbSeqData, StreamedExpression, read_data
+from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.prepare import prepare
 from crlseq.data.store import MANIFEST, ShardedVector, StoredMatrix, read_manifest, verify
+from crlseq.data.streamed import StreamedExpression
 from crlseq.errors import InputError
 from tests.support import clear_screen, dense
 

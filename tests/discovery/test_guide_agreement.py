@@ -16,7 +16,7 @@ from crlseq.config import DataConfig
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.projection import principal_components
 from crlseq.discovery.guide_agreement import guide_agreement, probabilities, without_guides
-from crlseq.run.schema import GUIDE_COLUMNS
+from crlseq.run.columns import GUIDE_COLUMNS
 from tests.support import invoke
 
 SCREEN = {"n_latents": 4, "n_genes": 200, "cells_per_perturbation": 200, "n_control": 1000}

@@ -20,7 +20,7 @@ from crlseq.errors import InputError
 from crlseq.readout.arms import Genome, arm_rows, arm_table, beside_windows
 from crlseq.readout.effects import control_sums, measured_effect
 from crlseq.run.arms import losses_in_words, programs_in_words
-from crlseq.run.schema import ARM_COLUMNS
+from crlseq.run.columns import ARM_COLUMNS
 from tests.support import check_refusal, files_of, invoke
 
 GENES_EACH, APART = 20, 6_000_000  # of 22 chromosomes, so far apart

@@ -17,8 +17,8 @@ from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.readout import effects
 from crlseq.readout.effects import PRIOR_CELLS, control_sums, effect_table, measured_effect
 from crlseq.readout.programs import Interventions, Programs
+from crlseq.run.columns import EFFECT_COLUMNS
 from crlseq.run.consistency import read_effects
-from crlseq.run.schema import EFFECT_COLUMNS
 from crlseq.run.tables import effect_matrix, significant
 from crlseq.storage.csv import to_csv
 

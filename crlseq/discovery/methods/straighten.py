@@ -114,10 +114,12 @@ def train_once(
     """One training from the axes of ``targets`` (K,); None if free latents have a misfit of `worst` or more."""
     values, _, own = components.training()
     axes = exogenous_axes(values.numpy(), own.numpy(), targets.numpy(), p)[1]
-    network = Straightener(values, own, torch.from_numpy(axes), seed, device_for(OPERATIONS, task.device))
+    network = Straightener(
+        values, own, torch.from_numpy(axes), seed, device_for(OPERATIONS, task.device), components.tied
+    )
 
     def latents() -> Cells:
-        return Cells(*network.encode(components.values), components.environment, components.train)
+        return Cells(*network.encode(components.values), components.environment, components.train, tied=components.tied)
 
     for free in FREE:
         network.train(free)

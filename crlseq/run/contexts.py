@@ -1,0 +1,71 @@
+"""Contexts in words: in which perturbations they differ, and where a difference could not have been seen."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from crlseq.run.run import Run
+from crlseq.run.schema import DETECTABLE_FDR
+
+POWER = 1.96 + 0.84  # standard errors that are seen with a probability of 80 %
+COMPARED = 3  # comparisons of two contexts that are told
+
+
+def contexts_in_words(run: Run) -> list[str]:
+    """A sentence or two for each two contexts, and one on pairs of programs; nothing of a run without contexts."""
+    about = run.facts.contexts
+    if run.contexts is None or about is None:
+        return []
+    fdr = dict(zip(run.interventions["perturbation"], run.interventions["fdr"], strict=True))
+    words = list[str]()
+    groups = list(run.contexts.groupby(["context", "other"], sort=False))
+    for (a, b), rows in groups[:COMPARED]:
+        words += _compared(str(a), str(b), rows, fdr)
+    if len(groups) > COMPARED:
+        words.append(f"contexts.csv compares {len(groups) - COMPARED} more pairs of contexts.")
+    if about.pairs_tested:
+        words.append(
+            f"What interventions change differs between contexts in {about.pairs_differ} of {about.pairs_tested} ordered pairs "
+            f"of programs (FDR ≤ {DETECTABLE_FDR})."
+        )
+    return words
+
+
+def _compared(a: str, b: str, rows: pd.DataFrame, fdr: dict[str, float]) -> list[str]:
+    """How many perturbations act differently in two contexts; in how many an effect is seen in one alone, and whether the
+    other can be without it.
+    """
+    differ = rows["fdr"] <= DETECTABLE_FDR
+    n, many = int(differ.sum()), len(rows) != 1
+    words = [
+        f"{n} of {len(rows)} perturbation{'s' * many} act{'' if many else 's'} differently in {a} and {b} (FDR ≤ {DETECTABLE_FDR})."
+    ]
+    if not differ.all():
+        least = POWER * rows.loc[~differ, "difference_se"].median()
+        words[0] = (
+            f"{words[0][:-1]}; in half of the others a difference of {least:.2g} SD would have been seen (80 % power)."
+        )
+    seen = {
+        one: rows["perturbation"].map(lambda gene, one=one: fdr.get(f"{gene}@{one}", 1.0) <= DETECTABLE_FDR)
+        for one in (a, b)
+    }
+    for one, other, error in ((a, b, "se_other"), (b, a, "se")):
+        alone = seen[one] & ~seen[other]
+        if sure := int((alone & differ).sum()):
+            least = POWER * rows.loc[alone & differ, error].median()
+            words.append(
+                f"{sure} {'has' if sure == 1 else 'have'} a visible effect in {one} alone: one of {least:.2g} SD would have been seen in {other}."
+            )
+        if open_ := int((alone & ~differ).sum()):
+            words.append(
+                f"{open_} more {'is' if open_ == 1 else 'are'} seen in {one} and not in {other}, but the two may be alike: cells are too few to tell."
+            )
+    return words
+
+
+def differences(run: Run) -> pd.Series:
+    """FDR of the surest difference between contexts of each row of ``interventions``; NaN where there was none to test."""
+    assert run.contexts is not None
+    least = run.contexts.groupby("perturbation")["fdr"].min()
+    gene = run.interventions["perturbation"].str.rpartition("@")[0]
+    return gene.map(least).astype(float)
