@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -20,6 +21,7 @@ from crlseq.readout.programs import Interventions, Programs
 from crlseq.run.columns import EFFECT_COLUMNS
 from crlseq.run.consistency import read_effects
 from crlseq.run.tables import effect_matrix, significant
+from crlseq.storage import csv
 from crlseq.storage.csv import to_csv
 
 
@@ -161,3 +163,10 @@ def test_a_damaged_table_is_refused(tmp_path) -> None:  # type: ignore[no-untype
     path.unlink()
     with pytest.raises(InputError, match="damaged"):
         read_effects(path, ["A"], ["B"])
+
+
+def test_a_table_is_written_in_pieces_as_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pd.DataFrame({"gene": ["=A", "B", "B", "C"], "n": [1, 2, 3, 4], "change": [0.1, np.nan, 3.0, -1e-9]})
+    monkeypatch.setattr(csv, "ROWS", 3)
+    csv.write_csv(table, tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text() == "gene,n,change\n'=A,1,0.1\nB,2,\nB,3,3.0\nC,4,-1e-09\n"
