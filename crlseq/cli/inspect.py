@@ -348,7 +348,7 @@ def pairs(run: RunFolder, json: AsJson = False) -> None:
         show_table(table, "", json)
         return
     if not sys.stdout.isatty():
-        show_table(table.drop(columns="sentence"), "")
+        show_table(table.drop(columns="sentence", errors="ignore"), "")
         return
     for status, part in by_status(table).items():
         about = STATUSES[status]
