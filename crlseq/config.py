@@ -88,11 +88,13 @@ class DataConfig(_Section):
         (),
         "Columns of obs whose effects are taken off, such as donor,age; cell-cycle and log-depth are computed. "
         "May be repeated.",
+        panel="Covariates",
     )
     remove_covariate_effects: bool = _flag(
         False,
         "Take off what perturbations do to covariates, such as an arrest of the cell cycle, or keep and report it.",
-        switch="--remove-covariate-effects/--keep-covariate-effects",
+        panel="Covariates",
+        switch="--remove-covariate-effects/--keep",
     )
     layer: str | None = _flag(None, "Layer with the expression values, or raw for .raw.", unset="X")
     values: Literal["auto", "counts", "log", "continuous"] = _flag("auto", "Kind of expression values.")
