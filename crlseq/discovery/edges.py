@@ -71,21 +71,30 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
 class _Profile:
     """Quadratic model of the profile likelihood of the edges, from which edges can be taken away.
 
-    ``covariance`` (P, p p) of all parameters with the edges, ``value`` (P,) of all parameters, ``on`` (p p) edges.
+    ``value`` and ``variance`` (p p) of the edges given that those taken away are 0, ``on`` (p p) the others. A removal
+    adds a row to ``directions``: what all removals tell of the edges.
     """
 
     def __init__(self, now: Solution, dispersion: float) -> None:
-        model = now.model
-        basis = torch.eye(model.size, model.p**2, dtype=DTYPE)  # G comes first
-        covariance = torch.cholesky_solve(basis, _root(now.information[0]))
-        self.covariance = covariance / float(model.moments.counts.sum()) * dispersion
-        self.value, self.on = now.theta[0].clone(), now.mask[0].flatten().bool()
+        model, self.before = now.model, now.theta[0]
+        self.on = now.mask[0].flatten().bool()
+        self.places = torch.nonzero(self.on)[:, 0]
+        # The edges last, so that the end of the factor is that of their own profile likelihood.
+        fixed = torch.ones(model.size, dtype=torch.bool)
+        fixed[self.places] = False
+        self.others = torch.nonzero(fixed)[:, 0]
+        order, n = torch.cat([self.others, self.places]), len(self.others)
+        root = _root(model.information(now.theta, now.targets, now.mask)[0][order][:, order])
+        self.inside, self.cross = root[:n, :n], root[n:, :n]
+        scale = dispersion / float(model.moments.counts.sum())
+        self.covariance = torch.cholesky_inverse(root[n:, n:]) * scale
+        self.directions = torch.zeros(0, len(self.places), dtype=DTYPE)
+        self.value, self.variance = self.before[: len(self.on)] * self.on, torch.ones(len(self.on), dtype=DTYPE)
+        self.variance[self.places] = self.covariance.diagonal()
 
     def wald(self) -> Tensor:
         """Twice the log-likelihood that each edge is worth (p p), over the dispersion; infinite where there is none."""
-        n = len(self.on)
-        variance = self.covariance[:n].diagonal().clamp_min(1e-30)
-        return torch.where(self.on, self.value[:n] ** 2 / variance, torch.inf)
+        return torch.where(self.on, self.value**2 / self.variance.clamp_min(1e-30), torch.inf)
 
     def weakest(self, threshold: float, cycles_too: bool) -> int | None:
         """The edge below the threshold that is worth least, else with ``cycles_too`` that of a cycle."""
@@ -99,11 +108,22 @@ class _Profile:
         return e
 
     def remove(self, e: int) -> None:
-        """Condition everything on edge ``e`` being 0."""
-        column, row = self.covariance[:, e].clone(), self.covariance[e] / self.covariance[e, e]  # row e of G, G
-        self.value = self.value - self.covariance[:, e] * self.value[e] / self.covariance[e, e]
-        self.covariance.addr_(column, row, alpha=-1)
+        """Condition the other edges on edge ``e`` being 0."""
+        own = int(torch.searchsorted(self.places, e))
+        column = self.covariance[own] - self.directions[:, own] @ self.directions
+        direction = column / column[own].clamp_min(1e-30).sqrt()
+        self.value[self.places] -= direction * (self.value[e] / direction[own])
+        self.variance[self.places] -= direction**2
+        self.directions = torch.cat([self.directions, direction[None]])
         self.on[e] = False
+
+    def parameters(self) -> Tensor:
+        """All parameters (P,) given the edges."""
+        theta, n = self.before.clone(), len(self.on)
+        theta[:n] = self.value * self.on
+        pull = (theta - self.before)[self.places] @ self.cross
+        theta[self.others] -= torch.linalg.solve_triangular(self.inside.T, pull[:, None], upper=True)[:, 0]
+        return theta
 
 
 def _eliminated(now: Solution, dispersion: float, threshold: float) -> Solution:
@@ -122,7 +142,7 @@ def _eliminated(now: Solution, dispersion: float, threshold: float) -> Solution:
         if not gone:
             return now
         mask = profile.on.view_as(now.mask).to(DTYPE)
-        trial = now.refitted(theta=profile.value[None], mask=mask, steps=NEAR_STEPS)
+        trial = now.refitted(theta=profile.parameters()[None], mask=mask, steps=NEAR_STEPS)
         lost = float(trial.nll[0] - now.nll[0]) * 2 * cells / dispersion
         if not lost < cost + threshold:
             trial = min(trial, now.refitted(mask=mask, steps=FAR_STEPS), key=lambda s: float(s.nll[0]))
@@ -130,11 +150,14 @@ def _eliminated(now: Solution, dispersion: float, threshold: float) -> Solution:
 
 
 def _root(information: Tensor) -> Tensor:
-    """Cholesky factor (P, P) of an information, with as much of its diagonal on top as rounding about 0 takes."""
-    diagonal = torch.diag(information.diagonal())
-    root = diagonal
+    """Cholesky factor (P, P) of an information, with as much of its diagonal on top as rounding about 0 takes; what is
+    given is changed.
+    """
+    diagonal = information.diagonal().clone()
+    root = torch.diag(diagonal)
     for power in range(-9, 1):
-        root, failed = torch.linalg.cholesky_ex(information + 10.0**power * diagonal)
+        information.diagonal().copy_(diagonal * (1 + 10.0**power))
+        root, failed = torch.linalg.cholesky_ex(information)
         if not failed:
             break
     return root
@@ -148,13 +171,13 @@ def score_absent(now: Solution) -> tuple[Tensor, Tensor]:
     """
     model, p = now.model, now.model.p
     full = 1 - torch.eye(p, dtype=DTYPE)[None]
-    _, gradient, information = model.information(now.theta, now.targets, full)
+    _, gradient, information = model.score(now.theta, now.targets, full)
+    assert information is not None
     on = torch.ones(model.size, dtype=torch.bool)
     on[: p * p] = now.mask[0].flatten().bool()  # G comes first
     absent = torch.nonzero(~on[: p * p] & full[0].flatten().bool())[:, 0]
-    cross = information[0][absent][:, on]
-    inside = torch.linalg.solve(information[0][on][:, on], cross.T).T
-    left = (information[0].diagonal()[absent] - (inside * cross).sum(1)).clamp_min(1e-30)
+    half = torch.linalg.solve_triangular(_root(information[0][on][:, on]), information[0][on][:, absent], upper=False)
+    left = (information[0].diagonal()[absent] - (half**2).sum(0)).clamp_min(1e-30)
     return absent, float(model.moments.counts.sum()) * gradient[0][absent] ** 2 / left
 
 

@@ -37,6 +37,7 @@ PERTURBATION_RIDGE = 2e-5  # on the parameters of noise scales and retentions, p
 LARGE_SHIFT = 5.0  # a shift's prior deviation: a program that control cells do not vary in keeps a scale
 TURNED_PER_RESTART, TURNED_LEFT = 3, 8  # restarts that differ in loadings: how many, and how many after the race
 MAX_TURN = math.pi / 4  # of a perturbation's leading change in a restart
+INFORMATION_VALUES = 20_000_000  # that are held at once: restarts are solved together as far as these allow
 RESTART_STEPS = 15  # after which restarts are far enough apart to go on with the best alone
 FIXED_LOG_NOISE = -20.0
 NEAR_END = 1.5  # |logit| at which a learned retention starts from a fixed one of 0 or 1
@@ -171,42 +172,45 @@ class LinearModel:
         value: Tensor = root.diagonal(dim1=2, dim2=3).log().sum(2) + 0.5 * trace
         return value
 
-    def information(self, theta: Tensor, targets: Tensor, mask: Tensor) -> Score:
-        """Objective (R,), gradient (R, P) and expected information (R, P, P), all per cell, with a weak ridge."""
-        score = LinearScore(self.implied(theta, targets, mask), self.moments, targets, self.at)
-        score.edges_and_loadings()
-        score.shifts()
-        score.scales()
-        if self.learns_retention:
-            score.retentions()
-        score.noise()
-        score.offset()
+    def score(self, theta: Tensor, targets: Tensor, mask: Tensor, informed: bool = True) -> Score:
+        """Objective (R,), gradient (R, P) and, if asked for, expected information (R, P, P), all per cell, with a weak ridge."""
         ridge = torch.zeros(self.size, dtype=DTYPE)
         ridge[self.at["G"]] = 2 * EDGE_RIDGE
         ridge[self.at["scale"]] = ridge[self.at["retention"]] = PERTURBATION_RIDGE
         ridge[self.at["shift"]] = 1 / (LARGE_SHIFT**2 * self.moments.cells())
-        return score.with_ridge(theta, ridge, self.free(mask))
+        score = LinearScore(self.implied(theta, targets, mask), self.moments, targets, self.at)
+        return score.with_ridge(theta, ridge, self.free(mask), informed)
+
+    def information(self, theta: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """Expected information (R, P, P)."""
+        information = self.score(theta, targets, mask)[2]
+        assert information is not None
+        return information
 
     def solve(self, theta: Tensor, targets: Tensor, mask: Tensor, steps: int = 100) -> Solution:
         """Damped scoring from ``theta`` (R, P), with targets (R, K) and allowed edges (R, p, p) held fixed."""
-        theta, (nll, _, information), converged = solve(
-            lambda there: self.information(there, targets, mask), theta, self.free(mask), self.moments.cells(), steps
-        )
-        return Solution(self, theta, targets, mask, nll, information, converged)
+        at_once = max(1, INFORMATION_VALUES // self.size**2)
+        ends = []
+        for start, own, edges in zip(*(torch.split(each, at_once) for each in (theta, targets, mask)), strict=True):
+
+            def score(there: Tensor, informed: bool, own: Tensor = own, edges: Tensor = edges) -> Score:
+                return self.score(there, own, edges, informed)
+
+            ends.append(solve(score, start, self.free(edges), self.moments.cells(), steps))
+        return Solution(self, *(torch.cat(each) for each in zip(*ends, strict=True)), targets, mask)
 
 
 @cached_on_disk()
 @dataclass(frozen=True)
 class Solution:
-    """Maximum of the likelihood from R starts; ``nll`` (R,) per cell, ``information`` (R, P, P) per cell."""
+    """Maximum of the likelihood from R starts; ``nll`` (R,) per cell."""
 
     model: LinearModel
     theta: Tensor
+    nll: Tensor
+    converged: Tensor
     targets: Tensor
     mask: Tensor
-    nll: Tensor
-    information: Tensor
-    converged: Tensor
 
     def best(self) -> Solution:
         """The restart with the best likelihood alone (R = 1)."""
