@@ -142,8 +142,8 @@ def test_an_information_that_rounding_made_indefinite() -> None:
     basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     information = basis @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 1.0, 0.5, -1e-8], dtype=torch.float64)) @ basis.T
     assert torch.linalg.cholesky_ex(information + 1e-9 * torch.diag(information.diagonal()))[1] > 0
-    root = edges._root(information)
+    root = edges._root(information.clone())
     torch.testing.assert_close(root @ root.T, information, rtol=0, atol=1e-6)
     sound = information + torch.eye(6, dtype=torch.float64)
-    root = edges._root(sound)
+    root = edges._root(sound.clone())
     torch.testing.assert_close(root @ root.T, sound + 1e-9 * torch.diag(sound.diagonal()), rtol=0, atol=1e-14)
