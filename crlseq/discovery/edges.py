@@ -46,7 +46,8 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
 
     Backward: on the quadratic model of the profile likelihood the edge whose loss costs least goes, until every
     edge left is worth the threshold and no cycle is left; at most half of the doubtful ones between two refits.
-    Forward: the absent edge with the best score test comes back if worth it and it closes no cycle.
+    Forward: absent edges with the best score tests come back if worth it and they close no cycle, and those go again that
+    others make superfluous: where one is missing, all that could stand for it pass.
     Last: where the model does not describe the moments edges with ``|G| < min_effect`` go, since misfit of the mixing
     makes small ones that are significant; up to there the limit grows with the misfit beyond chance, from 0 at 1.
     It is the whole one where retentions are learned, since a retention that is off makes small edges too.
@@ -59,7 +60,10 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
         more = _with_absent(now, threshold * phi)
         if more is None:
             break
-        now = now.refitted(mask=more, steps=NEAR_STEPS)
+        grown = _eliminated(now.refitted(mask=more, steps=NEAR_STEPS), phi, threshold)
+        if torch.equal(grown.mask, now.mask):
+            break
+        now = grown
     beyond = max(0.0, phi - CHANCE * of_model.error - 1)
     share = 1.0 if now.model.learns_retention else min(1.0, beyond / (DESCRIBED - 1))
     small = (now.adjacency().abs() < share * min_effect) & now.mask[0].bool()

@@ -37,7 +37,7 @@ def solve(
     for those that may move. The number of ``cells`` turns objective and information per cell into those of the data.
 
     An information serves as many steps as it costs gradients, with BFGS updates (Nocedal 1980, Mathematics of Computation
-    35), unless one leads nowhere.
+    35), unless one leads nowhere. ``steps``: what may be computed, in informations.
     """
     r, size = theta.shape
     moving = torch.nonzero((free > 0).any(0))[:, 0]  # the others would only lengthen the systems
@@ -47,8 +47,10 @@ def solve(
     at, kept = score(theta, True), None
     damping = torch.full((r,), 1e-2, dtype=DTYPE)
     converged, given_up = torch.zeros(r, dtype=torch.bool), torch.zeros(r, dtype=torch.bool)
-    for _ in range(steps):
+    computed = 0
+    while computed < steps * serves:
         fresh = kept is None
+        computed += serves if fresh else 1
         if kept is None:
             at = at if at[2] is not None else score(theta, True)
             kept = _Curvature(at[2], moving, damping)
