@@ -88,7 +88,7 @@ class _Profile:
         fixed[self.places] = False
         self.others = torch.nonzero(fixed)[:, 0]
         order, n = torch.cat([self.others, self.places]), len(self.others)
-        root = _root(model.information(now.theta, now.targets, now.mask)[0][order][:, order])
+        root = _root(model.information(now.theta, now.targets, now.mask)[2][0][order][:, order])
         self.inside, self.cross = root[:n, :n], root[n:, :n]
         scale = dispersion / float(model.moments.counts.sum())
         self.covariance = torch.cholesky_inverse(root[n:, n:]) * scale
@@ -175,8 +175,7 @@ def score_absent(now: Solution) -> tuple[Tensor, Tensor]:
     """
     model, p = now.model, now.model.p
     full = 1 - torch.eye(p, dtype=DTYPE)[None]
-    _, gradient, information = model.score(now.theta, now.targets, full)
-    assert information is not None
+    _, gradient, information = model.information(now.theta, now.targets, full)
     on = torch.ones(model.size, dtype=torch.bool)
     on[: p * p] = now.mask[0].flatten().bool()  # G comes first
     absent = torch.nonzero(~on[: p * p] & full[0].flatten().bool())[:, 0]

@@ -172,20 +172,21 @@ class LinearModel:
         value: Tensor = root.diagonal(dim1=2, dim2=3).log().sum(2) + 0.5 * trace
         return value
 
-    def score(self, theta: Tensor, targets: Tensor, mask: Tensor, informed: bool = True) -> Score:
-        """Objective (R,), gradient (R, P) and, if asked for, expected information (R, P, P), all per cell, with a weak ridge."""
+    def information(self, theta: Tensor, targets: Tensor, mask: Tensor) -> Score:
+        """Objective (R,), gradient (R, P) and expected information (R, P, P), all per cell, with a weak ridge."""
+        score = LinearScore(self.implied(theta, targets, mask), self.moments, targets, self.at)
+        score.edges_and_loadings()
+        score.shifts()
+        score.scales()
+        if self.learns_retention:
+            score.retentions()
+        score.noise()
+        score.offset()
         ridge = torch.zeros(self.size, dtype=DTYPE)
         ridge[self.at["G"]] = 2 * EDGE_RIDGE
         ridge[self.at["scale"]] = ridge[self.at["retention"]] = PERTURBATION_RIDGE
         ridge[self.at["shift"]] = 1 / (LARGE_SHIFT**2 * self.moments.cells())
-        score = LinearScore(self.implied(theta, targets, mask), self.moments, targets, self.at)
-        return score.with_ridge(theta, ridge, self.free(mask), informed)
-
-    def information(self, theta: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """Expected information (R, P, P)."""
-        information = self.score(theta, targets, mask)[2]
-        assert information is not None
-        return information
+        return score.with_ridge(theta, ridge, self.free(mask))
 
     def solve(self, theta: Tensor, targets: Tensor, mask: Tensor, steps: int = 100) -> Solution:
         """Damped scoring from ``theta`` (R, P), with targets (R, K) and allowed edges (R, p, p) held fixed."""
@@ -193,11 +194,13 @@ class LinearModel:
         ends = []
         for start, own, edges in zip(*(torch.split(each, at_once) for each in (theta, targets, mask)), strict=True):
 
-            def score(there: Tensor, informed: bool, own: Tensor = own, edges: Tensor = edges) -> Score:
-                return self.score(there, own, edges, informed)
+            def score(there: Tensor, own: Tensor = own, edges: Tensor = edges) -> Score:
+                return self.information(there, own, edges)
 
-            ends.append(solve(score, start, self.free(edges), self.moments.cells(), steps))
-        return Solution(self, *(torch.cat(each) for each in zip(*ends, strict=True)), targets, mask)
+            end, (nll, _, _), converged = solve(score, start, self.free(edges), self.moments.cells(), steps)
+            ends.append((end, nll, converged))
+        theta, nll, converged = (torch.cat(each) for each in zip(*ends, strict=True))
+        return Solution(self, theta, targets, mask, nll, converged)
 
 
 @cached_on_disk()
@@ -207,10 +210,10 @@ class Solution:
 
     model: LinearModel
     theta: Tensor
-    nll: Tensor
-    converged: Tensor
     targets: Tensor
     mask: Tensor
+    nll: Tensor
+    converged: Tensor
 
     def best(self) -> Solution:
         """The restart with the best likelihood alone (R = 1)."""

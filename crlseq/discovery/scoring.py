@@ -18,105 +18,61 @@ from torch import Tensor
 
 from crlseq.discovery.moments import DTYPE, Moments
 
-Score = tuple[Tensor, Tensor, Tensor | None]  # objective (R,), gradient (R, P), information (R, P, P), all per cell
+Score = tuple[Tensor, Tensor, Tensor]  # objective (R,), gradient (R, P), information (R, P, P), all per cell
 MAX_STEP = 1.5  # largest change of a parameter in one step
 WHOLE = 0.9  # share of the parameters that move, above which all are solved for: leaving few out costs a copy
 TOLERANCE = 0.01  # log-likelihood units over all cells: a hundredth of what decides anything
 NO_HOPE = 1e7  # damping at which a search gives up
-KEPT_PARAMETERS, MOST_KEPT = 250, 25  # an information of so many parameters costs a gradient; most steps that it serves
 
 
 def solve(
-    score: Callable[[Tensor, bool], Score], theta: Tensor, free: Tensor, cells: Tensor, steps: int = 100
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Levenberg-damped scoring from ``theta`` (R, P): where it ends, the objective (R,) there, and which converged (R,).
+    score: Callable[[Tensor], Score], theta: Tensor, free: Tensor, cells: Tensor, steps: int = 100
+) -> tuple[Tensor, Score, Tensor]:
+    """Levenberg-damped scoring from ``theta`` (R, P): where it ends, the score there, and which converged (R,).
 
-    ``score`` gives the score at parameters (R, P), restarts independent of each other, with the information where it is
-    asked for. The objective is infinite where it is undefined. The information is positive semidefinite with a positive
-    diagonal; gradient and off-diagonal information of parameters that are held fixed are 0. ``free`` (R, P) is positive
-    for those that may move. The number of ``cells`` turns objective and information per cell into those of the data.
-
-    An information serves as many steps as it costs gradients, with BFGS updates (Nocedal 1980, Mathematics of Computation
-    35), unless one leads nowhere. ``steps``: what may be computed, in informations.
+    ``score`` gives the score at parameters (R, P), restarts independent of each other. The objective is infinite where
+    it is undefined. The information is positive semidefinite with a positive diagonal; gradient and off-diagonal
+    information of parameters that are held fixed are 0. ``free`` (R, P) is positive for those that may move. The number
+    of ``cells`` turns objective and information per cell into those of the data.
     """
     r, size = theta.shape
     moving = torch.nonzero((free > 0).any(0))[:, 0]  # the others would only lengthen the systems
     if len(moving) > WHOLE * size:
         moving = torch.arange(size)
-    serves = min(max(1, len(moving) // KEPT_PARAMETERS), MOST_KEPT)
-    at, kept = score(theta, True), None
+    at = score(theta)
     damping = torch.full((r,), 1e-2, dtype=DTYPE)
     converged, given_up = torch.zeros(r, dtype=torch.bool), torch.zeros(r, dtype=torch.bool)
-    computed = 0
-    while computed < steps * serves:
-        fresh = kept is None
-        computed += serves if fresh else 1
-        if kept is None:
-            at = at if at[2] is not None else score(theta, True)
-            kept = _Curvature(at[2], moving, damping)
-        nll, gradient, _ = at
-        step = -kept.solved(gradient)
+    for _ in range(steps):
+        nll, gradient, information = at
+        # Held until the next is made: memory that is given back and asked for again costs a fifth of a step.
+        damped = information.clone() if len(moving) == size else information[:, moving][:, :, moving]
+        damped.diagonal(dim1=1, dim2=2).mul_(1 + damping[:, None]).add_(1e-9)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        solved = failed == 0
+        step = torch.zeros_like(theta)
+        step[:, moving] = -torch.cholesky_solve(gradient[:, moving, None], root)[..., 0]
         gain = -0.5 * (gradient * step).sum(1) * cells  # that the quadratic model expects of this step
-        converged = converged | ((gain < TOLERANCE) & kept.positive & torch.isfinite(nll))
+        converged = converged | ((gain < TOLERANCE) & solved & torch.isfinite(nll))
         ended = converged | given_up
         if bool(ended.all()):
             break
         step = step * (MAX_STEP / step.abs().max(1).values.clamp_min(MAX_STEP))[:, None]
-        step = torch.where((ended | ~kept.positive)[:, None], 0.0, step)
-        there, new = theta + step, score(theta + step, serves == 1)
-        better = (new[0] < nll) & kept.positive
+        step = torch.where((ended | ~solved)[:, None], 0.0, step)
+        there, new = theta + step, score(theta + step)
+        better = (new[0] < nll) & solved
         if bool(better.all()):
             theta, at = there, new
         elif bool(better.any()):
             theta = torch.where(better[:, None], there, theta)
-            at = _chosen(better, new, at)
-        if fresh:
-            damping = torch.where(better, damping / 4, damping * 6).clamp(1e-9, 1e9)
-            given_up = given_up | (damping > NO_HOPE)
-        kept.learn(better, step, new[1] - gradient)
-        if len(kept.pairs) == serves or not bool((better | ended).all()):
-            kept = None
+            nll, gradient, information = (
+                torch.where(better.view(-1, *[1] * (value.dim() - 1)), value, old)
+                for value, old in zip(new, at, strict=True)
+            )
+            at = nll, gradient, information
         del new  # what may be gigabytes, before the next is made
-    return theta, at[0], converged
-
-
-def _chosen(better: Tensor, new: Score, old: Score) -> Score:
-    """The score of each restart (R,): the new one where it is better."""
-    nll, gradient = torch.where(better, new[0], old[0]), torch.where(better[:, None], new[1], old[1])
-    if new[2] is None or old[2] is None:
-        return nll, gradient, None
-    return nll, gradient, torch.where(better[:, None, None], new[2], old[2])
-
-
-class _Curvature:
-    """A damped information (R, P, P) of what is ``moving``, and what steps since have shown beyond it."""
-
-    def __init__(self, information: Tensor | None, moving: Tensor, damping: Tensor) -> None:
-        assert information is not None
-        whole = len(moving) == information.shape[2]
-        damped = information.clone() if whole else information[:, moving][:, :, moving]
-        damped.diagonal(dim1=1, dim2=2).mul_(1 + damping[:, None]).add_(1e-9)
-        self.root, failed = torch.linalg.cholesky_ex(damped)
-        self.moving, self.positive = moving, failed == 0
-        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def solved(self, gradient: Tensor) -> Tensor:
-        """Its inverse times a gradient (R, P), by the two-loop recursion; 0 where nothing moves."""
-        left, along = gradient, []
-        for step, change, weight in reversed(self.pairs):
-            along.append(weight * (step * left).sum(1, keepdim=True))
-            left = left - along[-1] * change
-        found = torch.zeros_like(gradient)
-        found[:, self.moving] = torch.cholesky_solve(left[:, self.moving, None], self.root)[..., 0]
-        for (step, change, weight), a in zip(self.pairs, reversed(along), strict=True):
-            found = found + (a - weight * (change * found).sum(1, keepdim=True)) * step
-        return found
-
-    def learn(self, taken: Tensor, step: Tensor, change: Tensor) -> None:
-        """What steps (R, P) changed of the gradient, in the restarts (R,) that took one."""
-        product = (step * change).sum(1, keepdim=True)
-        useful = taken[:, None] & (product > 0)
-        self.pairs.append((step, torch.where(useful, change, 0.0), torch.where(useful, 1 / product, 0.0)))
+        damping = torch.where(better, damping / 4, damping * 6).clamp(1e-9, 1e9)
+        given_up = given_up | (damping > NO_HOPE)
+    return theta, at, converged
 
 
 class Deviations:
@@ -157,144 +113,119 @@ class Implied:
 
 
 class LinearScore:
-    """Objective, gradient and information of the linear model, the latter filled in block by block.
+    """Gradient and information of the linear model, filled in block by block.
 
-    Each block of parameters writes its information with itself and with the blocks written before; what no block writes
-    is 0. ``at`` gives a block's place among the parameters, ``targets`` (R, K).
+    Each block of parameters writes its gradient and its information with itself and with the blocks written before;
+    what no block writes is 0. ``at`` gives a block's place among the parameters, ``targets`` (R, K).
     """
 
     def __init__(self, s: Implied, moments: Moments, targets: Tensor, at: dict[str, slice]) -> None:
-        (r, c, q), p = s.mean.shape, s.graph.shape[1]
+        (r, c, q), p, size = s.mean.shape, s.graph.shape[1], max(place.stop for place in at.values())
         self.s, self.at, self.targets, self.fit = s, at, targets, Deviations(moments, s.mean, s.covariance)
         self.weight = moments.weight()
         self.wide, self.w = self.weight[:, None, None], self.weight[1:]  # of all environments, of perturbations
-        self.learns_retention = at["retention"].stop > at["retention"].start
+        self.gradient = torch.zeros(r, size, dtype=DTYPE)
+        self.information = torch.zeros(r, size, size, dtype=DTYPE)
         # G and W together, parameter (i, m): a = r_i, b = y_m, dm = tau_i y_m
         self.of_y = {"G": slice(p), "W": slice(p, p + q)}
         self.left = (s.loading * s.sd[..., None]).transpose(2, 3) @ s.inverse  # r (R, C, q, p)
         eye = torch.eye(q, dtype=DTYPE).expand(r, c, q, q)
         self.right = torch.cat([(s.column[..., None] * s.total).transpose(2, 3), eye], 3)  # y (R, C, q, p + q)
-        # x, the target's row of the total loadings, is what a perturbation's parameters act along
+        self.p_left, self.p_right = self.fit.precision @ self.left, self.fit.precision @ self.right
+        # x, the target's row of the total loadings, is what a perturbation's parameters act along; u = L x
         self.x = s.total[:, 1:].gather(2, targets[..., None, None].expand(-1, -1, 1, q))[:, :, 0]  # (R, K, q)
-        self.ds = (2 * s.log_scale).exp() * s.slope
-
-    def gradient(self) -> Tensor:
-        """(R, P)."""
-        s, e, x = self.s, self.fit.by_covariance, self.x
-        slope = self.left.transpose(2, 3) @ e + s.tau[..., None] * self.fit.by_mean[:, :, None]
-        of_y = (slope @ self.right).sum(1)
-        found = {name: of_y[:, :, columns] for name, columns in self.of_y.items()}
-        found["shift"] = (self.fit.by_mean[:, 1:] * x).sum(2)
-        found["scale"] = self.ds * ((x[:, :, None] @ e[:, 1:])[:, :, 0] * x).sum(2)
-        if self.learns_retention:
-            a, shift, dk = self._of_retentions()
-            slope = (a[:, :, None] @ e[:, 1:])[:, :, 0] + shift[..., None] * self.fit.by_mean[:, 1:]
-            found["retention"] = dk * (slope * x).sum(2)
-        found["psi"] = 0.5 * e.diagonal(dim1=2, dim2=3).sum(1) * s.psi
-        found["offset"] = self.fit.by_mean.sum(1)
-        return torch.cat([found[name].flatten(1) for name in self.at if name in found], 1)
-
-    def _of_retentions(self) -> tuple[Tensor, Tensor, Tensor]:
-        """a (R, K, q), tau g and dk (R, K): ``dS = dk (a' x + x' a)`` with ``a = R g``, g the target's column of G, and
-        ``dm = dk (tau g) x``.
-        """
-        s = self.s
-        into = s.graph.transpose(1, 2)[torch.arange(len(s.graph))[:, None], self.targets]  # g (R, K, p)
-        a = (self.left[:, 1:] * into[:, :, None]).sum(3)
-        return a, (s.tau[:, 1:] * into).sum(2), s.retention * (1 - s.retention)
-
-    def information(self) -> Tensor:
-        """(R, P, P)."""
-        size = max(place.stop for place in self.at.values())
-        self.filled = torch.zeros(len(self.x), size, size, dtype=DTYPE)
-        precision, x = self.fit.precision, self.x
-        self.p_left, self.p_right = precision @ self.left, precision @ self.right
-        self.u = (precision[:, 1:] @ x[..., None])[..., 0]  # L x
-        self.xx = (self.u * x).sum(2)
+        self.u = (self.fit.precision[:, 1:] @ self.x[..., None])[..., 0]
+        self.xx = (self.u * self.x).sum(2)
         self.rx = (self.left[:, 1:] * self.u[..., None]).sum(2)  # (R, K, p)
         self.yx = (self.right[:, 1:] * self.u[..., None]).sum(2)  # (R, K, p + q)
-        self._edges_and_loadings()
-        self._shifts_and_scales()
-        if self.learns_retention:
-            self._retentions()
-        self._noise()
-        self._offset()
-        return self.filled
+        self.ds = (2 * s.log_scale).exp() * s.slope
 
-    def _put(self, a: str, b: str, block: Tensor) -> None:
+    def put(self, a: str, b: str, block: Tensor) -> None:
         """Information (R, ., .) of block ``a`` with block ``b``."""
-        self.filled[:, self.at[a], self.at[b]] = block
+        self.information[:, self.at[a], self.at[b]] = block
         if a != b:
-            self.filled[:, self.at[b], self.at[a]] = block.transpose(1, 2)
+            self.information[:, self.at[b], self.at[a]] = block.transpose(1, 2)
 
-    def _put_edges(self, a: str, block: Tensor) -> None:
+    def put_edges(self, a: str, block: Tensor) -> None:
         """Information (R, ., p, p + q) of block ``a`` with edges and loadings."""
         for b, columns in self.of_y.items():
-            self._put(a, b, block[..., columns].flatten(2))
+            self.put(a, b, block[..., columns].flatten(2))
 
-    def _edges_and_loadings(self) -> None:
+    def edges_and_loadings(self) -> None:
         """``dS = r_i' y_m + y_m' r_i``, ``dm = tau_i y_m``: row i, column m of G or W."""
         s, wide, left, right = self.s, self.wide, self.left, self.right
         r, p, n = len(s.graph), s.graph.shape[1], right.shape[3]
+        slope = left.transpose(2, 3) @ self.fit.by_covariance + s.tau[..., None] * self.fit.by_mean[:, :, None]
+        gradient = (slope @ right).sum(1)
         rr = left.transpose(2, 3) @ self.p_left + s.tau[..., :, None] * s.tau[..., None, :]
         ry, yy = left.transpose(2, 3) @ self.p_right, right.transpose(2, 3) @ self.p_right
         first = ((rr * wide).flatten(2).transpose(1, 2) @ yy.flatten(2)).reshape(r, p, p, n, n).permute(0, 1, 3, 2, 4)
         second = ((ry * wide).flatten(2).transpose(1, 2) @ ry.flatten(2)).reshape(r, p, n, p, n).permute(0, 1, 4, 3, 2)
         for a, rows in self.of_y.items():
+            self.gradient[:, self.at[a]] = gradient[:, :, rows].flatten(1)
             for b, columns in self.of_y.items():  # where they go, without a copy of what may be gigabytes
-                block = self.filled[:, self.at[a], self.at[b]]
+                block = self.information[:, self.at[a], self.at[b]]
                 place = torch.unflatten(torch.unflatten(block, 2, (p, -1)), 1, (p, -1))
                 place.copy_(first[:, :, rows, :, columns]).add_(second[:, :, rows, :, columns])
 
-    def _shifts_and_scales(self) -> None:
-        """``dm = x``; ``dS = 2 ds x' x``, ``ds`` the slope of half the variance of the target's noise."""
-        w, ds = self.w, self.ds
-        self._put_edges("shift", w[:, None, None] * self.s.tau[:, 1:, :, None] * self.yx[:, :, None])
-        self._put("shift", "shift", torch.diag_embed(w * self.xx))
-        self._put_edges("scale", (w * ds)[..., None, None] * 2 * self.rx[..., None] * self.yx[:, :, None])
-        self._put("scale", "scale", torch.diag_embed(2 * w * (ds * self.xx) ** 2))
+    def shifts(self) -> None:
+        """``dm = x``."""
+        self.gradient[:, self.at["shift"]] = (self.fit.by_mean[:, 1:] * self.x).sum(2)
+        self.put_edges("shift", self.w[:, None, None] * self.s.tau[:, 1:, :, None] * self.yx[:, :, None])
+        self.put("shift", "shift", torch.diag_embed(self.w * self.xx))
 
-    def _retentions(self) -> None:
-        """See `_of_retentions`."""
-        s, u, xx, tau, left = self.s, self.u, self.xx, self.s.tau[:, 1:], self.left[:, 1:]
-        a, shift, dk = self._of_retentions()
+    def scales(self) -> None:
+        """``dS = 2 ds x' x``, ``ds`` the slope of half the variance of the target's noise."""
+        x, ds = self.x, self.ds
+        curve = (x[:, :, None] @ self.fit.by_covariance[:, 1:])[:, :, 0]
+        self.gradient[:, self.at["scale"]] = ds * (curve * x).sum(2)
+        self.put_edges("scale", (self.w * ds)[..., None, None] * 2 * self.rx[..., None] * self.yx[:, :, None])
+        self.put("scale", "scale", torch.diag_embed(2 * self.w * (ds * self.xx) ** 2))
+
+    def retentions(self) -> None:
+        """``dS = dk (a' x + x' a)`` with ``a = R g``, g the target's column of G; ``dm = dk (tau g) x``."""
+        s, x, u, xx = self.s, self.x, self.u, self.xx
+        dk, tau, left = s.retention * (1 - s.retention), s.tau[:, 1:], self.left[:, 1:]
+        into = s.graph.transpose(1, 2)[torch.arange(len(s.graph))[:, None], self.targets]  # g (R, K, p)
+        a = (left * into[:, :, None]).sum(3)
+        shift = (tau * into).sum(2)
         v = (self.fit.precision[:, 1:] @ a[..., None])[..., 0]
-        ax, aa, wk = (v * self.x).sum(2), (v * a).sum(2), self.w * dk
+        ax, aa, wk = (v * x).sum(2), (v * a).sum(2), self.w * dk
         ra, ya = (left * v[..., None]).sum(2), (self.right[:, 1:] * v[..., None]).sum(2)
+        slope = (a[:, :, None] @ self.fit.by_covariance[:, 1:])[:, :, 0] + shift[..., None] * self.fit.by_mean[:, 1:]
+        self.gradient[:, self.at["retention"]] = dk * (slope * x).sum(2)
         pairs = (ra + shift[..., None] * tau)[..., None] * self.yx[:, :, None] + ya[:, :, None] * self.rx[..., None]
-        self._put_edges("retention", wk[..., None, None] * pairs)
-        self._put("retention", "retention", torch.diag_embed(wk * dk * ((aa + shift**2) * xx + ax**2)))
-        self._put("retention", "shift", torch.diag_embed(wk * shift * xx))
-        self._put("retention", "scale", torch.diag_embed(wk * self.ds * 2 * ax * xx))
-        self._put("retention", "psi", wk[..., None] * v * u * s.psi[:, None])
-        self._put("retention", "offset", (wk * shift)[..., None] * u)
+        self.put_edges("retention", wk[..., None, None] * pairs)
+        self.put("retention", "retention", torch.diag_embed(wk * dk * ((aa + shift**2) * xx + ax**2)))
+        self.put("retention", "shift", torch.diag_embed(wk * shift * xx))
+        self.put("retention", "scale", torch.diag_embed(wk * self.ds * 2 * ax * xx))
+        self.put("retention", "psi", wk[..., None] * v * u * s.psi[:, None])
+        self.put("retention", "offset", (wk * shift)[..., None] * u)
 
-    def _noise(self) -> None:
+    def noise(self) -> None:
         """``dS = psi_i e_i' e_i``."""
         psi, precision = self.s.psi, self.fit.precision
+        self.gradient[:, self.at["psi"]] = 0.5 * self.fit.by_covariance.diagonal(dim1=2, dim2=3).sum(1) * psi
         by_component = (self.p_left * self.wide).permute(0, 2, 3, 1) @ self.p_right.permute(0, 2, 1, 3)  # (R, q, p, n)
-        self._put_edges("psi", by_component * psi[..., None, None])
-        self._put("psi", "psi", 0.5 * (precision**2 * self.wide).sum(1) * psi[:, :, None] * psi[:, None])
-        self._put("scale", "psi", (self.w * self.ds)[..., None] * self.u**2 * psi[:, None])
+        self.put_edges("psi", by_component * psi[..., None, None])
+        self.put("psi", "psi", 0.5 * (precision**2 * self.wide).sum(1) * psi[:, :, None] * psi[:, None])
+        self.put("scale", "psi", (self.w * self.ds)[..., None] * self.u**2 * psi[:, None])
 
-    def _offset(self) -> None:
+    def offset(self) -> None:
         """``dm = e_i``."""
         (r, _, p), (q, n) = self.s.tau.shape, self.right.shape[2:]
+        self.gradient[:, self.at["offset"]] = self.fit.by_mean.sum(1)
         outer = (self.s.tau * self.weight[:, None]).transpose(1, 2) @ self.p_right.flatten(2)  # (R, p, q n)
-        self._put_edges("offset", outer.reshape(r, p, q, n).transpose(1, 2))
-        self._put("offset", "offset", (self.fit.precision * self.wide).sum(1))
-        self._put("shift", "offset", self.w[:, None] * self.u)
+        self.put_edges("offset", outer.reshape(r, p, q, n).transpose(1, 2))
+        self.put("offset", "offset", (self.fit.precision * self.wide).sum(1))
+        self.put("shift", "offset", self.w[:, None] * self.u)
 
-    def with_ridge(self, theta: Tensor, ridge: Tensor, free: Tensor, informed: bool) -> Score:
+    def with_ridge(self, theta: Tensor, ridge: Tensor, free: Tensor) -> Score:
         """The score with a penalty ``ridge theta^2 / 2`` (P,) on what is ``free`` (R, P); what is not free stays."""
         nll = self.fit.nll + 0.5 * (ridge * theta**2 * free).sum(1)
-        gradient = (self.gradient() + ridge * theta) * free
-        broken = self.fit.failed | ~torch.isfinite(nll) | ~torch.isfinite(gradient).all(1)
-        nll = torch.where(broken, torch.inf, nll)
-        if not informed:
-            return nll, gradient, None
-        information = self.information()
+        gradient = (self.gradient + ridge * theta) * free
         if not bool((free > 0).all()):
-            information.mul_(free[:, :, None]).mul_(free[:, None])
-        information.diagonal(dim1=1, dim2=2).add_(ridge + 1e-10 + (1 - free))
-        return nll, gradient, information
+            self.information.mul_(free[:, :, None]).mul_(free[:, None])
+        self.information.diagonal(dim1=1, dim2=2).add_(ridge + 1e-10 + (1 - free))
+        broken = self.fit.failed | ~torch.isfinite(nll) | ~torch.isfinite(gradient).all(1)
+        return torch.where(broken, torch.inf, nll), gradient, self.information

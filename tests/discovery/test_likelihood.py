@@ -89,7 +89,7 @@ def test_the_objective_is_minus_the_log_likelihood_of_the_cells(kind: Interventi
         for name in ("retention", "scale"):
             free = name == "retention" or INTERVENTIONS[kind].scales
             ridge += 0.5 * linear.PERTURBATION_RIDGE * (named[name][r] ** 2).sum() * free
-        objective = model.score(theta, targets, mask)[0][r]
+        objective = model.information(theta, targets, mask)[0][r]
         torch.testing.assert_close(objective, cell.mean() + ridge)
         each = model.per_environment(model.pack(named), targets, model.moments)[r]
         expected = torch.stack([cell[environment == c].mean() for c in range(K + 1)])
@@ -101,7 +101,7 @@ def test_the_objective_is_minus_the_log_likelihood_of_the_cells(kind: Interventi
 def test_the_gradient_is_that_of_autograd(kind: InterventionKind, fit_noise: bool) -> None:
     model, theta, targets, mask = somewhere(kind, fit_noise=fit_noise)
     theta.requires_grad_()
-    nll, gradient, _ = model.score(theta, targets, mask)
+    nll, gradient, _ = model.information(theta, targets, mask)
     (expected,) = torch.autograd.grad(nll.sum(), theta)
     if not fit_noise:
         expected[:, model.at["psi"]] = 0
@@ -119,11 +119,10 @@ def test_the_information_is_the_curvature_where_the_moments_are_the_models_own(k
     true = truth(kind)
     model, theta = at_truth(true, kind, true.moments(100))
     mask = torch.ones(1, P, P, dtype=DTYPE)
-    _, gradient, information = model.score(theta, TARGETS[None], mask)
-    assert information is not None
+    _, gradient, information = model.information(theta, TARGETS[None], mask)
 
     def objective(t: Tensor) -> Tensor:
-        return model.score(t[None], TARGETS[None], mask)[0][0]
+        return model.information(t[None], TARGETS[None], mask)[0][0]
 
     curvature = torch.autograd.functional.hessian(objective, theta[0])
     free = model.free(mask)[0].bool()
@@ -240,7 +239,7 @@ def test_converged_says_whether_steps_sufficed() -> None:
     enough = model.solve(start, targets, mask)
     assert enough.converged.tolist() == [True]
     assert model.solve(start, targets, mask, steps=2).converged.tolist() == [False]
-    gradient = model.score(enough.theta, targets, mask)[1]
+    gradient = model.information(enough.theta, targets, mask)[1]
     assert float(gradient.abs().max()) < 1e-3
     # and then it stays where it is
     again = model.solve(enough.theta, targets, mask)
