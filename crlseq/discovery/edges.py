@@ -60,7 +60,9 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
         more = _with_absent(now, threshold * phi)
         if more is None:
             break
-        grown = _eliminated(now.refitted(mask=more, steps=NEAR_STEPS), phi, threshold)
+        grown = now.refitted(mask=more, steps=NEAR_STEPS)
+        # Where retentions are learned all edges may seem to be worth nothing, one for the other: so the better graph of both.
+        grown = min(grown, _eliminated(grown, phi, threshold), key=lambda found: _quasi_bic(found, phi))
         if torch.equal(grown.mask, now.mask):
             break
         now = grown
@@ -70,6 +72,12 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
     if bool(small.any()):
         now = now.refitted(mask=now.mask * (~small), steps=NEAR_STEPS)
     return Edges(now, now.adjacency(), phi)
+
+
+def _quasi_bic(solution: Solution, dispersion: float) -> float:
+    """Minus twice the log-likelihood over the dispersion, and log N for every edge."""
+    cells = float(solution.model.moments.counts.sum())
+    return 2 * cells * float(solution.nll[0]) / dispersion + math.log(cells) * float(solution.mask.sum())
 
 
 class _Profile:
