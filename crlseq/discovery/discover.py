@@ -31,7 +31,7 @@ from crlseq.discovery.moments import environment_moments, fold_moments, noise_le
 from crlseq.discovery.n_latents import LatentChoice, choose_n_latents
 from crlseq.discovery.negative_controls import Found, ordered_shifts
 from crlseq.discovery.ordering import Ordering, order_programs, with_support
-from crlseq.discovery.reassign import reassign_targets
+from crlseq.discovery.reassign import settle_targets
 from crlseq.discovery.result import Discovery, Judged, claims_of, linear_result
 from crlseq.discovery.robustness import robust_pairs
 from crlseq.discovery.second_targets import SecondTargets, second_targets
@@ -122,7 +122,7 @@ def fit_likelihood(task: Task, cells: Cells, p: int) -> Solution:
     restarts = RESTARTS if p < MANY_LATENTS else FEW_RESTARTS
     noise = noise_level(moments) if cells.noise is None else cells.noise
     floor, each = MIN_NOISE * noise, partial(in_parallel, threads=task.threads)
-    return reassign_targets(fit_linear(moments, p, "hard", restarts, task.seed, floor, each=each))
+    return settle_targets(fit_linear(moments, p, "hard", restarts, task.seed, floor, each=each))
 
 
 def compare_on(task: Task, cells: Cells, dense: Solution, seed: int) -> KindComparison:

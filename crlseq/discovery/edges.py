@@ -46,7 +46,8 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
 
     Backward: on the quadratic model of the profile likelihood the edge whose loss costs least goes, until every
     edge left is worth the threshold and no cycle is left; at most half of the doubtful ones between two refits.
-    Forward: the absent edge with the best score test comes back if worth it and it closes no cycle.
+    Forward: absent edges with the best score tests come back if worth it and they close no cycle, and those go again that
+    others make superfluous: where one is missing, all that could stand for it pass.
     Last: where the model does not describe the moments edges with ``|G| < min_effect`` go, since misfit of the mixing
     makes small ones that are significant; up to there the limit grows with the misfit beyond chance, from 0 at 1.
     It is the whole one where retentions are learned, since a retention that is off makes small edges too.
@@ -59,7 +60,12 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
         more = _with_absent(now, threshold * phi)
         if more is None:
             break
-        now = now.refitted(mask=more, steps=NEAR_STEPS)
+        grown = now.refitted(mask=more, steps=NEAR_STEPS)
+        # Where retentions are learned all edges may seem to be worth nothing, one for the other: so the better graph of both.
+        grown = min(grown, _eliminated(grown, phi, threshold), key=lambda found: _quasi_bic(found, phi))
+        if torch.equal(grown.mask, now.mask):
+            break
+        now = grown
     beyond = max(0.0, phi - CHANCE * of_model.error - 1)
     share = 1.0 if now.model.learns_retention else min(1.0, beyond / (DESCRIBED - 1))
     small = (now.adjacency().abs() < share * min_effect) & now.mask[0].bool()
@@ -68,24 +74,39 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
     return Edges(now, now.adjacency(), phi)
 
 
+def _quasi_bic(solution: Solution, dispersion: float) -> float:
+    """Minus twice the log-likelihood over the dispersion, and log N for every edge."""
+    cells = float(solution.model.moments.counts.sum())
+    return 2 * cells * float(solution.nll[0]) / dispersion + math.log(cells) * float(solution.mask.sum())
+
+
 class _Profile:
     """Quadratic model of the profile likelihood of the edges, from which edges can be taken away.
 
-    ``covariance`` (P, p p) of all parameters with the edges, ``value`` (P,) of all parameters, ``on`` (p p) edges.
+    ``value`` and ``variance`` (p p) of the edges given that those taken away are 0, ``on`` (p p) the others. A removal
+    adds a row to ``directions``: what all removals tell of the edges.
     """
 
     def __init__(self, now: Solution, dispersion: float) -> None:
-        model = now.model
-        basis = torch.eye(model.size, model.p**2, dtype=DTYPE)  # G comes first
-        covariance = torch.cholesky_solve(basis, _root(now.information[0]))
-        self.covariance = covariance / float(model.moments.counts.sum()) * dispersion
-        self.value, self.on = now.theta[0].clone(), now.mask[0].flatten().bool()
+        model, self.before = now.model, now.theta[0]
+        self.on = now.mask[0].flatten().bool()
+        self.places = torch.nonzero(self.on)[:, 0]
+        # The edges last, so that the end of the factor is that of their own profile likelihood.
+        fixed = torch.ones(model.size, dtype=torch.bool)
+        fixed[self.places] = False
+        self.others = torch.nonzero(fixed)[:, 0]
+        order, n = torch.cat([self.others, self.places]), len(self.others)
+        root = _root(model.information(now.theta, now.targets, now.mask)[2][0][order][:, order])
+        self.inside, self.cross = root[:n, :n], root[n:, :n]
+        scale = dispersion / float(model.moments.counts.sum())
+        self.covariance = torch.cholesky_inverse(root[n:, n:]) * scale
+        self.directions = torch.zeros(0, len(self.places), dtype=DTYPE)
+        self.value, self.variance = self.before[: len(self.on)] * self.on, torch.ones(len(self.on), dtype=DTYPE)
+        self.variance[self.places] = self.covariance.diagonal()
 
     def wald(self) -> Tensor:
         """Twice the log-likelihood that each edge is worth (p p), over the dispersion; infinite where there is none."""
-        n = len(self.on)
-        variance = self.covariance[:n].diagonal().clamp_min(1e-30)
-        return torch.where(self.on, self.value[:n] ** 2 / variance, torch.inf)
+        return torch.where(self.on, self.value**2 / self.variance.clamp_min(1e-30), torch.inf)
 
     def weakest(self, threshold: float, cycles_too: bool) -> int | None:
         """The edge below the threshold that is worth least, else with ``cycles_too`` that of a cycle."""
@@ -99,11 +120,22 @@ class _Profile:
         return e
 
     def remove(self, e: int) -> None:
-        """Condition everything on edge ``e`` being 0."""
-        column, row = self.covariance[:, e].clone(), self.covariance[e] / self.covariance[e, e]  # row e of G, G
-        self.value = self.value - self.covariance[:, e] * self.value[e] / self.covariance[e, e]
-        self.covariance.addr_(column, row, alpha=-1)
+        """Condition the other edges on edge ``e`` being 0."""
+        own = int(torch.searchsorted(self.places, e))
+        column = self.covariance[own] - self.directions[:, own] @ self.directions
+        direction = column / column[own].clamp_min(1e-30).sqrt()
+        self.value[self.places] -= direction * (self.value[e] / direction[own])
+        self.variance[self.places] -= direction**2
+        self.directions = torch.cat([self.directions, direction[None]])
         self.on[e] = False
+
+    def parameters(self) -> Tensor:
+        """All parameters (P,) given the edges."""
+        theta, n = self.before.clone(), len(self.on)
+        theta[:n] = self.value * self.on
+        pull = (theta - self.before)[self.places] @ self.cross
+        theta[self.others] -= torch.linalg.solve_triangular(self.inside.T, pull[:, None], upper=True)[:, 0]
+        return theta
 
 
 def _eliminated(now: Solution, dispersion: float, threshold: float) -> Solution:
@@ -122,7 +154,7 @@ def _eliminated(now: Solution, dispersion: float, threshold: float) -> Solution:
         if not gone:
             return now
         mask = profile.on.view_as(now.mask).to(DTYPE)
-        trial = now.refitted(theta=profile.value[None], mask=mask, steps=NEAR_STEPS)
+        trial = now.refitted(theta=profile.parameters()[None], mask=mask, steps=NEAR_STEPS)
         lost = float(trial.nll[0] - now.nll[0]) * 2 * cells / dispersion
         if not lost < cost + threshold:
             trial = min(trial, now.refitted(mask=mask, steps=FAR_STEPS), key=lambda s: float(s.nll[0]))
@@ -130,11 +162,14 @@ def _eliminated(now: Solution, dispersion: float, threshold: float) -> Solution:
 
 
 def _root(information: Tensor) -> Tensor:
-    """Cholesky factor (P, P) of an information, with as much of its diagonal on top as rounding about 0 takes."""
-    diagonal = torch.diag(information.diagonal())
-    root = diagonal
+    """Cholesky factor (P, P) of an information, with as much of its diagonal on top as rounding about 0 takes; what is
+    given is changed.
+    """
+    diagonal = information.diagonal().clone()
+    root = torch.diag(diagonal)
     for power in range(-9, 1):
-        root, failed = torch.linalg.cholesky_ex(information + 10.0**power * diagonal)
+        information.diagonal().copy_(diagonal * (1 + 10.0**power))
+        root, failed = torch.linalg.cholesky_ex(information)
         if not failed:
             break
     return root
@@ -152,9 +187,8 @@ def score_absent(now: Solution) -> tuple[Tensor, Tensor]:
     on = torch.ones(model.size, dtype=torch.bool)
     on[: p * p] = now.mask[0].flatten().bool()  # G comes first
     absent = torch.nonzero(~on[: p * p] & full[0].flatten().bool())[:, 0]
-    cross = information[0][absent][:, on]
-    inside = torch.linalg.solve(information[0][on][:, on], cross.T).T
-    left = (information[0].diagonal()[absent] - (inside * cross).sum(1)).clamp_min(1e-30)
+    half = torch.linalg.solve_triangular(_root(information[0][on][:, on]), information[0][on][:, absent], upper=False)
+    left = (information[0].diagonal()[absent] - (half**2).sum(0)).clamp_min(1e-30)
     return absent, float(model.moments.counts.sum()) * gradient[0][absent] ** 2 / left
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch.nn.functional import embedding_bag
 
 from crlseq.data import splits
 from crlseq.data.cluster import mapped
@@ -25,6 +26,7 @@ ENOUGH = 10
 # Standard deviations of the first stage beyond which more permutations reach nothing: both statistics are weighted sums
 # of chi-squares (Székely and Rizzo 2013), of which one alone has the heaviest tail, 1e-7 at 20 of its deviations.
 BEYOND = 20.0
+FEW = 10  # a sum of less than one row in so many is quicker by adding them up than as a product
 
 
 def energy_test(
@@ -43,19 +45,17 @@ def energy_test(
     centred = distances - row_means[:, None] - row_means + mean
     n, m = int(is_perturbed.sum()), int((~is_perturbed).sum())
 
-    def energy(labels: np.ndarray) -> np.ndarray:
-        # Rows are indicators z (., cells) of n perturbed cells: sums within and between sets from D z alone.
-        touching = labels @ row_sums
-        # torch, whose threads are as many as each of several tests at a time may have; BLAS has its own number
-        product = (torch.from_numpy(labels) @ torch.from_numpy(centred)).numpy()
-        own = np.einsum("ij,ij->i", product, labels, dtype=np.float64)
+    def energy(chosen: np.ndarray) -> np.ndarray:
+        # Sums within and between sets from those of the rows of n perturbed cells alone.
+        touching = row_sums[chosen].sum(1)
+        own = np.take_along_axis(_row_sums(centred, chosen), chosen, 1).sum(1, dtype=np.float64)
         within_perturbed = own + 2 * n * touching / len(scores) - n**2 * mean
         between = touching - within_perturbed
         within_control = len(scores) ** 2 * mean - 2 * touching + within_perturbed
         found: np.ndarray = 2 * between / (n * m) - within_perturbed / (n * (n - 1)) - within_control / (m * (m - 1))
         return found
 
-    observed = float(energy(is_perturbed[None].astype(np.float64))[0])
+    observed = float(energy(np.flatnonzero(is_perturbed)[None])[0])
     # Permutations in float32, with the observed labels among them; of what is left after centring it keeps six digits.
     centred = centred.astype(np.float32)
     unit = float(np.abs(centred).mean()) / min(n, m)
@@ -85,11 +85,11 @@ def moment_test(
     row, column = np.triu_indices(q)
     scale = np.where(row == column, 1.0, 2.0) ** 0.5 / q**0.5  # an entry off the diagonal counts twice in the norm
     features = np.concatenate([z / q**0.25, z[:, row] * z[:, column] * scale], 1)
-    centred = torch.from_numpy((features - features.mean(0)).astype(np.float32))
+    centred = (features - features.mean(0)).astype(np.float32)
 
-    def distance(labels: np.ndarray) -> np.ndarray:
-        sums = torch.from_numpy(labels) @ centred  # of the others: its negative
-        found: np.ndarray = ((sums * (1 / n + 1 / (len(z) - n))) ** 2).sum(1).numpy()
+    def distance(chosen: np.ndarray) -> np.ndarray:
+        sums = _row_sums(centred, chosen)  # of the others: its negative
+        found: np.ndarray = ((sums * (1 / n + 1 / (len(z) - n))) ** 2).sum(1)
         return found
 
     return permutation_p(distance, is_perturbed, strata, stages, rng, 1 / n)
@@ -103,7 +103,7 @@ def permutation_p(
     rng: np.random.Generator,
     unit: float,
 ) -> float:
-    """p = (1 + #{permuted >= observed}) / (1 + #permuted) of a statistic of labels (., n), float32.
+    """p = (1 + #{permuted >= observed}) / (1 + #permuted) of a statistic of which cells are perturbed (., n perturbed).
 
     ``stages`` are numbers of permutations: a stage is drawn only if fewer than `ENOUGH` of those before it reached the
     observed value (Besag and Clifford 1991, Biometrika 78), so that a perturbation without effect is done after the
@@ -111,14 +111,13 @@ def permutation_p(
     that differ by 1e-6 of the statistic's ``unit`` are equal.
     """
     members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
-    reached = float(statistic(is_perturbed[None].astype(np.float32))[0])
+    reached = float(statistic(np.flatnonzero(is_perturbed)[None])[0])
     reached -= 1e-6 * (abs(reached) + unit)
     at_least = drawn = 0
     for size in stages:
-        labels = np.empty((size, len(is_perturbed)), dtype=np.float32)
-        for rows in members:
-            labels[:, rows] = rng.permuted(np.broadcast_to(is_perturbed[rows], (size, len(rows))), axis=1)
-        permuted = statistic(labels)
+        permuted = statistic(
+            np.concatenate([_drawn(own, int(is_perturbed[own].sum()), size, rng) for own in members], 1)
+        )
         at_least += int((permuted >= reached).sum())
         drawn += size
         if at_least >= ENOUGH:
@@ -127,6 +126,25 @@ def permutation_p(
             drawn = sum(stages)
             break
     return (1 + at_least) / (1 + drawn)
+
+
+def _drawn(cells: np.ndarray, n: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """``size`` times ``n`` of the cells, (size, n): the first steps of a shuffle, all draws at once."""
+    shuffled = np.repeat(cells[:, None], size, axis=1)
+    fewer = min(n, len(cells) - n)
+    for i in range(fewer):
+        other = rng.integers(i, len(cells), size), np.arange(size)
+        shuffled[other], shuffled[i] = shuffled[i], shuffled[other]
+    return np.ascontiguousarray((shuffled[:n] if n == fewer else shuffled[fewer:]).T)
+
+
+def _row_sums(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Sums (., q) of the rows of ``values`` (cells, q) that are chosen (., n)."""
+    # torch, whose threads are as many as each of several tests at a time may have; BLAS has its own number
+    rows, of = torch.from_numpy(chosen), torch.from_numpy(values)
+    if chosen.shape[1] * FEW <= len(values):
+        return embedding_bag(rows, of, mode="sum").numpy()
+    return (torch.zeros(len(rows), len(of), dtype=of.dtype).scatter_(1, rows, 1) @ of).numpy()
 
 
 def _distances(scores: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ PERTURBATION_RIDGE = 2e-5  # on the parameters of noise scales and retentions, p
 LARGE_SHIFT = 5.0  # a shift's prior deviation: a program that control cells do not vary in keeps a scale
 TURNED_PER_RESTART, TURNED_LEFT = 3, 8  # restarts that differ in loadings: how many, and how many after the race
 MAX_TURN = math.pi / 4  # of a perturbation's leading change in a restart
+INFORMATION_VALUES = 20_000_000  # that are held at once: restarts are solved together as far as these allow
 RESTART_STEPS = 15  # after which restarts are far enough apart to go on with the best alone
 FIXED_LOG_NOISE = -20.0
 NEAR_END = 1.5  # |logit| at which a learned retention starts from a fixed one of 0 or 1
@@ -189,23 +190,29 @@ class LinearModel:
 
     def solve(self, theta: Tensor, targets: Tensor, mask: Tensor, steps: int = 100) -> Solution:
         """Damped scoring from ``theta`` (R, P), with targets (R, K) and allowed edges (R, p, p) held fixed."""
-        theta, (nll, _, information), converged = solve(
-            lambda there: self.information(there, targets, mask), theta, self.free(mask), self.moments.cells(), steps
-        )
-        return Solution(self, theta, targets, mask, nll, information, converged)
+        at_once = max(1, INFORMATION_VALUES // self.size**2)
+        ends = []
+        for start, own, edges in zip(*(torch.split(each, at_once) for each in (theta, targets, mask)), strict=True):
+
+            def score(there: Tensor, own: Tensor = own, edges: Tensor = edges) -> Score:
+                return self.information(there, own, edges)
+
+            end, (nll, _, _), converged = solve(score, start, self.free(edges), self.moments.cells(), steps)
+            ends.append((end, nll, converged))
+        theta, nll, converged = (torch.cat(each) for each in zip(*ends, strict=True))
+        return Solution(self, theta, targets, mask, nll, converged)
 
 
 @cached_on_disk()
 @dataclass(frozen=True)
 class Solution:
-    """Maximum of the likelihood from R starts; ``nll`` (R,) per cell, ``information`` (R, P, P) per cell."""
+    """Maximum of the likelihood from R starts; ``nll`` (R,) per cell."""
 
     model: LinearModel
     theta: Tensor
     targets: Tensor
     mask: Tensor
     nll: Tensor
-    information: Tensor
     converged: Tensor
 
     def best(self) -> Solution:

@@ -102,6 +102,20 @@ def reassign_targets(solution: Solution, rounds: int = 10) -> Solution:
     return now
 
 
+def settle_targets(solution: Solution) -> Solution:
+    """Targets moved until none gains by it; where that is another partition, it is fitted from a start of its own too.
+
+    Parameters that were fitted to a wrong partition may lie in a valley that no step leads out of.
+    """
+    model, now = solution.model, reassign_targets(solution)
+    while bool((now.targets != solution.targets).any()):
+        solution = model.solve(model.start(now.targets), now.targets, now.mask)
+        if not bool(solution.nll[0] < now.nll[0]):
+            break
+        now = reassign_targets(solution)
+    return now
+
+
 def _kept(found: Assignment, before: Tensor, moments: Moments) -> Tensor:
     """The targets found (K,), but no program that had a perturbation is left without."""
     targets = found.targets.clone()

@@ -111,8 +111,9 @@ def ordered_claims(task: Task, cells: Cells, claims: Claims, ordering: Ordering)
     acting = np.flatnonzero(claims.target >= 0)
     environment = task.environments(acting).numpy()
     environment[task.data.split != splits.TRAIN] = -1
+    directions = ordering.directions()
     for c, perturbation in enumerate(acting):
-        direction = ordering.directions()[:, claims.target[perturbation]]
+        direction = directions[:, claims.target[perturbation]]
         own = (cells.values[environment == c + 1].double().numpy() - ordering.center) @ direction
         if len(own) > 1:
             shift[perturbation] = own.mean()
@@ -187,6 +188,8 @@ def _of_hit_cells(task: Task, found: Discovery) -> Discovery:
     environment = task.environments(found.acting).numpy()
     environment[task.data.split != splits.TRAIN] = -1
     environment = environment[found.index]
+    control = u[environment == 0]
+    error = (control - control @ found.adjacency).var(0) - 1
     for c in np.flatnonzero(share[found.acting] > 0):
         k = found.acting[c]
         own, target = np.flatnonzero(environment == c + 1), found.target[k]
@@ -197,8 +200,7 @@ def _of_hit_cells(task: Task, found: Discovery) -> Discovery:
         parents = found.adjacency[:, target]
         noise, weight = u[own, target] - retention[k] * (u[own] @ parents), found.hit[found.index[own]]
         mean = np.average(noise, weights=weight)
-        error = (u[environment == 0][:, target] - u[environment == 0] @ parents).var() - 1
-        variance = max(np.average((noise - mean) ** 2, weights=weight) - error, LEAST_VARIANCE)
+        variance = max(np.average((noise - mean) ** 2, weights=weight) - error[target], LEAST_VARIANCE)
         log_scale[k] = np.clip(np.log(variance) / 2, -LOG_SCALE, LOG_SCALE)
     return replace(found, shift=shift, log_scale=log_scale, retention=retention)
 

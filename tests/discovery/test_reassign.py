@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from crlseq.config import InterventionKind
+from crlseq.discovery import reassign
 from crlseq.discovery.likelihood import MAX_FITTED_LOG_SCALE, LinearModel, Solution
 from crlseq.discovery.moments import DTYPE, Moments
-from crlseq.discovery.reassign import assign_targets, move, reassign_targets
+from crlseq.discovery.reassign import assign_targets, move, reassign_targets, settle_targets
 
 P, Q = 3, 6
 TRUE = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -119,3 +120,21 @@ def test_a_program_keeps_the_perturbation_that_gains_least_by_leaving() -> None:
     mask = (model.unpack(theta)["G"] != 0).to(DTYPE)
     after = reassign_targets(model.solve(theta, before[None], mask, steps=0), rounds=1)
     assert set(after.targets[0].tolist()) == {0, 1, 2}
+
+
+def test_another_partition_is_fitted_from_a_start_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without steps after a move the parameters stay those of the wrong partition: in a valley of their own."""
+    monkeypatch.setattr(reassign, "MOVED_STEPS", 0)
+    wrong = TRUE.clone()
+    wrong[3] = 2
+    before = solved(wrong)
+    model, mask = before.model, before.mask
+    best = float(model.solve(model.start(TRUE[None]), TRUE[None], mask).nll[0])
+    moved, settled = reassign_targets(before), settle_targets(before)
+    assert torch.equal(moved.targets[0], TRUE) and float(moved.nll[0]) > best + 0.01
+    assert torch.equal(settled.targets[0], TRUE) and float(settled.nll[0]) == best
+
+
+def test_a_partition_that_stays_is_not_fitted_again() -> None:
+    before = solved(TRUE)
+    assert settle_targets(before) is before
