@@ -45,8 +45,10 @@ def changes_by_context(
     return found, np.stack(errors)
 
 
-def differences(found: list[Changes], level_error: Floats) -> Floats:
-    """FDR (p, p) of no difference between contexts, Benjamini-Hochberg over pairs; NaN where fewer than two can tell."""
+def differences(found: list[Changes], level_error: Floats) -> tuple[Floats, Floats]:
+    """FDR (p, p) of no difference between contexts, Benjamini-Hochberg over pairs, and the standard error (p, p) of the
+    difference of two, on average; NaN where fewer than two can tell.
+    """
     e = np.stack([one.e for one in found])
     variance = np.stack([one.e_error**2 for one in found]) + e**2 * level_error[:, :, None]
     weight = 1 / variance
@@ -54,7 +56,9 @@ def differences(found: list[Changes], level_error: Floats) -> Floats:
     freedom = (np.isfinite(variance).sum(0) - 1) * (1 - np.eye(e.shape[1], dtype=int))
     told, fdr = freedom > 0, np.full(e.shape[1:], np.nan)
     fdr[told] = benjamini_hochberg(chi2.sf((weight * (e - mean) ** 2).sum(0)[told], freedom[told]))
-    return fdr
+    finite = np.isfinite(variance)
+    error = np.sqrt(2 * np.where(finite, variance, 0).sum(0) / np.maximum(finite.sum(0), 1))
+    return fdr, np.where(told, error, np.nan)
 
 
 def _own_axes(y: Floats, environment: Ints, targets: Ints, axes: Floats) -> Floats:

@@ -57,6 +57,7 @@ class Ordering:
     bend: float | None = None  # of coordinates that a network straightened, see `crlseq.discovery.changes.bend_of`
     contexts: tuple[InContext, ...] = ()  # where some pair differs between contexts
     differ: Floats | None = None  # (p, p) FDR that what interventions change differs between contexts, NaN untested
+    differ_error: Floats | None = None  # (p, p) standard error of such a difference
 
     def directions(self) -> Floats:
         """Read-out (q, p) of the programs, u = (y - center) @ directions = x (I - G)^-1 with the declared G."""
@@ -84,6 +85,7 @@ class Ordering:
             ancestor=self.ancestor[both],
             contexts=tuple(one.reordered(order) for one in self.contexts),
             differ=None if self.differ is None else self.differ[both],
+            differ_error=None if self.differ_error is None else self.differ_error[both],
         )
 
 
@@ -119,25 +121,25 @@ def order_programs(
     warnings = broken_assumptions(found, pairs, shifts_outside(y, x, environment), n_control, same)
     unknown = np.full((p, p), np.nan)
     kept = retained(found)
-    contexts, differ = _by_context(y, environment, targets, axes, context, bend)
+    contexts, *differ = _by_context(y, environment, targets, axes, context, bend)
     return Ordering(
-        center, axes, pairs, direct, declared, hits, along, kept, robust, unknown, unknown, warnings, bend, contexts, differ
+        center, axes, pairs, direct, declared, hits, along, kept, robust, unknown, unknown, warnings, bend, contexts, *differ
     )  # fmt: skip
 
 
 def _by_context(
     y: Floats, environment: Ints, targets: Ints, axes: Floats, context: Ints | None, bend: float | None
-) -> tuple[tuple[InContext, ...], Floats | None]:
-    """What each context says by itself, where some pair differs, and the FDR (p, p) of the differences; else nothing."""
+) -> tuple[tuple[InContext, ...], Floats | None, Floats | None]:
+    """What each context says by itself, where some pair differs; FDR and errors (p, p) of differences. Nothing without contexts."""
     if context is None:
-        return (), None
+        return (), None, None
     found, level_error = changes_by_context(y, environment, targets, axes, context)
     found = [widened(one, bend) for one in found]
-    differ = differences(found, level_error)
+    differ, error = differences(found, level_error)
     if not (differ <= DIFFER_FDR).any():
-        return (), differ
+        return (), differ, error
     judged = [(one, judge_pairs(one)) for one in found]
-    return tuple(InContext(pairs, *_direct(one, pairs)) for one, pairs in judged), differ
+    return tuple(InContext(pairs, *_direct(one, pairs)) for one, pairs in judged), differ, error
 
 
 def with_support(

@@ -25,7 +25,13 @@ def with_contexts(run: FittedRun, data: PerturbSeqData, found: Discovery | None,
     contexts = data.labels.contexts
     if contexts is None:
         return run
-    about = {"key": contexts.key, "names": list(contexts.names), "pairs_tested": 0, "pairs_differ": 0}
+    about = {
+        "key": contexts.key,
+        "names": list(contexts.names),
+        "pairs_tested": 0,
+        "pairs_differ": 0,
+        "pairs_error": None,
+    }
     pairs, edges = run.pairs, run.edges.assign(context="")
     ordering = None if found is None else found.ordering
     if ordering is not None and ordering.differ is not None and pairs is not None:
@@ -34,7 +40,10 @@ def with_contexts(run: FittedRun, data: PerturbSeqData, found: Discovery | None,
             for name, one in zip(contexts.names, ordering.contexts, strict=False)
         ]
         differ = ordering.differ <= DIFFER_FDR
+        assert ordering.differ_error is not None
+        others = ordering.differ_error[np.isfinite(ordering.differ) & ~differ]
         about |= {"pairs_tested": int(np.isfinite(ordering.differ).sum()), "pairs_differ": int(differ.sum())}
+        about["pairs_error"] = float(np.median(others)) if len(others) else None
         pairs = _by_context(pairs, own, differ)
         if ordering.contexts and run.info["identification"]["verdict"] != "not identified":
             edges = _edges_by_context(edges, ordering, contexts.names, np.sign(scale))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import pandas as pd
 
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 
-POWER = 1.96 + 0.84  # standard errors that are seen with a probability of 80 %
+POWER = 0.84  # standard normal quantile of 80 % power
 COMPARED = 3  # comparisons of two contexts that are told
 
 
@@ -19,32 +21,41 @@ def contexts_in_words(run: Run) -> list[str]:
     fdr = dict(zip(run.interventions["perturbation"], run.interventions["fdr"], strict=True))
     words = list[str]()
     groups = list(run.contexts.groupby(["context", "other"], sort=False))
+    errors = seen_errors(int((run.contexts["fdr"] <= DETECTABLE_FDR).sum()), len(run.contexts))
     for (a, b), rows in groups[:COMPARED]:
-        words += _compared(str(a), str(b), rows, fdr)
+        words += _compared(str(a), str(b), rows, fdr, errors)
     if len(groups) > COMPARED:
         words.append(f"contexts.csv compares {len(groups) - COMPARED} more pairs of contexts.")
     if about.pairs_tested:
-        words.append(
+        told = (
             f"What interventions change differs between contexts in {about.pairs_differ} of {about.pairs_tested} ordered pairs "
-            f"of programs (FDR ≤ {DETECTABLE_FDR})."
+            f"of programs (FDR ≤ {DETECTABLE_FDR})"
         )
+        least = seen_errors(about.pairs_differ, about.pairs_tested) * (about.pairs_error or 0)
+        words.append(f"{told}{_others(least)}.")
     return words
 
 
-def _compared(a: str, b: str, rows: pd.DataFrame, fdr: dict[str, float]) -> list[str]:
+def seen_errors(n: int, m: int) -> float:
+    """Standard errors of a difference that is seen with a probability of 80 %, one more beside ``n`` of ``m`` that are seen:
+    its p-value has to be (n + 1) / m of the FDR (Benjamini and Hochberg 1995).
+    """
+    return NormalDist().inv_cdf(1 - min((n + 1) / m, 1) * DETECTABLE_FDR / 2) + POWER
+
+
+def _others(least: float) -> str:
+    return f"; in half of the others a difference of {least:.2g} SD would have been seen (80 % power)" if least else ""
+
+
+def _compared(a: str, b: str, rows: pd.DataFrame, fdr: dict[str, float], errors: float) -> list[str]:
     """How many perturbations act differently in two contexts; in how many an effect is seen in one alone, and whether the
-    other can be without it.
+    other can be without it. So many standard ``errors`` are seen.
     """
     differ = rows["fdr"] <= DETECTABLE_FDR
     n, many = int(differ.sum()), len(rows) != 1
-    words = [
-        f"{n} of {len(rows)} perturbation{'s' * many} act{'' if many else 's'} differently in {a} and {b} (FDR ≤ {DETECTABLE_FDR})."
-    ]
-    if not differ.all():
-        least = POWER * rows.loc[~differ, "difference_se"].median()
-        words[0] = (
-            f"{words[0][:-1]}; in half of the others a difference of {least:.2g} SD would have been seen (80 % power)."
-        )
+    told = f"{n} of {len(rows)} perturbation{'s' * many} act{'' if many else 's'} differently in {a} and {b} (FDR ≤ {DETECTABLE_FDR})"
+    least = 0.0 if differ.all() else errors * rows.loc[~differ, "difference_se"].median()
+    words = [f"{told}{_others(least)}."]
     seen = {
         one: rows["perturbation"].map(lambda gene, one=one: fdr.get(f"{gene}@{one}", 1.0) <= DETECTABLE_FDR)
         for one in (a, b)
@@ -52,7 +63,7 @@ def _compared(a: str, b: str, rows: pd.DataFrame, fdr: dict[str, float]) -> list
     for one, other, error in ((a, b, "se_other"), (b, a, "se")):
         alone = seen[one] & ~seen[other]
         if sure := int((alone & differ).sum()):
-            least = POWER * rows.loc[alone & differ, error].median()
+            least = errors * rows.loc[alone & differ, error].median()
             words.append(
                 f"{sure} {'has' if sure == 1 else 'have'} a visible effect in {one} alone: one of {least:.2g} SD would have been seen in {other}."
             )

@@ -214,6 +214,7 @@ class ContextSummary(_Part):
     names: list[str]
     pairs_tested: int
     pairs_differ: int
+    pairs_error: float | None
 
 
 class Positions(_Part):

@@ -67,7 +67,12 @@ def test_changes_of_a_context_are_total_effects_whatever_the_noise_of_the_source
     ]
     assert plain[1].e[0, 1] / plain[0].e[0, 1] > 2.5
     assert level_error.shape == (2, 3) and (level_error > 0).all()
-    assert (differences([rest, stim], level_error)[~np.eye(3, dtype=bool)] > 0.05).all() and found.contexts == ()
+    fdr, error = differences([rest, stim], level_error)
+    assert (fdr[~np.eye(3, dtype=bool)] > 0.05).all() and found.contexts == ()
+    squares = [
+        one.e_error[0, 1] ** 2 + one.e[0, 1] ** 2 * own[0] for one, own in zip((rest, stim), level_error, strict=True)
+    ]
+    assert error[0, 1] == pytest.approx(np.sqrt(sum(squares)))
 
 
 def test_pooled_changes_have_the_precision_of_both_contexts() -> None:

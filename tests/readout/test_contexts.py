@@ -11,6 +11,7 @@ from scipy.stats import norm
 from crlseq.config import DataConfig
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.readout.contexts import context_table
+from crlseq.run.contexts import seen_errors
 
 N, CONTROLS = 40, 60
 
@@ -63,3 +64,10 @@ def test_equal_shifts_are_called_different_no_more_often_than_the_fdr_says() -> 
         latents[data.condition > 0] += 0.5
         called += bool((context_table(data, latents, target)["fdr"] <= 0.05).any())
     assert called <= 12  # of 100 at 5 %: more has a probability of 0.2 %
+
+
+def test_standard_errors_that_are_seen() -> None:
+    """One test: 1.96 and .84. Of 20, the first needs p = .05 / 20, the last .05."""
+    assert seen_errors(0, 1) == pytest.approx(1.96 + 0.84, abs=0.001)
+    assert seen_errors(0, 20) == pytest.approx(3.023 + 0.84, abs=0.001)
+    assert seen_errors(19, 20) == seen_errors(20, 20) == seen_errors(0, 1)
