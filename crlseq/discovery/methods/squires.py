@@ -62,7 +62,7 @@ def by_likelihood(s: Floats, n: Floats) -> tuple[Recovered, list[Recovered]]:
     """What `crlseq.discovery.methods.multi_node.settled` makes of the order that `ordered_rows` finds, of covariances ``s``
     (p + 1, p, p) of ``n`` (p + 1,) cells.
     """
-    rows, order = ordered_rows(np.linalg.inv(s))
+    rows, order = ordered_rows(np.linalg.inv(s).astype(np.float64))
     sets = np.arange(len(order))[:, None] == order
     return settled(along(rows, sets, s, n), s, n)
 
