@@ -19,7 +19,6 @@ GRANTED: dict[str, tuple[Answer, str]] = {  # by what a kind of intervention ide
     "edges": ("identified", "so single edges are identified"),
     "ancestry": ("ancestry only", "so ancestry is identified; single edges are less certain"),
 }
-BEYOND_RANK_ONE = 0.2  # share of a matrix that sampling may leave there
 BEYOND_PROGRAM = (
     0.1  # share of a score difference; one program a perturbation leaves up to .05, two at least .11 in 31 of 32 models
 )
@@ -29,6 +28,7 @@ FALSE_EDGES = 0.2  # share of edges that may be false
 UNTOUCHED = (
     0.25  # shift, in standard deviations of the noise, that may be on programs that are not targets: the least edge
 )
+NO_SURE_EDGE = "No edge differs from 0 by four standard errors."
 ANY_GRAPH = "Shifts with linear equations fit equally well with any graph, including the empty one."
 
 
@@ -176,19 +176,30 @@ def _edges_if_hard(said: str, hard: bool) -> Verdict:
     )
 
 
-def judge_squires(left: float, n_edges: int, hard: bool) -> Verdict:
-    """The verdict on precision matrices whose differences leave a share ``left`` beyond one row; ``hard`` if that was said."""
-    if left > BEYOND_RANK_ONE:
-        what = (
-            f"{left:.0%} of a difference of precision matrices is left beyond one row, more than {BEYOND_RANK_ONE:.0%}"
-        )
+def _undescribed(p_value: float, linear: float, sets: str) -> Verdict | None:
+    """The objection to a model of ``sets`` of interventions, by the p-values of its deviance and of linear equations."""
+    if p_value < LEAST_P_VALUE:
         return Verdict(
-            "not identified", f"{what}: a perturbation acts on more than one program, or the model does not hold."
+            "not identified",
+            f"{sets} do not describe the covariances (p = {p_value:.1e}, at least {LEAST_P_VALUE:g} is needed): perturbations act otherwise, or equations or noise are not linear and normal.",
         )
+    if linear < LEAST_P_VALUE:
+        return Verdict(
+            "not identified",
+            f"Programs depend on products of others (p = {linear:.1e}; linear equations need {LEAST_P_VALUE:g}): equations are not linear.",
+        )
+    return None
+
+
+def judge_squires(p_value: float, linear: float, n_edges: int, hard: bool) -> Verdict:
+    """The verdict on perturbations of one program each, by the p-values of the model's deviance and of ``linear`` equations; ``hard``
+    if such interventions were asked for.
+    """
+    if objection := _undescribed(p_value, linear, "Perturbations of one program each"):
+        return objection
     if not n_edges:
-        return Verdict("not identified", "No edge differs from 0 by three standard errors.")
-    said = f"Each perturbation changes one row of the precision matrix ({left:.0%} is left)"
-    return _edges_if_hard(said, hard)
+        return Verdict("not identified", NO_SURE_EDGE)
+    return _edges_if_hard(f"Perturbations of one program each describe all covariances (p = {p_value:.2f})", hard)
 
 
 def judge_scores(left: float, n_edges: int, n_against: int, hard: bool) -> Verdict:
@@ -216,23 +227,15 @@ def judge_multi_node(p_value: float, linear: float, rival: float, n_edges: int, 
     """The verdict on sets of programs that perturbations act on, ``acts_on`` on average: p-values of the model's deviance and of
     ``linear`` equations, and by how much the deviance of the best other sets is larger; ``hard`` if that was asked for.
     """
-    if p_value < LEAST_P_VALUE:
-        return Verdict(
-            "not identified",
-            f"No sets of programs for the perturbations describe the covariances (p = {p_value:.1e}, at least {LEAST_P_VALUE:g} is needed): perturbations of one program differ, or equations or noise are not linear and normal.",
-        )
-    if linear < LEAST_P_VALUE:
-        return Verdict(
-            "not identified",
-            f"Programs depend on products of others (p = {linear:.1e}; linear equations need {LEAST_P_VALUE:g}): equations are not linear.",
-        )
+    if objection := _undescribed(p_value, linear, "Sets of programs that perturbations act on"):
+        return objection
     if rival < RIVAL:
         return Verdict(
             "not identified",
             f"Other sets of programs for the perturbations describe the covariances nearly as well (deviance larger by {rival:.0f}, and {RIVAL:.0f} are needed): there are too few cells, or perturbations are too alike.",
         )
     if not n_edges:
-        return Verdict("not identified", "No edge differs from 0 by four standard errors.")
+        return Verdict("not identified", NO_SURE_EDGE)
     said = f"Perturbations that act on {acts_on:.1f} programs each, on average, describe all covariances (p = {p_value:.2f})"
     return _edges_if_hard(said, hard)
 

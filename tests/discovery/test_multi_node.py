@@ -7,14 +7,15 @@ import pytest
 
 from crlseq.discovery.methods import method_of, multi_node
 from crlseq.discovery.methods.multi_node import (
-    SURE,
     Recovered,
+    agreed,
     covariances,
     curved,
     jackknife,
     p_value,
     recover,
     refined,
+    settled,
 )
 from crlseq.discovery.verdict import Verdict, judge_multi_node
 from crlseq.errors import InputError
@@ -59,8 +60,10 @@ class Setting(Latents):
 
 def answer_of(y: Floats, environment: Floats, p: int) -> tuple[Recovered, np.ndarray, Verdict]:
     """What is recovered, its edges, and the verdict if hard interventions are asked for."""
-    found, rival = recover(covariances(y, environment, p, None), np.bincount(environment).astype(float))
-    edges = np.abs(found.adjacency) > SURE * jackknife(y, environment, None, found)
+    s, n = covariances(y, environment, p, None), np.bincount(environment).astype(float)
+    found, rival = recover(s, n)
+    found, swapped = settled(found, s, n)
+    edges = agreed(found, swapped, jackknife(y, environment, None, found))
     tests = p_value(found), curved(y, environment, found)
     return found, edges, judge_multi_node(*tests, rival, int(edges.sum()), 2.0, True)
 

@@ -38,7 +38,7 @@ from crlseq.discovery.factor_result import REASON, factor_result, start_with
 from crlseq.discovery.methods import Programs
 from crlseq.discovery.score_differences import groups_of, precisions
 from crlseq.discovery.task import Task
-from crlseq.discovery.verdict import Answer, judge_multi_node
+from crlseq.discovery.verdict import RIVAL, Answer, judge_multi_node
 from crlseq.errors import InputError
 
 AT_MOST: Answer = "identified"
@@ -48,6 +48,7 @@ KEPT = 6  # chains of steps that go on
 SAME = 0.01  # squared sine of the angle between spaces that are the same
 GROUPS = 20  # of cells, of which the jackknife leaves one out
 SURE = 4.0  # standard errors of a weight that is an edge
+LESS = 0.1  # deviance by which another order is better
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -86,8 +87,10 @@ def find(task: Task) -> Programs:
         )
     used = start.cells.train.numpy()
     y, environment = start.cells.values[used, :p].double().numpy(), start.cells.environment[used].numpy()
-    found, rival = recover(covariances(y, environment, p, start.cells.noise), np.bincount(environment).astype(float))
-    edges = np.abs(found.adjacency) > SURE * jackknife(y, environment, start.cells.noise, found)
+    s, n = covariances(y, environment, p, start.cells.noise), np.bincount(environment).astype(float)
+    found, rival = recover(s, n)
+    found, swapped = settled(found, s, n)
+    edges = agreed(found, swapped, jackknife(y, environment, start.cells.noise, found))
     acts_on, hard = float(found.sets.sum(1).mean()), task.kind == "hard"
     verdict = judge_multi_node(p_value(found), curved(y, environment, found), rival, int(edges.sum()), acts_on, hard)
     weight = np.where(found.sets, found.gain, -1e9)
@@ -201,6 +204,44 @@ def same_sets(one: Bools, other: Bools) -> bool:
     return sorted(one.T.tolist()) == sorted(other.T.tolist())
 
 
+def along(directions: Floats, sets: Bools, s: Floats, n: Floats) -> Recovered:
+    """The solution of greatest likelihood near programs in causal order along ``directions`` (p, p), of given sets."""
+    white = np.linalg.inv(np.linalg.cholesky(s[0]))
+    flag = np.linalg.qr((directions @ np.linalg.inv(white)).T)[0].T
+    found = refined(flag, sets, white @ s @ white.T, n)
+    return replace(found, directions=found.directions @ white)
+
+
+def settled(found: Recovered, s: Floats, n: Floats) -> tuple[Recovered, list[Recovered]]:
+    """The solution after neighbours in the causal order changed places while that is more likely, and the p - 1 solutions
+    in which the i-th changes places with the next.
+    """
+    while True:
+        orders = [swap(i, len(found.flag)) for i in range(len(found.flag) - 1)]
+        swapped = [along(found.directions[order], found.sets[:, order], s, n) for order in orders]
+        best = min(swapped, key=lambda each: each.deviance, default=found)
+        if best.deviance >= found.deviance - LESS:
+            return found, swapped
+        found = best
+
+
+def swap(i: int, p: int) -> NDArray[np.int64]:
+    """The order 0 .. p - 1 in which i and i + 1 change places."""
+    order = np.arange(p)
+    order[[i, i + 1]] = i + 1, i
+    return order
+
+
+def agreed(found: Recovered, swapped: list[Recovered], error: Floats) -> Bools:
+    """Edges (p, p), `SURE` by their errors, that stay in every order of `settled` that describes the covariances nearly as well."""
+    edges: Bools = np.abs(found.adjacency) > SURE * error
+    for i, other in enumerate(swapped):
+        if other.deviance - found.deviance < RIVAL:
+            place = np.ix_(swap(i, len(edges)), swap(i, len(edges)))
+            edges &= np.abs(other.adjacency[place]) > SURE * error
+    return edges
+
+
 def refined(flag: Floats, sets: Bools, s: Floats, n: Floats) -> Recovered:
     """The solution of greatest likelihood of all programs together near ``flag`` (p, p), of given sets in causal order."""
     p = len(flag)
@@ -277,10 +318,6 @@ def jackknife(y: Floats, environment: NDArray[np.int64], noise: float | None, fo
     for g in range(GROUPS):
         kept = environment[group != g]
         s = covariances(y[group != g], kept, p, noise)
-        # Orthonormal rows with the same spans, as directions of whitened components
-        white = np.linalg.inv(np.linalg.cholesky(s[0]))
-        rows = found.directions @ np.linalg.inv(white)
-        flag = np.linalg.qr(rows.T)[0].T
-        without.append(refined(flag, found.sets, white @ s @ white.T, np.bincount(kept).astype(float)).adjacency)
+        without.append(along(found.directions, found.sets, s, np.bincount(kept).astype(float)).adjacency)
     error: Floats = np.sqrt((GROUPS - 1) * np.var(without, axis=0))
     return error
