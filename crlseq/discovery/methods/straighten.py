@@ -30,7 +30,7 @@ from crlseq.discovery.methods import Programs
 from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import environment_moments, noise_level
 from crlseq.discovery.nonlinear_test import Preference, prefers_nonlinear
-from crlseq.discovery.reassign import reassign_targets
+from crlseq.discovery.reassign import settle_targets
 from crlseq.discovery.result import nonlinear_result
 from crlseq.discovery.straighten import CAUSAL, FREE, OPERATIONS, Straightener, without_background
 from crlseq.discovery.task import Cells, Start, Task
@@ -129,7 +129,7 @@ def train_once(
     comparison = compare_on(task, latents(), free_fit, seed)
     kind = comparison.edges.solution.model.kind
     network.train(CAUSAL, kind)
-    final = reassign_targets(network.fit_prior(kind, fresh=True))
+    final = settle_targets(network.fit_prior(kind, fresh=True))
     if final.model.intervention.graph == "nothing":
         edges = replace(comparison.edges, solution=final, dispersion=misfit(final).dispersion)
         return latents(), replace(comparison, edges=edges)
