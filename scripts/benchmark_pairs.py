@@ -95,7 +95,7 @@ def without_control_variates() -> Iterator[Any]:
 
 def without_axis_errors() -> Iterator[Any]:
     """Axes are taken for exact."""
-    yield patch.object(changes, "_turned", lambda cells, base, targets, p: (np.zeros((p, p)), 0.0))
+    yield patch.object(changes, "_turned", lambda parts, targets, p: (np.zeros((p, p)), 0.0))
 
 
 def without_mediators() -> Iterator[Any]:

@@ -26,7 +26,7 @@ from crlseq.run.schema import RunInfo, run_json
 from crlseq.run.summary import Program, describe_programs, short, summary_table
 from crlseq.run.tables import effect_matrix
 from crlseq.storage import runfolder as files
-from crlseq.storage.csv import read_csv, write_csv
+from crlseq.storage.csv import read_csv, write_rows
 from crlseq.storage.files import refuse_links_outside
 from crlseq.storage.runfolder import is_run, no_run, partial_of, replaced_by
 
@@ -323,7 +323,7 @@ class Run:
     def write_tables(self, folder: Path) -> None:
         """CSV tables, graph files and ``run.json``."""
         for name, table in self.tables().items():
-            write_csv(folder / f"{name}.csv", table)
+            write_rows(folder / f"{name}.csv", table)
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
         (folder / "run.json").write_text(run_json(self.info, 1), encoding="utf-8", newline="\n")

@@ -35,8 +35,16 @@ def to_csv(table: pd.DataFrame) -> bytes:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write what `to_csv` gives, whole or not at all; some rows at a time: as text a table takes several times its room."""
-    with written_whole(path) as beside, beside.open("wb") as file:
+    """Write what `to_csv` gives, whole or not at all."""
+    with written_whole(path) as beside:
+        write_rows(beside, table)
+
+
+def write_rows(path: Path, table: pd.DataFrame) -> None:
+    """`write_csv` into a folder that is moved into place as a whole; some rows at a time: as text a table takes several times
+    its room.
+    """
+    with path.open("wb") as file:
         file.writelines(_pieces(table))
 
 

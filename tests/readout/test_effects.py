@@ -168,5 +168,5 @@ def test_a_damaged_table_is_refused(tmp_path) -> None:  # type: ignore[no-untype
 def test_a_table_is_written_in_pieces_as_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pd.DataFrame({"gene": ["=A", "B", "B", "C"], "n": [1, 2, 3, 4], "change": [0.1, np.nan, 3.0, -1e-9]})
     monkeypatch.setattr(csv, "ROWS", 3)
-    csv.write_csv(table, tmp_path / "table.csv")
+    csv.write_csv(tmp_path / "table.csv", table)
     assert (tmp_path / "table.csv").read_text() == "gene,n,change\n'=A,1,0.1\nB,2,\nB,3,3.0\nC,4,-1e-09\n"
