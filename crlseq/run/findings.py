@@ -232,7 +232,7 @@ def not_seen(interventions: pd.DataFrame) -> str:
         )
     if len(thin := silent[~enough]):
         words.append(
-            f"{_perturbations(thin, 'has', 'have')} too few cells to show an effect: {listed(thin['perturbation'], 'and')}. "
+            f"{_perturbations(thin, 'may have', 'may have')} too few cells to show an effect: {listed(thin['perturbation'], 'and')}. "
             f"No perturbation of {thin['n_cells'].max()} cells or fewer has a detectable one."
         )
     if len(untested):

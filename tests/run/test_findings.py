@@ -157,7 +157,7 @@ def test_not_seen_and_not_to_be_seen() -> None:
     words = not_seen(table)
     # "weaker" has more cells than "quiet": that it was detected says nothing of 70 cells.
     assert "1 perturbation does nothing visible: quiet. An effect as large as that of weak would have been seen." in words  # fmt: skip
-    assert "1 perturbation has too few cells to show an effect: thin. No perturbation of 29 cells or fewer has a detectable one." in words  # fmt: skip
+    assert "1 perturbation may have too few cells to show an effect: thin. No perturbation of 29 cells or fewer has a detectable one." in words  # fmt: skip
     assert not_seen(table[table["fdr"] <= 0.05]) == ""
     untested = table.assign(p_value=[0.1] * 4 + [np.nan], fdr=[*table["fdr"][:4], np.nan])
     assert "1 perturbation was not tested, for want of cells of its own: thin." in not_seen(untested)
