@@ -129,7 +129,7 @@ def _refuse_no_context(key: str, names: list[str], code: Ints, labels: Perturbat
     if len(names) < 2:
         raise InputError(f"The context column {key!r} has one level, {names[0]!r}.", ANOTHER)
     if len(names) > MOST:
-        what = f"The context column {key!r} has {len(names)} levels, and contexts are at most {MOST}."
+        what = f"The context column {key!r} has {len(names)} levels; at most {MOST} are compared."
         raise InputError(what, ANOTHER)
     pairs = np.unique(np.stack([labels.condition, code])[:, labels.condition > 0], axis=1)
     if len(np.unique(pairs[0])) == pairs.shape[1]:
@@ -143,7 +143,7 @@ def _crossed(labels: Perturbations, key: str, names: list[str], code: Ints, mark
     perturbed = np.bincount(code[labels.condition > 0], minlength=len(names))
     thin = [f"{name} ({controls[c]} control and {perturbed[c]} perturbed cells)" for c, name in enumerate(names) if controls[c] < least]  # fmt: skip
     if len(names) - len(thin) < 2:
-        what = f"Fewer than two contexts of column {key!r} have {least} control cells, but not {few(thin)}."
+        what = f"Fewer than two contexts of column {key!r} have the {least} control cells that are needed: {few(thin)} have fewer."
         raise InputError(what, "A perturbation is compared with controls of its own context: choose another column.")
     names, code = _used(names, np.where(np.append(controls >= least, False)[code], code, -1))
     condition = np.where(code < 0, -1, labels.condition)

@@ -82,12 +82,12 @@ def _of_column(column: pd.Series, name: str, used: np.ndarray) -> Column:
     missing = int(part.isna().sum())
     if missing:
         what = f"Cells without a value in the covariate {name!r}: {missing}."
-        raise InputError(what, f"Fill them in or drop the cells. {DROP}")
+        raise InputError(what, "Fill them in, drop the cells, or leave it out of --covariates.")
     numeric = pd.api.types.is_numeric_dtype(column.dtype) and not pd.api.types.is_bool_dtype(column.dtype)
     if numeric:
         numbers = part.to_numpy(float)
         if not np.isfinite(numbers).all():
-            what = f"The covariate {name!r} is infinite in {int((~np.isfinite(numbers)).sum())} cells."
+            what = f"Cells whose covariate {name!r} is infinite: {int((~np.isfinite(numbers)).sum())}."
             raise InputError(what, "Replace these values or drop the cells.")
         whole = np.array_equal(numbers, np.rint(numbers)) and len(np.unique(numbers)) <= MAX_NUMBERS
         if not (whole and role in (BATCH, CONTEXT, OUTCOME)):

@@ -53,7 +53,7 @@ def test_what_columns_are(screen: ad.AnnData) -> None:
         ("absent", None, "The cells have no column 'absent' for --covariates"),
         ("holes", None, "Cells without a value in the covariate 'holes': 6."),
         ("one", None, "The covariate 'one' is the same in every cell."),
-        ("endless", None, "The covariate 'endless' is infinite in 1 cells."),
+        ("endless", None, "Cells whose covariate 'endless' is infinite: 1."),
         ("perturbation", None, "The covariate 'perturbation' is the column of perturbations."),
         ("guide", None, "The covariate 'guide' and the perturbation tell each other"),
         ("apart", None, "The covariate 'apart' tells control cells from all others"),
