@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.sparse import issparse
+from scipy.stats import norm
 
 from crlseq.config import Config, DataConfig, make_config
 from crlseq.data.dataset import read_data
@@ -31,6 +32,7 @@ from crlseq.threads import on_threads
 CELLS, EFFECTS, REPEATS = (25, 50, 100, 200, 400), (0.25, 0.5, 1.0), 3
 FEWEST = 10  # cells of a perturbation that is tested, as `min_cells` of a fit
 WANTED = 0.9  # the share that a sentence asks for
+WITH_POWER = 0.8  # of `detectable` in pairs.csv
 # What a share is of, and how it is said.
 SHARES = {"detected": "detected", "targets": "assigned to the right program", "edges": "edges found"}
 COLUMNS = ["effect", "cells", "screens", *(part for name in (*SHARES, "false") for part in (name, f"{name}_se"))]
@@ -85,8 +87,8 @@ def power(
     -------
     A table with ``effect`` (NaN: the run's or scenario's own), ``cells``, ``screens``, shares and their standard errors
     (see `share`): ``detected`` of the perturbations that have an effect (FDR 5 %), ``targets`` of them assigned to the right
-    program, ``edges`` of the true ones declared, ``false``: the perturbations without effect that were called. NaN where
-    there is nothing to find.
+    program, ``edges`` of the true ones declared (of a run: see `pairs_seen`), ``false``: the perturbations without effect that
+    were called. NaN where there is nothing to find.
 
     Raises
     ------
@@ -103,11 +105,14 @@ def power(
             counts = np.zeros((len(SHARES) + 1, 2), dtype=np.int64)
             for repeat in range(repeats):
                 counts += _judged(make(n, repeat), seed + repeat, threads, detection_only)
-            rows.append([effect, n, repeats, *(value for pair in counts.tolist() for value in share(*pair))])
+            shares = [share(*pair) for pair in counts.tolist()]
+            if isinstance(source, Run) and not detection_only:
+                shares[2] = pairs_seen(source, n)
+            rows.append([effect, n, repeats, *(value for pair in shares for value in pair)])
             size = "" if np.isnan(effect) else f"effect {effect:g}, "
             note(f"{size}{n} cells: {counts[0, 0]} of {counts[0, 1]} effects detected")
     table = pd.DataFrame(rows, columns=COLUMNS)
-    return Power(table, title, tuple(in_sentences(table, detection_only)))
+    return Power(table, title, tuple(in_sentences(table, detection_only, isinstance(source, Run))))
 
 
 def share(part: int, whole: int) -> tuple[float, float]:
@@ -120,20 +125,39 @@ def share(part: int, whole: int) -> tuple[float, float]:
     return part / whole, float(np.sqrt(q * (1 - q) / (whole + 4)))
 
 
-def in_sentences(table: pd.DataFrame, detection_only: bool = False) -> list[str]:
-    """What the table says: for each effect the fewest cells from which on 90 % are found, in all tried numbers."""
+def pairs_seen(run: Run, n_cells: int) -> tuple[float, float]:
+    """Share of the pairs of programs that a run calls upstream which so many cells a perturbation would show, and its standard
+    error. NaN where it calls none.
+
+    With n cells in place of the n_0 of the target's perturbations, a change of z standard errors is seen beyond t of them with
+    probability Phi((|z| r - t) / sqrt(1 + r^2)), r^2 = n / n_0: the run's error of the change counts as well as the new one.
+    """
+    pairs = None if run.pairs is None else run.pairs[run.pairs["status"] == "upstream"]
+    if pairs is None or not len(pairs):
+        return float("nan"), float("nan")
+    cells = {row.name: sum(row.cells.values()) for row in run.facts.conditions}
+    own = run.interventions["perturbation"].map(cells).groupby(run.interventions["program"]).mean()
+    r = np.sqrt(n_cells / own[pairs["target"]].to_numpy())
+    beyond = pairs["detectable"].to_numpy() / pairs["se"].to_numpy() - norm.ppf(WITH_POWER)
+    seen = norm.cdf((pairs["z"].abs().to_numpy() * r - beyond) / np.sqrt(1 + r**2))
+    return float(seen.mean()), float(np.sqrt((seen * (1 - seen)).sum()) / len(seen))
+
+
+def in_sentences(table: pd.DataFrame, detection_only: bool = False, of_run: bool = False) -> list[str]:
+    """What the table says, of a run or of planted effects: for each the fewest cells from which on 90 % are found, in all
+    tried numbers.
+    """
     found = []
     for effect, rows in by_effect(table):
         of = f"effects of {effect:g} SD" if effect else "the effects of this screen"
         for name in ("detected",) if detection_only else SHARES:
             known = rows.dropna(subset=[name])
             if len(known):
-                found.append(_sentence(known, name, of))
+                found.append(_sentence(known, name, of, of_run))
     found += _falling(table)
     if not detection_only and table["edges"].isna().all():
-        found.append(
-            "Edges could not be judged: a run's own effects do not say how many would be found, and a truth may have none."
-        )
+        why = "this run calls no program upstream of another" if of_run else "no simulated screen has one"
+        found.append(f"Edges could not be judged: {why}.")
     if table["false"].notna().any():
         found.append(f"{100 * table['false'].mean():.1f} % of the perturbations without effect were called detected.")
     return found
@@ -151,7 +175,7 @@ def _falling(table: pd.DataFrame) -> list[str]:
     return []
 
 
-def _sentence(rows: pd.DataFrame, name: str, of: str) -> str:
+def _sentence(rows: pd.DataFrame, name: str, of: str, of_run: bool) -> str:
     """The one about a share; ``rows`` are of one effect, by ascending numbers of cells."""
     enough = (rows[name] >= WANTED).to_numpy()[::-1].cumprod()[::-1].astype(bool)  # and all larger numbers
     row = rows.iloc[int(enough.argmax())] if enough.any() else rows.iloc[-1]
@@ -159,7 +183,9 @@ def _sentence(rows: pd.DataFrame, name: str, of: str) -> str:
     what = {
         "detected": f"detect {told} of {of}",
         "targets": f"assign {told} of {of} to the right program",
-        "edges": f"find {told} of the edges, with {of}",
+        "edges": f"show {told} of the pairs of programs that this run calls upstream"
+        if of_run
+        else f"find {told} of the edges, with {of}",
     }[name]
     n = f"{row['cells']:.0f} cells a perturbation"
     return f"{n} {what}." if enough.any() else f"{n}, the most tried, {what}: below {100 * WANTED:.0f} %."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anndata as ad
@@ -16,7 +17,7 @@ from scipy.stats import norm
 import crlseq
 from crlseq.config import DataConfig
 from crlseq.experiments.planted import Controls, Plan, controls_of, controls_of_run, plant, plant_run
-from crlseq.experiments.power import in_sentences, power, share
+from crlseq.experiments.power import in_sentences, pairs_seen, power, share
 from crlseq.run.run import Run
 from tests.support import check_refusal, clear_screen, invoke, succeeds
 
@@ -181,6 +182,25 @@ def test_a_pilots_truth_is_recovered(pilot: Run) -> None:
     assert few["detected"] <= many["detected"]
     assert few["targets"] <= many["targets"]
     assert found.sentences[0].endswith("of the effects of this screen.")
+
+
+def test_pairs_that_more_or_fewer_cells_show() -> None:
+    """z = 4 against t = 2.16. With the pilot's 100 cells Phi(1.84 / sqrt(2)) = 0.9034, with 25 Phi(-0.16 / sqrt(1.25)) = 0.4431;
+    with a million Phi(4), up to the pilot's own error.
+    """
+    pairs = pd.DataFrame({"source": ["A"], "target": ["B"], "status": ["upstream"], "se": [0.1], "z": [-4.0]})
+    pairs["detectable"] = (2.16 + norm.ppf(0.8)) * 0.1
+    conditions = [
+        SimpleNamespace(name=name, cells={"train": n, "test": 10}) for name, n in (("b", 70), ("c", 110), ("a", 7))
+    ]
+    run = SimpleNamespace(
+        pairs=pairs, facts=SimpleNamespace(conditions=conditions),
+        interventions=pd.DataFrame({"perturbation": ["a", "b", "c", "d"], "program": ["A", "B", "B", None]}),
+    )  # fmt: skip
+    for n, seen in ((100, 0.9034), (25, 0.4431), (10**6, norm.cdf(4))):
+        assert pairs_seen(run, n) == pytest.approx((seen, np.sqrt(seen * (1 - seen))), abs=2e-2 if n > 100 else 2e-4)
+    run.pairs = pairs.assign(status="likely")
+    assert np.isnan(pairs_seen(run, 100)).all()
 
 
 def test_the_command(pilot: Run, tmp_path: Path) -> None:
