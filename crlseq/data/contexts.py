@@ -159,7 +159,8 @@ def _crossed(labels: Perturbations, key: str, names: list[str], code: Ints, mark
     crossed[condition > 0] = np.array([rank[parts] for parts in members])[place.ravel()]
     control = labels.control_label
     titles = (control, *(mark.join(singles[i] for i in parts) for parts in conditions[1:]))
-    told = " and ".join(f"'{name}' ({n} control cells)" for name, n in zip(names, controls[controls >= least], strict=True))  # fmt: skip
+    each = [f"'{name}' ({n} control cells)" for name, n in zip(names, controls[controls >= least], strict=True)]
+    told = f"{', '.join(each[:-1])} and {each[-1]}"
     notes = (f"Contexts with fewer than {least} control cells are left out: {few(thin)}.",) if thin else ()
     return replace(
         labels, key=GUIDE_LABELS, separator=mark if any(len(parts) > 1 for parts in conditions) else None,

@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot
 
 from crlseq.discovery.edges import Edges, reachable, score_absent, select_edges
 from crlseq.discovery.likelihood import Solution, allowed_edges
-from crlseq.discovery.moments import DTYPE, Moments
+from crlseq.discovery.moments import DTYPE, Crossed, Moments
 from crlseq.discovery.propose import propose_targets
 from crlseq.discovery.reassign import reassign_targets
 from crlseq.storage.stage_cache import cached_on_disk
@@ -61,10 +61,11 @@ def bootstrap(
     support ``s`` is ``sqrt(s (1 - s) / n)``. Replicates have random numbers of their own: ``threads`` change no result.
     """
     fit = edges.solution
-    counts = torch.bincount(environment, minlength=fit.model.k + 1)
-    if len(counts) != fit.model.k + 1 or not torch.equal(counts.to(DTYPE), fit.model.moments.counts):
+    n_environments = len(fit.model.moments.counts)
+    counts = torch.bincount(environment, minlength=n_environments)
+    if len(counts) != n_environments or not torch.equal(counts.to(DTYPE), fit.model.moments.counts):
         raise ValueError("environment must hold the cells of the fit, no others.")
-    draw = _sampler(values, variances, environment, fit.model.moments.tied)
+    draw = _sampler(values, variances, environment, fit.model.moments.crossed)
     p, k = fit.model.p, fit.model.k
     edge, ancestor, assignment, program = (torch.zeros(shape, dtype=DTYPE) for shape in ((p, p), (p, p), (k, p), (p,)))
     shifts: list[Tensor] = []
@@ -115,7 +116,7 @@ def match_programs(fit: Solution, other: Solution) -> tuple[Tensor, Tensor, Tens
 
 
 def _sampler(
-    values: Tensor, variances: Tensor | None, environment: Tensor, tied: Tensor | None = None
+    values: Tensor, variances: Tensor | None, environment: Tensor, crossed: Crossed | None = None
 ) -> Callable[[torch.Generator], Moments]:
     """Draws moments of resampled cells: counts of how often each cell is drawn weigh it, no cell is copied."""
     cells: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -137,7 +138,7 @@ def _sampler(
                 covariance = covariance + torch.diag(weight @ variance)
             means.append(center + mean)
             covariances.append(covariance)
-        return Moments(torch.stack(means), torch.stack(covariances), counts, tied)
+        return Moments(torch.stack(means), torch.stack(covariances), counts, crossed)
 
     return draw
 

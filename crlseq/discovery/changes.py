@@ -118,17 +118,24 @@ class _Part:
 
 
 def measure_changes(
-    x: Floats, environment: NDArray[np.int64], targets: NDArray[np.int64], context: NDArray[np.int64] | None = None
+    x: Floats,
+    environment: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    context: NDArray[np.int64] | None = None,
+    turned: Floats | None = None,
 ) -> Changes:
     """E of exogenous coordinates ``x`` (n, p); ``environment`` (n,) 0 for control and c + 1 for perturbation c, ``targets``
-    (K,). Where there are several, ``context`` (n,) of each cell; a perturbation lies in one.
+    (K,). Where there are several, ``context`` (n,) of each cell; a perturbation lies in one. ``turned`` (p, p) are the variances
+    of the angles by which axes may be turned; by default those that mean shifts leave.
     """
     if context is None:
         part = _in_context(x, environment, targets)
         return _with_turns(part, *_turned([part], targets, x.shape[1]), targets)
     rows = [context == c for c in np.unique(context)]
     parts = [_in_context(x[own], environment[own], targets) for own in rows]
-    return _with_turns(_pooled_over(list(map(_levelled, parts))), *_turned(parts, targets, x.shape[1]), targets)
+    variance, outliers = _turned(parts, targets, x.shape[1])
+    pooled = _pooled_over(list(map(_levelled, parts)))
+    return _with_turns(pooled, variance if turned is None else turned, outliers, targets)
 
 
 def _in_context(x: Floats, environment: NDArray[np.int64], targets: NDArray[np.int64]) -> _Part:

@@ -92,7 +92,8 @@ def find_components(task: Task, reason: str = "as asked") -> Start:
     least = FEWEST if asked == "auto" else asked
     components = partial(whitened_components, task.data, seed=task.seed, device=task.device)
     y, noise = task.cache.get("components", lambda: components(most=n, least=least))
-    cells = Cells(torch.from_numpy(y), None, environment, train, noise, task.tied(chosen))
+    context = torch.from_numpy(task.data.context) if task.data.context_names else None
+    cells = Cells(torch.from_numpy(y), None, environment, train, noise, task.crossed(chosen), context)
     p, choice = task.cache.get("number", lambda: number_of_programs(task, cells, len(chosen)))
     task.note(f"{p} programs: {f'{reason}.' if choice is None else choice.reason}")
     if p + 10 > n == y.shape[1]:
@@ -105,7 +106,8 @@ def number_of_programs(task: Task, cells: Cells, n_environments: int) -> tuple[i
     """The number that was asked for, or one chosen; an `InputError` if perturbations are fewer."""
     asked = task.config.n_latents
     if asked == "auto":
-        choice = choose_n_latents(cells.values[cells.train], cells.environment[cells.train], task.seed)
+        context = None if cells.context is None else cells.context[cells.train]
+        choice = choose_n_latents(cells.values[cells.train], cells.environment[cells.train], task.seed, context)
         return min(choice.n_latents, n_environments), choice
     if asked > n_environments:
         raise InputError(
@@ -117,8 +119,8 @@ def number_of_programs(task: Task, cells: Cells, n_environments: int) -> tuple[i
 
 def fit_likelihood(task: Task, cells: Cells, p: int) -> Solution:
     """Hard interventions with a dense graph."""
-    values, _, environment = cells.training()
-    moments = environment_moments(values, environment, tied=cells.tied)
+    values, _, environment = cells.training_by_context()
+    moments = environment_moments(values, environment, crossed=cells.crossed)
     restarts = RESTARTS if p < MANY_LATENTS else FEW_RESTARTS
     noise = noise_level(moments) if cells.noise is None else cells.noise
     floor, each = MIN_NOISE * noise, partial(in_parallel, threads=task.threads)
@@ -127,9 +129,10 @@ def fit_likelihood(task: Task, cells: Cells, p: int) -> Solution:
 
 def compare_on(task: Task, cells: Cells, dense: Solution, seed: int) -> KindComparison:
     """Kinds of intervention compared on folds of the training cells."""
-    values, variances, environment = cells.training()
+    values, variances, environment = cells.training_by_context()
     n_folds = FOLDS if dense.model.p < MANY_LATENTS else FEW_FOLDS
-    folds = fold_moments(values, environment, variances, n_folds, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    folds = fold_moments(values, environment, variances, n_folds, generator, cells.crossed)
     return compare_kinds(dense, folds, task.kind, task.threads)
 
 
@@ -205,8 +208,13 @@ def passed_alone(edges: Edges) -> int:
 
     A soft intervention on k that keeps a share r of its input is a hard one on u_k - r sum_j G[j, k] u_j, with
     r G[j, k] G[k, i] more from j to i: only a second perturbation of k, which keeps another share, tells the two apart.
+    One gene's in several contexts may all keep the same, and count as one.
     """
-    graph, count = edges.adjacency != 0, torch.bincount(edges.solution.targets[0], minlength=len(edges.adjacency))
+    solution, graph = edges.solution, edges.adjacency != 0
+    targets, crossed = solution.targets[0], solution.model.moments.crossed
+    if crossed is not None:
+        targets = torch.unique(torch.stack([targets, crossed.gene]), dim=1)[0]
+    count = torch.bincount(targets, minlength=len(graph))
     return int((graph.any(0) & graph.any(1) & (count == 1)).sum())
 
 
@@ -238,7 +246,9 @@ def measure_support(task: Task, cells: Cells, edges: Edges) -> Stability | None:
     if not n:
         return None
     task.stage(f"bootstrapping {n} times")
-    return task.cache.get("bootstrap", lambda: bootstrap(*cells.training(), edges, n, task.seed, task.threads))
+    return task.cache.get(
+        "bootstrap", lambda: bootstrap(*cells.training_by_context(), edges, n, task.seed, task.threads)
+    )
 
 
 def supported(edges: Edges, stability: Stability) -> Edges:

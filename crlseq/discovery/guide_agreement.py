@@ -8,7 +8,8 @@ guide i along its gene's mean effect, and v_i its squared error,
     a_i ~ pi N(0, v_i) + (1 - pi) N(b e^(s t), v_i),    t ~ N(0, 1),
 
 the effect b of the gene being uniform from 0 to twice the largest a_i, s = 0.15 how far the strengths of guides that work differ,
-and pi the share of dead guides, by expectation maximisation from `PRIOR` guides of which one in twenty is dead.
+and pi the share of dead guides, by expectation maximisation from `PRIOR` guides of which one in twenty is dead. A guide is dead in
+all contexts or in none, so that what each says of it is multiplied.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import logsumexp
+from scipy.special import expit, logit, logsumexp
 from scipy.stats import norm
 
 from crlseq.data import splits
@@ -31,6 +32,7 @@ FDR, MIN_CELLS = 0.05, 5
 DEAD, PRIOR, STEPS = 0.05, 20, 20  # share of dead guides before any is seen, how many guides that counts as, and of EM
 SPREAD = 0.15  # s: a guide of half the strength is nearly five of these below the others
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(9)  # of t
+TINY = 1e-15  # least probability of a guide to be dead or not, in one context
 GRID = 100  # effects b at which the likelihood is summed
 
 Floats = NDArray[np.float64]
@@ -51,7 +53,7 @@ def guide_agreement(data: PerturbSeqData, scores: np.ndarray) -> pd.DataFrame:
 
     By scores (cells, q) of training cells with one perturbation. ``strength`` is a guide's effect over that of its gene, 1 of a guide
     that does what the others do. ``fdr`` is the expected share of working guides among those that are at least as likely dead, and
-    ``weak`` those of at most 5 %. Without guides the table is empty.
+    ``weak`` those of at most 5 %. Without guides the table is empty. With contexts a guide has a row for each, of the same ``fdr``.
     """
     genes = _genes(data, scores)
     table = pd.DataFrame({
@@ -61,10 +63,25 @@ def guide_agreement(data: PerturbSeqData, scores: np.ndarray) -> pd.DataFrame:
     })  # fmt: skip
     dead, effect = probabilities([(gene.a, gene.v) for gene in genes])
     a, v = (np.concatenate([np.zeros(0), *(getattr(gene, name) for gene in genes)]) for name in ("a", "v"))
+    guide = np.arange(len(dead))
+    if data.context_names:
+        guide = pd.factorize(table["guide"])[0]
+        dead = _in_all_contexts(dead, guide)
     fdr = np.empty(len(dead))
     order = np.argsort(-dead, kind="stable")
     fdr[order] = np.cumsum(1 - dead[order]) / np.arange(1, len(dead) + 1)
+    fdr = fdr[guide]
     return table.assign(strength=a / effect, strength_se=np.sqrt(v) / effect, fdr=fdr, weak=fdr <= FDR)
+
+
+def _in_all_contexts(dead: Floats, guide: NDArray[np.int64]) -> Floats:
+    """Probability (guides,) that each is dead, by that of its rows (n,), of which ``guide`` (n,) is the number: odds beyond
+    those of any guide are multiplied.
+    """
+    any_guide = logit((PRIOR * DEAD + dead.sum()) / (PRIOR + len(dead)))
+    said = logit(np.clip(dead, TINY, 1 - TINY)) - any_guide
+    joint: Floats = expit(np.bincount(guide, weights=said) + any_guide)
+    return joint
 
 
 def probabilities(genes: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
@@ -148,14 +165,12 @@ def without_guides(data: PerturbSeqData, names: Collection[str]) -> PerturbSeqDa
 
 def weak_guides(table: pd.DataFrame) -> list[str]:
     """Names of the weak guides of a table by `guide_agreement`."""
-    return [str(name) for name in table["guide"][table["weak"]]]
+    return [str(name) for name in table["guide"][table["weak"]].unique()]
 
 
 def guides_in_words(table: pd.DataFrame, dropped: bool) -> str:
     """A sentence about guides that do nothing; empty where there are none."""
     if not (weak := weak_guides(table)):
         return ""
-    told = (
-        f"{len(weak)} of {len(table)} guides do nothing, though other guides of their gene have an effect: {few(weak)}."
-    )
+    told = f"{len(weak)} of {table['guide'].nunique()} guides do nothing, though other guides of their gene have an effect: {few(weak)}."
     return f"{told} Their cells are left out." if dropped else f"{told} --drop-outlier-guides leaves them out."

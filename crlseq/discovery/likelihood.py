@@ -7,6 +7,8 @@
 over G (p, p), W (p, q), shifts a, log noise scales s, retentions, psi and o. ``y_c``, ``C_c``, ``n_c`` are mean,
 covariance and count of the cells of environment ``c`` in ``q`` whitened components; environment 0 holds the
 controls, environment ``i + 1`` perturbation ``i``, whose target is one latent. Row vectors; ``G[j, k]``: j -> k.
+Where contexts are crossed, each has controls of its own, and ``D_c`` is what all programs' noise is scaled by in the
+context (1 in the first) times what the perturbation scales its target's by.
 
 Given targets (`crlseq.discovery.propose`) the likelihood is maximised by damped Fisher scoring
 (`crlseq.discovery.scoring`), all restarts as one batch. The graph is fitted dense, without an acyclicity term: under
@@ -57,9 +59,12 @@ class LinearModel:
         self.moments, self.p, self.kind, self.floor, self.fit_noise = moments, p, kind, floor, fit_noise
         self.intervention = INTERVENTIONS[kind]
         self.learns_retention = self.intervention.retention is None
-        self.q, self.k = moments.means.shape[1], len(moments.counts) - 1
+        self.q, self.n_controls = moments.means.shape[1], moments.n_controls
+        self.k = len(moments.counts) - self.n_controls
         sizes = {"G": self.p**2, "W": self.p * self.q, "shift": self.k, "scale": self.k}
         sizes |= {"retention": self.k if self.learns_retention else 0, "psi": self.q, "offset": self.q}
+        if self.n_controls > 1:
+            sizes["context"] = (self.n_controls - 1) * self.p
         self.at: dict[str, slice] = {}
         self.size = 0
         for name, size in sizes.items():
@@ -98,20 +103,30 @@ class LinearModel:
 
     def log_scale(self, parameters: Tensor) -> Tensor:
         """Log noise scales (R, K) from their parameters, bounded; 0 where the kind has none."""
-        bounded = MAX_FITTED_LOG_SCALE * torch.tanh(parameters / MAX_FITTED_LOG_SCALE)
-        return bounded * self.intervention.scales
+        return _bounded(parameters) * self.intervention.scales
+
+    def context_scale(self, named: dict[str, Tensor]) -> Tensor:
+        """Log noise scales (R, L, p) of programs in each of L contexts, bounded; 0 in the first."""
+        first = torch.zeros(len(named["W"]), 1, self.p, dtype=DTYPE)
+        if self.n_controls == 1:
+            return first
+        return torch.cat([first, _bounded(named["context"]).reshape(-1, self.n_controls - 1, self.p)], 1)
+
+    def context_of(self, moments: Moments) -> Tensor:
+        """Context (C,) of each environment, controls first."""
+        return torch.cat([torch.arange(self.n_controls), moments.control])
 
     def start(self, targets: Tensor, angles: Tensor | None = None) -> Tensor:
         """Initial values (R, P): each latent's loadings along the leading direction of what its perturbations change,
         each turned by an angle of ``angles`` (R, K) towards what it changes second most.
         """
         m, r = self.moments, len(targets)
-        delta = m.means[1:] - m.means[0]
+        delta, count = m.shifts(), m.counts[m.n_controls :]
         change = leading_changes(m).in_components(torch.zeros(1, self.k, dtype=DTYPE) if angles is None else angles)
         change = change.expand(r, -1, -1)
         one = one_hot(targets, self.p).to(DTYPE)  # (R, K, p)
-        scatter = torch.einsum("rka,k,rkp,rkb->rpab", change, m.counts[1:], one, change)
-        cells = torch.einsum("k,rkp->rp", m.counts[1:], one).clamp_min(1)
+        scatter = torch.einsum("rka,k,rkp,rkb->rpab", change, count, one, change)
+        cells = torch.einsum("k,rkp->rp", count, one).clamp_min(1)
         value, vector = torch.linalg.eigh(scatter / cells[..., None, None])
         loadings = vector[..., -1] * 0.5 * value[..., -1:].clamp_min(0).sqrt().clamp_min(0.02)
         along = torch.einsum("kq,rpq->rkp", delta, loadings) / (loadings**2).sum(2)[:, None]
@@ -119,9 +134,10 @@ class LinearModel:
         if self.fit_noise:
             noise = torch.linalg.eigvalsh(m.covariances[0])[0].clamp_min(1e-3).log()
         zero = torch.zeros(r, self.k, dtype=DTYPE)
+        none = torch.zeros(r, (self.n_controls - 1) * self.p, dtype=DTYPE)
         return self.pack({
             "G": torch.zeros(r, self.p, self.p, dtype=DTYPE), "W": loadings, "shift": (along * one).sum(2), "scale": zero,
-            "retention": zero[:, : self.k if self.learns_retention else 0], "psi": noise.expand(r, self.q).clone(),
+            "context": none, "retention": zero[:, : self.k if self.learns_retention else 0], "psi": noise.expand(r, self.q).clone(),
             "offset": m.means[:1].expand(r, -1).clone(),
         })  # fmt: skip
 
@@ -138,24 +154,29 @@ class LinearModel:
 
     def implied(self, theta: Tensor, targets: Tensor, mask: Tensor) -> Implied:
         """Means and covariances that parameters imply under targets (R, K) and a mask of edges, and their parts."""
-        w, r = self.unpack(theta), len(theta)
-        none = torch.zeros(r, 1, dtype=DTYPE)  # what controls have of an intervention
-        hit = pad(one_hot(targets, self.p).to(DTYPE), (0, 0, 1, 0))  # (R, C, p)
+        w, r, n = self.unpack(theta), len(theta), self.n_controls
+        none = torch.zeros(r, n, dtype=DTYPE)  # what controls have of an intervention
+        hit = pad(one_hot(targets, self.p).to(DTYPE), (0, 0, n, 0))  # (R, C, p)
         retention, log_scale = self.retention(w["retention"]), self.log_scale(w["scale"])
         bounded = torch.tanh(w["scale"] / MAX_FITTED_LOG_SCALE)
         column = 1 - hit * (1 - torch.cat([none + 1, retention], 1))[..., None]
         graph, eye, psi = w["G"] * mask, torch.eye(self.p, dtype=DTYPE), w["psi"].exp()
         inverse = torch.linalg.inv(eye - graph[:, None] * column[:, :, None])
         total = inverse @ w["W"][:, None]
-        sd = torch.exp(hit * torch.cat([none, log_scale], 1)[..., None])
+        log_sd, context = hit * torch.cat([none, log_scale], 1)[..., None], self.context_scale(w)
+        if n > 1:
+            log_sd = log_sd + context[:, self.context_of(self.moments)]
+        sd = torch.exp(log_sd)
         loading = sd[..., None] * total
         shift = (hit * torch.cat([none, w["shift"]], 1)[..., None])[:, :, None]
         mean = (shift @ total)[:, :, 0] + w["offset"][:, None]
         covariance = loading.transpose(2, 3) @ loading + torch.diag_embed(self.floor + psi)[:, None]
         tau, slope = (shift @ inverse)[:, :, 0], (1 - bounded**2) * self.intervention.scales
+        target_scale = log_sd[:, n:].gather(2, targets[..., None])[..., 0]
         return Implied(
-            mean, covariance, graph, column, inverse, total, sd, loading, tau, retention, log_scale, slope, psi
-        )
+            mean, covariance, graph, column, inverse, total, sd, loading, tau, retention, target_scale, slope, psi,
+            1 - (context / MAX_FITTED_LOG_SCALE) ** 2,
+        )  # fmt: skip
 
     def environments(self, theta: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Means (R, C, q) and covariances (R, C, q, q) that the parameters imply."""
@@ -182,9 +203,12 @@ class LinearModel:
             score.retentions()
         score.noise()
         score.offset()
+        if self.n_controls > 1:
+            score.contexts(self.context_of(self.moments))
         ridge = torch.zeros(self.size, dtype=DTYPE)
         ridge[self.at["G"]] = 2 * EDGE_RIDGE
-        ridge[self.at["scale"]] = ridge[self.at["retention"]] = PERTURBATION_RIDGE
+        for name in {"scale", "retention", "context"} & self.at.keys():
+            ridge[self.at[name]] = PERTURBATION_RIDGE
         ridge[self.at["shift"]] = 1 / (LARGE_SHIFT**2 * self.moments.cells())
         return score.with_ridge(theta, ridge, self.free(mask))
 
@@ -253,6 +277,11 @@ class Solution:
     def adjacency(self) -> Tensor:
         """``G`` (p, p) of the first restart, zero where the mask forbids an edge."""
         return self.model.unpack(self.theta)["G"][0] * self.mask[0]
+
+
+def _bounded(parameters: Tensor) -> Tensor:
+    """Log scales below `MAX_FITTED_LOG_SCALE`."""
+    return MAX_FITTED_LOG_SCALE * torch.tanh(parameters / MAX_FITTED_LOG_SCALE)
 
 
 def allowed_edges(n_latents: int, kind: InterventionKind) -> Tensor:

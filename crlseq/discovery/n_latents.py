@@ -17,7 +17,7 @@ from scipy.special import chdtri
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from crlseq.discovery.moments import DTYPE, Moments, environment_moments
+from crlseq.discovery.moments import DTYPE, Crossed, Moments, environment_moments
 from crlseq.discovery.propose import leading_changes, propose_targets
 from crlseq.storage.stage_cache import cached_on_disk
 from crlseq.threads import counted
@@ -65,13 +65,15 @@ class _Shifts:
     rank: int
 
 
-def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> LatentChoice:
+def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0, context: Tensor | None = None) -> LatentChoice:
     """Number of latents that the perturbations act on.
 
     ``values`` (N, q) are components in which measurement noise is about even, q above the number expected;
     ``environment`` (N,) is 0 for control, else one perturbation; those with fewer than two cells are left out. The seed
-    is that of the halves that the curve is computed on.
+    is that of the halves that the curve is computed on. Where there are several, ``context`` (N,) of each cell.
     """
+    if context is not None:
+        context = _usable(context, environment)[0]
     values, environment = _usable(values.to(DTYPE), environment)
     if not bool((environment == 0).any()) or not bool((environment > 0).any()):
         return LatentChoice(1, [], "There are too few cells to distinguish more than one program.")
@@ -79,7 +81,7 @@ def choose_n_latents(values: Tensor, environment: Tensor, seed: int = 0) -> Late
     if found is None:
         return LatentChoice(1, [], "The perturbations do not shift the mean beyond sampling noise.")
     rays, members = _bundle(found)
-    by_variance = _by_variance(values, environment, found.effect & (found.rank > 0))
+    by_variance = _by_variance(values, environment, found.effect & (found.rank > 0), context)
     if found.rank == 0 or len(rays) == 0:
         if by_variance:
             return LatentChoice(by_variance, [], f"No mean shifts; variances change along {_directions(by_variance)}.")
@@ -102,13 +104,19 @@ def _directions(n: int) -> str:
     return f"{n} direction{'s' * (n > 1)}"
 
 
-def _by_variance(values: Tensor, environment: Tensor, effect: Tensor) -> int:
+def _by_variance(values: Tensor, environment: Tensor, effect: Tensor, context: Tensor | None) -> int:
     """Number of programs of perturbations that change variances and no mean: those whose change of the covariance is along
     none of the mean shifts and like none of the others' (cosine of the matrices, sampling noise taken off).
     """
     if bool(effect.all()):
         return 0
-    moments = environment_moments(values, environment)
+    crossed = None
+    if context is not None:
+        first = [int(context[environment == c][0]) for c in range(1, int(environment.max()) + 1)]
+        own = torch.tensor(first, dtype=torch.int64)
+        crossed = Crossed(torch.arange(len(own)), own, int(context.max()) + 1)
+        environment = crossed.numbered(environment, context)
+    moments = environment_moments(values, environment, crossed=crossed)
     leading, q = leading_changes(moments), values.shape[1]
     clear = ~effect & ~leading.of_means & (leading.lengths > CLEAR_CHANGE)
     by_length = leading.lengths.argsort(descending=True)
@@ -116,7 +124,9 @@ def _by_variance(values: Tensor, environment: Tensor, effect: Tensor) -> int:
     along = (leading.directions[some, 0] @ leading.directions[effect, 0].T).abs() > SAME_RAY
     some = some[~along.any(1)]
     change = leading.covariances[some].flatten(1)
-    noise = torch.diag(1 / moments.counts[1:][some]) + 1 / moments.counts[0]
+    control = moments.control[some]
+    noise = torch.diag(1 / moments.counts[moments.n_controls :][some])
+    noise += (control == control[:, None]) / moments.counts[control]
     product = change @ change.T - q * (q + 1) * noise
     size = product.diagonal().clamp_min(1e-12).sqrt()
     alike = (product / size[:, None] / size).abs() > SAME_CHANGE

@@ -46,21 +46,22 @@ def leading_changes(moments: Moments) -> Leading:
     by what is further from chance: the squared shift beyond its expectation, or the square of the largest eigenvalue of
     the difference of covariances beyond that of the largest one by chance (Marchenko and Pastur 1967).
     """
-    q = moments.means.shape[1]
+    q, n, control = moments.means.shape[1], moments.n_controls, moments.control
     root = torch.linalg.cholesky(moments.pooled() + 1e-9 * torch.eye(q, dtype=DTYPE))
-    variance = 1 / moments.counts[1:] + 1 / moments.counts[0]
-    shifts = torch.linalg.solve_triangular(root, (moments.means[1:] - moments.means[0]).T, upper=False).T
+    variance = 1 / moments.counts[n:] + 1 / moments.counts[control]
+    shifts = torch.linalg.solve_triangular(root, moments.shifts().T, upper=False).T
     shifts = shifts / variance.sqrt()[:, None]
     size = shifts.norm(dim=1)
     white = torch.linalg.solve_triangular(root, moments.covariances, upper=False)
     white = torch.linalg.solve_triangular(root, white.transpose(1, 2), upper=False)
     enough = moments.counts > CELLS_PER_COMPONENT * q
-    white = torch.where(enough[:, None, None], white, white[:1] * enough[0] + torch.eye(q, dtype=DTYPE) * ~enough[0])
-    change = white[1:] - white[0]
+    white[:n] = torch.where(enough[:n, None, None], white[:n], torch.eye(q, dtype=DTYPE))
+    white[n:] = torch.where(enough[n:, None, None], white[n:], white[control])
+    change = white[n:] - white[control]
     largest = torch.linalg.eigvalsh(change).abs().amax(1) / variance.sqrt()
     beyond = (largest**2 - (2 * math.sqrt(q) + q * variance.sqrt()) ** 2).clamp_min(0) / 2  # Var of a variance is 2
     precision = torch.linalg.inv(white + 1e-9 * torch.eye(q, dtype=DTYPE))
-    value, vector = torch.linalg.eigh(precision[1:] - precision[0])
+    value, vector = torch.linalg.eigh(precision[n:] - precision[control])
     order = value.abs().argsort(1, descending=True)[:, None].expand_as(vector)
     first, second = (
         vector.gather(2, order)[:, :, : min(2, q)].transpose(1, 2).unbind(1) if q > 1 else (vector[:, 0],) * 2
@@ -81,7 +82,7 @@ def propose_targets(
     then noise of unit variance, and a perturbation without effect weighs nothing. Repeats the last when there are fewer
     than ``n`` distinct partitions.
     """
-    k = len(moments.counts) - 1
+    k = len(moments.control)
     if not 1 <= n_latents <= k:
         raise ValueError(f"n_latents must lie between 1 and the {k} perturbations, not {n_latents}.")
     leading = leading_changes(moments)

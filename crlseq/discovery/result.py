@@ -98,11 +98,23 @@ def claims_of(task: Task, start: Start, cells: Cells, solution: Solution) -> Cla
     if len(others):
         environment = task.environments(others)
         known = task.cells_of(splits.TRAIN, environment)
-        moments = environment_moments(cells.values[known], environment[known], None, len(others) + 1, task.tied(others))
+        own, crossed = environment[known], task.crossed(others)
+        if crossed is not None and cells.context is not None:
+            own = crossed.numbered(own, cells.context[known])
+        n = len(others) + (1 if crossed is None else crossed.n_contexts)
+        moments = environment_moments(cells.values[known], own, None, n, crossed)
         found = assign_targets(model, solution.theta, moments)
         target[others], shift[others] = found.targets.numpy(), found.shift.numpy()
         log_scale[others], retention[others] = found.log_scale.numpy(), found.retention.numpy()
     return Claims(target, shift, log_scale, retention)
+
+
+def noise_of_controls(solution: Solution) -> Tensor:
+    """Standard deviation (p,) of each program's own noise over the controls of all contexts; 1 in the first."""
+    model, moments = solution.model, solution.model.moments
+    square = (2 * model.context_scale(model.unpack(solution.theta))[0]).exp()  # (L, p)
+    share = moments.counts[: model.n_controls, None] / moments.counts[: model.n_controls].sum()
+    return (share * square).sum(0).sqrt()
 
 
 def ordered_claims(task: Task, cells: Cells, claims: Claims, ordering: Ordering) -> Claims:
@@ -111,13 +123,17 @@ def ordered_claims(task: Task, cells: Cells, claims: Claims, ordering: Ordering)
     acting = np.flatnonzero(claims.target >= 0)
     environment = task.environments(acting).numpy()
     environment[task.data.split != splits.TRAIN] = -1
-    directions = ordering.directions()
+    directions, context = ordering.directions(), task.data.context
+    noise = (cells.values[environment == 0].double().numpy() - ordering.center) @ ordering.axes
+    level = _level(noise, context[environment == 0])
     for c, perturbation in enumerate(acting):
         direction = directions[:, claims.target[perturbation]]
         own = (cells.values[environment == c + 1].double().numpy() - ordering.center) @ direction
         if len(own) > 1:
             shift[perturbation] = own.mean()
-            log_scale[perturbation] = np.clip(np.log(max(own.std(), 1e-3)), -LOG_SCALE, LOG_SCALE)
+            usual = level[context[environment == c + 1][0], claims.target[perturbation]]
+            scale = np.log(max(own.std(), 1e-3)) - np.log(usual) / 2
+            log_scale[perturbation] = np.clip(scale, -LOG_SCALE, LOG_SCALE)
     return Claims(claims.target, shift, log_scale, np.where(claims.target >= 0, 0.0, 1.0))
 
 
@@ -136,6 +152,12 @@ def linear_result(
     named, index = model.unpack(solution.theta), task.fitted_cells()
     claims, kind, adjacency = claims_of(task, start, cells, solution), model.kind, edges.adjacency
     center, directions = named["offset"][0], solution.directions()
+    if model.n_controls > 1:  # units are the noise of the first context, and shall be that of all controls
+        unit = noise_of_controls(solution)
+        claims = replace(claims, shift=np.where(claims.target >= 0, claims.shift / unit.numpy()[claims.target], 0.0))
+        adjacency, directions = adjacency * unit[:, None] / unit, directions / unit
+        if stability is not None:
+            stability = replace(stability, shift_error=stability.shift_error / unit[solution.targets[0]])
     if verdict.answer == "partly identified":
         claims, kind = ordered_claims(task, cells, claims, ordering), "hard"
         adjacency = torch.from_numpy(ordering.direct.effect * ordering.declared)
@@ -180,7 +202,7 @@ def _of_hit_cells(task: Task, found: Discovery) -> Discovery:
 
     With a share pi of hit cells, the mean of a target's own noise over all cells is pi a, and its covariances with its
     parents fall by pi (1 - r). The noise scale is that of cells weighted by their probability to have been hit, less what
-    control cells vary beyond 1: the error of latents.
+    control cells vary beyond 1: the error of latents. Of contexts it is over that of their controls.
     """
     assert found.hit is not None
     share, u = found.penetrance[0], found.latents
@@ -188,8 +210,9 @@ def _of_hit_cells(task: Task, found: Discovery) -> Discovery:
     environment = task.environments(found.acting).numpy()
     environment[task.data.split != splits.TRAIN] = -1
     environment = environment[found.index]
-    control = u[environment == 0]
-    error = (control - control @ found.adjacency).var(0) - 1
+    control, context = u[environment == 0], task.data.context[found.index]
+    of_controls = control - control @ found.adjacency
+    error, level = of_controls.var(0) - 1, _level(of_controls, context[environment == 0])
     for c in np.flatnonzero(share[found.acting] > 0):
         k = found.acting[c]
         own, target = np.flatnonzero(environment == c + 1), found.target[k]
@@ -201,8 +224,14 @@ def _of_hit_cells(task: Task, found: Discovery) -> Discovery:
         noise, weight = u[own, target] - retention[k] * (u[own] @ parents), found.hit[found.index[own]]
         mean = np.average(noise, weights=weight)
         variance = max(np.average((noise - mean) ** 2, weights=weight) - error[target], LEAST_VARIANCE)
-        log_scale[k] = np.clip(np.log(variance) / 2, -LOG_SCALE, LOG_SCALE)
+        log_scale[k] = np.clip(np.log(variance / level[context[own[0]], target]) / 2, -LOG_SCALE, LOG_SCALE)
     return replace(found, shift=shift, log_scale=log_scale, retention=retention)
+
+
+def _level(noise: np.ndarray, context: np.ndarray) -> np.ndarray:
+    """Variance (contexts, p) of programs' own ``noise`` (n, p) in controls of each context; 1 is that over all of them."""
+    each = [1 + noise[context == c].var(0) - noise.var(0) for c in range(context.max() + 1)]
+    return np.maximum(np.stack(each) if len(each) > 1 else np.ones((1, noise.shape[1])), LEAST_VARIANCE)
 
 
 def _hit(task: Task, cells: Cells, acting: np.ndarray, ordering: Ordering) -> np.ndarray:

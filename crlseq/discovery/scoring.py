@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from crlseq.discovery.moments import DTYPE, Moments
 
@@ -107,9 +108,10 @@ class Implied:
     loading: Tensor  # D_c T_c W (R, C, p, q)
     tau: Tensor  # a_c T_c (R, C, p), of shifts a_c
     retention: Tensor  # (R, K)
-    log_scale: Tensor  # (R, K)
+    log_scale: Tensor  # (R, K) of the target's noise, that of its context included
     slope: Tensor  # (R, K) of the log scale by its parameter
     psi: Tensor  # (R, q) noise variances above the floor
+    context_slope: Tensor  # (R, L, p) of the log scales of contexts by their parameters
 
 
 class LinearScore:
@@ -122,8 +124,8 @@ class LinearScore:
     def __init__(self, s: Implied, moments: Moments, targets: Tensor, at: dict[str, slice]) -> None:
         (r, c, q), p, size = s.mean.shape, s.graph.shape[1], max(place.stop for place in at.values())
         self.s, self.at, self.targets, self.fit = s, at, targets, Deviations(moments, s.mean, s.covariance)
-        self.weight = moments.weight()
-        self.wide, self.w = self.weight[:, None, None], self.weight[1:]  # of all environments, of perturbations
+        self.weight, self.n = moments.weight(), moments.n_controls
+        self.wide, self.w = self.weight[:, None, None], self.weight[self.n :]  # of all environments, of perturbations
         self.gradient = torch.zeros(r, size, dtype=DTYPE)
         self.information = torch.zeros(r, size, size, dtype=DTYPE)
         # G and W together, parameter (i, m): a = r_i, b = y_m, dm = tau_i y_m
@@ -133,12 +135,13 @@ class LinearScore:
         self.right = torch.cat([(s.column[..., None] * s.total).transpose(2, 3), eye], 3)  # y (R, C, q, p + q)
         self.p_left, self.p_right = self.fit.precision @ self.left, self.fit.precision @ self.right
         # x, the target's row of the total loadings, is what a perturbation's parameters act along; u = L x
-        self.x = s.total[:, 1:].gather(2, targets[..., None, None].expand(-1, -1, 1, q))[:, :, 0]  # (R, K, q)
-        self.u = (self.fit.precision[:, 1:] @ self.x[..., None])[..., 0]
+        self.x = s.total[:, self.n :].gather(2, targets[..., None, None].expand(-1, -1, 1, q))[:, :, 0]  # (R, K, q)
+        self.u = (self.fit.precision[:, self.n :] @ self.x[..., None])[..., 0]
         self.xx = (self.u * self.x).sum(2)
-        self.rx = (self.left[:, 1:] * self.u[..., None]).sum(2)  # (R, K, p)
-        self.yx = (self.right[:, 1:] * self.u[..., None]).sum(2)  # (R, K, p + q)
+        self.rx = (self.left[:, self.n :] * self.u[..., None]).sum(2)  # (R, K, p)
+        self.yx = (self.right[:, self.n :] * self.u[..., None]).sum(2)  # (R, K, p + q)
         self.ds = (2 * s.log_scale).exp() * s.slope
+        self.into_target: Tensor | None = None  # dk a (R, K, q) of `retentions`
 
     def put(self, a: str, b: str, block: Tensor) -> None:
         """Information (R, ., .) of block ``a`` with block ``b``."""
@@ -170,14 +173,14 @@ class LinearScore:
 
     def shifts(self) -> None:
         """``dm = x``."""
-        self.gradient[:, self.at["shift"]] = (self.fit.by_mean[:, 1:] * self.x).sum(2)
-        self.put_edges("shift", self.w[:, None, None] * self.s.tau[:, 1:, :, None] * self.yx[:, :, None])
+        self.gradient[:, self.at["shift"]] = (self.fit.by_mean[:, self.n :] * self.x).sum(2)
+        self.put_edges("shift", self.w[:, None, None] * self.s.tau[:, self.n :, :, None] * self.yx[:, :, None])
         self.put("shift", "shift", torch.diag_embed(self.w * self.xx))
 
     def scales(self) -> None:
         """``dS = 2 ds x' x``, ``ds`` the slope of half the variance of the target's noise."""
         x, ds = self.x, self.ds
-        curve = (x[:, :, None] @ self.fit.by_covariance[:, 1:])[:, :, 0]
+        curve = (x[:, :, None] @ self.fit.by_covariance[:, self.n :])[:, :, 0]
         self.gradient[:, self.at["scale"]] = ds * (curve * x).sum(2)
         self.put_edges("scale", (self.w * ds)[..., None, None] * 2 * self.rx[..., None] * self.yx[:, :, None])
         self.put("scale", "scale", torch.diag_embed(2 * self.w * (ds * self.xx) ** 2))
@@ -185,14 +188,17 @@ class LinearScore:
     def retentions(self) -> None:
         """``dS = dk (a' x + x' a)`` with ``a = R g``, g the target's column of G; ``dm = dk (tau g) x``."""
         s, x, u, xx = self.s, self.x, self.u, self.xx
-        dk, tau, left = s.retention * (1 - s.retention), s.tau[:, 1:], self.left[:, 1:]
+        dk, tau, left = s.retention * (1 - s.retention), s.tau[:, self.n :], self.left[:, self.n :]
         into = s.graph.transpose(1, 2)[torch.arange(len(s.graph))[:, None], self.targets]  # g (R, K, p)
         a = (left * into[:, :, None]).sum(3)
         shift = (tau * into).sum(2)
-        v = (self.fit.precision[:, 1:] @ a[..., None])[..., 0]
+        v = (self.fit.precision[:, self.n :] @ a[..., None])[..., 0]
+        self.into_target = dk[..., None] * a
         ax, aa, wk = (v * x).sum(2), (v * a).sum(2), self.w * dk
-        ra, ya = (left * v[..., None]).sum(2), (self.right[:, 1:] * v[..., None]).sum(2)
-        slope = (a[:, :, None] @ self.fit.by_covariance[:, 1:])[:, :, 0] + shift[..., None] * self.fit.by_mean[:, 1:]
+        ra, ya = (left * v[..., None]).sum(2), (self.right[:, self.n :] * v[..., None]).sum(2)
+        slope = (a[:, :, None] @ self.fit.by_covariance[:, self.n :])[:, :, 0] + shift[..., None] * self.fit.by_mean[
+            :, self.n :
+        ]
         self.gradient[:, self.at["retention"]] = dk * (slope * x).sum(2)
         pairs = (ra + shift[..., None] * tau)[..., None] * self.yx[:, :, None] + ya[:, :, None] * self.rx[..., None]
         self.put_edges("retention", wk[..., None, None] * pairs)
@@ -219,6 +225,36 @@ class LinearScore:
         self.put_edges("offset", outer.reshape(r, p, q, n).transpose(1, 2))
         self.put("offset", "offset", (self.fit.precision * self.wide).sum(1))
         self.put("shift", "offset", self.w[:, None] * self.u)
+
+    def contexts(self, context: Tensor) -> None:
+        """``dS = 2 ds_k x_k' x_k`` for every program k, x_k its row of T_c W, in the environments of each ``context`` (C,)
+        but the first.
+        """
+        s, others = self.s, range(1, self.n)
+        u, ds = s.total @ self.fit.precision, s.sd**2 * s.context_slope[:, context]  # (R, C, p, q), (R, C, p)
+        w = self.weight[:, None] * ds
+
+        def summed(values: Tensor) -> Tensor:
+            """Values (R, C, p, ...) over the environments of a context (R, (L - 1) p, ...)."""
+            return torch.cat([values[:, context == each].sum(1) for each in others], 1)
+
+        self.gradient[:, self.at["context"]] = summed(ds * ((s.total @ self.fit.by_covariance) * s.total).sum(3))
+        rows, columns = 2 * w[..., None] * (u @ self.left), u @ self.right
+        of_edges = [
+            rows[:, own].permute(0, 2, 3, 1) @ columns[:, own].transpose(1, 2) for own in (context == c for c in others)
+        ]
+        self.put_edges("context", torch.cat(of_edges, 1))
+        square = summed(2 * w[..., None] * ds[:, :, None] * (u @ s.total.transpose(2, 3)) ** 2)
+        blocks = torch.diag_embed(torch.unflatten(square, 1, (self.n - 1, -1)).permute(0, 2, 3, 1))
+        self.put("context", "context", blocks.permute(0, 3, 1, 4, 2).flatten(3).flatten(1, 2))
+        self.put("context", "psi", summed(w[..., None] * u**2 * s.psi[:, None, None]))
+        own = one_hot(context[self.n :], self.n)[:, 1:].to(DTYPE)  # (K, L - 1)
+        along_x = 2 * w[:, self.n :] * (u[:, self.n :] @ self.x[..., None])[..., 0]  # (R, K, p)
+        of_scale = self.ds[..., None] * along_x * (u[:, self.n :] @ self.x[..., None])[..., 0]
+        self.put("scale", "context", (of_scale[:, :, None] * own[..., None]).flatten(2))
+        if self.into_target is not None:
+            of_retention = along_x * (u[:, self.n :] @ self.into_target[..., None])[..., 0]
+            self.put("retention", "context", (of_retention[:, :, None] * own[..., None]).flatten(2))
 
     def with_ridge(self, theta: Tensor, ridge: Tensor, free: Tensor) -> Score:
         """The score with a penalty ``ridge theta^2 / 2`` (P,) on what is ``free`` (R, P); what is not free stays."""

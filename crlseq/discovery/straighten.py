@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from crlseq.config import InterventionKind
 from crlseq.discovery.device import CPU
 from crlseq.discovery.likelihood import LinearModel, Solution, allowed_edges
-from crlseq.discovery.moments import DTYPE, Moments, environment_moments
+from crlseq.discovery.moments import DTYPE, Crossed, Moments, environment_moments
 from crlseq.discovery.propose import propose_targets
 from crlseq.threads import counted
 
@@ -64,12 +64,13 @@ def without_background(y: Tensor, moments: Moments, p: int, noise: float) -> Ten
     """
     pooled = moments.pooled()
     root = torch.linalg.cholesky(pooled)
-    shift = (moments.means[1:] - moments.means[0]) * moments.counts[1:, None].sqrt()
+    n = moments.n_controls
+    shift = moments.shifts() * moments.counts[n:, None].sqrt()
     directions, size, _ = torch.linalg.svd(torch.linalg.solve_triangular(root, shift.T, upper=False))
     r = max(int((size**2 / len(shift) > SHIFTED).sum()), p)
     axes = torch.linalg.qr(root @ directions[:, :r], mode="complete")[0]
     span, rest = axes[:, :r], axes[:, r:]
-    variance, turn = torch.linalg.eigh(rest.T @ moments.covariances[0] @ rest)
+    variance, turn = torch.linalg.eigh(rest.T @ moments.covariances[:n].mean(0) @ rest)
     background = rest @ turn[:, variance > BACKGROUND * noise]
     slopes = torch.linalg.solve(background.T @ pooled @ background, background.T @ pooled @ span)
     taken = span - background @ slopes
@@ -132,14 +133,15 @@ class Straightener:
         directions: Tensor,
         seed: int = 0,
         device: torch.device = CPU,
-        tied: Tensor | None = None,
+        crossed: Crossed | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.p, self.environment, self.device, self.tied = directions.shape[1], environment, device, tied
+        self.p, self.environment, self.device, self.crossed = directions.shape[1], environment, device, crossed
         on_cpu = device.type == "cpu"
         self.draws = self.generator if on_cpu else torch.Generator(device).manual_seed(seed)
-        self.vae = StraighteningVAE(y, environment == 0, directions).to(device)
+        control = environment < (1 if crossed is None else crossed.n_contexts)
+        self.vae = StraighteningVAE(y, control, directions).to(device)
         self.y, self.of_cell = y.float().to(device), environment.to(device)
         self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=LEARNING_RATE, fused=not on_cpu)
         self.solution: Solution | None = None
@@ -162,7 +164,7 @@ class Straightener:
     def moments(self) -> Moments:
         """Of the aggregated posterior of the training cells."""
         mean, variance = self.encode(self.y)
-        return environment_moments(mean, self.environment, variance, tied=self.tied)
+        return environment_moments(mean, self.environment, variance, crossed=self.crossed)
 
     def fit_prior(self, kind: InterventionKind, fresh: bool) -> Solution:
         """The structural model on the present latents: from where it was, and from fresh targets if that is better."""

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from crlseq.config import InterventionKind, ModelConfig
 from crlseq.data import splits
+from crlseq.data.contexts import gene_and_context
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.discovery.moments import Crossed
 from crlseq.discovery.n_latents import LatentChoice
 from crlseq.storage.stage_cache import StageCache, cached_on_disk
 
@@ -54,11 +56,14 @@ class Task:
         of_condition = np.array([*(number.get(parts, -1) for parts in data.conditions), -1])
         return torch.from_numpy(np.where(data.comparable(), of_condition[data.condition], -1))
 
-    def tied(self, perturbations: np.ndarray) -> Tensor | None:
-        """Numbers (m,) that perturbations of one gene in several contexts share; None without contexts."""
-        if not self.data.context_names:
+    def crossed(self, perturbations: np.ndarray) -> Crossed | None:
+        """Genes and contexts of ``perturbations`` (m,); None without contexts."""
+        names = self.data.context_names
+        if not names:
             return None
-        return torch.from_numpy(np.unique(self.data.gene[perturbations], return_inverse=True)[1])
+        gene = np.unique(self.data.gene[perturbations], return_inverse=True)[1]
+        own = [names.index(gene_and_context(self.data.perturbation_names[k])[1]) for k in perturbations]
+        return Crossed(torch.from_numpy(gene), torch.tensor(own, dtype=torch.int64), len(names))
 
     def cells_of(self, split: int, environment: Tensor) -> Tensor:
         """(cells,) bool: the cells of a split that belong to an environment."""
@@ -80,12 +85,20 @@ class Cells:
     environment: Tensor  # (N,)
     train: Tensor  # (N,) bool
     noise: float | None = None  # variance that measurement noise has in every component, if known
-    tied: Tensor | None = None  # see `crlseq.discovery.moments.Moments`
+    crossed: Crossed | None = None
+    context: Tensor | None = None  # (N,) where contexts are crossed
 
     def training(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Values (n, q) in float64, variances and environments of the training cells."""
         variances = None if self.variances is None else self.variances[self.train]
         return self.values[self.train].double(), variances, self.environment[self.train]
+
+    def training_by_context(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The same, controls of each context an environment of their own (`Crossed.numbered`)."""
+        values, variances, environment = self.training()
+        if self.crossed is not None and self.context is not None:
+            environment = self.crossed.numbered(environment, self.context[self.train])
+        return values, variances, environment
 
     def first(self, q: int) -> Cells:
         """The cells in their first components."""

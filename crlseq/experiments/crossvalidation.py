@@ -19,9 +19,11 @@ import numpy as np
 import pandas as pd
 
 from crlseq.config import Config
+from crlseq.data.contexts import gene_and_context
 from crlseq.data.design import select_conditions
 from crlseq.data.embeddings import COEXPRESSION
 from crlseq.data.files import open_store
+from crlseq.data.label_rules import JOINED
 from crlseq.data.matrix import within
 from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.errors import InputError, UsageError, suggestion
@@ -33,6 +35,7 @@ from crlseq.storage.runfolder import EMBEDDINGS, GENE_SETS
 
 FOLDS = 5
 SPLITS = ("cells", "combinations", "singles")
+WITHOUT_CONTEXTS = "crlseq_perturbation_of_any_context"  # column of obs
 MIN_HELD_OUT = 2  # cells of a condition that say anything of its mean
 
 
@@ -154,7 +157,7 @@ def fold_config(run: Run, labels: Perturbations) -> Config:
     """The run's configuration for cells that are all to be fitted, with the labels read as they were."""
     config = run.config
     data = config.data.model_copy(update={
-        "perturbation_key": run.facts.perturbation_key, "guide_key": None, "guide_counts": None, "guide_map": None,
+        "perturbation_key": fitted_key(run), "guide_key": None, "guide_counts": None, "guide_map": None,
         "gene_positions": None,
         "control_label": run.facts.controls,
         "separator": labels.separator or "", "min_cells": MIN_HELD_OUT, "hold_out": (), "hold_out_cells": 0.0,
@@ -167,8 +170,15 @@ def fold_config(run: Run, labels: Perturbations) -> Config:
     return config.model_copy(update={"data": data})
 
 
+def fitted_key(run: Run) -> str:
+    """The column of labels that a fold is fitted by: without contexts, which the fit adds."""
+    return run.facts.perturbation_key if run.facts.contexts is None else WITHOUT_CONTEXTS
+
+
 def read_screen(run: Run) -> tuple[ad.AnnData, Perturbations]:
-    """The screen that a run folder holds, without what the fit added, and its labels."""
+    """The screen that a run folder holds, without what the fit added, and its labels. Where these are by context, a column
+    `WITHOUT_CONTEXTS` has them without.
+    """
     path = run.folder / "crlseq.h5ad"
     try:
         with open_store(path):  # which refuses what reading would never end in
@@ -183,4 +193,12 @@ def read_screen(run: Run) -> tuple[ad.AnnData, Perturbations]:
         if name in getattr(screen, slot):
             del getattr(screen, slot)[name]
     key, control = run.facts.perturbation_key, run.facts.controls
-    return screen, read_perturbations(screen.obs, key, control, run.facts.config.data.separator)
+    labels = read_perturbations(screen.obs, key, control, run.facts.config.data.separator)
+    if run.facts.contexts is not None:
+        mark = labels.separator or JOINED
+        of_gene = {
+            text: mark.join(gene_and_context(part)[0] or part for part in text.split(mark))
+            for text in screen.obs[key].astype(str).unique()
+        }
+        screen.obs[WITHOUT_CONTEXTS] = screen.obs[key].astype(str).map(of_gene).where(screen.obs[key].notna())
+    return screen, labels

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from crlseq.data.perturbations import Perturbations
+from crlseq.data.perturbations import Perturbations, read_perturbations
 from crlseq.errors import InputError, UsageError, few, suggestion
-from crlseq.experiments.crossvalidation import fold_config, read_screen
+from crlseq.experiments.crossvalidation import fitted_key, fold_config, read_screen
 from crlseq.pipeline.fit import fit
 from crlseq.pipeline.fitted import FittedRun
 from crlseq.run.run import Run
@@ -38,6 +38,8 @@ def fit_halves(
     if by not in HALVES:
         raise UsageError(f"There is no split {by!r}.", suggestion(by, HALVES, "There are"))
     screen, labels = read_screen(run)
+    if run.facts.contexts is not None:  # a guide is in one half in all contexts
+        labels = read_perturbations(screen.obs, fitted_key(run), run.facts.controls, labels.separator or "")
     known = run.config.data.guide_key if by == "guides" else run.config.data.batch_key
     key = column or known or (_guide_column(screen.obs, labels) if by == "guides" else None)
     if key is None or key not in screen.obs:

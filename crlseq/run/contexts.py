@@ -6,6 +6,7 @@ from statistics import NormalDist
 
 import pandas as pd
 
+from crlseq.errors import few
 from crlseq.run.run import Run
 from crlseq.run.schema import DETECTABLE_FDR
 
@@ -20,12 +21,18 @@ def contexts_in_words(run: Run) -> list[str]:
         return []
     fdr = dict(zip(run.interventions["perturbation"], run.interventions["fdr"], strict=True))
     words = list[str]()
-    groups = list(run.contexts.groupby(["context", "other"], sort=False))
+    place = {name: i for i, name in enumerate(about.names)}
+    groups = [((str(a), str(b)), rows) for (a, b), rows in run.contexts.groupby(["context", "other"], sort=False)]
+    groups.sort(key=lambda group: (place[group[0][0]], place[group[0][1]]))
     errors = seen_errors(int((run.contexts["fdr"] <= DETECTABLE_FDR).sum()), len(run.contexts))
     for (a, b), rows in groups[:COMPARED]:
-        words += _compared(str(a), str(b), rows, fdr, errors)
+        words += _compared(a, b, rows, fdr, errors)
     if len(groups) > COMPARED:
         words.append(f"contexts.csv compares {len(groups) - COMPARED} more pairs of contexts.")
+    where = run.interventions["perturbation"].str.rpartition("@")
+    alone = sorted(where[0][~where[0].duplicated(keep=False)])
+    if alone:
+        words.append(f"{few(alone)} {'is' if len(alone) == 1 else 'are'} in one context alone and not compared.")
     if about.pairs_tested:
         told = (
             f"What interventions change differs between contexts in {about.pairs_differ} of {about.pairs_tested} ordered pairs "

@@ -9,6 +9,8 @@ import anndata as ad
 import pytest
 
 import crlseq
+from crlseq.data.dataset import read_data
+from crlseq.experiments.crossvalidation import fitted_key, fold_config, read_screen
 from tests.support import files_of, invoke, refused
 
 
@@ -84,6 +86,14 @@ def test_a_perturbation_of_a_context_is_predicted_and_judged(run: Path, tmp_path
     assert "g1@context1 (fitted)" in answer.err
     assert invoke("evaluate", run, "--output", tmp_path / "EVAL").code == 0
     assert "Perturbations in two contexts" in (run / "report.html").read_text()
+
+
+def test_folds_and_halves_read_the_labels_as_the_fit_did(run: Path) -> None:
+    fitted = crlseq.load(run)
+    screen, labels = read_screen(fitted)
+    assert (screen.obs[fitted_key(fitted)].astype(str) == screen.obs["perturbation"].astype(str)).all()
+    data = read_data(screen, fold_config(fitted, labels).data, 0)
+    assert data.perturbation_names == tuple(fitted.interventions["perturbation"].sort_values())
 
 
 def test_without_a_context_key_there_is_no_table(run: Path, tmp_path: Path, screen: Path) -> None:

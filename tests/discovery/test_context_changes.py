@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from crlseq.discovery.axes import Consensus
 from crlseq.discovery.changes import measure_changes
-from crlseq.discovery.context_changes import changes_by_context, differences
+from crlseq.discovery.context_changes import _turns, changes_by_context, differences
 from crlseq.discovery.ordering import Ints, order_programs
 
 EDGE, OWN = 0.8, 1.0
@@ -103,3 +104,38 @@ def test_one_context_changes_nothing_but_the_level() -> None:
     )
     level = x[environment[own] == 0].var(0)[:, None]
     np.testing.assert_allclose(same.e, one.e / level, rtol=1e-12)
+
+
+def agreed(slope: np.ndarray, variance: float) -> Consensus:
+    return Consensus(slope, np.full(slope.shape, variance), 0.0, 0.1)
+
+
+def test_only_the_axis_that_contexts_do_not_share_is_turned() -> None:
+    rng, p = np.random.default_rng(0), 5
+    everywhere = np.ones(p, dtype=bool)
+    rest, stim = 0.02 * rng.normal(size=(2, p, p))
+    stim[1, 2] += 1.0
+    turn, variance = _turns((agreed(rest, 4e-4), agreed(stim, 4e-4)), (everywhere, everywhere))
+    assert turn[1, 1, 2] == pytest.approx(stim[1, 2], abs=0.02) and turn[0, 1, 2] == pytest.approx(rest[1, 2], abs=0.02)
+    assert variance[1, 1, 2] == pytest.approx(4e-4, rel=0.01)
+    turn[:, 1, 2] = variance[:, 1, 2] = 0
+    assert np.abs(turn).max() < 0.01 and variance.max() < 1e-4
+    assert not np.diagonal(turn, axis1=1, axis2=2).any()
+
+
+def test_a_doubtful_turn_is_no_surer_than_its_odds() -> None:
+    everywhere, p = np.ones(4, dtype=bool), 4
+    slopes = np.zeros((p, p)), np.zeros((p, p))
+    slopes[1][0, 1] = 0.35  # 2.5 standard errors of the difference
+    turn, variance = _turns((agreed(slopes[0], 0.01), agreed(slopes[1], 0.01)), (everywhere, everywhere))
+    assert 0.02 < turn[1, 0, 1] < 0.33 and variance[1, 0, 1] > variance[1, 1, 2]
+
+
+def test_an_axis_without_perturbations_in_a_context_stays() -> None:
+    p = 3
+    slopes = np.zeros((p, p)), np.zeros((p, p))
+    slopes[0][0, 1] = 1.0
+    known = np.ones(p, dtype=bool), np.array([False, True, True])
+    turn, variance = _turns((agreed(slopes[0], 1e-4), agreed(slopes[1], 1.0)), known)
+    assert not turn.any()
+    assert variance[1, 0, 1] == 1.0

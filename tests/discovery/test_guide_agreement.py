@@ -15,7 +15,14 @@ import crlseq
 from crlseq.config import DataConfig
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.projection import principal_components
-from crlseq.discovery.guide_agreement import guide_agreement, probabilities, without_guides
+from crlseq.discovery.guide_agreement import (
+    _in_all_contexts,
+    guide_agreement,
+    guides_in_words,
+    probabilities,
+    weak_guides,
+    without_guides,
+)
 from crlseq.run.columns import GUIDE_COLUMNS
 from tests.support import invoke
 
@@ -120,3 +127,28 @@ def test_fit(tmp_path: Path) -> None:
     assert penetrance[list(weak & dead)].mean() < penetrance[~penetrance.index.isin(dead)].mean() - 0.2
     for guide in weak:
         assert guide in (tmp_path / "RUN" / "report.html").read_text()
+
+
+def test_what_contexts_say_of_a_guide_is_multiplied() -> None:
+    # (20 x 0.05 + 1) / 22 = 1 / 11 of all rows are dead; each says 10 times these odds, 1 to 10: together 10 to 1.
+    assert _in_all_contexts(np.array([0.5, 0.5]), np.array([0, 0])) == pytest.approx([10 / 11])
+
+
+def test_a_guide_is_dead_in_all_contexts_or_in_none_and_named_once() -> None:
+    screen = crlseq.simulate(
+        n_latents=3, n_genes=100, cells_per_perturbation=240, n_control=800, guides=3, contexts=2, seed=2
+    )
+    idle = np.flatnonzero((screen.obs["guide"] == "g1_0").to_numpy())
+    for name in ("context0", "context1"):  # its cells are control cells of their context
+        own = idle[(screen.obs["context"].iloc[idle] == name).to_numpy()]
+        controls = np.flatnonzero(
+            ((screen.obs["perturbation"] == "control") & (screen.obs["context"] == name)).to_numpy()
+        )
+        screen.X[own] = screen.X[controls[: len(own)]]
+    data = read_data(screen, DataConfig(guide_key="guide", context_key="context"), 0)
+    table = guide_agreement(data, principal_components(data, 20, 0).adjusted)
+    assert (table.groupby("guide")["weak"].nunique() == 1).all() and (table["guide"].value_counts() == 2).all()
+    assert weak_guides(table) == ["g1_0"]
+    assert guides_in_words(table, True).startswith("1 of 36 guides do nothing")
+    left = without_guides(data, ["g1_0"])
+    assert not (left.condition[idle] > 0).any()

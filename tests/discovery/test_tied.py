@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from crlseq.discovery.likelihood import fit_linear
-from crlseq.discovery.moments import DTYPE, Moments, environment_moments
+from crlseq.discovery.moments import DTYPE, Crossed, Moments, environment_moments
 from crlseq.discovery.propose import propose_targets
 from crlseq.discovery.reassign import assign_targets, reassign_targets
 
-TIED = torch.tensor([0, 0, 1, 1])
+TIED = Crossed(torch.tensor([0, 0, 1, 1]), torch.zeros(4, dtype=torch.int64), 1)
 
 
-def weak_second(tied: torch.Tensor | None) -> Moments:
+def weak_second(tied: Crossed | None) -> Moments:
     """Two clear perturbations of axes 0 and 1; of each the second context shifts a little along the other axis instead."""
     means = torch.zeros(5, 2, dtype=DTYPE)
     means[1, 0], means[3, 1] = 3.0, 3.0
@@ -40,7 +40,7 @@ def test_the_likelihood_moves_contexts_together() -> None:
     rng = torch.Generator().manual_seed(1)
     environment = torch.arange(5).repeat_interleave(torch.tensor([600, 200, 200, 200, 200]))
     values = torch.randn((len(environment), 2), generator=rng, dtype=DTYPE) + weak_second(None).means[environment]
-    free, tied = (environment_moments(values, environment, tied=own) for own in (None, TIED))
+    free, tied = (environment_moments(values, environment, crossed=own) for own in (None, TIED))
     wrong = fit_linear(free, 2, targets=torch.tensor([[0, 1, 1, 0]]))
     assert assign_targets(wrong.model, wrong.theta, free).targets.tolist() == [0, 1, 1, 0]
     found = reassign_targets(fit_linear(tied, 2, targets=torch.tensor([[0, 0, 1, 1]])))

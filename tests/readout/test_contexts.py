@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ from scipy.stats import norm
 from crlseq.config import DataConfig
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.readout.contexts import context_table
-from crlseq.run.contexts import seen_errors
+from crlseq.run.contexts import contexts_in_words, seen_errors
 
 N, CONTROLS = 40, 60
 
@@ -71,3 +73,20 @@ def test_standard_errors_that_are_seen() -> None:
     assert seen_errors(0, 1) == pytest.approx(1.96 + 0.84, abs=0.001)
     assert seen_errors(0, 20) == pytest.approx(3.023 + 0.84, abs=0.001)
     assert seen_errors(19, 20) == seen_errors(20, 20) == seen_errors(0, 1)
+
+
+def test_contexts_are_compared_in_their_order_and_what_is_in_one_alone_is_named() -> None:
+    rows = [("A", "2h", "24h", 0.01), ("A", "rest", "24h", 0.02), ("A", "rest", "2h", 0.5)]
+    table = pd.DataFrame(rows, columns=["perturbation", "context", "other", "fdr"]).assign(
+        difference_se=0.1, se=0.1, se_other=0.1
+    )
+    names = ["A@2h", "A@24h", "A@rest", "B@rest"]
+    run = SimpleNamespace(
+        contexts=table, interventions=pd.DataFrame({"perturbation": names, "fdr": 0.01}),
+        facts=SimpleNamespace(contexts=SimpleNamespace(names=["rest", "2h", "24h"], pairs_tested=0)),
+    )  # fmt: skip
+    words = contexts_in_words(run)
+    assert [word.split(" (")[0] for word in words] == [
+        "0 of 1 perturbation acts differently in rest and 2h", "1 of 1 perturbation acts differently in rest and 24h",
+        "1 of 1 perturbation acts differently in 2h and 24h", "B is in one context alone and not compared.",
+    ]  # fmt: skip

@@ -89,8 +89,8 @@ def straightened(
     """Straightened latents and the models on them; None if the structural model describes them no better. A training
     can end in a wrong partition: it is done again, from that of the lowest misfit, until the latents are described.
     """
-    p, (values, _, environment) = dense.model.p, components.training()
-    moments = environment_moments(values, environment)
+    p, (values, _, environment) = dense.model.p, components.training_by_context()
+    moments = environment_moments(values, environment, crossed=components.crossed)
     noise = noise_level(moments) if components.noise is None else components.noise
     cells = replace(components, values=without_background(components.values, moments, p, noise))
     best: tuple[Cells, KindComparison] | None = None
@@ -114,12 +114,12 @@ def train_once(
     """One training from the axes of ``targets`` (K,); None if free latents have a misfit of `worst` or more."""
     values, _, own = components.training()
     axes = exogenous_axes(values.numpy(), own.numpy(), targets.numpy(), p)[1]
-    network = Straightener(
-        values, own, torch.from_numpy(axes), seed, device_for(OPERATIONS, task.device), components.tied
-    )
+    by_context, device = components.training_by_context()[2], device_for(OPERATIONS, task.device)
+    network = Straightener(values, by_context, torch.from_numpy(axes), seed, device, components.crossed)
 
     def latents() -> Cells:
-        return Cells(*network.encode(components.values), components.environment, components.train, tied=components.tied)
+        values, variances = network.encode(components.values)
+        return replace(components, values=values, variances=variances, noise=None)
 
     for free in FREE:
         network.train(free)
