@@ -27,8 +27,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from crlseq.config import InterventionKind
+from crlseq.discovery.conjugate import Problem, search
 from crlseq.discovery.moments import DTYPE, Moments
 from crlseq.discovery.propose import leading_changes, propose_targets
+from crlseq.discovery.rank_two import Parameters, Product, RankTwo, curvature, gradient, own_to, rank_two, seen_by
 from crlseq.discovery.scoring import Implied, LinearScore, Score, solve
 from crlseq.model.interventions import INTERVENTIONS
 from crlseq.storage.stage_cache import cached_on_disk
@@ -205,24 +207,66 @@ class LinearModel:
         score.offset()
         if self.n_controls > 1:
             score.contexts(self.context_of(self.moments))
+        return score.with_ridge(theta, self.ridge(), self.free(mask))
+
+    def ridge(self) -> Tensor:
+        """Weak penalties (P,), half of which times the parameters' squares the objective has."""
         ridge = torch.zeros(self.size, dtype=DTYPE)
         ridge[self.at["G"]] = 2 * EDGE_RIDGE
         for name in {"scale", "retention", "context"} & self.at.keys():
             ridge[self.at[name]] = PERTURBATION_RIDGE
         ridge[self.at["shift"]] = 1 / (LARGE_SHIFT**2 * self.moments.cells())
-        return score.with_ridge(theta, ridge, self.free(mask))
+        return ridge
+
+    def problem(self, targets: Tensor, mask: Tensor) -> Problem:
+        """What `information` scores, for one restart with targets (K,) and edges (p, p), as products with the information."""
+        ridge, free, seen = self.ridge(), self.free(mask[None])[0], seen_by(self.moments)
+
+        def environments(theta: Tensor) -> RankTwo:
+            w = self.unpack(theta[None])
+            scale, retention = self.log_scale(w["scale"])[0], self.retention(w["retention"])[0]
+            noise = self.floor + w["psi"][0].exp()
+            one = Parameters(w["G"][0] * mask, w["W"][0], w["shift"][0], scale, retention, noise, w["offset"][0])
+            return rank_two(one, targets)
+
+        def value(theta: Tensor) -> Tensor:
+            found = seen(environments(theta)) + 0.5 * (ridge * theta**2 * free).sum()
+            return torch.where(torch.isfinite(found), found, torch.inf)
+
+        def score(theta: Tensor) -> tuple[Tensor, Tensor]:
+            at, slope = gradient(value, theta)
+            return torch.where(torch.isfinite(slope).all(), at, torch.inf), slope * free
+
+        def product(theta: Tensor) -> Product:
+            own = own_to(environments(theta), self.moments.weight())
+            times = curvature(lambda there: own(environments(there)), theta)
+            return lambda v: times(v) * free + (ridge + 1e-10) * v
+
+        def information(theta: Tensor) -> Tensor:
+            return self.information(theta[None], targets[None], mask[None])[2][0]
+
+        return Problem(value, score, product, information, free, self.at["psi"])
 
     def solve(self, theta: Tensor, targets: Tensor, mask: Tensor, steps: int = 100) -> Solution:
-        """Damped scoring from ``theta`` (R, P), with targets (R, K) and allowed edges (R, p, p) held fixed."""
-        at_once = max(1, INFORMATION_VALUES // self.size**2)
+        """Damped scoring from ``theta`` (R, P), with targets (R, K) and allowed edges (R, p, p) held fixed. Where there is no room
+        for two informations, `crlseq.discovery.conjugate.search` does with products of them, a start after the other, unless
+        environments have several controls.
+        """
+        at_once = INFORMATION_VALUES // self.size**2
         ends = []
-        for start, own, edges in zip(*(torch.split(each, at_once) for each in (theta, targets, mask)), strict=True):
+        if at_once < 2 and self.n_controls == 1:
+            cells = float(self.moments.cells())
+            for r in range(len(theta)):
+                found = search(self.problem(targets[r], mask[r]), theta[r], cells, steps)
+                ends.append(tuple(each[None] for each in found))
+        else:
+            for start, own, edges in zip(*(torch.split(each, max(at_once, 1)) for each in (theta, targets, mask)), strict=True):
 
-            def score(there: Tensor, own: Tensor = own, edges: Tensor = edges) -> Score:
-                return self.information(there, own, edges)
+                def score(there: Tensor, own: Tensor = own, edges: Tensor = edges) -> Score:
+                    return self.information(there, own, edges)
 
-            end, (nll, _, _), converged = solve(score, start, self.free(edges), self.moments.cells(), steps)
-            ends.append((end, nll, converged))
+                end, (nll, _, _), converged = solve(score, start, self.free(edges), self.moments.cells(), steps)
+                ends.append((end, nll, converged))
         theta, nll, converged = (torch.cat(each) for each in zip(*ends, strict=True))
         return Solution(self, theta, targets, mask, nll, converged)
 
