@@ -31,6 +31,7 @@ from crlseq.discovery.moments import environment_moments, fold_moments, noise_le
 from crlseq.discovery.n_latents import LatentChoice, choose_n_latents
 from crlseq.discovery.negative_controls import Found, ordered_shifts
 from crlseq.discovery.ordering import Ordering, order_programs, with_support
+from crlseq.discovery.orientation import undirected
 from crlseq.discovery.reassign import settle_targets
 from crlseq.discovery.result import Discovery, Judged, claims_of, linear_result
 from crlseq.discovery.robustness import robust_pairs
@@ -165,13 +166,16 @@ def judged(
     """The verdict on all evidence, and the edges of the likelihood that it leaves: none unless it grants them."""
     edges, gone = confirmed(comparison.edges, ordering, cells.variances is not None)
     of_graph = misfit(edges.solution)
-    left = comparison.evidence.n_edges - gone
+    turned = undirected(edges, ordering.pairs.have("upstream", "likely"))
+    left = comparison.evidence.n_edges - gone - int(turned.sum())
     n_open = 0 if task.kind == "hard" else passed_alone(edges)
     evidence = replace(
-        comparison.evidence, n_edges=left, n_gone=gone, misfit=of_graph, pairs=counted(ordering), n_open=n_open,
-        by_changes=by_changes,
+        comparison.evidence, n_edges=left, n_gone=gone, n_turned=int(turned.sum()), misfit=of_graph,
+        pairs=counted(ordering), n_open=n_open, by_changes=by_changes,
     )  # fmt: skip
     verdict = judge(evidence)
+    if verdict.by_likelihood:
+        edges = _without(edges, torch.from_numpy(turned))
     if not verdict.by_likelihood and edges.solution.model.intervention.graph != "nothing":
         edges = without_graph(edges)
     stability = measure_support(task, cells, edges)

@@ -12,7 +12,7 @@ from crlseq.discovery.bootstrap import Stability
 from crlseq.discovery.edges import Edges
 from crlseq.discovery.kind_comparison import KindComparison
 from crlseq.discovery.likelihood import Solution
-from crlseq.discovery.moments import environment_moments
+from crlseq.discovery.moments import environment_moments, noise_level
 from crlseq.discovery.n_latents import LatentChoice
 from crlseq.discovery.negative_controls import Found
 from crlseq.discovery.nonlinear_test import Preference
@@ -29,6 +29,7 @@ Judged = tuple[Edges, Verdict, float, Stability | None]
 LOG_SCALE = 1.4  # bound of a log noise scale that moments give
 LEAST_VARIANCE = 1e-3  # of hit cells along their target, over that of control cells
 CHUNK = 100_000  # cells whose latents are computed at a time
+LEAST_OWN = 0.1  # share of the variance of latents over control cells that is not measurement's, at least
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,29 @@ def linear_result(
         second=second.reordered(order.numpy()),
         hit=_hit(task, cells, np.flatnonzero(target >= 0), ordering),
     )
+    if cells.variances is None and verdict.answer != "partly identified":  # those have the variance of control cells
+        measured = torch.minimum(variances, torch.full_like(variances, noise_level(model.moments)))
+        error = (directions**2 * measured[:, None]).sum(0)[order]
+        control = (task.environments(start.environments)[index] == 0).numpy()
+        found = with_unit_noise(found, control, error.numpy())
     return _of_hit_cells(task, found)
+
+
+def with_unit_noise(found: Discovery, control: np.ndarray, error: np.ndarray) -> Discovery:
+    """In units in which the own noise of programs has variance 1 over ``control`` cells, a mask (n,) of the latents, beyond the
+    variance ``error`` (p,) that measurement gives latents.
+
+    A likelihood's latents have it where it describes the cells. Elsewhere the noise of its components takes up what varies
+    among cells, and shifts in units of what is left are several times too large.
+    """
+    u, graph = found.latents[control], found.adjacency
+    variance = (u - u @ graph).var(0)
+    own = np.maximum(variance - error - error @ graph**2, LEAST_OWN * variance)
+    unit = np.sqrt(np.where(own > 0, own, 1.0))
+    return replace(
+        found, latents=found.latents / unit, noise=found.noise / unit**2, adjacency=graph * unit[:, None] / unit,
+        shift=found.shift / np.where(found.target >= 0, unit[found.target], 1.0),
+    )  # fmt: skip
 
 
 def _of_hit_cells(task: Task, found: Discovery) -> Discovery:

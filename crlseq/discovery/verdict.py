@@ -70,13 +70,14 @@ class Evidence:
 
     kind: InterventionKind  # of the interventions under which it was selected
     asked_without_graph: InterventionKind | None  # the kind that was asked for, if its likelihood fits any graph
-    n_edges: int  # that what interventions change does not speak against
+    n_edges: int  # that what interventions change does not speak against, and of which the cells tell the direction
     gain: float  # log-likelihood of held-out cells over that of the best model without edges
     error: float  # standard error of the gain
     misfit: Misfit | None = None  # of the model with the graph; None while unknown
     support: float | None = None  # largest of a selected edge; None without a bootstrap
     pairs: PairCounts | None = None  # what interventions change; None while unknown
     n_gone: int = 0  # further edges, which it speaks against
+    n_turned: int = 0  # further edges, which could point the other way
     n_open: int = 0  # programs between others whose one perturbation may be soft, unless hard ones were asked for
     by_changes: bool = False  # whether the graph is to be what interventions change alone
 
@@ -93,13 +94,16 @@ def judge(evidence: Evidence) -> Verdict:
     better = f"With edges the model predicts held-out cells better than any model without {gain}"
     kind = INTERVENTIONS[evidence.kind]
     answer, so = GRANTED[kind.graph]
+    turned, n = "", evidence.n_turned
+    if n:
+        turned = f" {n} more {'edge fits' if n == 1 else 'edges fit'} as well when reversed and {'is' if n == 1 else 'are'} not declared."
     if kind.graph == "edges" and evidence.n_open:
         few = f"{_of(evidence.n_open, 'program')} between others {'has' if evidence.n_open == 1 else 'have'} one perturbation alone"
         return Verdict(
             "ancestry only",
-            f"{kind.reason} {better}. But {few}, and a soft intervention looks like a hard one there: ancestry is identified, and single edges if all interventions are hard (--intervention hard).",
+            f"{kind.reason} {better}. But {few}, and a soft intervention looks like a hard one there: ancestry is identified, and single edges if all interventions are hard (--intervention hard).{turned}",
         )
-    return Verdict(answer, f"{kind.reason} {better}, {so}.")
+    return Verdict(answer, f"{kind.reason} {better}, {so}.{turned}")
 
 
 def _objection(evidence: Evidence) -> str | None:
@@ -107,8 +111,12 @@ def _objection(evidence: Evidence) -> str | None:
     if evidence.by_changes:
         return "The method changes takes no edge from a likelihood."
     gain = f"{evidence.gain:+.0f} ± {evidence.error:.0f} log-likelihood units"
-    if evidence.n_gone > evidence.n_edges:
-        return f"{evidence.n_gone} of {_of(evidence.n_gone + evidence.n_edges, 'edge')} of the likelihood would have shown a change under intervention, and did not."
+    n_kept = evidence.n_edges + evidence.n_turned
+    if evidence.n_gone > n_kept:
+        return f"{evidence.n_gone} of {_of(evidence.n_gone + n_kept, 'edge')} of the likelihood would have shown a change under intervention, and did not."
+    if evidence.n_edges == 0 and evidence.n_turned:
+        n = evidence.n_turned
+        return f"{'The only edge fits' if n == 1 else f'All {n} edges fit'} as well when reversed."
     if evidence.n_edges == 0:
         return f"No edge improves the fit enough to be selected. {ANY_GRAPH}"
     if not evidence.gain > DECISIVE * evidence.error:

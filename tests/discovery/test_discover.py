@@ -19,7 +19,7 @@ from crlseq.discovery.bootstrap import Stability
 from crlseq.discovery.discover import discover, passed_alone
 from crlseq.discovery.misfit import Misfit
 from crlseq.discovery.pairs import STATUSES
-from crlseq.discovery.result import Discovery
+from crlseq.discovery.result import Discovery, with_unit_noise
 from crlseq.discovery.task import Task
 from crlseq.discovery.thresholds import DECLARED_SUPPORT
 from crlseq.errors import InputError
@@ -306,3 +306,40 @@ def test_programs_between_others_with_one_perturbation_alone() -> None:
     assert passed_alone(edges) == 1  # of 0 and 1, which have one, the first is no child
     edges.adjacency = chain * 0
     assert passed_alone(edges) == 0
+
+
+def test_units_are_the_deviations_of_own_noise_over_control_cells(found: Discovery) -> None:
+    """u_0 = z_0 and u_1 = 2 u_0 + z_1 with noises of deviations 5 and 3, measured with variances 9 and 1.
+
+    Beyond measurement z_0 has the variance 25 - 9 = 16; z_1, less what 2 u_0 measures, 4 * 9 + 1 = 37 of 50, 13; a third
+    latent is all measurement, of which a tenth of the variance stays.
+    """
+    z = np.array([[1.0, 1, 1], [1, -1, 1], [-1, 1, -1], [-1, -1, -1]]) * [5, np.sqrt(50), 2]
+    graph = np.zeros((3, 3))
+    graph[0, 1] = 2.0
+    u = np.vstack([z @ np.linalg.inv(np.eye(3) - graph), np.full((2, 3), 100.0)])
+    plain = replace(
+        found, latents=u, adjacency=graph, noise=np.array([9.0, 1, 4]), target=np.array([0, 1, -1, 2]),
+        shift=np.array([8.0, 26, 0, 1]),
+    )  # fmt: skip
+    scaled = with_unit_noise(plain, np.arange(6) < 4, np.array([9.0, 1, 4]))
+    unit = np.array([4, np.sqrt(13), np.sqrt(0.4)])
+    np.testing.assert_allclose(scaled.latents, u / unit)
+    np.testing.assert_allclose(scaled.noise, plain.noise / unit**2)
+    np.testing.assert_allclose(scaled.shift, [2, 26 / np.sqrt(13), 0, 1 / np.sqrt(0.4)])
+    np.testing.assert_allclose(scaled.adjacency[0, 1], 2 * 4 / np.sqrt(13))
+
+
+@pytest.mark.parametrize("background", [0, 2])
+def test_shifts_have_the_unit_of_control_cells_without_a_graph_too(background: int) -> None:
+    """Whatever else varies among cells: before, found shifts were 1.3 to 2.1 and 2.5 to 4.5 times the true ones."""
+    screen = Screen(intervention="shift", background=background)
+    found = screen.discover()
+    control = screen.latents[screen.data.condition == 0].mean(0)
+    true = [
+        abs(screen.latents[screen.data.condition == screen.data.conditions.index((c,))].mean(0) - control)[target]
+        for c, target in enumerate(screen.target)
+    ]  # of mere shifts all that the own noise of the target changes by, whose deviation is 1
+    hit = np.nan_to_num(found.penetrance[0], nan=1.0)
+    assert found.verdict.answer == "not identified"
+    np.testing.assert_allclose(np.abs(found.shift) * hit / true, 1, atol=0.2)

@@ -63,7 +63,7 @@ def answer_of(y: Floats, environment: Floats, p: int) -> tuple[Recovered, np.nda
     s, n = covariances(y, environment, p, None), np.bincount(environment).astype(float)
     found, rival = recover(s, n)
     found, swapped = settled(found, s, n)
-    edges = agreed(found, swapped, jackknife(y, environment, None, found))
+    edges = agreed(found, swapped, jackknife(y, environment, None, found), s, n)
     tests = p_value(found), curved(y, environment, found)
     return found, edges, judge_multi_node(*tests, rival, int(edges.sum()), 2.0, True)
 

@@ -8,11 +8,12 @@ import torch
 
 from crlseq.config import ModelConfig
 from crlseq.discovery.methods import method_of
-from crlseq.discovery.methods.multi_node import agreed, covariances, curved, jackknife, p_value
+from crlseq.discovery.methods.multi_node import agreed, along, covariances, curved, jackknife, p_value, settled
 from crlseq.discovery.methods.squires import by_likelihood
 from crlseq.discovery.score_differences import precisions
 from crlseq.discovery.verdict import Verdict, judge_squires
 from crlseq.errors import InputError
+from crlseq.experiments.peers import varici
 from tests.discovery.test_discover import CONFIG, Screen
 
 
@@ -65,8 +66,9 @@ def test_population_covariances_give_the_truth(p: int, seed: int) -> None:
 
 def answer_of(y: np.ndarray, environment: np.ndarray, p: int) -> tuple[np.ndarray, np.ndarray, Verdict]:
     """Sets, edges, and the verdict if hard interventions are asked for."""
-    found, swapped = by_likelihood(covariances(y, environment, p, None), np.bincount(environment).astype(float))
-    edges = agreed(found, swapped, jackknife(y, environment, None, found))
+    s, n = covariances(y, environment, p, None), np.bincount(environment).astype(float)
+    found, swapped = by_likelihood(s, n)
+    edges = agreed(found, swapped, jackknife(y, environment, None, found), s, n)
     verdict = judge_squires(p_value(found), curved(y, environment, found), int(edges.sum()), True)
     return found.sets, edges, verdict
 
@@ -129,3 +131,21 @@ def test_it_asks_for_one_perturbation_for_each_program() -> None:
     screen = Screen()
     with pytest.raises(InputError, match="needs one perturbation for each program: 12 have a detectable effect, and 4"):
         method_of("squires").find(screen.task(ModelConfig(n_latents=4)))
+
+
+def test_an_edge_between_programs_that_others_part_may_be_reversed() -> None:
+    """Varici's setting, half of the parents' influence kept: 2 -> 4 under interventions on both is described as well by 4 -> 2,
+    and in the order that is found 0 or 1 may stand between them.
+    """
+    screen = varici(seed=0, soft=True)
+    u, environment = screen.obsm["true_latents"], screen.obs["perturbation"].cat.codes.to_numpy().astype(np.int64)
+    s, n = covariances(u, environment, 5, None), np.bincount(environment).astype(float)
+    found, _ = by_likelihood(s, n)
+    program = found.sets.argmax(0)  # of each place of the order
+    order = [4, 1, 0, 2, 3]
+    apart = along(np.eye(5)[order], np.arange(5)[:, None] == order, s, n)
+    assert abs(apart.deviance - found.deviance) < 1 and sorted(program) == [0, 1, 2, 3, 4]
+    _, swapped = settled(apart, s, n)
+    edges = agreed(apart, swapped, np.full((5, 5), 0.05), s, n)
+    assert abs(apart.adjacency[0, 3]) > 0.3 and not edges[0, 3]  # 4 -> 2
+    assert edges[2, 4]  # 0 -> 3, which is true

@@ -33,6 +33,9 @@ def test_without_an_objection_the_kind_decides(kind: Any, answer: Answer, unknow
         ({"n_edges": 0}, ["No edge"]),
         ({"n_gone": 4}, ["4 of 7 edges", "under intervention"]),
         ({"n_edges": 0, "n_gone": 1}, ["1 of 1 edge "]),
+        ({"n_edges": 0, "n_turned": 1}, ["The only edge fits as well when reversed."]),
+        ({"n_edges": 0, "n_turned": 2}, ["All 2 edges fit as well when reversed."]),
+        ({"n_edges": 0, "n_turned": 1, "n_gone": 2}, ["2 of 3 edges", "under intervention"]),
         ({"gain": 40.0}, ["held-out cells", "+40 ± 20", "2 standard errors"]),
         ({"gain": -3.0}, ["held-out cells", "-3 ± 20"]),
         ({"gain": float("nan")}, ["held-out cells"]),
@@ -73,3 +76,11 @@ def test_verdicts_come_into_being_in_one_file() -> None:
     for path in {*package.glob("discovery/**/*.py"), *package.glob("readout/*.py")} - {Path(module.__file__)}:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             assert not (isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Verdict")), path
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_edges_that_may_be_reversed_are_said(kind: Any) -> None:
+    one, two = (judge(replace(GOOD, kind=kind, n_turned=n)) for n in (1, 2))
+    assert one.answer == two.answer == judge(replace(GOOD, kind=kind)).answer
+    assert one.reason.endswith("1 more edge fits as well when reversed and is not declared.")
+    assert two.reason.endswith("2 more edges fit as well when reversed and are not declared.")

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from crlseq.discovery.factor_result import REASON, factor_result, start_with
 from crlseq.discovery.methods import Programs
+from crlseq.discovery.orientation import before
 from crlseq.discovery.score_differences import groups_of, precisions
 from crlseq.discovery.task import Task
 from crlseq.discovery.verdict import RIVAL, Answer, judge_multi_node
@@ -90,7 +91,7 @@ def find(task: Task) -> Programs:
     s, n = covariances(y, environment, p, start.cells.noise), np.bincount(environment).astype(float)
     found, rival = recover(s, n)
     found, swapped = settled(found, s, n)
-    edges = agreed(found, swapped, jackknife(y, environment, start.cells.noise, found))
+    edges = agreed(found, swapped, jackknife(y, environment, start.cells.noise, found), s, n)
     acts_on, hard = float(found.sets.sum(1).mean()), task.kind == "hard"
     verdict = judge_multi_node(p_value(found), curved(y, environment, found), rival, int(edges.sum()), acts_on, hard)
     weight = np.where(found.sets, found.gain, -1e9)
@@ -232,14 +233,21 @@ def swap(i: int, p: int) -> NDArray[np.int64]:
     return order
 
 
-def agreed(found: Recovered, swapped: list[Recovered], error: Floats) -> Bools:
-    """Edges (p, p), `SURE` by their errors, that stay in every order of `settled` that describes the covariances nearly as well."""
+def agreed(found: Recovered, swapped: list[Recovered], error: Floats, s: Floats, n: Floats) -> Bools:
+    """Edges (p, p), `SURE` by their errors, that stay in every order of `settled` that describes the covariances nearly as well,
+    and in that with their ends the other way round, of whatever programs stand between them.
+    """
     edges: Bools = np.abs(found.adjacency) > SURE * error
     for i, other in enumerate(swapped):
         if other.deviance - found.deviance < RIVAL:
             place = np.ix_(swap(i, len(edges)), swap(i, len(edges)))
             edges &= np.abs(other.adjacency[place]) > SURE * error
-    return edges
+    kept, order = edges.copy(), list(range(len(edges)))
+    for j, k in np.argwhere(edges).tolist():
+        if k > j + 1:  # neighbours have changed places
+            turned = before(edges, order, j, k)
+            kept[j, k] = along(found.directions[turned], found.sets[:, turned], s, n).deviance - found.deviance >= RIVAL
+    return kept
 
 
 def refined(flag: Floats, sets: Bools, s: Floats, n: Floats) -> Recovered:

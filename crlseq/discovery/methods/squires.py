@@ -48,7 +48,7 @@ def find(task: Task) -> Programs:
     y, environment = start.cells.values[used, :k].double().numpy(), start.cells.environment[used].numpy()
     s, n = covariances(y, environment, k, start.cells.noise), np.bincount(environment).astype(float)
     found, swapped = by_likelihood(s, n)
-    edges = agreed(found, swapped, jackknife(y, environment, start.cells.noise, found))
+    edges = agreed(found, swapped, jackknife(y, environment, start.cells.noise, found), s, n)
     tests = p_value(found), curved(y, environment, found)
     verdict = judge_squires(*tests, int(edges.sum()), task.kind == "hard")
     target = np.full(len(task.effect), -1)
