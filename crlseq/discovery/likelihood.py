@@ -260,7 +260,9 @@ class LinearModel:
                 found = search(self.problem(targets[r], mask[r]), theta[r], cells, steps)
                 ends.append(tuple(each[None] for each in found))
         else:
-            for start, own, edges in zip(*(torch.split(each, max(at_once, 1)) for each in (theta, targets, mask)), strict=True):
+            for start, own, edges in zip(
+                *(torch.split(each, max(at_once, 1)) for each in (theta, targets, mask)), strict=True
+            ):
 
                 def score(there: Tensor, own: Tensor = own, edges: Tensor = edges) -> Score:
                     return self.information(there, own, edges)

@@ -110,14 +110,6 @@ def claims_of(task: Task, start: Start, cells: Cells, solution: Solution) -> Cla
     return Claims(target, shift, log_scale, retention)
 
 
-def noise_of_controls(solution: Solution) -> Tensor:
-    """Standard deviation (p,) of each program's own noise over the controls of all contexts; 1 in the first."""
-    model, moments = solution.model, solution.model.moments
-    square = (2 * model.context_scale(model.unpack(solution.theta))[0]).exp()  # (L, p)
-    share = moments.counts[: model.n_controls, None] / moments.counts[: model.n_controls].sum()
-    return (share * square).sum(0).sqrt()
-
-
 def ordered_claims(task: Task, cells: Cells, claims: Claims, ordering: Ordering) -> Claims:
     """Hard interventions on the ordered programs, by the mean and variance of each perturbation's training cells."""
     shift, log_scale = np.zeros(len(claims.shift)), np.zeros(len(claims.shift))
@@ -153,12 +145,6 @@ def linear_result(
     named, index = model.unpack(solution.theta), task.fitted_cells()
     claims, kind, adjacency = claims_of(task, start, cells, solution), model.kind, edges.adjacency
     center, directions = named["offset"][0], solution.directions()
-    if model.n_controls > 1:  # units are the noise of the first context, and shall be that of all controls
-        unit = noise_of_controls(solution)
-        claims = replace(claims, shift=np.where(claims.target >= 0, claims.shift / unit.numpy()[claims.target], 0.0))
-        adjacency, directions = adjacency * unit[:, None] / unit, directions / unit
-        if stability is not None:
-            stability = replace(stability, shift_error=stability.shift_error / unit[solution.targets[0]])
     if verdict.answer == "partly identified":
         claims, kind = ordered_claims(task, cells, claims, ordering), "hard"
         adjacency = torch.from_numpy(ordering.direct.effect * ordering.declared)
@@ -195,7 +181,8 @@ def linear_result(
         second=second.reordered(order.numpy()),
         hit=_hit(task, cells, np.flatnonzero(target >= 0), ordering),
     )
-    if cells.variances is None and verdict.answer != "partly identified":  # those have the variance of control cells
+    # Straightened latents and those that are "partly identified" have the unit of control cells.
+    if (cells.variances is None or model.n_controls > 1) and verdict.answer != "partly identified":
         measured = torch.minimum(variances, torch.full_like(variances, noise_level(model.moments)))
         error = (directions**2 * measured[:, None]).sum(0)[order]
         control = (task.environments(start.environments)[index] == 0).numpy()
@@ -214,9 +201,14 @@ def with_unit_noise(found: Discovery, control: np.ndarray, error: np.ndarray) ->
     variance = (u - u @ graph).var(0)
     own = np.maximum(variance - error - error @ graph**2, LEAST_OWN * variance)
     unit = np.sqrt(np.where(own > 0, own, 1.0))
+    of_shift, stability = np.where(found.target >= 0, unit[found.target], 1.0), found.stability
+    if stability is not None:
+        stability = replace(
+            stability, shift_error=stability.shift_error / torch.from_numpy(of_shift[found.environments])
+        )
     return replace(
         found, latents=found.latents / unit, noise=found.noise / unit**2, adjacency=graph * unit[:, None] / unit,
-        shift=found.shift / np.where(found.target >= 0, unit[found.target], 1.0),
+        shift=found.shift / of_shift, stability=stability,
     )  # fmt: skip
 
 
