@@ -92,11 +92,11 @@ class _Profile:
         self.on = now.mask[0].flatten().bool()
         self.places = torch.nonzero(self.on)[:, 0]
         # The edges last, so that the end of the factor is that of their own profile likelihood.
-        fixed = torch.ones(model.size, dtype=torch.bool)
-        fixed[self.places] = False
-        self.others = torch.nonzero(fixed)[:, 0]
+        others = model.free(now.mask)[0] > 0
+        others[self.places] = False
+        self.others = torch.nonzero(others)[:, 0]
         order, n = torch.cat([self.others, self.places]), len(self.others)
-        root = _root(model.information(now.theta, now.targets, now.mask)[2][0][order][:, order])
+        root = _root(model.information(now.theta, now.targets, now.mask)[2][0][order[:, None], order])
         self.inside, self.cross = root[:n, :n], root[n:, :n]
         scale = dispersion / float(model.moments.counts.sum())
         self.covariance = torch.cholesky_inverse(root[n:, n:]) * scale
