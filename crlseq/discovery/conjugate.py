@@ -38,11 +38,11 @@ class Problem:
 class _Factor:
     """Preconditioner of the damped system of the parameters that move."""
 
-    def __init__(self, information: Tensor, moving: Tensor, damping: float) -> None:
+    def __init__(self, information: Tensor, moving: Tensor, damping: float, steep: Tensor) -> None:
         if len(moving) < len(information):
             information = information[moving][:, moving]
         self.diagonal = information.diagonal().clone()
-        self.scale = (self.diagonal * (1 + damping) + 1e-9).rsqrt()
+        self.scale = (self.diagonal * (1 + damping) + 1e-9 + steep).rsqrt()
         scaled = information.mul_(self.scale).mul_(self.scale[:, None]).float()
         del information
         on_top = ROUNDING
@@ -86,14 +86,16 @@ def search(problem: Problem, theta: Tensor, cells: float, steps: int) -> tuple[T
     moving = torch.nonzero(problem.free > 0)[:, 0]
     (value, gradient), damping, factor = problem.score(theta), 1e-2, None
     for _ in range(steps):
-        times = problem.product(theta)
+        times, steep = problem.product(theta), torch.zeros_like(theta)
+        # The curvature of a logarithm beyond the information: without it steps of variances that go to 0 have no bound.
+        steep[problem.logarithms] = gradient[problem.logarithms].abs()
+        steep = steep[moving]
         n = MOST
         while n == MOST:
             fresh = factor is None
-            factor = factor or _Factor(problem.information(theta), moving, damping)
-            solved, n = conjugate_gradients(
-                _damped(times, moving, factor.diagonal, damping, theta), factor, -gradient[moving]
-            )
+            factor = factor or _Factor(problem.information(theta), moving, damping, steep)
+            on_top = damping * factor.diagonal + 1e-9 + steep
+            solved, n = conjugate_gradients(_among(times, moving, on_top, theta), factor, -gradient[moving])
             factor = factor if n <= FEW else None
             if fresh:
                 break
@@ -113,8 +115,8 @@ def search(problem: Problem, theta: Tensor, cells: float, steps: int) -> tuple[T
     return theta, value, torch.tensor(False)
 
 
-def _damped(times: Product, moving: Tensor, diagonal: Tensor, damping: float, like: Tensor) -> Product:
-    on_top = damping * diagonal + 1e-9
+def _among(times: Product, moving: Tensor, on_top: Tensor, like: Tensor) -> Product:
+    """The product among the parameters that move, with ``on_top`` on the diagonal."""
 
     def product(v: Tensor) -> Tensor:
         whole = torch.zeros_like(like)

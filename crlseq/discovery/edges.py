@@ -92,19 +92,14 @@ class _Profile:
         self.on = now.mask[0].flatten().bool()
         self.places = torch.nonzero(self.on)[:, 0]
         # The edges last, so that the end of the factor is that of their own profile likelihood.
-        fixed = torch.ones(model.size, dtype=torch.bool)
-        fixed[self.places] = False
-        self.others = torch.nonzero(fixed)[:, 0]
+        others = model.free(now.mask)[0] > 0
+        others[self.places] = False
+        self.others = torch.nonzero(others)[:, 0]
         order, n = torch.cat([self.others, self.places]), len(self.others)
-        root = _root(model.information(now.theta, now.targets, now.mask)[2][0][order][:, order])
+        root = _root(model.information(now.theta, now.targets, now.mask)[2][0][order[:, None], order])
         self.inside, self.cross = root[:n, :n], root[n:, :n]
         scale = dispersion / float(model.moments.counts.sum())
         self.covariance = torch.cholesky_inverse(root[n:, n:]) * scale
-        self.restart()
-
-    def restart(self) -> None:
-        """With all edges again."""
-        self.on[self.places] = True
         self.directions = torch.zeros(0, len(self.places), dtype=DTYPE)
         self.value, self.variance = self.before[: len(self.on)] * self.on, torch.ones(len(self.on), dtype=DTYPE)
         self.variance[self.places] = self.covariance.diagonal()
@@ -144,40 +139,26 @@ class _Profile:
 
 
 def _eliminated(now: Solution, dispersion: float, threshold: float) -> Solution:
-    """Refitted without the edges that are not worth the threshold, and without cycles. Of edges whose loss costs more than the
-    quadratic model says, half as many are tried.
-    """
+    """Refitted without the edges that are not worth the threshold, and without cycles."""
     cells = float(now.model.moments.counts.sum())
     while True:
         profile = _Profile(now, dispersion)
-        most = max(1, (int((profile.wald() < threshold).sum()) + 1) // 2)
-        while True:
-            gone, cost = _without_weakest(profile, most, threshold)
-            if not gone:
-                return now
-            mask = profile.on.view_as(now.mask).to(DTYPE)
-            trial = now.refitted(theta=profile.parameters()[None], mask=mask, steps=NEAR_STEPS)
-            allowed = float(now.nll[0]) + (cost + threshold) * dispersion / (2 * cells)
-            if not float(trial.nll[0]) < allowed:
-                trial = min(trial, now.refitted(mask=mask, steps=FAR_STEPS), key=lambda s: float(s.nll[0]))
-            if gone == 1 or float(trial.nll[0]) < allowed:
+        most, gone, cost = max(1, (int((profile.wald() < threshold).sum()) + 1) // 2), 0, 0.0
+        while gone < most and bool(profile.on.any()):
+            e = profile.weakest(threshold, cycles_too=not gone)
+            if e is None:
                 break
-            most = gone // 2
+            cost += float(profile.wald()[e])
+            profile.remove(e)
+            gone += 1
+        if not gone:
+            return now
+        mask = profile.on.view_as(now.mask).to(DTYPE)
+        trial = now.refitted(theta=profile.parameters()[None], mask=mask, steps=NEAR_STEPS)
+        lost = float(trial.nll[0] - now.nll[0]) * 2 * cells / dispersion
+        if not lost < cost + threshold:
+            trial = min(trial, now.refitted(mask=mask, steps=FAR_STEPS), key=lambda s: float(s.nll[0]))
         now = trial
-
-
-def _without_weakest(profile: _Profile, most: int, threshold: float) -> tuple[int, float]:
-    """Removes up to ``most`` edges from the whole profile: how many, and twice the log-likelihood that they are worth."""
-    profile.restart()
-    gone, cost = 0, 0.0
-    while gone < most and bool(profile.on.any()):
-        e = profile.weakest(threshold, cycles_too=not gone)
-        if e is None:
-            break
-        cost += float(profile.wald()[e])
-        profile.remove(e)
-        gone += 1
-    return gone, cost
 
 
 def _root(information: Tensor) -> Tensor:
