@@ -5,8 +5,9 @@ it: both have as many parameters. The direction is told by the cells if the firs
 
     2 N (nll_reversed - nll) / dispersion  >=  log N,
 
-as it is where interventions on either end show it. Interventions that change little but a variance may not: then two graphs
-describe the cells alike, and single edges of either are sure and wrong half of the time.
+or, among many programs, than the chi-square that chance gives `FALSE_CALLS` of all p (p - 1) possible edges. So it is where
+interventions on either end show it. Interventions that change little but a variance may not: then two graphs describe the
+cells alike, and single edges of either are sure and wrong half of the time.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import chi2
 from torch import Tensor
 
 from crlseq.discovery.edges import Edges, reachable
 from crlseq.discovery.likelihood import Solution
 from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import DTYPE
+from crlseq.discovery.pairs import FALSE_CALLS
 
 STEPS = 30
 
@@ -36,7 +39,7 @@ def undirected(edges: Edges, known: Bools) -> Bools:
     if not len(doubtful):
         return found
     order, cells = topological(graph), float(solution.model.moments.counts.sum())
-    price = math.log(cells) * misfit(solution).dispersion / (2 * cells)
+    price = price_of(len(graph), cells) * misfit(solution).dispersion / (2 * cells)
     along = solution.refitted(mask=all_along(order), steps=STEPS)
     for j, k in doubtful.tolist():
         mask = all_along(before(graph, order, j, k))
@@ -44,6 +47,11 @@ def undirected(edges: Edges, known: Bools) -> Bools:
         least = min(float(start.refitted(mask=mask, steps=STEPS).nll[0]) for start in starts)
         found[j, k] = least - float(along.nll[0]) < price
     return found
+
+
+def price_of(p: int, cells: float) -> float:
+    """Twice the log-likelihood over the dispersion that the direction of an edge between p programs must be worth."""
+    return max(math.log(cells), float(chi2.isf(FALSE_CALLS / (p * (p - 1)), 1)))
 
 
 def topological(graph: Bools) -> list[int]:

@@ -187,7 +187,18 @@ def linear_result(
         error = (directions**2 * measured[:, None]).sum(0)[order]
         control = (task.environments(start.environments)[index] == 0).numpy()
         found = with_unit_noise(found, control, error.numpy())
-    return _of_hit_cells(task, found)
+    fitted = named["shift"][0].numpy()
+    return _of_hit_cells(task, _with_errors_in_units(found, fitted))
+
+
+def _with_errors_in_units(found: Discovery, fitted: np.ndarray) -> Discovery:
+    """With the bootstrap's errors of shifts, which are those of shifts (K,) as the likelihood ``fitted`` them, in units of shifts."""
+    if found.stability is None:
+        return found
+    own = found.shift[found.environments]
+    scale = np.abs(np.divide(own, fitted, out=np.ones_like(own), where=fitted != 0))
+    error = found.stability.shift_error * torch.from_numpy(scale)
+    return replace(found, stability=replace(found.stability, shift_error=error))
 
 
 def with_unit_noise(found: Discovery, control: np.ndarray, error: np.ndarray) -> Discovery:

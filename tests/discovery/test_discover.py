@@ -335,7 +335,7 @@ def test_units_are_the_deviations_of_own_noise_over_control_cells(found: Discove
 def test_shifts_have_the_unit_of_control_cells_without_a_graph_too(background: int) -> None:
     """Whatever else varies among cells: before, found shifts were 1.3 to 2.1 and 2.5 to 4.5 times the true ones."""
     screen = Screen(intervention="shift", background=background)
-    found = screen.discover()
+    found = screen.discover(ModelConfig(n_latents=4, bootstrap=6))
     control = screen.latents[screen.data.condition == 0].mean(0)
     true = [
         abs(screen.latents[screen.data.condition == screen.data.conditions.index((c,))].mean(0) - control)[target]
@@ -344,3 +344,7 @@ def test_shifts_have_the_unit_of_control_cells_without_a_graph_too(background: i
     hit = np.nan_to_num(found.penetrance[0], nan=1.0)
     assert found.verdict.answer == "not identified"
     np.testing.assert_allclose(np.abs(found.shift) * hit / true, 1, atol=0.2)
+    assert found.stability is not None
+    assert (
+        np.median(found.stability.shift_error.numpy() / true) < 0.2
+    )  # in units of the likelihood 0.33 with background

@@ -8,7 +8,7 @@ import torch
 from crlseq.discovery.edges import Edges, select_edges
 from crlseq.discovery.likelihood import fit_linear
 from crlseq.discovery.moments import environment_moments
-from crlseq.discovery.orientation import all_along, before, topological, undirected
+from crlseq.discovery.orientation import all_along, before, price_of, topological, undirected
 from crlseq.experiments.peers import varici
 
 GRAPH = np.zeros((5, 5), dtype=bool)
@@ -30,6 +30,12 @@ def test_an_order_with_the_ends_of_an_edge_the_other_way_round() -> None:
 
 def test_all_edges_along_an_order() -> None:
     np.testing.assert_array_equal(all_along([2, 0, 1])[0], [[0, 1, 0], [0, 0, 0], [1, 1, 0]])
+
+
+def test_the_price_is_that_of_an_edge_and_more_among_many_programs() -> None:
+    """Chance gives 0.025 of 380 edges a chi-square beyond 15.9: |z| > 3.99, as 2 * 3.29e-5 is 0.025 / 380."""
+    assert price_of(2, 20_000) == np.log(20_000)
+    np.testing.assert_allclose(price_of(20, 20_000), 3.99**2, atol=0.05)
 
 
 def selected(soft: bool, seed: int) -> tuple[Edges, np.ndarray]:
