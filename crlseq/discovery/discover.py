@@ -166,7 +166,9 @@ def judged(
     """The verdict on all evidence, and the edges of the likelihood that it leaves: none unless it grants them."""
     edges, gone = confirmed(comparison.edges, ordering, cells.variances is not None)
     of_graph = misfit(edges.solution)
-    turned = undirected(edges, ordering.pairs.have("upstream", "likely"))
+    known = ordering.pairs.have("upstream", "likely")
+    # Of more programs it takes minutes an edge.
+    turned = undirected(edges, known) if len(known) <= MANY_LATENTS else np.zeros_like(known)
     left = comparison.evidence.n_edges - gone - int(turned.sum())
     n_open = 0 if task.kind == "hard" else passed_alone(edges)
     evidence = replace(

@@ -212,14 +212,9 @@ def with_unit_noise(found: Discovery, control: np.ndarray, error: np.ndarray) ->
     variance = (u - u @ graph).var(0)
     own = np.maximum(variance - error - error @ graph**2, LEAST_OWN * variance)
     unit = np.sqrt(np.where(own > 0, own, 1.0))
-    of_shift, stability = np.where(found.target >= 0, unit[found.target], 1.0), found.stability
-    if stability is not None:
-        stability = replace(
-            stability, shift_error=stability.shift_error / torch.from_numpy(of_shift[found.environments])
-        )
     return replace(
         found, latents=found.latents / unit, noise=found.noise / unit**2, adjacency=graph * unit[:, None] / unit,
-        shift=found.shift / of_shift, stability=stability,
+        shift=found.shift / np.where(found.target >= 0, unit[found.target], 1.0),
     )  # fmt: skip
 
 
