@@ -302,7 +302,13 @@ def test_programs_between_others_with_one_perturbation_alone() -> None:
     chain = torch.zeros(4, 4)
     chain[0, 1] = chain[1, 2] = chain[2, 3] = 0.7
     targets = torch.tensor([[0, 1, 2, 2, 3, 3]])
-    edges: Any = SimpleNamespace(adjacency=chain, solution=SimpleNamespace(targets=targets))
+    moments = SimpleNamespace(crossed=None)
+    model = SimpleNamespace(moments=moments)
+    edges: Any = SimpleNamespace(adjacency=chain, solution=SimpleNamespace(targets=targets, model=model))
     assert passed_alone(edges) == 1  # of 0 and 1, which have one, the first is no child
+    moments.crossed = SimpleNamespace(
+        gene=torch.tensor([0, 1, 2, 2, 3, 4])
+    )  # those of 2 are one gene's in two contexts
+    assert passed_alone(edges) == 2
     edges.adjacency = chain * 0
     assert passed_alone(edges) == 0
