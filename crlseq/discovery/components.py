@@ -73,7 +73,10 @@ def whitened_components(
     noise: float | None = 1.0
     if data.totals is not None:
         counts = partial(_some_counts, data.x, data.preprocessing, genes)
-        own = count_components(counts, trained, used, most, least, data.with_totals, device)
+        try:
+            own = count_components(counts, trained, used, most, least, data.with_totals, device)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise _too_far_apart() from error
     else:
         own, noise = _principal_components(partial(_some_values, data.x, genes), trained, used, most, least)
     scores = np.zeros((len(data.split), own.shape[1]), dtype=np.float32)
@@ -82,13 +85,17 @@ def whitened_components(
     if data.adjustment is not None:
         data.adjustment.take_off(scores, used)
     if not np.isfinite(scores).all():
-        what = "The values of these cells are too far apart: their components are not finite."
-        raise InputError(
-            what, "Look at the largest value that `crlseq check` tells: a few huge ones may stand for missing ones."
-        )
+        raise _too_far_apart()
     deviation = max(_deviation(scores, np.flatnonzero(data.split == splits.TRAIN)), 1e-12)
     scores /= deviation
     return scores, None if noise is None else noise / deviation**2
+
+
+def _too_far_apart() -> InputError:
+    what = "The values of these cells are too far apart: their components are not finite."
+    return InputError(
+        what, "Look at the largest value that `crlseq check` tells: a few huge ones may stand for missing ones."
+    )
 
 
 def _principal_components(

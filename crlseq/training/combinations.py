@@ -202,7 +202,7 @@ def _with_terms(
     gain = of_law - (missed**2).sum(1) / own
     error = float(gain.std(ddof=1) / len(gain) ** 0.5)
     told = float(gain.mean() / of_law.mean()), error / float(of_law.mean())
-    if gain.mean() <= error:
+    if gain.mean() <= error * (1 + 1e-9):  # they are equal but for rounding where one combination has all of the gain
         return law, left, told
     weights = np.linalg.solve(shared + np.diag(own), left)
     terms, mean = (

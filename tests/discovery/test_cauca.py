@@ -61,6 +61,7 @@ def test_the_setting_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mcc(latents, u) >= 0.955 > mcc(linear_latents(x, environment, 3), u) + 0.1
 
 
+@pytest.mark.slow
 def test_a_screen_mixed_by_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cauca, "TRIAL", 100)
     monkeypatch.setattr(cauca, "STEPS", 1000)

@@ -56,6 +56,7 @@ def test_a_network_mixing_is_undone() -> None:
     assert distance(edges, model.adjacency != 0) <= 3
 
 
+@pytest.mark.slow
 def test_a_screen_with_one_hard_perturbation_for_each_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Said to be hard or not, the encoder is the same, and is trained once; what is claimed of the graph is not."""
     screen = Screen(perturbations_per_latent=1, cells_per_perturbation=1000, n_control=2000, mixing="network")

@@ -159,7 +159,7 @@ def test_straightened_latents_take_the_place_of_the_components(hard: Screen, mon
     monkeypatch.setattr(ordering, "bend_of", lambda found: 1.0)  # of few programs it is in part chance
     again = found_by(hard, "straighten")
     assert again.straightened
-    moved = again.latents - found.latents
+    moved = again.latents - found.latents * again.latents.std(0) / found.latents.std(0)  # in the unit of the likelihood
     assert np.abs(moved - moved[0]).max() < 1e-9 < np.abs(moved[0]).max()
     assert not np.allclose(again.noise, found.noise)
 

@@ -15,6 +15,7 @@ from tests.discovery.test_discover import Screen
 from tests.discovery.varici import Latents, distance, mcc
 
 
+@pytest.mark.slow
 def test_quadratic_equations_through_tanh_at_the_papers_size() -> None:
     """x = tanh(u M), 100 features, 10,000 cells an environment; interventions with 1/4 of the variance and with 4 times it."""
     model = Latents(5, 24, linear=False)

@@ -42,6 +42,7 @@ def test_linear_equations_at_the_papers_size(p: int) -> None:
     assert model.graph.sum() >= p and distance(edges, model.edges()) <= 1
 
 
+@pytest.mark.slow
 def test_quadratic_equations_at_the_papers_size() -> None:
     """Programs are found; parents that act weakly (by .5 of their size) may be missed."""
     wrong = of = 0

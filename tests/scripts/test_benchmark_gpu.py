@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "scripts"))  # as of a script that is run
 from scripts import benchmark_gpu as script
 
 
+@pytest.mark.slow
 def test_every_part_answers(tmp_path: Path) -> None:
     words = [
         sys.executable,
