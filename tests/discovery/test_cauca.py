@@ -51,6 +51,7 @@ def linear_latents(x: np.ndarray, environment: np.ndarray, p: int) -> np.ndarray
     return found
 
 
+@pytest.mark.slow
 def test_the_setting_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers, which the paper's code unmixes with an MCC of .955 in the median of 38 fits of four latents."""
     monkeypatch.setattr(cauca, "TRIAL", 100)

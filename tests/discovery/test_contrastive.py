@@ -39,6 +39,7 @@ def test_without_dependence_the_log_odds_are_of_one_latent() -> None:
     assert not slope[:, :2].any() and slope[:, 2].all()
 
 
+@pytest.mark.slow
 def test_a_network_mixing_is_undone() -> None:
     """The paper's five programs, 20 features, 5,000 cells an environment: beyond linear methods, a graph near the truth."""
     model = Curved(5, 20, 10)

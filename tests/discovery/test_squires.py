@@ -73,6 +73,7 @@ def answer_of(y: np.ndarray, environment: np.ndarray, p: int) -> tuple[np.ndarra
     return found.sets, edges, verdict
 
 
+@pytest.mark.slow
 def test_cells_give_edges_or_no_claim() -> None:
     """Twelve models of 25,000 cells an environment: nearly all edges are found, and none is false."""
     accepted = true = false = of = 0
