@@ -3,8 +3,9 @@
     d_c(y) = grad log p_c(y) - grad log p_0(y)
 
 is the gradient of the log-odds that a cell y is one of environment c and not a control. Of Gaussian environments it is linear,
-d_c(y) = Theta_0 (y - m_0) - Theta_c (y - m_c) with precisions Theta. What is not Gaussian is added by one classifier for all
-environments, a network on top of the Gaussian log-odds: it is kept if it tells held-out cells apart better by more than chance.
+d_c(y) = Theta_0 (y - m_0) - Theta_c (y - m_c) with precisions Theta. Where that does not hold (`normal`), one classifier for all
+environments is added, a network on top of the Gaussian log-odds: it is kept if it tells held-out cells apart better by more than
+chance.
 
 Source: classification for density ratios is Gutmann and Hyvarinen 2012, JMLR 13:307; their gradients for causal
 representations are Varici et al. 2025, JMLR 26(112).
@@ -18,6 +19,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
+from scipy.stats import norm
 from torch import Tensor, nn
 
 WIDTH = 64
@@ -26,8 +29,9 @@ LEARNING_RATE = 3e-3
 STEPS = 1000
 EVERY = 100  # steps between looks at the held-out cells
 HELD_OUT = 5  # one cell in so many
-GROUPS = 4  # of cells, that give score differences each for themselves
+GROUPS, FEWER_GROUPS = 10, 4  # of cells, that give score differences each for themselves; where each needs a network
 BETTER = 3.0  # standard errors by which the network's log-odds must be better
+CHANCE = 1e-3  # that Gaussian cells are taken for others
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -88,38 +92,95 @@ class Products:
     """Second moments of score differences over control cells, of every two groups of cells."""
 
     pairs: Floats  # (groups, groups, C, q, q), symmetric
+    described: bool = True  # whether the log-odds that they come from describe the cells
+
+    @property
+    def n(self) -> int:
+        """How many groups there are."""
+        return len(self.pairs)
 
     def mean(self, without: int | None = None) -> Floats:
         """(C, q, q) E[d_c(y) d_c(y)'], from differences that other cells gave each time, so that their errors average out; of
         the groups but one.
         """
-        kept = [g for g in range(len(self.pairs)) if g != without]
+        kept = [g for g in range(self.n) if g != without]
         found: Floats = np.mean([self.pairs[a, b] for a in kept for b in kept if a != b], 0)
         return found
 
 
 def products(y: Floats, environment: Ints, seed: int, noise: float | None = None) -> Products:
-    """Of cells ``y`` (n, q) of environments (n,), in `GROUPS` groups."""
-    group, controls = groups_of(environment, GROUPS), y[environment == 0]
-    each = np.array([
-        fit_log_odds(y[group == g], environment[group == g], seed + g, noise).gradients(controls) for g in range(GROUPS)
-    ])  # fmt: skip
+    """Of cells ``y`` (n, q) of environments (n,), in groups, all with a network or none."""
+    described = normal(y, environment)
+    groups = GROUPS if described else FEWER_GROUPS
+    group, controls = groups_of(environment, groups), y[environment == 0]
+    found = [_gaussian(y[group == g], environment[group == g], noise) for g in range(groups)]
+    if not described:
+        gains = list[Tensor]()
+        for g in range(groups):
+            found[g], gain = _with_network(found[g], y[group == g], environment[group == g], seed + g)
+            gains.append(gain)
+        described = _better(torch.cat(gains))
+    each = np.array([odds.gradients(controls) for odds in found])
     pairs = np.einsum("acni,bcnj->abcij", each, each, optimize=True) / len(controls)
-    return Products((pairs + pairs.swapaxes(-1, -2)) / 2)
+    return Products((pairs + pairs.swapaxes(-1, -2)) / 2, described)
 
 
 def fit_log_odds(y: Floats, environment: Ints, seed: int, noise: float | None = None) -> LogOdds:
     """Log-odds from cells ``y`` (n, q) of environments (n,), 0 control; measurement ``noise`` is taken off the Gaussians'
     covariances as far as they stay positive.
     """
+    plain = _gaussian(y, environment, noise)
+    if normal(y, environment):
+        return plain
+    found, gain = _with_network(plain, y, environment, seed)
+    return found if _better(gain) else plain
+
+
+def normal(y: Floats, environment: Ints) -> bool:
+    """Whether the log-odds of Gaussians describe cells ``y`` (n, q) of environments (n,), 0 control.
+
+    For the true odds p_c / p_0 and pi = p_c / (p_0 + p_c), E_0[pi f] = E_c[(1 - pi) f] for all functions f, here 1, y_i and y_i y_j:
+    the likelihood equations of a logistic regression. The largest difference, in standard errors, is compared with chance.
+    These errors take the Gaussians as known, not as fitted to the same cells, so that chance differences are smaller than said.
+    """
+    odds = _gaussian(y, environment, None)
+    densities, x = odds.gaussian(y), (y - odds.means[0]) @ odds.whiten
+    first, second = np.triu_indices(x.shape[1])
+    most = norm.isf(CHANCE / 2 / (len(odds.means) - 1) / (1 + x.shape[1] + len(first)))
+    controls = environment == 0
+    for c in range(1, len(odds.means)):
+        own = environment == c
+        share = expit(densities[:, c] - densities[:, 0])
+        sides = []
+        for cells, weight in ((controls, share), (own, 1 - share)):
+            at, w = x[cells], weight[cells][:, None]
+            sides.append(np.hstack([w, w * at, w * at[:, first] * at[:, second]]))
+        apart = sides[0].mean(0) - sides[1].mean(0)
+        error = np.sqrt(sum(side.var(0) / len(side) for side in sides))
+        if (np.abs(apart) > most * error).any():
+            return False
+    return True
+
+
+def _gaussian(y: Floats, environment: Ints, noise: float | None) -> LogOdds:
     theta = precisions(y, environment, int(environment.max()), noise)
     means = np.array([y[environment == e].mean(0) for e in range(len(theta))])
-    plain = LogOdds(means, theta, None, np.linalg.cholesky(theta[0]))
-    return replace(plain, network=_train(plain, y, environment, seed))
+    return LogOdds(means, theta, None, np.linalg.cholesky(theta[0]))
 
 
-def _train(plain: LogOdds, y: Floats, environment: Ints, seed: int) -> nn.Module | None:
-    """The network that is best on held-out cells; None if the Gaussian log-odds do as well."""
+def _with_network(plain: LogOdds, y: Floats, environment: Ints, seed: int) -> tuple[LogOdds, Tensor]:
+    """With the network that is best on held-out cells, and what it adds to the log-likelihood of each of them."""
+    network, gain = _train(plain, y, environment, seed)
+    return replace(plain, network=network), gain
+
+
+def _better(gain: Tensor) -> bool:
+    """Whether cells gain (n,) by more than chance."""
+    return float(gain.mean()) > BETTER * float(gain.std()) / math.sqrt(len(gain))
+
+
+def _train(plain: LogOdds, y: Floats, environment: Ints, seed: int) -> tuple[nn.Module | None, Tensor]:
+    """The network that is best on held-out cells, and their gains; None if the Gaussian log-odds do as well."""
     n_environments = len(plain.means)
     x = torch.from_numpy((y - plain.means[0]) @ plain.whiten).float()
     shares = np.bincount(environment, minlength=n_environments) / len(environment)
@@ -156,9 +217,6 @@ def _train(plain: LogOdds, y: Floats, environment: Ints, seed: int) -> nn.Module
             if float(now.mean()) < best:
                 best, kept = float(now.mean()), {name: part.clone() for name, part in network.state_dict().items()}
     if kept is None:
-        return None
+        return None, torch.zeros_like(before)
     network.load_state_dict(kept)
-    gain = before - on_held_out()
-    if float(gain.mean()) <= BETTER * float(gain.std()) / math.sqrt(len(gain)):
-        return None
-    return network
+    return network, before - on_held_out()

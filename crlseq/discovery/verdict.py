@@ -210,24 +210,35 @@ def judge_squires(p_value: float, linear: float, n_edges: int, hard: bool) -> Ve
     return _edges_if_hard(f"Perturbations of one program each describe all covariances (p = {p_value:.2f})", hard)
 
 
-def judge_scores(left: float, n_edges: int, n_against: int, hard: bool) -> Verdict:
+def judge_scores(
+    left: float, n_edges: int, n_against: int, hard: bool, described: bool = True, n_turned: int = 0
+) -> Verdict:
     """The verdict on score differences of which a share ``left`` is on programs downstream of the perturbation's own, and of
     which ``n_against`` effects are as clear as those of the edges, in a direction that the order excludes: about as many of the
-    edges are false. ``hard`` if such interventions were asked for.
+    edges are false. ``hard`` if such interventions were asked for; not ``described`` are cells that are not normal, and that the
+    classifier does not tell apart better; ``n_turned`` further edges could point the other way.
     """
+    if not described:
+        return Verdict(
+            "not identified",
+            "Cells are not normal, and no classifier tells held-out cells apart better than normal densities: their score differences are not known.",
+        )
     if left > BEYOND_PROGRAM:
         return Verdict(
             "not identified",
             f"{left:.0%} of a perturbation's score difference is on programs that it should not change, more than {BEYOND_PROGRAM:.0%}: it acts on more than one program, or the model does not hold.",
         )
     if not n_edges:
-        return Verdict("not identified", "No score difference shows that a program depends on another one.")
+        turned = f"{_of(n_turned, 'edge')} would fit as well when reversed." if n_turned else ""
+        return Verdict("not identified", turned or "No score difference shows that a program depends on another one.")
     if n_against > FALSE_EDGES * n_edges:
         return Verdict(
             "not identified",
             f"Beside {_of(n_edges, 'edge')}, {_of(n_against, 'effect')} as clear as theirs would close a cycle, more than {FALSE_EDGES:.0%}: there are too few cells, or the model does not hold.",
         )
     said = f"Each perturbation's score difference is on its program and what is upstream ({left:.0%} is elsewhere)"
+    if n_turned:
+        said += f"; {_of(n_turned, 'edge')} more would fit as well when reversed"
     return _edges_if_hard(said, hard)
 
 

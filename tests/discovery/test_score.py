@@ -10,6 +10,7 @@ from crlseq.discovery.contrastive import train_encoder
 from crlseq.discovery.methods import method_of
 from crlseq.discovery.methods.score import graph_of, paired
 from crlseq.discovery.methods.score_linear import declared
+from crlseq.discovery.score_differences import products
 from crlseq.errors import InputError
 from tests.discovery.test_discover import Screen
 from tests.discovery.varici import Latents, distance, mcc
@@ -29,7 +30,8 @@ def test_quadratic_equations_through_tanh_at_the_papers_size() -> None:
     latents = train_encoder(y, environment, pairs, False, 0, 0.0, first).latents(y)
     controls = environment == 0
     assert mcc(latents[controls], u[controls]) >= 0.95
-    assert distance(declared(*graph_of(latents, environment, pairs, 0))[0], model.edges()) <= 2
+    found = graph_of(latents, environment, pairs, products(latents, environment, 0))
+    assert distance(declared(*found)[0], model.edges()) <= 2
 
 
 def test_it_asks_for_two_perturbations_for_each_program() -> None:

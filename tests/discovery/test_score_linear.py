@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from crlseq.discovery.methods import method_of
-from crlseq.discovery.methods.score_linear import declared, recover, with_errors
-from crlseq.discovery.score_differences import fit_log_odds, products
+from crlseq.discovery.methods.score_linear import declared, recover, undirected, with_errors
+from crlseq.discovery.score_differences import fit_log_odds, normal, products
 from crlseq.discovery.verdict import judge_scores
 from tests.discovery.test_discover import CONFIG, Screen
 from tests.discovery.test_squires import Model
@@ -85,6 +85,48 @@ def test_a_classifier_is_used_only_where_cells_are_not_gaussian() -> None:
         model = Latents(5, 21, linear)
         u, environment = model.screen(5000, model.one_each())
         assert (fit_log_odds(u, environment, 0).network is None) == linear
+
+
+def test_gaussian_cells_pass_for_normal_and_others_do_not() -> None:
+    """Chance 1e-3 each; a ReLU bends what a program does by half of a standard deviation, where means and variances are fitted."""
+    for seed in range(10):
+        u, environment = Latents(5, seed).screen(2500, Latents(5, seed).one_each())
+        assert normal(u, environment)
+        assert not normal(*relu_chain(seed, 1.0))
+
+
+def relu_chain(seed: int, size: float) -> tuple[np.ndarray, np.ndarray]:
+    """u_k = max(u_{k-1}, 0) + z_k, five programs in causal order; interventions add ``size``."""
+    rng, environment = np.random.default_rng(seed), np.repeat(np.arange(6), [10_000] + [2000] * 5)
+    u = rng.normal(size=(len(environment), 5)) + size * (environment[:, None] == np.arange(1, 6))
+    for k in range(1, 5):
+        u[:, k] += np.maximum(u[:, k - 1], 0)
+    return u, environment
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0, 5.0])
+def test_a_shifted_relu_chain_is_never_turned_around(size: float) -> None:
+    """Normal densities give the reverse of all edges; a classifier finds the order, or no better odds."""
+    u, environment = relu_chain(3, size)
+    of_groups = products(u, environment, 0)
+    found, error = with_errors(u, environment, of_groups, hard=True)
+    edges, _ = declared(found, error)
+    edges &= ~undirected(edges, found.order, of_groups, np.cov(u[environment == 0].T))
+    assert not of_groups.described or not np.tril(edges).any()
+    assert size != 2.0 or found.order.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_mere_shifts_tell_no_direction(hard: bool) -> None:
+    """u_1 = u_0 + z_1, u_2 = u_1 + z_2: a shift's score difference is the same in all cells."""
+    rng, environment = np.random.default_rng(0), np.repeat(np.arange(4), 5000)
+    order, edges, mixing = np.arange(3), np.eye(3, k=1) > 0, rng.normal(size=(3, 3))
+    u = rng.normal(size=(20_000, 3)) + 1.5 * (environment[:, None] == np.arange(1, 4))
+    for k in (1, 2):
+        u[:, k] += u[:, k - 1] * ~(hard & (environment == k + 1))
+    y = u @ mixing
+    told = ~undirected(edges, order, products(y, environment, 0), np.cov(y[environment == 0].T))
+    np.testing.assert_array_equal(told & edges, edges & hard)
 
 
 def test_gradients_are_those_of_the_density() -> None:

@@ -39,9 +39,10 @@ def find(task: Task) -> Programs:
     pairs = np.column_stack([np.zeros(p, dtype=np.int64), environments + 1])
     encoder = train_encoder(y, environment, pairs, True, task.seed, noise)
     u = encoder.latents(y)
-    found, error = with_errors(u, environment, products(u, environment, task.seed), True, mixed=False)
+    of_groups = products(u, environment, task.seed)
+    found, error = with_errors(u, environment, of_groups, True, mixed=False)
     edges, against = declared(found, error)
-    verdict = judge_scores(found.left, int(edges.sum()), against, task.kind == "hard")
+    verdict = judge_scores(found.left, int(edges.sum()), against, task.kind == "hard", of_groups.described)
     graph = torch.from_numpy(weights(u[environment == 0], edges) * verdict.grants_graph)
     target = np.full(len(task.effect), -1)
     target[start.environments] = environments

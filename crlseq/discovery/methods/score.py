@@ -47,9 +47,10 @@ def find(task: Task) -> Programs:
     task.stage("training the classifier")
     encoder = train_encoder(y, environment, pairs, False, task.seed, noise, first)
     u = encoder.latents(y)
-    found, error = graph_of(u, environment, pairs, task.seed)
+    of_groups = products(u, environment, task.seed)
+    found, error = graph_of(u, environment, pairs, of_groups)
     edges, against = declared(found, error)
-    verdict = judge_scores(found.left, int(edges.sum()), against, task.kind == "hard")
+    verdict = judge_scores(found.left, int(edges.sum()), against, task.kind == "hard", of_groups.described)
     graph = torch.from_numpy(weights(u[environment == 0], edges) * verdict.grants_graph)
     target = np.full(len(task.effect), -1)
     target[start.environments[pairs - 1]] = np.arange(p)[:, None]
@@ -79,7 +80,7 @@ def paired(y: Floats, environment: Ints, p: int, seed: int, noise: float = 0.0) 
     return np.array(found) + 1, first
 
 
-def graph_of(u: Floats, environment: Ints, pairs: Ints, seed: int) -> tuple[Recovered, Floats]:
+def graph_of(u: Floats, environment: Ints, pairs: Ints, of_groups: Products) -> tuple[Recovered, Floats]:
     """D of programs ``u`` (n, p), the mean of both interventions on each, with its errors."""
-    of_all = products(u, environment, seed).pairs
-    return with_errors(u, environment, Products(of_all[:, :, pairs - 1].mean(3)), True, mixed=False)
+    of_pairs = Products(of_groups.pairs[:, :, pairs - 1].mean(3))
+    return with_errors(u, environment, of_pairs, True, mixed=False)

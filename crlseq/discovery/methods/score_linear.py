@@ -21,15 +21,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import t
 
 from crlseq.discovery.factor_result import REASON, factor_result, start_with
 from crlseq.discovery.methods import Programs
-from crlseq.discovery.score_differences import GROUPS, Products, groups_of, precisions, products
+from crlseq.discovery.orientation import before
+from crlseq.discovery.score_differences import Products, groups_of, precisions, products
 from crlseq.discovery.task import Task
 from crlseq.discovery.verdict import Answer, judge_scores
 
 AT_MOST: Answer = "identified"
 SURE = 2.0  # standard errors of D at an edge: of its square root, the size of the effect, that is four
+CHANCE = 0.005  # of a direction that is not told
 LEAST = 0.2  # effect of a parent, in standard deviations of the noise: less explains under 4 % of the variance
 
 Floats = NDArray[np.float64]
@@ -56,7 +59,11 @@ def find(task: Task) -> Programs:
     of_groups = products(y, environment, task.seed, start.cells.noise)
     found, error = with_errors(y, environment, of_groups, hard, start.cells.noise)
     edges, against = declared(found, error)
-    verdict = judge_scores(found.left, int(edges.sum()), against, task.kind == "hard")
+    turned = undirected(edges, found.order, of_groups, np.cov(y[environment == 0].T).reshape(p, p))
+    edges &= ~turned
+    verdict = judge_scores(
+        found.left, int(edges.sum()), against, task.kind == "hard", of_groups.described, int(turned.sum())
+    )
     controls = y[environment == 0] @ found.directions.T
     graph = torch.from_numpy(weights(controls, edges) * verdict.grants_graph)
     target = np.full(len(task.effect), -1)
@@ -71,7 +78,7 @@ def with_errors(
     """What cells ``y`` (n, p) of environments (n,) give, whose score differences have the second moments ``of_groups``; and
     standard errors (p, p) of D by a jackknife over groups. Not ``mixed``: y are the programs already.
     """
-    p, group = y.shape[1], groups_of(environment, GROUPS)
+    p, group = y.shape[1], groups_of(environment, of_groups.n)
 
     def recovered(without: int | None, order: Ints | None) -> Recovered:
         kept = group != without
@@ -79,8 +86,13 @@ def with_errors(
         return recover(of_groups.mean(without), covariances, hard, order, mixed)
 
     found = recovered(None, None)
-    error: Floats = np.sqrt((GROUPS - 1) * np.var([recovered(g, found.order).effects for g in range(GROUPS)], axis=0))
-    return found, error
+    return found, jackknife(np.array([recovered(g, found.order).effects for g in range(of_groups.n)]))
+
+
+def jackknife(without: Floats) -> Floats:
+    """Standard errors of a statistic, from its values without each of the groups."""
+    error: Floats = np.sqrt((len(without) - 1) * np.var(without, axis=0))
+    return error
 
 
 def recover(r: Floats, covariances: Floats, hard: bool, order: Ints | None = None, mixed: bool = True) -> Recovered:
@@ -135,6 +147,27 @@ def declared(found: Recovered, error: Floats) -> tuple[NDArray[np.bool_], int]:
     place = np.argsort(found.order)
     before = place[:, None] < place
     return seen & before, int((seen & before.T).sum())
+
+
+def undirected(edges: NDArray[np.bool_], order: Ints, of_groups: Products, covariance: Floats) -> NDArray[np.bool_]:
+    """Edges (p, p) whose direction the score differences do not tell, in coordinates in which control cells have this
+    ``covariance`` (p, p).
+
+    If k came before j, the score differences of k and of all m - 1 programs before it would lie in m dimensions, whatever the
+    mixing; in the order that is claimed those of j and these m - 1 do. So the (m + 1)-th eigenvalue of the sum of their R must be
+    greater for k than for j by more than chance. It is not where an intervention is degenerate, its score difference having one
+    direction in all cells (a shift under linear equations): the condition of the theory, "interventional regularity".
+    """
+    root, found = np.linalg.cholesky(covariance), np.zeros_like(edges)
+    r = np.array([root.T @ of_groups.mean(without) @ root for without in (None, *range(of_groups.n))])
+    least = t.isf(CHANCE, of_groups.n - 1)
+    for j, k in np.argwhere(edges).tolist():
+        turned = before(edges, order.tolist(), j, k)
+        upstream = turned[: turned.index(k)]
+        beyond = [np.linalg.eigvalsh(r[:, [*upstream, last]].sum(1))[:, -2 - len(upstream)] for last in (k, j)]
+        apart = beyond[0] - beyond[1]
+        found[j, k] = apart[0] <= least * jackknife(apart[1:])
+    return found
 
 
 def weights(u: Floats, edges: NDArray[np.bool_]) -> Floats:
