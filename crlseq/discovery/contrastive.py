@@ -136,6 +136,8 @@ def train_encoder(
     x = torch.from_numpy((y - center) / scale).float()
     held = torch.randperm(len(y), generator=generator) % HELD_OUT == 0
     rows = [[torch.from_numpy(np.flatnonzero((environment == e) & (held.numpy() == side))) for e in range(int(environment.max()) + 1)] for side in (False, True)]  # fmt: skip
+    drawn = [_placed([rows[0][e] for e in pairs[:, side]]) for side in (0, 1)]
+    of_controls = _placed(rows[0][:1])
     modules = nn.ModuleList([embedding, head])
     optimizer = torch.optim.AdamW(modules.parameters(), lr=LEARNING_RATE, weight_decay=1e-3)
 
@@ -150,10 +152,10 @@ def train_encoder(
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         embedding.requires_grad_(start is None or step >= STEPS // 10)
         k = torch.randint(len(pairs), (BATCH,), generator=generator)
-        sides = [_drawn([rows[0][e] for e in pairs[:, side]], k, generator) for side in (0, 1)]
+        sides = [_drawn(*of_side, k, generator) for of_side in drawn]
         u = embedding(x[torch.cat(sides)])
         value = nn.functional.softplus(head(u[:BATCH], k)).mean() + nn.functional.softplus(-head(u[BATCH:], k)).mean()
-        controls = embedding(x[_drawn(rows[0][:1], torch.zeros_like(k), generator)])
+        controls = embedding(x[_drawn(*of_controls, torch.zeros_like(k), generator)])
         optimizer.zero_grad()
         (value + head.penalty(controls)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -169,8 +171,12 @@ def _loss(lower: Tensor, upper: Tensor, head: QuadraticHead, k: int) -> Tensor:
     return soft(head(lower, of[: len(lower)])).mean() + soft(-head(upper, of[: len(upper)])).mean()
 
 
-def _drawn(rows: list[Tensor], k: Tensor, generator: torch.Generator) -> Tensor:
-    """A row of ``rows[k]`` for each k."""
-    sizes = torch.tensor([len(own) for own in rows])
+def _placed(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """All rows, one list after the other, and how many each has."""
+    return torch.cat(rows), torch.tensor([len(own) for own in rows])
+
+
+def _drawn(rows: Tensor, sizes: Tensor, k: Tensor, generator: torch.Generator) -> Tensor:
+    """A row of list k of `_placed`, for each k."""
     place = (torch.rand(len(k), generator=generator) * sizes[k]).long()
-    return torch.cat(rows)[place + (sizes.cumsum(0) - sizes)[k]]
+    return rows[place + (sizes.cumsum(0) - sizes)[k]]
