@@ -21,6 +21,7 @@ GUESS = 0.5  # support or stability below which a finding is called a guess
 NAMED, GENES, EDGES = 8, 4, 5  # perturbations, genes and edges that are named
 LEAST_GENE = 0.2  # share of the largest effect on a gene from which a gene is named
 LEAST_SHARE = 0.005  # of the effects, from which it is told
+UP_OR_DOWN = 2.0  # standard errors from which on the sign of a shift is clear
 APART = 3.0  # times that shifts of one program may differ before that is said
 ALIKE = 0.8  # |cosine| of total effects from which two programs move nearly the same genes
 CLEAR, FEWEST, MOST = 3.0, 3, 0.9  # errors of a change of an own transcript, how many must be clear, and how many agree
@@ -93,12 +94,17 @@ def of_program(run: Run, program: Program, verb: str, enriched: pd.DataFrame | N
     rest = own[own["support"] < GUESS]
     guess = sure.empty or program.stability < GUESS
     main = own if sure.empty else sure
-    sign = float(np.sign(main["shift"].iloc[0]))
-    one_way, other_way = main[main["shift"] * sign >= 0], main[main["shift"] * sign < 0]
+    unsure = _either_way(main)
+    steered = main[~unsure]
     contradict = _contradicting(run, main) if len(main) > 1 else []
-    words = [_effect(program, one_way, verb, _sets(program, enriched), guess, agree=not contradict)]
-    if len(other_way):
-        words.append(f"{verb} {listed(other_way['perturbation'], 'or')} does the opposite.")
+    words = []
+    if len(steered):
+        same_way = steered["shift"] * np.sign(steered["shift"].iloc[0]) >= 0
+        words.append(_effect(program, steered[same_way], verb, _sets(program, enriched), guess, agree=not contradict))
+        if not same_way.all():
+            words.append(f"{verb} {listed(steered.loc[~same_way, 'perturbation'], 'or')} does the opposite.")
+    if unsure.any():
+        words.append(_without_direction(program, main[unsure], verb, also=len(steered) > 0))
     if contradict:
         words.append(f"But the cells of {listed(contradict, 'and')} contradict the others: their effects differ.")
     words += _how_sure(run, program, main, rest, guess)
@@ -114,6 +120,21 @@ def sure_drivers(program: Program) -> pd.DataFrame:
     """The perturbations of a program that have a detectable effect, and support of at least a half where it was measured."""
     own = _detected(program)
     return own[~(own["support"] < GUESS)]
+
+
+def _either_way(rows: pd.DataFrame) -> pd.Series:
+    """Which perturbations change their program, yet do not shift it beyond the error: they may narrow or widen it, or cut edges."""
+    error = rows["shift_se"] if "shift_se" in rows else pd.Series(0.0, rows.index)
+    return rows["shift"].abs() < UP_OR_DOWN * error.fillna(0.0)  # without an error its sign is taken as clear
+
+
+def _without_direction(program: Program, rows: pd.DataFrame, verb: str, also: bool) -> str:
+    """What is said of perturbations `_either_way`: the program's genes, where no other perturbation tells them."""
+    changed = f"{verb} {listed(rows['perturbation'], 'or')} changes {program.name}"
+    if also:
+        return f"{changed} as well, but not clearly up or down."
+    genes = f" ({listed(shown(table), 'and')})" if len(table := _strongest(program)) else ""
+    return f"{changed}{genes}, but not clearly up or down."
 
 
 def _effect(program: Program, rows: pd.DataFrame, verb: str, sets: str, guess: bool, agree: bool) -> str:
@@ -133,11 +154,16 @@ def _effect(program: Program, rows: pd.DataFrame, verb: str, sets: str, guess: b
 
 
 def _genes(program: Program, shift: float) -> tuple[list[str], list[str]]:
-    """Genes that fall, and that rise: those of the largest effect that are not the program's own perturbations."""
-    table = _by_effect(program)[:GENES]
-    table = table[table["total_effect"].abs() >= LEAST_GENE * table["total_effect"].abs().max()]
+    """Genes that fall, and that rise, by a shift of the program."""
+    table = _strongest(program)
     falls = table["total_effect"] * shift < 0
     return shown(table[falls]).astype(str).tolist(), shown(table[~falls]).astype(str).tolist()
+
+
+def _strongest(program: Program) -> pd.DataFrame:
+    """Genes of the largest total effect that are not the program's own perturbations, the largest first."""
+    table = _by_effect(program)[:GENES]
+    return table[table["total_effect"].abs() >= LEAST_GENE * table["total_effect"].abs().max()]
 
 
 def _by_effect(program: Program) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from crlseq.run.schema import DETECTABLE_FDR, PROGRAM_NUMBERS, Bootstrap, RunInf
 from crlseq.run.tables import by_program, shown
 
 TITLE_GENES = 3
+DRIVER_COLUMNS = ("perturbation", "weight", "shift", "shift_se", "support", "fdr", "n_cells")
 SETTLED = 0.02  # share of the fall of the validation loss that the last fifth of the epochs may still bring
 FEW_EPOCHS = 5
 BASELINES = {"no_change": "no change", "mean": "mean effect", "training": "training effects"}
@@ -26,7 +27,7 @@ class Program:
     name: str  # P3
     label: str  # its strongest perturbations
     title: str  # these and its top genes (those that are no driver's own) in one line
-    # ``perturbation, weight, shift, support, fdr, n_cells``: perturbations that target it, those with a detectable effect
+    # `DRIVER_COLUMNS`, those that there are: perturbations that target it, those with a detectable effect
     # first, by |shift|
     drivers: pd.DataFrame
     # ``gene, loading, total_effect``: genes that rise and fall with it, by |loading|. Changes of log expression when the
@@ -69,7 +70,7 @@ def describe_programs(
     found = []
     for row in facts.programs:
         own = drivers.get(row.name, interventions.iloc[:0])
-        own = own[["perturbation", "weight", "shift", "support", "fdr", "n_cells"]]
+        own = own[[name for name in DRIVER_COLUMNS if name in own]]
         table = genes[row.name]
         columns_of_genes = [name for name in ("gene", "symbol", "loading", "total_effect") if name in table]
         loadings = table.loc[table["loading"] != 0, columns_of_genes]

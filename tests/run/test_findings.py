@@ -72,6 +72,16 @@ def test_different_strength_is_said_from_three_times_on() -> None:
     assert "has the same effect, in different strength (3.1 to 1.0 SD of the program): A and C fall" in words
 
 
+def test_shift_within_its_error_has_no_direction() -> None:
+    """PERT2 shifts P0 by 0.3 with an error of 0.2: its cells change, and no gene is said to fall or rise by it."""
+    error = {"shift_se": [0.1, 0.1, 0.2, 0.1]}
+    words = of(screen(shift=[-2.0, -2.0, 0.3, -2.0], **error), "P0")
+    assert words.startswith("Perturbing OWN makes A and C fall and B rise. Perturbing PERT2 changes P0 as well, but not clearly up or down. Found in")  # fmt: skip
+    words = of(screen(shift=[0.1, -2.0, 0.3, -2.0], **error), "P0")
+    assert words.startswith("Perturbing PERT2 or OWN changes P0 (A, B and C), but not clearly up or down. Found in")
+    assert "does the opposite" in of(screen(shift=[-2.0, -2.0, 0.41, -2.0], **error), "P0")
+
+
 def test_little_support_makes_a_guess() -> None:
     partly = screen(support=[0.9, 1.0, 0.45, 1.0])
     words = of(partly, "P0")
