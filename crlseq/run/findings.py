@@ -163,7 +163,9 @@ def _genes(program: Program, shift: float) -> tuple[list[str], list[str]]:
 def _strongest(program: Program) -> pd.DataFrame:
     """Genes of the largest total effect that are not the program's own perturbations, the largest first."""
     table = _by_effect(program)[:GENES]
-    return table[table["total_effect"].abs() >= LEAST_GENE * table["total_effect"].abs().max()]
+    size = table["total_effect"].abs()
+    found: pd.DataFrame = table[size >= LEAST_GENE * size.max()]
+    return found
 
 
 def _by_effect(program: Program) -> pd.DataFrame:
