@@ -90,8 +90,7 @@ def of_program(run: Run, program: Program, verb: str, enriched: pd.DataFrame | N
     if own.empty:
         none = f"No perturbation with a detectable effect acts on {program.name}: it is a guess."
         return Finding(program.name, DOUBTED, none)
-    rest = own[own["support"] < GUESS]
-    guess = sure.empty or program.stability < GUESS
+    rest, guess = own[own["support"] < GUESS], is_guess(program)
     main = own if sure.empty else sure
     sign = float(np.sign(main["shift"].iloc[0]))
     one_way, other_way = main[main["shift"] * sign >= 0], main[main["shift"] * sign < 0]
@@ -114,6 +113,11 @@ def sure_drivers(program: Program) -> pd.DataFrame:
     """The perturbations of a program that have a detectable effect, and support of at least a half where it was measured."""
     own = _detected(program)
     return own[~(own["support"] < GUESS)]
+
+
+def is_guess(program: Program) -> bool:
+    """Whether nothing sure tells of a program: neither one of its perturbations, nor the resamplings of the cells."""
+    return bool(sure_drivers(program).empty or program.stability < GUESS)
 
 
 def _effect(program: Program, rows: pd.DataFrame, verb: str, sets: str, guess: bool, agree: bool) -> str:
@@ -301,7 +305,7 @@ def power_of_pairs(run: Run) -> list[str]:
 def doubts(run: Run) -> list[str]:
     """What the tables themselves warn of: guesses, programs that are nearly the same, shares above the whole."""
     words = []
-    guesses = [one.about for one in findings(run) if one.certainty == DOUBTED]
+    guesses = [name for name, program in run.described.items() if is_guess(program)]
     idle = [name for name in guesses if _detected(run.described[name]).empty]
     for names, why in (
         ([name for name in guesses if name not in idle], "too few resamplings of the cells confirm"),
