@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -107,6 +108,52 @@ def invoke(*words: object) -> Answer:
     texts = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
     assert isinstance(code, int | None)
     return Answer(code or 0, *texts)
+
+
+def forked(begin: Callable[[], object], *words: object) -> int:
+    """``crlseq WORDS`` in a child of this process, which has imported everything, after `begin`; its number."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            from crlseq.cli.app import main
+
+            sys.argv = ["crlseq", *map(str, words)]
+            begin()
+            sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(handle, "w")) for handle in (1, 2))
+            try:
+                main()
+                code = 0
+            except SystemExit as done:
+                code = int(done.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def in_a_fork(begin: Callable[[], object], *words: object) -> Answer:
+    """What `forked` answers into pipes; its code is negative if a signal ended it."""
+    pipes = [os.pipe() for _ in range(2)]
+
+    def connect() -> None:
+        for handle, (_, writes) in enumerate(pipes, start=1):
+            os.dup2(writes, handle)
+        begin()
+
+    child = forked(connect, *words)
+    texts = []
+    for _, writes in pipes:
+        os.close(writes)
+    for reads, _ in reversed(pipes):  # what goes to stdout is less than a pipe holds
+        with open(reads, encoding="utf-8") as stream:
+            texts.append(stream.read())
+    return Answer(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), texts[1], texts[0])
 
 
 @contextmanager

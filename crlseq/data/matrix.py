@@ -110,8 +110,9 @@ class Screen:
 
     def sample(self, cells: np.ndarray, most: int) -> tuple[np.ndarray, sp.csr_matrix]:
         """At most so many of these ascending cells and their rows, from a few stretches: single rows are slow to read."""
-        width, chosen, rows = -(-most // N_STRETCHES), list[np.ndarray](), list[sp.csr_matrix]()
-        for start in np.unique(np.linspace(0, max(len(cells) - width, 0), N_STRETCHES).astype(int)):
+        n = 1 if len(cells) <= most and cells[-1] - cells[0] < MAX_STRETCH else N_STRETCHES
+        width, chosen, rows = -(-most // n), list[np.ndarray](), list[sp.csr_matrix]()
+        for start in np.unique(np.linspace(0, max(len(cells) - width, 0), n).astype(int)):
             own = cells[start : start + width]
             own = own[(own < own[0] + MAX_STRETCH) & (own > (chosen[-1][-1] if chosen else -1))]
             if len(own):

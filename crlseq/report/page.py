@@ -7,6 +7,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -80,6 +81,13 @@ def write_page(template: str, path: Path, context: Mapping[str, Any]) -> None:
 
 def render(template: str, context: Mapping[str, Any]) -> str:
     """A page of a template, with the ``style`` of all pages; whatever is in the context is escaped."""
+    style = files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")
+    return escaped(_templates().get_template(template).render({**context, "style": Markup(style)}))
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    """The templates, each compiled once."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("crlseq.report"),
         autoescape=True,
@@ -88,8 +96,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"fixed": _fixed, "signed": _signed, "brief": _brief}
-    style = files("crlseq.report").joinpath("templates/report.css").read_text(encoding="utf-8")
-    return escaped(environment.get_template(template).render({**context, "style": Markup(style)}))
+    return environment
 
 
 def _fixed(value: Any, decimals: int = 2, sign: str = "-") -> str:

@@ -91,8 +91,7 @@ def of_program(run: Run, program: Program, verb: str, enriched: pd.DataFrame | N
     if own.empty:
         none = f"No perturbation with a detectable effect acts on {program.name}: it is a guess."
         return Finding(program.name, DOUBTED, none)
-    rest = own[own["support"] < GUESS]
-    guess = sure.empty or program.stability < GUESS
+    rest, guess = own[own["support"] < GUESS], is_guess(program)
     main = own if sure.empty else sure
     unsure = _either_way(main)
     steered = main[~unsure]
@@ -124,17 +123,20 @@ def sure_drivers(program: Program) -> pd.DataFrame:
 
 def _either_way(rows: pd.DataFrame) -> pd.Series:
     """Which perturbations change their program, yet do not shift it beyond the error: they may narrow or widen it, or cut edges."""
-    error = rows["shift_se"] if "shift_se" in rows else pd.Series(0.0, rows.index)
-    return rows["shift"].abs() < UP_OR_DOWN * error.fillna(0.0)  # without an error its sign is taken as clear
+    error = rows.get("shift_se", pd.Series(0.0, rows.index)).fillna(0.0)  # without one the sign is taken as clear
+    return rows["shift"].abs() < UP_OR_DOWN * error
 
 
 def _without_direction(program: Program, rows: pd.DataFrame, verb: str, also: bool) -> str:
     """What is said of perturbations `_either_way`: the program's genes, where no other perturbation tells them."""
-    changed = f"{verb} {listed(rows['perturbation'], 'or')} changes {program.name}"
-    if also:
-        return f"{changed} as well, but not clearly up or down."
-    genes = f" ({listed(shown(table), 'and')})" if len(table := _strongest(program)) else ""
-    return f"{changed}{genes}, but not clearly up or down."
+    genes = shown(_strongest(program)).tolist()
+    more = " as well" if also else f" ({listed(genes, 'and')})" if genes else ""
+    return f"{verb} {listed(rows['perturbation'], 'or')} changes {program.name}{more}, but not clearly up or down."
+
+
+def is_guess(program: Program) -> bool:
+    """Whether nothing sure tells of a program: neither one of its perturbations, nor the resamplings of the cells."""
+    return bool(sure_drivers(program).empty or program.stability < GUESS)
 
 
 def _effect(program: Program, rows: pd.DataFrame, verb: str, sets: str, guess: bool, agree: bool) -> str:
@@ -162,10 +164,8 @@ def _genes(program: Program, shift: float) -> tuple[list[str], list[str]]:
 
 def _strongest(program: Program) -> pd.DataFrame:
     """Genes of the largest total effect that are not the program's own perturbations, the largest first."""
-    table = _by_effect(program)[:GENES]
-    size = table["total_effect"].abs()
-    found: pd.DataFrame = table[size >= LEAST_GENE * size.max()]
-    return found
+    table = _by_effect(program).head(GENES)
+    return table[table["total_effect"].abs() >= LEAST_GENE * table["total_effect"].abs().max()]
 
 
 def _by_effect(program: Program) -> pd.DataFrame:
@@ -329,7 +329,7 @@ def power_of_pairs(run: Run) -> list[str]:
 def doubts(run: Run) -> list[str]:
     """What the tables themselves warn of: guesses, programs that are nearly the same, shares above the whole."""
     words = []
-    guesses = [one.about for one in findings(run) if one.certainty == DOUBTED]
+    guesses = [name for name, program in run.described.items() if is_guess(program)]
     idle = [name for name in guesses if _detected(run.described[name]).empty]
     for names, why in (
         ([name for name in guesses if name not in idle], "too few resamplings of the cells confirm"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import chdir
 from pathlib import Path
 
 import h5py
@@ -24,8 +25,8 @@ FIT = ["--method", "gradient", "--epochs", 2, "--n-latents", 2, "--hold-out-cell
 def fitted(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fitted")
     shutil.copy(screen_file, folder / "screen.h5ad")
-    done = spawn("fit", "screen.h5ad", "--output", "RUN", *FIT, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    with chdir(folder):
+        succeeds("fit", "screen.h5ad", "--output", "RUN", *FIT)
     return folder
 
 

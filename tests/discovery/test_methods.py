@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from crlseq.config import ModelConfig
+from crlseq.discovery import contrastive, factor_result, methods, ordering, score_differences
 from crlseq.discovery import discover as steps
-from crlseq.discovery import factor_result, methods, ordering
 from crlseq.discovery.discover import compare_on
 from crlseq.discovery.edges import Edges
 from crlseq.discovery.likelihood import Solution, fit_linear
@@ -54,7 +54,7 @@ def test_the_configuration_offers_the_methods_that_there_are() -> None:
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is claimed does not depend on how long networks are trained."""
     monkeypatch.setattr(cauca, "TRIAL", 5)
-    for method in (cauca, icm_flow, diffusion):
+    for method in (cauca, icm_flow, diffusion, contrastive, score_differences):
         monkeypatch.setattr(method, "STEPS", 5)
 
 

@@ -15,8 +15,7 @@ from crlseq.errors import InputError
 from crlseq.pipeline import fit as fitting
 from crlseq.storage import runfolder
 from crlseq.storage.files import _HOST, written_whole
-from tests.faults.test_unwritable import in_a_fork
-from tests.support import Answer, files_of, invoke, succeeds
+from tests.support import Answer, files_of, in_a_fork, invoke, succeeds
 
 WORDS = ("--method", "gradient", "--epochs", 1, "--n-latents", 2)
 KILLED = 137

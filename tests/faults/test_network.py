@@ -17,8 +17,7 @@ import pytest
 import crlseq
 from crlseq.storage import runfolder
 from tests.faults.test_kills import KILLED, WORDS, beside, fit, unfinished_report
-from tests.faults.test_unwritable import in_a_fork
-from tests.support import files_of
+from tests.support import files_of, in_a_fork
 
 
 def late(*names: str, error: int = errno.ESTALE) -> Callable[[], None]:

@@ -7,8 +7,8 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from crlseq.storage.checkpoint import load_checkpoint, mend_checkpoint, previous
 from crlseq.training import trainer
 from crlseq.training.learner import MAX_SLOWER, Learner
 from tests.cli.test_repeat import results
-from tests.support import after_epoch, at_stage, check_refusal, command, environment, interrupt, invoke, succeeds
+from tests.support import after_epoch, at_stage, check_refusal, forked, in_a_fork, interrupt, invoke, succeeds
 
 GRADIENT: dict[str, Any] = {"method": "gradient", "n_latents": 2, "epochs": 3, "batch_size": 16}
 
@@ -35,6 +35,14 @@ class StopError(Exception):
 
 def kill() -> None:
     raise StopError
+
+
+@pytest.fixture(scope="module")
+def whole(screen_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the fit ends with when nothing disturbs it."""
+    folder = tmp_path_factory.mktemp("whole") / "RUN"
+    crlseq.fit(screen_file, folder, **GRADIENT)
+    return results(folder)
 
 
 # --- checkpoints
@@ -78,11 +86,9 @@ def test_a_process_killed_between_two_renames_left_the_one_before(two_checkpoint
 
 
 def test_a_fit_goes_on_from_the_checkpoint_before(
-    screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    screen_file: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
-    whole = crlseq.fit(screen_file, tmp_path / "whole", **GRADIENT)
-    assert whole.path is not None
     with pytest.raises(StopError):
         crlseq.fit(screen_file, tmp_path / "RUN", progress=after_epoch(2, kill), **GRADIENT)
     (tmp_path / "RUN.partial" / "resume.pt").write_bytes(b"cut")
@@ -92,21 +98,21 @@ def test_a_fit_goes_on_from_the_checkpoint_before(
     assert [note for note in notes if note not in run.info["notes"]] == [
         "The last checkpoint is damaged; the fit continues from the one before."
     ]
-    assert results(run.path) == results(whole.path)
+    assert results(run.path) == whole
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_an_interrupt_writes_the_last_whole_epoch(screen_file: Path, tmp_path: Path, epoch: int) -> None:
+def test_an_interrupt_writes_the_last_whole_epoch(
+    screen_file: Path, whole: dict[str, bytes], tmp_path: Path, epoch: int
+) -> None:
     """Before the first epoch as well; checkpoints on time are five seconds apart, which these epochs do not last."""
     with pytest.raises(KeyboardInterrupt):
         crlseq.fit(screen_file, tmp_path / "RUN", progress=after_epoch(epoch, interrupt), **GRADIENT)
     saved = load_checkpoint(tmp_path / "RUN.partial" / "resume.pt")
     assert saved["epoch"] == epoch - 1
     assert [record["epoch"] for record in saved["learners"][0]["history"]] == list(range(epoch))
-    whole = crlseq.fit(screen_file, tmp_path / "whole", **GRADIENT)
     run = crlseq.fit(screen_file, tmp_path / "RUN", resume=True, **GRADIENT)
-    assert run.path is not None and whole.path is not None
-    assert results(run.path) == results(whole.path)
+    assert run.path is not None and results(run.path) == whole
 
 
 # --- places
@@ -178,7 +184,9 @@ def test_an_output_removed_between_two_checkpoints(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_clock_that_is_set_back(screen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_set_back(
+    screen_file: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By years, in the middle of a fit, of which the files' times tell nothing true."""
     from datetime import UTC, datetime, timedelta
 
@@ -201,21 +209,16 @@ def test_a_clock_that_is_set_back(screen_file: Path, tmp_path: Path, monkeypatch
     assert run.path is not None
     assert 0 <= run.info["seconds"] < 3600
     assert run.info["finished"] < run.info["started"]
-    monkeypatch.undo()
-    whole = crlseq.fit(screen_file, tmp_path / "whole", **GRADIENT)
-    assert whole.path is not None and results(run.path) == results(whole.path)
+    assert results(run.path) == whole
 
 
 @pytest.mark.parametrize("limit", [20_000, 400_000])
 def test_a_full_disk(screen_file: Path, tmp_path: Path, limit: int) -> None:
     """Files may not grow beyond a limit, at a checkpoint or in the copy of the cells; with room the fit goes on."""
     words = ["fit", screen_file, "--output", tmp_path / "RUN", "--method", "gradient", "--epochs", 2]
-    full = subprocess.run(
-        command(*words), capture_output=True, text=True, env=environment(), timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
-    lines = [line for line in full.stderr.splitlines() if line.startswith(("crlseq:", "  Check"))]
-    check_refusal(full.returncode, full.stdout, "\n".join(lines), 3, "cannot be written", "Check the disk")
+    full = in_a_fork(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), *words)
+    lines = [line for line in full.err.splitlines() if line.startswith(("crlseq:", "  Check"))]
+    check_refusal(full.code, full.out, "\n".join(lines), 3, "cannot be written", "Check the disk")
     assert not (tmp_path / "RUN").exists()
     succeeds(*words, *(["--resume"] if (tmp_path / "RUN.partial").exists() else []))
 
@@ -269,14 +272,17 @@ def test_signals_at_any_moment_of_a_fit(screen_file: Path, tmp_path: Path) -> No
     succeeds("fit", screen_file, "--output", tmp_path / "whole", *words)
     fit = ["fit", screen_file, "--output", tmp_path / "RUN", *words, "--resume"]
     for number, line in ((signal.SIGTERM, "• stage 2"), (signal.SIGKILL, "• stage 3")):
-        with subprocess.Popen(command(*fit), stderr=subprocess.PIPE, text=True, env=environment()) as process:
-            assert process.stderr is not None
-            for said in process.stderr:
+        reads, writes = os.pipe()
+        child = forked(partial(os.dup2, writes, 2), *fit)
+        os.close(writes)
+        with open(reads) as stderr:
+            for said in stderr:
                 if said.startswith(line):
                     break
-            process.send_signal(number)
-            rest = process.stderr.read()
-        assert process.returncode == (-9 if number == signal.SIGKILL else 130), rest
+            os.kill(child, number)
+            rest = stderr.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == (-9 if number == signal.SIGKILL else 130), rest
         assert "Traceback" not in rest
         assert not (tmp_path / "RUN").exists()
     succeeds(*fit)

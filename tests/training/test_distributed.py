@@ -34,8 +34,8 @@ from tests.support import environment, invoke
 
 # Steps of all perturbations are epochs of one step, so that the history tells every step.
 ONE_STEP = "[training]\nepochs = 100\nperturbations_per_step = 32\npatience = 1.0\ndtype = 'float64'\nthreads = 1\n"
-# 720 cells in pieces of 25: steps of three, which two ranks cannot share evenly, and a last step of one.
-UNEVEN = "[training]\nepochs = 4\nbatch_size = 25\nperturbations_per_step = 3\ndtype = 'float64'\nthreads = 1\n"
+# Pieces of up to 25 cells in steps of five, which four ranks cannot share evenly, and a last step of fewer.
+UNEVEN = "[training]\nepochs = 8\nbatch_size = 25\nperturbations_per_step = 5\ndtype = 'float64'\nthreads = 1\n"
 LINEAR, GRADIENT = "[model]\nn_latents = 3\nbootstrap = 0\n", "[model]\nn_latents = 3\nmethod = 'gradient'\n"
 
 
@@ -131,56 +131,33 @@ def test_a_killed_rank_ends_the_job_and_one_process_goes_on(screen_file, tmp_pat
     config = tmp_path / "fit.toml"
     config.write_text(ONE_STEP + LINEAR)
     words = ["fit", screen_file, "--config", config, "--output"]
-    job = torchrun(*words, tmp_path / "two")
-    checkpoint = tmp_path / "two.partial" / "resume.pt"
+    job = torchrun(*words, tmp_path / "three", n=3)
+    checkpoint = tmp_path / "three.partial" / "resume.pt"
     wait_for(lambda: checkpoint.exists() or job.poll() is not None)
     os.kill(rank_process(job.pid, 1), signal.SIGKILL)
-    out, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=400)
     assert job.returncode == 1 and out == ""
     assert said(err)[-2].startswith("• stage 6 of 8: training the network (after ")
-    assert err.count("• stage 6 of 8") == 1 and "2 processes train together." in err
-    assert said(err)[-1].startswith("crlseq: Another rank was lost")
+    assert err.count("• stage 6 of 8") == 1 and "3 processes train together." in err
+    assert said(err)[-1].startswith("crlseq: Another rank was lost") and err.count("crlseq: Another") == 1
     assert "--resume, on any number of ranks." in err
-    assert "exitcode  : 130" in err  # as torchrun tells of the survivor
+    assert "exitcode  : 130" in err  # as torchrun tells of the survivors
     assert 0 <= torch.load(checkpoint, weights_only=True)["epoch"] < 99
 
     assert invoke(*words, tmp_path / "one").code == 0
-    assert invoke(*words, tmp_path / "two", "--resume").code == 0
-    np.testing.assert_allclose(history(tmp_path / "two"), history(tmp_path / "one"), rtol=0, atol=1e-5)
-
-
-@in_proc
-def test_four_processes_share_uneven_conditions_and_end_with_one_that_is_killed(screen, tmp_path) -> None:
-    label = screen.obs["perturbation"].astype(str)
-    most = {"g0": 12, "g1": 15, "g2": 20, "g3": 30}  # of 60; pieces of up to 25 cells, five a step, among four
-    screen[label.groupby(label).cumcount() < label.map(most).fillna(1000)].copy().write_h5ad(tmp_path / "screen.h5ad")
-    config = tmp_path / "fit.toml"
-    text = UNEVEN.replace("perturbations_per_step = 3", "perturbations_per_step = 5").replace("= 4\n", "= 300\n")
-    config.write_text(text + "patience = 1.0\n" + GRADIENT)
-    words = ["fit", tmp_path / "screen.h5ad", "--config", config, "--output"]
-    job = torchrun(*words, tmp_path / "four", n=4)
-    checkpoint = tmp_path / "four.partial" / "resume.pt"
-    wait_for(lambda: checkpoint.exists() or job.poll() is not None)
-    os.kill(rank_process(job.pid, 2), signal.SIGKILL)
-    out, err = job.communicate(timeout=100)
-    assert job.returncode == 1 and out == "" and "4 processes train together." in err
-    lost = [line for line in said(err) if line.startswith("crlseq:")]
-    assert len(lost) == 1 and lost[0].startswith("crlseq: Another rank was lost")
-    assert 0 <= torch.load(checkpoint, weights_only=True)["epoch"] < 299
-
-    words += [tmp_path / "one", "--epochs", 8]
-    assert invoke(*words).code == 0
-    words[-3] = tmp_path / "again"
-    job = torchrun(*words, n=4)
-    assert job.communicate(timeout=400)[0] == "" and job.returncode == 0
-    np.testing.assert_allclose(history(tmp_path / "again"), history(tmp_path / "one"), rtol=0, atol=1e-5)
+    assert invoke(*words, tmp_path / "three", "--resume").code == 0
+    np.testing.assert_allclose(history(tmp_path / "three"), history(tmp_path / "one"), rtol=0, atol=1e-5)
 
 
 class StopError(Exception):
     pass
 
 
-def test_two_processes_go_on_where_one_stopped(screen_file, tmp_path, monkeypatch) -> None:
+def test_four_processes_go_on_where_one_stopped(screen, tmp_path, monkeypatch) -> None:
+    label = screen.obs["perturbation"].astype(str)
+    most = {"g0": 12, "g1": 15, "g2": 20, "g3": 30}  # of 60
+    uneven = tmp_path / "screen.h5ad"
+    screen[label.groupby(label).cumcount() < label.map(most).fillna(1000)].copy().write_h5ad(uneven)
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
     file = tmp_path / "fit.toml"
     file.write_text(UNEVEN + GRADIENT)
@@ -191,22 +168,22 @@ def test_two_processes_go_on_where_one_stopped(screen_file, tmp_path, monkeypatc
             raise StopError
 
     with pytest.raises(StopError):
-        crlseq.fit(screen_file, tmp_path / "two", config=config, progress=Progress(epoch=stop))
-    whole = crlseq.fit(screen_file, tmp_path / "one", config=config)
-    job = torchrun("fit", screen_file, "--config", file, "--output", tmp_path / "two", "--resume")
-    out, err = job.communicate(timeout=100)
+        crlseq.fit(uneven, tmp_path / "four", config=config, progress=Progress(epoch=stop))
+    whole = crlseq.fit(uneven, tmp_path / "one", config=config)
+    job = torchrun("fit", uneven, "--config", file, "--output", tmp_path / "four", "--resume", n=4)
+    out, err = job.communicate(timeout=400)
     assert job.returncode == 0 and out == "", err
     stages = [line for line in said(err) if line.startswith("• stage")]
     assert len(stages) == len(set(stages)) == 5  # once each, whatever the number of processes
-    np.testing.assert_allclose(history(tmp_path / "two"), whole.history.to_numpy(), rtol=0, atol=1e-5)
-    again = crlseq.load(tmp_path / "two")
-    assert again.info["processes"] == 2
+    np.testing.assert_allclose(history(tmp_path / "four"), whole.history.to_numpy(), rtol=0, atol=1e-5)
+    again = crlseq.load(tmp_path / "four")
+    assert again.info["processes"] == 4
     np.testing.assert_allclose(again.interventions["shift"], whole.interventions["shift"], atol=1e-6)
 
 
 def test_an_error_is_told_once_and_all_processes_end_with_its_code(run_folder, screen_file) -> None:
     job = torchrun("fit", screen_file, "--output", run_folder)
-    out, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=400)
     assert job.returncode == 1 and out == ""
     assert said(err) == ["• stage 1 of 8: reading the screen", f"crlseq: The output {run_folder} exists."]
     assert err.count("exitcode  : 3") == 2
