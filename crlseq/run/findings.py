@@ -165,7 +165,7 @@ def _genes(program: Program, shift: float) -> tuple[list[str], list[str]]:
 def _strongest(program: Program) -> pd.DataFrame:
     """Genes of the largest total effect that are not the program's own perturbations, the largest first."""
     table = _by_effect(program).head(GENES)
-    return table[table["total_effect"].abs() >= LEAST_GENE * table["total_effect"].abs().max()]
+    return table[table["total_effect"].abs() >= LEAST_GENE * float(table["total_effect"].abs().max())]
 
 
 def _by_effect(program: Program) -> pd.DataFrame:
