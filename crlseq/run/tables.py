@@ -102,50 +102,6 @@ def effect_matrix(effects: pd.DataFrame) -> pd.DataFrame | None:
     return effects.pivot(index="gene", columns="perturbation", values="change")[perturbations]
 
 
-def second_target_table(
-    perturbations: np.ndarray,
-    target: np.ndarray,
-    shift: np.ndarray,
-    error: np.ndarray,
-    z: np.ndarray,
-    fdr: np.ndarray,
-) -> pd.DataFrame:
-    """`crlseq.run.columns.SECOND_COLUMNS` of the second targets that are seen: ``perturbations`` and their ``target`` (K,),
-    and what each does to every program (K, p).
-    """
-    seen = (fdr <= DETECTABLE_FDR) & (np.arange(fdr.shape[1]) != target[:, None])
-    k, program = np.nonzero(seen)
-    names = np.asarray(program_names(fdr.shape[1]), dtype=object)
-    table = pd.DataFrame({
-        "perturbation": perturbations[k], "program": names[program], "shift": shift[seen], "se": error[seen],
-        "z": z[seen], "fdr": fdr[seen],
-    })  # fmt: skip
-    return table.sort_values("fdr", kind="stable", ignore_index=True)
-
-
-def pair_table(
-    change: np.ndarray,
-    error: np.ndarray,
-    fdr: np.ndarray,
-    status: np.ndarray,
-    guards: np.ndarray,
-    detectable: np.ndarray,
-    robust: np.ndarray,
-) -> pd.DataFrame:
-    """`crlseq.run.columns.PAIR_COLUMNS` of every ordered pair, all arguments (p, p), ``status`` and ``guards`` in words."""
-    p = len(change)
-    names, off = np.asarray(program_names(p), dtype=object), ~np.eye(p, dtype=bool)
-    source, target = np.nonzero(off)
-    with np.errstate(invalid="ignore"):
-        z = np.where(np.isfinite(error), change / error, np.nan)
-    known = {"change": change, "se": error, "z": z, "z_reversed": z.T, "fdr": fdr}
-    columns = known | {"status": status, "guards": guards, "detectable": detectable, "robust": robust}
-    unknown = ~np.isfinite(error[off])
-    table = pd.DataFrame({"source": names[source], "target": names[target]} | {k: v[off] for k, v in columns.items()})
-    table.loc[unknown, ["change", "se", "fdr", "detectable"]] = np.nan
-    return table
-
-
 def program_labels(interventions: pd.DataFrame, n_programs: int) -> list[str]:
     """A readable name for each program: its strongest perturbations with a detectable effect."""
     labels = []
