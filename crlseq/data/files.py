@@ -77,7 +77,9 @@ def open_store(path: Path) -> Iterator[Any]:
                 raise InputError(
                     f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", _conversion(path, handle)
                 )
-            screen = _expression_modality(handle, path) if handle.attrs.get("encoding-type") == "MuData" else handle
+            screen = handle
+            if handle.attrs.get("encoding-type") == "MuData":
+                screen = handle["mod"][expression_modality(handle, str(path))]
             refuse_values_for_groups(screen, path)
         yield screen
 
@@ -123,10 +125,6 @@ def _conversion(path: Path, handle: h5py.File | None = None) -> str:
             "Read it with scanpy (`sc.read_csv`, `sc.read_mtx`), add the labels as a column of obs, and write an .h5ad."
         )
     return READ
-
-
-def _expression_modality(handle: h5py.File, path: Path) -> Any:
-    return handle["mod"][expression_modality(handle, str(path))]
 
 
 def expression_modality(handle: h5py.File, source: str) -> str:

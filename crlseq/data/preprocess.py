@@ -213,7 +213,7 @@ def plan_preprocessing(
 
 def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...], names: GeneNames) -> np.ndarray:
     """Places of the listed genes; of several that a name means, of those that have a value."""
-    found = names.measured(genes)
+    found = {gene: names.find(gene) for gene in genes}
     missing = [gene for gene in genes if not found[gene]]
     if missing:
         known = sorted({*screen.genes, *names.symbols})
