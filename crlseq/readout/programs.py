@@ -15,6 +15,7 @@ from torch import Tensor
 from crlseq.config import ModelConfig
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.mean_effects import cells_alone
 from crlseq.discovery.result import Discovery
 from crlseq.discovery.verdict import judge_gradient, judge_nothing
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
@@ -22,7 +23,6 @@ from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.run.schema import Identification
 
 JACOBIAN_CELLS, SCALE_DRAWS = 500, 100_000
-MIN_CELLS = 2
 ROWS = 1024  # cells encoded at once
 DECLARED_WEIGHT = 0.1  # one standard deviation of the source moves the target by at least a tenth of its own
 
@@ -107,21 +107,18 @@ def _equation_scale(model: DiscrepancyVAE) -> np.ndarray:
 
 def _with_effects(model: DiscrepancyVAE, data: PerturbSeqData, z: Tensor, total: np.ndarray) -> np.ndarray:
     """(p, G) total effects of a shift of each raw latent by 1, of programs with perturbations by what these do."""
-    cells = data.cells_by_condition(splits.TRAIN)
     product, square = np.zeros_like(total), np.zeros_like(total)
     targeted = np.zeros(len(total), dtype=bool)
-    for own, parts in zip(cells, data.conditions, strict=True):
-        if len(parts) != 1 or len(own) < MIN_CELLS:
-            continue
-        alone = torch.tensor([parts], device=z.device)
+    for k, own in cells_alone(data, data.cells_by_condition(splits.TRAIN)).items():
+        alone = torch.tensor([[k]], device=z.device)
         weights = model.target_weights(alone)
         target = int(weights[0, 0].argmax())
         shift = float(model.scm.mechanism(alone, weights).shift[0, target])
         if not shift:
             continue
         tells = np.ones(data.n_genes)
-        tells[list(data.own_genes[parts[0]])] = 0
-        product[target] += len(own) * shift * tells * model.mean_effect(z, parts).cpu().double().numpy()
+        tells[list(data.own_genes[k])] = 0
+        product[target] += len(own) * shift * tells * model.mean_effect(z, [k]).cpu().double().numpy()
         square[target] += len(own) * shift**2 * tells
         targeted[target] = True
     found = np.divide(product, square, out=np.full_like(total, np.nan), where=square > 0)
