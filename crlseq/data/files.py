@@ -21,17 +21,8 @@ from crlseq.storage.runfolder import is_run
 
 # Modalities of a MuData file that are the screen, the first that is there.
 EXPRESSION = (
-    "rna",
-    "gene",
-    "genes",
-    "gex",
-    "expression",
-    "gene_expression",
-    "gene expression",
-    "mrna",
-    "scrna",
-    "transcriptome",
-)
+    "rna", "gene", "genes", "gex", "expression", "gene_expression", "gene expression", "mrna", "scrna", "transcriptome",
+)  # fmt: skip
 MATRIX_FILES = ("matrix.mtx.gz", "matrix.mtx")  # of Cell Ranger
 ZARR_FILES = (".zgroup", "zarr.json")
 READ = (

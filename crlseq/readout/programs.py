@@ -183,9 +183,8 @@ def find_interventions(model: DiscrepancyVAE, programs: Programs, claims: np.nda
 class Dag:
     """The graph in users' units."""
 
-    weights: (
-        np.ndarray
-    )  # (p, p), row -> column: change of the target, in its standard deviations, for one of the source
+    # (p, p), row -> column: change of the target, in its standard deviations, for one of the source
+    weights: np.ndarray
     declared: np.ndarray  # (p, p) bool: the edges that are reported
     identification: Identification
 

@@ -204,10 +204,8 @@ def _with_terms(
     if gain.mean() <= error * (1 + 1e-9):  # they are equal but for rounding where one combination has all of the gain
         return law, left, told
     weights = np.linalg.solve(shared + np.diag(own), left)
-    terms, mean = (
-        torch.from_numpy(variance[:, None] * (parts_of.T @ weights)),
-        torch.from_numpy(found[0] * weights.sum(0)),
-    )
+    terms = torch.from_numpy(variance[:, None] * (parts_of.T @ weights))
+    mean = torch.from_numpy(found[0] * weights.sum(0))
     return replace(law, mean=mean, terms=terms, term_of=torch.tensor(term_of)), missed, told
 
 

@@ -193,9 +193,8 @@ class Learner:
             return {}
         values = list(terms.values())
         self.ranks.add_up(values)
-        return dict(
-            zip(terms, torch.stack(values).cpu().tolist(), strict=True)
-        )  # one wait for the device, not one each
+        # One wait for the device, not one each.
+        return dict(zip(terms, torch.stack(values).cpu().tolist(), strict=True))
 
     def exhausted(self, epoch: int, n_epochs: int) -> bool:
         """Whether the patience had run out after `epoch`."""
