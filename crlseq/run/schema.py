@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
 
 from crlseq.config import FACTORS, NETWORKS
 from crlseq.run import columns
-from crlseq.storage.text import to_json
 
 FORMAT = 4
 READABLE = (1, 2, 3, 4)
@@ -344,8 +343,3 @@ def own_tables(facts: RunInfo) -> dict[str, dict[str, type]]:
         "contexts": (columns.CONTEXT_COLUMNS, facts.contexts is not None),
     }
     return {name: own for name, (own, has) in there.items() if has}
-
-
-def run_json(info: Mapping[str, Any], indent: int | None = None) -> str:
-    """``run.json`` as text. The path of the input may not be valid UTF-8; undecodable bytes are escaped."""
-    return to_json(info, indent)
