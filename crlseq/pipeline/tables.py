@@ -36,10 +36,17 @@ from crlseq.readout.explained import effect_explained, variance_explained
 from crlseq.readout.guides import guide_table
 from crlseq.readout.interactions import interaction_table
 from crlseq.readout.pathways import explained_by_sets, pathway_table
-from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs, posterior_variance
+from crlseq.readout.programs import (
+    Dag,
+    find_dag,
+    find_interventions,
+    find_programs,
+    intervention_table,
+    posterior_variance,
+)
 from crlseq.run.columns import ENSEMBLE_COLUMNS, HIT
 from crlseq.run.schema import DETECTABLE_FDR, FORMAT
-from crlseq.run.tables import edge_table, intervention_table, program_labels, program_names, program_table, shown
+from crlseq.run.tables import edge_table, program_labels, program_names, program_table, shown
 from crlseq.training.combinations import fit_law
 from crlseq.training.trainer import Fit
 from crlseq.training.warm_start import WarmStart
@@ -66,10 +73,8 @@ def tables_of(
     edge_support, target_support, program_support = _support(discovery, len(read.scale), len(found.target))
     sparse = model.decoder if isinstance(model.decoder, SparseDecoder) else None
     programs = program_table(data.preprocessing.gene_names, read.loading, read.total_effect, sparse is not None)
-    interventions = intervention_table(
-        data.perturbation_names, found.target, found.weight, found.shift, found.retention, found.noise_scale,
-        target_support, _hit(discovery, len(found.target)) | agreed, tests,
-    )  # fmt: skip
+    later = _hit(discovery, len(found.target)) | agreed
+    interventions = intervention_table(data.perturbation_names, found, target_support, later, tests)
     edges = edge_table(dag.weights, dag.declared, edge_support, dag.identification.verdict)
     combined, interactions = _combined(model, data, _by_equations(model, found.target, dag), config.training.seed)
     evaluation = evaluate_held_out(model, data, config.training.seed)

@@ -5,10 +5,11 @@ A program is what one standard deviation of a latent does to every gene, directl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -20,7 +21,9 @@ from crlseq.discovery.result import Discovery
 from crlseq.discovery.verdict import judge_gradient, judge_nothing
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.sparse_decoder import SparseDecoder
+from crlseq.run.columns import AGREEMENT, HIT
 from crlseq.run.schema import Identification
+from crlseq.run.tables import program_names
 
 JACOBIAN_CELLS, SCALE_DRAWS = 500, 100_000
 ROWS = 1024  # cells encoded at once
@@ -177,6 +180,24 @@ def find_interventions(model: DiscrepancyVAE, programs: Programs, claims: np.nda
         retention=of_target(mechanism.retention),
         noise_scale=of_target(mechanism.log_scale.exp()),
     )
+
+
+def intervention_table(
+    perturbations: Sequence[str],
+    found: Interventions,
+    support: np.ndarray,
+    later: Mapping[str, np.ndarray],
+    tests: Mapping[str, np.ndarray],
+) -> pd.DataFrame:
+    """One row per single perturbation; ``support`` (K,), ``later`` the columns `HIT` and `AGREEMENT`, (K,) each."""
+    names = np.asarray([*program_names(found.weight.shape[1]), ""], dtype=object)  # the last: -1, no claim
+    return pd.DataFrame({
+        "perturbation": np.asarray(perturbations, dtype=object), "program": names[found.target],
+        "weight": found.weight[np.arange(len(found.target)), found.target], "shift": found.shift,
+        "retention": found.retention, "n_cells": tests["n_cells"], "p_value": tests["p_value"], "fdr": tests["fdr"],
+        "energy_distance": tests["energy"], "noise_scale": found.noise_scale, "support": support,
+        **{name: later[name] for name in (*HIT, *AGREEMENT)},
+    })  # fmt: skip
 
 
 @dataclass(frozen=True)

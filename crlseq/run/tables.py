@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 
 from crlseq.data.names import GeneNames
-from crlseq.run.columns import AGREEMENT, HIT
 from crlseq.run.schema import DETECTABLE_FDR
 
 LABEL_DRIVERS = 3
@@ -46,35 +43,6 @@ def program_table(
 def shown(programs: pd.DataFrame) -> pd.Series:
     """What to call the genes of a table of programs: their symbols, where it has them."""
     return programs["symbol" if "symbol" in programs else "gene"]
-
-
-def intervention_table(
-    perturbations: tuple[str, ...],
-    target: np.ndarray,
-    weight: np.ndarray,
-    shift: np.ndarray,
-    retention: np.ndarray,
-    noise_scale: np.ndarray,
-    support: np.ndarray,
-    later: Mapping[str, np.ndarray],
-    tests: Mapping[str, np.ndarray],
-) -> pd.DataFrame:
-    """One row per single perturbation; all arguments (K,), ``later`` the columns `HIT` and `AGREEMENT`, but ``weight`` (K, p)."""
-    names = np.asarray([*program_names(weight.shape[1]), ""], dtype=object)  # the last: -1, no claim
-    return pd.DataFrame({
-        "perturbation": np.asarray(perturbations, dtype=object),
-        "program": names[target],
-        "weight": weight[np.arange(len(target)), target],
-        "shift": shift,
-        "retention": retention,
-        "n_cells": tests["n_cells"],
-        "p_value": tests["p_value"],
-        "fdr": tests["fdr"],
-        "energy_distance": tests["energy"],
-        "noise_scale": noise_scale,
-        "support": support,
-        **{name: later[name] for name in (*HIT, *AGREEMENT)},
-    })  # fmt: skip
 
 
 def by_program(interventions: pd.DataFrame, shift: pd.Series) -> pd.DataFrame:
