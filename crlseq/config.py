@@ -146,33 +146,20 @@ class DataConfig(_Section):
 
 
 FACTORS = ("varimax", "squires", "score-linear", "multi-node")  # methods that have neither likelihood nor networks
-NETWORKS = (
-    "score",
-    "contrastive",
-    "cauca",
-    "icm-flow",
-    "diffusion",
-)  # methods that train networks of their own on components
+# Methods that train networks of their own on components.
+NETWORKS = ("score", "contrastive", "cauca", "icm-flow", "diffusion")
+
+
+Method = Literal[
+    "straighten", "linear", "changes", "gradient", "varimax", "squires", "score-linear", "multi-node", "score", "contrastive",
+    "cauca", "icm-flow", "diffusion",
+]  # fmt: skip
 
 
 class ModelConfig(_Section):
     """Networks, structural equations and losses (Zhang et al. 2023, arXiv 2307.06250)."""
 
-    method: Literal[
-        "straighten",
-        "linear",
-        "changes",
-        "gradient",
-        "varimax",
-        "squires",
-        "score-linear",
-        "multi-node",
-        "score",
-        "contrastive",
-        "cauca",
-        "icm-flow",
-        "diffusion",
-    ] = _flag(
+    method: Method = _flag(
         "straighten",
         "How targets and graph are found: by likelihood, then networks (straighten), by likelihood alone in seconds "
         "(linear), or with the networks (gradient). "

@@ -58,28 +58,14 @@ def _main(
 
 # Address space in which libraries can be loaded at all: with torch, and without.
 WITH_TORCH, SMALL = 1280 << 20, 512 << 20
+HEAVY = (prepare, fit, predict, project, evaluate, compare, rerun, benchmark, power)
 for command in (
-    check,
-    prepare,
-    fit,
-    predict,
-    project,
-    evaluate,
-    compare,
-    export,
-    report,
-    rerun,
-    plot,
-    simulate,
-    benchmark,
-    power,
-    cite,
-):
+    check, prepare, fit, predict, project, evaluate, compare, export, report, rerun, plot, simulate, benchmark, power, cite,
+):  # fmt: skip
     app.command()(command)
 for known in (*app.registered_commands, *inspect.app.registered_commands):
     assert known.callback is not None
-    heavy = known.callback in (prepare, fit, predict, project, evaluate, compare, rerun, benchmark, power)
-    known.callback = at_the_shell(known.callback, WITH_TORCH if heavy else SMALL)
+    known.callback = at_the_shell(known.callback, WITH_TORCH if known.callback in HEAVY else SMALL)
 app.add_typer(inspect.app, name="inspect")
 
 # What is wrong with a path whoever opens it, and what to do.

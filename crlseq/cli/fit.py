@@ -23,8 +23,7 @@ SCREEN = (
 @takes_config("perturbation_key", "control_label", "separator", "context_key", "layer", "values", "seed")
 def prepare(
     files: Annotated[
-        list[Path],
-        typer.Argument(help="Screens with the same genes: .h5ad files or zarr stores.", show_default=False),
+        list[Path], typer.Argument(help="Screens with the same genes: .h5ad files or zarr stores.", show_default=False)
     ],
     output: Annotated[Path, setting("Store to write (a folder).", "--output", "-o")],
     resume: Annotated[bool, switch("--resume", "Continue an unfinished store.")] = False,
@@ -57,8 +56,7 @@ def fit(
         str | None, setting("paper: the model exactly as published.", choices=PRESETS, default="default")
     ] = None,
     config: Annotated[
-        Path | None,
-        setting("TOML file with tables data, model and training; options win over it.", default="none"),
+        Path | None, setting("TOML file with tables data, model and training; options win over it.", default="none")
     ] = None,
     resume: Annotated[bool, switch("--resume", "Continue an unfinished fit of the same input and options.")] = False,
     force: Force = False,

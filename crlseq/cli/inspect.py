@@ -283,14 +283,8 @@ def _heading(program: Program) -> list[str]:
     return lines
 
 
-app.command()(perturbation)
-app.command()(guides)
-app.command()(arms)
-app.command()(covariates)
-app.command()(contexts)
-
-
-app.command()(interventions)
+for command in (perturbation, guides, arms, covariates, contexts, interventions):
+    app.command()(command)
 
 
 @app.command()

@@ -32,8 +32,7 @@ Effects = Annotated[
     setting("Sizes of shifts to plant in control cells, in SDs of the program's own noise.", default="0.25,0.5,1"),
 ]
 Perturbations = Annotated[
-    int | None,
-    setting("Perturbations with an effect to plant; as many without one are added.", default="20", min=1),
+    int | None, setting("Perturbations with an effect to plant; as many without one are added.", default="20", min=1)
 ]
 Programs = Annotated[int | None, setting("Programs that they target.", default="5", min=1)]
 Penetrance = Annotated[float | None, setting("Share of a perturbation's cells that it hits.", default="1")]

@@ -234,7 +234,7 @@ def _changes(raw: Floats, condition: np.ndarray, batch: np.ndarray, is_level: np
         spread = (np.where(there, squares[1:], 0.0) - of_own**2 / np.maximum(own, 1.0)).clip(0).sum(1)
         of_controls = (squares[0] - m * at_controls**2).clip(0) / np.maximum((m - 1) * m, 1.0)
         variance = spread / np.maximum((total - there.sum(1)) * total, 1.0) + (share**2 * of_controls).sum(1)
-        tested = column if is_level[j] else _ranks(column, batch)
+        tested = column if is_level[j] else pd.Series(column).groupby(batch).rank(pct=True).to_numpy(np.float64)
         told = {"mean": mean + center, "control": control + center}
         rows.append(pd.DataFrame({
             "condition": np.arange(1, shape[0]), "column": j, "n_cells": total.astype(np.int64),
@@ -250,12 +250,6 @@ def _sums(values: Floats, condition: np.ndarray, batch: np.ndarray, shape: tuple
     """(conditions, batches) sums of values of cells."""
     sums = np.bincount(condition * shape[1] + batch, values, shape[0] * shape[1])
     return np.asarray(sums.reshape(shape), dtype=np.float64)
-
-
-def _ranks(values: Floats, batch: np.ndarray) -> Floats:
-    """Ranks within batches, from 0 to 1."""
-    ranks = pd.Series(values).groupby(batch).rank(pct=True)
-    return np.asarray(ranks, dtype=np.float64)
 
 
 def _permutation_p(

@@ -183,13 +183,10 @@ def _explained(scores: np.ndarray, codes: np.ndarray) -> tuple[float, float, flo
     size = np.bincount(codes[codes >= 0], minlength=1)
     kept = (codes >= 0) & (size[np.maximum(codes, 0)] >= SMALLEST_LEVEL)
     levels, codes = np.unique(codes[kept], return_inverse=True)
-    x, n, k = (
-        scores[kept] - scores[kept].mean(0, keepdims=True) if kept.any() else scores[:0],
-        int(kept.sum()),
-        len(levels),
-    )
+    n, k = int(kept.sum()), len(levels)
     if k < 2 or n <= k:
         return (float("nan"),) * 3
+    x = scores[kept] - scores[kept].mean(0)
     member = sp.csr_matrix((np.ones(n), (codes, np.arange(n))), (k, n))
     between = ((member @ x) ** 2 / np.bincount(codes)[:, None]).sum(0)
     total = (x**2).sum(0)

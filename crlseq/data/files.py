@@ -21,17 +21,8 @@ from crlseq.storage.runfolder import is_run
 
 # Modalities of a MuData file that are the screen, the first that is there.
 EXPRESSION = (
-    "rna",
-    "gene",
-    "genes",
-    "gex",
-    "expression",
-    "gene_expression",
-    "gene expression",
-    "mrna",
-    "scrna",
-    "transcriptome",
-)
+    "rna", "gene", "genes", "gex", "expression", "gene_expression", "gene expression", "mrna", "scrna", "transcriptome",
+)  # fmt: skip
 MATRIX_FILES = ("matrix.mtx.gz", "matrix.mtx")  # of Cell Ranger
 ZARR_FILES = (".zgroup", "zarr.json")
 READ = (
@@ -77,7 +68,9 @@ def open_store(path: Path) -> Iterator[Any]:
                 raise InputError(
                     f"{path} is an HDF5 file but not an h5ad: it has no obs and var.", _conversion(path, handle)
                 )
-            screen = _expression_modality(handle, path) if handle.attrs.get("encoding-type") == "MuData" else handle
+            screen = handle
+            if handle.attrs.get("encoding-type") == "MuData":
+                screen = handle["mod"][expression_modality(handle, str(path))]
             refuse_values_for_groups(screen, path)
         yield screen
 
@@ -123,10 +116,6 @@ def _conversion(path: Path, handle: h5py.File | None = None) -> str:
             "Read it with scanpy (`sc.read_csv`, `sc.read_mtx`), add the labels as a column of obs, and write an .h5ad."
         )
     return READ
-
-
-def _expression_modality(handle: h5py.File, path: Path) -> Any:
-    return handle["mod"][expression_modality(handle, str(path))]
 
 
 def expression_modality(handle: h5py.File, source: str) -> str:

@@ -61,6 +61,11 @@ def read_pairs(path: str | Path, table: str, key: str, value: str, heads: Contai
     return found
 
 
+def read_targets(path: str | Path) -> dict[str, str]:
+    """Program of each perturbation, as `read_pairs`, in the order of the table: upstream programs come first."""
+    return read_pairs(path, "table of targets", "perturbation", "program", ("program",))
+
+
 def targets_in_uns(source: str | Path | ad.AnnData) -> dict[str, str]:
     """Target of each guide in CELLxGENE's table of them; empty where there is none."""
     if isinstance(source, ad.AnnData):

@@ -71,7 +71,9 @@ def describe(source: str | Path | ad.AnnData, config: DataConfig) -> dict[str, A
             found["guides"] = None if guides is None else guides.record
             found |= _describe_labels(labels, screen)
             found["positions"] = _attempt(found, lambda: _describe_positions(labels, screen, config))
-            batches: Batches | None = _attempt(found, lambda: _read_batches(screen, labels, config))
+            batches: Batches | None = _attempt(
+                found, lambda: by_context(labels, *read_batches(screen, config.batch_key, labels))
+            )
             own = labels if batches is None else batches[0]
             selection = _attempt(found, lambda: select_conditions(own, config))
             if selection is not None:
@@ -138,10 +140,6 @@ def _describe_positions(labels: Perturbations, screen: Screen, config: DataConfi
     """How many genes have a position on a chromosome, and from where; None without any."""
     positions = read_positions(screen.var, config.gene_positions)
     return None if positions is None else positions.in_words(GeneNames.of(screen.var), labels.targets)
-
-
-def _read_batches(screen: Screen, labels: Perturbations, config: DataConfig) -> Batches:
-    return by_context(labels, *read_batches(screen, config.batch_key, labels))
 
 
 def _lonely_batches(batches: Batches, config: DataConfig, selection: Selection) -> list[str]:

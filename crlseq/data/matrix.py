@@ -20,6 +20,7 @@ import zarr
 
 from crlseq.data.files import is_cell_ranger, open_store, read_cell_ranger, readable
 from crlseq.data.hdf5 import refuse_claims
+from crlseq.data.names import GeneNames
 from crlseq.data.store import SAME_PATH, StoredMatrix, read_manifest
 from crlseq.errors import InputError
 from crlseq.threads import counted
@@ -87,6 +88,17 @@ class Screen:
         """What reads the cells' genes."""
         columns = None if self.expression is None else self.features[self.expression].to_numpy()
         return Rows(self.matrix, columns, self.source, self.layer)
+
+    def places_of(self, genes: GeneNames) -> np.ndarray:
+        """(genes,) places of genes by name in the index, or by another name that means one gene here; -1 if missing."""
+        places = np.array(self.genes.get_indexer(pd.Index(genes.index)))
+        missing = np.flatnonzero(places < 0)
+        own, taken = GeneNames.of(self.var) if len(missing) else genes, set(places.tolist())
+        for j in missing.tolist():
+            found = (own.find(name) for name in genes.all_of(j))
+            places[j] = next((each[0] for each in found if len(each) == 1 and each[0] not in taken), -1)
+            taken.add(int(places[j]))
+        return places
 
     def stretches(self, first: int = 0) -> list[slice]:
         """Consecutive rows, from the `first`, of which a block holds about `BLOCK_VALUES` dense values."""

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from crlseq.data.dataset import PerturbSeqData
 
 MIN_CELLS = 2
+Made = TypeVar("Made")
 
 Controls = dict[int, tuple[np.ndarray, np.ndarray, int]]  # mean, variance and number of controls, by batch
 
 
 def controls_by_batch(data: PerturbSeqData, controls: np.ndarray) -> Controls:
     """Mean, variance and number of the controls of each batch; of all controls under -1."""
-    found = {-1: (*_moments(data, controls), len(controls))}
-    for b in np.unique(data.batch[controls]):
-        own = controls[data.batch[controls] == b]
-        if len(own) >= MIN_CELLS:
-            found[int(b)] = (*_moments(data, own), len(own))
-    return found
+    return by_batch(data, controls, lambda own: (*_moments(data, own), len(own)))
+
+
+def by_batch(data: PerturbSeqData, controls: np.ndarray, make: Callable[[np.ndarray], Made]) -> dict[int, Made]:
+    """``make(own)`` of all controls under -1, and of those of each batch that has `MIN_CELLS`."""
+    batch = data.batch[controls]
+    parts = {int(b): own for b in np.unique(batch) if len(own := controls[batch == b]) >= MIN_CELLS}
+    return {place: make(own) for place, own in {-1: controls, **parts}.items()}
+
+
+def cells_alone(data: PerturbSeqData, cells: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+    """The ``cells`` (by condition) of each perturbation that has `MIN_CELLS` of them by itself."""
+    pairs = zip(data.conditions, cells, strict=True)
+    return {parts[0]: own for parts, own in pairs if len(parts) == 1 and len(own) >= MIN_CELLS}
 
 
 def mean_effect(

@@ -83,10 +83,6 @@ class GeneNames:
         """Every name of a gene."""
         return [self.index[place], *(own[place] for own in self.columns.values())]
 
-    def measured(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """`find` for each of the names."""
-        return {name: self.find(name) for name in names}
-
     def in_words(self, names: Iterable[str]) -> str:
         """``5 in the index of var and 1 in column 'gene_name'``: where names were found."""
         where = Counter(place for name in names if (place := self._found(name)[1]))

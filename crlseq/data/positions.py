@@ -25,15 +25,8 @@ CENTROMERES = {
     "20": 28.1, "21": 12.0, "22": 15.0, "X": 61.0, "Y": 10.4,
 }  # fmt: skip
 CHROMOSOME = (
-    "chromosome",
-    "chrom",
-    "chr",
-    "seqname",
-    "seqnames",
-    "seqid",
-    "chromosome_name",
-    "chromosome_scaffold_name",
-)
+    "chromosome", "chrom", "chr", "seqname", "seqnames", "seqid", "chromosome_name", "chromosome_scaffold_name",
+)  # fmt: skip
 START = ("start", "chromstart", "start_position", "gene_start", "gene_start_bp", "tss")
 GENE = ("gene", "gene_id", "gene_name", "gene_symbol", "symbol", "name", "ensembl_id", "gene_ids")
 HINT = "Give a GTF of GENCODE or Ensembl, a BED with names, or a CSV with the columns gene, chromosome and start."

@@ -157,11 +157,7 @@ def _refuse_output(target: Path, resume: bool, force: bool) -> None:
     empty = target.is_dir() and not any(target.iterdir())
     if os.path.lexists(target) and not (target / MANIFEST).is_file() and not empty:
         raise InputError(f"{target} exists, is not a crlseq store and is left alone.", "Choose another --output.")
-    foreign = (
-        sorted(file.name for file in partial.iterdir() if final_name(file.name) not in PARTS)
-        if partial.is_dir()
-        else []
-    )
+    foreign = partial.is_dir() and any(final_name(file.name) not in PARTS for file in partial.iterdir())
     if foreign or (partial.exists() and not partial.is_dir()):
         raise InputError(f"{partial} is not an unfinished crlseq store and is left alone.", "Choose another --output.")
     if partial.exists() and not (resume or force):

@@ -54,27 +54,12 @@ class Preprocessing:
 
     def columns(self, screen: Screen) -> np.ndarray:
         """Places (fitted genes,) of the fitted genes in a screen; InputError if one is missing."""
-        columns, source = self.places_in(screen), screen.source
+        columns, source = screen.places_of(self.gene_names), screen.source
         if (columns < 0).any():
             missing = self.genes[int(np.flatnonzero(columns < 0)[0])]
             what = f"{source}: {(columns < 0).sum()} of the {len(columns)} fitted genes are missing, first {missing!r}."
             raise InputError(what, "Give cells with the same genes.")
         return columns
-
-    def places_in(self, screen: Screen) -> np.ndarray:
-        """(fitted genes,) places in a screen by name in the index, or by another name that both know; -1 if missing."""
-        places = np.array(screen.genes.get_indexer(pd.Index(self.genes)))
-        missing = np.flatnonzero(places < 0)
-        theirs = GeneNames.of(screen.var) if len(missing) else None
-        taken = set(places.tolist())
-        for j in missing:
-            for name in (self.genes[j], *(own[j] for own in self.names.values())):
-                found = () if theirs is None else theirs.find(name)
-                if len(found) == 1 and found[0] not in taken:
-                    places[j] = found[0]
-                    taken.add(found[0])
-                    break
-        return places
 
     def check(self, block: sp.csr_matrix, source: str) -> None:
         """Refuse cells that are plainly not of the fitted kind, or have a value that is NaN or infinite."""
@@ -161,7 +146,7 @@ def align(record: Preprocessing, screen: Screen, fitted: Screen | None = None) -
     ``fitted`` is the screen of the fit, by which counts are scaled where a file has other genes. InputError if fewer than half
     of the fitted genes are there.
     """
-    places = record.places_in(screen)
+    places = screen.places_of(record.gene_names)
     present, source = np.flatnonzero(places >= 0), screen.source
     n, missing = len(places), np.flatnonzero(places < 0)
     first = "".join(repr(record.genes[j]) for j in missing[:1])
@@ -187,8 +172,7 @@ def _shared(record: Preprocessing, screen: Screen, fitted: Screen, found: Alignm
     """The alignment with the genes that both files have, if these differ."""
     if screen.n_genes == fitted.n_genes and (screen.genes == fitted.genes).all():
         return found
-    names = GeneNames.of(fitted.var)
-    places = replace(record, genes=names.index, names=names.columns).places_in(screen)
+    places = screen.places_of(GeneNames.of(fitted.var))
     if (places >= 0).all() and len(places) == screen.n_genes:
         return found
     cells = fitted.sample(np.arange(fitted.n_cells), N_CELLS_FOR_SHARE)[1]
@@ -229,7 +213,7 @@ def plan_preprocessing(
 
 def _asked_genes(screen: Screen, silent: np.ndarray, genes: tuple[str, ...], names: GeneNames) -> np.ndarray:
     """Places of the listed genes; of several that a name means, of those that have a value."""
-    found = names.measured(genes)
+    found = {gene: names.find(gene) for gene in genes}
     missing = [gene for gene in genes if not found[gene]]
     if missing:
         known = sorted({*screen.genes, *names.symbols})

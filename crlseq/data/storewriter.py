@@ -141,9 +141,8 @@ class _ShardWriter:
 
     def __init__(self, store: Path, buckets: Buckets) -> None:
         self.store, self.buckets = store.absolute(), buckets
-        self.held: tuple[int, tuple[np.ndarray, np.ndarray]] | None = (
-            None  # the last bucket, where the next shard begins
-        )
+        # The last bucket, where the next shard begins.
+        self.held: tuple[int, tuple[np.ndarray, np.ndarray]] | None = None
 
     def write(self, shards: list[_Shard]) -> dict[str, str]:
         """Writes shards one after the other; digests of their files by name. InputError where files are not seen."""

@@ -34,10 +34,7 @@ MAX_LOG = 20.0  # base 2 of a million, the largest total that counts are scaled 
 TRANSFORMED_SHARE = 0.05  # share of negative values among the non-zero ones above which they are meant
 SAMPLE = 200  # cells that are looked at closely
 FEWEST, ROUNDING = 3, 2e-3  # distinct values of a cell that say something of its unit; error of float32 and files
-PARTS, MOST_UNITS = (
-    (1, 2, 3),
-    1000.0,
-)  # counts that the smallest value of a cell may be; values beyond are not told apart
+PARTS, MOST_UNITS = (1, 2, 3), 1000.0  # counts that a cell's smallest value may be; values beyond are not told apart
 ALMOST_ALL = 0.9
 SAME_TOTAL = 0.01  # coefficient of variation of totals below which they were made the same
 HINT = "Give raw counts or log-normalised values (`sc.pp.normalize_total`, `sc.pp.log1p`) in X or with --layer."

@@ -31,9 +31,8 @@ from crlseq.errors import UsageError
 
 N_COMPONENTS = 10  # as in Ahlmann-Eltze et al. 2025
 PENALTIES = np.logspace(-3, 3, 25)
-SHRINKAGE = (
-    0.5  # of the sum, and weight of the common effect: least squares on 288 measured doubles has .4 to .6 for both
-)
+# Of the sum, and weight of the common effect: least squares on 288 measured doubles has .4 to .6 for both.
+SHRINKAGE = 0.5
 
 Indices = tuple[int, ...]
 Expression = sp.csr_matrix | np.ndarray  # (cells, genes)

@@ -57,7 +57,7 @@ class CellSets:
     fitted: np.ndarray  # (conditions,) bool
     gene_places: Mapping[
         str, list[int]
-    ]  # perturbation -> columns, among the compared ones, of the gene that it targets
+    ]  # by perturbation columns, among the compared ones, of the gene that it targets
     kind: str  # what measured cells of fitted conditions are called
     notes: tuple[str, ...]
 

@@ -187,13 +187,7 @@ def _group(parts: Indices, seen: set[int], any_known: bool) -> str:
 
 def _common_genes(own: Screen, other: Screen) -> np.ndarray:
     """(predicted genes,) place of each in the measured file; -1 where it has none."""
-    places = np.array(other.genes.get_indexer(own.genes))
-    taken, names = set(places.tolist()), GeneNames.of(other.var)
-    for j in np.flatnonzero(places < 0):
-        found = names.find(str(own.genes[int(j)]))
-        if len(found) == 1 and found[0] not in taken:
-            places[j] = found[0]
-            taken.add(found[0])
+    places = other.places_of(GeneNames([*own.genes], {}))
     n, least = int((places >= 0).sum()), min(own.n_genes, other.n_genes)
     if n < max(MIN_COMMON * least, 2):
         raise InputError(

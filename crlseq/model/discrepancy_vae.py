@@ -157,9 +157,8 @@ class DiscrepancyVAE(nn.Module):
         found: dict[int, list[int]] = {}
         for k in rows:
             if k >= 0:
-                found.setdefault(
-                    k if k < self.n_fitted else -1 - (k - self.n_fitted) // len(self.scm.graph), []
-                ).append(k)
+                own = k if k < self.n_fitted else -1 - (k - self.n_fitted) // len(self.scm.graph)
+                found.setdefault(own, []).append(k)
         return [tuple(group) for group in found.values()]
 
     def single_effects(self, z: Tensor, groups: Sequence[Group]) -> Tensor:

@@ -14,7 +14,7 @@ from crlseq.data.dataset import PerturbSeqData
 from crlseq.discovery.ordering import DIFFER_FDR, Ordering
 from crlseq.discovery.result import Discovery
 from crlseq.pipeline.fitted import FittedRun
-from crlseq.pipeline.pairs import pairs_of
+from crlseq.pipeline.pairs import pair_table
 from crlseq.readout.contexts import context_table
 from crlseq.readout.programs import encode
 from crlseq.run.tables import program_names
@@ -36,7 +36,7 @@ def with_contexts(run: FittedRun, data: PerturbSeqData, found: Discovery | None,
     ordering = None if found is None else found.ordering
     if ordering is not None and ordering.differ is not None and pairs is not None:
         own = [
-            pairs_of(one.pairs, ordering.robust & False, np.sign(scale)).assign(context=name)
+            pair_table(one.pairs, ordering.robust & False, np.sign(scale)).assign(context=name)
             for name, one in zip(contexts.names, ordering.contexts, strict=False)
         ]
         differ = ordering.differ <= DIFFER_FDR

@@ -22,10 +22,10 @@ from crlseq.data.coexpression import coexpression
 from crlseq.data.dataset import PerturbSeqData, read_data
 from crlseq.data.embeddings import COEXPRESSION, Embeddings, named_as_labels, read_embeddings
 from crlseq.data.genesets import GeneSets, check_gmt, fitted_sets
+from crlseq.data.guide_targets import read_targets
 from crlseq.data.source import State, content_of, digest_of, state_of
 from crlseq.data.store import read_manifest
 from crlseq.data.streamed import StreamedExpression
-from crlseq.data.targets import read_targets
 from crlseq.data.values import Scan
 from crlseq.errors import InputError, UsageError
 from crlseq.pipeline.identity import Identity, digests_of_tables

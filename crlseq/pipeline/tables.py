@@ -26,7 +26,7 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.pipeline.contexts import with_contexts
 from crlseq.pipeline.fitted import FittedRun
-from crlseq.pipeline.pairs import pairs_of
+from crlseq.pipeline.pairs import pair_table
 from crlseq.prediction.intervals import shift_errors
 from crlseq.readout.agreement import effect_agreement
 from crlseq.readout.covariates import covariate_table
@@ -36,17 +36,17 @@ from crlseq.readout.explained import effect_explained, variance_explained
 from crlseq.readout.guides import guide_table
 from crlseq.readout.interactions import interaction_table
 from crlseq.readout.pathways import explained_by_sets, pathway_table
-from crlseq.readout.programs import Dag, find_dag, find_interventions, find_programs, posterior_variance
+from crlseq.readout.programs import (
+    Dag,
+    find_dag,
+    find_interventions,
+    find_programs,
+    intervention_table,
+    posterior_variance,
+)
 from crlseq.run.columns import ENSEMBLE_COLUMNS, HIT
 from crlseq.run.schema import DETECTABLE_FDR, FORMAT
-from crlseq.run.tables import (
-    edge_table,
-    intervention_table,
-    program_labels,
-    program_table,
-    second_target_table,
-    shown,
-)
+from crlseq.run.tables import edge_table, program_labels, program_names, program_table, shown
 from crlseq.training.combinations import fit_law
 from crlseq.training.trainer import Fit
 from crlseq.training.warm_start import WarmStart
@@ -73,10 +73,8 @@ def tables_of(
     edge_support, target_support, program_support = _support(discovery, len(read.scale), len(found.target))
     sparse = model.decoder if isinstance(model.decoder, SparseDecoder) else None
     programs = program_table(data.preprocessing.gene_names, read.loading, read.total_effect, sparse is not None)
-    interventions = intervention_table(
-        data.perturbation_names, found.target, found.weight, found.shift, found.retention, found.noise_scale,
-        target_support, _hit(discovery, len(found.target)) | agreed, tests,
-    )  # fmt: skip
+    later = _hit(discovery, len(found.target)) | agreed
+    interventions = intervention_table(data.perturbation_names, found, target_support, later, tests)
     edges = edge_table(dag.weights, dag.declared, edge_support, dag.identification.verdict)
     combined, interactions = _combined(model, data, _by_equations(model, found.target, dag), config.training.seed)
     evaluation = evaluate_held_out(model, data, config.training.seed)
@@ -105,7 +103,7 @@ def tables_of(
         "contexts": None,
     }
     ordering = None if discovery is None else discovery.ordering
-    pairs = None if ordering is None else pairs_of(ordering.pairs, ordering.robust, np.sign(read.scale))
+    pairs = None if ordering is None else pair_table(ordering.pairs, ordering.robust, np.sign(read.scale))
     history = pd.DataFrame(fitted.history, columns=None if fitted.history else ["epoch", "total"])
     weights = (dict(model.state_dict()), fitted.architecture)
     run = FittedRun(
@@ -224,15 +222,22 @@ def _hit(discovery: Discovery | None, n: int) -> dict[str, np.ndarray]:
 
 
 def _second_targets(discovery: Discovery, data: PerturbSeqData, sign: np.ndarray) -> pd.DataFrame | None:
-    """``second_targets.csv``; ``sign`` (p,) of the latents' programs. Shifts of hit cells: of all cells, over penetrance."""
+    """``second_targets.csv``: `crlseq.run.columns.SECOND_COLUMNS` of those that are seen, the surest first; ``sign`` (p,) of
+    the latents' programs. Shifts of hit cells: of all cells, over penetrance.
+    """
     second, acting = discovery.second, discovery.acting
     if second is None:
         return None
-    names = np.asarray(data.perturbation_names, dtype=object)[acting]
     share = np.nan_to_num(discovery.penetrance[0][acting], nan=1.0)[:, None]
-    return second_target_table(
-        names, discovery.target[acting], second.shift * sign / share, second.error / share, second.z * sign, second.fdr
-    )
+    p = second.fdr.shape[1]
+    seen = (second.fdr <= DETECTABLE_FDR) & (np.arange(p) != discovery.target[acting][:, None])
+    k, program = np.nonzero(seen)
+    table = pd.DataFrame({
+        "perturbation": np.asarray(data.perturbation_names, dtype=object)[acting][k],
+        "program": np.asarray(program_names(p), dtype=object)[program], "shift": (second.shift * sign / share)[seen],
+        "se": (second.error / share)[seen], "z": (second.z * sign)[seen], "fdr": second.fdr[seen],
+    })  # fmt: skip
+    return table.sort_values("fdr", kind="stable", ignore_index=True)
 
 
 def _fit_rows(fitted: Fit, data: PerturbSeqData, config: Config) -> dict[str, Any]:

@@ -11,19 +11,7 @@ from matplotlib.axes import Axes
 from crlseq.errors import not_there
 from crlseq.plotting.cells import cells_of, chosen_perturbations
 from crlseq.plotting.charts import ROWS
-from crlseq.plotting.style import (
-    DISTINCT,
-    FAINT,
-    INK,
-    NOTHING,
-    SIGNED,
-    SOFT,
-    axes_of,
-    bare,
-    finish,
-    label_ticks,
-    note,
-)
+from crlseq.plotting.style import DISTINCT, FAINT, INK, NOTHING, SIGNED, SOFT, axes_of, bare, finish, label_ticks, note
 from crlseq.readout.drawing import limit_of
 from crlseq.run.run import Run
 from crlseq.run.summary import short, strongest
@@ -78,12 +66,7 @@ def activity(run: Run, *, top: int = ROWS, ax: Axes | None = None, show: bool = 
 
 
 def violin(
-    run: Run,
-    program: str,
-    *,
-    perturbations: Sequence[str] | None = None,
-    ax: Axes | None = None,
-    show: bool = False,
+    run: Run, program: str, *, perturbations: Sequence[str] | None = None, ax: Axes | None = None, show: bool = False
 ) -> Axes:
     """Distributions of one program's activity in control cells and in the cells of up to eight perturbations.
 

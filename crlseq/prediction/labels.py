@@ -140,8 +140,7 @@ def _not_fitted(run: Run, label: str, part: str, names: list[str]) -> InputError
         )
         return InputError(what, f"Name the gene: {genes[guide]!r}, once in a combination.")
     return InputError(
-        f"The perturbation {part!r}{within} {_why_not(run, part)}.",
-        suggestion(part, names, "Fitted perturbations are"),
+        f"The perturbation {part!r}{within} {_why_not(run, part)}.", suggestion(part, names, "Fitted perturbations are")
     )
 
 

@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.data.mean_effects import MIN_CELLS, controls_by_batch, mean_effect
+from crlseq.data.mean_effects import cells_alone, controls_by_batch, mean_effect
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.readout.programs import Interventions, Programs
 from crlseq.run.columns import AGREEMENT
@@ -35,11 +35,7 @@ def effect_agreement(
     found = {name: np.full(len(interventions.target), np.nan) for name in AGREEMENT}  # some are told elsewhere
     cells = data.cells_by_condition(splits.TRAIN)
     controls = controls_by_batch(data, cells[0])
-    alone = {
-        parts[0]: own
-        for parts, own in zip(data.conditions, cells, strict=True)
-        if len(parts) == 1 and len(own) >= MIN_CELLS
-    }
+    alone = cells_alone(data, cells)
     some_controls = data.x[data.control_pool(splits.TRAIN)]  # read once; of a store those in memory
     strength, target = penetrance * interventions.shift, interventions.target
     product, square, spread = np.zeros((3, *programs.total_effect.shape))

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from crlseq.data import splits
 from crlseq.data.contexts import gene_and_context
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.data.mean_effects import MIN_CELLS, shares_of_controls
+from crlseq.data.mean_effects import MIN_CELLS, by_batch, cells_alone, shares_of_controls
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.run.columns import CONTEXT_COLUMNS
 from crlseq.run.tables import program_names
@@ -31,17 +31,13 @@ def context_table(data: PerturbSeqData, latents: np.ndarray, target: np.ndarray)
     the rows.
     """
     cells = data.cells_by_condition(splits.TRAIN, splits.VALIDATION)
-    controls: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for b in np.unique(data.batch[cells[0]]):
-        own = cells[0][data.batch[cells[0]] == b]
-        if len(own) >= MIN_CELLS:
-            controls[int(b)] = latents[own].mean(0), latents[own].var(0, ddof=1) / len(own)
+    controls = by_batch(data, cells[0], lambda own: (latents[own].mean(0), latents[own].var(0, ddof=1) / len(own)))
     number = {name: k for k, name in enumerate(data.perturbation_names)}
-    own_cells = {parts[0]: cells[c] for c, parts in enumerate(data.conditions) if len(parts) == 1}
+    own_cells = cells_alone(data, cells)
     rows, names = list[dict[str, object]](), program_names(latents.shape[1])
     for gene in dict.fromkeys(gene_and_context(name)[0] for name in data.perturbation_names):
         own = {context: number.get(f"{gene}@{context}", -1) for context in data.context_names}
-        there = [context for context, k in own.items() if k >= 0 and len(own_cells.get(k, ())) >= MIN_CELLS]
+        there = [context for context, k in own.items() if k in own_cells]
         programs = {int(target[own[context]]) for context in there} - {-1}
         for program in sorted(programs):  # one, where targets are tied
             shifts = {

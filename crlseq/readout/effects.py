@@ -6,6 +6,7 @@ its cells, hit or not. Its program's part is ``penetrance * shift * total_effect
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from scipy.stats import t
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData, sums_by_gene
-from crlseq.data.mean_effects import MIN_CELLS, shares_of_controls
+from crlseq.data.mean_effects import by_batch, cells_alone, shares_of_controls
 from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.readout.arms import Genome, arm_rows, arm_table
 from crlseq.readout.programs import Interventions, Programs
@@ -58,16 +59,12 @@ def effect_table(
     """
     cells = data.cells_by_condition(splits.TRAIN, splits.VALIDATION)
     controls = control_sums(data, cells[0])
-    alone = [
-        (parts[0], own)
-        for parts, own in zip(data.conditions, cells, strict=True)
-        if len(parts) == 1 and len(own) >= MIN_CELLS
-    ]
+    alone = cells_alone(data, cells)
     whole = len(alone) * data.n_genes <= MOST_ROWS
     n = len(data.perturbation_names)
     knock_down = {name: np.full(n, np.nan) for name in ("knock_down", "knock_down_se")}
     parts, genome, losses = [], Genome.of(data), list[dict[str, Any]]()
-    for k, own in alone:
+    for k, own in alone.items():
         found, target = measured_effect(data, own, controls), interventions.target[k]
         transcript = own_transcript(data, k, controls)
         if transcript is not None:
@@ -102,12 +99,7 @@ def _rows(data: PerturbSeqData, k: int, found: Effect, told: np.ndarray, whole: 
 
 def control_sums(data: PerturbSeqData, controls: np.ndarray) -> dict[int, Sums]:
     """Of the controls of each batch, and of all of them under -1."""
-    found = {-1: _sums(data, controls)}
-    for b in np.unique(data.batch[controls]):
-        own = controls[data.batch[controls] == b]
-        if len(own) >= MIN_CELLS:
-            found[int(b)] = _sums(data, own)
-    return found
+    return by_batch(data, controls, partial(_sums, data))
 
 
 def measured_effect(data: PerturbSeqData, cells: np.ndarray, controls: dict[int, Sums]) -> Effect:

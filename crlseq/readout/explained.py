@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.data.mean_effects import controls_by_batch, mean_effect
+from crlseq.data.mean_effects import cells_alone, controls_by_batch, mean_effect
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.readout.programs import encode
 
@@ -61,7 +61,7 @@ def effect_explained(model: DiscrepancyVAE, data: PerturbSeqData, target: np.nda
     sampling noise. ``target`` (K,): -1 for none.
     """
     cells = data.cells_by_condition(splits.TRAIN)
-    there = {parts[0]: c for c, parts in enumerate(data.conditions) if len(parts) == 1 and len(cells[c]) > 1}
+    there = cells_alone(data, cells)
     chosen = [k for k in there if target[k] >= 0]
     controls = controls_by_batch(data, cells[0])
     explained, total = np.zeros(model.scm.graph.shape[0]), 0.0
@@ -76,7 +76,7 @@ def effect_explained(model: DiscrepancyVAE, data: PerturbSeqData, target: np.nda
         changes = model.decoder(moved).mean(1) - before
         changes = (changes * model.penetrance[part][:, None]).cpu().double().numpy()
         for k, through in zip(part, changes, strict=True):
-            change, own, shared = mean_effect(data, cells[there[k]], controls)
+            change, own, shared = mean_effect(data, there[k], controls)
             explained[target[k]] += float(change @ change) - float(((change - through) ** 2).sum())
             total += float(change @ change) - float((own + shared).sum())
     return explained / total if total > 0 else np.full_like(explained, np.nan)

@@ -5,24 +5,27 @@ A program is what one standard deviation of a latent does to every gene, directl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from crlseq.config import ModelConfig
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
+from crlseq.data.mean_effects import cells_alone
 from crlseq.discovery.result import Discovery
 from crlseq.discovery.verdict import judge_gradient, judge_nothing
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.sparse_decoder import SparseDecoder
+from crlseq.run.columns import AGREEMENT, HIT
 from crlseq.run.schema import Identification
+from crlseq.run.tables import program_names
 
 JACOBIAN_CELLS, SCALE_DRAWS = 500, 100_000
-MIN_CELLS = 2
 ROWS = 1024  # cells encoded at once
 DECLARED_WEIGHT = 0.1  # one standard deviation of the source moves the target by at least a tenth of its own
 
@@ -107,21 +110,18 @@ def _equation_scale(model: DiscrepancyVAE) -> np.ndarray:
 
 def _with_effects(model: DiscrepancyVAE, data: PerturbSeqData, z: Tensor, total: np.ndarray) -> np.ndarray:
     """(p, G) total effects of a shift of each raw latent by 1, of programs with perturbations by what these do."""
-    cells = data.cells_by_condition(splits.TRAIN)
     product, square = np.zeros_like(total), np.zeros_like(total)
     targeted = np.zeros(len(total), dtype=bool)
-    for own, parts in zip(cells, data.conditions, strict=True):
-        if len(parts) != 1 or len(own) < MIN_CELLS:
-            continue
-        alone = torch.tensor([parts], device=z.device)
+    for k, own in cells_alone(data, data.cells_by_condition(splits.TRAIN)).items():
+        alone = torch.tensor([[k]], device=z.device)
         weights = model.target_weights(alone)
         target = int(weights[0, 0].argmax())
         shift = float(model.scm.mechanism(alone, weights).shift[0, target])
         if not shift:
             continue
         tells = np.ones(data.n_genes)
-        tells[list(data.own_genes[parts[0]])] = 0
-        product[target] += len(own) * shift * tells * model.mean_effect(z, parts).cpu().double().numpy()
+        tells[list(data.own_genes[k])] = 0
+        product[target] += len(own) * shift * tells * model.mean_effect(z, [k]).cpu().double().numpy()
         square[target] += len(own) * shift**2 * tells
         targeted[target] = True
     found = np.divide(product, square, out=np.full_like(total, np.nan), where=square > 0)
@@ -182,13 +182,30 @@ def find_interventions(model: DiscrepancyVAE, programs: Programs, claims: np.nda
     )
 
 
+def intervention_table(
+    perturbations: Sequence[str],
+    found: Interventions,
+    support: np.ndarray,
+    later: Mapping[str, np.ndarray],
+    tests: Mapping[str, np.ndarray],
+) -> pd.DataFrame:
+    """One row per single perturbation; ``support`` (K,), ``later`` the columns `HIT` and `AGREEMENT`, (K,) each."""
+    names = np.asarray([*program_names(found.weight.shape[1]), ""], dtype=object)  # the last: -1, no claim
+    return pd.DataFrame({
+        "perturbation": np.asarray(perturbations, dtype=object), "program": names[found.target],
+        "weight": found.weight[np.arange(len(found.target)), found.target], "shift": found.shift,
+        "retention": found.retention, "n_cells": tests["n_cells"], "p_value": tests["p_value"], "fdr": tests["fdr"],
+        "energy_distance": tests["energy"], "noise_scale": found.noise_scale, "support": support,
+        **{name: later[name] for name in (*HIT, *AGREEMENT)},
+    })  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Dag:
     """The graph in users' units."""
 
-    weights: (
-        np.ndarray
-    )  # (p, p), row -> column: change of the target, in its standard deviations, for one of the source
+    # (p, p), row -> column: change of the target, in its standard deviations, for one of the source
+    weights: np.ndarray
     declared: np.ndarray  # (p, p) bool: the edges that are reported
     identification: Identification
 

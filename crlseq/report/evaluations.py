@@ -12,6 +12,7 @@ from crlseq.evaluation.baselines import BASELINES
 from crlseq.evaluation.compare import CEILING, FLOOR, INTERPOLATED, METRICS, MODEL, RANGE, compare, in_words
 from crlseq.run.run import Run
 from crlseq.run.summary import Answer, answer_of
+from crlseq.storage.csv import read_csv
 
 SHOWN = {
     "pearson_delta": "Pearson Δ", "pearson_delta_top_de": "Pearson Δ, 20 top genes", "l2": "L2",
@@ -49,9 +50,7 @@ def _read(path: Path) -> pd.DataFrame | None:
         columns = pd.read_csv(path.absolute(), nrows=0).columns
         if not {*needed, *CARRYING} <= set(columns):
             return None
-        kinds = {name: str if name in needed else float for name in columns}
-        numbers = {name: [""] for name in columns if name not in needed}
-        table = pd.read_csv(path.absolute(), dtype=kinds, keep_default_na=False, na_values=numbers)
+        table = read_csv(path, {name: str if name in needed else float for name in columns})
     except (OSError, ValueError):
         return None
     known = {MODEL, "no_change", "mean"} <= set(table["predictor"])

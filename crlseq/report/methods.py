@@ -11,11 +11,8 @@ from crlseq.run.schema import DETECTABLE_FDR
 def methods(run: Run) -> str:
     """How the run was made, in sentences."""
     facts, discovery, n = run.facts, run.facts.discovery, len(run.interventions)
-    detected = (
-        "none of the perturbations has"
-        if facts.without_effect
-        else f"{facts.metrics.n_detected} of {n} perturbations have"
-    )
+    found = f"{facts.metrics.n_detected} of {n} perturbations have"
+    detected = "none of the perturbations has" if facts.without_effect else found
     batch = facts.config.data.batch_key
     controls = "control cells" + (f" of the same batch ({batch})" if batch else "")
     words = [

@@ -61,10 +61,8 @@ GUIDES = 20  # that are shown, the weakest first
 ROWS = 300  # of a table: the page must open, whatever the screen
 FONT = 12.0
 PAGE, PHONE = (1200.0, 1200.0), (340.0, 1200.0)
-SMALLEST, DESK = (
-    0.8,
-    900,
-)  # size that a drawing may be shrunk to, below which one without labels takes its place up to this width
+# Size that a drawing may be shrunk to, below which one without labels takes its place up to this width.
+SMALLEST, DESK = 0.8, 900
 
 
 def write_report(run: Run, path: Path, enriched: pd.DataFrame | None = None) -> None:
@@ -260,11 +258,7 @@ def _placed(run: Run, drawing: Drawing) -> dict[str, Any]:
         }
         for edge in drawing.edges
     ]
-    return {
-        "drawing": drawing,
-        "nodes": [(node, _about(node.program)) for node in drawing.nodes],
-        "edges": edges,
-    }
+    return {"drawing": drawing, "nodes": [(node, _about(node.program)) for node in drawing.nodes], "edges": edges}
 
 
 def edge_path(points: list[Point], drawing: Drawing) -> str:

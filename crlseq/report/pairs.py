@@ -22,8 +22,7 @@ def pair_matrix(run: Run) -> dict[str, Any] | None:
     for row in table.to_dict("records"):
         k, i = row["source"], row["target"]
         own = about.setdefault(
-            (k, i),
-            {"look": _look(row["status"], row["change"]), "about": f"{k} ({labels[k]}) → {i} ({labels[i]})"},
+            (k, i), {"look": _look(row["status"], row["change"]), "about": f"{k} ({labels[k]}) → {i} ({labels[i]})"}
         )
         own["about"] += f"\n{row['sentence']}"
     rows = [{"name": k, "cells": [about.get((k, i), {}) | {"mark": marks.loc[k, i]} for i in names]} for k in names]

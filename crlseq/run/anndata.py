@@ -12,8 +12,9 @@ import pandas as pd
 
 from crlseq.errors import InputError
 from crlseq.run.columns import CELL_COLUMNS
-from crlseq.run.schema import RunInfo, run_json
+from crlseq.run.schema import RunInfo
 from crlseq.storage.hdf5 import hdf5_target, write_h5ad
+from crlseq.storage.text import to_json
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -99,7 +100,7 @@ def anndata_keys(
                     key: np.rec.fromarrays(list(values.T), [(name, values.dtype) for name in names])
                     for key, values in ranked.items()
                 },
-                "run_json": run_json(info),
+                "run_json": to_json(info, None),
             }
         },
     }

@@ -7,13 +7,9 @@ from crlseq._version import __version__
 # CITATION.cff says the same; tests/cli/test_cite.py compares the two.
 TITLE, YEAR = "Identifiability Guarantees for Causal Disentanglement from Soft Interventions", 2023
 AUTHORS = (
-    ("Zhang", "Jiaqi"),
-    ("Greenewald", "Kristjan"),
-    ("Squires", "Chandler"),
-    ("Srivastava", "Akash"),
-    ("Shanmugam", "Karthikeyan"),
-    ("Uhler", "Caroline"),
-)
+    ("Zhang", "Jiaqi"), ("Greenewald", "Kristjan"), ("Squires", "Chandler"), ("Srivastava", "Akash"),
+    ("Shanmugam", "Karthikeyan"), ("Uhler", "Caroline"),
+)  # fmt: skip
 PROCEEDINGS, ARXIV = "Advances in Neural Information Processing Systems", "2307.06250"
 SOFTWARE_AUTHORS, SOFTWARE_YEAR = "The crlseq authors", 2026
 

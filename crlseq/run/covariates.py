@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from crlseq.errors import few
@@ -63,12 +62,10 @@ def _size(row: dict[Any, Any]) -> str:
 def composition(table: pd.DataFrame, covariate: str, most: int) -> pd.DataFrame:
     """Rows of one covariate for the perturbations that surely differ most, at most so many, with `where` in that order."""
     rows = table[table["covariate"] == covariate]
-    surest = rows.groupby("perturbation", sort=False).agg(fdr=("fdr", "min"), size=("difference", _largest))
+    surest = rows.groupby("perturbation", sort=False).agg(
+        fdr=("fdr", "min"), size=("difference", lambda own: own.abs().max())
+    )
     order = surest.sort_values(["fdr", "size"], ascending=[True, False], kind="stable").index[:most]
     return rows[rows["perturbation"].isin(order)].assign(
         where=lambda part: order.get_indexer(pd.Index(part["perturbation"]))
     )
-
-
-def _largest(values: pd.Series) -> float:
-    return float(np.abs(values).max())

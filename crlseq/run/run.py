@@ -22,13 +22,14 @@ from crlseq.run import columns, schema
 from crlseq.run.anndata import add_effects, anndata_keys, read_cells, set_keys, write_annotated
 from crlseq.run.consistency import check_consistency, read_effects
 from crlseq.run.graph import ancestry, dag_graph, dag_json, declared_order, graphml
-from crlseq.run.schema import RunInfo, run_json
+from crlseq.run.schema import RunInfo
 from crlseq.run.summary import Program, describe_programs, short, summary_table
 from crlseq.run.tables import effect_matrix
 from crlseq.storage import runfolder as files
 from crlseq.storage.csv import read_csv, write_rows
 from crlseq.storage.files import refuse_links_outside
 from crlseq.storage.runfolder import is_run, no_run, partial_of, replaced_by
+from crlseq.storage.text import to_json
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -326,7 +327,7 @@ class Run:
             write_rows(folder / f"{name}.csv", table)
         (folder / "dag.graphml").write_bytes(graphml(self.dag))
         (folder / "dag.json").write_text(dag_json(self.dag), encoding="utf-8")
-        (folder / "run.json").write_text(run_json(self.info, 1), encoding="utf-8", newline="\n")
+        (folder / "run.json").write_text(to_json(self.info), encoding="utf-8", newline="\n")
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables that the run has, by the names of their files."""

@@ -9,19 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
 
 from crlseq.config import FACTORS, NETWORKS
-from crlseq.run.columns import (
-    ARM_COLUMNS,
-    CONTEXT,
-    CONTEXT_COLUMNS,
-    COVARIATE_COLUMNS,
-    ENSEMBLE_COLUMNS,
-    GUIDE_COLUMNS,
-    INTERACTION_COLUMNS,
-    PAIR_COLUMNS,
-    PATHWAY_COLUMNS,
-    SECOND_COLUMNS,
-)
-from crlseq.storage.text import to_json
+from crlseq.run import columns
 
 FORMAT = 4
 READABLE = (1, 2, 3, 4)
@@ -341,19 +329,17 @@ def own_tables(facts: RunInfo) -> dict[str, dict[str, type]]:
     """The columns of the tables that this run has and others have not, by name."""
     ordered = facts.discovery is not None and facts.discovery.pairs is not None
     there: dict[str, tuple[dict[str, type], bool]] = {
-        "ensemble": (ENSEMBLE_COLUMNS, facts.config.training.ensemble > 1),
-        "pathways": (PATHWAY_COLUMNS, facts.gene_sets is not None),
-        "pairs": (PAIR_COLUMNS if facts.contexts is None else PAIR_COLUMNS | CONTEXT, ordered),
-        "second_targets": (SECOND_COLUMNS, ordered),
-        "interactions": (INTERACTION_COLUMNS, facts.combinations is not None and facts.combinations.n_measured > 0),
-        "guides": (GUIDE_COLUMNS, "n_compared" in (facts.guides or {})),
-        "arms": (ARM_COLUMNS, facts.positions is not None),
-        "covariates": (COVARIATE_COLUMNS, bool(facts.config.data.covariates)),
-        "contexts": (CONTEXT_COLUMNS, facts.contexts is not None),
+        "ensemble": (columns.ENSEMBLE_COLUMNS, facts.config.training.ensemble > 1),
+        "pathways": (columns.PATHWAY_COLUMNS, facts.gene_sets is not None),
+        "pairs": (columns.PAIR_COLUMNS if facts.contexts is None else columns.PAIR_COLUMNS | columns.CONTEXT, ordered),
+        "second_targets": (columns.SECOND_COLUMNS, ordered),
+        "interactions": (
+            columns.INTERACTION_COLUMNS,
+            facts.combinations is not None and facts.combinations.n_measured > 0,
+        ),
+        "guides": (columns.GUIDE_COLUMNS, "n_compared" in (facts.guides or {})),
+        "arms": (columns.ARM_COLUMNS, facts.positions is not None),
+        "covariates": (columns.COVARIATE_COLUMNS, bool(facts.config.data.covariates)),
+        "contexts": (columns.CONTEXT_COLUMNS, facts.contexts is not None),
     }
-    return {name: columns for name, (columns, has) in there.items() if has}
-
-
-def run_json(info: Mapping[str, Any], indent: int | None = None) -> str:
-    """``run.json`` as text. The path of the input may not be valid UTF-8; undecodable bytes are escaped."""
-    return to_json(info, indent)
+    return {name: own for name, (own, has) in there.items() if has}

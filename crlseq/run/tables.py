@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 
 from crlseq.data.names import GeneNames
-from crlseq.run.columns import AGREEMENT, HIT
 from crlseq.run.schema import DETECTABLE_FDR
 
 LABEL_DRIVERS = 3
@@ -48,35 +45,6 @@ def shown(programs: pd.DataFrame) -> pd.Series:
     return programs["symbol" if "symbol" in programs else "gene"]
 
 
-def intervention_table(
-    perturbations: tuple[str, ...],
-    target: np.ndarray,
-    weight: np.ndarray,
-    shift: np.ndarray,
-    retention: np.ndarray,
-    noise_scale: np.ndarray,
-    support: np.ndarray,
-    later: Mapping[str, np.ndarray],
-    tests: Mapping[str, np.ndarray],
-) -> pd.DataFrame:
-    """One row per single perturbation; all arguments (K,), ``later`` the columns `HIT` and `AGREEMENT`, but ``weight`` (K, p)."""
-    names = np.asarray([*program_names(weight.shape[1]), ""], dtype=object)  # the last: -1, no claim
-    return pd.DataFrame({
-        "perturbation": np.asarray(perturbations, dtype=object),
-        "program": names[target],
-        "weight": weight[np.arange(len(target)), target],
-        "shift": shift,
-        "retention": retention,
-        "n_cells": tests["n_cells"],
-        "p_value": tests["p_value"],
-        "fdr": tests["fdr"],
-        "energy_distance": tests["energy"],
-        "noise_scale": noise_scale,
-        "support": support,
-        **{name: later[name] for name in (*HIT, *AGREEMENT)},
-    })  # fmt: skip
-
-
 def by_program(interventions: pd.DataFrame, shift: pd.Series) -> pd.DataFrame:
     """Perturbations by the number of their program, those without one last, and within it by falling ``shift``."""
     number = pd.to_numeric(interventions["program"].str[1:]).fillna(np.inf)
@@ -100,50 +68,6 @@ def effect_matrix(effects: pd.DataFrame) -> pd.DataFrame | None:
     if len(effects) < len(genes) * len(perturbations):
         return None
     return effects.pivot(index="gene", columns="perturbation", values="change")[perturbations]
-
-
-def second_target_table(
-    perturbations: np.ndarray,
-    target: np.ndarray,
-    shift: np.ndarray,
-    error: np.ndarray,
-    z: np.ndarray,
-    fdr: np.ndarray,
-) -> pd.DataFrame:
-    """`crlseq.run.columns.SECOND_COLUMNS` of the second targets that are seen: ``perturbations`` and their ``target`` (K,),
-    and what each does to every program (K, p).
-    """
-    seen = (fdr <= DETECTABLE_FDR) & (np.arange(fdr.shape[1]) != target[:, None])
-    k, program = np.nonzero(seen)
-    names = np.asarray(program_names(fdr.shape[1]), dtype=object)
-    table = pd.DataFrame({
-        "perturbation": perturbations[k], "program": names[program], "shift": shift[seen], "se": error[seen],
-        "z": z[seen], "fdr": fdr[seen],
-    })  # fmt: skip
-    return table.sort_values("fdr", kind="stable", ignore_index=True)
-
-
-def pair_table(
-    change: np.ndarray,
-    error: np.ndarray,
-    fdr: np.ndarray,
-    status: np.ndarray,
-    guards: np.ndarray,
-    detectable: np.ndarray,
-    robust: np.ndarray,
-) -> pd.DataFrame:
-    """`crlseq.run.columns.PAIR_COLUMNS` of every ordered pair, all arguments (p, p), ``status`` and ``guards`` in words."""
-    p = len(change)
-    names, off = np.asarray(program_names(p), dtype=object), ~np.eye(p, dtype=bool)
-    source, target = np.nonzero(off)
-    with np.errstate(invalid="ignore"):
-        z = np.where(np.isfinite(error), change / error, np.nan)
-    known = {"change": change, "se": error, "z": z, "z_reversed": z.T, "fdr": fdr}
-    columns = known | {"status": status, "guards": guards, "detectable": detectable, "robust": robust}
-    unknown = ~np.isfinite(error[off])
-    table = pd.DataFrame({"source": names[source], "target": names[target]} | {k: v[off] for k, v in columns.items()})
-    table.loc[unknown, ["change", "se", "fdr", "detectable"]] = np.nan
-    return table
 
 
 def program_labels(interventions: pd.DataFrame, n_programs: int) -> list[str]:

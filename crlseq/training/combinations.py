@@ -24,7 +24,7 @@ from scipy.optimize import nnls
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.data.mean_effects import MIN_CELLS, controls_by_batch, mean_effect
+from crlseq.data.mean_effects import MIN_CELLS, cells_alone, controls_by_batch, mean_effect
 from crlseq.model.combination_law import PRIOR_FACTORS, CombinationLaw
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.threads import counted
@@ -75,8 +75,7 @@ class FittedLaw:
 def fit_law(model: DiscrepancyVAE, data: PerturbSeqData, equations: np.ndarray, seed: int) -> FittedLaw:
     """The law of a screen whose single effects are those of `model`; ``equations`` as in `CombinationLaw`."""
     z = _noise(model, data, seed)
-    sizes = [len(cells) for cells in data.cells_by_condition(splits.TRAIN)]
-    alone = [parts[0] for parts, n in zip(data.conditions, sizes, strict=True) if len(parts) == 1 and n >= MIN_CELLS]
+    alone = list(cells_alone(data, data.cells_by_condition(splits.TRAIN)))
     combined = {k for parts in data.conditions if len(parts) > 1 for k in parts}
     typical = {*np.random.default_rng([seed, 16]).permutation(alone)[:ENOUGH].tolist()}
     singles = {k: model.mean_effect(z, [k]).double() for k in alone if k in combined | typical}
@@ -205,10 +204,8 @@ def _with_terms(
     if gain.mean() <= error * (1 + 1e-9):  # they are equal but for rounding where one combination has all of the gain
         return law, left, told
     weights = np.linalg.solve(shared + np.diag(own), left)
-    terms, mean = (
-        torch.from_numpy(variance[:, None] * (parts_of.T @ weights)),
-        torch.from_numpy(found[0] * weights.sum(0)),
-    )
+    terms = torch.from_numpy(variance[:, None] * (parts_of.T @ weights))
+    mean = torch.from_numpy(found[0] * weights.sum(0))
     return replace(law, mean=mean, terms=terms, term_of=torch.tensor(term_of)), missed, told
 
 

@@ -203,9 +203,8 @@ def _await(work: Work, group: ProcessGroup | None) -> None:
             time.sleep(POLL)
         work.wait()  # which raises what the operation did
     except BaseException:
-        if group is not None and hasattr(
-            group, "abort"
-        ):  # torch 2.6 and later; else what is under way would keep the process from ending
+        # Else what is under way would keep the process from ending; torch 2.6 and later have it.
+        if group is not None and hasattr(group, "abort"):
             group.abort()
         raise
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
-from crlseq.data.mean_effects import MIN_CELLS, controls_by_batch, mean_effect, shares_of_controls
+from crlseq.data.mean_effects import cells_alone, controls_by_batch, mean_effect, shares_of_controls
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.threads import counted
 from crlseq.training.effects import estimate_effects
@@ -30,19 +30,19 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
     """Write what the latents miss of single perturbations into `model`; 0 for those without cells of their own."""
     cells = data.cells_by_condition(splits.TRAIN)
     controls = controls_by_batch(data, cells[0])
-    known = [c for c, p in enumerate(data.conditions) if len(p) == 1 and len(cells[c]) >= MIN_CELLS]
-    if not known:
+    alone = cells_alone(data, cells)
+    if not alone:
         return
-    perturbations = [data.conditions[c][0] for c in known]
+    perturbations = list(alone)
     share = model.penetrance[perturbations].cpu().double().numpy()[:, None]
     places = {batch: i for i, batch in enumerate(controls)}
-    shares = np.zeros((len(known), len(places)))
+    shares = np.zeros((len(alone), len(places)))
     # In place: of many perturbations each such array is as large as many cells.
-    measured, noise = (np.empty((len(known), data.n_genes)) for _ in range(2))
-    for k, c in enumerate(counted(known, len(known))):
-        measured[k], noise[k], _ = mean_effect(data, cells[c], controls)
-        for batch, own in shares_of_controls(data.batch[cells[c]], controls).items():
-            shares[k, places[batch]] = own
+    measured, noise = (np.empty((len(alone), data.n_genes)) for _ in range(2))
+    for k, own in enumerate(counted(alone.values(), len(alone))):
+        measured[k], noise[k], _ = mean_effect(data, own, controls)
+        for batch, part in shares_of_controls(data.batch[own], controls).items():
+            shares[k, places[batch]] = part
     measured /= share
     noise /= share**2
     used = shares.any(0)
@@ -69,10 +69,9 @@ def measure_errors(model: DiscrepancyVAE, data: PerturbSeqData) -> None:
     """
     cells = data.cells_by_condition(splits.TRAIN)
     controls = controls_by_batch(data, cells[0])
-    for own, parts in zip(cells, data.conditions, strict=True):
-        if len(parts) == 1 and len(own) >= MIN_CELLS:
-            _, noise, control_noise = mean_effect(data, own, controls)
-            model.residual_error[parts[0]] = torch.from_numpy(np.sqrt(noise + control_noise)).to(model.residual_error)
+    for k, own in cells_alone(data, cells).items():
+        _, noise, control_noise = mean_effect(data, own, controls)
+        model.residual_error[k] = torch.from_numpy(np.sqrt(noise + control_noise)).to(model.residual_error)
 
 
 def _take_latents(effects: np.ndarray, model: DiscrepancyVAE, control: np.ndarray, perturbations: list[int]) -> None:

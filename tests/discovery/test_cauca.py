@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crlseq.config import ModelConfig, make_config
-from crlseq.data.targets import read_targets
+from crlseq.data.guide_targets import read_targets
 from crlseq.discovery.causal_training import linear_start, structural_model
 from crlseq.discovery.methods import cauca, method_of
 from crlseq.discovery.methods.cauca import edges_of, fit_flow, untouched
