@@ -4,8 +4,8 @@
     python scripts/benchmark_gpu.py --device cpu --small --slower 20 --output cpu.json  # tries the script itself
 
 Right: the tests marked cuda; one seed twice to the byte. Fast: 100 epochs at Norman's size by stage, a training step against
-the device's own bandwidth and arithmetic, its kernels, an ensemble of ten against one fit, memory.
-Every part stands alone: what fails, or takes more than its time, is written down, and the next part runs.
+the device's own bandwidth and arithmetic, its kernels, an ensemble of ten against one fit, steps by CUDA graphs against plain
+ones, memory. Every part stands alone: what fails, or takes more than its time, is written down, and the next part runs.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ import crlseq
 from crlseq.config import make_config
 from crlseq.pipeline.progress import Progress
 from crlseq.run.run import Run
+from crlseq.training import graph
 
 ROOT = Path(__file__).resolve().parents[1]
 NORMAN = {"n_perturbed": 57_831, "n_control": 8_907, "n_genes": 5_000}
 SMALL = {"n_perturbed": 1_200, "n_control": 300, "n_genes": 150}
+MEDIUM = {"n_perturbed": 12_000, "n_control": 2_000, "n_genes": 1_000}  # 20 steps an epoch, as at Norman's size
 DENSITY = 0.1  # share of non-zeros
 # Of a step with the default preset at Norman's size: products of rows, decoder and distances.
 STEP_BYTES, STEP_FLOPS = 5e9, 1.7e9
@@ -45,7 +47,7 @@ TOP = 12  # kernels that are named
 # Each part's at most: under eight minutes together, imports included.
 SECONDS = {
     "machine": 10, "screens": 80, "tests": 110, "limits": 15, "norman": 120, "against limits": 1, "profile": 30,
-    "one seed twice": 30, "ensemble": 30,
+    "one seed twice": 30, "ensemble": 30, "graphs": 40,
 }  # fmt: skip
 
 
@@ -182,6 +184,31 @@ def same_twice(screen: ad.AnnData, device: str) -> bool:
     return all(torch.equal(value, other.weights[0][name]) for name, value in one.weights[0].items())
 
 
+def by_graphs(screen: ad.AnnData, device: str) -> dict[str, Any]:
+    """Seconds an epoch with and without CUDA graphs of steps, how far losses and weights are apart, and what CUDA refused."""
+    epochs: dict[str, float] = {}
+    runs: list[Run] = []
+    for name, on in (("plain", False), ("graphs", True)):
+        graph.ON = on
+        try:
+            run, clock, _ = timed(screen, device, epochs=6, method="gradient")
+        finally:
+            graph.ON = False
+        epochs[name] = min(clock.epochs)
+        runs.append(run)
+    plain, by_graph = runs
+    assert plain.weights is not None and by_graph.weights is not None
+    weights = [(value.double(), by_graph.weights[0][name].double()) for name, value in plain.weights[0].items()]
+    losses = [run.history["validation_total"].iloc[-1] for run in runs]
+    return {
+        **epochs,
+        "ratio": epochs["plain"] / epochs["graphs"],
+        "loss": abs(losses[1] / losses[0] - 1),
+        "weights": max(float((b - a).norm() / a.norm().clamp_min(1e-12)) for a, b in weights if a.numel()),
+        "refused": [note for note in by_graph.info["notes"] if "graphs" in note],
+    }
+
+
 def ensemble(screen: ad.AnnData, device: str) -> dict[str, float]:
     """Seconds an epoch of ten models that share a step's cells, over those of one."""
     one, ten = (timed(screen, device, epochs=3, method="gradient", ensemble=n)[1].epochs for n in (1, 10))
@@ -202,7 +229,7 @@ def parts_of(device: str, epochs: int, is_small: bool, found: dict[str, Any]) ->
     screens: dict[str, ad.AnnData] = {}
 
     def made() -> list[str]:
-        sizes = {"norman": SMALL if is_small else NORMAN, "small": SMALL}
+        sizes = {"norman": SMALL if is_small else NORMAN, "small": SMALL, "medium": SMALL if is_small else MEDIUM}
         for name, size in sizes.items():
             screens[name] = make_screen(**size, n_perturbations=30 if size is SMALL else 100, density=DENSITY, seed=0)
         return [f"{name}: {screen.n_obs} x {screen.n_vars}" for name, screen in screens.items()]
@@ -217,6 +244,7 @@ def parts_of(device: str, epochs: int, is_small: bool, found: dict[str, Any]) ->
         "profile": lambda: profile(screens["small"], device),
         "one seed twice": lambda: same_twice(screens["small"], device),
         "ensemble": lambda: ensemble(screens["small"], device),
+        "graphs": lambda: by_graphs(screens["medium"], device),
     }
 
 

@@ -63,7 +63,7 @@ class StepCells:
 
     rows: Rows  # (N, G): first the controls, then the perturbed cells
     n_controls: int
-    n_pairs: int
+    n_pairs: int | Tensor  # a number of the device where sets are padded
     pairs: Pairs
     mask: Tensor | None  # (C, B) pairs that are there, None for all
     moments: tuple[Tensor, Tensor]  # (G,) float64 sums of values and of their squares, over both cells of every pair
@@ -210,7 +210,11 @@ class _Explained(torch.autograd.Function):
         flat, rows = h.flatten(0, -2), cells.pairs.gather(h).div_(cells.n_pairs)
         total = rows.sum(0)
         cross = cells.rows.transposed_times(rows).addr_(bias, total, alpha=-1)
-        u = torch.addmm(cross, weight, flat.T @ flat, beta=-1, alpha=1 / cells.n_pairs)
+        n, gram = cells.n_pairs, flat.T @ flat
+        if isinstance(n, int):  # a factor of a product cannot be a number of the device
+            u = torch.addmm(cross, weight, gram, beta=-1, alpha=1 / n)
+        else:
+            u = torch.addmm(cross, weight, gram / n, beta=-1)
         ctx.save_for_backward(h, weight, bias, total, u)
         ctx.cells = cells
         return cross.neg_().add_(u).mul_(weight).sum(1)
@@ -222,7 +226,11 @@ class _Explained(torch.autograd.Function):
         weighted = g[:, None] * weight
         of_rows = cells.rows.times(weighted).sub_(bias @ weighted)
         of_h = cells.pairs.spread(of_rows).view(-1, h.shape[-1])
-        of_h = of_h.addmm_(h.flatten(0, -2), weight.T @ weighted, beta=-2 / cells.n_pairs, alpha=2 / cells.n_pairs)
+        n, gram = cells.n_pairs, weight.T @ weighted
+        if isinstance(n, int):
+            of_h = of_h.addmm_(h.flatten(0, -2), gram, beta=-2 / n, alpha=2 / n)
+        else:
+            of_h = of_h.addmm_(h.flatten(0, -2), gram, beta=-2, alpha=2).div_(n)
         if cells.mask is not None:
             of_h.view_as(h).mul_(cells.mask[..., None])
         return of_h.view_as(h), u.mul_(2 * g[:, None]), 2 * g * (weight @ total), None

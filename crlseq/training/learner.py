@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,9 +18,11 @@ from crlseq.errors import ConvergenceError
 from crlseq.model.losses import weighted_total
 from crlseq.model.sparse_decoder import SparseDecoder
 from crlseq.model.spike_slab import SpikeSlab
+from crlseq.training import graph
 from crlseq.training.distributed import Ranks
+from crlseq.training.memory import out_of_memory
 from crlseq.training.memory_split import SplitStep
-from crlseq.training.objective import Objective, Step
+from crlseq.training.objective import Draws, Objective, Step
 from crlseq.training.schedules import Weights, final_weights, settled
 
 SLOWER, MAX_SLOWER = 0.25, 5  # of the learning rate where a loss is not finite, and how often
@@ -87,14 +90,15 @@ class Learner:
         self.history: list[dict[str, float]] = []
         self.best_epoch, self.best_loss = -1, math.inf
         self.best_state = copy.deepcopy(self.model.state_dict())
+        self.graphs = graph.StepGraphs()
         self.slower = 0  # how often the learning rate was lowered
         self.sparsity = Sparsity(objective) if isinstance(self.model.decoder, SparseDecoder) else None
 
     @cached_property
     def optimizer(self) -> torch.optim.Adam:
         """Made when it is needed, which a fit without epochs never does."""
-        rate = self.config.training.learning_rate
-        return torch.optim.Adam([view for _, view in self.views], lr=rate, fused=True)
+        rate, in_graphs = self.config.training.learning_rate, graph.ON and self.objective.device.type == "cuda"
+        return torch.optim.Adam([view for _, view in self.views], lr=rate, fused=True, capturable=in_graphs)
 
     @cached_property
     def views(self) -> list[tuple[Tensor, Tensor]]:
@@ -106,6 +110,7 @@ class Learner:
     def begin(self, epoch: int, n_epochs: int, weights: Weights, noise: int) -> None:
         """Start an epoch whose training noise has the seed `noise`."""
         self.weights, device = weights, self.objective.device
+        self.graphs.forget()  # which hold the weights of terms, the learning rate, and which masks are 0
         self.model.temperature.fill_(weights.temperature)
         for group in self.optimizer.param_groups:
             group["lr"] = weights.learning_rate * SLOWER**self.slower
@@ -126,12 +131,41 @@ class Learner:
 
         def descend(part: Step) -> dict[str, Tensor]:
             self.noise.set_state(drawn)  # the noise is drawn for the whole batch
-            terms = self.objective(part, self.noise)
-            total = weighted_total(terms, self.weights.terms)
-            total.backward()  # type: ignore[no-untyped-call]
-            return {name: value.detach() for name, value in {**terms, "total": total}.items()}
+            return self._gradients(self.objective(part, self.noise))
 
-        terms = step.terms(self.model.zero_grad, descend)
+        terms = self._by_graph(step, n_steps)
+        if terms is None:
+            terms = self._descended(step.terms(self.model.zero_grad, descend), n_steps)
+        for name, value in terms.items():  # added up on the device: no step waits for a number
+            self.terms[name] = self.terms.get(name, 0.0) + value
+
+    def _by_graph(self, step: SplitStep, n_steps: int) -> dict[str, Tensor] | None:
+        """The step by a CUDA graph; None where there are none, and where memory runs out, before anything was changed."""
+        if (whole := step.padded()) is None:
+            return None
+        try:
+            # Noise is drawn outside: a graph would draw the same every time.
+            draws = self.objective.draws(whole, self.noise)
+            c, b = draws[0][0].shape[:2]  # of what is drawn a graph knows nothing
+            inputs = replace(whole, whole=(c, b)), draws
+            return self.graphs.run(inputs, lambda inputs: self._by_shape(inputs, n_steps))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return None
+
+    def _by_shape(self, inputs: tuple[Step, Draws], n_steps: int) -> dict[str, Tensor]:
+        self.model.zero_grad()
+        return self._descended(self._gradients(self.objective.terms(*inputs)), n_steps)
+
+    def _gradients(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds the gradients of terms, and gives their values and their total."""
+        total = weighted_total(terms, self.weights.terms)
+        total.backward()  # type: ignore[no-untyped-call]
+        return {name: value.detach() for name, value in {**terms, "total": total}.items()}
+
+    def _descended(self, terms: dict[str, Tensor], n_steps: int) -> dict[str, Tensor]:
+        """A step of the optimiser; the share that terms of a step have in the means of an epoch, in float64."""
         parameters = list(self.model.parameters())
         self.ranks.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.config.training.gradient_norm is not None:
@@ -142,8 +176,7 @@ class Learner:
         self.optimizer.step()
         if self.sparsity is not None:
             self.sparsity.hold()
-        for name, value in terms.items():  # added up on the device, in float64: no step waits for a number
-            self.terms[name] = self.terms.get(name, 0.0) + value.double() / n_steps
+        return {name: value.double() / n_steps for name, value in terms.items()}
 
     @torch.no_grad()
     def validate(self, step: SplitStep, share: float) -> None:

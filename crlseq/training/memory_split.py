@@ -15,6 +15,7 @@ from torch import Tensor
 
 from crlseq.data.batches import BatchIndex
 from crlseq.threads import ahead
+from crlseq.training import graph
 from crlseq.training.distributed import Ranks, deal
 from crlseq.training.memory import ShortOfMemoryError, out_of_memory
 from crlseq.training.objective import Objective, Step
@@ -31,17 +32,21 @@ class SplitSteps:
     def __init__(self, objective: Objective, ranks: Ranks, note: Callable[[str], None]) -> None:
         self.objective, self.ranks, self.note = objective, ranks, note
         self.n = 1
+        self.padded = graph.ON and objective.device.type == "cuda" and ranks.size == 1
         self._aside = SideStream(objective.device)
         self._kept: list[SplitStep] | None = None
         self._lock = threading.Lock()  # models of an ensemble are trained at the same time
 
-    def prepare(self, batch: BatchIndex) -> SplitStep:
-        """What a batch asks of the screen: at once where it is computed whole, else part by part as it is used."""
+    def prepare(self, batch: BatchIndex, learned: bool = False) -> SplitStep:
+        """What a batch asks of the screen: at once where it is computed whole, else part by part as it is used. What is
+        `learned` from comes in few shapes where steps are graphs.
+        """
         whole = there = None
         if self.n == 1:
             try:
                 own = self.ranks.own(batch.mask)
-                whole, there = self._aside.made(lambda: self.objective.prepare(batch, own))
+                padded = self.padded and learned and own is None
+                whole, there = self._aside.made(lambda: self.objective.prepare(batch, own, padded))
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -99,6 +104,13 @@ class SplitStep:
         self, steps: SplitSteps, batch: BatchIndex, whole: Step | None, there: torch.cuda.Event | None
     ) -> None:
         self.steps, self.batch, self.whole, self.there = steps, batch, whole, there
+
+    def padded(self) -> Step | None:
+        """The step, where it is computed whole and has a shape that comes again."""
+        if self.whole is None or self.steps.n > 1 or not self.steps.padded:
+            return None
+        take(self.whole, self.there)
+        return self.whole
 
     def terms(self, begin: Callable[[], None], of: Callable[[Step], Terms]) -> Terms:
         """The sums over parts of what ``of(part)`` gives; where memory runs out from ``begin()`` on, in smaller parts."""

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from crlseq.config import ModelConfig
 from crlseq.data.batches import BatchIndex
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
+from crlseq.model.expression_rows import DenseRows
 from crlseq.model.losses import Kernel, anchor_term, interventional_terms, loss_terms
 from crlseq.model.sparse_losses import Pairs, StepCells, sparse_loss_terms, step_cells
 from crlseq.training.cell_source import CellSource, sent
 from crlseq.training.warm_start import Anchor
+
+SETS, CONTROLS = 8, 64  # padded sets have a multiple of so many cells, padded steps of so many controls
+
+Draws = tuple[list[Tensor], Tensor | None]  # standard normal (C, B, p) of one or both sides; uniform (C, B, M)
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,10 @@ class Objective:
         other.model = model
         return other
 
-    def prepare(self, batch: BatchIndex, own: np.ndarray | None = None) -> Step:
+    def prepare(self, batch: BatchIndex, own: np.ndarray | None = None, padded: bool = False) -> Step:
         """What a batch asks of the screen and not of the model: it can be done ahead, in another thread.
 
-        With ``own`` conditions of the batch the terms are this part's share: those of parts that make up the batch add up
+        Where it is `padded`, steps of nearly one size have one shape, with the same terms to rounding. With ``own`` conditions of the batch the terms are this part's share: those of parts that make up the batch add up
         to its terms.
         """
         share, whole, arrays = None, batch.mask.shape, dict[str, np.ndarray]()
@@ -84,20 +90,22 @@ class Objective:
             # A part without conditions computes one for a share of 0: its gradients are there, as those of the others.
             own = arrays["own"] = own if len(own) else np.array([0])
             batch = BatchIndex(*(field[own] for field in (batch.condition, batch.perturbed, batch.control, batch.mask)))
+        if padded:
+            width = (0, -batch.mask.shape[1] % SETS)
+            filled = (np.pad(x, ((0, 0), width)) for x in (batch.perturbed, batch.control, batch.mask))
+            batch = BatchIndex(batch.condition, *filled)
         arrays |= {"condition": batch.condition, "cells": np.stack([batch.control, batch.perturbed])}
-        if not batch.mask.all():
+        if padded or not batch.mask.all():
             arrays["mask"] = batch.mask
         if self.linear_output:
-            arrays |= _rows_of(batch)
+            arrays |= _padded_rows(batch) if padded else _rows_of(batch)
         there = sent(self.device, **arrays)
         if own is not None:
             share = StepShare(there["own"], of_conditions, of_cells)
         mask = there["mask"].bool() if "mask" in there else None
         cells: StepCells | tuple[Tensor, Tensor]
         if self.linear_output:
-            rows, counts = self.source.rows(arrays["index"], there["index"]), tuple(batch.mask.sum(1).tolist())
-            pairs = Pairs(there["row"], there["order"], there["start"])
-            cells = step_cells(rows, len(arrays["index"]) - sum(counts), pairs, counts, mask, self.kernel)
+            cells = self._cells(batch, arrays["index"], there, mask)
         else:
             control, perturbed = map(self.source.dense, arrays["cells"], there["cells"])
             cells = control, perturbed
@@ -105,15 +113,39 @@ class Objective:
         hit = self.hit[there["cells"][1]] if self.anchored else None
         return Step(self.table[there["condition"]], mask, cells, anchors, hit, whole, share)
 
-    def __call__(self, step: Step, generator: torch.Generator) -> dict[str, Tensor]:
-        """Unweighted terms, each a scalar; of a part, its share."""
-        # The noise of the whole batch, whoever computes it: standard normal (C, B, p) of one or both sides.
+    def _cells(self, batch: BatchIndex, index: np.ndarray, there: dict[str, Tensor], mask: Tensor | None) -> StepCells:
+        """Of a linear output; ``there`` are the rows of `_rows_of` or `_padded_rows`."""
+        pairs, rows = Pairs(there["row"], there["order"], there["start"]), self.source.rows(index, there["index"])
+        counts = tuple(batch.mask.sum(1).tolist())
+        if "kept" not in there:
+            return step_cells(rows, len(index) - sum(counts), pairs, counts, mask, self.kernel)
+        # What fills up is 0: it adds nothing to a sum over rows, and every place of a set has a row.
+        assert isinstance(rows, DenseRows)
+        rows = DenseRows(rows.x.mul_(there["kept"].to(self.dtype)[:, None]))
+        places = (batch.mask.shape[1],) * len(batch.mask)
+        found = step_cells(rows, len(index) - sum(places), pairs, places, mask, self.kernel)
+        return replace(found, n_pairs=there["mask"].sum())
+
+    def draws(self, step: Step, generator: torch.Generator) -> Draws:
+        """The noise of a step; of the whole batch, whoever computes it, and 0 where cells only fill up."""
         n_draws = 1 if self.model.log_noise is None else 2
         eps = [self._draws((*step.whole, self.model.scm.graph.shape[0]), generator) for _ in range(n_draws)]
         uniform = None
         if self.mixed:
             shape = (*step.whole, step.conditions.shape[1])
             uniform = torch.rand(shape, generator=generator, dtype=self.dtype, device=self.device)
+        width = 0 if step.mask is None else step.mask.shape[1] - step.whole[1]
+        if width <= 0:
+            return eps, uniform
+        return [pad(x, (0, 0, 0, width)) for x in eps], None if uniform is None else pad(uniform, (0, 0, 0, width))
+
+    def __call__(self, step: Step, generator: torch.Generator) -> dict[str, Tensor]:
+        """Unweighted terms, each a scalar; of a part, its share."""
+        return self.terms(step, self.draws(step, generator))
+
+    def terms(self, step: Step, draws: Draws) -> dict[str, Tensor]:
+        """The terms for given noise."""
+        eps, uniform = draws
         if step.share is None:
             return self._terms(step, eps, uniform)
         own = step.share.own
@@ -158,6 +190,22 @@ class Objective:
 
     def _draws(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
+
+
+def _padded_rows(batch: BatchIndex) -> dict[str, np.ndarray]:
+    """`_rows_of` with a row for every place of a set, and as many controls as round up, of which the last is none.
+
+    Rows that only fill up are the screen's first cell, and not `kept`.
+    """
+    controls, place = np.unique(batch.control[batch.mask], return_inverse=True)
+    n, size = -(-(len(controls) + 1) // CONTROLS) * CONTROLS, batch.mask.size
+    row = np.stack([np.full(batch.mask.shape, n - 1), n + np.arange(size).reshape(batch.mask.shape)])
+    row[0][batch.mask] = place
+    index, kept = np.zeros((2, n + size), dtype=np.int64)
+    index[: len(controls)], kept[: len(controls)] = controls, 1
+    index[n:], kept[n:] = np.where(batch.mask, batch.perturbed, 0).ravel(), batch.mask.ravel()
+    start = np.concatenate([[0], np.bincount(row.ravel(), minlength=len(index)).cumsum()])
+    return {"index": index, "kept": kept, "row": row, "order": np.argsort(row.ravel(), kind="stable"), "start": start}
 
 
 def _rows_of(batch: BatchIndex) -> dict[str, np.ndarray]:

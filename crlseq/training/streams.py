@@ -37,17 +37,17 @@ def take(made: Any, there: torch.cuda.Event | None) -> None:
         return
     stream = torch.cuda.current_stream()
     stream.wait_event(there)
-    for tensor in _tensors(made):
+    for tensor in tensors_of(made):
         tensor.record_stream(stream)
 
 
-def _tensors(of: Any) -> Iterator[Tensor]:
-    """All tensors in a tree of dataclasses and tuples."""
+def tensors_of(of: Any) -> Iterator[Tensor]:
+    """All tensors in a tree of dataclasses, tuples and lists."""
     if isinstance(of, Tensor):
         yield of
-    elif isinstance(of, tuple):
+    elif isinstance(of, tuple | list):
         for part in of:
-            yield from _tensors(part)
+            yield from tensors_of(part)
     elif is_dataclass(of):
         for field in fields(of):
-            yield from _tensors(getattr(of, field.name))
+            yield from tensors_of(getattr(of, field.name))

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,8 @@ class _Epochs:
         self.config, self.shuffled = config, data.shuffled
         self.notes: list[str] = []
         self.steps = SplitSteps(learners[0].objective, ranks, self.note)
+        for learner in learners:
+            learner.graphs.note = self.note
         self.train_cells = data.cells_by_condition(splits.TRAIN)
         self.n = resolve_epochs(config.training, self.train_cells) if config.model.trains else 0
         self.first = 0
@@ -280,7 +283,7 @@ class _Epochs:
         for i, learner in enumerate(self.learners):
             learner.begin(epoch, self.n, schedule(epoch, self.n, self.config.model, training), noise + i)
         batches = epoch_batches(self.train_cells, self.partners, training.batch_size, self.in_step, rng, self.shuffled)
-        steps = ahead(self.steps.prepare, batches)
+        steps = ahead(partial(self.steps.prepare, learned=True), batches)
         for step in counted(steps, self.n * len(batches), epoch * len(batches)):
             self._each(methodcaller("learn", step, len(batches)), active)
         n_judged = sum(len(batch.condition) for batch in self.validation)

@@ -97,6 +97,46 @@ def _check_order(reads: list[Any], writes: list[Any]) -> None:
 
 
 @dataclass
+class Tape:
+    """Operations that a graph is written down from, with their numbers and shapes, and the memory that they read."""
+
+    done: list[Any] = field(default_factory=list)
+    made: set[int] = field(default_factory=set)
+    outside: set[int] = field(default_factory=set)
+
+    def add(self, func: Any, args: Any, kwargs: Any, reads: list[Any], writes: list[Any]) -> None:
+        """One operation."""
+        flat = tree_flatten((args, kwargs))[0]
+        self.done.append((str(func), [tuple(x.shape) if isinstance(x, torch.Tensor) else str(x) for x in flat]))
+        self.outside |= {x.elem.untyped_storage().data_ptr() for x in reads if x.numel()} - self.made
+        self.made |= {x.untyped_storage().data_ptr() for x in writes if x.numel()} - self.outside
+
+
+def captured(act: Callable[[], Any], pool: Any) -> Callable[[], Any]:
+    """A graph: it does the operations again, with the numbers and the memory of the first time, or raises DeviceError."""
+    first, found = None, dict[str, Any]()
+
+    def replay() -> Any:
+        nonlocal first
+        RECORD.tape, before, launches = Tape(), RECORD.totals(), RECORD.launches.copy()
+        try:
+            again, tape = act(), RECORD.tape
+        finally:
+            RECORD.tape = None
+        if RECORD.totals()[1:] != before[1:]:
+            raise DeviceError("operation not permitted when stream is capturing")
+        RECORD.launches = launches + Counter({"graph": 1})
+        if first is not None and (tape.done, tape.outside) != (first.done, first.outside):
+            raise DeviceError("what a graph was written down from has changed")
+        first = first or tape
+        for name, value in again.items():
+            found.setdefault(name, value).elem.copy_(value.elem)
+        return found
+
+    return replay
+
+
+@dataclass
 class Block:
     """Memory: the stream that it is of and since when, the last that wrote to it, and those it was lent to."""
 
@@ -118,6 +158,7 @@ class Record:
     with_places: bool = False
     blocks: dict[int, Block] = field(default_factory=dict)  # by address
     streams: list[Stream] = field(default_factory=list)
+    tape: Tape | None = None
     lock: Any = field(default_factory=threading.Lock)
 
     def add(self, counter: Counter[str], what: str, n: int = 1) -> None:
@@ -248,7 +289,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     found = func(*inner_args, **inner_kwargs)
     with RECORD.lock:
         count(RECORD, func, name, args, kwargs, ours, theirs, on_cuda, found)
-        _check_order(ours, [x for x in tree_flatten(found)[0] if isinstance(x, torch.Tensor)] if on_cuda else [])
+        writes = [x for x in tree_flatten(found)[0] if isinstance(x, torch.Tensor)] if on_cuda else []
+        _check_order(ours, writes)
+        if RECORD.tape is not None:
+            RECORD.tape.add(func, args, kwargs, ours, writes)
     if func is aten.copy_.default:
         return args[0]
     if not on_cuda:
@@ -277,7 +321,7 @@ def fake_cuda(memory: int = 100 * GIB, devices: int = 1, places: bool = False) -
     global RECORD
     from crlseq import threads
     from crlseq.pipeline import fit
-    from crlseq.training import cell_source, device, memory_split, trainer
+    from crlseq.training import cell_source, device, graph, memory_split, trainer
 
     make_ahead = threads.ahead
     before, RECORD = RECORD, Record(with_places=places)
@@ -285,7 +329,7 @@ def fake_cuda(memory: int = 100 * GIB, devices: int = 1, places: bool = False) -
         "is_available": lambda: True, "init": lambda: None, "_lazy_init": lambda: None,
         "device_count": lambda: devices, "current_device": lambda: 0, "set_device": lambda device: None,
         "empty_cache": lambda: None, "mem_get_info": lambda device=None: (memory, 140 * GIB),
-        "Stream": Stream, "Event": Event, "stream": on_stream, "current_stream": current_stream, "synchronize": synchronize,
+        "MemPool": mock.MagicMock, "Stream": Stream, "Event": Event, "stream": on_stream, "current_stream": current_stream, "synchronize": synchronize,
         "get_device_name": lambda device=None: "NVIDIA H100", "get_device_capability": lambda device=None: (9, 0),
     }  # fmt: skip
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
@@ -297,6 +341,7 @@ def fake_cuda(memory: int = 100 * GIB, devices: int = 1, places: bool = False) -
         for name, value in of_cuda.items():
             put(torch.cuda, name, value)
         put(torch, "Generator", _Generator)
+        put(graph, "captured", captured)
         put(cell_source, "ROWS", 128)  # small screens are sent in several blocks as well
         put(torch.Tensor, "pin_memory", _pinned)
         for module in (trainer, memory_split):

@@ -83,7 +83,7 @@ FAULTS = [
 WAITS = [
     Fault(scm, "product_over_parts", "functools.reduce(operator.mul, factors.unbind(1))", "factors.prod(1)"),
     Fault(objective.Objective, "prepare", '["mask"].bool()', '["mask"].bool().cpu().to(self.device)'),
-    Fault(learner.Learner, "learn", "value.double() / n_steps", "value.double().item() / n_steps"),
+    Fault(learner.Learner, "_descended", "value.double() / n_steps", "value.double().item() / n_steps"),
     Fault(cell_source, "_sent", "made.pin_memory().to(device, non_blocking=True)", "made.to(device)"),
     Fault(losses.Kernel, "mean", "kernel * weight", "torch.where(weight > 0, kernel, 0.0) * weight[weight > 0].mean()"),
 ]  # fmt: skip

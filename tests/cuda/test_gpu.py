@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from crlseq.run.run import Run
+from crlseq.training import graph
 from crlseq.training.cell_source import CellSource
 from crlseq.training.learner import Learner
 from crlseq.training.objective import Objective
@@ -75,6 +76,15 @@ def test_no_step_waits(name: str, screens: dict[str, Any], monkeypatch: pytest.M
     monkeypatch.setattr(Objective, "prepare", lambda *a, **k: (strict if made else plain)(*a, **k))
     monkeypatch.setattr(Learner, "learn", strictly(Learner.learn))
     of(screens, name, "cuda", epochs=1)
+
+
+@pytest.mark.parametrize("name", ["sparse", "paper", "sparse decoder", "ensemble"])
+def test_steps_by_graphs_are_the_steps(name: str, screens: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = of(screens, name, "cuda", batch_size=12, perturbations_per_step=4)
+    monkeypatch.setattr(graph, "ON", True)
+    found = of(screens, name, "cuda", batch_size=12, perturbations_per_step=4)
+    assert not [note for note in found.info["notes"] if "graphs" in note]
+    check_same(found, expected)
 
 
 @pytest.mark.parametrize("set_before", ["highest", "high"])

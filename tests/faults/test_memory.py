@@ -100,10 +100,10 @@ def test_memory_runs_out_as_cells_are_read(
 ) -> None:
     prepare = Objective.prepare
 
-    def failing(self: Objective, batch: BatchIndex, own: np.ndarray | None = None) -> Step:
+    def failing(self: Objective, batch: BatchIndex, own: np.ndarray | None = None, padded: bool = False) -> Step:
         if own is None or batch.mask[own].sum() > 4 * 16:
             raise MemoryError
-        return prepare(self, batch, own)
+        return prepare(self, batch, own, padded)
 
     monkeypatch.setattr(Objective, "prepare", failing)
     run = crlseq.fit(screen_file, tmp_path / "RUN", **FIT)
