@@ -32,6 +32,7 @@ from crlseq.discovery.n_latents import LatentChoice, choose_n_latents
 from crlseq.discovery.negative_controls import Found, ordered_shifts
 from crlseq.discovery.ordering import Ordering, order_programs, with_support
 from crlseq.discovery.orientation import undirected
+from crlseq.discovery.propose import most_telling
 from crlseq.discovery.reassign import settle_targets
 from crlseq.discovery.result import Discovery, Judged, claims_of, linear_result
 from crlseq.discovery.robustness import robust_pairs
@@ -44,7 +45,7 @@ from crlseq.threads import in_parallel, on_threads
 
 COMPONENTS = 40
 FEWEST = 16  # where programs are to be counted: a mean shift of few cells shows in components that look like noise
-MAX_ENVIRONMENTS = 300  # perturbations that shape the graph: those with the largest effects
+MAX_ENVIRONMENTS = 300  # perturbations that shape the graph: those that tell most of all programs
 MIN_NOISE = 0.1  # share of the measurement noise that every component has at least; more makes targets hard to reassign
 RESTARTS, FOLDS, REPLICATES = 6, 5, 20
 MANY_LATENTS = 20  # from here on each of those is dear, and there are fewer:
@@ -84,23 +85,34 @@ def discover(task: Task, refine: Refine | None = None, by_changes: bool = False)
 
 def find_components(task: Task, reason: str = "as asked") -> Start:
     """Whitened components of the cells, environments, and the number of programs."""
-    asked, effect = task.config.n_latents, task.effect
-    chosen = np.sort(np.argsort(-effect, kind="stable")[: min(int((effect > 0).sum()), MAX_ENVIRONMENTS)])
-    environment = task.environments(chosen)
-    train = task.cells_of(splits.TRAIN, environment)
+    asked = task.config.n_latents
     task.stage("finding the programs")
     n = COMPONENTS if asked == "auto" else max(COMPONENTS, asked + 10)
     least = FEWEST if asked == "auto" else asked
     components = partial(whitened_components, task.data, seed=task.seed, device=task.device)
     y, noise = task.cache.get("components", lambda: components(most=n, least=least))
-    context = torch.from_numpy(task.data.context) if task.data.context_names else None
-    cells = Cells(torch.from_numpy(y), None, environment, train, noise, task.crossed(chosen), context)
+    chosen = np.flatnonzero(task.effect > 0)
+    cells = _cells_under(task, y, noise, chosen)
+    if len(chosen) > MAX_ENVIRONMENTS:
+        values, _, environment = cells.training_by_context()
+        n_controls = 1 if cells.crossed is None else cells.crossed.n_contexts
+        moments = environment_moments(values, environment, None, n_controls + len(chosen), cells.crossed)
+        chosen = chosen[most_telling(moments, MAX_ENVIRONMENTS).numpy()]
+        cells = _cells_under(task, y, noise, chosen)
     p, choice = task.cache.get("number", lambda: number_of_programs(task, cells, len(chosen)))
     task.note(f"{p} programs: {f'{reason}.' if choice is None else choice.reason}")
     if p + 10 > n == y.shape[1]:
         y, noise = task.cache.get("more components", lambda: components(most=p + 10, least=p))
         cells = replace(cells, values=torch.from_numpy(y), noise=noise)
     return Start(cells, chosen, p, choice)
+
+
+def _cells_under(task: Task, y: np.ndarray, noise: float | None, perturbations: np.ndarray) -> Cells:
+    """Cells in components (N, q), environments being controls and the perturbations."""
+    environment = task.environments(perturbations)
+    context = torch.from_numpy(task.data.context) if task.data.context_names else None
+    train, crossed = task.cells_of(splits.TRAIN, environment), task.crossed(perturbations)
+    return Cells(torch.from_numpy(y), None, environment, train, noise, crossed, context)
 
 
 def number_of_programs(task: Task, cells: Cells, n_environments: int) -> tuple[int, LatentChoice | None]:

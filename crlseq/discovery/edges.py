@@ -45,7 +45,7 @@ def select_edges(solution: Solution, min_effect: float = MIN_EFFECT, scale: floa
     """Backward elimination with refits from the dense graph, then forward steps; the result is a DAG.
 
     Backward: on the quadratic model of the profile likelihood the edge whose loss costs least goes, until every
-    edge left is worth the threshold and no cycle is left; at most half of the doubtful ones between two refits.
+    edge left is worth the threshold; then the others are refitted, until none goes and no cycle is left.
     Forward: absent edges with the best score tests come back if worth it and they close no cycle, and those go again that
     others make superfluous: where one is missing, all that could stand for it pass.
     Last: where the model does not describe the moments edges with ``|G| < min_effect`` go, since misfit of the mixing
@@ -143,15 +143,14 @@ def _eliminated(now: Solution, dispersion: float, threshold: float) -> Solution:
     cells = float(now.model.moments.counts.sum())
     while True:
         profile = _Profile(now, dispersion)
-        most, gone, cost = max(1, (int((profile.wald() < threshold).sum()) + 1) // 2), 0, 0.0
-        while gone < most and bool(profile.on.any()):
-            e = profile.weakest(threshold, cycles_too=not gone)
+        cost, before = 0.0, profile.on.clone()
+        while bool(profile.on.any()):
+            e = profile.weakest(threshold, cycles_too=torch.equal(profile.on, before))
             if e is None:
                 break
             cost += float(profile.wald()[e])
             profile.remove(e)
-            gone += 1
-        if not gone:
+        if torch.equal(profile.on, before):
             return now
         mask = profile.on.view_as(now.mask).to(DTYPE)
         trial = now.refitted(theta=profile.parameters()[None], mask=mask, steps=NEAR_STEPS)

@@ -47,10 +47,7 @@ def leading_changes(moments: Moments) -> Leading:
     the difference of covariances beyond that of the largest one by chance (Marchenko and Pastur 1967).
     """
     q, n, control = moments.means.shape[1], moments.n_controls, moments.control
-    root = torch.linalg.cholesky(moments.pooled() + 1e-9 * torch.eye(q, dtype=DTYPE))
-    variance = 1 / moments.counts[n:] + 1 / moments.counts[control]
-    shifts = torch.linalg.solve_triangular(root, moments.shifts().T, upper=False).T
-    shifts = shifts / variance.sqrt()[:, None]
+    shifts, variance, root = _in_errors(moments)
     size = shifts.norm(dim=1)
     white = torch.linalg.solve_triangular(root, moments.covariances, upper=False)
     white = torch.linalg.solve_triangular(root, white.transpose(1, 2), upper=False)
@@ -71,6 +68,33 @@ def leading_changes(moments: Moments) -> Leading:
     by_mean = of_means[:, None]
     directions = torch.stack([torch.where(by_mean, mean, first), torch.where(by_mean, first, second)], 1)
     return Leading(directions, torch.where(of_means, size, beyond.sqrt()), of_means, variance.sqrt(), root, change)
+
+
+def _in_errors(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean shifts (K, q) in standard errors, whitened by the root (q, q) of the covariance within environments, and the
+    variances (K,) of a whitened mean.
+    """
+    root = torch.linalg.cholesky(moments.pooled() + 1e-9 * torch.eye(moments.means.shape[1], dtype=DTYPE))
+    variance = 1 / moments.counts[moments.n_controls :] + 1 / moments.counts[moments.control]
+    shifts = torch.linalg.solve_triangular(root, moments.shifts().T, upper=False).T
+    return shifts / variance.sqrt()[:, None], variance, root
+
+
+def most_telling(moments: Moments, n: int) -> Tensor:
+    """The ``n`` perturbations (n,), ascending, whose mean shifts tell most of all programs together.
+
+    One after the other that which adds most to ``log|I + sum_k z_k' z_k|``, ``log(1 + z A^-1 z')``: a D-optimal design
+    (Chaloner and Verdinelli 1995), ``z`` in standard errors. The strongest alone may all be of a few programs.
+    """
+    z = _in_errors(moments)[0]
+    inverse, left = torch.eye(z.shape[1], dtype=DTYPE), torch.ones(len(z), dtype=torch.bool)
+    for _ in range(n):
+        told = torch.where(left, ((z @ inverse) * z).sum(1), -1.0)
+        k = told.argmax()
+        left[k] = False
+        along = inverse @ z[k]
+        inverse = inverse - along[:, None] * along / (1 + told[k])
+    return torch.nonzero(~left)[:, 0]
 
 
 def propose_targets(

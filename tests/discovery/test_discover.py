@@ -179,16 +179,16 @@ def test_doubles_do_not_take_part(hard: Screen, monkeypatch: pytest.MonkeyPatch)
     assert np.isin(np.flatnonzero(double & np.isin(hard.data.split, (1, 2))), found.index).all()
 
 
-def test_only_the_largest_effects_shape_the_graph_and_the_others_find_their_place(
+def test_those_that_tell_most_shape_the_graph_and_the_others_find_their_place(
     hard: Screen, found: Discovery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "MAX_ENVIRONMENTS", 4)
+    few = module.find_components(hard.task()).environments
+    assert sorted(hard.target[few]) == [0, 1, 2, 3]  # each program has one before another has two
     monkeypatch.setattr(module, "MAX_ENVIRONMENTS", 10)
-    effect = np.ones(12)
-    twice = np.flatnonzero(np.bincount(hard.target)[hard.target] > 1)
-    late = twice[[0, -1]] if hard.target[twice[0]] != hard.target[twice[-1]] else twice[[0, 1]]
-    effect[late] = 0.5
-    some = hard.discover(effect=effect)
-    assert np.array_equal(some.environments, np.setdiff1d(np.arange(12), late))
+    some = hard.discover()
+    late = np.setdiff1d(np.arange(12), some.environments)
+    assert len(late) == 2 and set(hard.target[some.environments]) == {0, 1, 2, 3}
     hard.place(some)  # all twelve
     assert np.abs(some.shift[late]) == pytest.approx(np.abs(found.shift[late]), abs=0.3)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crlseq.discovery.moments import DTYPE, Moments
-from crlseq.discovery.propose import leading_changes, propose_targets
+from crlseq.discovery.propose import leading_changes, most_telling, propose_targets
 
 
 def lines(k: int, p: int, q: int, seed: int, noise: float = 0.0) -> tuple[Moments, list[int]]:
@@ -41,6 +41,22 @@ def best(moments: Moments, p: int, seed: int = 0) -> list[int]:
 def test_a_partition_into_orthogonal_lines_is_recovered(p: int, more: int, wider: int, seed: int) -> None:
     moments, expected = lines(p + more, p, p + wider, seed)
     assert best(moments, p) == expected
+
+
+def test_most_telling_by_hand() -> None:
+    """In standard errors 8, 9, 10 along one axis and 4, 5 along another: by z^2 / (1 + sum of z^2 so far), on each axis."""
+    z = torch.tensor([[8.0, 0], [9, 0], [10, 0], [0, 4], [0, -5]], dtype=DTYPE)
+    means = torch.cat([torch.zeros(1, 2, dtype=DTYPE), 0.1 * z])  # of 200 cells each, 1/200 + 1/200 = 0.1^2
+    moments = Moments(means, torch.eye(2, dtype=DTYPE).repeat(6, 1, 1), torch.full((6,), 200.0, dtype=DTYPE))
+    order = [[2], [2, 4], [1, 2, 4], [1, 2, 3, 4], [0, 1, 2, 3, 4]]  # 100; 25 > 81/101; 81/101 > 16/26; 16/26 > 64/182
+    assert [most_telling(moments, n).tolist() for n in range(1, 6)] == order
+
+
+@settings(max_examples=25, deadline=None)
+@given(p=st.integers(1, 6), more=st.integers(0, 8), wider=st.integers(0, 4), seed=st.integers(0, 10**6))
+def test_each_line_is_told_of_before_one_is_told_of_twice(p: int, more: int, wider: int, seed: int) -> None:
+    moments, partition = lines(p + more, p, p + wider, seed)
+    assert {partition[k] for k in most_telling(moments, p).tolist()} == set(range(p))
 
 
 def test_noise_of_the_means_does_not_hide_the_partition() -> None:
