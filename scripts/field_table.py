@@ -2,7 +2,7 @@
 
     python scripts/field_table.py FOLDER
 
-FOLDER is the suite's. What stands between the two marks in the page is replaced.
+FOLDER is the suite's. What stands between the two marks in the page is replaced; docs/field.csv gets the row of every fit.
 """
 
 from __future__ import annotations
@@ -100,5 +100,7 @@ def renewed(page: str, table: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    results = pd.read_csv(Path(sys.argv[1]) / "suite.csv")
+    folder = Path(sys.argv[1])
+    pd.read_csv(folder / "benchmark.csv").to_csv(PAGE.parent / "field.csv", index=False, float_format="%.4g")
+    results = pd.read_csv(folder / "suite.csv")
     PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")

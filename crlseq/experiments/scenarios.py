@@ -101,7 +101,7 @@ SUITES = {
         },
         FIELD,
         (0, 1, 2),
-        {**FEW_EPOCHS, "sparse-vae": {"epochs": 40}},
+        {**FEW_EPOCHS, "paper": {"epochs": 40}, "sparse-vae": {"epochs": 40}},
     )
 }  # fmt: skip
 QUICK = {  # the same, so small that it is done in two minutes

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -63,10 +63,10 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    waiting: ProcessGroup | None = None  # whose operations wait for what the first rank does alone
     local: int = 0  # its place among the processes of its machine
     on_machine: int = 1  # how many those are
-    devices: ProcessGroup | None = None  # that CUDA devices exchange tensors in
+    # "waiting", whose operations wait for what the first rank does alone, and "devices", in which CUDA devices exchange tensors
+    groups: dict[str, ProcessGroup] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> Ranks:
         """These ranks, which compute on devices like this one; all call it."""
@@ -76,7 +76,8 @@ class Ranks:
 
         os.environ[ASYNC_ERRORS] = "0"
         os.environ.setdefault("NCCL_ALGO", NCCL_ALGORITHMS)
-        return replace(self, devices=dist.new_group(backend="nccl", timeout=STEP_TIMEOUT))
+        self.groups["devices"] = dist.new_group(backend="nccl", timeout=STEP_TIMEOUT)
+        return self
 
     def own(self, mask: np.ndarray) -> np.ndarray | None:
         """Pieces of a step, (C, B) cells that are there, which this rank computes; None for all of them."""
@@ -109,10 +110,11 @@ class Ranks:
 
         for tensor in tensors:
             with _lost_rank_reported():
+                group = self.groups["devices" if tensor.is_cuda else "waiting"]
                 if tensor.is_cuda:
-                    _await(dist.broadcast(tensor, 0, group=self.devices, async_op=True), self.devices)
+                    _await(dist.broadcast(tensor, 0, group=group, async_op=True), group)
                 else:
-                    dist.broadcast(tensor, 0, group=self.waiting)
+                    dist.broadcast(tensor, 0, group=group)
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype by their sums over ranks: laid end to end, in one operation."""
@@ -124,7 +126,8 @@ class Ranks:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with _lost_rank_reported():
             if flat.is_cuda:
-                _await(dist.all_reduce(flat, group=self.devices, async_op=True), self.devices)
+                group = self.groups["devices"]
+                _await(dist.all_reduce(flat, group=group, async_op=True), group)
             else:
                 dist.all_reduce(flat)
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
@@ -166,9 +169,11 @@ def joined() -> Iterator[Ranks]:
     words = PrefixStore(attempt, store)
     own = PrefixStore("group", words)
     dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
+    groups: dict[str, ProcessGroup] = {}
     try:
         local, on_machine = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        yield (ranks := Ranks(rank, size, dist.new_group(timeout=WAIT_TIMEOUT), local, on_machine))
+        groups["waiting"] = dist.new_group(timeout=WAIT_TIMEOUT)
+        yield (ranks := Ranks(rank, size, local, on_machine, groups))
         ranks.from_first(None)  # what the first rank still writes may fail as well
     except (Exception, KeyboardInterrupt) as error:
         if threading.current_thread() is threading.main_thread():
@@ -181,6 +186,7 @@ def joined() -> Iterator[Ranks]:
         raise
     finally:
         dist.destroy_process_group()
+        groups.clear()  # which ends their threads: one that still frees tensors when Python ends aborts the process
 
 
 def _exit_code_of_first(error: BaseException, words: Store, rank: int) -> int | None:
@@ -193,7 +199,7 @@ def _exit_code_of_first(error: BaseException, words: Store, rank: int) -> int | 
     return None if first["rank"] == rank else int(first["exit_code"])
 
 
-def _await(work: Work, group: ProcessGroup | None) -> None:
+def _await(work: Work, group: ProcessGroup) -> None:
     """Wait for devices in Python: a wait inside NCCL hears no signal, such as torchrun's once a rank is lost."""
     end = time.monotonic() + STEP_TIMEOUT.total_seconds()
     try:
@@ -204,7 +210,7 @@ def _await(work: Work, group: ProcessGroup | None) -> None:
         work.wait()  # which raises what the operation did
     except BaseException:
         # Else what is under way would keep the process from ending; torch 2.6 and later have it.
-        if group is not None and hasattr(group, "abort"):
+        if hasattr(group, "abort"):
             group.abort()
         raise
 

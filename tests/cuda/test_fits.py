@@ -115,7 +115,7 @@ def test_a_rank_computes_its_part_and_exchanges_tensors_of_the_device(
     try:
         monkeypatch.setattr(dist, "new_group", gloo)
         data = read["dense"]
-        ranks, options = Ranks(0, 2, new_group(), 0, 1), {**FIT, "epochs": 2, "decoder": "sparse"}
+        ranks, options = Ranks(0, 2, 0, 1, {"waiting": new_group()}), {**FIT, "epochs": 2, "decoder": "sparse"}
         expected = trainer.fit_model(data, make_config(**options, device="cpu"), 3, ranks=ranks)
         assert backends == []
         with fake_cuda():

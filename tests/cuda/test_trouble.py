@@ -234,7 +234,7 @@ def summed(monkeypatch: pytest.MonkeyPatch, work: Work) -> Group:
     group = Group()
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat, group, async_op: work)
     with fake_cuda():
-        Ranks(0, 2, devices=group).add_up([CudaTensor(torch.zeros(2))])  # type: ignore[arg-type]
+        Ranks(0, 2, groups={"devices": group}).add_up([CudaTensor(torch.zeros(2))])  # type: ignore[dict-item]
     return group
 
 
