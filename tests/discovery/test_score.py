@@ -8,8 +8,8 @@ import pytest
 from crlseq.config import ModelConfig
 from crlseq.discovery.contrastive import train_encoder
 from crlseq.discovery.methods import method_of
-from crlseq.discovery.methods.score import graph_of, paired
-from crlseq.discovery.methods.score_linear import declared
+from crlseq.discovery.methods.score import by_pairs, paired
+from crlseq.discovery.methods.score_linear import declared, with_errors
 from crlseq.discovery.score_differences import products
 from crlseq.errors import InputError
 from tests.discovery.test_discover import Screen
@@ -30,7 +30,8 @@ def test_quadratic_equations_through_tanh_at_the_papers_size() -> None:
     latents = train_encoder(y, environment, pairs, False, 0, 0.0, first).latents(y)
     controls = environment == 0
     assert mcc(latents[controls], u[controls]) >= 0.95
-    found = graph_of(latents, environment, pairs, products(latents, environment, 0))
+    of_pairs = by_pairs(products(latents, environment, 0), pairs)
+    found = with_errors(latents, environment, of_pairs, True, mixed=False)
     assert distance(declared(*found)[0], model.edges()) <= 2
 
 

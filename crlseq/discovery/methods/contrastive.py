@@ -18,10 +18,10 @@ import torch
 from crlseq.discovery.contrastive import train_encoder
 from crlseq.discovery.factor_result import REASON, latents_result, start_with
 from crlseq.discovery.methods import Programs
-from crlseq.discovery.methods.score_linear import declared, weights, with_errors
+from crlseq.discovery.methods.score_linear import judged, weights, with_errors
 from crlseq.discovery.score_differences import products
 from crlseq.discovery.task import Start, Task
-from crlseq.discovery.verdict import Answer, judge_scores
+from crlseq.discovery.verdict import Answer
 
 AT_MOST: Answer = "identified"
 EXTRA = 10  # components beyond the programs, in which a curved mixing shows
@@ -41,8 +41,7 @@ def find(task: Task) -> Programs:
     u = encoder.latents(y)
     of_groups = products(u, environment, task.seed)
     found, error = with_errors(u, environment, of_groups, True, mixed=False)
-    edges, against = declared(found, error)
-    verdict = judge_scores(found.left, int(edges.sum()), against, task.kind == "hard", of_groups.described)
+    edges, verdict = judged(found, error, of_groups, u[environment == 0], task.kind == "hard")
     graph = torch.from_numpy(weights(u[environment == 0], edges) * verdict.grants_graph)
     target = np.full(len(task.effect), -1)
     target[start.environments] = environments

@@ -26,10 +26,10 @@ from crlseq.discovery.contrastive import train_encoder
 from crlseq.discovery.factor_result import REASON_OF_PAIRS, latents_result, start_with
 from crlseq.discovery.methods import Programs
 from crlseq.discovery.methods.contrastive import MOST_CONTROLS, components_of
-from crlseq.discovery.methods.score_linear import Recovered, declared, leading, weights, with_errors
+from crlseq.discovery.methods.score_linear import judged, leading, weights, with_errors
 from crlseq.discovery.score_differences import Products, fit_log_odds, products
 from crlseq.discovery.task import Task
-from crlseq.discovery.verdict import Answer, judge_scores
+from crlseq.discovery.verdict import Answer
 
 AT_MOST: Answer = "identified"
 
@@ -47,10 +47,9 @@ def find(task: Task) -> Programs:
     task.stage("training the classifier")
     encoder = train_encoder(y, environment, pairs, False, task.seed, noise, first)
     u = encoder.latents(y)
-    of_groups = products(u, environment, task.seed)
-    found, error = graph_of(u, environment, pairs, of_groups)
-    edges, against = declared(found, error)
-    verdict = judge_scores(found.left, int(edges.sum()), against, task.kind == "hard", of_groups.described)
+    of_pairs = by_pairs(products(u, environment, task.seed), pairs)
+    found, error = with_errors(u, environment, of_pairs, True, mixed=False)
+    edges, verdict = judged(found, error, of_pairs, u[environment == 0], task.kind == "hard")
     graph = torch.from_numpy(weights(u[environment == 0], edges) * verdict.grants_graph)
     target = np.full(len(task.effect), -1)
     target[start.environments[pairs - 1]] = np.arange(p)[:, None]
@@ -80,7 +79,6 @@ def paired(y: Floats, environment: Ints, p: int, seed: int, noise: float = 0.0) 
     return np.array(found) + 1, first
 
 
-def graph_of(u: Floats, environment: Ints, pairs: Ints, of_groups: Products) -> tuple[Recovered, Floats]:
-    """D of programs ``u`` (n, p), the mean of both interventions on each, with its errors."""
-    of_pairs = Products(of_groups.pairs[:, :, pairs - 1].mean(3))
-    return with_errors(u, environment, of_pairs, True, mixed=False)
+def by_pairs(of_groups: Products, pairs: Ints) -> Products:
+    """The mean of both interventions on each program: of ``pairs`` (p, 2) of environments."""
+    return Products(of_groups.pairs[:, :, pairs - 1].mean(3), of_groups.described)

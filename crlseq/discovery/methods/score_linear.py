@@ -28,7 +28,7 @@ from crlseq.discovery.methods import Programs
 from crlseq.discovery.orientation import before
 from crlseq.discovery.score_differences import Products, groups_of, precisions, products
 from crlseq.discovery.task import Task
-from crlseq.discovery.verdict import Answer, judge_scores
+from crlseq.discovery.verdict import Answer, Verdict, judge_scores
 
 AT_MOST: Answer = "identified"
 SURE = 2.0  # standard errors of D at an edge: of its square root, the size of the effect, that is four
@@ -58,14 +58,8 @@ def find(task: Task) -> Programs:
     y, environment = start.cells.values[used, :p].double().numpy(), start.cells.environment[used].numpy()
     of_groups = products(y, environment, task.seed, start.cells.noise)
     found, error = with_errors(y, environment, of_groups, hard, start.cells.noise)
-    edges, against = declared(found, error)
-    turned = undirected(edges, found.order, of_groups, np.cov(y[environment == 0].T).reshape(p, p))
-    edges &= ~turned
-    verdict = judge_scores(
-        found.left, int(edges.sum()), against, task.kind == "hard", of_groups.described, int(turned.sum())
-    )
-    controls = y[environment == 0] @ found.directions.T
-    graph = torch.from_numpy(weights(controls, edges) * verdict.grants_graph)
+    edges, verdict = judged(found, error, of_groups, y[environment == 0], task.kind == "hard")
+    graph = torch.from_numpy(weights(y[environment == 0] @ found.directions.T, edges) * verdict.grants_graph)
     target = np.full(len(task.effect), -1)
     target[start.environments] = np.arange(p)
     directions = torch.from_numpy(found.directions.T)
@@ -147,6 +141,18 @@ def declared(found: Recovered, error: Floats) -> tuple[NDArray[np.bool_], int]:
     place = np.argsort(found.order)
     before = place[:, None] < place
     return seen & before, int((seen & before.T).sum())
+
+
+def judged(
+    found: Recovered, error: Floats, of_groups: Products, controls: Floats, hard: bool
+) -> tuple[NDArray[np.bool_], Verdict]:
+    """Edges (p, p) whose direction is told, and what they may be called; ``controls`` (n, p) are in the coordinates of
+    ``of_groups``, ``hard`` if such interventions were asked for.
+    """
+    edges, against = declared(found, error)
+    turned = undirected(edges, found.order, of_groups, np.cov(controls.T).reshape(edges.shape))
+    edges &= ~turned
+    return edges, judge_scores(found.left, int(edges.sum()), against, hard, of_groups.described, int(turned.sum()))
 
 
 def undirected(edges: NDArray[np.bool_], order: Ints, of_groups: Products, covariance: Floats) -> NDArray[np.bool_]:
