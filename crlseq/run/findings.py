@@ -103,7 +103,7 @@ def of_program(run: Run, program: Program, verb: str, enriched: pd.DataFrame | N
         if not same_way.all():
             words.append(f"{verb} {listed(steered.loc[~same_way, 'perturbation'], 'or')} does the opposite.")
     if unsure.any():
-        words.append(_without_direction(program, main[unsure], verb, also=len(steered) > 0))
+        words.append(_without_direction(program, main[unsure], verb, guess, also=len(steered) > 0))
     if contradict:
         words.append(f"But the cells of {listed(contradict, 'and')} contradict the others: their effects differ.")
     words += _how_sure(run, program, main, rest, guess)
@@ -127,11 +127,11 @@ def _either_way(rows: pd.DataFrame) -> pd.Series:
     return rows["shift"].abs() < UP_OR_DOWN * error
 
 
-def _without_direction(program: Program, rows: pd.DataFrame, verb: str, also: bool) -> str:
+def _without_direction(program: Program, rows: pd.DataFrame, verb: str, guess: bool, also: bool) -> str:
     """What is said of perturbations `_either_way`: the program's genes, where no other perturbation tells them."""
-    genes = shown(_strongest(program)).tolist()
+    genes, done = shown(_strongest(program)).tolist(), "may change" if guess else "changes"
     more = " as well" if also else f" ({listed(genes, 'and')})" if genes else ""
-    return f"{verb} {listed(rows['perturbation'], 'or')} changes {program.name}{more}, but not clearly up or down."
+    return f"{verb} {listed(rows['perturbation'], 'or')} {done} {program.name}{more}, but not clearly up or down."
 
 
 def is_guess(program: Program) -> bool:

@@ -79,6 +79,8 @@ def test_shift_within_its_error_has_no_direction() -> None:
     assert words.startswith("Perturbing OWN makes A and C fall and B rise. Perturbing PERT2 changes P0 as well, but not clearly up or down. Found in")  # fmt: skip
     words = of(screen(shift=[0.1, -2.0, 0.3, -2.0], **error), "P0")
     assert words.startswith("Perturbing PERT2 or OWN changes P0 (A, B and C), but not clearly up or down. Found in")
+    guess = screen(shift=[0.1, -2.0, 0.3, -2.0], support=[0.3, 1.0, 0.3, 1.0], **error)
+    assert of(guess, "P0").startswith("Perturbing PERT2 or OWN may change P0 (A, B and C), but not clearly")
     assert "does the opposite" in of(screen(shift=[-2.0, -2.0, 0.41, -2.0], **error), "P0")
 
 
