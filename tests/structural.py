@@ -20,6 +20,9 @@ RETENTIONS = torch.tensor([0.2, 0.4, 0.3, 0.5, 0.2, 0.4, 0.3, 0.4], dtype=DTYPE)
 GRAPH = torch.zeros(P, P, dtype=DTYPE)
 GRAPH[0, 1], GRAPH[1, 2], GRAPH[0, 3] = 1.0, -0.9, 0.8
 NO_EDGES = torch.zeros(P, P, dtype=DTYPE)
+CHAIN = torch.diag(torch.tensor([1.0, -0.9, 0.8], dtype=DTYPE), 1)
+AROUND = CHAIN.clone()  # with an edge around 1, of the sign of the chain's product, and none around 2
+AROUND[0, 2] = -0.6
 
 
 @dataclass(frozen=True)

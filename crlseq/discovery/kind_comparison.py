@@ -17,12 +17,12 @@ from crlseq.discovery.edges import Edges, select_edges
 from crlseq.discovery.likelihood import Solution, allowed_edges
 from crlseq.discovery.misfit import misfit
 from crlseq.discovery.moments import DTYPE, Moments
+from crlseq.discovery.retentions import OTHER_KIND_STEPS, Kept, kept, under
 from crlseq.discovery.verdict import Evidence, judge
 from crlseq.model.interventions import INTERVENTIONS
 from crlseq.storage.stage_cache import cached_on_disk
 from crlseq.threads import counted, in_parallel
 
-OTHER_KIND_STEPS, RACE_STEPS = 30, 5
 FOLD_STEPS = 8  # from the fit to all cells
 
 
@@ -41,23 +41,24 @@ def compare_kinds(
 ) -> KindComparison:
     """Choose between shift, hard and soft interventions, and measure what the graph gains.
 
-    Soft over hard, which is nested in it, by the likelihood ratio over the dispersion on the cells of the fit (held-out
-    cells are too few to see a retention of a half), beyond three standard deviations of what one parameter per
-    perturbation gives by chance. The gain of a graph over none is summed over held-out cells, with its standard error
+    Soft or hard by the cells of the fit (`crlseq.discovery.retentions`): held-out cells are too few to see a retention of a
+    half. The gain of a graph over none is summed over held-out cells, with its standard error
     over cells (`paired_error`). ``dense`` has hard interventions with a dense graph, fitted to all cells; ``folds`` are moments
     of the other cells and of the held-out ones. A given ``kind`` is taken; the evidence still comes from the data.
     """
     edges = hard = select_edges(dense)
     chosen = dense.model.kind  # among the kinds that have a graph
     plain: InterventionKind = "shift"  # among those whose graph the data leave open
+    left = Kept(False)  # nothing, unless the kind is to be found
     if kind is None:
-        chosen = "soft" if _weakened(hard.solution) else chosen
+        left = kept(hard)
+        chosen = "soft" if left.seen else chosen
     elif INTERVENTIONS[kind].graph == "nothing":
         plain = kind
     else:
         chosen = kind
     if chosen != dense.model.kind:
-        edges = select_edges(_under(dense, chosen, allowed_edges(dense.model.p, chosen)))
+        edges = select_edges(under(dense, chosen, allowed_edges(dense.model.p, chosen)))
     models = {chosen: edges.solution, "no edges": _without_edges(hard.solution, dense.model.kind, OTHER_KIND_STEPS)}
     models[plain] = _without_edges(models["no edges"], plain, FOLD_STEPS)
     cases = [(model, *fold) for model in models.values() for fold in folds]
@@ -73,7 +74,8 @@ def compare_kinds(
     own = n_edges + dense.model.k * (int(edges.solution.model.learns_retention) + int(rival == plain))
     losses[chosen] = torch.minimum(losses[chosen], losses[rival] + own)
     gained = losses[rival] - losses[chosen]
-    evidence = Evidence(chosen, plain if plain == kind else None, n_edges, float(gained.sum()), error)
+    asked = plain if plain == kind else None
+    evidence = Evidence(chosen, asked, n_edges, float(gained.sum()), error, n_around=left.n_around)
     if not judge(evidence).grants_graph:
         edges = _no_edges(models[plain])
     return KindComparison(edges, {name: float(loss.sum()) / cells for name, loss in losses.items()}, evidence)
@@ -106,28 +108,6 @@ def without_graph(edges: Edges) -> Edges:
 
 def _no_edges(solution: Solution) -> Edges:
     return Edges(solution, torch.zeros(solution.model.p, solution.model.p, dtype=DTYPE), misfit(solution).dispersion)
-
-
-def _weakened(hard: Solution) -> bool:
-    """Whether retentions are seen, on the graph selected under hard interventions."""
-    soft = _under(hard, "soft", hard.mask)
-    k, cells = soft.model.k, float(soft.model.moments.counts.sum())
-    ratio = 2 * cells * float(hard.nll[0] - soft.nll[0]) / misfit(soft).dispersion
-    return ratio > k + 3 * math.sqrt(2 * k)
-
-
-def _under(hard: Solution, kind: InterventionKind, mask: Tensor) -> Solution:
-    """Another kind from a hard solution; three starts, since a learned retention and its edges can be traded."""
-    model = hard.model.like(kind=kind)
-    if not model.learns_retention:
-        return hard.refitted(kind=kind, mask=mask, steps=OTHER_KIND_STEPS)
-    named = model.unpack(model.adopt(hard))
-    starts = [
-        model.pack({**named, "G": named["G"] * shrink, "retention": torch.full((1, model.k), level, dtype=DTYPE)})
-        for level, shrink in ((-1.5, 1.0), (0.0, 1.0), (1.5, 0.5))
-    ]
-    raced = model.solve(torch.cat(starts), hard.targets.expand(3, -1), mask.expand(3, -1, -1), RACE_STEPS).best()
-    return raced.refitted(steps=OTHER_KIND_STEPS)
 
 
 def _without_edges(solution: Solution, kind: InterventionKind, steps: int) -> Solution:

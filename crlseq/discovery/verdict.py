@@ -79,6 +79,7 @@ class Evidence:
     n_gone: int = 0  # further edges, which it speaks against
     n_turned: int = 0  # further edges, which could point the other way
     n_open: int = 0  # programs between others whose one perturbation may be soft, unless hard ones were asked for
+    n_around: int = 0  # edges around a program that soft interventions on it may stand for, unless a kind was asked for
     by_changes: bool = False  # whether the graph is to be what interventions change alone
 
 
@@ -97,13 +98,22 @@ def judge(evidence: Evidence) -> Verdict:
     turned, n = "", evidence.n_turned
     if n:
         turned = f" {n} more {'edge fits' if n == 1 else 'edges fit'} as well when reversed and {'is' if n == 1 else 'are'} not declared."
-    if kind.graph == "edges" and evidence.n_open:
-        few = f"{_of(evidence.n_open, 'program')} between others {'has' if evidence.n_open == 1 else 'have'} one perturbation alone"
+    if kind.graph == "edges" and (doubt := _as_soft(evidence)):
         return Verdict(
             "ancestry only",
-            f"{kind.reason} {better}. But {few}, and a soft intervention looks like a hard one there: ancestry is identified, and single edges if all interventions are hard (--intervention hard).{turned}",
+            f"{kind.reason} {better}. But {doubt}: ancestry is identified, and single edges if all interventions are hard (--intervention hard).{turned}",
         )
     return Verdict(answer, f"{kind.reason} {better}, {so}.{turned}")
+
+
+def _as_soft(evidence: Evidence) -> str | None:
+    """Why soft interventions could look like the hard ones of the evidence."""
+    if n := evidence.n_open:
+        few = f"{_of(n, 'program')} between others {'has' if n == 1 else 'have'} one perturbation alone"
+        return f"{few}, and a soft intervention looks like a hard one there"
+    if n := evidence.n_around:
+        return f"{_of(n, 'edge')} around a program could as well be what soft interventions on it leave of its input"
+    return None
 
 
 def _objection(evidence: Evidence) -> str | None:

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from torch import Tensor
 
 from crlseq.config import InterventionKind
 from crlseq.discovery import kind_comparison
@@ -13,15 +14,15 @@ from crlseq.discovery.kind_comparison import KindComparison, compare_kinds, pair
 from crlseq.discovery.likelihood import Solution, fit_linear
 from crlseq.discovery.moments import Moments, environment_moments, fold_moments
 from crlseq.discovery.verdict import Verdict, judge
-from tests.structural import GRAPH, NO_EDGES, TARGETS, P, matched, truth
+from tests.structural import AROUND, CHAIN, GRAPH, NO_EDGES, TARGETS, P, matched, truth
 
 
 @lru_cache
 def compared(
-    of: InterventionKind, asked: InterventionKind | None = None, edges: bool = True, seed: int = 0, n: int = 200
+    of: InterventionKind, asked: InterventionKind | None = None, graph: Tensor = GRAPH, seed: int = 0, n: int = 200
 ) -> KindComparison:
     """Comparison on cells of the structural model under interventions ``of`` a kind."""
-    values, environment = truth(of, GRAPH if edges else NO_EDGES, seed=seed).cells(n, seed)
+    values, environment = truth(of, graph, seed=seed).cells(n, seed)
     dense = fit_linear(environment_moments(values, environment), P, "hard", restarts=2, noise_floor=0.03)
     folds = fold_moments(values, environment, None, 3, torch.Generator().manual_seed(seed))
     return compare_kinds(dense, folds, asked)
@@ -56,6 +57,27 @@ def test_soft_interventions_are_seen(seed: int) -> None:
     assert found.held_out["soft"] < found.held_out["no edges"]
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_soft_interventions_are_not_called_hard_for_an_edge_around_a_program(seed: int) -> None:
+    """Of 0 -> 1 -> 2 -> 3 hard interventions need 0 -> 2: that was called identified with as few cells."""
+    found = compared("soft", graph=CHAIN, seed=seed, n=100)
+    kind, verdict = outcome(found)
+    assert verdict.answer == "ancestry only"
+    assert not matched(found.edges.adjacency, found.edges.solution.targets[0]).tril().any()  # edges lead to descendants
+    assert (kind, found.evidence.n_around) == (("soft", 0) if seed == 0 else ("hard", 1))
+    if kind == "hard":
+        assert "1 edge around a program could as well be what soft interventions on it leave" in verdict.reason
+        asked = compared("soft", "hard", graph=CHAIN, seed=seed, n=100)
+        assert (asked.evidence.n_around, judge(asked.evidence).answer) == (0, "identified")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_hard_interventions_are_seen_beside_a_true_edge_around_a_program(seed: int) -> None:
+    found = compared("hard", graph=AROUND, seed=seed, n=400)
+    assert outcome(found)[1].answer == "identified"
+    assert torch.equal(matched(found.edges.adjacency, found.edges.solution.targets[0]) != 0, AROUND != 0)
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_shifts_are_seen_and_tell_no_graph(seed: int) -> None:
     found = compared("shift", seed=seed)
@@ -67,7 +89,7 @@ def test_shifts_are_seen_and_tell_no_graph(seed: int) -> None:
 
 @pytest.mark.parametrize("of", ["hard", "soft"])
 def test_a_graph_that_is_truly_empty_is_not_identified(of: InterventionKind) -> None:
-    found = compared(of, edges=False)
+    found = compared(of, graph=NO_EDGES)
     kind, verdict = outcome(found)
     assert (kind, verdict.answer) == ("shift", "not identified")
     assert not found.edges.adjacency.any() and found.evidence.n_edges == 0
@@ -87,7 +109,7 @@ def test_a_kind_that_was_asked_for_is_taken_and_the_verdict_comes_from_the_data(
     kind, verdict = outcome(compared("hard", asked))
     assert kind == asked
     assert verdict.answer == {"hard": "identified", "soft": "ancestry only"}[asked]
-    kind, verdict = outcome(compared("hard", asked, edges=False))
+    kind, verdict = outcome(compared("hard", asked, graph=NO_EDGES))
     assert (kind, verdict.answer) == ("shift", "not identified")
 
 

@@ -63,6 +63,17 @@ def test_one_perturbation_of_a_program_between_others_does_not_tell_hard_from_so
     assert judge(replace(GOOD, n_open=1, n_edges=0)).answer == "not identified"
 
 
+def test_edges_that_soft_interventions_may_stand_for_leave_ancestry() -> None:
+    verdict = judge(replace(GOOD, n_around=2))
+    assert verdict.answer == "ancestry only" and verdict.by_likelihood
+    assert (
+        "But 2 edges around a program could as well be what soft interventions on it leave of its input"
+        in verdict.reason
+    )
+    assert judge(replace(GOOD, kind="soft", n_around=2)).reason == judge(replace(GOOD, kind="soft")).reason
+    assert judge(replace(GOOD, n_around=1, gain=-3.0)).answer == "not identified"
+
+
 def test_a_graph_stays_that_loses_fewer_edges_than_it_keeps() -> None:
     assert judge(replace(GOOD, n_gone=3)).grants_graph
 
