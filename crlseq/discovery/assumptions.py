@@ -9,13 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from crlseq.discovery.changes import Changes
-from crlseq.discovery.pairs import CALL, Pairs, dose_ratio
+from crlseq.discovery.pairs import Pairs
 
 OUTSIDE = 2.0  # chi-square a degree of freedom of shifts outside the axes
 OUTLIERS = 0.04  # share of slopes
 CORRELATED = 0.09  # root mean square of correlations in controls, beyond their sampling error
 BESIDE, MANY_BESIDE = 5.0, 2  # |z| of changes where there are none, and how many pairs of programs
-DOSE = -5.0  # log-likelihood of the same change at all doses less that of one in proportion
 
 
 def broken_assumptions(
@@ -26,7 +25,7 @@ def broken_assumptions(
     """
     p = len(found.e)
     upper = np.triu_indices(p, 1)
-    both, seen = pairs.have("both ways")[upper], np.abs(found.e) > CALL * found.e_error
+    both = pairs.have("both ways")[upper]
     doubts = []
     if n_alike:
         doubts.append(
@@ -50,7 +49,7 @@ def broken_assumptions(
         doubts.append(
             f"Programs correlate in control cells beyond what they do to each other (typically {spread:.2f}): hidden common causes, or second targets that all perturbations of a program share."
         )
-    if (dose_ratio(found)[seen] < DOSE).any():
+    if pairs.modulated.any():
         doubts.append(
             "Some changes grow with the size of the shift: one program sets how strongly another is perturbed."
         )

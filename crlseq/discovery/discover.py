@@ -247,6 +247,7 @@ def counted(ordering: Ordering) -> PairCounts:
         excluded=int(excluded.sum()),
         undecided=int(pairs.have("undecided").sum()),
         detectable=float(np.median(pairs.detectable[excluded])) if excluded.any() else float("inf"),
+        modulated=int(pairs.modulated.any(1).sum()),
     )
 
 

@@ -40,6 +40,7 @@ CHOSEN_SHARE = 0.7  # of |E|: hit cells that a true cause brings near controls a
 MOST_HIT = 0.8  # of the cells: beyond, many of those that seem to have escaped were hit
 MODULATED, MODULATED_LIKELY = 0.04, 0.5  # probability that a change is one in proportion to the dose
 SHOWN, MODULATED_SHOWN = 0.08, 0.005  # share of such changes that a screen shows, and what is asked for there
+DOSE = -5.0  # log-likelihood of the same change at all doses less that of one in proportion, of a pair by itself
 MODULATED_PRIOR = (0.3, 6.0)  # modulated and other changes that the prior is worth
 AGREE_DEGREES = 4.0  # of freedom, that perturbations of a target agree
 LIKELY_FDR = 0.02
@@ -62,6 +63,7 @@ class Pairs:
     detectable: Floats  # smallest |change| seen with 80 % power
     fdr: Floats  # of no change (Benjamini and Hochberg 1995)
     hidden: Bools  # of pairs seen both ways, those that correlate in controls: a hidden common cause, not a cycle
+    modulated: Bools  # changes that grow with the shift of i: k sets how strongly i is shifted
 
     def have(self, *names: str) -> Bools:
         """(p, p): pairs of these statuses."""
@@ -72,9 +74,8 @@ class Pairs:
         """The same with programs in another order (p,)."""
         both = np.ix_(order, order)
         guards = self.guards[:, order][:, :, order]
-        moved = {
-            name: getattr(self, name)[both] for name in ("change", "error", "status", "detectable", "fdr", "hidden")
-        }
+        names = ("change", "error", "status", "detectable", "fdr", "hidden", "modulated")
+        moved = {name: getattr(self, name)[both] for name in names}
         return replace(self, guards=guards, **moved)
 
 
@@ -84,18 +85,21 @@ def judge_pairs(found: Changes) -> Pairs:
     off = ~np.eye(p, dtype=bool)
     size, z = np.abs(found.e), np.abs(found.e) / error * off
     call = max(CALL, float(norm.isf(FALSE_CALLS / 2 / max(p * (p - 1), 1))))
-    left, (dose, share) = left_by_controls(found), modulated(found)
+    left, (ratio, of_dose) = left_by_controls(found), doses(found)
+    grows = (ratio < DOSE) & (of_dose > call)
+    dose, share = modulated(ratio, (z > SEEN) | grows)
+    shown = share >= SHOWN
     clean = _beside_unchanged(found, z), _not_chosen(found)
     one_way = SMALL * size > size.T + 2 * error.T
-    same_dose = dose < (MODULATED if share < SHOWN else MODULATED_SHOWN)
+    same_dose = dose < (MODULATED_SHOWN if shown else MODULATED)
     guards = np.stack([z > call, one_way, left > LEFT * error, *clean, same_dose]) & off
     upstream = guards.all(0)
     fdr = np.ones((p, p))
     known = off & np.isfinite(error)
     fdr[known] = benjamini_hochberg(2 * norm.sf(z[known]))
     leaning = SMALL_LIKELY * size > size.T + error.T
-    likely = (fdr < LIKELY_FDR) & leaning & (left > LEFT_LIKELY * error) & (dose < MODULATED_LIKELY)
-    likely &= clean[0] & clean[1]
+    likely = (fdr < LIKELY_FDR) & leaning & (left > LEFT_LIKELY * error) & clean[0] & clean[1]
+    likely &= dose < (MODULATED if shown else MODULATED_LIKELY)
     both = (np.maximum(z, z.T) > CALL) & (np.minimum(z, z.T) > BACK) & ~one_way & ~one_way.T & off
     detectable = (call + POWER) * error
     excluded = (detectable <= SIZE) & (size + 2 * error < detectable)
@@ -103,7 +107,7 @@ def judge_pairs(found: Changes) -> Pairs:
     status[likely & off] = STATUSES.index("likely")
     status[both] = STATUSES.index("both ways")
     status[upstream] = STATUSES.index("upstream")
-    return Pairs(-found.e, error, status, guards, detectable, fdr, both & _hidden(found))
+    return Pairs(-found.e, error, status, guards, detectable, fdr, both & _hidden(found), grows)
 
 
 def left_by_controls(found: Changes) -> Floats:
@@ -127,31 +131,32 @@ def left_by_controls(found: Changes) -> Floats:
     return left
 
 
-def dose_ratio(found: Changes) -> Floats:
-    """Log-likelihood (p, p) of one change at all doses less that of a change in proportion to the shift of i.
+def doses(found: Changes) -> tuple[Floats, Floats]:
+    """Log-likelihood (p, p) of one change at all doses less that of a change in proportion to the shift of i, and |z| of the
+    second: perturbations of both signs may change nothing on average.
 
     A program k that modulates the shift of i gives the second, a cut the first; 0 where one perturbation cannot tell.
     """
-    ratio = np.zeros(found.e.shape)
+    ratio, z = np.zeros(found.e.shape), np.zeros(found.e.shape)
     for i, group in enumerate(found.by_target):
         if len(group) < 2:
             continue
         value, weight = np.stack([one.value for one in group]), 1 / np.stack([one.variance for one in group])
-        same, dose = (
-            _chi_square(value, weight, np.array(x)[:, None])
+        (same, _), (dose, z_dose) = (
+            _in_proportion(value, weight, np.array(x)[:, None])
             for x in ([one.scale for one in group], [one.shift[i] for one in group])
         )
         scatter = (np.minimum(same, dose) + AGREE_DEGREES) / (len(group) + AGREE_DEGREES - 1)
         ratio[:, i] = np.clip((dose - same) / np.maximum(1, scatter) / 2, -50, 50)
+        z[:, i] = z_dose / np.sqrt(np.maximum(1, scatter))
     np.fill_diagonal(ratio, 0)
-    return ratio
+    return ratio, z
 
 
-def modulated(found: Changes) -> tuple[Floats, float]:
-    """Probability (p, p) that E[k, i] is in proportion to the dose, by `dose_ratio` and the share of such changes among
-    all that are seen, and this share, found by EM.
+def modulated(ratio: Floats, seen: Bools) -> tuple[Floats, float]:
+    """Probability (p, p) that E[k, i] is in proportion to the dose, by the ratio of `doses` and the share of such changes
+    among all that are seen, and this share, found by EM.
     """
-    ratio, seen = dose_ratio(found), np.abs(found.e) > SEEN * found.e_error
     share = 0.5
     for _ in range(50):
         total = (share / (share + (1 - share) * np.exp(ratio[seen]))).sum()
@@ -160,11 +165,11 @@ def modulated(found: Changes) -> tuple[Floats, float]:
     return probability, share
 
 
-def _chi_square(value: Floats, weight: Floats, x: Floats) -> Floats:
-    """Of values (n, p) about their best multiple of x (n, 1)."""
-    slope = (weight * x * value).sum(0) / (weight * x**2).sum(0)
-    square: Floats = (weight * (value - x * slope) ** 2).sum(0)
-    return square
+def _in_proportion(value: Floats, weight: Floats, x: Floats) -> tuple[Floats, Floats]:
+    """Chi-square (p,) of values (n, p) about their best multiple of x (n, 1), and |z| of this multiple."""
+    square = (weight * x**2).sum(0)
+    slope = (weight * x * value).sum(0) / square
+    return (weight * (value - x * slope) ** 2).sum(0), np.abs(slope) * np.sqrt(square)
 
 
 def _beside_unchanged(found: Changes, z: Floats) -> Bools:

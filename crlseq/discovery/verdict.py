@@ -61,6 +61,7 @@ class PairCounts:
     excluded: int
     undecided: int
     detectable: float  # smallest change that would have been seen, in the median excluded pair
+    modulated: int = 0  # programs that set how strongly another is shifted
 
 
 @cached_on_disk()
@@ -137,6 +138,8 @@ def _objection(evidence: Evidence) -> str | None:
         return f"The model fits poorly (misfit {evidence.misfit.value:.2f}; ideal 1.0), so the edges' gain ({gain}) may be an artefact."
     if evidence.pairs is not None and evidence.pairs.both_ways:
         return f"{_of(evidence.pairs.both_ways, 'pair')} of programs change each other: a hidden common cause, a cycle or nonlinear equations, which the likelihood does not know."
+    if evidence.pairs is not None and evidence.pairs.modulated:
+        return f"{_of(evidence.pairs.modulated, 'program sets', 'programs set')} how strongly perturbations shift another one, which the likelihood does not know."
     if evidence.support is not None and evidence.support < DECLARED_SUPPORT:
         return f"The bootstrap removed the last edge: no selected edge recurs in at least half of the replicates (highest support {evidence.support:.2f})."
     return None
@@ -163,8 +166,8 @@ def _in_words(pairs: PairCounts) -> str:
     return said
 
 
-def _of(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"
+def _of(n: int, noun: str, nouns: str = "") -> str:
+    return f"{n} {noun if n == 1 else nouns or noun + 's'}"
 
 
 def judge_nonlinear(gain: float, error: float) -> Verdict:

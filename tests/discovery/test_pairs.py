@@ -10,7 +10,7 @@ import pytest
 
 from crlseq.discovery.changes import Changes, Perturbed
 from crlseq.discovery.hits import Hit
-from crlseq.discovery.pairs import GUARDS, STATUSES, Pairs, judge_pairs, left_by_controls, modulated
+from crlseq.discovery.pairs import GUARDS, STATUSES, Pairs, doses, judge_pairs, left_by_controls, modulated
 from tests.component_screens import component_screen
 
 HIT = Hit(share=0.6, error=0.01, mean=3.0, width=1.0, variance=1.0)
@@ -119,12 +119,27 @@ def test_change_in_proportion_to_the_dose() -> None:
     found = changes(one_edge())
     same = found.by_target
     dose = [[perturbed(i, shift, -0.2 * shift * np.eye(3)[0]) for shift in SHIFTS] for i in range(3)]
-    assert modulated(found)[0][0, 1] < 1e-3
+    seen = found.e != 0
+    assert modulated(doses(found)[0], seen)[0][0, 1] < 1e-3
+    assert not judge_pairs(found).modulated.any()
     found = replace(found, by_target=[same[0], dose[1], same[2]])
-    assert modulated(found)[0][0, 1] > 0.999
+    assert modulated(doses(found)[0], seen)[0][0, 1] > 0.999
     pairs = judge_pairs(found)
     assert set(GUARDS) - passed(pairs) == {"dose"}
     assert status(pairs) == "undecided"
+    assert np.argwhere(pairs.modulated).tolist() == [[0, 1]]
+
+
+def test_z_of_a_change_in_proportion_to_the_dose_by_hand() -> None:
+    group = [
+        perturbed(1, shift, value * np.eye(2)[0])
+        for shift, value in ((3.0, 0.6), (-2.0, -0.4), (4.0, 0.8), (-3.0, -0.6))
+    ]
+    ratio, z = doses(changes(np.zeros((2, 2)), by_target=[[], group]))
+    # 0.2 times the shift of errors 0.1: sum of shift^2 / 0.01 is 3800; about their mean 0.1 chi-square is 148
+    np.testing.assert_allclose(z[0, 1], 0.2 * np.sqrt(3800))
+    np.testing.assert_allclose(ratio[0, 1], -50)
+    assert judge_pairs(changes(np.zeros((2, 2)), by_target=[[], group])).modulated[0, 1]
 
 
 def test_one_perturbation_cannot_be_tested_against_dose() -> None:

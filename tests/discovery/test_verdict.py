@@ -12,11 +12,12 @@ import pytest
 import crlseq
 from crlseq.discovery import verdict as module
 from crlseq.discovery.misfit import Misfit
-from crlseq.discovery.verdict import Answer, Evidence, judge
+from crlseq.discovery.verdict import Answer, Evidence, PairCounts, judge
 
 GOOD = Evidence(
     kind="hard", asked_without_graph=None, n_edges=3, gain=55.0, error=20.0, misfit=Misfit(1.02, 0.01), support=0.9
 )
+NO_PAIRS = PairCounts(upstream=0, likely=0, both_ways=0, excluded=0, undecided=6, detectable=float("inf"))
 
 
 @pytest.mark.parametrize(("kind", "answer"), [("hard", "identified"), ("soft", "ancestry only")])
@@ -41,6 +42,7 @@ def test_without_an_objection_the_kind_decides(kind: Any, answer: Answer, unknow
         ({"gain": float("nan")}, ["held-out cells"]),
         ({"asked_without_graph": "shift"}, ["Shifts were asked for"]),
         ({"misfit": Misfit(1.51, 0.01)}, ["misfit 1.51", "+55 ± 20"]),
+        ({"pairs": replace(NO_PAIRS, modulated=2)}, ["2 programs set how strongly perturbations shift another one"]),
         ({"support": 0.45}, ["bootstrap removed the last edge", "0.45"]),
     ],
 )
