@@ -141,7 +141,9 @@ def measure_changes(
 def _in_context(x: Floats, environment: NDArray[np.int64], targets: NDArray[np.int64]) -> _Part:
     """Of cells that are compared with the controls among them."""
     p, count = x.shape[1], np.bincount(environment, minlength=len(targets) + 1)
-    cells = np.split(x[np.argsort(environment, kind="stable")], np.cumsum(count)[:-1])
+    if (np.diff(environment) < 0).any():  # no copy of cells that are in order
+        x = x[np.argsort(environment, kind="stable")]
+    cells = np.split(x, np.cumsum(count)[:-1])
     base = cells[0].mean(0)
     control = cells[0] - base
     c0 = control.T @ control / len(control)

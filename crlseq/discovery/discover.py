@@ -156,20 +156,22 @@ def ordered(task: Task, start: Start, cells: Cells, solution: Solution) -> tuple
     targets = claims_of(task, start, cells, solution).target
     acting = np.flatnonzero(targets >= 0)
     environment = task.environments(acting)
-    known = task.cells_of(splits.TRAIN, environment) | task.cells_of(splits.VALIDATION, environment)
+    known = np.flatnonzero(task.cells_of(splits.TRAIN, environment) | task.cells_of(splits.VALIDATION, environment))
+    known = known[np.argsort(environment[known], kind="stable")]  # in order, so that nothing is sorted again
     y, own, targets = cells.values[known].double().numpy(), environment[known].numpy(), targets[acting]
     p, guides = solution.model.p, task.data.guides
-    context = task.data.context[known.numpy()] if task.data.context_names else None
+    context = task.data.context[known] if task.data.context_names else None
     directions = solution.directions().numpy()
     found = order_programs(y, own, targets, p, cells.variances is not None, directions, context)
     if p < MANY_LATENTS:  # as with the bootstrap: of 50 programs and 10,000 perturbations it takes minutes
         more = y if cells.variances is not None else start.cells.values[known].double().numpy()
-        guide = None if guides is None else guides.number[known.numpy()]
+        guide = None if guides is None else guides.number[known]
         found = replace(found, robust=robust_pairs(found, more, own, targets, guide, task.threads, context))
-    of_shifts = ordered_shifts(y, own, targets, p, found, task.seed)
-    second = second_targets((y - found.center) @ found.axes, own, targets)
-    n = replicates(task, p)
-    return with_support(found, y, own, targets, n, task.seed, task.threads, context), second, of_shifts
+        del more
+    of_shifts, x = ordered_shifts(y, own, targets, p, found, task.seed), found.exogenous(y)
+    del y
+    second, n = second_targets(x, own, targets), replicates(task, p)
+    return with_support(found, x, own, targets, n, task.seed, task.threads, context), second, of_shifts
 
 
 def judged(

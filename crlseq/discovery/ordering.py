@@ -65,6 +65,11 @@ class Ordering:
         directions: Floats = self.axes @ np.linalg.inv(np.eye(len(graph)) - graph)
         return directions
 
+    def exogenous(self, y: Floats) -> Floats:
+        """Coordinates x (n, p) of cells (n, q)."""
+        x: Floats = y @ self.axes - self.center @ self.axes
+        return x
+
     def posterior(self, y: Floats, perturbation: int) -> Floats:
         """Probability (n,) of cells (n, q) of a perturbation to have been hit; NaN where it cannot be told."""
         if perturbation not in self.hits:
@@ -103,9 +108,9 @@ def order_programs(
     Programs have the signs of the ``readout`` (q, p) where there is one. ``context`` (n,) of each cell if there are several.
     """
     center, axes = exogenous_axes(y, environment, targets, p)
-    x = (y - center) @ axes
+    x = y @ axes - center @ axes
     if readout is not None:
-        sign = np.where(((y - center) @ readout * x).mean(0) < 0, -1.0, 1.0)
+        sign = np.where(((y @ readout - center @ readout) * x).mean(0) < 0, -1.0, 1.0)
         axes, x = axes * sign, x * sign
     found = measure_changes(x, environment, targets, context)
     bend = bend_of(found) if straightened else None
@@ -144,7 +149,7 @@ def _by_context(
 
 def with_support(
     ordering: Ordering,
-    y: Floats,
+    x: Floats,
     environment: Ints,
     targets: Ints,
     n: int,
@@ -152,7 +157,9 @@ def with_support(
     threads: int,
     context: Ints | None = None,
 ) -> Ordering:
-    """With the support of edges and of pairs over ``n`` replicates, which draw the cells of each environment again."""
+    """With the support of edges and of pairs over ``n`` replicates, which draw the cells of each environment again;
+    ``x`` (n, p) are `Ordering.exogenous` coordinates.
+    """
     order = np.argsort(environment, kind="stable")
     start = np.cumsum(np.bincount(environment))
     sizes = np.diff(start, prepend=0)
@@ -162,7 +169,7 @@ def with_support(
         drawn = np.concatenate([rng.integers(end - m, end, m) for m, end in zip(sizes, start, strict=True)])
         rows = order[drawn]
         own = None if context is None else context[rows]
-        found = measure_changes((y[rows] - ordering.center) @ ordering.axes, environment[rows], targets, own)
+        found = measure_changes(x[rows], environment[rows], targets, own)
         found = widened(found, ordering.bend)
         pairs = judge_pairs(found)
         return np.stack([_direct(found, pairs)[1], pairs.have("upstream")])

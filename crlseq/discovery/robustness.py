@@ -19,8 +19,8 @@ COMPONENTS = (0.75, 1.25)  # times those of the fit
 MAX_LEFT_OUT = 10  # perturbations of a program that are left out, one at a time, at most
 CALLED = ("upstream", "likely")
 
-# Cells, environments and targets, as `order_programs` takes them, and contexts of the cells
-Variant = tuple[Floats, Ints, Ints, Ints | None]
+# How many components, and which cells (n,) and perturbations (K,): copies of cells are made where they are used.
+Variant = tuple[int, Bools, Bools]
 
 
 def robust_pairs(
@@ -42,33 +42,39 @@ def robust_pairs(
         return robust
 
     def called_again(variant: Variant) -> Bools:
-        again = order_programs(*variant[:3], p, context=variant[3])
+        components, own, kept = variant
+        number = np.concatenate([[0], np.cumsum(kept)])[environment[own]]
+        there = None if context is None else context[own]
+        again = order_programs(y[own, :components], number, targets[kept], p, context=there)
         n = min(q, len(again.axes))
         turned = np.sign((again.axes[:n] * ordering.axes[:n]).sum(0))  # an axis has no sign of its own
         same = np.sign(again.pairs.change) * np.outer(turned, turned) == np.sign(ordering.pairs.change)
         called: Bools = again.pairs.have(*CALLED) & same
         return called
 
-    variants = list(_variants(y, q, (environment, targets, context), guide))
+    variants = list(_variants(q, y.shape[1], environment, targets, guide))
     for again in counted(in_parallel(called_again, variants, threads), len(variants)):
         robust &= again
     return robust
 
 
-def _variants(y: Floats, q: int, screen: tuple[Ints, Ints, Ints | None], guide: Ints | None) -> Iterator[Variant]:
-    """The screen with other components, and without some of its cells."""
-    environment, targets, context = screen
-    p = len(np.unique(targets))
+def _variants(q: int, most: int, environment: Ints, targets: Ints, guide: Ints | None) -> Iterator[Variant]:
+    """Other numbers of components than ``q``, at most ``most``; and without some of the cells."""
+    p, every = len(np.unique(targets)), np.ones(len(targets), dtype=bool)
+
+    def of(kept: Bools) -> Bools:
+        own: Bools = np.concatenate([[True], kept])[environment]
+        return own
+
     for share in COMPONENTS:
         n = round(share * q)
-        if p < n <= y.shape[1] and n != q:
-            yield y[:, :n], environment, targets, context
-    y = y[:, :q]
+        if p < n <= most and n != q:
+            yield n, of(every), every
     sizes = np.bincount(targets)
     place = np.array([int((targets[:c] == target).sum()) for c, target in enumerate(targets)])  # within its program
     for left_out in range(min(MAX_LEFT_OUT, int(sizes.max()))):
         kept = (place != left_out) | (sizes[targets] == 1)
-        yield _without(y, environment, targets, context, kept)
+        yield q, of(kept), kept
     if guide is not None:
         half = np.zeros(len(guide), dtype=np.int64)
         for c in range(1, len(targets) + 1):  # of the guides of one perturbation every other one
@@ -76,13 +82,6 @@ def _variants(y: Floats, q: int, screen: tuple[Ints, Ints, Ints | None], guide: 
             half[own] = np.unique(guide[own], return_inverse=True)[1] % 2
         for side in (0, 1):
             own = (environment == 0) | (half == side)
-            there = np.bincount(environment[own], minlength=len(targets) + 1)[1:] > 1
-            if len(np.unique(targets[there])) == p:
-                yield _without(y[own], environment[own], targets, None if context is None else context[own], there)
-
-
-def _without(y: Floats, environment: Ints, targets: Ints, context: Ints | None, kept: Bools) -> Variant:
-    """The perturbations ``kept`` (K,) alone, numbered again."""
-    number = np.concatenate([[0], np.where(kept, np.cumsum(kept), -1)])[environment]
-    own = number >= 0
-    return y[own], number[own], targets[kept], None if context is None else context[own]
+            kept = np.bincount(environment[own], minlength=len(targets) + 1)[1:] > 1
+            if len(np.unique(targets[kept])) == p:
+                yield q, own & of(kept), kept

@@ -36,25 +36,25 @@ def ordering(screen: Screen) -> Ordering:
 
 
 def test_support_counts_replicates_that_find_the_pair_and_the_edge_again(screen: Screen, ordering: Ordering) -> None:
-    found = with_support(ordering, *screen, n=6, seed=0, threads=1)
+    found = with_support(ordering, ordering.exogenous(screen[0]), *screen[1:], n=6, seed=0, threads=1)
     assert found.ancestor[0, 1] >= 5 / 6 and found.support[0, 1] >= 5 / 6
     assert (found.support <= found.ancestor).all()  # an edge is declared between programs whose order is shown
     others = ~np.eye(3, dtype=bool)
     others[0, 1] = False
     assert found.ancestor[others].max() <= 1 / 6
     assert np.allclose(found.ancestor * 6, np.round(found.ancestor * 6))
-    again = with_support(ordering, *screen, n=6, seed=0, threads=2)
+    again = with_support(ordering, ordering.exogenous(screen[0]), *screen[1:], n=6, seed=0, threads=2)
     np.testing.assert_array_equal(again.ancestor, found.ancestor)
 
 
 def test_support_follows_the_programs_into_another_order(screen: Screen, ordering: Ordering) -> None:
-    found = with_support(ordering, *screen, n=2, seed=1, threads=1)
+    found = with_support(ordering, ordering.exogenous(screen[0]), *screen[1:], n=2, seed=1, threads=1)
     moved = found.reordered(np.array([2, 0, 1]))
     assert moved.ancestor[1, 2] == found.ancestor[0, 1] and moved.support[1, 2] == found.support[0, 1]
 
 
 def test_without_replicates_support_is_unknown(screen: Screen, ordering: Ordering) -> None:
-    found = with_support(ordering, *screen, n=0, seed=0, threads=1)
+    found = with_support(ordering, ordering.exogenous(screen[0]), *screen[1:], n=0, seed=0, threads=1)
     assert np.isnan(found.ancestor).all() and np.isnan(found.support).all()
 
 
