@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from sklearn.decomposition import PCA
 
 from crlseq.data import splits
@@ -36,8 +37,8 @@ def principal_components(data: PerturbSeqData, n_components: int, seed: int) -> 
     else:
         pca = PCA(q, svd_solver="full").fit(data.dense(cells))  # which ARPACK cannot: all components
     scores = np.empty((data.x.shape[0], q), dtype=np.float32)
-    start = 0
-    for own in mapped(partial(_scores, data.x, pca), data.pieces(np.arange(len(scores)))):
+    pieces, start = data.pieces(np.arange(len(scores))), 0
+    for own in mapped(partial(_scores, data.x, pca), pieces, torch.get_num_threads()):
         scores[start : start + len(own)] = own
         start += len(own)
     adjusted = scores if data.adjustment is None else data.adjustment.for_tests(scores)
