@@ -12,9 +12,7 @@ that, or before what looks like that, are doubled. `read_csv` undoes this too.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -52,30 +50,36 @@ def write_rows(path: Path, table: pd.DataFrame) -> None:
 
 
 def _pieces(table: pd.DataFrame) -> Iterator[bytes]:
+    # Without `pandas.DataFrame.to_csv`, which takes twice as long for the same bytes.
     text = table.select_dtypes(exclude="number").columns
     columns = [_defused(table[name]) if name in text else table[name] for name in table]
     for start in range(0, max(len(table), 1), ROWS):
-        lines = StringIO()
-        writer = csv.writer(lines, lineterminator="\n")  # in half the time that pandas takes around it
-        if start == 0:
-            writer.writerow(table.columns)
+        lines = [] if start else [",".join(_quoted(str(name)) for name in table)]
         fields = (_fields(column.iloc[start : start + ROWS]) for column in columns)
-        writer.writerows(zip(*fields, strict=True))
-        yield lines.getvalue().encode()
+        lines += [line or '""' for line in map(",".join, zip(*fields, strict=True))]  # an empty line would be no row
+        yield "\n".join([*lines, ""]).encode()
 
 
-def _fields(column: pd.Series) -> list[Any]:
-    """Values as the writer takes them: None is empty, and of a number it writes what tells it from others of its type."""
-    fields = column.to_list() if column.dtype in (float, object) else list(column.array)
+def _fields(column: pd.Series) -> list[str]:
+    """Texts, and of numbers the shortest that tells them from others of their type; empty where there is none."""
+    if column.dtype == object:
+        fields = column.to_list()
+    else:
+        fields = [*map(repr, column.to_list())] if column.dtype == float else [*map(str, column.array)]
     for i in np.flatnonzero(column.isna()):
-        fields[i] = None
+        fields[i] = ""
     return fields
 
 
 def _defused(column: pd.Series) -> pd.Series:
     codes, names = pd.factorize(column)  # each name once, however often it is there
     safe = pd.Series(map(reversibly_escaped, map(str, names)), dtype=str).str.replace(FORMULA, "'", regex=True)
-    return pd.Series(safe.reindex(codes).to_numpy(), column.index, dtype=object)
+    return pd.Series(safe.map(_quoted).reindex(codes).to_numpy(), column.index, dtype=object)
+
+
+def _quoted(text: str) -> str:
+    """A field, in quotes where it must be."""
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\r\n') else text
 
 
 def read_csv(path: Path, columns: Mapping[str, type], later: Mapping[str, type] | None = None) -> pd.DataFrame:
