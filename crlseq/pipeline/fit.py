@@ -383,7 +383,11 @@ def _write(job: Job, read: tuple[State, str], run: FittedRun, folder: Path) -> N
     """Step 6: all files of the run, whose input was `read` in that state; the folder takes its place after that."""
     job.progress.stage(WRITING)
     # Numbers become text on one thread, while another computes what the cells get.
-    writers = partial(run.write_tables, folder), partial(run.write_h5ad, job.source, folder / "crlseq.h5ad")
+    writers = (
+        partial(run.write_tables, folder),
+        partial(run.write_h5ad, job.source, folder / "crlseq.h5ad"),
+        partial(write_report, run, folder / "report.html"),
+    )
     list(in_parallel(lambda write: write(), writers, torch.get_num_threads()))
     assert run.weights is not None
     save_weights(folder / "model.safetensors", *run.weights)
@@ -392,5 +396,4 @@ def _write(job: Job, read: tuple[State, str], run: FittedRun, folder: Path) -> N
     refuse_changed(job.source, *read)
     if run.map is not None:
         write_h5ad(run.map.to_anndata(), folder / EMBEDDINGS, "gzip")
-    write_report(run, folder / "report.html")
     previous_of(folder / "resume.pt").unlink(missing_ok=True)
