@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -71,10 +73,15 @@ def fit(
     with joined() as ranks:  # what is wrong with the options is then reported by one process
         settings = read_config(given, preset, config)
         with shown(settings, quiet or ranks.rank > 0) as progress:  # before the imports, which take seconds
+            first = "crlseq.pipeline.fit" not in sys.modules
+            gc.disable()  # imports leave no garbage, and to look for it takes a quarter of their time
             from crlseq.pipeline.fit import fit as fit_screen
             from crlseq.pipeline.fit import take_part
             from crlseq.run.findings import doubts, told
 
+            if first:
+                gc.freeze()  # nor is what they made looked through later
+            gc.enable()
             if ranks.rank > 0:
                 take_part(file, settings, ranks)
                 return

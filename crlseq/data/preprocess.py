@@ -11,12 +11,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import torch
 
 from crlseq.config import DataConfig
 from crlseq.data.matrix import Screen
 from crlseq.data.names import GeneNames
 from crlseq.data.values import MAX_LOG, Scan, Values
 from crlseq.errors import InputError, nearest
+from crlseq.threads import counted, in_parallel
 
 MIN_COMMON = 0.5  # share of the fitted genes below which a file is another measurement
 ROWS = 4096  # cells normalised at once
@@ -258,8 +260,9 @@ def load(screen: Screen, record: Preprocessing, n_values: int) -> sp.csr_matrix 
     data = np.empty(n_values if sparse else 0, dtype=np.float32)
     indices = np.empty(len(data), dtype=np.int32)
     start = np.zeros(screen.n_cells + 1, dtype=np.int64)
-    for rows, block in screen.blocks():
-        part = record.expression(block, place)
+    reader, stretches = screen.reader, screen.stretches()
+    parts = in_parallel(lambda rows: record.expression(reader[rows], place), stretches, torch.get_num_threads())
+    for rows, part in zip(counted(stretches, len(stretches)), parts, strict=True):
         if not sparse:
             dense[rows] = part.toarray()
             continue

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
-from sklearn.decomposition import PCA
+import scipy.sparse as sp
+import torch
+from scipy.sparse.linalg import LinearOperator, svds
 
 from crlseq.data import splits
 from crlseq.data.cluster import mapped
@@ -31,18 +36,48 @@ def principal_components(data: PerturbSeqData, n_components: int, seed: int) -> 
     if len(cells) > MAX_CELLS:
         cells = np.sort(np.random.default_rng([seed, 2]).choice(cells, MAX_CELLS, replace=False))
     q = min(n_components, data.n_genes, len(cells) - 1)
+    center = data.moments(cells)[0].astype(np.float32)
     if q < min(data.n_genes, len(cells)):
-        pca = PCA(q, svd_solver="arpack", random_state=seed).fit(data.x[cells])  # leaves a sparse matrix sparse
-    else:
-        pca = PCA(q, svd_solver="full").fit(data.dense(cells))  # which ARPACK cannot: all components
+        axes = _leading(data.x[cells], center, q, seed)
+    else:  # which ARPACK cannot: all components
+        axes = np.linalg.svd(data.dense(cells) - center, full_matrices=False)[2][:q]
+    axes *= np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1))
     scores = np.empty((data.x.shape[0], q), dtype=np.float32)
-    start = 0
-    for own in mapped(partial(_scores, data.x, pca), data.pieces(np.arange(len(scores)))):
+    pieces, start = data.pieces(np.arange(len(scores))), 0
+    for own in mapped(partial(_scores, data.x, center, axes), pieces, torch.get_num_threads()):
         scores[start : start + len(own)] = own
         start += len(own)
     adjusted = scores if data.adjustment is None else data.adjustment.for_tests(scores)
-    return Projection(scores, pca.mean_.astype(np.float64), pca.components_.T.astype(np.float64), adjusted)
+    return Projection(scores, center.astype(np.float64), axes.T.astype(np.float64), adjusted)
 
 
-def _scores(x: Expression, pca: PCA, cells: np.ndarray) -> np.ndarray:
-    return np.asarray(pca.transform(x[cells]), dtype=np.float32)
+def _leading(x: sp.csr_matrix | np.ndarray, center: np.ndarray, q: int, seed: int) -> np.ndarray:
+    """Leading axes (q, genes) of cells about their `center` (genes,) by Lanczos steps, which leave a sparse matrix sparse.
+
+    Threads share the rows, those of the transpose too: no sum depends on how many there are.
+    """
+    threads = torch.get_num_threads()
+
+    def shared(matrix: sp.csr_matrix | np.ndarray) -> list[Any]:
+        edges = np.linspace(0, matrix.shape[0], threads + 1).astype(int)
+        return [matrix[start:stop] for start, stop in pairwise(edges)]
+
+    cells, genes = shared(x), shared(sp.csr_matrix(x.T) if sp.issparse(x) else x.T)
+    with ThreadPoolExecutor(threads) as pool:
+
+        def product(parts: list[Any], v: np.ndarray) -> np.ndarray:
+            return np.concatenate([*pool.map(lambda part: part @ v, parts)])
+
+        def forward(v: np.ndarray) -> np.ndarray:
+            return np.asarray(product(cells, v) - center @ v)
+
+        def back(u: np.ndarray) -> np.ndarray:
+            return np.asarray(product(genes, u) - np.multiply.outer(center, u.sum(0)))
+
+        centred = LinearOperator(x.shape, dtype=x.dtype, matvec=forward, matmat=forward, rmatvec=back, rmatmat=back)
+        start = np.random.RandomState(seed).uniform(-1, 1, min(x.shape))
+        return np.asarray(svds(centred, q, v0=start)[2][::-1])
+
+
+def _scores(x: Expression, center: np.ndarray, axes: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    return np.asarray(x[cells] @ axes.T - center @ axes.T, dtype=np.float32)

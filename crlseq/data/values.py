@@ -23,6 +23,7 @@ from typing import NamedTuple
 import anndata as ad
 import numpy as np
 import scipy.sparse as sp
+import torch
 
 from crlseq.config import DataConfig
 from crlseq.data.cluster import mapped
@@ -107,7 +108,7 @@ def scan_block(block: sp.csr_matrix) -> Part:
 def scan(screen: Screen) -> Scan:
     """One pass over the matrix in blocks; InputError at the first NaN or infinite value, with its cell and gene."""
     found, stretches = Scan.of(screen), screen.stretches()
-    parts = mapped(partial(_scanned, screen.reader), stretches)
+    parts = mapped(partial(_scanned, screen.reader), stretches, torch.get_num_threads())
     for rows, part in zip(counted(stretches, len(stretches)), parts, strict=True):
         found.add(screen, rows, part)
     return found

@@ -223,7 +223,10 @@ def _whitening(information: Floats, spread: Floats) -> Floats:
 
 def dispersion(counts: Floats | sp.csr_matrix) -> float:
     """Common NB dispersion by moments: the lower quartile over genes, since biology only adds variance."""
-    size, rate = _relative(sp.csr_matrix(counts, dtype=np.float64))
+    return _dispersion(*_relative(sp.csr_matrix(counts, dtype=np.float64)))
+
+
+def _dispersion(size: Floats, rate: sp.csr_matrix) -> float:
     mean, variance = _moments_by_gene(rate, np.zeros(rate.shape[1]))
     used = mean > 0.1
     if not used.any():
@@ -256,8 +259,8 @@ def _select(counts: sp.csr_matrix, n_components: int) -> tuple[sp.csr_matrix, np
     del counts  # each copy is as large as the cells
     if (x.getnnz(1) == 0).any():  # a cell without any of these genes has no size, and says nothing about loadings
         x = x[x.getnnz(1) > 0]
-    alpha = dispersion(x)
-    _, rate = _relative(x)
+    size, rate = _relative(x)
+    alpha = _dispersion(size, rate)
     mean = np.asarray(rate.mean(0)).ravel()
     weight = _residual_weight(mean, alpha)
     residual, zeros = rate, np.clip(-weight, -6, 6)

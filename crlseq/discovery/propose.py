@@ -155,15 +155,17 @@ def _k_lines(
     projection = (shifts @ lines.transpose(1, 2)) ** 2  # (T, K, p)
     length = (shifts**2).sum(1)
     for _ in range(rounds):
-        assigned = torch.nn.functional.one_hot(together(projection).argmax(2), lines.shape[1]).to(DTYPE)
+        assigned = torch.nn.functional.one_hot(together(projection).argmax(2), lines.shape[1]).to(DTYPE).transpose(1, 2)
         for _ in range(3):  # power steps towards each line's leading direction, from where it was
-            new = (assigned * (shifts @ lines.transpose(1, 2))).transpose(1, 2) @ shifts
+            # As two large products: a batch of small ones takes twice as long.
+            along = assigned * (lines.flatten(0, 1) @ shifts.T).view(*lines.shape[:2], -1)
+            new = (along.flatten(0, 1) @ shifts).view_as(lines)
             new = new / new.norm(dim=2, keepdim=True).clamp_min(1e-9)
             change = 1 - (new * lines).sum(2).abs().min()
             lines = new
         worst = shifts[(length - projection.max(2).values).argmax(1)]  # an empty line takes the worst explained
         worst = worst / worst.norm(dim=1, keepdim=True).clamp_min(1e-9)
-        lines = torch.where((assigned.sum(1) == 0)[..., None], worst[:, None], lines)
+        lines = torch.where((assigned.sum(2) == 0)[..., None], worst[:, None], lines)
         projection = (shifts @ lines.transpose(1, 2)) ** 2
         if change < 1e-9:
             break

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from crlseq.storage.files import refuse_existing
 from crlseq.storage.hdf5 import write_h5ad
 from crlseq.storage.runfolder import COMBINATIONS, EMBEDDINGS, GENE_SETS, move_into_place, refuse_output, working_folder
 from crlseq.storage.stage_cache import StageCache
-from crlseq.threads import on_threads, one_blas_thread, reporting
+from crlseq.threads import in_parallel, on_threads, one_blas_thread, reporting
 from crlseq.training.device import computed_on, resolve_device
 from crlseq.training.distributed import ALONE, Ranks
 from crlseq.training.extrapolation import Extrapolation, fit_extrapolation
@@ -381,14 +382,18 @@ def _extrapolation(fitted: Fit, data: PerturbSeqData, table: Embeddings) -> Extr
 def _write(job: Job, read: tuple[State, str], run: FittedRun, folder: Path) -> None:
     """Step 6: all files of the run, whose input was `read` in that state; the folder takes its place after that."""
     job.progress.stage(WRITING)
-    run.write_tables(folder)
+    # Numbers become text on one thread, while another computes what the cells get.
+    writers = (
+        partial(run.write_tables, folder),
+        partial(run.write_h5ad, job.source, folder / "crlseq.h5ad"),
+        partial(write_report, run, folder / "report.html"),
+    )
+    list(in_parallel(lambda write: write(), writers, torch.get_num_threads()))
     assert run.weights is not None
     save_weights(folder / "model.safetensors", *run.weights)
     if run.law is not None:
         save_law(folder / COMBINATIONS, run.law)
-    run.write_h5ad(job.source, folder / "crlseq.h5ad")
     refuse_changed(job.source, *read)
     if run.map is not None:
         write_h5ad(run.map.to_anndata(), folder / EMBEDDINGS, "gzip")
-    write_report(run, folder / "report.html")
     previous_of(folder / "resume.pt").unlink(missing_ok=True)

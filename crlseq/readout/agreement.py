@@ -9,6 +9,7 @@ perturbation targets are left out.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy.stats import norm
 
 from crlseq.data import splits
@@ -18,6 +19,7 @@ from crlseq.discovery.effects import benjamini_hochberg
 from crlseq.readout.programs import Interventions, Programs
 from crlseq.run.columns import AGREEMENT
 from crlseq.run.schema import DETECTABLE_FDR
+from crlseq.threads import in_parallel
 
 LEAST, MOST = 0.5, 2.0  # measured over told effect, along it: beyond, the program is not what the perturbation does
 
@@ -46,27 +48,33 @@ def effect_agreement(
             product[target[k]] += weight * change
             spread[target[k]] += weight**2 * noise
             square[target[k]] += weight * strength[k]
-    for k, own in alone.items():
-        if target[k] < 0:
-            continue
-        change, noise, shared = mean_effect(data, own, controls)
+
+    def told_of(k: int) -> tuple[float, float, float]:
+        """``explained``, ``agrees`` and ``agrees_se`` of a perturbation."""
+        explained, agrees, error_of = np.full(3, np.nan)
+        change, noise, shared = mean_effect(data, alone[k], controls)
         told = strength[k] * programs.total_effect[target[k]]
         known = ~np.isnan(told)
         size = float((change**2 - noise - shared)[known].sum())
         if size > 0:
             # What of the noise is in the program, too, is no effect.
-            found["explained"][k] = min(float((change**2 - (change - told) ** 2)[known].sum()) / size, 1.0)
-        weight = len(own) * strength[k] * _tells(data, k)
+            explained = min(float((change**2 - (change - told) ** 2)[known].sum()) / size, 1.0)
+        weight = len(alone[k]) * strength[k] * _tells(data, k)
         others = square[target[k]] - weight * strength[k]
         factor = np.divide(strength[k] * _tells(data, k), others, out=np.zeros_like(told), where=others > 0)
         told = (product[target[k]] - weight * change) * factor
         error = (spread[target[k]] - weight**2 * noise).clip(0.0) * factor**2  # of what others tell, in its squares too
         length = float(told @ told - error.sum())
         if length > float(error.sum()):
-            groups = (data.x[own], len(own)), (some_controls, len(cells[0]))
+            groups = (data.x[alone[k]], len(alone[k])), (some_controls, len(cells[0]))
             along = [float((x @ told.astype(np.float32)).var(ddof=1, dtype=np.float64)) / n for x, n in groups]
             along.append(float((change**2 * error).sum()))
-            found["agrees"][k], found["agrees_se"][k] = float(change @ told) / length, np.sqrt(sum(along)) / length
+            agrees, error_of = float(change @ told) / length, np.sqrt(sum(along)) / length
+        return explained, agrees, error_of
+
+    chosen = [k for k in alone if target[k] >= 0]
+    for k, row in zip(chosen, in_parallel(told_of, chosen, torch.get_num_threads()), strict=True):
+        found["explained"][k], found["agrees"][k], found["agrees_se"][k] = row
     beyond = np.maximum(LEAST - found["agrees"], found["agrees"] - MOST) / found["agrees_se"]
     fdr = benjamini_hochberg(norm.sf(beyond))
     found["disagrees"] = np.where(np.isnan(beyond), np.nan, (fdr <= DETECTABLE_FDR).astype(float))

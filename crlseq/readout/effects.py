@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.stats import t
 
 from crlseq.data import splits
@@ -21,6 +22,7 @@ from crlseq.readout.arms import Genome, arm_rows, arm_table
 from crlseq.readout.programs import Interventions, Programs
 from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.tables import significant
+from crlseq.threads import in_parallel
 
 MOST_ROWS = 1_000_000  # of the table: of a larger screen it has those that are significant, and own transcripts
 # Cells that the control cells' variance counts as beside the perturbation's own: a few cells that all lack a transcript
@@ -64,16 +66,20 @@ def effect_table(
     n = len(data.perturbation_names)
     knock_down = {name: np.full(n, np.nan) for name in ("knock_down", "knock_down_se")}
     parts, genome, losses = [], Genome.of(data), list[dict[str, Any]]()
-    for k, own in alone.items():
-        found, target = measured_effect(data, own, controls), interventions.target[k]
+
+    def read(k: int) -> tuple[int, Effect, np.ndarray, pd.DataFrame]:
+        found, target = measured_effect(data, alone[k], controls), interventions.target[k]
+        told = np.full(data.n_genes, np.nan)
+        if target >= 0:
+            told = penetrance[k] * interventions.shift[k] * programs.total_effect[target]
+        return k, found, told, _rows(data, k, found, told, whole)
+
+    for k, found, told, rows in in_parallel(read, alone, torch.get_num_threads()):
         transcript = own_transcript(data, k, controls)
         if transcript is not None:
             knock_down["knock_down"][k] = found.log2_fold_change[transcript]
             knock_down["knock_down_se"][k] = found.log2_fold_change_se[transcript]
-        told = np.full(data.n_genes, np.nan)
-        if target >= 0:
-            told = penetrance[k] * interventions.shift[k] * programs.total_effect[target]
-        parts.append(_rows(data, k, found, told, whole))
+        parts.append(rows)
         if genome is not None:
             losses += arm_rows(data, genome, k, found.change, found.se, told)
     empty = _rows(data, 0, Effect(*np.full((5, 0), np.nan)), np.zeros(0), whole)

@@ -16,12 +16,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from crlseq.storage.files import written_whole
 from crlseq.storage.text import reversibly_escaped, unescaped
 
-ROWS = 50_000  # written at once
+ROWS = 10_000  # written at once
 FORMULA = r"^(?='*[=+@\t\r\n-])"
 DEFUSED = r"^'(?='*[=+@\t\r\n-])"
 # From pandas 3.1 on numbers are read to the last digit without being asked for.
@@ -49,17 +50,36 @@ def write_rows(path: Path, table: pd.DataFrame) -> None:
 
 
 def _pieces(table: pd.DataFrame) -> Iterator[bytes]:
+    # Without `pandas.DataFrame.to_csv`, which takes twice as long for the same bytes.
     text = table.select_dtypes(exclude="number").columns
+    columns = [_defused(table[name]) if name in text else table[name] for name in table]
     for start in range(0, max(len(table), 1), ROWS):
-        part = table.iloc[start : start + ROWS]
-        safe = part.assign(**{name: _defused(part[name]) for name in text})
-        yield safe.to_csv(index=False, header=start == 0, lineterminator="\n").encode()
+        lines = [] if start else [",".join(_quoted(str(name)) for name in table)]
+        fields = (_fields(column.iloc[start : start + ROWS]) for column in columns)
+        lines += [line or '""' for line in map(",".join, zip(*fields, strict=True))]  # an empty line would be no row
+        yield "\n".join([*lines, ""]).encode()
+
+
+def _fields(column: pd.Series) -> list[str]:
+    """Texts, and of numbers the shortest that tells them from others of their type; empty where there is none."""
+    if column.dtype == object:
+        fields = column.to_list()
+    else:
+        fields = [*map(repr, column.to_list())] if column.dtype == float else [*map(str, column.array)]
+    for i in np.flatnonzero(column.isna()):
+        fields[i] = ""
+    return fields
 
 
 def _defused(column: pd.Series) -> pd.Series:
     codes, names = pd.factorize(column)  # each name once, however often it is there
     safe = pd.Series(map(reversibly_escaped, map(str, names)), dtype=str).str.replace(FORMULA, "'", regex=True)
-    return pd.Series(safe.reindex(codes).to_numpy(), column.index, dtype=object)
+    return pd.Series(safe.map(_quoted).reindex(codes).to_numpy(), column.index, dtype=object)
+
+
+def _quoted(text: str) -> str:
+    """A field, in quotes where it must be."""
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\r\n') else text
 
 
 def read_csv(path: Path, columns: Mapping[str, type], later: Mapping[str, type] | None = None) -> pd.DataFrame:

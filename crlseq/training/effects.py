@@ -243,10 +243,10 @@ def shrink(effect: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarra
     log_likelihood = -0.5 * (d[:, None] ** 2 / variance + np.log(variance))
     likelihood = np.exp(log_likelihood - log_likelihood.max(1, keepdims=True))
     share, pseudo = np.full(len(scales), 1 / len(scales)), np.eye(len(scales))[0] * NULL_COUNT
-    for _ in range(EM_STEPS):
-        posterior = likelihood * share
-        posterior /= posterior.sum(1, keepdims=True)
-        share = (posterior.sum(0) + pseudo) / (len(d) + NULL_COUNT)
+    for _ in range(EM_STEPS - 1):  # sums of what each effect's posterior is, without forming it
+        share = (share * ((1 / (likelihood @ share)) @ likelihood) + pseudo) / (len(d) + NULL_COUNT)
+    posterior = likelihood * share
+    posterior /= posterior.sum(1, keepdims=True)
     factor = scales**2 / variance
     shrunk[known] = d * (posterior * factor).sum(1)
     second = (posterior * (factor * s[:, None] ** 2 + (factor * d[:, None]) ** 2)).sum(1)

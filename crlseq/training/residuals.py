@@ -19,7 +19,7 @@ from crlseq.data import splits
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.mean_effects import cells_alone, controls_by_batch, mean_effect, shares_of_controls
 from crlseq.model.discrepancy_vae import DiscrepancyVAE
-from crlseq.threads import counted
+from crlseq.threads import counted, in_parallel
 from crlseq.training.effects import estimate_effects
 
 SOURCE_CELLS = 500  # controls whose latents carry the effect
@@ -39,8 +39,9 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
     shares = np.zeros((len(alone), len(places)))
     # In place: of many perturbations each such array is as large as many cells.
     measured, noise = (np.empty((len(alone), data.n_genes)) for _ in range(2))
-    for k, own in enumerate(counted(alone.values(), len(alone))):
-        measured[k], noise[k], _ = mean_effect(data, own, controls)
+    changes = in_parallel(lambda own: mean_effect(data, own, controls)[:2], alone.values(), torch.get_num_threads())
+    for k, (own, change) in enumerate(zip(counted(alone.values(), len(alone)), changes, strict=True)):
+        measured[k], noise[k] = change
         for batch, part in shares_of_controls(data.batch[own], controls).items():
             shares[k, places[batch]] = part
     measured /= share

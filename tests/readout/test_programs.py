@@ -214,7 +214,10 @@ def test_virtual_cells_of_a_known_shift():
         assert found == pytest.approx(expected, abs=1e-6)
     model.penetrance.fill_(0.25)
     control = np.tile(control, (1000, 1))
-    virtual, mean = abducted(model, control, 0)(np.array([0]))
+    act = abducted(model, control, 0)
+    virtual, mean = act(np.array([0]))
+    assert act.mean(np.array([0])) == pytest.approx(mean.mean(0), abs=1e-9)
+    assert np.array_equal(act.some(np.array([5, 2]))(np.array([0]))[0], virtual[[5, 2]])
     assert (mean - control)[:, 0] == pytest.approx(0.75, abs=1e-6)
     moved = (virtual - control)[:, 0]
     assert np.allclose(moved[moved > 1], 3) and np.allclose(moved[moved < 1], 0)
