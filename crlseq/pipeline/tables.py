@@ -13,6 +13,7 @@ import torch
 from crlseq._version import __version__, package_versions
 from crlseq.config import Config
 from crlseq.data import splits
+from crlseq.data.allocator import give_back
 from crlseq.data.dataset import PerturbSeqData
 from crlseq.data.genesets import GeneSets
 from crlseq.discovery.bootstrap import Stability
@@ -69,6 +70,7 @@ def tables_of(
     dag = find_dag(model, read, config.model, discovery)
     penetrance = model.penetrance.double().numpy()
     effects, knock_down, arms = effect_table(data, read, found, penetrance)
+    give_back()  # its rows lie scattered among much more that was freed
     agreed = effect_agreement(data, read, found, penetrance) | knock_down
     edge_support, target_support, program_support = _support(discovery, len(read.scale), len(found.target))
     sparse = model.decoder if isinstance(model.decoder, SparseDecoder) else None
