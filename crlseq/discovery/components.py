@@ -178,6 +178,7 @@ def count_components(
     turned = _whitening(information, products - np.outer(sums, sums) / len(cells))
     for rows in chunks:
         scores[rows] = scores[rows].astype(np.float64) @ turned
+    give_back()  # what threads freed, beside which the likelihood takes as much again
     return scores
 
 

@@ -79,6 +79,7 @@ def tables_of(
     interventions = intervention_table(data.perturbation_names, found, target_support, later, tests)
     edges = edge_table(dag.weights, dag.declared, edge_support, dag.identification.verdict)
     combined, interactions = _combined(model, data, _by_equations(model, found.target, dag), config.training.seed)
+    give_back()  # what threads freed: the cells that are compared next take as much again
     evaluation = evaluate_held_out(model, data, config.training.seed)
     pathways = None if sets is None else pathway_table(model, data, read, sets)
     numbers = {

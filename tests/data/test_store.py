@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -128,6 +129,19 @@ def test_moments_of_cells(whole: PerturbSeqData, streamed: PerturbSeqData, monke
         mean, square = data.moments(index)
         np.testing.assert_allclose(mean, x.mean(0), rtol=1e-12)
         np.testing.assert_allclose(square, (x**2).mean(0), rtol=1e-12)
+
+
+def test_moments_that_are_known_are_those_of_the_same_cells_alone(
+    whole: PerturbSeqData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "KNOWN_MOMENTS", 3 * 16 * whole.n_genes)  # of three sets of cells
+    data, sets = replace(whole), [np.arange(i, i + n) for i, n in ((0, 4), (1, 4), (0, 5), (7, 1), (7, 0))]
+    for _ in range(2):
+        for index in sets:
+            mean = data.dense(index).mean(0, dtype=float) if len(index) else np.zeros(data.n_genes)
+            np.testing.assert_allclose(data.moments(index)[0], mean, rtol=1e-12)
+    with pytest.raises(ValueError, match="read-only"):
+        data.moments(sets[0])[0][0] = 1.0
 
 
 def test_training_cells_and_their_pieces_are_runs(whole: PerturbSeqData) -> None:
