@@ -12,6 +12,8 @@ that, or before what looks like that, are doubled. `read_csv` undoes this too.
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,22 +52,21 @@ def write_rows(path: Path, table: pd.DataFrame) -> None:
 
 
 def _pieces(table: pd.DataFrame) -> Iterator[bytes]:
-    # Without `pandas.DataFrame.to_csv`, which takes twice as long for the same bytes.
+    # `pandas.DataFrame.to_csv` gives the same bytes, a little more slowly.
     text = table.select_dtypes(exclude="number").columns
     columns = [_defused(table[name]) if name in text else table[name] for name in table]
     for start in range(0, max(len(table), 1), ROWS):
-        lines = [] if start else [",".join(_quoted(str(name)) for name in table)]
-        fields = (_fields(column.iloc[start : start + ROWS]) for column in columns)
-        lines += [line or '""' for line in map(",".join, zip(*fields, strict=True))]  # an empty line would be no row
-        yield "\n".join([*lines, ""]).encode()
+        lines = io.StringIO(newline="")
+        writer = csv.writer(lines, lineterminator="\n")
+        if not start:
+            writer.writerow(table.columns)
+        writer.writerows(zip(*(_fields(column.iloc[start : start + ROWS]) for column in columns), strict=True))
+        yield lines.getvalue().encode()
 
 
-def _fields(column: pd.Series) -> list[str]:
-    """Texts, and of numbers the shortest that tells them from others of their type; empty where there is none."""
-    if column.dtype == object:
-        fields = column.to_list()
-    else:
-        fields = [*map(repr, column.to_list())] if column.dtype == float else [*map(str, column.array)]
+def _fields(column: pd.Series) -> list[Any]:
+    """Values, those that are missing empty; `str` of a float32 tells it from others of its type."""
+    fields = [*map(str, column.array)] if column.dtype == np.float32 else column.to_list()
     for i in np.flatnonzero(column.isna()):
         fields[i] = ""
     return fields
@@ -74,12 +75,7 @@ def _fields(column: pd.Series) -> list[str]:
 def _defused(column: pd.Series) -> pd.Series:
     codes, names = pd.factorize(column)  # each name once, however often it is there
     safe = pd.Series(map(reversibly_escaped, map(str, names)), dtype=str).str.replace(FORMULA, "'", regex=True)
-    return pd.Series(safe.map(_quoted).reindex(codes).to_numpy(), column.index, dtype=object)
-
-
-def _quoted(text: str) -> str:
-    """A field, in quotes where it must be."""
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\r\n') else text
+    return pd.Series(safe.reindex(codes).to_numpy(), column.index, dtype=object)
 
 
 def read_csv(path: Path, columns: Mapping[str, type], later: Mapping[str, type] | None = None) -> pd.DataFrame:
