@@ -21,6 +21,7 @@ Ints = NDArray[np.int64]
 MAYBE = 1.5  # standard errors from which a pair may be a link of a chain
 DIFFER_FDR = 0.05  # of pairs that differ between contexts
 BEFORE = 1e6  # likely pairs are ordered before those
+COPIED = 1 << 27  # bytes of cells that replicates draw at the same time, at most
 
 
 @cached_on_disk()
@@ -174,6 +175,7 @@ def with_support(
         pairs = judge_pairs(found)
         return np.stack([_direct(found, pairs)[1], pairs.have("upstream")])
 
+    threads = max(1, min(threads, COPIED // max(x.nbytes, 1)))
     again = list(counted(in_parallel(replicate, range(n), threads), n))
     if not again:
         return ordering
