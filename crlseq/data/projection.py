@@ -36,9 +36,10 @@ def principal_components(data: PerturbSeqData, n_components: int, seed: int) -> 
     if len(cells) > MAX_CELLS:
         cells = np.sort(np.random.default_rng([seed, 2]).choice(cells, MAX_CELLS, replace=False))
     q = min(n_components, data.n_genes, len(cells) - 1)
-    center = data.moments(cells)[0].astype(np.float32)
+    rows = data.x[cells]
+    center = rows.mean(0) if isinstance(rows, np.ndarray) else data.moments(cells)[0].astype(np.float32)
     if q < min(data.n_genes, len(cells)):
-        axes = _leading(data.x[cells], center, q, seed)
+        axes = _leading(rows, center, q, seed)
     else:  # which ARPACK cannot: all components
         axes = np.linalg.svd(data.dense(cells) - center, full_matrices=False)[2][:q]
     axes *= np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1))
@@ -56,13 +57,15 @@ def _leading(x: sp.csr_matrix | np.ndarray, center: np.ndarray, q: int, seed: in
 
     Threads share the rows, those of the transpose too: no sum depends on how many there are.
     """
-    threads = torch.get_num_threads()
+    threads, v0 = torch.get_num_threads(), np.random.RandomState(seed).uniform(-1, 1, min(x.shape))
+    if isinstance(x, np.ndarray):
+        return np.asarray(svds(x - center, q, v0=v0)[2][::-1])
 
-    def shared(matrix: sp.csr_matrix | np.ndarray) -> list[Any]:
+    def shared(matrix: sp.csr_matrix) -> list[Any]:
         edges = np.linspace(0, matrix.shape[0], threads + 1).astype(int)
         return [matrix[start:stop] for start, stop in pairwise(edges)]
 
-    cells, genes = shared(x), shared(sp.csr_matrix(x.T) if sp.issparse(x) else x.T)
+    cells, genes = shared(x), shared(sp.csr_matrix(x.T))
     with ThreadPoolExecutor(threads) as pool:
 
         def product(parts: list[Any], v: np.ndarray) -> np.ndarray:
@@ -75,8 +78,7 @@ def _leading(x: sp.csr_matrix | np.ndarray, center: np.ndarray, q: int, seed: in
             return np.asarray(product(genes, u) - np.multiply.outer(center, u.sum(0)))
 
         centred = LinearOperator(x.shape, dtype=x.dtype, matvec=forward, matmat=forward, rmatvec=back, rmatmat=back)
-        start = np.random.RandomState(seed).uniform(-1, 1, min(x.shape))
-        return np.asarray(svds(centred, q, v0=start)[2][::-1])
+        return np.asarray(svds(centred, q, v0=v0)[2][::-1])
 
 
 def _scores(x: Expression, center: np.ndarray, axes: np.ndarray, cells: np.ndarray) -> np.ndarray:
