@@ -24,6 +24,7 @@ from crlseq.run.schema import DETECTABLE_FDR
 from crlseq.run.tables import significant
 from crlseq.threads import in_parallel
 
+JOINED = 200  # perturbations: rows of single ones, among much that is freed, keep several times their room
 MOST_ROWS = 1_000_000  # of the table: of a larger screen it has those that are significant, and own transcripts
 # Cells that the control cells' variance counts as beside the perturbation's own: a few cells that all lack a transcript
 # do not vary, and are not certain. With 20, 0.05 and 0.001 are kept by groups of 2 to 100 control cells of four screens.
@@ -65,7 +66,7 @@ def effect_table(
     whole = len(alone) * data.n_genes <= MOST_ROWS
     n = len(data.perturbation_names)
     knock_down = {name: np.full(n, np.nan) for name in ("knock_down", "knock_down_se")}
-    parts, genome, losses = [], Genome.of(data), list[dict[str, Any]]()
+    parts, few, genome, losses = [], [], Genome.of(data), list[dict[str, Any]]()
 
     def read(k: int) -> tuple[int, Effect, np.ndarray, pd.DataFrame]:
         found, target = measured_effect(data, alone[k], controls), interventions.target[k]
@@ -79,11 +80,15 @@ def effect_table(
         if transcript is not None:
             knock_down["knock_down"][k] = found.log2_fold_change[transcript]
             knock_down["knock_down_se"][k] = found.log2_fold_change_se[transcript]
-        parts.append(rows)
+        few.append(rows)
+        if len(few) == JOINED:
+            parts.append(pd.concat(few, ignore_index=True))
+            few.clear()
         if genome is not None:
             losses += arm_rows(data, genome, k, found.change, found.se, told)
     empty = _rows(data, 0, Effect(*np.full((5, 0), np.nan)), np.zeros(0), whole)
-    return pd.concat(parts or [empty], ignore_index=True), knock_down, None if genome is None else arm_table(losses)
+    parts = [*parts, *few] or [empty]
+    return pd.concat(parts, ignore_index=True), knock_down, None if genome is None else arm_table(losses)
 
 
 def _rows(data: PerturbSeqData, k: int, found: Effect, told: np.ndarray, whole: bool) -> pd.DataFrame:

@@ -50,6 +50,7 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
     shares = shares[:, used]
     control_noise = np.stack([spread / n for _, spread, n in controls.values()])[used]
     found = estimate_effects(measured, noise, shares / share, control_noise)
+    del measured, noise
     some = np.sort(np.random.default_rng([seed, 8]).choice(cells[0], min(SOURCE_CELLS, len(cells[0])), replace=False))
     left, squared = found.effect, np.square(found.error, out=found.error)
     _take_latents(left, model, data.dense(some), perturbations)
