@@ -85,7 +85,7 @@ def without_guards() -> Iterator[Any]:
     yield patch.object(pairs, "left_by_controls", lambda found: np.full_like(found.e, np.inf))
     yield patch.object(pairs, "_beside_unchanged", lambda found, z: np.ones_like(z, dtype=bool))
     yield patch.object(pairs, "_not_chosen", lambda found: np.ones_like(found.e, dtype=bool))
-    yield patch.object(pairs, "modulated", lambda found: (np.zeros_like(found.e), 0.0))
+    yield patch.object(pairs, "modulated", lambda ratio, seen: (np.zeros_like(ratio), 0.0))
 
 
 def without_control_variates() -> Iterator[Any]:

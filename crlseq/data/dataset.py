@@ -167,7 +167,7 @@ class PerturbSeqData:
         return [index[start : start + ROWS] for start in range(0, len(index), ROWS)]
 
     def moments(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and mean square (genes,) of cells, in float64; not to be written to."""
+        """Mean and mean square (genes,) of cells, in float64."""
         known, cells = self._known_moments, blake2b(index.tobytes(), digest_size=16).digest()
         sums = known.get(cells)
         if sums is None:
@@ -175,10 +175,10 @@ class PerturbSeqData:
             for own in mapped(partial(_sums, self.x), self.pieces(index)):
                 sums += own
             sums /= max(len(index), 1)
-            sums.flags.writeable = False
             if (len(known) + 1) * sums.nbytes <= KNOWN_MOMENTS:
                 known[cells] = sums
-        return sums[0], sums[1]
+        mean, square = sums.copy()
+        return mean, square
 
     @cached_property
     def _known_moments(self) -> dict[bytes, np.ndarray]:

@@ -10,6 +10,8 @@ from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.nonlinear import NonlinearSolution, fit_nonlinear
 from crlseq.storage.stage_cache import cached_on_disk
 
+EXPLAINED = 0.9
+
 
 def misfit_of_equations(solution: NonlinearSolution, values: Tensor, environment: Tensor, n_parameters: int) -> Misfit:
     """Misfit of the residuals, which are independent, standard normal and centred in each environment if it is 1."""
@@ -36,8 +38,9 @@ def prefers_nonlinear(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],
     """Nonlinear against linear equations under shifts, fitted to ``train``, compared on ``test`` (values, environment).
 
     Chosen if the held-out log-likelihood per cell gains more than two standard errors and the equations explain
-    more than half of the misfit of the linear ones beyond chance. The second guards against a nonlinear mixing, which
-    bends components everywhere, so that any ReLU gains, but which no sparse DAG of ReLUs explains. What cannot be
+    `EXPLAINED` of the misfit of the linear ones beyond 1. The second guards against a nonlinear mixing, which
+    bends components everywhere, so that any ReLU gains, but which no sparse DAG of ReLUs explains, and against background,
+    of which a fit may explain half by chance of where it starts; where the equations hold 1 to 2 % are left. What cannot be
     fitted (constant or collinear components, environments without cells) keeps linear equations.
     """
     try:
@@ -52,6 +55,6 @@ def prefers_nonlinear(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],
     except (ValueError, RuntimeError):  # torch's errors of singular matrices are RuntimeErrors
         return Preference(False, 0.0, math.nan, None, None)
     gain, error_of_gain = float(difference.mean()), float(difference.std() / math.sqrt(max(1, len(difference))))
-    explains = math.isfinite(after.error) and after.value - 1 < 0.5 * (before.value - 1)
+    explains = math.isfinite(after.error) and after.value - 1 < (1 - EXPLAINED) * (before.value - 1)
     chosen = bool(edges and gain > 2 * error_of_gain and explains)
     return Preference(chosen, gain, error_of_gain, after, nonlinear)

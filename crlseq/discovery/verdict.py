@@ -174,7 +174,7 @@ def judge_nonlinear(gain: float, error: float) -> Verdict:
     """The verdict on nonlinear equations under shifts, by their gain in log-likelihood over linear ones and its error."""
     return Verdict(
         "ancestry only",
-        f"Nonlinear equations predict held-out cells better than linear ones (gain {gain:.0f} ± {error:.0f} log-likelihood units) and explain most of their misfit. If expression is linear in the programs, shifts then identify ancestry.",
+        f"Nonlinear equations predict held-out cells better than linear ones (gain {gain:.0f} ± {error:.0f} log-likelihood units) and explain at least 90% of their misfit. If expression is linear in the programs, shifts then identify ancestry.",
     )
 
 

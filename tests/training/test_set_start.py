@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -84,7 +86,7 @@ def test_constant_genes_have_no_say(sparse: tuple[PerturbSeqData, np.ndarray, np
     data, cells, z = sparse
     x = np.array(data.dense(np.arange(len(data.split))))
     x[:, OWN[LOST]] = 3.0
-    flat = PerturbSeqData(**{**vars(data), "x": x})
+    flat = replace(data, x=x)
     model = made_of(flat, members_of(OWN[LOST], OWN[1], OWN[2]))
     left = start_from_sets(model.encoder, flat, cells, z)
     assert np.isfinite(left).all() and left[LOST] > 0.95 * z[:, LOST].var()
