@@ -58,7 +58,8 @@ def measure_missed(model: DiscrepancyVAE, data: PerturbSeqData, seed: int) -> No
     left -= common
     squared -= common_squared
     model.residual[perturbations] = torch.from_numpy(left).to(model.residual)
-    model.residual_error[perturbations] = torch.from_numpy(np.sqrt(squared.clip(0.0))).to(model.residual_error)
+    error = np.sqrt(squared.clip(0.0, out=squared), out=squared)
+    model.residual_error[perturbations] = torch.from_numpy(error).to(model.residual_error)
     model.common.copy_(torch.from_numpy(common))
     model.common_error.copy_(torch.from_numpy(np.sqrt(common_squared)))
     model.control_error.copy_(torch.from_numpy(shares.mean(0) @ found.control_error))
