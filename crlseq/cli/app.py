@@ -85,9 +85,7 @@ def main() -> None:
     # OpenBLAS always do; what numpy computes is small, or divided among threads here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    atexit.register(
-        gc.freeze
-    )  # else the interpreter's last act is to look for garbage in all there is, for up to a second
+    atexit.register(gc.freeze)  # else Python ends with a search for garbage in all there is, of up to a second
     suit_streams()
     with interrupts.watched(FAREWELL):
         sys.exit(_run())

@@ -10,7 +10,7 @@ from crlseq.discovery.moments import environment_moments
 from crlseq.discovery.nonlinear import NonlinearSolution, fit_nonlinear
 from crlseq.storage.stage_cache import cached_on_disk
 
-EXPLAINED = 0.9
+EXPLAINED = 0.9  # share of the misfit
 
 
 def misfit_of_equations(solution: NonlinearSolution, values: Tensor, environment: Tensor, n_parameters: int) -> Misfit:

@@ -113,7 +113,8 @@ def _as_soft(evidence: Evidence) -> str | None:
         few = f"{_of(n, 'program')} between others {'has' if n == 1 else 'have'} one perturbation alone"
         return f"{few}, and a soft intervention looks like a hard one there"
     if n := evidence.n_around:
-        return f"{_of(n, 'edge')} around a program could as well be what soft interventions on it leave of its input"
+        goes = "edge goes" if n == 1 else "edges go"
+        return f"{n} {goes} around a program, and soft interventions on that program would look the same"
     return None
 
 

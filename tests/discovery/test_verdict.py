@@ -69,8 +69,7 @@ def test_edges_that_soft_interventions_may_stand_for_leave_ancestry() -> None:
     verdict = judge(replace(GOOD, n_around=2))
     assert verdict.answer == "ancestry only" and verdict.by_likelihood
     assert (
-        "But 2 edges around a program could as well be what soft interventions on it leave of its input"
-        in verdict.reason
+        "But 2 edges go around a program, and soft interventions on that program would look the same" in verdict.reason
     )
     assert judge(replace(GOOD, kind="soft", n_around=2)).reason == judge(replace(GOOD, kind="soft")).reason
     assert judge(replace(GOOD, n_around=1, gain=-3.0)).answer == "not identified"
