@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 
 import crlseq
 from crlseq.errors import ConvergenceError, InputError
-from crlseq.pipeline.progress import Progress
+from crlseq.pipeline.progress import Progress, _Display
 from crlseq.storage.checkpoint import load_checkpoint, mend_checkpoint, previous_of, save_checkpoint
 from crlseq.training import trainer
 from crlseq.training.learner import MAX_SLOWER, Learner
@@ -266,24 +265,41 @@ def test_a_hopeless_fit_keeps_its_history(screen_file: Path, tmp_path: Path, mon
 # --- signals at any moment, to the whole command
 
 
+def stopped_at(number: int) -> None:
+    """Makes this process wait for `signal.SIGCONT` when the stage with a number begins."""
+    show = _Display.stage
+
+    def stage(self: _Display, text: str) -> None:
+        before = self.number
+        show(self, text)
+        if before < self.number == number:
+            signal.raise_signal(signal.SIGSTOP)
+
+    _Display.stage = stage  # type: ignore[method-assign]
+
+
 def test_signals_at_any_moment_of_a_fit(screen_file: Path, tmp_path: Path) -> None:
     """Two in a row, each later into the fit; then it goes on to the end of an undisturbed one."""
     words = ["--method", "gradient", "--epochs", 12, "--batch-size", 16, "--n-latents", 2]
     succeeds("fit", screen_file, "--output", tmp_path / "whole", *words)
     fit = ["fit", screen_file, "--output", tmp_path / "RUN", *words, "--resume"]
-    for number, line in ((signal.SIGTERM, "• stage 2"), (signal.SIGKILL, "• stage 3")):
+    for number, stage in ((signal.SIGTERM, 2), (signal.SIGKILL, 3)):
         reads, writes = os.pipe()
-        child = forked(partial(os.dup2, writes, 2), *fit)
+
+        def begin(writes: int = writes, stage: int = stage) -> None:
+            os.dup2(writes, 2)
+            stopped_at(stage)
+
+        child = forked(begin, *fit)
         os.close(writes)
+        assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+        os.kill(child, number)
+        os.kill(child, signal.SIGCONT)
         with open(reads) as stderr:
-            for said in stderr:
-                if said.startswith(line):
-                    break
-            os.kill(child, number)
-            rest = stderr.read()
+            said = stderr.read()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert code == (-9 if number == signal.SIGKILL else 130), rest
-        assert "Traceback" not in rest
+        assert code == (-9 if number == signal.SIGKILL else 130), said
+        assert "Traceback" not in said
         assert not (tmp_path / "RUN").exists()
     succeeds(*fit)
     assert results(tmp_path / "RUN") == results(tmp_path / "whole")
