@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -106,10 +105,9 @@ def test_refused_is_what_anndata_cannot_write(
             refuse_unwritable(adata)
             return
         stages: list[str] = []
-        start = time.monotonic()
         with pytest.raises(InputError) as caught:
             crlseq.fit(adata, tmp_path / "RUN", progress=Progress(stage=stages.append), **FAST)
-        assert time.monotonic() - start < 1 and stages == []
+        assert stages == []
         assert caught.value.message.startswith(f"anndata cannot write {where} (")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.h5ad"] * (tmp_path / "x.h5ad").exists()
         code = re.split(r", or remove it: |: ", caught.value.hint, maxsplit=1)[1].split(", or remove it")[0]
