@@ -3,7 +3,8 @@
 A leaky ReLU of slope c satisfies relu(v) - relu(-v) = (1 + c) v, so that 2 p hidden units carry a linear map. The
 encoder regresses the latents that the likelihood found on expression, the decoder expression on the latents, and the
 structural model holds the graph, targets and interventions that were found. Without a training step this is the
-linear method; training adds what is not linear. An encoder that reads gene sets cannot be exact: see `start_from_sets`.
+linear method; training adds what is not linear. Latents that are no linear function of expression are learned before, by the
+other hidden units (`crlseq.training.curved_start`). An encoder that reads gene sets cannot be exact: see `start_from_sets`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from crlseq.model.discrepancy_vae import DiscrepancyVAE
 from crlseq.model.networks import Encoder, GeneSetLayer
 from crlseq.model.scm import LOG_SCALE_BOUND, NEGATIVE_SLOPE, LatentSCM
 from crlseq.model.sparse_decoder import SparseDecoder
+from crlseq.training.curved_start import curve
 from crlseq.training.sparse_start import Loadings, control_deviation, least_noise, mixture_prior, sparse_loadings
 
 RIDGE = 1e-6  # of the regressions, relative
@@ -69,8 +71,8 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
     if isinstance(model.decoder, SparseDecoder):
         found, discovery = _sparsify(model, discovery, data, k, train)
         _start_sparse(model.decoder, model.scm, found)
-    u = discovery.latents[k[train]]
-    z = model.scm.abduct(torch.from_numpy(u).to(model.scm.graph.dtype)).double().numpy()
+    of_cells = model.scm.abduct(torch.from_numpy(discovery.latents).to(model.scm.graph.dtype)).double()
+    u, z = discovery.latents[k[train]], of_cells[k[train]].numpy()
     p, measured = z.shape[1], np.maximum(discovery.noise, MIN_VARIANCE)
     known = measured
     if isinstance(model.encoder.hidden, GeneSetLayer):
@@ -82,6 +84,7 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
         constant = offset - projection.center @ axes
         _write(model.encoder.hidden.bias, np.concatenate([constant, -constant]))
         _linear_output(model.encoder.mean, np.eye(p), np.zeros(p))
+        curve(model.encoder, projection, discovery.index, of_cells, data.split[discovery.index] == splits.VALIDATION)
     nn.init.zeros_(model.encoder.variance.weight)
     _write(model.encoder.variance.bias, np.log(np.expm1(np.minimum(known, 1.0))))
 
@@ -95,7 +98,7 @@ def warm_start(model: DiscrepancyVAE, data: PerturbSeqData, start: WarmStart) ->
     if model.log_noise is not None:
         _write(model.log_noise, np.log(np.maximum(noise, least_noise(noise))))
     noises = np.zeros((len(data.split), p), dtype=np.float32)
-    noises[discovery.index] = model.scm.abduct(torch.from_numpy(discovery.latents).to(model.scm.graph.dtype)).numpy()
+    noises[discovery.index] = of_cells.numpy()
     hit = np.full(len(data.split), np.nan) if discovery.hit is None else discovery.hit
     return Anchor(noises, measured, hit)
 
