@@ -1,6 +1,7 @@
 """Networks trained together with a structural model of the latents, where perturbations' targets are given.
 
-Adam with a rate that rises over the first steps and falls to nothing by a cosine, on batches drawn with replacement.
+Adam with a rate that rises over the first steps and falls to nothing by a cosine, on batches drawn with replacement; one such cycle
+of a known length, or several until cells that are not learned gain no more.
 """
 
 import math
@@ -17,23 +18,60 @@ from crlseq.model.scm import LatentSCM, Mechanism
 from crlseq.threads import counted
 
 BATCH, RISE, GRADIENT_NORM = 512, 100, 10.0
+CYCLES = (500, 1000, 2000, 4000)  # steps
+GAIN = 0.01  # of a judging cell's loss, and more than `SURE` standard errors, for which a cycle is kept and a longer one follows
+SURE = 2.0
+CHUNK = 100_000  # cells whose loss is computed at a time
 FIT_STEPS = 100  # of the likelihood
 
 
 def descend(
-    loss: Callable[[Tensor], Tensor], parameters: Sequence[nn.Parameter], n: int, steps: int, rate: float, seed: int
+    loss: Callable[[Tensor], Tensor],
+    parameters: Sequence[nn.Parameter],
+    cells: Tensor,
+    steps: int,
+    rate: float,
+    seed: int,
 ) -> None:
-    """Minimise the mean of ``loss`` of cells, given as indices (BATCH,) below ``n``."""
+    """Minimise the mean of ``loss`` of cells, which takes some of the indices ``cells`` (n,)."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
     for step in counted(range(steps), steps):
         now = rate * min(1.0, (step + 1) / RISE) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = now
-        value = loss(torch.randint(n, (BATCH,), generator=generator)).mean()
+        value = loss(cells[torch.randint(len(cells), (BATCH,), generator=generator)]).mean()
         optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
         optimizer.step()
+
+
+def descend_in_cycles(
+    loss: Callable[[Tensor], Tensor], parameters: Sequence[nn.Parameter], judging: Tensor, rate: float, seed: int
+) -> int:
+    """Minimise ``loss`` in cycles, each twice as long as the one before, while ``judging`` (n,) bool cells gain; returns how many did.
+
+    The rate rises again at the beginning of each (Loshchilov and Hutter 2017, arXiv 1608.03983). Cells that judge are not learned.
+    """
+    learning = (~judging).nonzero()[:, 0]
+    best = loss_of(loss, judging)
+    for i, steps in enumerate(CYCLES):
+        kept = [weight.detach().clone() for weight in parameters]
+        descend(loss, parameters, learning, steps, rate, seed + i)
+        now = loss_of(loss, judging)
+        gain, best = best - now, now
+        if gain.mean() < max(GAIN, SURE * float(gain.std()) / math.sqrt(len(gain))):
+            with torch.no_grad():
+                for weight, value in zip(parameters, kept, strict=True):
+                    weight.copy_(value)
+            return i
+    return len(CYCLES)
+
+
+@torch.no_grad()
+def loss_of(loss: Callable[[Tensor], Tensor], cells: Tensor) -> Tensor:
+    """The loss of ``cells`` (n,) bool, in float64."""
+    return torch.cat([loss(part).double() for part in torch.split(cells.nonzero()[:, 0], CHUNK)])
 
 
 def linear_start(values: Tensor, environment: Tensor, targets: Tensor, p: int, kind: InterventionKind) -> Solution:

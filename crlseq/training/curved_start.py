@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from crlseq.data.projection import Projection
-from crlseq.discovery.causal_training import descend
+from crlseq.discovery.causal_training import descend_in_cycles, loss_of
 from crlseq.model.networks import Encoder
 from crlseq.model.scm import NEGATIVE_SLOPE
 
-STEPS, RATE = 10_000, 1e-2
+RATE = 1e-2
 LINEAR = 0.01  # of the variance of z: less than that need not be learned
-SURE = 2.0  # standard errors of the gain in squared error
 MAX_CELLS = 100_000  # that are looked at
 
 
@@ -37,20 +36,17 @@ def curve(encoder: Encoder, projection: Projection, cells: np.ndarray, z: Tensor
     y, z = ((scores - center) / scale).float(), z[some].float()
     first, last = _same(encoder, axes * scale, origin)
     network = nn.Sequential(first, nn.LeakyReLU(NEGATIVE_SLOPE), last)
-    error = (z - network(y))[judging] ** 2
-    if len(error) < 2 or bool((error.mean(0) <= LINEAR * z[judging].var(0)).all()):
-        return
-    learning = (~judging).nonzero()[:, 0]
+    unit = z.var(0)
 
-    def loss(drawn: Tensor) -> Tensor:
-        own = learning[drawn]
-        error: Tensor = (network(y[own]) - z[own]) ** 2
+    def loss(cells: Tensor) -> Tensor:
+        error: Tensor = (network(y[cells]) - z[cells]) ** 2 / unit
         return error.sum(1)
 
+    if judging.sum() < 2 or loss_of(loss, judging).mean() <= LINEAR:
+        return
     with torch.enable_grad():
-        descend(loss, [*network.parameters()], len(learning), STEPS, RATE, seed=0)
-    gain = (error - (z - network(y))[judging] ** 2).sum(1)
-    if gain.mean() > SURE * gain.std() / math.sqrt(len(gain)):
+        gained = descend_in_cycles(loss, [*network.parameters()], judging, RATE, seed=0)
+    if gained:
         weight = (first.weight.double() / scale) @ axes.T
         encoder.hidden.weight.copy_(weight)
         encoder.hidden.bias.copy_(first.bias - weight @ origin)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from crlseq.config import ModelConfig, make_config
 from crlseq.data.guide_targets import read_targets
+from crlseq.discovery import causal_training
 from crlseq.discovery.causal_training import linear_start, structural_model
 from crlseq.discovery.methods import cauca, method_of
-from crlseq.discovery.methods.cauca import Known, edges_of, fit_flow, untouched
+from crlseq.discovery.methods.cauca import edges_of, fit_flow, untouched
 from crlseq.discovery.verdict import judge_cauca
 from crlseq.errors import InputError, UsageError
 from crlseq.model.unmixing_flow import UnmixingFlow
@@ -57,16 +58,16 @@ def test_the_setting_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cauca, "TRIAL", 100)
     u, x, environment = published(3, 2, 4000, 0)
     y, judging = torch.from_numpy(x).float(), torch.arange(len(x)) % 10 == 0
-    known = Known(y, torch.from_numpy(environment), torch.arange(3), "hard", ~judging, judging)
-    monkeypatch.setattr(cauca, "CYCLES", (700,))
-    latents = fit_flow(known, 0).flow(y)[0].detach().numpy()
+    monkeypatch.setattr(causal_training, "CYCLES", (700,))
+    found = fit_flow(y, torch.from_numpy(environment), torch.arange(3), judging, "hard", 0)
+    latents = found.flow(y)[0].detach().numpy()
     assert mcc(latents, u) >= 0.955 > mcc(linear_latents(x, environment, 3), u) + 0.1
 
 
 @pytest.mark.slow
 def test_a_screen_mixed_by_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cauca, "TRIAL", 100)
-    monkeypatch.setattr(cauca, "CYCLES", (1000,))
+    monkeypatch.setattr(causal_training, "CYCLES", (1000,))
     screen = Screen(mixing="network", cells_per_perturbation=400, n_control=2000)
     given = screen.known_targets()
     found = method_of("cauca").find(screen.task(HARD, targets=given)).discovery

@@ -4,8 +4,7 @@
 
 h is a flow (`crlseq.model.unmixing_flow`) of as many whitened components as there are programs; p_c is the density of a linear
 structural model (`crlseq.model.scm`) in which each program may depend on all before it. The flow is tried from two starts,
-the linear model of highest likelihood and the standardised components, and goes on from the one of higher likelihood: in cycles,
-each twice as long as the one before, at whose beginning the rate rises again (Loshchilov and Hutter 2017, arXiv 1608.03983), until
+the linear model of highest likelihood and the standardised components, and goes on from the one of higher likelihood: until
 validation cells gain no more. An edge is a slope, of programs of unit noise, above `MIN_EFFECT` and three standard errors, in
 cells in which nobody perturbs its end.
 
@@ -17,16 +16,25 @@ upstream. The order is not found but given; edges along it are identified with t
 """
 
 import math
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from crlseq.config import InterventionKind
 from crlseq.data import splits
-from crlseq.discovery.causal_training import descend, linear_start, of_cells, of_environments, structural_model
+from crlseq.discovery.causal_training import (
+    descend,
+    descend_in_cycles,
+    linear_start,
+    loss_of,
+    of_cells,
+    of_environments,
+    structural_model,
+)
 from crlseq.discovery.discover import find_components
 from crlseq.discovery.edges import MIN_EFFECT
 from crlseq.discovery.methods import Programs
@@ -39,33 +47,16 @@ from crlseq.model.unmixing_flow import UnmixingFlow
 
 AT_MOST: Answer = "identified"
 REASON = "those of the table of targets"
-TRIAL, CYCLES, RATE = 200, (500, 1000, 2000, 4000), 1e-2
-GAIN = 0.01  # of the log-likelihood of a cell, and more than two standard errors, for which a longer cycle follows
-CHUNK = 100_000  # cells whose likelihood is computed at a time
+TRIAL, RATE = 200, 1e-2  # steps from each start, and of Adam
 SURE = 3.0  # standard errors of an edge
 
 
 @dataclass(frozen=True)
-class Known:
-    """Components ``y`` (n, p) of cells in environments (n,), 0 control and c of the perturbation with target ``targets[c - 1]``;
-    ``judging`` (n,) bool cells end the training, by ``learning`` ones it is done.
-    """
-
-    y: Tensor
-    environment: Tensor
-    targets: Tensor
-    kind: InterventionKind
-    learning: Tensor
-    judging: Tensor
-
-
-@dataclass(frozen=True)
 class Fitted:
-    """A flow and the structural model of its latents, with the negative log-likelihood of the judging cells."""
+    """A flow and the structural model of its latents."""
 
     flow: UnmixingFlow
     scm: LatentSCM
-    nll: Tensor
 
 
 def find(task: Task) -> Programs:
@@ -81,14 +72,12 @@ def find(task: Task) -> Programs:
     start = find_components(replace(task, config=task.config.model_copy(update={"n_latents": p})), REASON)
     chosen, targets = known_targets(task, start, programs)
     environment = task.environments(chosen)
-    learning, judging = (task.cells_of(split, environment) for split in (splits.TRAIN, splits.VALIDATION))
-    fitted = learning | judging
-    if not judging.any():  # conditions of few cells are not divided
-        judging = learning
+    fitted = task.cells_of(splits.TRAIN, environment) | task.cells_of(splits.VALIDATION, environment)
+    judging = task.cells_of(splits.VALIDATION, environment)[fitted]
     y, own = start.cells.values[fitted, :p].float(), environment[fitted]
     kind: InterventionKind = task.kind or "hard"
     task.stage("training the flow")
-    found = fit_flow(Known(y, own, targets, kind, learning[fitted], judging[fitted]), task.seed)
+    found = fit_flow(y, own, targets, judging, kind, task.seed)
     with torch.no_grad():
         u = found.flow(y)[0].double()
     graph, left = edges_of(u, own, targets, p), untouched(found.scm, u, own, targets)
@@ -113,50 +102,48 @@ def known_targets(task: Task, start: Start, programs: list[str]) -> tuple[np.nda
     return chosen, targets
 
 
-def fit_flow(known: Known, seed: int) -> Fitted:
-    """The flow of higher likelihood after a trial from two starts, trained until judging cells gain no more."""
-    y, environment = known.y[known.learning], known.environment[known.learning]
-    linear = linear_start(y.double(), environment, known.targets, y.shape[1], known.kind)
+def fit_flow(
+    y: Tensor, environment: Tensor, targets: Tensor, judging: Tensor, kind: InterventionKind, seed: int
+) -> Fitted:
+    """Of components ``y`` (n, p) in environments (n,), 0 control and c of the perturbation with target ``targets[c - 1]``; cells
+    that are ``judging`` (n,) bool choose the start and end the training.
+    """
+    learning = (~judging).nonzero()[:, 0]
+    known, own = y[learning], environment[learning]
+    linear = linear_start(known.double(), own, targets, y.shape[1], kind)
     offset = linear.model.unpack(linear.theta)["offset"][0]
-    starts = [(offset, linear.directions()), (y.mean(0), torch.diag(1 / y.std(0)))]
     tried = []
-    for i, (center, directions) in enumerate(starts):
+    for i, (center, directions) in enumerate(
+        [(offset, linear.directions()), (known.mean(0), torch.diag(1 / known.std(0)))]
+    ):
         torch.manual_seed(seed)
-        scm = structural_model(linear, "linear")
+        flow, scm = UnmixingFlow(center, directions), structural_model(linear, "linear")
         if i:  # nothing is known of these coordinates but means
-            u = (y - center) @ directions.float()
+            u = (known - center) @ directions.float()
             with torch.no_grad():
                 scm.graph.zero_()
-                means = [u[environment == c, k].mean() for c, k in enumerate(known.targets.tolist(), 1)]
-                scm.shift.copy_(torch.stack(means))
+                scm.shift.copy_(torch.stack([u[own == c, k].mean() for c, k in enumerate(targets.tolist(), 1)]))
                 scm.log_scale.zero_()
-        tried.append(train(UnmixingFlow(center, directions), scm, known, seed, TRIAL))
-    best = min(tried, key=lambda one: float(one.nll.mean()))
-    for i, steps in enumerate(CYCLES):
-        longer = train(deepcopy(best.flow), deepcopy(best.scm), known, seed + i, steps)
-        gain = best.nll - longer.nll
-        if gain.mean() > 0:
-            best = longer
-        if gain.mean() < max(GAIN, 2 * float(gain.std()) / math.sqrt(len(gain))):
-            break
+        loss, parameters = _training(flow, scm, y, environment, targets)
+        descend(loss, parameters, learning, TRIAL, RATE, seed)
+        tried.append((float(loss_of(loss, judging).mean()), i, Fitted(flow, scm), loss, parameters))
+    *_, best, loss, parameters = min(tried)
+    descend_in_cycles(loss, parameters, judging, RATE, seed)
     return best
 
 
-def train(flow: UnmixingFlow, scm: LatentSCM, known: Known, seed: int, steps: int) -> Fitted:
-    """The same flow and structural model after steps of gradient descent."""
-    y, environment, learning = known.y, known.environment, known.learning.nonzero()[:, 0]
+def _training(
+    flow: UnmixingFlow, scm: LatentSCM, y: Tensor, environment: Tensor, targets: Tensor
+) -> tuple[Callable[[Tensor], Tensor], list[Parameter]]:
+    """The negative log-likelihood of cells, given as indices, and the parameters that it depends on."""
 
     def loss(cells: Tensor) -> Tensor:
         u, log_det = flow(y[cells])
-        mechanism = of_cells(of_environments(scm, known.targets), environment[cells])
+        mechanism = of_cells(of_environments(scm, targets), environment[cells])
         density: Tensor = scm.log_density(u[:, None], mechanism)[:, 0] + log_det
         return -density
 
-    parameters = [weight for weight in (*flow.parameters(), *scm.parameters()) if weight.requires_grad]
-    descend(lambda drawn: loss(learning[drawn]), parameters, len(learning), steps, RATE, seed)
-    with torch.no_grad():
-        parts = torch.split(known.judging.nonzero()[:, 0], CHUNK)
-        return Fitted(flow, scm, torch.cat([loss(cells).double() for cells in parts]))
+    return loss, [weight for weight in (*flow.parameters(), *scm.parameters()) if weight.requires_grad]
 
 
 def edges_of(u: Tensor, environment: Tensor, targets: Tensor, p: int) -> Tensor:

@@ -100,7 +100,7 @@ def fit_decoder(network: StraighteningVAE, y: Tensor, seed: int, steps: int) -> 
         u = network.encode(y)[0]
     line = torch.linalg.lstsq(torch.cat([u, torch.ones(len(u), 1)], 1), y).solution
     decoder = DiffusionDecoder(line[:-1], line[-1])
-    descend(lambda i: decoder.loss(y[i], u[i], draws), [*decoder.parameters()], len(y), steps, RATE, seed)
+    descend(lambda i: decoder.loss(y[i], u[i], draws), [*decoder.parameters()], torch.arange(len(y)), steps, RATE, seed)
     return decoder
 
 

@@ -97,7 +97,7 @@ def fit_autoencoder(
         return -(likelihood + prior + 0.5 * log_variance.sum(1))
 
     parameters = [weight for weight in (*network.parameters(), *scm.parameters()) if weight.requires_grad]
-    descend(loss, parameters, len(y), steps, RATE, seed)
+    descend(loss, parameters, torch.arange(len(y)), steps, RATE, seed)
     return network, scm
 
 
