@@ -85,11 +85,12 @@ class QuadraticHead(nn.Module):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Latents of components."""
+    """Latents of components, and the loss of held-out cells."""
 
     embedding: Embedding
     center: Floats  # (q,)
     scale: Floats  # (q,)
+    loss: float
 
     def latents(self, y: Floats) -> Floats:
         """(n, p) of components (n, q)."""
@@ -130,7 +131,7 @@ def train_encoder(
         embedding = Embedding(y.shape[1], len(pairs))
     if start is not None:
         embedding.start_linear(torch.from_numpy(start * scale).float())
-    encoder, head = Encoder(embedding, center, scale), QuadraticHead(len(pairs), dependent)
+    head = QuadraticHead(len(pairs), dependent)
     if start is not None:
         nn.init.zeros_(head.slope)
     x = torch.from_numpy((y - center) / scale).float()
@@ -162,7 +163,7 @@ def train_encoder(
         if (step + 1) % EVERY == 0 and (now := on_held_out()) < best:
             best, kept = now, {name: part.clone() for name, part in modules.state_dict().items()}
     modules.load_state_dict(kept)
-    return encoder
+    return Encoder(embedding, center, scale, best)
 
 
 def _loss(lower: Tensor, upper: Tensor, head: QuadraticHead, k: int) -> Tensor:

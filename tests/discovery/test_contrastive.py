@@ -13,6 +13,7 @@ from crlseq.discovery.contrastive import QuadraticHead, train_encoder
 from crlseq.discovery.methods import contrastive
 from crlseq.discovery.methods.score_linear import declared, leading, with_errors
 from crlseq.discovery.score_differences import precisions, products
+from crlseq.experiments.peers import squires
 from tests.discovery.buchholz import Curved
 from tests.discovery.test_discover import CONFIG, Screen
 from tests.discovery.varici import distance, mcc
@@ -61,9 +62,9 @@ def test_a_network_mixing_is_undone() -> None:
 def test_a_screen_with_one_hard_perturbation_for_each_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Said to be hard or not, the encoder is the same, and is trained once; what is claimed of the graph is not."""
     screen = Screen(perturbations_per_latent=1, cells_per_perturbation=1000, n_control=2000, mixing="network")
-    once = lru_cache(lambda: train_encoder(*given[0]))
     given: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(contrastive, "train_encoder", lambda *args: given.append(args) or once())
+    once = lru_cache(lambda start: train_encoder(*given[start]))
+    monkeypatch.setattr(contrastive, "train_encoder", lambda *args: given.append(args) or once(args[-1] is not None))
     answers = {"auto": {"ancestry only", "not identified"}, "hard": {"identified", "not identified"}}
     for kind, possible in answers.items():
         config = CONFIG.model_copy(update={"intervention": kind})
@@ -75,5 +76,20 @@ def test_a_screen_with_one_hard_perturbation_for_each_program(monkeypatch: pytes
         between = np.abs(np.corrcoef(found.latents.T, latents.T)[:4, 4:])
         assert min(between[place[k], k] for k in range(4)) > 0.6
         assert (found.noise > 0).all() or (found.noise == 0).all()
-    for one, other in zip(*given, strict=True):
+    for one, other in zip(given[0] + given[1], given[2] + given[3], strict=True):
         assert np.array_equal(one, other)
+
+
+def test_where_variances_alone_change_it_starts_from_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squires's setting: from random weights latents are found that are even functions of the programs."""
+    monkeypatch.setattr("crlseq.discovery.contrastive.STEPS", 600)
+    screen = squires(0)
+    u, environment = screen.obsm["true_latents"], screen.obs["perturbation"].cat.codes.to_numpy().astype(np.int64)
+    y = (screen.X - screen.X.mean(0)) @ np.linalg.svd(screen.X - screen.X.mean(0), full_matrices=False)[2][:5].T
+    pairs = np.column_stack([np.zeros(5, dtype=np.int64), np.arange(1, 6)])
+    start = contrastive.linear_start(y, environment, 5, 0, 0.0)
+    assert mcc(y @ start.T, u) > 0.98
+    random, directed = (train_encoder(y, environment, pairs, True, 0, 0.0, each) for each in (None, start))
+    assert directed.loss < random.loss
+    assert mcc(directed.latents(y), u) > 0.95
+    assert mcc(random.latents(y), u) < 0.3 and mcc(random.latents(y), u**2) > 0.5
