@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from crlseq.config import ModelConfig
-from crlseq.discovery import contrastive, factor_result, methods, ordering, score_differences
+from crlseq.discovery import causal_training, contrastive, factor_result, methods, ordering, score_differences
 from crlseq.discovery import discover as steps
 from crlseq.discovery.discover import compare_on
 from crlseq.discovery.edges import Edges
@@ -54,7 +54,8 @@ def test_the_configuration_offers_the_methods_that_there_are() -> None:
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is claimed does not depend on how long networks are trained."""
     monkeypatch.setattr(cauca, "TRIAL", 5)
-    for method in (cauca, icm_flow, diffusion, contrastive, score_differences):
+    monkeypatch.setattr(causal_training, "CYCLES", (5,))
+    for method in (icm_flow, diffusion, contrastive, score_differences):
         monkeypatch.setattr(method, "STEPS", 5)
 
 
