@@ -18,6 +18,7 @@ from crlseq.data.projection import Projection
 from crlseq.discovery.causal_training import descend_in_cycles, loss_of
 from crlseq.model.networks import Encoder
 from crlseq.model.scm import NEGATIVE_SLOPE
+from crlseq.threads import on_threads
 
 RATE = 1e-2
 LINEAR = 0.01  # of the variance of z: less than that need not be learned
@@ -44,7 +45,7 @@ def curve(encoder: Encoder, projection: Projection, cells: np.ndarray, z: Tensor
 
     if judging.sum() < 2 or loss_of(loss, judging).mean() <= LINEAR:
         return
-    with torch.enable_grad():
+    with torch.enable_grad(), on_threads(1):
         gained = descend_in_cycles(loss, [*network.parameters()], judging, RATE, seed=0)
     if gained:
         weight = (first.weight.double() / scale) @ axes.T
