@@ -60,7 +60,7 @@ def descend_in_cycles(
         descend(loss, parameters, learning, steps, rate, seed + i)
         now = loss_of(loss, judging)
         gain, best = best - now, now
-        if gain.mean() < max(GAIN, SURE * float(gain.std()) / math.sqrt(len(gain))):
+        if not gain.mean() >= max(GAIN, SURE * float(gain.std()) / math.sqrt(len(gain))):  # nor where it is no number
             with torch.no_grad():
                 for weight, value in zip(parameters, kept, strict=True):
                     weight.copy_(value)

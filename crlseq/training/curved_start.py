@@ -21,7 +21,7 @@ from crlseq.model.scm import NEGATIVE_SLOPE
 from crlseq.threads import on_threads
 
 RATE = 1e-2
-LINEAR = 0.01  # of the variance of z: less than that need not be learned
+LINEAR = 0.01  # of the variance of one latent, in all latents together: less than that need not be learned
 MAX_CELLS = 100_000  # that are looked at
 
 
@@ -38,6 +38,7 @@ def curve(encoder: Encoder, projection: Projection, cells: np.ndarray, z: Tensor
     first, last = _same(encoder, axes * scale, origin)
     network = nn.Sequential(first, nn.LeakyReLU(NEGATIVE_SLOPE), last)
     unit = z.var(0)
+    unit = torch.where(unit > 0, unit, 1.0)
 
     def loss(cells: Tensor) -> Tensor:
         error: Tensor = (network(y[cells]) - z[cells]) ** 2 / unit

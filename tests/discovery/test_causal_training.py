@@ -55,6 +55,18 @@ def test_a_gain_within_its_error_is_none() -> None:
     assert descend_in_cycles(lambda cells: squared(weight, values[cells]), [weight], judging, 0.1, 0) >= 1
 
 
+def test_a_loss_that_is_no_number_is_undone() -> None:
+    """The learned cells lie where the root has no gradient: weights become NaN."""
+    weight, judging = nn.Parameter(torch.ones(())), torch.arange(N) % 2 == 0
+    assert (
+        descend_in_cycles(
+            lambda cells: (weight - 1).sqrt() * judging[cells].logical_not() + weight**2, [weight], judging, 0.1, 0
+        )
+        == 0
+    )
+    assert weight.item() == 1
+
+
 def test_the_loss_of_many_cells_is_that_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values, cells = torch.arange(7.0), torch.tensor([True, False, True, True, True, True, True])
     whole = loss_of(lambda i: values[i], cells)

@@ -87,7 +87,7 @@ def test_where_variances_alone_change_it_starts_from_directions(monkeypatch: pyt
     u, environment = screen.obsm["true_latents"], screen.obs["perturbation"].cat.codes.to_numpy().astype(np.int64)
     y = (screen.X - screen.X.mean(0)) @ np.linalg.svd(screen.X - screen.X.mean(0), full_matrices=False)[2][:5].T
     pairs = np.column_stack([np.zeros(5, dtype=np.int64), np.arange(1, 6)])
-    start = contrastive.linear_start(y, environment, 5, 0, 0.0)
+    start = contrastive.score_directions(y, environment, 5, 0, 0.0)
     assert mcc(y @ start.T, u) > 0.98
     random, directed = (train_encoder(y, environment, pairs, True, 0, 0.0, each) for each in (None, start))
     assert directed.loss < random.loss

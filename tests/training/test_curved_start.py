@@ -84,6 +84,15 @@ def test_noise_is_not_learned(projection: Projection) -> None:
     assert is_as_before(*started(projection, z))
 
 
+def test_a_latent_that_does_not_vary_is_no_hindrance(projection: Projection) -> None:
+    z = of_scores(lambda y: torch.stack([y[:, 2].abs(), torch.ones(N)], 1), projection)
+    encoder, before = started(projection, z)
+    assert not is_as_before(encoder, before)
+    with torch.no_grad():
+        found = encoder(torch.from_numpy(projection.center + projection.scores @ projection.axes.T))[0]
+    assert ((found - z) ** 2).mean(0).max() < 0.01
+
+
 def test_without_validation_cells_nothing_bends(projection: Projection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.training.test_curved_start.VALIDATING", np.zeros(N, dtype=bool))
     assert is_as_before(*started(projection, of_scores(lambda y: y[:, :P].abs(), projection)))

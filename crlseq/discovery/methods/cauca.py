@@ -4,7 +4,7 @@
 
 h is a flow (`crlseq.model.unmixing_flow`) of as many whitened components as there are programs; p_c is the density of a linear
 structural model (`crlseq.model.scm`) in which each program may depend on all before it. The flow is tried from two starts,
-the linear model of highest likelihood and the standardised components, and goes on from the one of higher likelihood: until
+the linear model of highest likelihood and the standardised components, and is trained on from the one of higher likelihood, until
 validation cells gain no more. An edge is a slope, of programs of unit noise, above `MIN_EFFECT` and three standard errors, in
 cells in which nobody perturbs its end.
 
@@ -126,8 +126,8 @@ def fit_flow(
                 scm.log_scale.zero_()
         loss, parameters = _training(flow, scm, y, environment, targets)
         descend(loss, parameters, learning, TRIAL, RATE, seed)
-        tried.append((float(loss_of(loss, judging).mean()), i, Fitted(flow, scm), loss, parameters))
-    *_, best, loss, parameters = min(tried)
+        tried.append((float(loss_of(loss, judging).mean()), Fitted(flow, scm), loss, parameters))
+    _, best, loss, parameters = min(tried, key=lambda one: (math.isnan(one[0]), one[0]))
     descend_in_cycles(loss, parameters, judging, RATE, seed)
     return best
 

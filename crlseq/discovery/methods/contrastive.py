@@ -38,7 +38,7 @@ def find(task: Task) -> Programs:
     y, environment = components_of(start)
     noise = start.cells.noise or 0.0
     task.stage("training the classifier")
-    straight = linear_start(y, environment, p, task.seed, noise)
+    straight = score_directions(y, environment, p, task.seed, noise)
     pairs = np.column_stack([np.zeros(p, dtype=np.int64), environments + 1])
     encoder = min(
         (train_encoder(y, environment, pairs, True, task.seed, noise, start) for start in (None, straight)),
@@ -56,7 +56,7 @@ def find(task: Task) -> Programs:
     return Programs(p, REASON, latents_result(task, start, latents, known, verdict, graph, target))
 
 
-def linear_start(y: Floats, environment: Ints, p: int, seed: int, noise: float) -> Floats:
+def score_directions(y: Floats, environment: Ints, p: int, seed: int, noise: float) -> Floats:
     """Directions (p, q) in components ``y`` (n, q) along which each perturbation changes the density most."""
     controls = y[environment == 0, :p]
     scores = fit_log_odds(y[:, :p], environment, seed, noise).gradients(controls)
